@@ -1,0 +1,60 @@
+"""Distribution metadata of xtuner-add; build and tool settings stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+EXTRAS = ("train", "evaluate", "convert", "cite", "demo", "serve", "wsi", "pathgen", "ray", "dev")
+
+
+def read_requirements(name: str) -> list[str]:
+    """Return the requirement lines of ``requirements/<name>.txt`` without comments."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in (raw.split("#")[0].strip() for raw in lines) if line]
+
+
+extras = {name: read_requirements(name) for name in EXTRAS}
+extras["all"] = sorted({line for lines in extras.values() for line in lines})
+
+setup(
+    name="xtuner-add",
+    version="0.1.0",
+    description="Pathology vision-language models that train inside XTuner",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The xtuner-add maintainers",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["pathology", "histology", "vision-language model", "LLaVA", "XTuner", "MMEngine"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+    python_requires=">=3.10,<3.13",  # xtuner 0.2.0 stops below 3.13
+    packages=[
+        *find_packages(
+            include=[
+                f"{package}{suffix}"
+                for package in ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath")
+                for suffix in ("", ".*")
+            ]
+        ),
+        "xtuner_add.configs",
+    ],
+    # The top level of the checkout has `configs/`, as users of XTuner and MMEngine expect. In an
+    # installation it lies inside `xtuner_add`: a package called `configs` would collide.
+    package_dir={"xtuner_add.configs": "configs"},
+    package_data={
+        "": ["*.css", "*.html", "*.j2", "*.json", "*.txt"],
+        "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],
+    },
+    include_package_data=False,
+    install_requires=read_requirements("runtime"),
+    extras_require=extras,
+    entry_points={"console_scripts": ["xtuner-add = xtuner_add.cli:main"]},
+)
