@@ -1,0 +1,166 @@
+"""Tissue masks and the grid over them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.reader import ResolutionError, Slide
+from wsi.report import draw_patches
+from wsi.tiling import PatchSpec, tile
+from wsi.tissue import TissueMask, geojson_mask, image_mask, otsu_mask
+
+WIDTH, HEIGHT = 2000, 1200
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pixels = tissue_pixels(WIDTH, HEIGHT, blank=0.5)
+    return write_svs(tmp_path_factory.mktemp("slides") / "half.svs", pixels, mpp=0.25)
+
+
+@pytest.fixture
+def slide(slide_path: Path) -> Slide:
+    return Slide(slide_path)
+
+
+def test_otsu_finds_the_half_with_tissue(slide: Slide) -> None:
+    mask = otsu_mask(slide, max_side_px=500)
+    assert mask.mask.shape == (300, 500)
+    assert mask.mask[:, :240].mean() < 0.01
+    assert mask.mask[:, 260:].mean() > 0.4  # the section has pale spaces too
+
+
+@pytest.mark.parametrize("value", [255, 243, 0, 128])
+def test_bare_glass_has_no_tissue(tmp_path: Path, value: int) -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.integers(-2, 3, (400, 400, 1)).repeat(3, 2)
+    pixels = np.clip(np.full((400, 400, 3), value) + noise, 0, 255).astype(np.uint8)
+    write_svs(tmp_path / "bare.svs", pixels)
+    with Slide(tmp_path / "bare.svs") as slide:
+        assert otsu_mask(slide).fraction < 0.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    patch_px=st.integers(8, 400),
+    overlap=st.floats(0, 0.9),
+    mpp=st.sampled_from([0.25, 0.5, 0.6, 1.0]),
+    over_edge=st.booleans(),
+)
+def test_the_grid_covers_and_stays_inside(
+    slide_path: Path, patch_px: int, overlap: float, mpp: float, over_edge: bool
+) -> None:
+    spec = PatchSpec(patch_px, mpp, int(overlap * patch_px), over_edge=over_edge)
+    with Slide(slide_path) as slide:
+        tiling = tile(slide, spec)
+    size = tiling.size_level0
+    assert size == round(patch_px * mpp / 0.25)
+    assert len(np.unique(tiling.coords, axis=0)) == len(tiling.coords)
+    ends = tiling.coords + size
+    if over_edge:
+        assert (ends.max(0) >= [WIDTH, HEIGHT]).all()
+        assert (tiling.coords < [WIDTH, HEIGHT]).all()
+    elif len(tiling.coords):
+        step = round((patch_px - spec.overlap_px) * mpp / 0.25)
+        assert (ends <= [WIDTH, HEIGHT]).all()
+        assert (ends.max(0) + step > [WIDTH, HEIGHT]).all()
+        for axis in (0, 1):
+            assert set(np.diff(np.unique(tiling.coords[:, axis]))) <= {step}
+    else:
+        assert size > min(WIDTH, HEIGHT)
+
+
+def test_only_patches_with_enough_tissue(slide: Slide) -> None:
+    mask = otsu_mask(slide)
+    few, many = (tile(slide, PatchSpec(100, 0.5, min_tissue=t), mask) for t in (0.9, 0.0))
+    assert 0 < len(few.coords) < len(many.coords) < len(tile(slide, PatchSpec(100, 0.5)).coords)
+    assert few.coords[:, 0].min() >= WIDTH // 2 - 60
+    assert {tuple(c) for c in few.coords} <= {tuple(c) for c in many.coords}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 60))
+def test_fractions_are_those_of_counting(seed: int, size: int) -> None:
+    generator = np.random.default_rng(seed)
+    mask = TissueMask(generator.random((40, 70)) < 0.4, (70, 40))
+    coords = generator.integers(-20, 70, (30, 2))
+    padded = np.zeros((40 + 200, 70 + 200), bool)
+    padded[100:140, 100:170] = mask.mask
+    expected = [
+        padded[100 + y : 100 + y + size, 100 + x : 100 + x + size].mean() for x, y in coords
+    ]
+    assert np.allclose(mask.fractions(coords, size), expected)
+
+
+def test_outlines_of_the_user_with_holes_and_islands(tmp_path: Path, slide: Slide) -> None:
+    def ring(x0: int, y0: int, x1: int, y1: int) -> list[list[int]]:
+        return [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+
+    lake = {
+        "type": "Polygon",
+        "coordinates": [ring(200, 200, 1000, 1000), ring(400, 400, 800, 800)],
+    }
+    island = {"type": "Polygon", "coordinates": [ring(500, 500, 700, 700)]}
+    features = [{"type": "Feature", "properties": {}, "geometry": g} for g in (island, lake)]
+    path = tmp_path / "outlines.geojson"
+    for value in ({"type": "FeatureCollection", "features": features}, features):
+        path.write_text(json.dumps(value))
+        mask = geojson_mask(path, slide)
+        points = {(300, 300): True, (450, 450): False, (600, 600): True, (1100, 300): False}
+        for (x, y), tissue in points.items():
+            found = mask.fractions(np.array([[x, y]]), 20)[0] > 0.5
+            assert found == tissue, (x, y)
+        expected = (800**2 - 400**2 + 200**2) / (WIDTH * HEIGHT)
+        assert mask.fraction == pytest.approx(expected, rel=0.02)
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path: Path, slide: Slide) -> None:
+    Image.new("L", (200, 120), 255).save(tmp_path / "good.png")
+    Image.new("L", (120, 200), 255).save(tmp_path / "turned.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.geojson").write_text("{")
+    (tmp_path / "point.geojson").write_text('{"type": "Point", "coordinates": [1, 2]}')
+    assert image_mask(tmp_path / "good.png", slide).fraction == 1
+    for name, message in (("turned.png", "another shape"), ("text.png", "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            image_mask(tmp_path / name, slide)
+    for name, message in (("text.geojson", "no GeoJSON"), ("point.geojson", "no polygon")):
+        with pytest.raises(ValueError, match=message):
+            geojson_mask(tmp_path / name, slide)
+    with pytest.raises(FileNotFoundError):
+        image_mask(tmp_path / "absent.png", slide)
+
+
+def test_wrong_specs(slide: Slide, tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"patch_px": 0}, "patch_px"),
+        ({"mpp": -1}, "mpp"),
+        ({"overlap_px": 256}, "overlap_px: 0 to 255"),
+        ({"min_tissue": 1.5}, "min_tissue"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PatchSpec(**{"patch_px": 256, "mpp": 0.5, **arguments})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Ask for --mpp 0\.25 or more"):
+        tile(slide, PatchSpec(256, 0.1))
+    write_svs(tmp_path / "unknown.svs", tissue_pixels(300, 300), mpp=None, magnification=None)
+    with Slide(tmp_path / "unknown.svs") as unknown, pytest.raises(ResolutionError):
+        tile(unknown, PatchSpec(64, 0.5))
+
+
+def test_the_picture_shows_patches_and_tissue(slide: Slide) -> None:
+    mask = otsu_mask(slide)
+    coords = np.array([[100, 100], [1200, 600]])
+    plain = np.asarray(slide.thumbnail(1000))
+    drawn = np.asarray(draw_patches(slide, coords, 400, mask=mask, max_side_px=1000))
+    assert drawn.shape == plain.shape
+    assert tuple(drawn[50, 120]) == tuple(drawn[300, 650]) == (20, 60, 220)
+    assert (drawn[100:200, 100:200] == plain[100:200, 100:200]).all()
+    assert (drawn != plain).any(2)[:, 480:520].sum() > 300  # the tissue's outline

@@ -1,0 +1,354 @@
+"""Slides: size, resolution, and regions as RGB.
+
+`Slide` reads what OpenSlide reads, and plain images. Where a slide is a plain grid of JPEG tiles
+it decodes each needed tile once, if that gives OpenSlide's pixels on this very file.
+
+Example:
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> file = Path(tempfile.mkdtemp()) / "made_up.png"
+    >>> Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(file)
+    >>> with Slide(file, mpp=0.5) as slide:
+    ...     slide.dimensions, slide.mpp, slide.read(Region(10, 10, 32, 16)).shape
+    ((80, 60), 0.5, (16, 16, 3))
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.diagnosis import is_tiff
+from wsi.openers import PLAIN_SUFFIXES, Backend, OpenSlideBackend, SlideError, open_backend
+from wsi.tiff_tiles import Box, TiffTiles, TiledLevel, TileError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PLAIN_SUFFIXES", "Region", "ResolutionError", "Slide", "SlideError"]
+
+MAX_SIDE_PX = 1 << 16
+"""Longest side of a region, before and after scaling."""
+
+_LEVEL_TOLERANCE = 1.01
+"""A level that is this much too coarse still counts as fine enough: downsamples are rounded."""
+
+_PLAUSIBLE_MPP = (0.01, 100.0)
+"""Outside this range, in micrometres, a resolution tag speaks of printing, not of microscopes."""
+
+_PLAIN_GRIDS = ("aperio", "generic-tiff")
+_PROOF_TILES = 3
+_BAND_PX = 1 << 24
+
+
+class ResolutionError(ValueError):
+    """A slide whose resolution is needed and not known."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A square of a slide and the size to give it.
+
+    Attributes:
+        x_level0: Left edge in level-0 pixels; may lie outside the slide.
+        y_level0: Top edge.
+        size_level0: Side in level-0 pixels.
+        size_px: Side of the image that comes out.
+    """
+
+    x_level0: int
+    y_level0: int
+    size_level0: int
+    size_px: int
+
+    def __post_init__(self) -> None:
+        for name in ("size_level0", "size_px"):
+            if not 0 < getattr(self, name) <= MAX_SIDE_PX:
+                raise ValueError(
+                    f"{name}: from 1 to {MAX_SIDE_PX} pixels expected, got {getattr(self, name)}"
+                )
+
+
+class Slide:
+    """One open slide, for one thread at a time.
+
+    Args:
+        path: The file.
+        mpp: Micrometres per pixel at level 0, in place of what the file says.
+        magnification: Of the objective, in place of what the file says.
+        decode_tiles: Whether the tiles may be decoded without OpenSlide where that is proven equal.
+
+    Raises:
+        SlideError: The file cannot be opened; the message says why.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mpp: float | None = None,
+        magnification: float | None = None,
+        decode_tiles: bool = True,
+    ) -> None:
+        for name, value in (("mpp", mpp), ("magnification", magnification)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: a positive number expected, got {value}")
+        self.path = Path(path)
+        self._backend: Backend = open_backend(self.path)
+        self._mpp = mpp or _plausible(self._backend.mpp)
+        self._magnification = magnification or self._backend.magnification
+        self._tiles: TiffTiles | None = None
+        self._proven: dict[int, bool] = {}
+        if decode_tiles:
+            self._tiles = self._open_tiles()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._backend.close()
+        if self._tiles:
+            self._tiles.close()
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height at level 0, in pixels."""
+        return self._backend.level_dimensions[0]
+
+    @property
+    def level_dimensions(self) -> Sequence[tuple[int, int]]:
+        """Width and height of every level, in pixels of the level."""
+        return self._backend.level_dimensions
+
+    @property
+    def level_downsamples(self) -> Sequence[float]:
+        """How many level-0 pixels a pixel of each level spans."""
+        return self._backend.level_downsamples
+
+    @property
+    def known_mpp(self) -> float | None:
+        """Micrometres per pixel at level 0; None where neither the file nor the user says."""
+        return self._mpp
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel at level 0.
+
+        Raises:
+            ResolutionError: Neither the file nor the user says.
+        """
+        if self._mpp is None:
+            hint = ""
+            if self._magnification:
+                # 20x is about 0.5 um, the field's rule of thumb; scanners differ by a tenth.
+                hint = f"; its objective, {self._magnification:g}x, suggests about "
+                hint += f"{10 / self._magnification:g}"
+            raise ResolutionError(
+                f"{self.path.name}: the file does not say how many micrometres a pixel spans"
+                f"{hint}. Give it as --slide-mpp (mpp=...)"
+            )
+        return self._mpp
+
+    @property
+    def magnification(self) -> float | None:
+        """Of the objective, as the user or the file says; None where neither does."""
+        return self._magnification
+
+    def overlap(self, region: Region) -> Literal["inside", "partial", "outside"]:
+        """Whether a region lies inside the slide."""
+        width, height = self.dimensions
+        right, bottom = region.x_level0 + region.size_level0, region.y_level0 + region.size_level0
+        if region.x_level0 >= width or region.y_level0 >= height or right <= 0 or bottom <= 0:
+            return "outside"
+        if min(region.x_level0, region.y_level0) < 0 or right > width or bottom > height:
+            return "partial"
+        return "inside"
+
+    def read(self, region: Region) -> NDArray[np.uint8]:
+        """Reads one region, white outside the slide.
+
+        Returns:
+            RGB `(size_px, size_px, 3)`.
+
+        Raises:
+            SlideError: Damaged data under the region. Other regions can still be read.
+        """
+        (result,) = self.read_many([region])
+        if isinstance(result, SlideError):
+            raise result
+        return result
+
+    def read_many(self, regions: Sequence[Region]) -> Iterator[NDArray[np.uint8] | SlideError]:
+        """Reads regions in their order; tiles that they share are decoded once.
+
+        Sorted by position they need the least memory.
+
+        Yields:
+            For each region RGB `(size_px, size_px, 3)`, white outside the slide, or why not.
+        """
+        start = 0
+        while start < len(regions):  # a run of regions that are read from the same level
+            level = self._level_for(regions[start])
+            end = start + 1
+            while end < len(regions) and self._level_for(regions[end]) == level:
+                end += 1
+            yield from self._read_run(regions[start:end], level)
+            start = end
+
+    def thumbnail(self, max_side_px: int) -> Image.Image:
+        """The whole slide as an RGB image whose longer side is at most `max_side_px`."""
+        from PIL import Image
+
+        scale = max(1.0, max(self.dimensions) / max_side_px)
+        level = self._backend.level_for(scale * _LEVEL_TOLERANCE)
+        width, height = self.level_dimensions[level]
+        downsample = self.level_downsamples[level]
+        size = [max(1, round(length / scale)) for length in self.dimensions]
+        # Band by band: a slide may have but one level, of gigabytes.
+        num_bands = max(1, min(size[1], width * height // _BAND_PX))
+        edges = np.linspace(0, size[1], num_bands + 1).round().astype(int)
+        result = Image.new("RGB", (size[0], size[1]))
+        for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            top, bottom = (round(edge * height / size[1]) for edge in (start, end))
+            band = self._backend.read(0, round(top * downsample), level, width, bottom - top)
+            shrunk = Image.fromarray(band).resize((size[0], end - start), Image.Resampling.BOX)
+            result.paste(shrunk, (0, start))
+        return result
+
+    def _level_for(self, region: Region) -> int:
+        return self._backend.level_for(region.size_level0 / region.size_px * _LEVEL_TOLERANCE)
+
+    def _read_run(
+        self, regions: Sequence[Region], level: int
+    ) -> Iterator[NDArray[np.uint8] | SlideError]:
+        tiled = self._tiled_level(level, regions)
+        boxes = [self._box(region, level) for region in regions]
+        inside = [_inside(box, self.level_dimensions[level]) for box in boxes]
+        decoded: Iterator[NDArray[np.uint8] | TileError] = iter(())
+        if tiled and self._tiles:
+            decoded = self._tiles.read_boxes(tiled, [box for box in inside if box])
+        for region, box, part in zip(regions, boxes, inside, strict=True):
+            pixels: NDArray[np.uint8] | SlideError | TileError
+            if part is None:
+                pixels = np.empty((0, 0, 3), np.uint8)
+            elif tiled:
+                pixels = next(decoded)
+                if isinstance(pixels, TileError):  # OpenSlide may be more forgiving
+                    pixels = self._read_openslide(part, level, because=pixels)
+            else:
+                pixels = self._read_openslide(
+                    part, level, origin=(max(0, region.x_level0), max(0, region.y_level0))
+                )
+            if isinstance(pixels, SlideError):
+                yield pixels
+            else:
+                yield _resized(_on_white(pixels, box, part), region.size_px)
+
+    def _read_openslide(
+        self,
+        part: Box,
+        level: int,
+        *,
+        origin: tuple[int, int] | None = None,
+        because: TileError | None = None,
+    ) -> NDArray[np.uint8] | SlideError:
+        scale = self.level_downsamples[level]
+        x, y = origin or (round(part[0] * scale), round(part[1] * scale))
+        try:
+            return self._backend.read(x, y, level, *part[2:])
+        except SlideError as error:
+            return SlideError(str(because)) if because else error
+
+    def _box(self, region: Region, level: int) -> Box:
+        scale = self.level_downsamples[level]
+        side = max(1, round(region.size_level0 / scale))
+        return math.floor(region.x_level0 / scale), math.floor(region.y_level0 / scale), side, side
+
+    def _open_tiles(self) -> TiffTiles | None:
+        backend = self._backend
+        if not isinstance(backend, OpenSlideBackend) or backend.vendor not in _PLAIN_GRIDS:
+            return None
+        if not is_tiff(self.path):
+            return None
+        try:
+            return TiffTiles(self.path, self.level_dimensions)
+        except TileError:
+            return None  # OpenSlide makes more of its directory
+
+    def _tiled_level(self, level: int, regions: Sequence[Region]) -> TiledLevel | None:
+        """The tiles of a level, where they give OpenSlide's pixels for these regions."""
+        if self._tiles is None or level not in self._tiles.levels:
+            return None
+        scale = self.level_downsamples[level]
+        # Between two pixels OpenSlide interpolates.
+        if scale != int(scale) or any(
+            max(0, edge) % int(scale) for r in regions for edge in (r.x_level0, r.y_level0)
+        ):
+            return None
+        if level not in self._proven:
+            self._proven[level] = self._is_equal(self._tiles, level)
+        return self._tiles.levels[level] if self._proven[level] else None
+
+    def _is_equal(self, tiles: TiffTiles, level: int) -> bool:
+        """Compares the tiles that hold the most with OpenSlide, and the last one, at the edges."""
+        tiled, scale = tiles.levels[level], int(self.level_downsamples[level])
+        richest = np.argsort(tiled.num_bytes, kind="stable")[-_PROOF_TILES:].tolist()
+        compared = 0
+        for number in {*richest, len(tiled.offsets) - 1}:
+            row, column = divmod(number, tiled.num_columns)
+            x, y = column * tiled.tile_width, row * tiled.tile_height
+            width = min(tiled.tile_width, tiled.width - x)
+            height = min(tiled.tile_height, tiled.height - y)
+            try:
+                expected = self._backend.read(x * scale, y * scale, level, width, height)
+                found = tiles.decode(tiled, number)[:height, :width]
+            except (SlideError, TileError):
+                continue  # a damaged tile proves nothing
+            if not np.array_equal(found, expected):
+                return False
+            compared += 1
+        return compared > 0
+
+
+def _plausible(mpp: float | None) -> float | None:
+    low, high = _PLAUSIBLE_MPP
+    return mpp if mpp is not None and low <= mpp <= high else None
+
+
+def _inside(box: Box, size: tuple[int, int]) -> Box | None:
+    """The part of a box inside a level; None where there is none."""
+    left, top = max(box[0], 0), max(box[1], 0)
+    right, bottom = min(box[0] + box[2], size[0]), min(box[1] + box[3], size[1])
+    return (left, top, right - left, bottom - top) if right > left and bottom > top else None
+
+
+def _on_white(pixels: NDArray[np.uint8], box: Box, part: Box | None) -> NDArray[np.uint8]:
+    if part == box:
+        return pixels
+    canvas = np.full((box[3], box[2], 3), 255, np.uint8)
+    if part:
+        x, y = part[0] - box[0], part[1] - box[1]
+        canvas[y : y + part[3], x : x + part[2]] = pixels
+    return canvas
+
+
+def _resized(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    if pixels.shape[:2] == (size_px, size_px):
+        return pixels
+    from PIL import Image
+
+    # Bicubic with support that grows with the scale, as TRIDENT does through Pillow.
+    resized = Image.fromarray(pixels).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    return np.asarray(resized)

@@ -1,0 +1,70 @@
+"""Pictures of a slide that a person looks at: the slide, its tissue, its patches."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.files import atomic_file
+from wsi.reader import Slide
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from wsi.tissue import TissueMask
+
+_OUTLINE = (0, 110, 60)
+_PATCH = (20, 60, 220)
+_QUALITY = 88
+
+
+def draw_patches(
+    slide: Slide,
+    coords: NDArray[np.int64],
+    size_level0: int,
+    *,
+    mask: TissueMask | None = None,
+    max_side_px: int = 2048,
+    colours: NDArray[np.uint8] | None = None,
+) -> Image.Image:
+    """Draws squares on a thumbnail, and the tissue's outline.
+
+    Args:
+        slide: The slide.
+        coords: `(N, 2)`, left and top in level-0 pixels.
+        size_level0: Side of the squares.
+        mask: Where tissue is; None draws no outline.
+        max_side_px: Longer side of the picture.
+        colours: `(N, 3)` RGB, one per square, for instance by cluster.
+    """
+    from PIL import Image, ImageDraw
+
+    image = slide.thumbnail(max_side_px)
+    if mask is not None:
+        image = Image.composite(
+            Image.new("RGB", image.size, _OUTLINE), image, _outline(mask, image.size)
+        )
+    draw = ImageDraw.Draw(image)
+    scale = np.array(image.size) / np.array(slide.dimensions)
+    corners = np.hstack([coords * scale, (coords + size_level0) * scale - 1])
+    for number, (left, top, right, bottom) in enumerate(corners.tolist()):
+        colour = _PATCH if colours is None else tuple(map(int, colours[number]))
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour)
+    return image
+
+
+def save_jpeg(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a picture as JPEG; the file is whole or absent."""
+    with atomic_file(path) as partial:
+        image.save(partial, "JPEG", quality=_QUALITY)
+
+
+def _outline(mask: TissueMask, size: tuple[int, int]) -> Image.Image:
+    from PIL import Image
+    from scipy.ndimage import binary_erosion
+
+    tissue = np.asarray(Image.fromarray(mask.mask).resize(size, 0))
+    return Image.fromarray(tissue & ~binary_erosion(tissue, np.ones((5, 5))))

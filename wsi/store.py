@@ -1,0 +1,234 @@
+"""Coordinates and features in HDF5, as TRIDENT and CLAM write and read them.
+
+Both keep a dataset `coords` `(N, 2)` of left and top in level-0 pixels, with attributes. TRIDENT's
+`patch_size` counts pixels after scaling, CLAM's pixels of `patch_level` before it. Files written
+here carry TRIDENT's attributes, and CLAM's too where both mean the same; `style="clam"` writes
+what CLAM reads in any case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.files import atomic_file
+from wsi.reader import Slide
+from wsi.tiling import Tiling
+
+CoordsStyle = Literal["trident", "clam"]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """What a coordinates file says.
+
+    Attributes:
+        name: Of the slide, without suffix.
+        coords: int64 `(N, 2)`: left and top in level-0 pixels.
+        size_level0: Side of each patch in level-0 pixels.
+        patch_px: Side of the image that each patch becomes.
+        mpp: Micrometres per pixel of that image, where the file says.
+    """
+
+    name: str
+    coords: NDArray[np.int64]
+    size_level0: int
+    patch_px: int
+    mpp: float | None = None
+
+
+def write_coordinates(
+    path: str | os.PathLike[str], slide: Slide, tiling: Tiling, *, style: CoordsStyle = "trident"
+) -> None:
+    """Writes the patches of a slide; the file is whole or absent.
+
+    Args:
+        path: The file.
+        slide: The slide that they lie on.
+        tiling: The patches.
+        style: `trident`, or `clam` for its readers of patches that need scaling.
+    """
+    attributes = _trident_attributes(slide, tiling)
+    if style == "clam":
+        attributes |= {"patch_size": tiling.size_level0, **_clam_attributes(slide, 0)}
+        attributes["patch_px"] = tiling.spec.patch_px
+    else:
+        scale = tiling.size_level0 / tiling.spec.patch_px
+        if scale in slide.level_downsamples:
+            level = list(slide.level_downsamples).index(scale)
+            attributes |= _clam_attributes(slide, level)
+    _write(path, {"coords": (tiling.coords, attributes)}, {})
+
+
+def read_coordinates(path: str | os.PathLike[str]) -> Coordinates:
+    """Reads a coordinates file of this package, TRIDENT or CLAM.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No HDF5, no `coords`, or attributes that do not say how large a patch is.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"coordinates {path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            if "coords" not in file:
+                raise ValueError(f"no dataset 'coords' in it, only {sorted(file)}")
+            dataset = file["coords"]
+            coords, attributes = np.asarray(dataset[:]), dict(dataset.attrs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"coordinates {path}: {error}") from error
+    if coords.size == 0:  # TRIDENT writes an empty list so
+        coords = coords.reshape(0, 2)
+    if coords.ndim != 2 or coords.shape[1] != 2 or not _are_whole(coords):
+        raise ValueError(f"coordinates {path}: whole numbers (N, 2) expected, got {coords.shape}")
+    size_level0, patch_px = _sizes(path, attributes)
+    name = attributes.get("name", path.stem.removesuffix("_patches"))
+    name = name.decode() if isinstance(name, bytes) else str(name)
+    mpp = float(attributes["mpp"]) if "mpp" in attributes else None
+    return Coordinates(name, coords.astype(np.int64), size_level0, patch_px, mpp)
+
+
+def write_features(
+    path: str | os.PathLike[str],
+    features: NDArray[Any],
+    coords: NDArray[np.int64],
+    *,
+    encoder: str,
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes features and their coordinates; the file is whole or absent.
+
+    Args:
+        path: The file.
+        features: float `(N, dim)`.
+        coords: int64 `(N, 2)`: left and top in level-0 pixels.
+        encoder: Name of what computed them.
+        attributes: Of the coordinates, for instance those of their file.
+
+    Raises:
+        ValueError: Not as many features as coordinates.
+    """
+    if features.ndim != 2 or coords.shape != (len(features), 2):
+        raise ValueError(
+            f"features {features.shape} and coords {coords.shape}: (N, dim) and (N, 2) expected"
+        )
+    datasets = {"features": (features, {"encoder": encoder}), "coords": (coords, attributes or {})}
+    _write(path, datasets, {"encoder": encoder})
+
+
+def read_features(path: str | os.PathLike[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Reads features `(N, dim)` and coordinates `(N, 2)` of this package, TRIDENT or CLAM.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not both in it, or not of one length.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"features {path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            features, coords = np.asarray(file["features"]), np.asarray(file["coords"])
+    except (OSError, KeyError) as error:
+        raise ValueError(f"features {path}: {error}") from error
+    if features.ndim == 3 and len(features) == 1:  # TRIDENT's slide-level writers keep a batch of 1
+        features = features[0]
+    if features.ndim != 2 or coords.shape != (len(features), 2):
+        raise ValueError(f"features {path}: {features.shape} features, {coords.shape} coordinates")
+    return features, coords.astype(np.int64)
+
+
+def read_attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The attributes of a file's coordinates, to hand on to the features made from them."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return dict(file["coords"].attrs)
+
+
+def _trident_attributes(slide: Slide, tiling: Tiling) -> dict[str, Any]:
+    spec, (width, height) = tiling.spec, slide.dimensions
+    # TRIDENT scales by the quotient of both magnifications, so that must be exactly ours; 20x for
+    # 0.5 micrometres is the convention in its own code (10 / mpp).
+    target = _whole(10 / spec.mpp)
+    return {
+        "patch_size": spec.patch_px,
+        "patch_size_level0": tiling.size_level0,
+        "level0_magnification": _whole(target * tiling.size_level0 / spec.patch_px),
+        "target_magnification": target,
+        "overlap": spec.overlap_px,
+        "name": slide.path.stem,
+        "savetodir": "",
+        "level0_width": width,
+        "level0_height": height,
+        "mpp": spec.mpp,
+        "mpp_level0": slide.mpp,
+    }
+
+
+def _clam_attributes(slide: Slide, level: int) -> dict[str, Any]:
+    size = np.array(slide.level_dimensions[level])
+    return {
+        "patch_level": level,
+        "downsample": np.full(2, slide.level_downsamples[level]),
+        "downsampled_level_dim": size,
+        "level_dim": size,
+        "save_path": "",
+    }
+
+
+def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
+    """Side of a patch at level 0 and after scaling."""
+    try:
+        patch_size = int(attributes["patch_size"])
+        if "patch_px" in attributes:
+            sizes = (patch_size, int(attributes["patch_px"]))
+        elif "patch_size_level0" in attributes:
+            sizes = (int(attributes["patch_size_level0"]), patch_size)
+        elif "target_magnification" in attributes:
+            scale = attributes["level0_magnification"] / attributes["target_magnification"]
+            sizes = (round(patch_size * float(scale)), patch_size)
+        else:
+            level = int(attributes["patch_level"])
+            downsample = attributes["downsample"] if level else 1.0
+            sizes = (round(patch_size * float(np.ravel(downsample)[0])), patch_size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"coordinates {path}: attributes patch_size with patch_size_level0 (TRIDENT), or with "
+            f"patch_level and downsample (CLAM), expected; found {sorted(attributes)}"
+        ) from error
+    if min(sizes) < 1:
+        raise ValueError(f"coordinates {path}: patches of {sizes} pixels")
+    return sizes
+
+
+def _write(
+    path: str | os.PathLike[str],
+    datasets: Mapping[str, tuple[NDArray[Any], Mapping[str, Any]]],
+    attributes: Mapping[str, Any],
+) -> None:
+    import h5py
+
+    with atomic_file(path) as partial, h5py.File(partial, "w") as file:
+        for name, (values, own) in datasets.items():
+            file.create_dataset(name, data=values).attrs.update(own)
+        file.attrs.update(attributes)
+
+
+def _are_whole(coords: NDArray[Any]) -> bool:
+    return coords.dtype.kind in "iu" or bool(np.all(coords == np.round(coords)))
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else float(value)

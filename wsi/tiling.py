@@ -1,0 +1,99 @@
+"""Patches in a grid: how large, at which resolution, how much tissue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.reader import MAX_SIDE_PX, Slide
+from wsi.tissue import TissueMask
+
+_ENLARGEMENT = 1.05
+"""Slides that are a little coarser than asked for are taken as they are: scanners differ."""
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """What patches to take from a slide.
+
+    Attributes:
+        patch_px: Side of a patch, at `mpp`.
+        mpp: Micrometres per pixel of the patches.
+        overlap_px: By how much neighbours overlap, at `mpp`.
+        min_tissue: Smallest share of a patch that is tissue.
+        over_edge: Whether to take patches that reach over the edge, white outside.
+    """
+
+    patch_px: int
+    mpp: float
+    overlap_px: int = 0
+    min_tissue: float = 0.5
+    over_edge: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.patch_px <= MAX_SIDE_PX:
+            raise ValueError(f"patch_px: 1 to {MAX_SIDE_PX} expected, got {self.patch_px}")
+        if not 0 < self.mpp < 1000:
+            raise ValueError(f"mpp: a positive number of micrometres expected, got {self.mpp}")
+        if not 0 <= self.overlap_px < self.patch_px:
+            raise ValueError(
+                f"overlap_px: 0 to {self.patch_px - 1} expected, got {self.overlap_px}"
+            )
+        if not 0 <= self.min_tissue <= 1:
+            raise ValueError(f"min_tissue: a share from 0 to 1 expected, got {self.min_tissue}")
+
+    def to_level0(self, length_px: int, slide: Slide) -> int:
+        """Converts a length at `mpp` to level-0 pixels of a slide.
+
+        Raises:
+            ValueError: The slide is coarser than `mpp`: patches would be blown up.
+            ResolutionError: The slide's resolution is not known.
+        """
+        if slide.mpp > self.mpp * _ENLARGEMENT:
+            raise ValueError(
+                f"{slide.path.name}: its pixels span {slide.mpp:g} micrometres, {self.mpp:g} were "
+                f"asked for: patches would be enlarged. Ask for --mpp {slide.mpp:g} or more"
+            )
+        return max(1, round(length_px * self.mpp / slide.mpp))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The patches of a slide.
+
+    Attributes:
+        coords: int64 `(N, 2)`: left and top in level-0 pixels, row by row.
+        size_level0: Side of each in level-0 pixels.
+        spec: What was asked for.
+    """
+
+    coords: NDArray[np.int64]
+    size_level0: int
+    spec: PatchSpec
+
+
+def tile(slide: Slide, spec: PatchSpec, mask: TissueMask | None = None) -> Tiling:
+    """Places a grid on a slide and keeps the patches with enough tissue.
+
+    Args:
+        slide: The slide.
+        spec: Size, resolution, overlap and tissue share of the patches.
+        mask: Where tissue is; None takes every patch.
+
+    Raises:
+        ResolutionError: The slide's resolution is not known.
+        ValueError: The slide is coarser than the resolution asked for.
+    """
+    size = spec.to_level0(spec.patch_px, slide)
+    step = max(1, spec.to_level0(spec.patch_px - spec.overlap_px, slide))
+    ends = [length if spec.over_edge else length - size + 1 for length in slide.dimensions]
+    columns, rows = (np.arange(0, max(end, 0), step, dtype=np.int64) for end in ends)
+    y, x = np.meshgrid(rows, columns, indexing="ij")
+    coords = np.stack([x.ravel(), y.ravel()], 1)
+    if mask is not None and len(coords):
+        fractions = mask.fractions(coords, size)
+        # With no least share a patch still needs some tissue.
+        coords = coords[(fractions >= spec.min_tissue) & (fractions > 0)]
+    return Tiling(coords, size, spec)

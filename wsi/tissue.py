@@ -1,0 +1,161 @@
+"""Where on a slide tissue lies: by Otsu's threshold, or as the user says."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.reader import Slide
+
+MIN_SATURATION = 8
+"""Grey levels below which nothing is tissue, whatever Otsu says: a slide may be bare glass. The
+fixed threshold of CLAM (https://github.com/mahmoodlab/CLAM) for the same channel."""
+
+MASK_SIDE_PX = 2048
+_BLUR_PX = 1.5
+_ASPECT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Tissue of a whole slide at low resolution.
+
+    Attributes:
+        mask: bool `(height, width)`.
+        slide_size: Width and height of the slide at level 0, in pixels.
+    """
+
+    mask: NDArray[np.bool_]
+    slide_size: tuple[int, int]
+
+    @property
+    def fraction(self) -> float:
+        """Share of the slide that is tissue."""
+        return float(self.mask.mean())
+
+    def fractions(self, coords: NDArray[np.int64], size_level0: int) -> NDArray[np.float64]:
+        """Share of tissue in each square; what lies outside the slide counts as bare.
+
+        Args:
+            coords: `(N, 2)`, left and top in level-0 pixels.
+            size_level0: Side of the squares.
+
+        Returns:
+            `(N,)`, from 0 to 1.
+        """
+        height, width = self.mask.shape
+        sums = np.zeros((height + 1, width + 1))
+        sums[1:, 1:] = self.mask.cumsum(0).cumsum(1)
+        scale = np.array([width, height]) / np.array(self.slide_size)
+        # Whole pixels of the mask, at least one, so that small patches have an answer too.
+        low = np.floor(coords * scale + 0.5).astype(np.int64)
+        high = np.maximum(np.floor((coords + size_level0) * scale + 0.5).astype(np.int64), low + 1)
+        areas = (high - low).prod(1)
+        (x0, y0), (x1, y1) = (np.clip(edge, 0, [width, height]).T for edge in (low, high))
+        return (sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]) / areas
+
+
+def otsu_mask(slide: Slide, *, max_side_px: int = MASK_SIDE_PX) -> TissueMask:
+    """Finds tissue by its colour: glass has hardly any saturation.
+
+    Otsu's threshold on the saturation of a thumbnail, blurred against noise (Otsu, 1979,
+    https://doi.org/10.1109/TSMC.1979.4310076).
+    """
+    from scipy.ndimage import binary_closing, gaussian_filter
+    from skimage.filters import threshold_otsu
+
+    rgb = np.asarray(slide.thumbnail(max_side_px))
+    largest, smallest = rgb.max(2).astype(np.float32), rgb.min(2).astype(np.float32)
+    saturation = np.divide(
+        255 * (largest - smallest), largest, out=np.zeros_like(largest), where=largest > 0
+    )
+    saturation = gaussian_filter(saturation, _BLUR_PX).astype(np.uint8)
+    constant = saturation.min() == saturation.max()
+    threshold = MIN_SATURATION if constant else max(threshold_otsu(saturation), MIN_SATURATION)
+    mask = binary_closing(saturation > threshold, np.ones((3, 3))) | (saturation > threshold)
+    return TissueMask(mask, slide.dimensions)
+
+
+def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
+    """Reads a mask that the user drew: an image of the whole slide, bright where tissue is.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No image, or one whose sides have another ratio than the slide's.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"mask {path}: no such file")
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image.convert("L")) > 0
+    except OSError as error:
+        raise ValueError(f"mask {path}: cannot be read as an image: {error}") from error
+    width, height = slide.dimensions
+    ratio = (mask.shape[1] / mask.shape[0]) / (width / height)
+    # One pixel of rounding in each side is no difference in shape.
+    slack = _ASPECT_TOLERANCE + 1 / min(mask.shape)
+    if abs(ratio - 1) > slack:
+        raise ValueError(
+            f"mask {path}: {mask.shape[1]} x {mask.shape[0]} pixels; the slide has "
+            f"{width} x {height}, another shape"
+        )
+    return TissueMask(mask, slide.dimensions)
+
+
+def geojson_mask(
+    path: str | os.PathLike[str], slide: Slide, *, max_side_px: int = MASK_SIDE_PX
+) -> TissueMask:
+    """Reads outlines that the user drew, in level-0 pixels, as QuPath exports them.
+
+    Args:
+        path: A GeoJSON file: a FeatureCollection, a list of features, or one geometry.
+        slide: The slide.
+        max_side_px: Longer side of the mask.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No GeoJSON, or no polygon in it.
+    """
+    import shapely
+    from PIL import Image, ImageDraw
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"outlines {path}: no such file")
+    try:
+        shapes = [shapely.make_valid(s) for s in _geometries(json.loads(path.read_bytes()))]
+    except (ValueError, TypeError, KeyError, AttributeError, shapely.errors.ShapelyError) as error:
+        raise ValueError(f"outlines {path}: no GeoJSON of polygons: {error!r}") from error
+    union = shapely.union_all(shapes)
+    polygons = [p for p in shapely.get_parts(union) if p.geom_type == "Polygon"]
+    if not polygons:
+        raise ValueError(f"outlines {path}: no polygon in it")
+    width, height = slide.dimensions
+    scale = min(1.0, max_side_px / max(width, height))
+    image = Image.new("1", (max(1, round(width * scale)), max(1, round(height * scale))))
+    draw = ImageDraw.Draw(image)
+    for polygon in sorted(polygons, key=lambda p: -p.envelope.area):  # islands in holes come last
+        for ring, value in ((polygon.exterior, 1), *((hole, 0) for hole in polygon.interiors)):
+            draw.polygon([(x * scale, y * scale) for x, y, *_ in ring.coords], fill=value)
+    return TissueMask(np.asarray(image), slide.dimensions)
+
+
+def _geometries(value: Any) -> list[Any]:
+    import shapely.geometry
+
+    if isinstance(value, list):
+        return [shape for item in value for shape in _geometries(item)]
+    if value["type"] == "FeatureCollection":
+        return _geometries(value["features"])
+    if value["type"] == "Feature":
+        return [shapely.geometry.shape(value["geometry"])]
+    return [shapely.geometry.shape(value)]
