@@ -1,0 +1,30 @@
+"""Phase 2 in minutes on a CPU: xtuner-add train pathgen_llava_finetune_tiny
+
+Expects what phase 1 does, with `conversations.jsonl`, and phase 1's last checkpoint.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.finetuning import *
+
+tokenizer.update(pretrained_model_name_or_path="data/tiny/llama")
+image_processor.update(pretrained_model_name_or_path="data/tiny/clip")
+model["llm"].update(pretrained_model_name_or_path="data/tiny/llama")
+model["visual_encoder"].update(pretrained_model_name_or_path="data/tiny/clip")
+model.update(pretrained_pth="work_dirs/pathgen_llava_pretrain_tiny/iter_10.pth")
+train_dataloader.update(batch_size=4, num_workers=0)
+train_dataloader["sampler"].update(per_device_batch_size=4)
+train_dataloader["dataset"].update(
+    data_path="data/tiny/conversations.jsonl",
+    image_folder="data/tiny/images",
+    tokenizer=tokenizer,
+    image_processor=image_processor,
+)
+optim_wrapper["optimizer"].update(lr=1e-3)
+custom_hooks[1].update(tokenizer=tokenizer)
+param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
+param_scheduler[1].update(begin=0.5, end=2)
+train_cfg.update(max_epochs=2)
+default_hooks["checkpoint"].update(interval=10, max_keep_ckpts=3)
+visualizer = None

@@ -1,0 +1,11 @@
+"""Phase 1 of PathGen's caption model: the connector learns from image-caption pairs.
+
+NPROC_PER_NODE=8 xtuner-add train pathgen_llava_pretrain --deepspeed deepspeed_zero2 --seed 1024
+
+The prompt is the image alone (LLaVA's `plain`). The base config lists every path and number.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.pathgen_llava_13b import *

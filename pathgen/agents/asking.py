@@ -1,0 +1,264 @@
+"""Asking: many requests at a time, again where it helps, within a budget, everything kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pathgen.agents.backends import AgentError, Backend, Reply, Request
+from pathgen.agents.budget import Budget, Spent
+from pathgen.agents.cache import ReplyCache
+from pathgen.agents.replies import ReplyError
+
+MOST_SILENT = 25
+"""So many requests one after the other without a word in reply mean that nobody is there."""
+
+_CORRECTION = "Your reply cannot be used: {problem}. Reply again, in the form that was asked for."
+_CORRECTION_BYTES = 400
+
+
+NO_REQUEST = Request("", "")
+
+
+@dataclass
+class Task:
+    """One request about one row, and what came of it.
+
+    Attributes:
+        line: Of the row.
+        row_id: Its id.
+        row: Its fields.
+        prompt: Name of the prompt.
+        request: What is asked; `NO_REQUEST` where the row does not allow any.
+        digest: Of the request.
+        state: `open`, `done`, `failed`, `not asked` or `rejected`.
+        reason: Why it is not done.
+        value: What the reply says.
+        endpoint: Who replied.
+        from_cache: Whether that was in an earlier run.
+    """
+
+    line: int
+    row_id: str
+    row: dict[str, Any]
+    prompt: str
+    request: Request
+    digest: str
+    state: Literal["open", "done", "failed", "not asked", "rejected"] = "open"
+    reason: str = ""
+    value: Any = None
+    endpoint: str = ""
+    from_cache: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return self.state != "open"
+
+    def settle(self, value: Any, endpoint: str, *, from_cache: bool = False) -> None:
+        """Takes the value of a reply."""
+        self.state, self.value, self.endpoint = "done", value, endpoint
+        self.from_cache = from_cache
+
+
+@dataclass
+class _Outcome:
+    text: str = ""
+    value: Any = None
+    problem: str | None = None
+    blame: str = "model"
+    spent: Spent = field(default_factory=Spent)
+
+
+class Asker:
+    """Asks a backend about tasks, several batches at a time.
+
+    Args:
+        backend: Whom.
+        cache: Keeps every reply at once.
+        budget: What may be spent.
+        attempts: How often to ask for a usable reply.
+        read: `(task, text)` -> value, or raises `ReplyError`.
+
+    Raises:
+        AgentError: From `add`, `flush` and `wait`: the backend cannot be used.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        cache: ReplyCache,
+        budget: Budget,
+        attempts: int,
+        read: Callable[[Task, str], Any],
+    ) -> None:
+        if attempts < 1:
+            raise ValueError("attempts: at least one expected")
+        self._backend = backend
+        self._cache = cache
+        self._budget = budget
+        self._attempts = attempts
+        self._read = read
+        self._spent = cache.spent()
+        self._reserved = Spent()
+        self._queue: deque[Task] = deque()
+        self._running: dict[Future[list[_Outcome]], list[Task]] = {}
+        self._same: dict[str, list[Task]] = {}
+        self._silent = 0
+        self._flushing = False
+        self._pool = ThreadPoolExecutor(max_workers=backend.concurrency)
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits for what is being answered: it is paid for and must be kept."""
+        for future in self._running:
+            future.cancel()
+        self._pool.shutdown(wait=True)
+        for future, tasks in self._running.items():
+            try:
+                outcomes = future.result()
+            except (AgentError, CancelledError):
+                continue
+            for task, outcome in zip(tasks, outcomes, strict=True):
+                self._keep(task, outcome)
+        self._running.clear()
+
+    def add(self, task: Task) -> None:
+        """Takes a task in; a settled one is left alone, an equal one waits for the first."""
+        if task.settled:
+            return
+        if task.digest in self._same:
+            self._same[task.digest].append(task)
+            return
+        self._same[task.digest] = [task]
+        self._queue.append(task)
+        self._send()
+
+    def flush(self) -> None:
+        """No more tasks will come: an incomplete batch may go."""
+        self._flushing = True
+        self._send()
+
+    def wait(self) -> None:
+        """Waits until at least one batch is answered."""
+        flushing, self._flushing = self._flushing, True  # who waits wants no half batch held back
+        self._send()
+        self._flushing = flushing
+        if not self._running:
+            return
+        done = wait(self._running, return_when=FIRST_COMPLETED).done
+        for future in done:
+            outcomes = future.result()
+            settled = list(zip(self._running.pop(future), outcomes, strict=True))
+            for task, outcome in settled:
+                self._reserved -= self._highest(task)
+                self._keep(task, outcome)
+            for task, outcome in settled:
+                self._settle(task, outcome)
+        self._send()
+
+    def _send(self) -> None:
+        while self._queue and len(self._running) < self._backend.concurrency:
+            if len(self._queue) < self._backend.batch_size and not self._flushing:
+                return
+            batch: list[Task] = []
+            while self._queue and len(batch) < self._backend.batch_size:
+                highest = self._highest(self._queue[0])
+                if not self._budget.allows(self._spent + self._reserved + highest):
+                    break
+                self._reserved += highest
+                batch.append(self._queue.popleft())
+            if batch:
+                self._running[self._pool.submit(self._ask, batch)] = batch
+            elif self._running:
+                return  # what is being asked may turn out cheaper than feared
+            else:
+                self._give_up(self._queue.popleft())
+
+    def _give_up(self, task: Task) -> None:
+        for same in self._same.pop(task.digest):
+            same.state, same.reason = "not asked", "the budget's ceiling is reached"
+
+    def _highest(self, task: Task) -> Spent:
+        total, request = Spent(), task.request
+        limit = self._backend.sampling.max_tokens
+        for attempt in range(self._attempts):
+            # A token of an earlier reply is one token again; its bytes do not matter.
+            earlier = attempt * (limit + _CORRECTION_BYTES)
+            total += self._budget.highest(
+                text_bytes=request.text_bytes + earlier,
+                has_image=request.image is not None,
+                max_reply_tokens=limit,
+            )
+        return total
+
+    def _ask(self, tasks: Sequence[Task]) -> list[_Outcome]:
+        """Runs in a thread: asks, and asks again about replies that cannot be used."""
+        outcomes = [_Outcome() for _ in tasks]
+        requests = {index: task.request for index, task in enumerate(tasks)}
+        for _ in range(self._attempts):
+            replies = self._backend.ask(list(requests.values()))
+            again = {}
+            for (index, request), reply in zip(requests.items(), replies, strict=True):
+                outcome = outcomes[index]
+                self._judge(tasks[index], reply, outcome)
+                outcome.spent += self._price(request, reply)
+                if outcome.problem is not None and reply.blame == "model":
+                    again[index] = _corrected(request, reply, outcome.problem)
+            requests = again
+            if not requests:
+                break
+        return outcomes
+
+    def _judge(self, task: Task, reply: Reply, outcome: _Outcome) -> None:
+        outcome.text, outcome.problem, outcome.blame = reply.text, reply.fault, reply.blame
+        if reply.fault is None:
+            try:
+                outcome.value = self._read(task, reply.text)
+            except ReplyError as error:
+                outcome.problem = str(error)
+
+    def _price(self, request: Request, reply: Reply) -> Spent:
+        prompt, words = reply.prompt_tokens, reply.reply_tokens
+        if prompt is None or words is None:
+            return self._budget.highest(
+                text_bytes=request.text_bytes,
+                has_image=request.image is not None,
+                max_reply_tokens=self._backend.sampling.max_tokens,
+            )
+        return Spent(self._budget.cost(prompt, words), prompt + words)
+
+    def _keep(self, task: Task, outcome: _Outcome) -> None:
+        self._spent += outcome.spent
+        self._cache.keep(
+            task.digest, outcome.text, outcome.problem, self._backend.endpoint, outcome.spent
+        )
+
+    def _settle(self, task: Task, outcome: _Outcome) -> None:
+        for same in self._same.pop(task.digest):
+            if outcome.problem is None:
+                same.settle(outcome.value, self._backend.endpoint)
+            else:
+                shown = f"; the reply began {outcome.text[:120]!r}" if outcome.text else ""
+                same.state, same.reason = "failed", f"{outcome.problem}{shown}"
+        if outcome.text or outcome.blame == "image":
+            self._silent = 0
+            return
+        self._silent += 1
+        if self._silent >= MOST_SILENT:
+            raise AgentError(
+                f"{self._backend.model} at {self._backend.endpoint}: {self._silent} requests in a "
+                f"row without a reply; the last: {outcome.problem}"
+            )
+
+
+def _corrected(request: Request, reply: Reply, problem: str) -> Request:
+    if not reply.text:
+        return request
+    correction = _CORRECTION.format(problem=problem[:200])
+    return replace(request, earlier=(*request.earlier, (reply.text, correction)))

@@ -1,0 +1,151 @@
+"""The three agents that write captions: describe, revise, summarise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pathgen.agents.prompts import Prompt, load_prompt
+from pathgen.agents.replies import ReplyError
+from pathgen.agents.steps import Rejected, Step
+from pathgen.filters import count_words, find_leak, find_refusal
+
+CLIP_TOKENS = 77
+"""Positions of CLIP's text encoder, those of the start and end marks included (arXiv:2103.00020,
+section 2.4: 76 without the last)."""
+
+CountTokens = Callable[[str], int]
+
+
+def describe(
+    prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
+) -> Step:
+    """The step that looks at a patch and writes a detailed caption.
+
+    What the row says already, `caption` and `report`, is offered to the model as notes.
+
+    Args:
+        prompt_file: Instead of this package's prompt.
+        min_words: Shorter replies are asked for again.
+        max_words: Longer ones too.
+    """
+
+    def read(value: Any) -> str:
+        return check_caption(_caption(value), min_words=min_words, max_words=max_words)
+
+    settings = {"min_words": min_words, "max_words": max_words}
+    return Step("describe", _prompts("describe", prompt_file), read, _replace, settings=settings)
+
+
+def revise(
+    prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
+) -> Step:
+    """The step that checks a caption against image and report, and corrects or rejects it."""
+
+    def read(value: Mapping[str, Any] | str) -> dict[str, Any]:
+        if isinstance(value, str):  # a prompt of the user's that asks for text
+            value = {"usable": True, "problems": [], "caption": value}
+        missing = {"usable", "problems", "caption"} - set(value)
+        if missing:
+            raise ReplyError(f"the fields {', '.join(sorted(missing))} are missing")
+        if value["usable"]:
+            check_caption(_caption(value), min_words=min_words, max_words=max_words)
+        return dict(value)
+
+    def finish(row: dict[str, Any], _: str, value: dict[str, Any]) -> dict[str, Any]:
+        problems = [str(problem) for problem in value["problems"]]
+        if not value["usable"]:
+            raise Rejected("; ".join(problems) or "of no use, without a reason")
+        row = _replace(row, "revise", value["caption"])
+        row["problems"] = problems
+        return row
+
+    return Step(
+        "revise",
+        _prompts("revise", prompt_file),
+        read,
+        finish,
+        requires=("caption",),
+        settings={"min_words": min_words, "max_words": max_words},
+    )
+
+
+def summarise(
+    prompt_file: str | Path | None = None,
+    *,
+    count_tokens: CountTokens | None = None,
+    max_tokens: int = CLIP_TOKENS,
+    max_words: int = 60,
+) -> Step:
+    """The step that shortens a caption to what CLIP's text encoder reads.
+
+    Args:
+        prompt_file: Instead of this package's prompt.
+        count_tokens: Text -> tokens with both marks; by default `clip_token_counter()`.
+        max_tokens: Longer replies are asked for again.
+        max_words: Likewise.
+    """
+    count = count_tokens or clip_token_counter()
+
+    def read(value: Any) -> str:
+        text = check_caption(_caption(value), min_words=3, max_words=max_words)
+        tokens = count(text)
+        if tokens > max_tokens:
+            raise ReplyError(f"{tokens} tokens are too many: {max_tokens} at most; write less")
+        return text
+
+    return Step(
+        "summarise",
+        _prompts("summarise", prompt_file),
+        read,
+        _replace,
+        requires=("caption",),
+        with_image=False,
+        settings={"max_tokens": max_tokens, "max_words": max_words},
+    )
+
+
+def check_caption(text: str, *, min_words: int, max_words: int) -> str:
+    """Returns a caption that can be used.
+
+    Raises:
+        ReplyError: Of another length, a refusal, or it speaks of the notes that came with it.
+    """
+    count = count_words(text)
+    if not min_words <= count <= max_words:
+        raise ReplyError(f"{count} words; {min_words} to {max_words} are asked for")
+    if words := find_refusal(text):
+        raise ReplyError(f"it declines: {words!r}")
+    if words := find_leak(text):
+        raise ReplyError(f"it speaks of texts that the reader does not know: {words!r}")
+    return text
+
+
+def clip_token_counter() -> CountTokens:
+    """Counts the tokens of CLIP's own vocabulary, the start and end marks included."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    return lambda text: len(tokenizer.encode(text)) + 2
+
+
+def _prompts(name: str, prompt_file: str | Path | None) -> dict[str, Prompt]:
+    own = load_prompt(name)
+    return {name: load_prompt(prompt_file, reply_of=own) if prompt_file else own}
+
+
+def _caption(value: Any) -> str:
+    """A caption, also out of an object as a prompt of the user's may ask for."""
+    caption = value.get("caption") if isinstance(value, Mapping) else value
+    if not isinstance(caption, str):
+        raise ReplyError("the field caption is missing or no text")
+    return caption
+
+
+def _replace(row: dict[str, Any], step: str, caption: str) -> dict[str, Any]:
+    """Puts a new caption in place; every earlier one stays readable under its step's name."""
+    versions = dict(row.get("versions") or {})
+    if not versions and row.get("caption"):
+        versions["source"] = row["caption"]
+    return {**row, "caption": caption, "versions": {**versions, step: caption}}

@@ -1,0 +1,141 @@
+"""Prompts of the agents: read, checked, filled with the fields of a row.
+
+A prompt file is JSON:
+
+    {"system": "...", "user": ["paragraph", "paragraph with {caption}"], "reply": {...}}
+
+`{field}` is replaced by that field of the row and `{field:json}` by its JSON form, which cannot
+pose as prompt. A paragraph is left out when the row lacks a field that it names. `reply` is the
+JSON schema of the reply; without it the reply is plain text. A `.txt` file is the `user` part
+alone, paragraphs apart by blank lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+_FIELD = re.compile(r"\{([A-Za-z_]\w*)(:json)?\}")
+_ALIASES = {"description": "caption"}
+"""The published describer prompt calls a row's caption so."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an agent is told.
+
+    Attributes:
+        name: For provenance.
+        system: The system message; may be empty.
+        paragraphs: Of the user message.
+        schema: JSON schema of the reply; None for plain text.
+    """
+
+    name: str
+    system: str
+    paragraphs: tuple[str, ...]
+    schema: Mapping[str, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that is said, for provenance."""
+        content = [self.system, list(self.paragraphs), self.schema]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The user message for one row.
+
+        Raises:
+            ValueError: No paragraph is left: the row has none of the fields.
+        """
+        kept = [text for text in (_fill(p, row) for p in self.paragraphs) if text is not None]
+        if not kept:
+            raise ValueError(f"prompt {self.name!r}: the row has none of its fields")
+        return "\n\n".join(kept)
+
+
+def load_prompt(name_or_path: str | Path, *, reply_of: Prompt | None = None) -> Prompt:
+    """Reads a prompt of this package by name, or a file of the user's.
+
+    Args:
+        name_or_path: `describe`, for instance, or a `.json` or `.txt` file.
+        reply_of: Gives the system message and the reply's schema where the file does not.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no prompt.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".json", ".txt"):
+        resource = files("pathgen.prompts") / f"{path.name}.json"
+        if path.name != str(name_or_path) or not resource.is_file():
+            raise FileNotFoundError(
+                f"prompt {name_or_path}: neither a known name nor .json or .txt"
+            )
+        return _parse(path.name, resource.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt {path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        paragraphs = tuple(p.strip() for p in re.split(r"\n\s*\n", text) if p.strip())
+        if not paragraphs:
+            raise ValueError(f"prompt {path}: empty")
+        prompt = Prompt(path.stem, "", paragraphs)
+        return replace(prompt, schema=reply_of.schema) if reply_of else prompt
+    prompt = _parse(path.stem, text)
+    if reply_of is not None and prompt.schema is None:
+        prompt = replace(prompt, schema=reply_of.schema)
+    return prompt
+
+
+def _parse(name: str, text: str) -> Prompt:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"prompt {name}: no JSON: {error}") from error
+    if not isinstance(value, Mapping) or not set(value) <= {"system", "user", "reply"}:
+        raise ValueError(f"prompt {name}: an object of system, user and reply expected")
+    user = value.get("user")
+    paragraphs = [user] if isinstance(user, str) else user
+    if (
+        not isinstance(paragraphs, Sequence)
+        or not paragraphs
+        or not all(isinstance(p, str) and p for p in paragraphs)
+    ):
+        raise ValueError(f"prompt {name}: user: a text or a list of paragraphs expected")
+    schema = value.get("reply")
+    if schema is not None:
+        _check_schema(name, schema)
+    return Prompt(name, str(value.get("system", "")), tuple(paragraphs), schema)
+
+
+def _check_schema(name: str, schema: Any) -> None:
+    import jsonschema
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"prompt {name}: reply is no JSON schema: {error.message}") from error
+
+
+def _fill(paragraph: str, row: Mapping[str, Any]) -> str | None:
+    """One pass over the template: what a row's text brings along in braces stays as it is."""
+    values = {}
+    for field, _ in _FIELD.findall(paragraph):
+        value = row.get(field, row.get(_ALIASES.get(field, field)))
+        if value is None or value == "":
+            return None
+        values[field] = value
+    return _FIELD.sub(lambda found: _text(values[found[1]], as_json=bool(found[2])), paragraph)
+
+
+def _text(value: Any, *, as_json: bool) -> str:
+    if as_json or not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return value

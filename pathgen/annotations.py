@@ -1,0 +1,160 @@
+"""PathGen's annotations: slide, position, caption; read one by one, checked one by one.
+
+The published file is one array of 1.6 million objects, 1.1 GB; JSON lines are read too. Fields:
+`wsi_id` (the data) or `WSI_id` (the script in PathGen's README), `position` (left and top in
+level-0 pixels, as strings or numbers), `caption`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from wsi.files import UnsafeNameError, check_name
+from wsi.request_table import PatchRequest, RejectedRow
+
+PATCH_PX = 672
+"""Side of PathGen's patches in level-0 pixels (https://github.com/PathGen-1-6M/PathGen-1.6M)."""
+
+_ID_FIELDS = ("wsi_id", "WSI_id")
+_NUMBER = re.compile(r"-?[0-9]{1,20}")
+_MAX_POSITION = 2**31
+_NAME_ROOM_BYTES = len("_-2147483648_-2147483648.webp")
+_BLANKS = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+
+
+class AnnotationError(ValueError):
+    """A row that is no annotation. `reason` is the same for all rows with the same fault."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def read_annotations(
+    path: str | os.PathLike[str], *, patch_px: int = PATCH_PX
+) -> Iterator[PatchRequest | RejectedRow]:
+    """Reads a file of annotations in constant memory.
+
+    Args:
+        path: A JSON array of objects, or one object a line.
+        patch_px: Side of the patches, in level-0 pixels.
+
+    Yields:
+        For each row, in order, the patch it asks for, or why it asks for none.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Neither of both formats, or a file that breaks off.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {path}: no such file")
+    rows = _array_rows(path) if _begins_with_array(path) else _line_rows(path)
+    for number, row in enumerate(rows, 1):
+        try:
+            if isinstance(row, AnnotationError):
+                raise row
+            slide_id, x, y, caption = parse_annotation(row)
+        except AnnotationError as error:
+            yield RejectedRow(number, error.reason, error.detail)
+        else:
+            yield PatchRequest(number, slide_id, x, y, patch_px, patch_px, caption)
+
+
+def parse_annotation(row: Any) -> tuple[str, int, int, str]:
+    """Checks one row.
+
+    Args:
+        row: A decoded JSON value.
+
+    Returns:
+        Slide id, left, top, caption.
+
+    Raises:
+        AnnotationError: Something is missing or is not what it should be.
+    """
+    if not isinstance(row, dict):
+        raise AnnotationError("bad row", f"an object expected, got {row!r:.80}")
+    slide_id = next((row[name] for name in _ID_FIELDS if name in row), None)
+    if slide_id is None:
+        raise AnnotationError("bad id", f"no field wsi_id; fields: {sorted(map(str, row))!r:.80}")
+    try:
+        slide_id = check_name(slide_id, room_bytes=_NAME_ROOM_BYTES)
+    except UnsafeNameError as error:
+        raise AnnotationError("bad id", str(error)) from error
+    position = row.get("position")
+    if not isinstance(position, (list, tuple)) or len(position) != 2:
+        raise AnnotationError("bad position", f"two numbers expected, got {position!r:.80}")
+    caption = row.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise AnnotationError("bad caption", f"text expected, got {caption!r:.80}")
+    if "\0" in caption or any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise AnnotationError("bad caption", f"{caption!r:.80} holds what no text has")
+    return slide_id, _pixels(position[0]), _pixels(position[1]), caption
+
+
+def _pixels(value: Any) -> int:
+    """A whole number, or digits; `int` would also take ' 7', '1_0', True and 10.9."""
+    number: int | None = None
+    if isinstance(value, str):
+        number = int(value) if _NUMBER.fullmatch(value) else None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+        number = int(value)
+    if number is None:
+        raise AnnotationError(
+            "bad position", f"a whole number of pixels expected, got {value!r:.60}"
+        )
+    if not -_MAX_POSITION < number < _MAX_POSITION:
+        raise AnnotationError("bad position", f"{number}: no slide is as large")
+    return number
+
+
+def _begins_with_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(_BOM).lstrip(_BLANKS)
+    if head[:1] not in (b"[", b"{"):
+        raise ValueError(
+            f"annotations {path}: a JSON array of objects, or one object a line, expected; it "
+            f"begins with {head[:40]!r}"
+        )
+    return head[:1] == b"["
+
+
+def _array_rows(path: Path) -> Iterator[Any]:
+    import ijson
+
+    with path.open("rb") as file:
+        if file.read(len(_BOM)) != _BOM:
+            file.seek(0)
+        try:
+            yield from ijson.items(file, "item")
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"annotations {path}: no good JSON near byte {file.tell():,}, or the file breaks "
+                f"off there ({error}); fetch it again"
+            ) from error
+
+
+def _line_rows(path: Path) -> Iterator[Any]:
+    import msgspec
+
+    decode = msgspec.json.decode
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number == 0:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                try:
+                    yield decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    yield AnnotationError("bad row", f"no JSON ({error}): {line[:60]!r}")

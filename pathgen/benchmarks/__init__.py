@@ -1,0 +1,1 @@
+"""Class lists, prompts and layouts of public data sets, as JSON."""

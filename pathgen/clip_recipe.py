@@ -1,0 +1,245 @@
+"""Recipes of CLIP training: YAML that names a model, where it starts, and the stages.
+
+A recipe is::
+
+    _base_: other.yml            # optional: what is not said here is taken from there
+    model: ViT-L-14-quickgelu    # known to open_clip, or a JSON file beside the recipe
+    pretrained: openai           # open_clip's tag, a checkpoint, or left out for random weights
+    options: {precision: amp_bf16, workers: 8}   # of open_clip's trainer, for all stages
+    stages:
+      - {name: all, data: data/all/shards, options: {epochs: 10, lr: 1.0e-5}}
+      - {name: clean, data: data/clean/pairs.jsonl, options: {epochs: 5}}
+
+Each stage starts from the weights of the one before. Options are those of `python -m
+open_clip_train.main --help`, with underscores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wsi.files import check_name
+
+SET_HERE = frozenset(
+    {
+        *("train_data", "dataset_type", "logs", "name", "resume"),
+        *("save_most_recent", "model", "pretrained", "remote_sync", "copy_codebase"),
+    }
+)
+"""Options that a recipe may not set, since training here sets them itself."""
+
+_FIELDS = {"_base_", "model", "pretrained", "options", "stages"}
+_STAGE_FIELDS = {"name", "data", "images", "val", "options"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training.
+
+    Attributes:
+        name: Of its folder in the output.
+        data: Shards or `pairs.jsonl`.
+        images: Folder of the images of `pairs.jsonl`; by default the file's own.
+        val: Shards or `pairs.jsonl` whose loss and recall are logged after each epoch.
+        options: Of open_clip's trainer.
+    """
+
+    name: str
+    data: Path
+    images: Path | None = None
+    val: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, from where, and on what.
+
+    Attributes:
+        model: Name of an architecture of open_clip, or the JSON file of one.
+        pretrained: A tag of open_clip, a checkpoint, or empty for random weights.
+        stages: One after the other.
+    """
+
+    model: str
+    pretrained: str
+    stages: tuple[Stage, ...]
+
+
+def read_recipe(
+    path: str | os.PathLike[str],
+    *,
+    data: Mapping[str, Path] | None = None,
+    images: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+) -> Recipe:
+    """Reads a recipe; what is given beside it goes before what it says.
+
+    Args:
+        path: The YAML file.
+        data: Stage -> shards or pairs.
+        images: Folder of the images of all stages.
+        options: Of open_clip's trainer, for all stages.
+        model: Instead of the recipe's.
+        pretrained: Instead of the recipe's.
+
+    Raises:
+        FileNotFoundError: No such recipe, or a model file or checkpoint that it names.
+        ValueError: A field or option that there is not; names it.
+    """
+    path = Path(path)
+    content = _content(path, ())
+    if unknown := sorted(set(content) - _FIELDS):
+        raise ValueError(f"recipe {path}: {unknown}: no such fields; known: {sorted(_FIELDS)}")
+    stages = content.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise ValueError(f"recipe {path}: stages: a list with at least one stage expected")
+    shared = {**_mapping(path, "options", content.get("options"))}
+    data = dict(data or {})
+    read = tuple(_stage(path, row, shared, data, images, options or {}) for row in stages)
+    names = [stage.name for stage in read]
+    if len(set(names)) != len(names):
+        raise ValueError(f"recipe {path}: stages of different names expected, got {names}")
+    if unknown := sorted(set(data) - set(names)):
+        raise ValueError(f"recipe {path}: has no stages {unknown}, only {names}")
+    named = model or content.get("model")
+    if not isinstance(named, str):
+        raise ValueError(f"recipe {path}: model: a name or a JSON file expected, got {named!r}")
+    start = content.get("pretrained") if pretrained is None else pretrained
+    return Recipe(_model(path, named), _start(path, start or ""), read)
+
+
+def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as arguments of open_clip's trainer.
+
+    True sets a flag, False and None leave it out; lists and mappings become several values.
+
+    Raises:
+        ValueError: The trainer does not know one, or not this value.
+    """
+    from open_clip_train.params import parse_args
+
+    known = vars(parse_args([]))  # exact names: the parser itself would take the beginnings of them
+    if unknown := sorted({name.replace("-", "_") for name in options} - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"options of open_clip's trainer: it has no {', '.join(unknown)}{hint}")
+    arguments: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        arguments.append(flag)
+        if isinstance(value, Mapping):
+            arguments += [f"{key}={item}" for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            arguments += map(str, value)
+        elif value is not True:
+            arguments.append(str(value))
+    _parse(arguments)
+    return arguments
+
+
+def _parse(arguments: list[str]) -> None:
+    from open_clip_train.params import parse_args
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parse_args(arguments)
+    except SystemExit as error:
+        message = (said.getvalue().strip().splitlines() or ["refused"])[-1]
+        raise ValueError(f"options of open_clip's trainer: {message}") from error
+
+
+def _content(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path}: no such file")
+    if path.resolve() in seen:
+        raise ValueError(f"recipe {path}: inherits from itself")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: cannot be read: {error}") from error
+    content = _mapping(path, "recipe", content)
+    if "_base_" not in content:
+        return content
+    base = _content(path.parent / str(content["_base_"]), (*seen, path.resolve()))
+    options = {
+        **_mapping(path, "options", base.get("options")),
+        **_mapping(path, "options", content.get("options")),
+    }
+    return {**base, **content, "options": options}
+
+
+def _stage(
+    path: Path,
+    row: Any,
+    shared: Mapping[str, Any],
+    data: Mapping[str, Path],
+    images: Path | None,
+    options: Mapping[str, Any],
+) -> Stage:
+    row = _mapping(path, "stages", row)
+    if unknown := sorted(set(row) - _STAGE_FIELDS):
+        raise ValueError(f"recipe {path}: stages: {unknown}: no such fields")
+    name = check_name(row.get("name"))
+    source = data.get(name, row.get("data"))
+    if source is None:
+        raise ValueError(f"recipe {path}: stage {name}: data expected: shards or pairs.jsonl")
+    merged = {**shared, **_mapping(path, "options", row.get("options")), **options}
+    if taken := sorted(SET_HERE & set(merged)):
+        raise ValueError(f"recipe {path}: stage {name}: {taken} are set by the training itself")
+    if merged.get("train_num_samples") and not merged.get("dataset_resampled"):
+        raise ValueError(
+            f"recipe {path}: stage {name}: train_num_samples makes epochs of another length "
+            "than the data; that needs dataset_resampled: true"
+        )
+    trainer_arguments(merged)
+    folder = images if images is not None else row.get("images")
+    val = Path(str(row["val"])) if row.get("val") else None
+    return Stage(name, Path(str(source)), Path(str(folder)) if folder else None, val, merged)
+
+
+def _model(path: Path, model: str) -> str:
+    if not model.endswith(".json"):
+        return model
+    for file in (Path(model), path.parent / model):
+        if file.is_file():
+            return str(file.absolute())
+    raise FileNotFoundError(f"recipe {path}: model {model}: no such file here or beside the recipe")
+
+
+def _start(path: Path, pretrained: str) -> str:
+    suffixes = (".pt", ".pth", ".bin", ".safetensors")
+    if os.sep not in pretrained and not pretrained.endswith(suffixes):
+        return pretrained
+    if not Path(pretrained).exists():
+        raise FileNotFoundError(f"recipe {path}: pretrained {pretrained}: no such checkpoint")
+    if Path(pretrained).is_dir():
+        found = Path(pretrained, "open_clip_model.safetensors")
+        if not found.is_file():
+            raise FileNotFoundError(
+                f"recipe {path}: pretrained {pretrained}: no {found.name} in it"
+            )
+        return str(found.absolute())
+    return str(Path(pretrained).absolute())
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"recipe {path}: {name}: a mapping expected, got {value!r:.80}")
+    return {str(key): item for key, item in value.items()}

@@ -1,0 +1,292 @@
+"""Image-caption pairs as WebDataset shards, which open_clip's trainer reads.
+
+`pairs.jsonl` becomes shards here: shuffled over the whole file, since neighbours there come from
+one slide and would be each other's negatives; dealt evenly; each image decoded once, so that a bad
+one is recorded before training instead of met in it. A shard and its record are whole or absent,
+and a killed run continues behind those that are there. Shards that exist are read in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pathgen.rows import path_inside
+from wsi.files import atomic_file, folder_lock, write_json
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+"""What open_clip's pipeline takes for an image in a shard."""
+
+INDEX_NAME = "shards.index.json"
+PAIRS_PER_SHARD = 2000
+
+_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_UNUSABLE = ("{", "}", "::")
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards to train on.
+
+    Attributes:
+        paths: Of the shards.
+        num_pairs: In each of them.
+        skipped: What was left out, and why: `id` or `shard`, and `reason`.
+    """
+
+    paths: tuple[Path, ...]
+    num_pairs: tuple[int, ...]
+    skipped: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Pairs in all shards."""
+        return sum(self.num_pairs)
+
+    @property
+    def urls(self) -> str:
+        """The shards as one argument of open_clip's trainer."""
+        bad = next((path for path in self.paths if any(m in str(path) for m in _UNUSABLE)), None)
+        if bad is not None:
+            raise ValueError(
+                f"shard {bad}: open_clip reads braces and '::' in paths as lists; rename the folder"
+            )
+        return "::".join(str(path.absolute()) for path in self.paths)
+
+    def check(self, batch_size: int, num_readers: int) -> None:
+        """Checks that every reading process of every rank can fill a batch.
+
+        Shards go to ranks and workers round about; one whose shards hold less than a batch gives
+        nothing at all, and with several ranks the others then wait for it for ever.
+
+        Args:
+            batch_size: Pairs of one batch of one process.
+            num_readers: Processes times data workers of each.
+
+        Raises:
+            ValueError: Too few shards, or too few pairs in them.
+        """
+        if len(self.paths) < num_readers:
+            raise ValueError(
+                f"{len(self.paths)} shards for {num_readers} readers (processes x workers): each "
+                "needs one at least; lower `workers`, or train from pairs.jsonl, which is cut as "
+                "needed"
+            )
+        fewest = sum(sorted(self.num_pairs)[: len(self.paths) // num_readers])
+        if fewest < batch_size:
+            raise ValueError(
+                f"a batch of {batch_size} pairs, but a reader may get shards of {fewest} pairs "
+                f"only ({self.total} pairs, {num_readers} readers): lower `batch_size` or `workers`"
+            )
+
+
+def prepare_shards(
+    data: str | os.PathLike[str],
+    work_dir: str | os.PathLike[str],
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    num_readers: int = 1,
+    num_processes: int = 1,
+    seed: int = 0,
+) -> ShardSet:
+    """Finds shards, or makes them from `pairs.jsonl`.
+
+    Args:
+        data: A folder of `.tar` shards, also one with `shards/` in it, or a `.jsonl` file.
+        work_dir: Takes the index, and shards that are made.
+        image_folder: Of the images of a `.jsonl` file; by default the file's own.
+        num_readers: At least so many shards are made.
+        num_processes: That make them.
+        seed: Of the order of the pairs.
+
+    Raises:
+        FileNotFoundError: No such file or folder, or no shards in it.
+        ValueError: No pair that can be used, or another run is at work here.
+    """
+    data, work_dir = Path(data), Path(work_dir)
+    if data.is_dir():
+        work_dir.mkdir(parents=True, exist_ok=True)
+        return index_shards(data, work_dir / INDEX_NAME)
+    if not data.is_file():
+        raise FileNotFoundError(f"{data}: neither pairs in JSON lines nor a folder of shards")
+    folder = Path(image_folder) if image_folder is not None else data.parent
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with folder_lock(work_dir / ".lock"):
+        return _pack(data.absolute(), folder.absolute(), work_dir, num_readers, num_processes, seed)
+
+
+def index_shards(folder: Path, index_file: Path) -> ShardSet:
+    """Counts the pairs of the shards of a folder; what was counted before is not read again.
+
+    Raises:
+        FileNotFoundError: No shards.
+        ValueError: None of them can be read.
+    """
+    paths = sorted(folder.glob("*.tar")) or sorted((folder / "shards").glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: holds no .tar shards, nor does a folder shards in it")
+    known = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
+    rows: dict[str, dict[str, Any]] = {}
+    for path in tqdm(paths, desc="Counting pairs", unit="shard", disable=len(paths) < 20):
+        status = path.stat()
+        identity = [status.st_size, status.st_mtime_ns]
+        row = known.get(str(path.absolute()))
+        if row is None or row["identity"] != identity:
+            row = {"identity": identity, **_count(path)}
+        rows[str(path.absolute())] = row
+    write_json(index_file, rows)
+    skipped = [{"shard": n, "reason": r["error"]} for n, r in rows.items() if "error" in r]
+    good = {name: row["num_pairs"] for name, row in rows.items() if row.get("num_pairs")}
+    if not good:
+        raise ValueError(f"{folder}: no shard with pairs of image and .txt: {skipped[:1]}")
+    return ShardSet(tuple(map(Path, good)), tuple(good.values()), tuple(skipped))
+
+
+def _count(path: Path) -> dict[str, Any]:
+    """Pairs of a shard as open_clip groups them: names up to the first dot of the last part."""
+    suffixes: dict[str, set[str]] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
+                if member.isfile() and suffix:
+                    suffixes.setdefault(f"{folder}/{key}", set()).add(suffix.lower())
+    except (tarfile.TarError, OSError) as error:
+        return {"num_pairs": 0, "error": f"cannot be read to its end: {error}"}
+    pairs = sum("txt" in found and bool(found & set(IMAGE_SUFFIXES)) for found in suffixes.values())
+    return {"num_pairs": pairs} if pairs else {"num_pairs": 0, "error": "holds no image with .txt"}
+
+
+def _pack(
+    data: Path, images: Path, work_dir: Path, num_readers: int, num_processes: int, seed: int
+) -> ShardSet:
+    offsets = np.fromiter(_line_offsets(data), dtype=np.int64)
+    if not len(offsets):
+        raise ValueError(f"{data}: holds no pairs")
+    per_reader = -(-len(offsets) // (PAIRS_PER_SHARD * num_readers))
+    num_shards = min(len(offsets), num_readers * max(1, per_reader))
+    status = data.stat()
+    inputs = {
+        "pairs": str(data),
+        "identity": [status.st_size, status.st_mtime_ns],
+        "images": str(images),
+        "num_shards": num_shards,
+        "seed": seed,
+    }
+    shards = work_dir / "shards"
+    inputs_file = work_dir / "shards.inputs.json"
+    if not inputs_file.is_file() or json.loads(inputs_file.read_text("utf-8")) != inputs:
+        shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir()
+        write_json(inputs_file, inputs)
+    order = np.random.default_rng(seed).permutation(len(offsets))
+    parts = [np.sort(order[number::num_shards]) for number in range(num_shards)]
+    todo = [n for n in range(num_shards) if not (shards / f"{n:06d}.json").is_file()]
+    write = functools.partial(_write_shard, data, images, shards)
+    tasks = [(number, _mixed(offsets[parts[number]], seed + number)) for number in todo]
+    with tqdm(total=len(tasks), desc="Writing shards", unit="shard") as bar:
+        if num_processes > 1 and len(tasks) > 1:
+            with ProcessPoolExecutor(num_processes) as pool:
+                for _ in pool.map(write, *zip(*tasks, strict=True)):
+                    bar.update()
+        else:
+            for number, own in tasks:
+                write(number, own)
+                bar.update()
+    return _packed(data, shards, num_shards)
+
+
+def _packed(data: Path, shards: Path, num_shards: int) -> ShardSet:
+    paths, counts, skipped = [], [], []
+    for number in range(num_shards):
+        record = json.loads((shards / f"{number:06d}.json").read_text(encoding="utf-8"))
+        skipped += record["skipped"]
+        if record["num_pairs"]:
+            paths.append(shards / f"{number:06d}.tar")
+            counts.append(record["num_pairs"])
+    if not paths:
+        raise ValueError(f"{data}: no pair can be used; the first: {skipped[0]['reason']}")
+    skipped.sort(key=lambda row: row["line"])
+    return ShardSet(tuple(paths), tuple(counts), tuple(skipped))
+
+
+def _mixed(offsets: np.ndarray, seed: int) -> list[int]:
+    return [int(offset) for offset in np.random.default_rng(seed).permutation(offsets)]
+
+
+def _line_offsets(path: Path) -> Iterator[int]:
+    offset = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.strip():
+                yield offset
+            offset += len(line)
+
+
+def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: list[int]) -> None:
+    skipped, num_pairs = [], 0
+    with (
+        atomic_file(shards / f"{number:06d}.tar") as partial,
+        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+        data.open("rb") as lines,
+    ):
+        for offset in offsets:
+            lines.seek(offset)
+            row: Any = None
+            try:
+                row = json.loads(lines.readline())
+                suffix, image, caption = _read_pair(row, images)
+            except (ValueError, OSError) as error:
+                found = row.get("id") if isinstance(row, dict) else None
+                skipped.append({"line": offset, "id": found, "reason": str(error)})
+                continue
+            # Keys are numbers: the ids of slides hold dots, at which WebDataset cuts.
+            key = f"{number:06d}{num_pairs:06d}"
+            about = {name: row[name] for name in row if name != "caption"}
+            _add(tar, f"{key}.{suffix}", image)
+            _add(tar, f"{key}.txt", caption.encode())
+            _add(tar, f"{key}.json", json.dumps(about, ensure_ascii=False).encode())
+            num_pairs += 1
+    write_json(shards / f"{number:06d}.json", {"num_pairs": num_pairs, "skipped": skipped})
+
+
+def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
+    """Suffix and bytes of the image, and the caption; the image decodes to its last line."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(row, dict):
+        raise ValueError(f"an object expected, got {type(row).__name__}")
+    caption = row.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"caption: text expected, got {caption!r:.80}")
+    path = path_inside(images, row.get("image"))
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            if image.format in _FORMATS:
+                return _FORMATS[image.format], content, caption
+            lossless = io.BytesIO()
+            image.convert("RGB").save(lossless, "PNG")
+            return "png", lossless.getvalue(), caption
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path}: cannot be decoded: {error}") from error
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)  # time, owner and rights stay constant: equal pairs, equal shards
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))

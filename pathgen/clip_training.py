@@ -1,0 +1,304 @@
+"""PathGen-CLIP: training by open_clip's own trainer, in stages, resumable, exported at the end.
+
+For each stage of a recipe the output folder holds `<stage>/` with the trainer's log, settings and
+checkpoints, `open_clip/` and, where the architecture allows, `hf/`; the next stage starts from
+`open_clip/`. A run that was killed continues at the last epoch that was whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathgen.clip_export import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ExportError,
+    export_hugging_face,
+    export_open_clip,
+    model_config,
+)
+from pathgen.clip_recipe import Recipe, Stage, trainer_arguments
+from pathgen.clip_shards import ShardSet, prepare_shards
+from wsi.files import write_json
+
+CHECKPOINT_NAME = "epoch_latest.pt"  # the one that open_clip's trainer writes beside and renames
+SKIPPED_NAME = "skipped.jsonl"
+
+Start = Callable[[Sequence[str]], int]
+"""Runs arguments of the interpreter in as many processes as are wanted; returns the exit code."""
+
+_EXPORT_PATIENCE_S = 1800.0
+_CHANGEABLE = {"workers", "log_every_n_steps", "report_to", "device", "save_frequency"}
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """The trainer ended with an exit code that is not 0."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage gave.
+
+    Attributes:
+        name: Of the stage.
+        open_clip: The folder for open_clip.
+        hugging_face: The folder for transformers, or None with the reason in `note`.
+        note: Why something is missing.
+        num_pairs: That were trained on.
+        num_skipped: Pairs and shards that were left out.
+    """
+
+    name: str
+    open_clip: Path
+    hugging_face: Path | None
+    note: str
+    num_pairs: int
+    num_skipped: int
+
+
+def train_clip(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    start: Start,
+    num_processes: int = 1,
+    num_packers: int = 1,
+    device: str | None = None,
+    seed: int = 0,
+    is_first_machine: bool = True,
+) -> list[StageResult]:
+    """Trains all stages; those that are finished are not trained again.
+
+    Args:
+        recipe: What is trained.
+        out: Output folder; a folder per stage.
+        start: Starts the trainer.
+        num_processes: That `start` starts, on all machines.
+        num_packers: Processes that make shards of `pairs.jsonl`.
+        device: `cuda` or `cpu`; by default the trainer's choice.
+        seed: Of the order of pairs in shards; the trainer's own is its option `seed`.
+        is_first_machine: The others of several machines, which share `out`, leave exporting to it.
+
+    Raises:
+        FileNotFoundError: Data that is not there.
+        ValueError: Data too small for the batch, or a folder where another recipe was started.
+        TrainingError: The trainer failed; its log says why.
+    """
+    results, pretrained = [], recipe.pretrained
+    for stage in recipe.stages:
+        folder = Path(out) / stage.name
+        options = {**stage.options, **({"device": device} if device else {})}
+        preprocessing = _preprocessing(recipe.model, pretrained, options)
+        inputs = _inputs(recipe.model, pretrained, stage, options)
+        result = _finished(folder, inputs)
+        if result is None:
+            num_readers = num_processes * max(1, _parsed(options).workers)
+            shards = prepare_shards(
+                stage.data,
+                folder / "data",
+                image_folder=stage.images,
+                num_readers=num_readers,
+                num_processes=num_packers,
+                seed=seed,
+            )
+            shards.check(_parsed(options).batch_size, num_readers)
+            write_json(folder / "inputs.json", inputs)
+            job = _job(recipe.model, pretrained, stage, options, preprocessing, shards, folder)
+            _run(stage, job, folder, start)
+            if is_first_machine:
+                _export(recipe.model, stage, options, preprocessing, shards, folder, inputs)
+            result = _await_result(folder, inputs)
+        results.append(result)
+        pretrained = str(result.open_clip.absolute() / WEIGHTS_NAME)
+    return results
+
+
+def _job(
+    model: str,
+    pretrained: str,
+    stage: Stage,
+    options: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    shards: ShardSet,
+    folder: Path,
+) -> dict[str, Any]:
+    """What `pathgen.clip_worker` reads."""
+    model_file = _named_config(model, folder) if model.endswith(".json") else ""
+    arguments = [
+        *trainer_arguments({**options, **_image_options(preprocessing)}),
+        *("--model", Path(model_file).stem if model_file else model),
+        *("--pretrained", pretrained),
+        *("--dataset-type", "webdataset", "--train-data", shards.urls),
+        *("--train-num-samples", str(options.get("train_num_samples") or shards.total)),
+        *("--logs", str(folder.absolute().parent), "--name", folder.name),
+        *("--resume", "latest", "--save-most-recent"),
+    ]
+    if stage.val is not None:
+        val = prepare_shards(stage.val, folder / "val", image_folder=stage.images)
+        arguments += ["--val-data", val.urls, "--val-num-samples", str(val.total)]
+    return {
+        "arguments": arguments,
+        "model_file": model_file,
+        "device": _parsed(options).device,
+        "skipped": str(folder.absolute() / "skipped_in_training.jsonl"),
+    }
+
+
+def _run(stage: Stage, job: Mapping[str, Any], folder: Path, start: Start) -> None:
+    write_json(folder / "job.json", job)
+    code = start(["-m", "pathgen.clip_worker", str(folder.absolute() / "job.json")])
+    if code:
+        raise TrainingError(
+            f"stage {stage.name}: open_clip's trainer ended with exit code {code}; its log: "
+            f"{folder / 'out.log'}",
+            code,
+        )
+
+
+def _export(
+    model: str,
+    stage: Stage,
+    options: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    shards: ShardSet,
+    folder: Path,
+    inputs: Mapping[str, Any],
+) -> None:
+    checkpoint = folder / "checkpoints" / CHECKPOINT_NAME
+    if not checkpoint.is_file():
+        raise TrainingError(f"stage {stage.name}: the trainer left no {checkpoint}", 1)
+    config = model_config(model, options)
+    ours = export_open_clip(
+        checkpoint, folder / "open_clip", config=config, preprocessing=preprocessing
+    )
+    theirs, note = folder / "hf", ""
+    try:
+        export_hugging_face(ours, theirs)
+    except ExportError as error:
+        note = f"not exported for transformers: {error}"
+        logger.warning("stage %s: %s", stage.name, note)
+    skipped = [*shards.skipped, *_skipped_in_training(folder)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+    (folder / SKIPPED_NAME).write_text(lines, encoding="utf-8")
+    record = {
+        "inputs": inputs,
+        "num_pairs": shards.total,
+        "num_skipped": len(skipped),
+        "note": note,
+    }
+    write_json(folder / "stage.json", record)
+
+
+def _await_result(folder: Path, inputs: Mapping[str, Any]) -> StageResult:
+    """The stage's result, which on other machines appears when the first has exported it."""
+    deadline = time.monotonic() + _EXPORT_PATIENCE_S
+    while (result := _finished(folder, inputs)) is None:
+        if time.monotonic() > deadline:
+            raise TrainingError(f"{folder}: the first machine has not exported this stage", 1)
+        time.sleep(1)
+    return result
+
+
+def _finished(folder: Path, inputs: Mapping[str, Any]) -> StageResult | None:
+    """The stage's result if it is complete; None if it is to be run or continued."""
+    for name in ("stage.json", "inputs.json"):
+        if not (folder / name).is_file():
+            continue
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = record["inputs"] if name == "stage.json" else record
+        if found != json.loads(json.dumps(inputs)):
+            changed = sorted(k for k in {*found, *inputs} if found.get(k) != inputs.get(k))
+            raise ValueError(
+                f"{folder}: was started with other {', '.join(changed)}; name a new output "
+                "folder, or remove this one"
+            )
+        if name == "stage.json":
+            theirs = folder / "hf"
+            return StageResult(
+                folder.name,
+                folder / "open_clip",
+                theirs if theirs.is_dir() else None,
+                record["note"],
+                record["num_pairs"],
+                record["num_skipped"],
+            )
+    return None
+
+
+def _inputs(
+    model: str, pretrained: str, stage: Stage, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "model": json.loads(Path(model).read_text("utf-8")) if model.endswith(".json") else model,
+        "pretrained": pretrained,
+        "data": str(stage.data.absolute()),
+        "images": str(stage.images.absolute()) if stage.images else "",
+        "options": {k: v for k, v in sorted(options.items()) if k not in _CHANGEABLE},
+    }
+
+
+def _parsed(options: Mapping[str, Any]) -> Any:
+    from open_clip_train.params import parse_args
+
+    return parse_args(trainer_arguments(options))
+
+
+def _named_config(model: str, folder: Path) -> str:
+    """Copies our own architecture under a name that is none of open_clip's."""
+    content = json.loads(Path(model).read_text(encoding="utf-8"))
+    target = folder.absolute() / f"own-{Path(model).stem}.json"
+    write_json(target, content)
+    return str(target)
+
+
+def _preprocessing(model: str, pretrained: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean, standard deviation, interpolation and resizing that belong to the starting weights."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, get_pretrained_cfg
+
+    found: dict[str, Any] = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    beside = Path(pretrained).parent / CONFIG_NAME
+    if pretrained and Path(pretrained).is_file():
+        if beside.is_file():
+            found |= json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg", {})
+    elif pretrained and not model.endswith(".json"):
+        known = get_pretrained_cfg(model, pretrained)
+        names = ("mean", "std", "interpolation", "resize_mode")
+        found |= {name: known[name] for name in names if known.get(name)}
+    for name in ("mean", "std", "interpolation", "resize_mode"):
+        if options.get(f"image_{name}"):
+            found[name] = options[f"image_{name}"]
+    return {**found, "mean": list(found["mean"]), "std": list(found["std"])}
+
+
+def _image_options(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"image_{name}": value for name, value in preprocessing.items()}
+
+
+def _skipped_in_training(folder: Path) -> list[dict[str, Any]]:
+    """What the pipeline left out, once for all epochs and processes."""
+    file = folder / "skipped_in_training.jsonl"
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return list({(row["shard"], row["id"]): row for row in rows}.values())
+
+
+def start_here(arguments: Sequence[str]) -> int:
+    """Starts one process of this interpreter; for use without a launcher."""
+    import subprocess
+
+    return subprocess.run([sys.executable, *arguments], check=False).returncode

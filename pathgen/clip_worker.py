@@ -1,0 +1,112 @@
+"""One process of a CLIP training: open_clip's trainer with arguments from a file.
+
+Started as `python -m pathgen.clip_worker JOB.json`, or by torchrun several times. A file, because
+the list of a thousand shards is longer than one argument of a command line may be.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_BAD_SAMPLE = "Handling webdataset error"
+
+
+class SkippedSamples(logging.Handler):
+    """Writes down what open_clip's pipeline leaves out; it says so in its log only.
+
+    Data workers are forked and append to the same file, a line at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the pipeline's warnings, and no others."""
+        message = record.getMessage()
+        if message.startswith(_BAD_SAMPLE):
+            error = sys.exc_info()[1]  # webdataset names the sample there, and not in the message
+            row = {"id": getattr(error, "key", None), "shard": getattr(error, "url", None)}
+            cause = getattr(error, "__cause__", None) or error
+            row = {**row, "reason": f"cannot be decoded: {cause!r:.300}"}
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+@contextmanager
+def cpu_data_parallel(active: bool) -> Iterator[None]:
+    """Lets open_clip's trainer run in several processes on CPUs.
+
+    It always passes `device_ids` to DistributedDataParallel, which refuses them for models on the
+    CPU. With GPUs nothing is changed.
+    """
+    import torch
+
+    original = torch.nn.parallel.DistributedDataParallel
+    if not active:
+        yield
+        return
+
+    class CPUDataParallel(original):  # type: ignore[misc, valid-type]
+        """DistributedDataParallel without `device_ids`."""
+
+        def __init__(self, module: Any, device_ids: Any = None, **settings: Any) -> None:
+            super().__init__(module, **settings)
+
+    torch.nn.parallel.DistributedDataParallel = CPUDataParallel  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.nn.parallel.DistributedDataParallel = original  # type: ignore[misc]
+
+
+@contextmanager
+def shards_without_end_marks() -> Iterator[None]:
+    """Lets open_clip's trainer read shards through webdataset 0.2.96 and later.
+
+    Since then an empty sample marks the end of each shard, at which open_clip's grouping stops
+    (https://github.com/mlfoundations/open_clip/issues/935); the mark is switched off here.
+    """
+    from open_clip_train import data
+    from webdataset.tariterators import tar_file_expander
+
+    original = data.tar_file_expander
+    if "eof_value" in inspect.signature(tar_file_expander).parameters:
+        data.tar_file_expander = functools.partial(tar_file_expander, eof_value=None)
+    try:
+        yield
+    finally:
+        data.tar_file_expander = original
+
+
+def main(job_file: str) -> int:
+    """Trains; returns the exit code."""
+    import open_clip
+    import torch
+    from open_clip_train.main import main as train
+
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    if job["model_file"]:
+        open_clip.add_model_config(job["model_file"])
+    logging.getLogger().addHandler(SkippedSamples(Path(job["skipped"])))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = job["device"] == "cpu" or not torch.cuda.is_available()
+    with cpu_data_parallel(several and on_cpu), shards_without_end_marks():
+        code = train(job["arguments"])
+    if several and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 1 if code == -1 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,299 @@
+"""Captions that should not be trained on: named steps, counted, with samples of what they drop.
+
+Each step sees what the ones before it kept. Of duplicates the first stays. Memory grows with the
+number of kept captions by some 16 bytes for exact duplicates, and by some kilobytes for near ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pathgen.rows import read_rows, row_files, write_row
+from wsi.files import write_json
+
+_REFUSAL = re.compile(
+    r"\b(?:i['\u2019]?m|i am|we are) (?:very |so |really )?(?:sorry|afraid|unable)\b"
+    r"|\b(?:i|we) (?:can ?not|can['\u2019]?t|(?:am|are) not able to|do not have the ability)\b"
+    r"|\b(?:i|we) (?:won['\u2019]?t|will not) be able to\b"
+    r"|\bas an? (?:\w+ ){0,2}(?:ai|language model|assistant)\b"
+    r"|\b(?:no|without an?) image (?:was|is|has been) (?:provided|attached|given)\b"
+    r"|\b(?:please|could you) (?:provide|upload|share|attach|supply)\b"
+    r"|\bconsult (?:a|your) (?:\w+ ){0,3}(?:professional|doctor|physician)\b"
+    # The describer saw something else than tissue.
+    r"|\bimage (?:provided )?(?:is not|isn['\u2019]t) (?:of|an?|from|related)\b"
+    r"|\bdo(?:es)? not (?:pertain|relate|correspond) to\b"
+    r"|\bdoes not contain any (?:cells?|tissues?|patholog|histolog)",
+    re.IGNORECASE,
+)
+_SOURCE = (
+    r"(?:additional|given|provided|supplied|accompanying|above|original|prior|supplementary|draft)"
+)
+_TEXT = r"(?:descriptions?|information|notes?|captions?|texts?|reports?|prompts?)"
+_LEAK = re.compile(
+    rf"\b{_SOURCE} (?:\w+ )?{_TEXT}\b"
+    r"|\b(?:according to|based on|as (?:stated|described|mentioned|noted) in|in line with"
+    rf"|considering) (?:the|this|your) (?:\w+ )?{_TEXT}\b"
+    r"|\b(?:this|the|your) (?:\w+ )?(?:description|caption)\b"
+    r"|\bthe (?:notes?|report|prompt) "
+    r"(?:\w+ )?(?:mentions?|states?|says?|suggests?|indicates?|describes?|provided)\b"
+    rf"|\b{_TEXT} (?:you )?provided\b|\bprovided clinical\b|\bas mentioned earlier\b"
+    r"|\byou(?:r| have)? (?:provided|gave|given|notes?)\b"
+    # What no image shows can only come from a text.
+    r"|\b(?:given|considering|with) (?:the |a )?clinical (?:context|history|information|symptoms)\b"
+    r"|\bclinical (?:context|history|symptoms) of\b|\bpatient['\u2019]s (?:history|age)\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"\w+(?:[-'\u2019/]\w+)*")
+_SHINGLE_WORDS = 3
+
+
+@dataclass(frozen=True)
+class FilterStep:
+    """One reason to drop captions.
+
+    Attributes:
+        name: For reports and the command line.
+        fault: Row -> why it is dropped, or None.
+    """
+
+    name: str
+    fault: Callable[[Mapping[str, Any]], str | None]
+
+
+@dataclass
+class StepCount:
+    """What a step saw, dropped, and some of what it dropped."""
+
+    name: str
+    seen: int = 0
+    dropped: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_refusal(text: str) -> str | None:
+    """The words by which a model declines to describe, or None.
+
+    Example:
+        >>> find_refusal("I'm sorry, but I can't help with that.")
+        "I'm sorry"
+        >>> find_refusal("Sheets of plasma cells.") is None
+        True
+    """
+    found = _REFUSAL.search(text)
+    return found[0] if found else None
+
+
+def find_leak(text: str) -> str | None:
+    """The words by which a caption betrays that it had a text before it, or None.
+
+    Example:
+        >>> find_leak("Based on the given description, this is a carcinoma.")
+        'Based on the given description'
+        >>> find_leak("The nuclei are described as vesicular.") is None
+        True
+    """
+    found = _LEAK.search(text)
+    return found[0] if found else None
+
+
+def count_words(text: str) -> int:
+    """Number of words; `high-grade` and `N/C` are one each."""
+    return len(_WORD.findall(text))
+
+
+def length_step(min_words: int, max_words: int) -> FilterStep:
+    """Drops captions of fewer or more words.
+
+    Raises:
+        ValueError: The bounds exclude each other.
+    """
+    if not 1 <= min_words <= max_words:
+        raise ValueError(f"words: 1 <= minimum <= maximum expected, got {min_words}..{max_words}")
+
+    def fault(row: Mapping[str, Any]) -> str | None:
+        count = count_words(row["caption"])
+        if min_words <= count <= max_words:
+            return None
+        return f"{count} words; {min_words} to {max_words} expected"
+
+    return FilterStep("length", fault)
+
+
+def refusal_step() -> FilterStep:
+    """Drops replies that decline to describe."""
+    return FilterStep("refusal", lambda row: _found(find_refusal(row["caption"])))
+
+
+def leak_step() -> FilterStep:
+    """Drops captions that mention the text their writer was given."""
+    return FilterStep("leak", lambda row: _found(find_leak(row["caption"])))
+
+
+def exact_step(within: str | None = None) -> FilterStep:
+    """Drops captions equal to an earlier one but for case, punctuation and space.
+
+    Args:
+        within: Compare only rows with the same value of this field, `wsi_id` for instance.
+    """
+    first: dict[bytes, str] = {}
+
+    def fault(row: Mapping[str, Any]) -> str | None:
+        words = f"{_group(row, within)}\0{' '.join(_words(row['caption']))}"
+        digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
+        if digest in first:
+            return f"as in {first[digest]}"
+        first[digest] = row["id"]
+        return None
+
+    return FilterStep("exact", fault)
+
+
+def near_step(
+    within: str | None = None, *, threshold: float = 0.8, num_perm: int = 128
+) -> FilterStep:
+    """Drops captions that share most of their three-word sequences with an earlier one.
+
+    MinHash and locality-sensitive hashing by the library datasketch find candidates; what counts
+    is the estimate of their Jaccard similarity.
+
+    Args:
+        within: See `exact_step`.
+        threshold: Similarity from which captions are taken for the same.
+        num_perm: Hash functions; the estimate's error is about `1 / sqrt(num_perm)`.
+
+    Raises:
+        ValueError: The threshold is not between 0 and 1.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    if not 0 < threshold < 1:
+        raise ValueError(f"near duplicates: a similarity between 0 and 1 expected, got {threshold}")
+    lsh = MinHashLSH(threshold=threshold, num_perm=num_perm)
+    kept: list[tuple[str, Any]] = []
+
+    def fault(row: Mapping[str, Any]) -> str | None:
+        sketch = MinHash(num_perm=num_perm)
+        sketch.update_batch(_shingles(row["caption"], _group(row, within)))
+        best = max(
+            ((sketch.jaccard(kept[key][1]), -key) for key in lsh.query(sketch)), default=(0.0, 0)
+        )
+        if best[0] >= threshold:
+            return f"{best[0]:.2f} like {kept[-best[1]][0]}"
+        lsh.insert(len(kept), sketch, check_duplication=False)
+        kept.append((row["id"], sketch))
+        return None
+
+    return FilterStep("near", fault)
+
+
+def filter_captions(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    steps: Sequence[FilterStep],
+    *,
+    num_samples: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[StepCount]:
+    """Copies rows whose captions pass every step.
+
+    Beside `out` stand `<stem>.dropped.jsonl`, every dropped row's id with step and reason, and
+    `<stem>.filters.json`, the counts with samples.
+
+    Args:
+        source: Rows with `id` and `caption`.
+        out: The rows that pass, unchanged, in their order.
+        steps: In the order in which they apply. A first step `readable` is always there.
+        num_samples: Dropped captions kept of each step, drawn evenly.
+        seed: Of that draw.
+        progress: Show a bar.
+
+    Returns:
+        The counts of each step.
+
+    Raises:
+        FileNotFoundError: There is no `source`.
+        ValueError: `out` is `source`, or another run writes it.
+    """
+    source, out = Path(source), Path(out)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out}: would replace what is read; name another file")
+    counts = [StepCount("readable"), *(StepCount(step.name) for step in steps)]
+    draw = random.Random(seed)
+    with row_files(out, out.with_name(f"{out.stem}.dropped.jsonl")) as (kept_file, dropped_file):
+        bar = tqdm(read_rows(source), desc="filtered", unit="row", disable=not progress)
+        for line, row, index, reason in _sift(bar, steps):
+            for count in counts[: len(counts) if reason is None else index + 1]:
+                count.seen += 1
+            if reason is None:
+                write_row(kept_file, row)
+                continue
+            left = {"line": line, "id": row.get("id", ""), "step": counts[index].name}
+            left["reason"] = reason
+            write_row(dropped_file, left)
+            _sample(counts[index], {**left, "caption": row.get("caption")}, num_samples, draw)
+    kept = counts[-1].seen - counts[-1].dropped
+    summary = {"rows": counts[0].seen, "kept": kept, "steps": [vars(count) for count in counts]}
+    write_json(out.with_name(f"{out.stem}.filters.json"), summary)
+    return counts
+
+
+def _sift(
+    rows: Iterator[tuple[int, dict[str, Any] | str]], steps: Sequence[FilterStep]
+) -> Iterator[tuple[int, dict[str, Any], int, str | None]]:
+    """Yields line, row, number of the step that dropped it (0: not readable), and the reason."""
+    for line, row in rows:
+        if isinstance(row, str):
+            yield line, {}, 0, row
+            continue
+        caption = row.get("caption")
+        if not isinstance(caption, str) or not caption.strip():
+            yield line, row, 0, f"caption: text expected, got {json.dumps(caption):.80}"
+            continue
+        for index, step in enumerate(steps, start=1):
+            reason = step.fault(row)
+            if reason is not None:
+                yield line, row, index, reason
+                break
+        else:
+            yield line, row, len(steps), None
+
+
+def _sample(count: StepCount, row: dict[str, Any], most: int, draw: random.Random) -> None:
+    """Reservoir sampling: each dropped row has the same chance to be shown."""
+    count.dropped += 1
+    if len(count.samples) < most:
+        count.samples.append(row)
+    elif (place := draw.randrange(count.dropped)) < most:
+        count.samples[place] = row
+
+
+def _found(words: str | None) -> str | None:
+    return None if words is None else f"says {words!r}"
+
+
+def _group(row: Mapping[str, Any], within: str | None) -> str:
+    return "" if within is None else json.dumps(row.get(within))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _shingles(text: str, group: str) -> list[bytes]:
+    words = _words(text)
+    count = max(1, len(words) - _SHINGLE_WORDS + 1)
+    return [f"{group}\0{' '.join(words[i : i + _SHINGLE_WORDS])}".encode() for i in range(count)]

@@ -1,0 +1,131 @@
+"""The GDC manifest of the slides that annotations need, for the GDC's data transfer tool.
+
+PathGen's slides are TCGA's; the transfer tool fetches them by a UUID that annotations do not have.
+It is looked up in a listing of files (a manifest saved from the GDC portal), or asked of the GDC.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from pathgen.annotations import read_annotations
+from wsi.files import write_text
+from wsi.request_table import PatchRequest
+
+GDC_URL = "https://api.gdc.cancer.gov"
+COLUMNS = ("id", "filename", "md5", "size", "state")
+"""Of a manifest: https://docs.gdc.cancer.gov/Data_Transfer_Tool/Users_Guide/Preparing_for_Data_Download_and_Upload/"""
+
+_BATCH = 200
+_TIMEOUT_S = 60
+_SUFFIX = ".svs"
+
+
+@dataclass(frozen=True)
+class GdcFile:
+    """A line of a manifest."""
+
+    id: str
+    filename: str
+    md5: str
+    size: str
+    state: str
+
+
+def needed_slides(annotations: str | os.PathLike[str]) -> set[str]:
+    """The ids of the slides that a file of annotations asks for."""
+    rows = read_annotations(annotations)
+    return {row.slide_id for row in rows if isinstance(row, PatchRequest)}
+
+
+def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
+    """Reads a manifest, tab-separated, as the GDC portal saves it.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A column is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"listing {path}: no such file")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        missing = {"id", "filename"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"listing {path}: columns {', '.join(COLUMNS)} expected, as in a manifest of the "
+                f"GDC portal; found {reader.fieldnames}"
+            )
+        for row in reader:
+            yield GdcFile(*(row.get(name) or "" for name in COLUMNS))
+
+
+def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile]:
+    """Asks the GDC for the files of slides, some hundred at a time.
+
+    Args:
+        slide_ids: Ids as in annotations.
+        url: Of the GDC's interface.
+
+    Raises:
+        ConnectionError: No answer, or none that is understood.
+    """
+    iterator = iter(sorted(slide_ids))
+    while batch := list(islice(iterator, _BATCH)):
+        names = [f"{slide_id}{_SUFFIX}" for slide_id in batch]
+        query = {
+            "filters": {"op": "in", "content": {"field": "file_name", "value": names}},
+            "fields": "file_id,file_name,md5sum,file_size,state",
+            "size": 2 * _BATCH,
+        }
+        request = urllib.request.Request(
+            f"{url}/files",
+            data=json.dumps(query).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+                hits = json.load(reply)["data"]["hits"]
+            for hit in hits:
+                yield GdcFile(
+                    id=str(hit["file_id"]),
+                    filename=str(hit["file_name"]),
+                    md5=str(hit["md5sum"]),
+                    size=str(hit["file_size"]),
+                    state=str(hit.get("state", "")),
+                )
+        except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ConnectionError(f"{url}/files: no good answer ({error!r})") from error
+
+
+def write_manifest(
+    path: str | os.PathLike[str], slide_ids: Iterable[str], files: Iterable[GdcFile]
+) -> list[str]:
+    """Writes the manifest of slides.
+
+    Args:
+        path: The manifest.
+        slide_ids: The slides that are needed.
+        files: Where to look them up; others are passed over.
+
+    Returns:
+        The ids of slides that were not found, sorted.
+    """
+    wanted = set(slide_ids)
+    found: Mapping[str, GdcFile] = {
+        file.filename: file for file in files if file.filename.removesuffix(_SUFFIX) in wanted
+    }
+    lines = ["\t".join(COLUMNS)]
+    for name in sorted(found):
+        file = found[name]
+        lines.append("\t".join(getattr(file, column) for column in COLUMNS))
+    write_text(path, "\n".join(lines) + "\n")
+    return sorted(wanted - {name.removesuffix(_SUFFIX) for name in found})

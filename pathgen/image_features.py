@@ -1,0 +1,143 @@
+"""Features of many images, computed once: parts of the work are stored and found by a later run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pathgen.clip_encoder import ClipEncoder
+from wsi.files import atomic_file, folder_lock
+
+PART_SIZE = 2048
+"""Images whose features are stored together: what a kill can cost."""
+
+
+class ImageSource(Protocol):
+    """An image that can be opened; picklable, for loading in other processes."""
+
+    @property
+    def id(self) -> str:
+        """Names it in reports."""
+
+    def open(self) -> Any:
+        """Returns a PIL image in RGB; raises OSError or ValueError."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of the images that could be read.
+
+    Attributes:
+        features: float32 `(N, dim)`, of length 1.
+        kept: int64 `(N,)`: which of the images they belong to.
+        skipped: `id` and `reason` of the others.
+    """
+
+    features: NDArray[np.float32]
+    kept: NDArray[np.int64]
+    skipped: tuple[dict[str, str], ...]
+
+
+class _Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, images: Sequence[ImageSource], preprocess: Any) -> None:
+        self._images, self._preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        try:
+            return index, self._preprocess(self._images[index].open())
+        except (OSError, ValueError, SyntaxError) as error:
+            return index, f"{type(error).__name__}: {error}"
+
+
+def image_features(
+    encoder: ClipEncoder,
+    images: Sequence[ImageSource],
+    cache_dir: Path,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> ImageFeatures:
+    """Computes features, or takes those that a run before stored.
+
+    Args:
+        encoder: Computes them.
+        images: All of the data set, in a fixed order.
+        cache_dir: Takes a folder per encoder and list of images.
+        batch_size: Images at a time.
+        num_workers: Processes that read images; 0 reads them here.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: None of the images can be read, or another run computes the same.
+    """
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.id.encode("utf-8", "surrogateescape") + b"\0")
+    folder = cache_dir / f"{encoder.digest}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        folder_lock(folder / ".lock"),
+        tqdm(total=len(images), desc="Features", unit="image", disable=not progress) as bar,
+    ):
+        parts = []
+        for start in range(0, len(images), PART_SIZE):
+            file = folder / f"{start:09d}.npz"
+            own = images[start : start + PART_SIZE]
+            part = _read_part(file)
+            if part is None:
+                part = _compute(encoder, own, batch_size, num_workers, bar)
+                with atomic_file(file) as partial, partial.open("wb") as stream:
+                    np.savez(stream, **part)
+            else:
+                bar.update(len(own))
+            parts.append((start, part))
+    kept = np.concatenate([start + part["kept"] for start, part in parts])
+    skipped = tuple(row for _, part in parts for row in json.loads(str(part["skipped"])))
+    if not len(kept):
+        raise ValueError(f"none of {len(images)} images can be read; the first: {skipped[:1]}")
+    return ImageFeatures(np.concatenate([p["features"] for _, p in parts if len(p["kept"])]), kept,
+                         skipped)  # fmt: skip
+
+
+def _compute(
+    encoder: ClipEncoder, images: Sequence[ImageSource], batch_size: int, num_workers: int, bar: Any
+) -> dict[str, Any]:
+    loader = torch.utils.data.DataLoader(
+        _Images(images, encoder.preprocess),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    features, kept, skipped = [], [], []
+    for rows in loader:
+        good = [(index, pixels) for index, pixels in rows if not isinstance(pixels, str)]
+        skipped += [{"id": images[i].id, "reason": e} for i, e in rows if isinstance(e, str)]
+        if good:
+            features.append(encoder.encode_images(torch.stack([p for _, p in good])).numpy())
+            kept += [index for index, _ in good]
+        bar.update(len(rows))
+    return {
+        "features": np.concatenate(features) if features else np.zeros((0, 0), np.float32),
+        "kept": np.array(kept, dtype=np.int64),
+        "skipped": json.dumps(skipped),
+    }
+
+
+def _read_part(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    with np.load(file) as part:
+        return {name: part[name] for name in part.files}

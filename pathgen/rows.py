@@ -1,0 +1,123 @@
+"""Rows of JSON lines, read one by one and written whole, with what was left out beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from wsi.files import FolderInUseError, check_name, folder_lock, fsync_path
+
+_SUFFIXES = (".png", ".jpg", ".webp")
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields `(line number, row)`; for a line that is no object with an id, what is wrong with it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as lines:  # as bytes: one line of another encoding is one bad row
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parse(line)
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+        line.decode()
+        # Half a surrogate pair can be written in JSON but not in UTF-8.
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return f"no JSON in UTF-8: {error}"
+    if not isinstance(row, dict):
+        return f"an object expected, got {type(row).__name__}"
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        return f"id: text expected, got {row.get('id')!r:.80}"
+    return row
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """SHA-256 of a row's content, the order of its fields aside."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def path_inside(folder: Path, name: Any) -> Path:
+    """The file that a row names, which must lie in the folder.
+
+    Raises:
+        ValueError: No text, absolute, or out of the folder.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"image: a file name expected, got {name!r:.80}")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name or "\\" in name:
+        raise ValueError(f"image {name!r:.200}: a path inside the image folder expected")
+    return folder / pure
+
+
+def find_image(folder: Path, row: Mapping[str, Any]) -> Path:
+    """The file of a row's `image`, or where it has none, of its id.
+
+    Raises:
+        ValueError: A name that leads out of the folder, or no file of this id.
+    """
+    if row.get("image") is not None:
+        return path_inside(folder, row["image"])
+    name = check_name(row["id"], room_bytes=len(".jpeg"))
+    for suffix in _SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    raise ValueError(f"image: none named, and no {name}{_SUFFIXES[0]}, .jpg or .webp in {folder}")
+
+
+def write_row(file: IO[str], row: Mapping[str, Any]) -> None:
+    """Writes one line."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def row_files(*paths: Path) -> Iterator[list[IO[str]]]:
+    """Opens files of rows that take their places together, the first one last.
+
+    Holds a lock: a second run that writes the same first file is refused.
+
+    Raises:
+        ValueError: Another run is writing the first file.
+    """
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    lock = paths[0].with_name(f".{paths[0].name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(lock))
+        except FolderInUseError as error:
+            raise ValueError(f"{paths[0]}: another run is writing this file") from error
+        files = [stack.enter_context(_whole_file(path)) for path in paths]
+        yield files
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes its place at the end.
+
+    Its name meanwhile is always the same, since the lock is held: what a killed run left there is
+    written over.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        fsync_path(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_path(path.parent)

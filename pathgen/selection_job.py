@@ -1,0 +1,271 @@
+"""Selecting patches of many slides: features kept, one row per chosen patch, pictures to look at.
+
+Writes into one folder:
+
+    features/<encoder>/<slide>.h5   features of all patches, reused by later runs
+    coords/<slide>.h5               the chosen patches, for `xtuner-add extract`
+    pictures/<slide>.jpg            clusters and chosen patches on the slide
+    selection.jsonl                 one row per chosen patch, with the reason
+    selection.left_out.jsonl        slides that could not be used, and why
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pathgen.encoders import PairEncoder
+from pathgen.features import SlideFeatures, slide_features
+from pathgen.rows import row_files, write_row
+from pathgen.selection import SHARES, Choice, Source, Texts, load_classes, select, split_report
+from pathgen.selection_picture import draw_selection
+from wsi.files import check_name
+from wsi.reader import Slide
+from wsi.report import save_jpeg
+from wsi.slide_listing import SlideListing
+from wsi.store import Coordinates, read_attributes, read_coordinates, write_features
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How patches are selected.
+
+    Attributes:
+        quota: Most patches of a slide; PathGen takes 256.
+        shares: Of the quota by source.
+        clusters: See `pathgen.selection.cluster_count`.
+        max_similarity: From which patches are near-duplicates.
+        seed: Of k-means and draws.
+        classes: JSON of class descriptions; by default this package's.
+        cancer_type: Of slides that `cancer_types` does not name.
+        batch_size: Patches encoded at once.
+        pictures: Draw them.
+    """
+
+    quota: int = 256
+    shares: Mapping[Source, float] = field(default_factory=lambda: dict(SHARES))
+    clusters: str = "sqrt"
+    max_similarity: float = 0.95
+    seed: int = 0
+    classes: str | None = None
+    cancer_type: str | None = None
+    batch_size: int = 64
+    pictures: bool = True
+
+
+@dataclass
+class SelectionReport:
+    """What came of it: counts, and by slide why it was left out or what was damaged."""
+
+    num_slides: int = 0
+    num_patches: int = 0
+    num_reused: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every patch of every slide was looked at."""
+        return not (self.left_out or self.damaged)
+
+
+def select_patches(
+    coords: str | os.PathLike[str],
+    slides: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    encoder: PairEncoder,
+    settings: SelectionSettings | None = None,
+    *,
+    cancer_types: Mapping[str, str] | None = None,
+    reports: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> SelectionReport:
+    """Selects patches of every slide that has a coordinates file.
+
+    Args:
+        coords: Folder of coordinates files, `<slide>.h5` or `<slide>_patches.h5`.
+        slides: Folder of the slides.
+        output: Folder to write; see the head of this module.
+        encoder: Maps patches and texts into one space.
+        settings: See `SelectionSettings`.
+        cancer_types: Slide -> TCGA code.
+        reports: Slide -> text of its report.
+        progress: Show a bar.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no coordinates in it.
+        ValueError: A cancer type without descriptions, or settings that make no sense.
+    """
+    settings = settings or SelectionSettings()
+    output = Path(output)
+    files = sorted(Path(coords).glob("*.h5"))
+    if not files:
+        raise FileNotFoundError(f"coordinates {coords}: no .h5 files")
+    listing = SlideListing(slides)
+    job = _Job(output, encoder, settings, cancer_types or {}, reports or {})
+    report = SelectionReport()
+    names = (output / "selection.jsonl", output / "selection.left_out.jsonl")
+    with row_files(*names) as (rows_file, left_out_file):
+        for file in tqdm(files, desc="slides", unit="slide", disable=not progress):
+            name = file.stem.removesuffix("_patches")
+            report.num_slides += 1
+            try:
+                path = listing.find([check_name(name)])[name]
+                if isinstance(path, str):
+                    raise ValueError(path)
+                rows, found = job.select(name, file, path)
+            except (ValueError, OSError) as error:
+                report.left_out[name] = str(error)
+                write_row(left_out_file, {"wsi_id": name, "reason": str(error)})
+                continue
+            report.num_reused += found.reused
+            report.num_patches += len(rows)
+            if found.num_damaged:
+                report.damaged[name] = found.num_damaged
+                reason = f"{found.num_damaged} patches cannot be read"
+                write_row(left_out_file, {"wsi_id": name, "reason": reason})
+            for row in rows:
+                write_row(rows_file, row)
+    return report
+
+
+def read_table(path: str | os.PathLike[str], field_name: str) -> dict[str, str]:
+    """Reads texts by slide: JSON lines with `wsi_id` and the field, or one JSON object.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            table = {row["wsi_id"]: row[field_name] for row in rows}
+        else:
+            table = dict(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: lines with wsi_id and {field_name}, or an object of texts expected: {error!r}"
+        ) from error
+    wrong = next((k for k, v in table.items() if not isinstance(v, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong!r}: a text expected, got {table[wrong]!r:.80}")
+    return table
+
+
+class _Job:
+    def __init__(
+        self,
+        output: Path,
+        encoder: PairEncoder,
+        settings: SelectionSettings,
+        cancer_types: Mapping[str, str],
+        reports: Mapping[str, str],
+    ) -> None:
+        self._output = output
+        self._encoder = encoder
+        self._settings = settings
+        self._types = cancer_types
+        self._reports = reports
+        wanted = {settings.cancer_type, *cancer_types.values()}
+        self._prompts = {kind: self._descriptions(kind) for kind in wanted}
+
+    def select(
+        self, name: str, coords_path: Path, slide_path: Path
+    ) -> tuple[list[dict[str, Any]], SlideFeatures]:
+        """The rows of one slide's chosen patches; writes coordinates and picture."""
+        settings, coordinates = self._settings, read_coordinates(coords_path)
+        found = slide_features(
+            slide_path,
+            coords_path,
+            self._encoder,
+            self._output / "features",
+            batch_size=settings.batch_size,
+        )
+        choices, labels = select(
+            found.features,
+            settings.quota,
+            prompts=self._prompts[self._types.get(name, settings.cancer_type)],
+            report=self._sentences(name),
+            shares=settings.shares,
+            clusters=settings.clusters,
+            max_similarity=settings.max_similarity,
+            seed=settings.seed,
+        )
+        indices = np.array([choice.index for choice in choices], np.int64)
+        self._write_coords(name, coords_path, found, indices)
+        if settings.pictures:
+            self._draw(name, slide_path, coordinates, found, labels, choices)
+        rows = [self._row(name, choice, coordinates, found) for choice in choices]
+        return rows, found
+
+    def _descriptions(self, cancer_type: str | None) -> Texts:
+        pairs = load_classes(cancer_type, self._settings.classes)
+        labels, texts = [label for label, _ in pairs], [text for _, text in pairs]
+        return Texts(texts, labels, self._encoder.encode_texts(texts))
+
+    def _sentences(self, name: str) -> Texts | None:
+        sentences = split_report(self._reports.get(name, ""))
+        if not sentences:
+            return None
+        features = self._encoder.encode_texts(sentences)
+        return Texts(sentences, [""] * len(sentences), features)
+
+    def _write_coords(
+        self, name: str, source: Path, found: SlideFeatures, indices: np.ndarray
+    ) -> None:
+        folder = self._output / "coords"
+        folder.mkdir(parents=True, exist_ok=True)
+        order = np.sort(indices)
+        write_features(
+            folder / f"{name}.h5",
+            found.features[order],
+            found.coords[order],
+            encoder=self._encoder.name,
+            attributes=read_attributes(source),
+        )
+
+    def _draw(
+        self,
+        name: str,
+        slide_path: Path,
+        coordinates: Coordinates,
+        found: SlideFeatures,
+        labels: np.ndarray,
+        choices: list[Choice],
+    ) -> None:
+        folder = self._output / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        with Slide(slide_path) as slide:
+            picture = draw_selection(slide, found.coords, coordinates.size_level0, labels, choices)
+        save_jpeg(picture, folder / f"{name}.jpg")
+
+    def _row(
+        self, name: str, choice: Choice, coordinates: Coordinates, found: SlideFeatures
+    ) -> dict[str, Any]:
+        x, y = found.coords[choice.index].tolist()
+        report = {"report": self._reports[name]} if name in self._reports else {}
+        matched = {"label": choice.label, "text": choice.text} if choice.text else {}
+        return {
+            "id": f"{name}_{x}_{y}",
+            "wsi_id": name,
+            "position": [str(x), str(y)],
+            "size_level0": coordinates.size_level0,
+            "mpp": coordinates.mpp,
+            "chosen_for": choice.source,
+            "cluster": choice.cluster,
+            "score": round(choice.score, 5),
+            **matched,
+            **report,
+            "encoder": self._encoder.name,
+        }

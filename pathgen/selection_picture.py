@@ -1,0 +1,91 @@
+"""The picture of a slide with its clusters and its chosen patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathgen.selection import SOURCES, Choice
+from wsi.reader import Slide
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+SOURCE_COLOURS = {"prompt": (200, 30, 30), "report": (20, 110, 40), "cluster": (20, 60, 220)}
+"""Outlines of chosen patches by what they were chosen for."""
+
+_OPACITY = 0.45
+_LEGEND_PX = 24
+
+
+def draw_selection(
+    slide: Slide,
+    coords: NDArray[np.int64],
+    size_level0: int,
+    clusters: NDArray[np.int64],
+    choices: Sequence[Choice],
+    *,
+    max_side_px: int = 1024,
+) -> Image.Image:
+    """Draws two views of a slide side by side: every patch by cluster, and the chosen ones.
+
+    Args:
+        slide: The slide.
+        coords: `(N, 2)`, left and top in level-0 pixels.
+        size_level0: Side of a patch in level-0 pixels.
+        clusters: `(N,)`, the cluster of each patch.
+        choices: The chosen patches.
+        max_side_px: Longer side of each view.
+    """
+    from PIL import Image, ImageDraw
+
+    image = slide.thumbnail(max_side_px)
+    scale = np.array(image.size) / np.array(slide.dimensions)
+    boxes = np.hstack(
+        [coords * scale, np.maximum((coords + size_level0) * scale - 1, coords * scale)]
+    )
+    painted = image.copy()
+    draw = ImageDraw.Draw(painted)
+    colours = cluster_colours(int(clusters.max()) + 1)
+    for box, cluster in zip(boxes.tolist(), clusters.tolist(), strict=True):
+        draw.rectangle(tuple(box), fill=colours[cluster])
+    left = Image.blend(image, painted, _OPACITY)
+    draw = ImageDraw.Draw(image)
+    width_px = max(1, max_side_px // 400)
+    for choice in choices:
+        draw.rectangle(
+            tuple(boxes[choice.index].tolist()),
+            outline=SOURCE_COLOURS[choice.source],
+            width=width_px,
+        )
+    whole = Image.new("RGB", (2 * image.width + _LEGEND_PX, image.height + _LEGEND_PX), "white")
+    whole.paste(left, (0, 0))
+    whole.paste(image, (image.width + _LEGEND_PX, 0))
+    _write_legend(ImageDraw.Draw(whole), image.size, len(colours), choices)
+    return whole
+
+
+def cluster_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours far apart in hue, for any number of clusters."""
+    import colorsys
+
+    golden = 0.618034  # steps by the golden ratio never come close to an earlier hue soon
+    hues = [(index * golden) % 1 for index in range(count)]
+    rows = [colorsys.hsv_to_rgb(hue, 0.75, 0.95 - 0.3 * (i % 2)) for i, hue in enumerate(hues)]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in rows]
+
+
+def _write_legend(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], num_clusters: int, choices: Sequence[Choice]
+) -> None:
+    top = size[1] + _LEGEND_PX // 4
+    draw.text((4, top), f"{num_clusters} clusters", fill="black")
+    x = size[0] + _LEGEND_PX
+    for source in SOURCES:
+        count = sum(choice.source == source for choice in choices)
+        text = f"{count} {source}"
+        draw.text((x, top), text, fill=SOURCE_COLOURS[source])
+        x += int(draw.textlength(text)) + 12

@@ -1,0 +1,292 @@
+"""Zero-shot classification and image-text retrieval by a CLIP, with intervals, into reports.
+
+A class is the mean of the features of its prompts, brought to length 1: prompt ensembling in
+embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/2103.00020).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pathgen.class_benchmarks import ClassBenchmark, FileImage, read_images
+from pathgen.clip_encoder import ClipEncoder
+from pathgen.image_features import image_features
+from pathgen.intervals import classification_scores, count_interval
+from pathgen.rows import path_inside, read_rows
+from wsi.files import write_json, write_text
+
+METRICS_NAME = "metrics.json"
+TABLES_NAME = "metrics.md"
+SKIPPED_NAME = "skipped.jsonl"
+
+_QUERIES_AT_A_TIME = 1024
+
+
+def zero_shot(
+    encoder: ClipEncoder,
+    benchmark: ClassBenchmark,
+    data_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Classifies all images of a benchmark and writes predictions and scores.
+
+    Args:
+        encoder: The CLIP.
+        benchmark: Classes, prompts, layout.
+        data_path: Folder of the data set as published.
+        out: Takes `metrics.json`, `metrics.md`, `predictions.csv`, `skipped.jsonl`.
+        cache_dir: Takes features, for a later run; by default `features/` in `out`.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        seed: Of the intervals.
+        progress: Show a progress bar.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        FileNotFoundError: No such data, or a class without images.
+        ValueError: Data that is not as the layout says.
+    """
+    found, out = read_images(benchmark, data_path), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    features = image_features(
+        encoder,
+        found.images,
+        Path(cache_dir) if cache_dir else out / "features",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    classifier = class_features(encoder, benchmark)
+    similarities = features.features @ classifier.numpy().T
+    predicted = similarities.argmax(axis=1)
+    true = np.array(found.labels)[features.kept]
+    scores = classification_scores(true, predicted, len(benchmark.classes), seed=seed)
+    skipped = [*found.skipped, *features.skipped]
+    metrics = {
+        "task": "zero-shot classification",
+        "benchmark": benchmark.name,
+        "model": encoder.name,
+        "classes": list(benchmark.classes),
+        "num_prompts": [len(benchmark.sentences(i)) for i in range(len(benchmark.classes))],
+        "num_skipped": len(skipped),
+        **scores,
+    }
+    rows = [
+        [found.images[k].id, benchmark.classes[t], benchmark.classes[p], *map("{:.5f}".format, s)]
+        for k, t, p, s in zip(features.kept, true, predicted, similarities, strict=True)
+    ]
+    _write_csv(out / "predictions.csv", ["id", "true", "predicted", *benchmark.classes], rows)
+    _write_report(out, metrics, _classification_tables(metrics), skipped)
+    return metrics
+
+
+def class_features(encoder: ClipEncoder, benchmark: ClassBenchmark) -> torch.Tensor:
+    """One feature of length 1 per class, `(num_classes, dim)`."""
+    means = [
+        encoder.encode_texts(benchmark.sentences(index)).mean(dim=0)
+        for index in range(len(benchmark.classes))
+    ]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def retrieval(
+    encoder: ClipEncoder,
+    pairs: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    cache_dir: str | os.PathLike[str] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Finds captions for images and images for captions, and writes recall at k.
+
+    Captions of the same words are one caption, with several images that are right for it.
+
+    Args:
+        encoder: The CLIP.
+        pairs: `pairs.jsonl`.
+        out: Takes `metrics.json`, `metrics.md`, `skipped.jsonl`.
+        image_folder: Of the images; by default the file's own.
+        ks: At which ranks recall is taken.
+        cache_dir: Takes features, for a later run; by default `features/` in `out`.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        seed: Of the intervals.
+        progress: Show a progress bar.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No pair that can be used.
+    """
+    pairs, out = Path(pairs), Path(out)
+    folder = Path(image_folder) if image_folder else pairs.parent
+    images, captions, skipped = _read_pairs(pairs, folder)
+    out.mkdir(parents=True, exist_ok=True)
+    found = image_features(
+        encoder,
+        images,
+        Path(cache_dir) if cache_dir else out / "features",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    kept = [captions[index] for index in found.kept]
+    texts = list(dict.fromkeys(kept))
+    number = {text: index for index, text in enumerate(texts)}
+    right = np.array([number[text] for text in kept])
+    text_features = encoder.encode_texts(texts).numpy()
+    ranks = {
+        "image_to_text": _ranks(found.features, text_features, [[caption] for caption in right]),
+        "text_to_image": _ranks(text_features, found.features, _groups(right, len(texts))),
+    }
+    skipped += found.skipped
+    metrics: dict[str, Any] = {
+        "task": "image-text retrieval",
+        "benchmark": pairs.stem,
+        "model": encoder.name,
+        "num_images": len(kept),
+        "num_captions": len(texts),
+        "num_skipped": len(skipped),
+        **{name: _recalls(values, ks, seed) for name, values in ranks.items()},
+    }
+    _write_report(out, metrics, _retrieval_tables(metrics, ks), skipped)
+    return metrics
+
+
+def _read_pairs(
+    pairs: Path, folder: Path
+) -> tuple[list[FileImage], list[str], list[dict[str, str]]]:
+    images, captions, skipped = [], [], []
+    for number, row in read_rows(pairs):
+        reason = row if isinstance(row, str) else None
+        if isinstance(row, dict):
+            try:
+                path = path_inside(folder, row.get("image"))
+                caption = row.get("caption")
+                if not isinstance(caption, str) or not caption.strip():
+                    raise ValueError(f"caption: text expected, got {caption!r:.80}")
+                images.append(FileImage(row["id"], path))
+                captions.append(caption)
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            found = row["id"] if isinstance(row, dict) else f"line {number}"
+            skipped.append({"id": found, "reason": reason})
+    if not images:
+        raise ValueError(f"{pairs}: no pair that can be used; the first: {skipped[:1]}")
+    return images, captions, skipped
+
+
+def _groups(right: NDArray[np.int64], num_texts: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(num_texts)]
+    for image, caption in enumerate(right):
+        groups[caption].append(image)
+    return groups
+
+
+def _ranks(
+    queries: NDArray[np.float32], candidates: NDArray[np.float32], right: Sequence[Sequence[int]]
+) -> NDArray[np.int64]:
+    """How many wrong candidates are as near to each query as the nearest right one, or nearer.
+
+    A tie counts against the model: one that gives everything the same feature finds nothing.
+    """
+    ranks = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+        similarities = queries[start : start + _QUERIES_AT_A_TIME] @ candidates.T
+        for row, values in enumerate(similarities):
+            own = list(right[start + row])
+            best = values[own].max()
+            ranks[start + row] = (values >= best).sum() - (values[own] >= best).sum()
+    return ranks
+
+
+def _recalls(ranks: NDArray[np.int64], ks: Sequence[int], seed: int) -> dict[str, Any]:
+    recalls: dict[str, Any] = {"median_rank": float(np.median(ranks)) + 1}
+    for k in ks:
+        hits = int((ranks < k).sum())
+        counts = np.array([hits, len(ranks) - hits])
+        low, high = count_interval(counts, lambda draws: draws[:, 0] / draws.sum(1), seed=seed)
+        recalls[f"recall@{k}"] = {"value": hits / len(ranks), "low": low, "high": high}
+    return recalls
+
+
+def _classification_tables(metrics: Mapping[str, Any]) -> str:
+    names, matrix = metrics["classes"], metrics["confusion_matrix"]
+    head = _head(metrics, f"{metrics['num_images']} images, {len(names)} classes")
+    scores = ["| score | value | 95 % interval |", "|---|---|---|"]
+    scores += [_score_row(n, metrics[n]) for n in ("balanced_accuracy", "weighted_f1", "accuracy")]
+    table = [
+        f"| true \\ predicted | {' | '.join(names)} | recall |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for name, row, recall in zip(names, matrix, metrics["recall_per_class"], strict=True):
+        shown = "-" if recall is None else f"{recall:.3f}"
+        table.append(f"| {name} | {' | '.join(map(str, row))} | {shown} |")
+    return "\n".join([*head, *scores, "", *table, ""])
+
+
+def _retrieval_tables(metrics: Mapping[str, Any], ks: Sequence[int]) -> str:
+    head = _head(metrics, f"{metrics['num_images']} images, {metrics['num_captions']} captions")
+    table = ["| score | value | 95 % interval |", "|---|---|---|"]
+    for name in ("image_to_text", "text_to_image"):
+        label = name.replace("_", " ")
+        table += [_score_row(f"{label}, recall@{k}", metrics[name][f"recall@{k}"]) for k in ks]
+        table.append(f"| {label}, median rank | {metrics[name]['median_rank']:g} | |")
+    return "\n".join([*head, *table, ""])
+
+
+def _head(metrics: Mapping[str, Any], what: str) -> list[str]:
+    skipped = metrics["num_skipped"]
+    lines = [
+        f"# {metrics['benchmark']}: {metrics['task']}",
+        "",
+        f"Model: `{metrics['model']}`; {what}.",
+    ]
+    if skipped:
+        lines.append(f"{skipped} left out: see {SKIPPED_NAME}.")
+    return [*lines, ""]
+
+
+def _score_row(name: str, score: Mapping[str, float]) -> str:
+    label = name.replace("_", " ")
+    return f"| {label} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} |"
+
+
+def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _write_report(
+    out: Path, metrics: Mapping[str, Any], tables: str, skipped: Sequence[Mapping[str, Any]]
+) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+    write_text(out / SKIPPED_NAME, lines)
+    write_text(out / TABLES_NAME, tables)
+    write_json(out / METRICS_NAME, metrics)

@@ -1,0 +1,139 @@
+"""Local models as describers: an exported PA-LLaVA, and the stock LLaVA of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pathgen.agents.backends import Request, Sampling
+from pathgen.agents.captions import describe
+from pathgen.agents.local_model import LocalBackend
+from pathgen.agents.steps import run_step
+from tests.pallava.goldens import CROSSATTN_STATE, TINY_LLAMA, tokenizer
+from tests.pathgen.conftest import patch_rows, read_rows, write_rows
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:"
+)
+
+
+@pytest.fixture(scope="module")
+def pallava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pallava.release.export import export
+    from pallava.release.pth_to_hf import convert_checkpoint
+    from tests.pallava.release.test_pth_to_hf import recipe
+
+    root = tmp_path_factory.mktemp("pallava")
+    save = tokenizer().save_pretrained
+    convert_checkpoint(
+        CROSSATTN_STATE, recipe(root), root / "converted", save_tokenizer=save, fp32=True
+    )
+    export(TINY_LLAMA, root / "converted", root / "model", progress=False)
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    words = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                              num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=2, vocab_size=len(words),
+                       max_position_embeddings=2048)  # fmt: skip
+    config = LlavaConfig(
+        vision, text, image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        images, words, patch_size=16, vision_feature_select_strategy="default",
+        chat_template=TEMPLATE, num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def requests(folder: Path) -> list[Request]:
+    found = []
+    for number, size in enumerate([(40, 40), (64, 20), (20, 64)]):
+        Image.new("RGB", size, (80 * number, 90, 30)).save(folder / f"{number}.png")
+        question = "What is it? " * (number + 1)
+        found.append(Request("Look.", question, folder / f"{number}.png", str(number)))
+    return [*found, Request("", "Shorten it.")]
+
+
+@pytest.mark.parametrize("kind", ["pallava", "llava"])
+def test_a_batch_equals_one_by_one(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    backend = LocalBackend(
+        str(folder), Sampling(12), device="cpu", trust_remote_code=kind == "pallava"
+    )
+    asked = requests(tmp_path)
+    batch = backend.ask(asked)
+    assert [backend.ask([one])[0] for one in asked] == batch
+    assert len({reply.text for reply in batch}) > 1
+    assert all(reply.text and reply.reply_tokens == 12 for reply in batch)
+    assert all("cut off" in (reply.fault or "") for reply in batch), "12 tokens, no end"
+    (tmp_path / "1.png").write_bytes(b"no image")
+    again = backend.ask(asked)
+    assert again[1].blame == "image"
+    assert [again[0], *again[2:]] == [batch[0], *batch[2:]]
+
+
+def test_describing_by_a_local_model(llava_folder: Path, tmp_path: Path, patches: Path) -> None:
+    backend = LocalBackend(str(llava_folder), Sampling(8), batch_size=2, device="cpu")
+    settings = backend._model.generation_config
+    settings.forced_eos_token_id = settings.eos_token_id  # random weights never end a reply
+    source = write_rows(tmp_path / "rows.jsonl", patch_rows("a", "b", "c"))
+    out = tmp_path / "out.jsonl"
+    step = describe(min_words=1)
+    report = run_step(step, backend, source, out, images=patches, progress=False)
+    assert report.counts == {"rows": 3, "written": 3}, report.examples
+    for row in read_rows(out):
+        (origin,) = row["provenance"]
+        assert origin["backend"] == "local"
+        assert origin["model"].startswith("model@")
+    tokens = report.spent.tokens
+    report = run_step(step, backend, source, out, images=patches, progress=False)
+    assert (report.counts["from cache"], report.spent.tokens) == (3, tokens)
+
+
+def test_no_model_no_describer(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        LocalBackend(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="batch size"):
+        LocalBackend("x", batch_size=0)
+
+
+def test_the_command_takes_a_local_model(llava_folder: Path, tmp_path: Path, patches: Path) -> None:
+    from click.testing import CliRunner
+
+    from xtuner_add import cli
+
+    source = write_rows(tmp_path / "rows.jsonl", patch_rows("a"))
+    arguments = [
+        "describe", source, tmp_path / "out.jsonl", "--images", patches, "--local", llava_folder,
+        "--device", "cpu", "--max-reply-tokens", 4, "--attempts", 1,
+    ]  # fmt: skip
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 3, result.output
+    assert "cut off at the largest number of tokens" in result.output

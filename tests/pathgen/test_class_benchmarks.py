@@ -1,0 +1,176 @@
+"""Each public data set's layout, made up small, is read in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pathgen.class_benchmarks import benchmark_names, load_benchmark, read_images
+
+
+def image(path: Path, value: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 12), (value, 80, 90)).save(path)
+
+
+def patch_camelyon(folder: Path) -> dict[str, int]:
+    stem = "camelyonpatch_level_2_split_test"
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 96, 96, 3), dtype=np.uint8)
+    with h5py.File(folder / f"{stem}_x.h5", "w") as file:
+        file["x"] = pixels
+    with h5py.File(folder / f"{stem}_y.h5", "w") as file:
+        file["y"] = np.array([0, 1, 1, 0], dtype=np.uint8).reshape(4, 1, 1, 1)
+    return {f"{stem}_x.h5:{row}": label for row, label in enumerate([0, 1, 1, 0])}
+
+
+def in_folders(folder: Path, *names: str) -> dict[str, int]:
+    for index, name in enumerate(names):
+        image(folder / name / f"{index}.tif")
+    return {f"{name}/{index}.tif": index for index, name in enumerate(names)}
+
+
+def crc100k(folder: Path) -> dict[str, int]:
+    (folder / "NCT-CRC-HE-100K/ADI").mkdir(parents=True)
+    image(folder / "NCT-CRC-HE-100K/ADI/train.tif")
+    kinds = ["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
+    return in_folders(folder, *(f"CRC-VAL-HE-7K/{kind}" for kind in kinds))
+
+
+def sicapv2(folder: Path) -> dict[str, int]:
+    (folder / "partition/Test").mkdir(parents=True)
+    columns = ["image_name", "NC", "G3", "G4", "G5", "G4C"]
+    rows = [[f"{n}.jpg", *(int(n == k) for k in range(4)), int(n == 2)] for n in range(4)]
+    pd.DataFrame(rows, columns=columns).to_excel(folder / "partition/Test/Test.xlsx", index=False)
+    for number in range(4):
+        image(folder / f"images/{number}.jpg")
+    return {f"{number}.jpg": number for number in range(4)}
+
+
+def bach(folder: Path) -> dict[str, int]:
+    root = "ICIAR2018_BACH_Challenge/Photos"
+    return in_folders(folder, *(f"{root}/{k}" for k in ("Normal", "Benign", "InSitu", "Invasive")))
+
+
+def osteo(folder: Path) -> dict[str, int]:
+    image(folder / "Training-Set-1/set1/Case-3-A1-20343-10079.jpg")
+    image(folder / "Training-Set-2/set2/Case-4-B2-1-2.jpg")
+    image(folder / "Training-Set-2/set2/Case-48-P5-C3-4.jpg")
+    (folder / "ML_Features_1144.csv").write_text(
+        "image.name,classification\nCase 3 A1-20343- 10079,Non-Tumor\nCase 4 B2 -1-2,viable\n"
+        "Case 48- P5-C3-4,Non-Viable-Tumor\nCase 9,viable: non-viable\n"
+    )
+    return {"Case 3 A1-20343- 10079": 0, "Case 4 B2 -1-2": 1, "Case 48- P5-C3-4": 2}
+
+
+def skin_cancer(folder: Path) -> dict[str, int]:
+    labels = [keys[0] for keys in load_benchmark("skin_cancer").keys]
+    lines = ["file,class,set,malignicy"]
+    for label in labels:
+        image(folder / f"data/tiles/{label}/{label}_ws_1.jpg")
+        lines.append(f"data/tiles/{label}/{label}_ws_1.jpg,{label},Test,x")
+    lines.append(f"data/tiles/none.jpg,{labels[0]},Train,x")
+    (folder / "data/tiles-v2.csv").write_text("\n".join(lines))
+    return {f"data/tiles/{label}/{label}_ws_1.jpg": i for i, label in enumerate(labels)}
+
+
+def mhist(folder: Path) -> dict[str, int]:
+    for name in ("MHIST_a.png", "MHIST_b.png"):
+        image(folder / "images" / name)
+    (folder / "annotations.csv").write_text(
+        "Image Name,Majority Vote Label,Number of Annotators who Selected SSA (Out of 7),"
+        "Partition\n"
+        "MHIST_a.png,SSA,6,test\nMHIST_b.png,HP,0,test\nMHIST_c.png,HP,0,train\n"
+    )
+    return {"MHIST_a.png": 1, "MHIST_b.png": 0}
+
+
+def wsss4luad(folder: Path) -> dict[str, int]:
+    names = ["1-2-3-[1, 0, 0].png", "1-2-4-[0, 1, 0].png", "1.2.276.0_1_[0_0_1].png"]
+    for name in [*names, "1-2-5-[1, 1, 0].png"]:
+        image(folder / "1.training" / name)
+    return {f"1.training/{name}": index for index, name in enumerate(names)}
+
+
+def lc25000(folder: Path) -> dict[str, int]:
+    root = "lung_colon_image_set"
+    colon = [f"{root}/colon_image_sets/{k}" for k in ("colon_aca", "colon_n")]
+    lung = [f"{root}/lung_image_sets/{k}" for k in ("lung_aca", "lung_n", "lung_scc")]
+    return in_folders(folder, *colon, *lung)
+
+
+LAYOUTS = [
+    *(bach, crc100k, lc25000, mhist, osteo, patch_camelyon, sicapv2, skin_cancer, wsss4luad),
+]
+
+
+def test_every_shipped_benchmark_has_a_layout_here_and_says_where_it_comes_from() -> None:
+    assert [layout.__name__ for layout in LAYOUTS] == benchmark_names()
+    for name in benchmark_names():
+        benchmark = load_benchmark(name)
+        assert all(benchmark.prompts) and len(benchmark.templates) > 2
+        flat = [prompt for prompts in benchmark.prompts for prompt in prompts]
+        assert len(flat) == len(set(flat)), f"{name}: one wording for two classes"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_published_layout_is_read_in_place(layout: object, tmp_path: Path) -> None:
+    expected = layout(tmp_path)  # type: ignore[operator]
+    found = read_images(load_benchmark(layout.__name__), tmp_path)  # type: ignore[attr-defined]
+    ids = [image.id for image in found.images]
+    assert dict(zip(ids, found.labels, strict=True)) == expected
+    assert not found.skipped
+    assert all(image.open().mode == "RGB" for image in found.images)
+
+
+def test_rows_that_cannot_be_used_are_recorded(tmp_path: Path) -> None:
+    mhist(tmp_path)
+    with (tmp_path / "annotations.csv").open("a") as file:
+        file.write("MHIST_gone.png,HP,0,test\nMHIST_a.png,UNSURE,3,test\n../x.png,HP,0,test\n")
+    found = read_images(load_benchmark("mhist"), tmp_path)
+    assert [row["id"] for row in found.skipped] == ["MHIST_gone.png", "MHIST_a.png", "../x.png"]
+    assert "0 classes" in found.skipped[1]["reason"]
+    assert "inside the image folder" in found.skipped[2]["reason"]
+
+
+def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no images of normal.*adapt it"):
+        read_images(load_benchmark("bach"), tmp_path)
+    (tmp_path / "annotations.csv").write_text("name,label\n")
+    (tmp_path / "annotations.csv").write_text("name,label\na,b\n")
+    with pytest.raises(ValueError, match=r"no columns \['Image Name'"):
+        read_images(load_benchmark("mhist"), tmp_path)
+    (tmp_path / "camelyonpatch_level_2_split_test_x.h5.gz").touch()
+    with pytest.raises(FileNotFoundError, match="gunzip"):
+        read_images(load_benchmark("patch_camelyon"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"templates": ["no place"]}, "one {} each"),
+        ({"layout": {"kind": "cloud"}}, "kind 'cloud'"),
+        ({"layout": {"kind": "table", "file": "a.csv", "image": "i"}}, "label or one_hot"),
+        ({"layout": {"kind": "hdf5", "images": {}}}, r"lacks \['labels'\]"),
+        ({"classes": [{"name": "a", "prompts": ["x"]}]}, "two at least"),
+        ({"classes": [{"name": "a"}, {"name": "b"}]}, "prompts"),
+    ],
+)
+def test_mistakes_in_configs_are_named(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    classes = [{"name": name, "prompts": [name]} for name in "ab"]
+    content = {"name": "own", "templates": ["an image of {}"], "classes": classes, **change}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(tmp_path / "own.json")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(FileNotFoundError, match=r"bach, crc100k"):
+        load_benchmark("camelyon")

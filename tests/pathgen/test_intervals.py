@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+
+from pathgen.intervals import (
+    _auroc,
+    _weighted_f1,
+    auroc_interval,
+    balanced_accuracy,
+    classification_scores,
+    count_interval,
+    macro_f1,
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
+@pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
+def test_scores_of_counts_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    true, predicted = np.array(pairs).T
+    matrix = np.zeros((1, 4, 4), dtype=np.int64)
+    np.add.at(matrix[0], (true, predicted), 1)
+    assert balanced_accuracy(matrix)[0] == pytest.approx(balanced_accuracy_score(true, predicted))
+    labels = np.unique(true)
+    macro = f1_score(true, predicted, labels=labels, average="macro", zero_division=0)
+    assert macro_f1(matrix)[0] == pytest.approx(macro)
+    weighted = f1_score(true, predicted, average="weighted", zero_division=0)
+    assert _weighted_f1(matrix)[0] == pytest.approx(weighted)
+
+
+def test_intervals_hold_the_value_and_narrow_with_more_images() -> None:
+    generator = np.random.default_rng(0)
+    widths = []
+    for size in (100, 10000):
+        true = generator.integers(0, 3, size)
+        predicted = np.where(generator.random(size) < 0.7, true, (true + 1) % 3)
+        scores = classification_scores(true, predicted, 4)
+        for name in ("accuracy", "balanced_accuracy", "weighted_f1"):
+            assert scores[name]["low"] <= scores[name]["value"] <= scores[name]["high"]
+        widths.append(scores["accuracy"]["high"] - scores["accuracy"]["low"])
+        assert scores["recall_per_class"][3] is None
+    assert widths[1] < widths[0] / 5
+    again = classification_scores(true, predicted, 4)
+    assert again == scores
+
+
+def test_interval_of_a_share_agrees_with_the_normal_one() -> None:
+    low, high = count_interval(np.array([300, 700]), lambda d: d[:, 0] / d.sum(1))
+    half = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.004)
+
+
+def test_auroc_of_drawn_cases_is_that_of_scikit_learn() -> None:
+    generator = np.random.default_rng(1)
+    true = generator.random(40) < 0.4
+    scores = np.round(generator.normal(size=40) + true, 1)  # with ties
+    draws = generator.multinomial(40, np.full(40, 1 / 40), size=5)
+    expected = [roc_auc_score(np.repeat(true, draw), np.repeat(scores, draw)) for draw in draws]
+    np.testing.assert_allclose(_auroc(true, scores, draws), expected)
+    low, high = auroc_interval(true.astype(int), np.stack([-scores, scores], axis=1))
+    assert low < roc_auc_score(true, scores) < high
+    assert np.isnan(auroc_interval(np.zeros(4, dtype=int), np.ones((4, 2)))).all()
+
+
+def test_no_cases_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="no cases"):
+        count_interval(np.zeros(3), lambda draws: draws[:, 0])

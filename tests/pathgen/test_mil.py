@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from pathgen import mil
+from pathgen.attention_maps import attention_grid, ranks
+from pathgen.mil import MILSettings, score_slides, train_mil
+from pathgen.mil_data import find_splits, read_labels, read_split
+from pathgen.mil_models import ABMIL, ACMIL, BagOutput
+from wsi.store import read_features, write_features
+from xtuner_add.cli import main
+
+SMALL = {"embed_dim": 16, "hidden_dim": 8, "epochs": 6, "lr": 0.01}
+MARKED = 3  # patches of a positive slide that say so
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """Twenty-four slides of 12 patches; the first three patches of a positive one differ."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "splits").mkdir()
+    coords = np.array([[x * 512, y * 512] for y in range(3) for x in range(4)])
+    rows = ["case_id,slide_id,label"]
+    for number in range(24):
+        positive = number % 2
+        features = generator.normal(0, 0.3, (12, 8)).astype(np.float32)
+        features[:MARKED, 0] += 3 * positive
+        path = tmp_path / f"features/S.{number}.h5"
+        attributes = {"patch_size_level0": 512}
+        write_features(path, features, coords, encoder="made-up", attributes=attributes)
+        rows.append(f"P{number},S.{number},{'tumour' if positive else 'normal'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    for fold in (0, 1):
+        order = [(number + 4 * fold) % 24 for number in range(24)]
+        parts = [order[:14], order[14:18], order[18:]]
+        lines = [",train,val,test"]
+        for row in range(14):
+            cells = [f"S.{p[row]}" if row < len(p) else "" for p in parts]
+            lines.append(f"{row},{','.join(cells)}")
+        (tmp_path / f"splits/splits_{fold}.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def train(folder: Path, out: str, **arguments: Any) -> dict[str, Any]:
+    settings = MILSettings(**{**SMALL, **arguments.pop("settings", {})})
+    return train_mil(folder / "features", folder / "labels.csv", folder / "splits", folder / out,
+                     settings=settings, device="cpu", progress=False, **arguments)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["abmil", "acmil"])
+def test_learns_which_slides_and_which_patches(model: str, slides: Path) -> None:
+    metrics = train(slides, "out", settings={"model": model}, heat_maps=True)
+    assert [run["fold"] for run in metrics["runs"]] == [0, 1]
+    assert metrics["scores"]["auroc"]["mean"] == 1.0
+    rows = list(csv.DictReader((slides / "out/fold_0_seed_0/predictions.csv").open()))
+    assert len(rows) == 6 and all(row["true"] == row["predicted"] for row in rows)
+    built = mil.MODELS[model](8, 2, embed_dim=16, hidden_dim=8).eval()
+    built.load_state_dict(load_file(slides / "out/fold_0_seed_0/model.safetensors"))
+    positive = next(row["slide_id"] for row in rows if row["true"] == "tumour")
+    features, _ = read_features(slides / f"features/{positive}.h5")
+    attention = built(torch.from_numpy(features)).attention.mean(0)
+    assert set(attention.topk(MARKED).indices.tolist()) == set(range(MARKED))
+    image = np.array(Image.open(slides / f"out/fold_0_seed_0/attention/{positive}.png"))
+    assert image.shape == (24, 32, 4) and (image[..., 3] == 255).all()
+    bright = image[..., :3].astype(int).sum(-1)
+    assert bright[:8, : 8 * MARKED].min() > bright[:, 8 * MARKED :].max()
+    assert "| mean | | | 1.000" in (slides / "out/metrics.md").read_text()
+
+
+def test_a_killed_run_gives_what_an_unbroken_one_gives(
+    slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model": "acmil", "bag_size": 8}
+    whole = train(slides, "whole", settings=settings, folds=(0,), seeds=(3,))
+    real, calls = mil.Run._epoch, []
+
+    def dies(self: mil.Run, optimizer: Any) -> float:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, optimizer)
+
+    monkeypatch.setattr(mil.Run, "_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(slides, "broken", settings=settings, folds=(0,), seeds=(3,))
+    assert not (slides / "broken/metrics.json").exists()
+    broken = train(slides, "broken", settings=settings, folds=(0,), seeds=(3,))
+    assert len(calls) == 7
+    assert broken["runs"] == whole["runs"]
+    left, right = (load_file(slides / f"{n}/fold_0_seed_3/model.safetensors")
+                   for n in ("whole", "broken"))  # fmt: skip
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(ValueError, match="other settings"):
+        train(slides, "broken", folds=(0,), seeds=(3,))
+
+
+def test_command_lists_slides_without_features(slides: Path) -> None:
+    (slides / "features/S.0.h5").unlink()
+    features, coords = read_features(slides / "features/S.1.h5")
+    write_features(slides / "features/S.1.h5", features * np.nan, coords, encoder="x")
+    found = CliRunner().invoke(
+        main,
+        ["train-mil", str(slides / "features"), "--labels", str(slides / "labels.csv"), "--splits",
+         str(slides / "splits"), "--output", str(slides / "out"), "--epochs", "1", "--fold", "1",
+         "--embed-dim", "8", "--hidden-dim", "4", "--seed", "0", "--seed", "1", "--device", "cpu"],
+    )  # fmt: skip
+    assert found.exit_code == 3, found.output
+    assert "2 left out" in found.output and "| 1 | 1 |" in found.output
+    rows = [json.loads(line) for line in (slides / "out/skipped.jsonl").read_text().splitlines()]
+    reasons = {row["id"]: row["reason"] for row in rows}
+    assert "no such file" in reasons["S.0"] and "NaN" in reasons["S.1"]
+
+
+def test_slides_and_patients_in_two_parts_are_refused(slides: Path) -> None:
+    labels = read_labels(slides / "labels.csv")
+    assert labels.classes == ("normal", "tumour") and list(find_splits(slides / "splits")) == [0, 1]
+    split = slides / "own.csv"
+    split.write_text("train,val,test\nS.0,S.1,S.0\n")
+    with pytest.raises(ValueError, match=r"slide S\.0 in train and test"):
+        read_split(split, labels)
+    table = slides / "labels.csv"
+    table.write_text(table.read_text().replace("P2,", "P0,"))
+    split.write_text("train,val,test\nS.0,S.1,S.2\n")
+    with pytest.raises(ValueError, match="patient P0 in train and test"):
+        read_split(split, read_labels(table))
+    split.write_text("train,val,test\nS.0,S.1,S.99\n")
+    with pytest.raises(ValueError, match=r"1 slides without label, first S\.99"):
+        read_split(split, labels)
+    table.write_text("slide_id,label\na,0\na,1\n")
+    with pytest.raises(ValueError, match="slide a has labels 0 and 1"):
+        read_labels(table)
+    table.write_text("slide_id,grade\na,0\n")
+    with pytest.raises(ValueError, match=r"no columns \['label'\]"):
+        read_labels(table)
+
+
+def test_numbered_classes_are_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("slide_id,label\na,10\nb,2\nc,0\n")
+    assert read_labels(tmp_path / "l.csv").classes == ("0", "2", "10")
+
+
+def test_gated_attention_is_the_published_formula() -> None:
+    torch.manual_seed(0)
+    model, features = ABMIL(6, 3, embed_dim=5, hidden_dim=4).eval(), torch.randn(7, 6)
+    h = torch.relu(features @ model.project[0].weight.T + model.project[0].bias)
+    parts = model.attention
+    scores = torch.stack([
+        parts.weight.weight[0] @ (torch.tanh(parts.value.weight @ x + parts.value.bias)
+                                  * torch.sigmoid(parts.gate.weight @ x + parts.gate.bias))
+        for x in h
+    ])  # fmt: skip
+    a = torch.exp(scores) / torch.exp(scores).sum()
+    output = model(features)
+    torch.testing.assert_close(output.attention[0], a)
+    z = sum(a[k] * h[k] for k in range(7))
+    torch.testing.assert_close(output.logits, model.classifier(z))
+
+
+def test_acmil_masks_in_training_only_and_punishes_branches_that_agree() -> None:
+    torch.manual_seed(0)
+    model = ACMIL(6, 2, embed_dim=5, hidden_dim=4, num_branches=3, num_masked=5)
+    features = torch.randn(20, 6)
+    trained = model(features).attention
+    assert ((trained == 0).sum(dim=1) == 3).all()  # 0.6 of 5
+    plain = model.eval()(features)
+    assert (plain.attention > 0).all()
+    top = plain.attention.topk(5, dim=-1).indices
+    assert all(set(row.nonzero()[:, 0].tolist()) <= set(best.tolist())
+               for row, best in zip(trained == 0, top, strict=True))  # fmt: skip
+    torch.testing.assert_close(plain.attention.sum(1), torch.ones(3))
+    assert torch.isfinite(model.train()(features[:1]).logits).all()
+
+    label, logits = torch.tensor(1), torch.zeros(3, 2)
+    apart, same = torch.eye(3, 20), torch.eye(1, 20).expand(3, 20)
+    losses = [model.loss(BagOutput(logits[0], a, logits), label) for a in (apart, same)]
+    expected = 2 * torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(torch.stack(losses), torch.stack([expected, expected + 1]))
+
+
+@pytest.mark.parametrize("build", [ABMIL, ACMIL])
+@given(seed=st.integers(0, 99), num_patches=st.integers(1, 30))
+def test_order_of_patches_does_not_matter(build: Any, seed: int, num_patches: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = build(4, 2, embed_dim=6, hidden_dim=3).eval()
+    features = torch.randn(num_patches, 4, generator=generator)
+    order = torch.randperm(num_patches, generator=generator)
+    left, right = model(features), model(features[order])
+    torch.testing.assert_close(left.logits, right.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(left.attention[:, order], right.attention, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_of_slides() -> None:
+    generator = np.random.default_rng(0)
+    true = generator.integers(0, 3, 60)
+    probabilities = generator.dirichlet([1, 1, 1], 60)
+    probabilities[np.arange(60), true] += 0.8
+    scores = score_slides(true, probabilities / probabilities.sum(1, keepdims=True))
+    for name in mil.SCORES:
+        assert scores[name]["low"] <= scores[name]["value"] <= scores[name]["high"]
+    single = score_slides(np.zeros(4, dtype=int), np.full((4, 2), 0.5))
+    assert single["auroc"] == {"value": None, "low": None, "high": None}
+    assert single["accuracy"]["value"] == 1.0
+
+
+def test_overlapping_patches_are_averaged() -> None:
+    values, covered = attention_grid(np.array([[0, 0], [50, 0]]), np.array([0.0, 1.0]), 100)
+    assert values.shape == (8, 12) and covered.all()
+    assert values[0].tolist() == [0] * 4 + [0.5] * 4 + [1] * 4
+    assert ranks(np.array([0.2, 0.9, 0.2])).tolist() == [0.25, 1.0, 0.25]
+
+
+def test_a_huge_slide_is_drawn_small() -> None:
+    coords = np.array([[0, 0], [512 * 4000, 512]])
+    values, covered = attention_grid(coords, np.array([0.0, 1.0]), 512)
+    assert max(values.shape) <= 4096 and covered.sum() >= 2
