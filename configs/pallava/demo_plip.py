@@ -1,0 +1,25 @@
+"""PLIP pretraining of `xtuner-add demo`; paths are relative to the demo's folder."""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .plip_pretraining_tiny import *
+
+from xtuner_add.demo.training_data import SlidePairDataset
+
+data_path = "data/pairs.jsonl"
+batch_size = 48
+max_epochs = 10
+lr = 1e-3
+
+# A small text encoder starts with weights as wide as its width asks for (128 ** -0.5), else every
+# caption begins as nearly the same vector and the words that tell them apart are learned late.
+model["text_encoder"].update(initializer_range=0.09)
+model.update(tokenizer=dict(pairs_file=data_path))
+train_dataloader.update(batch_size=batch_size)
+train_dataloader["dataset"].update(type=SlidePairDataset, pairs_file=data_path, image_folder="data")
+optim_wrapper["optimizer"].update(lr=lr)
+param_scheduler[0].update(end=0.5)
+param_scheduler[1].update(begin=0.5, end=max_epochs, eta_min=lr / 50)
+train_cfg.update(max_epochs=max_epochs)
+default_hooks["checkpoint"].update(interval=1)

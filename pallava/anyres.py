@@ -1,0 +1,169 @@
+"""Any-resolution input: a thumbnail and the sub-images of the grid that suits the image best.
+
+PA-LLaVA, section III-B (doi:10.1109/BIBM62325.2024.10821785): the thumbnail is seen whole, the
+sub-images keep the detail that shrinking loses. The grids and their order are those of the
+published code, on which the released weights depend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+GridTies = Literal["published", "largest_scale"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Channel statistics of CLIP's image transform (github.com/openai/CLIP)."""
+
+GRIDS: tuple[tuple[int, int], ...] = (
+    *((1, 4), (2, 2), (4, 1)),
+    *((1, 5), (5, 1)),
+    *((1, 6), (2, 3), (3, 2), (6, 1)),
+    *((1, 7), (7, 1)),
+    *((1, 8), (2, 4), (4, 2), (8, 1)),
+)
+"""Allowed `(columns, rows)`, 4 to 8 sub-images, in the published order of search."""
+
+
+def choose_grid(
+    width_px: int, height_px: int, tile_px: int, ties: GridTies = "published"
+) -> tuple[int, int]:
+    """Chooses the grid that keeps most of the image's pixels and wastes least canvas.
+
+    Args:
+        width_px: Width of the image.
+        height_px: Height of the image.
+        tile_px: Side of a sub-image.
+        ties: What decides between grids that keep and waste the same. `published`: the first in
+            the published order, which gives every square of up to `tile_px` a 1x4 strip, three
+            quarters of it black. `largest_scale`: the grid in which the image is largest.
+
+    Returns:
+        `(columns, rows)`.
+
+    Raises:
+        ValueError: A side below one pixel, or an unknown `ties`.
+    """
+    if min(width_px, height_px, tile_px) < 1:
+        raise ValueError(
+            f"image {width_px} x {height_px} px, tile {tile_px} px: sides of at least 1 px expected"
+        )
+    if ties not in ("published", "largest_scale"):
+        raise ValueError(f"ties: 'published' or 'largest_scale' expected, got {ties!r}")
+
+    def cost(grid: tuple[int, int]) -> tuple[int, int, float]:
+        canvas_w, canvas_h = grid[0] * tile_px, grid[1] * tile_px
+        scale = min(canvas_w / width_px, canvas_h / height_px)
+        kept = min(int(width_px * scale) * int(height_px * scale), width_px * height_px)
+        return -kept, canvas_w * canvas_h - kept, -scale if ties == "largest_scale" else 0.0
+
+    return min(GRIDS, key=cost)  # min() returns the first of equals, as the published search does
+
+
+def fit_to_canvas(image: Image.Image, canvas_px: tuple[int, int]) -> Image.Image:
+    """Resizes an image to fit a canvas, keeping its aspect ratio, and centres it on black."""
+    width_px, height_px = image.size
+    canvas_w, canvas_h = canvas_px
+    scale_w, scale_h = canvas_w / width_px, canvas_h / height_px
+    if scale_w < scale_h:
+        size = (canvas_w, min(math.ceil(height_px * scale_w), canvas_h))
+    else:
+        size = (min(math.ceil(width_px * scale_h), canvas_w), canvas_h)
+    canvas = Image.new("RGB", canvas_px, (0, 0, 0))
+    offset = ((canvas_w - size[0]) // 2, (canvas_h - size[1]) // 2)
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), offset)
+    return canvas
+
+
+def split_image(
+    image: Image.Image, tile_px: int, ties: GridTies = "published"
+) -> list[Image.Image]:
+    """Makes the thumbnail and the sub-images, row by row, of one RGB image.
+
+    Returns:
+        `[thumbnail, sub_image_1, ...]`, each `tile_px` square; 4 to 8 sub-images.
+    """
+    columns, rows = choose_grid(*image.size, tile_px, ties)
+    canvas = fit_to_canvas(image, (columns * tile_px, rows * tile_px))
+    boxes = [
+        (x * tile_px, y * tile_px, (x + 1) * tile_px, (y + 1) * tile_px)
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    # The thumbnail is squeezed into a square: the aspect ratio is not kept, as published.
+    thumbnail = image.resize((tile_px, tile_px), Image.Resampling.BICUBIC)
+    return [thumbnail, *(canvas.crop(box) for box in boxes)]
+
+
+@dataclass(frozen=True)
+class AnyRes:
+    """Turns an RGB image into the stack of normalised tiles that the encoder reads.
+
+    Args:
+        tile_px: Side of a tile, the encoder's image size.
+        image_mean: Channel means in 0..1.
+        image_std: Channel standard deviations in 0..1.
+        sub_images: False gives the thumbnail alone, for encoders without a scale-invariant
+            connector.
+        ties: See `choose_grid`.
+
+    Example:
+        >>> AnyRes(tile_px=32)(Image.new("RGB", (64, 64))).shape
+        torch.Size([5, 3, 32, 32])
+    """
+
+    tile_px: int = 224
+    image_mean: Sequence[float] = CLIP_MEAN
+    image_std: Sequence[float] = CLIP_STD
+    sub_images: bool = True
+    ties: GridTies = "published"
+
+    @classmethod
+    def from_image_processor(
+        cls, processor: object, *, sub_images: bool = True, ties: GridTies = "published"
+    ) -> AnyRes:
+        """Takes tile size and statistics from a Hugging Face image processor.
+
+        Raises:
+            ValueError: The processor states no size.
+        """
+        size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
+        sides = {size.get(key) for key in ("height", "width", "shortest_edge")} if size else set()
+        sides -= {None}
+        if len(sides) != 1:
+            raise ValueError(
+                f"{type(processor).__name__}: one square crop_size or size expected, got {size!r}"
+            )
+        return cls(
+            tile_px=int(sides.pop()),
+            image_mean=tuple(getattr(processor, "image_mean", CLIP_MEAN)),
+            image_std=tuple(getattr(processor, "image_std", CLIP_STD)),
+            sub_images=sub_images,
+            ties=ties,
+        )
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Returns `(1 + num_sub_images, 3, tile_px, tile_px)` float32, the thumbnail first."""
+        if self.sub_images:
+            tiles = split_image(image, self.tile_px, self.ties)
+        else:
+            tiles = [image.resize((self.tile_px, self.tile_px), Image.Resampling.BICUBIC)]
+        pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+        pixels = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
+        mean = torch.tensor(self.image_mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(self.image_std, dtype=torch.float32).view(3, 1, 1)
+        return (pixels - mean) / std
+
+    def num_sub_images(self, width_px: int, height_px: int) -> int:
+        """How many sub-images an image of this size has: what a grouping sampler needs."""
+        if not self.sub_images:
+            return 0
+        columns, rows = choose_grid(width_px, height_px, self.tile_px, self.ties)
+        return columns * rows

@@ -1,0 +1,237 @@
+"""A model that is ready to be asked: images and questions in, answers out, one or many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pallava.anyres import AnyRes
+from pallava.conversation import Turn, encode_turns
+from pallava.images import load_image, to_rgb
+from pallava.modeling.llava import PALLaVA
+from pallava.prompt_templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
+from pallava.text import IMAGE_TOKEN, Bos, encode_prompt
+
+MAX_NEW_TOKENS = 1200
+"""Longest answer, as in the published evaluation tools."""
+
+_END_OF_TURN = "<|eot_id|>"
+
+ImageLike = Image.Image | str | os.PathLike[str] | None
+
+
+class Assistant:
+    """A PA-LLaVA with its tokenizer and image preparation; `pallava.load_model` makes one.
+
+    Answers are greedy. A batch is padded on the left and gives the answers that its questions get
+    alone, up to the rounding of half precision.
+
+    Args:
+        model: Encoder, connector and language model: a module with `MultimodalMixin`'s attributes.
+        tokenizer: Of the language model.
+        anyres: Image preparation.
+        prompt_template: Name of a template; `tokenizer` for the one the tokenizer carries.
+        bos: `single`, as in training, or `double`, as in the published evaluation tools.
+        fingerprint: Tells these weights from others, for caches of answers.
+
+    Attributes:
+        stop_ids: Tokens that end an answer.
+        stop_strings: Texts that do and are no tokens of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: PALLaVA | Any,
+        tokenizer: Any,
+        anyres: AnyRes,
+        prompt_template: str = "llama3_chat",
+        bos: Bos = "single",
+        fingerprint: str = "",
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.anyres = anyres
+        self.prompt_template = prompt_template
+        self.bos = bos
+        self.fingerprint = fingerprint
+        template = None
+        if prompt_template == TOKENIZER_TEMPLATE:
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError(
+                    "prompt template 'tokenizer': this tokenizer carries no chat template; name "
+                    "one, such as llama3_chat"
+                )
+        else:
+            template = find_template(prompt_template)
+        self._template: PromptTemplate | None = template
+        self.stop_ids, self.stop_strings = self._find_stops(template)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model reads its inputs."""
+        return self.model.llm.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the language model's weights."""
+        return self.model.llm.get_input_embeddings().weight.dtype
+
+    def answer(
+        self, image: ImageLike, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> str:
+        """Answers one question about one image.
+
+        Args:
+            image: Pillow image or file; None for a question without one.
+            question: Without template.
+            max_new_tokens: Longest answer, in tokens.
+
+        Raises:
+            ImageError: A file that cannot be read.
+
+        Example::
+
+            model = load_model("Meta-Llama-3-8B-Instruct", "pallava_hf", "plip")
+            model.answer("biopsy.png", "Is there necrosis?")
+        """
+        return self.answer_batch([image], [question], max_new_tokens=max_new_tokens)[0]
+
+    def answer_batch(
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """Answers many questions, each about its own image, in one batch.
+
+        Raises:
+            ImageError: A file that cannot be read.
+            ValueError: Not as many images as questions, or none.
+        """
+        if len(images) != len(questions) or not questions:
+            raise ValueError(
+                f"as many images as questions expected, at least one; got {len(images)} and "
+                f"{len(questions)}; pass None for a question without an image"
+            )
+        pixels = [None if image is None else self.pixel_values(image) for image in images]
+        prompts = [
+            self.encode(question, has_image=image is not None)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        return self.answer_encoded(prompts, pixels, max_new_tokens=max_new_tokens)
+
+    def answer_encoded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pixel_values: Sequence[Tensor | None],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """As `answer_batch`, from what `encode` and `pixel_values` return."""
+        longest = max(map(len, prompts))
+        input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt)
+            input_ids[row, start:] = torch.tensor(prompt, dtype=torch.long)
+            mask[row, start:] = True
+        stacks = [stack.to(self.device) for stack in pixel_values if stack is not None]
+        new_ids = self.model.generate_answer(
+            input_ids.to(self.device),
+            stacks or None,
+            mask.to(self.device),
+            **self.generation_kwargs(max_new_tokens),
+        )
+        return [self.decode(row) for row in new_ids.tolist()]
+
+    def prompt(self, question: str, *, has_image: bool) -> str:
+        """Puts a question into the template, the image in front unless the text places it.
+
+        Raises:
+            ValueError: Image marks and image do not agree.
+        """
+        marks = question.count(IMAGE_TOKEN)
+        if marks > has_image:
+            raise ValueError(
+                f"the question holds {marks} {IMAGE_TOKEN} mark(s) for {int(has_image)} image(s)"
+            )
+        text = f"{IMAGE_TOKEN}\n{question}" if has_image and not marks else question
+        if self._template is not None:
+            return self._template.render(text)
+        rendered = str(
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        return rendered.removeprefix(self.tokenizer.bos_token or "")  # encode() adds it
+
+    def encode(self, question: str, *, has_image: bool) -> list[int]:
+        """Token ids of a question in its template."""
+        return encode_prompt(self.tokenizer, self.prompt(question, has_image=has_image), self.bos)
+
+    def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation up to its next answer; see `pallava.conversation`."""
+        return encode_turns(self.tokenizer, self._template, turns, self.bos)
+
+    def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor) -> Tensor:
+        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+
+        What was prepared before is returned as it is.
+        """
+        if isinstance(image, Tensor):
+            return image
+        decoded = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+        return self.anyres(decoded)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids up to the first that ends an answer."""
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        text = str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+        for word in self.stop_strings:
+            text = text.split(word, 1)[0]
+        return text.strip()
+
+    def has_stop_string(self, ids: Sequence[int]) -> bool:
+        """Whether generated ids hold a stop word that is no token of the vocabulary."""
+        if not self.stop_strings:
+            return False
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return any(word in text for word in self.stop_strings)
+
+    def generation_kwargs(self, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
+        """Keyword arguments for `generate`: greedy, and when to stop."""
+        pad = self.tokenizer.pad_token_id
+        kwargs: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "eos_token_id": sorted(self.stop_ids),
+            "pad_token_id": min(self.stop_ids) if pad is None else pad,
+        }
+        if self.stop_strings:
+            kwargs |= {"stop_strings": list(self.stop_strings), "tokenizer": self.tokenizer}
+        return kwargs
+
+    def _find_stops(self, template: PromptTemplate | None) -> tuple[set[int], tuple[str, ...]]:
+        config = getattr(self.model.llm, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ids = set(ends if isinstance(ends, list | tuple) else [ends])
+        ids.add(self.tokenizer.eos_token_id)
+        ids.discard(None)
+        strings = []
+        vocabulary = self.tokenizer.get_vocab()
+        for word in dict.fromkeys((_END_OF_TURN, *(template.stop_words if template else ()))):
+            if word in vocabulary:
+                ids.add(vocabulary[word])
+            elif word != _END_OF_TURN or (template and word in template.stop_words):
+                strings.append(word)
+        if not ids:
+            raise ValueError("the tokenizer names no end of sequence (eos_token)")
+        return ids, tuple(strings)

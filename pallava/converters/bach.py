@@ -1,0 +1,26 @@
+"""BACH (ICIAR 2018, arXiv:1808.04277): four classes of breast tissue."""
+
+from __future__ import annotations
+
+import os
+
+from pallava.converters.class_sets import ClassConversion, class_conversion
+from pallava.evaluation.class_folders import load_class_set
+from pallava.registry import CONVERTERS
+
+
+@CONVERTERS.register("bach")
+def bach(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    classes: str = "bach",
+) -> ClassConversion:
+    """BACH to folders of classes.
+
+    Args:
+        data_path: The archive's folder, with `Photos/Normal`, `Benign`, `InSitu`, `Invasive`.
+        image_folder: Not used: the config says where the images lie.
+        classes: Another class config, for an archive unpacked otherwise.
+    """
+    return class_conversion("BACH", "CC-BY-NC-ND", load_class_set(classes), data_path)

@@ -1,0 +1,171 @@
+"""Classification data as one folder per class, which `xtuner-add zero-shot` and others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pallava.evaluation.class_folders import ClassSet, read_class_folders
+from pallava.evaluation.questions import FileImage
+from pallava.files import FolderBuild, file_identity
+from pallava.skipping import SKIP_LOG_NAME, SkipLog, SkippedSample
+
+CONFIG_NAME = "classes.json"
+REPORT_NAME = "conversion.json"
+
+Link = Literal["hard", "symbolic", "copy"]
+
+
+@dataclass(frozen=True)
+class ClassConversion:
+    """A classification dataset on its way to folders.
+
+    Attributes:
+        source: Name of the dataset.
+        licence: The dataset's.
+        class_set: Question, classes and wordings, which the written config repeats.
+        images: `(image file, class)`, in order.
+        skipped: What cannot be used.
+    """
+
+    source: str
+    licence: str
+    class_set: ClassSet
+    images: Sequence[tuple[Path, str]]
+    skipped: Sequence[SkippedSample]
+
+
+def class_conversion(
+    source: str,
+    licence: str,
+    class_set: ClassSet,
+    data_path: str | os.PathLike[str],
+) -> ClassConversion:
+    """Finds the images of every class.
+
+    Args:
+        source: Name of the dataset.
+        licence: The dataset's.
+        class_set: Question, classes, and where their images lie below `data_path`.
+        data_path: The unpacked dataset.
+
+    Raises:
+        FileNotFoundError: No such folder, or a class without images.
+        ValueError: More than a tenth of a table's rows cannot be used.
+    """
+    found = read_class_folders(data_path, class_set)
+    images = [
+        (question.image.path, str(question.answer))
+        for question in found.questions
+        if isinstance(question.image, FileImage)
+    ]
+    return ClassConversion(source, licence, class_set, images, found.skipped)
+
+
+def write_class_folders(
+    conversion: ClassConversion,
+    out: str | os.PathLike[str],
+    *,
+    link: Link = "hard",
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Writes `OUT/CLASS/FILE` and `classes.json`; continues after a kill.
+
+    Args:
+        conversion: From a converter.
+        out: The folder; made whole or not at all.
+        link: `hard` takes no space and falls back to copies across disks.
+        progress: Called with the numbers of images done.
+
+    Returns:
+        The report: `num_rows`, `num_skipped`, `num_by_class`.
+
+    Raises:
+        OutputExistsError: `out` holds something else.
+    """
+    folders = {name: folder_name(name) for name in conversion.class_set.names}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"class names {', '.join(folders)}: they give the same folder names")
+    places = _places(conversion, folders)
+    inputs = {"source": conversion.source, "link": link, "files": [
+        [place, *file_identity(path)] for place, path in places.items()]}  # fmt: skip
+    by_class = dict.fromkeys(folders, 0)
+    for _, name in conversion.images:
+        by_class[name] += 1
+    report = {
+        "kind": "classes",
+        "source": conversion.source,
+        "licence": conversion.licence,
+        "num_rows": len(places),
+        "num_skipped": len(conversion.skipped),
+        "num_by_class": by_class,
+    }
+    with FolderBuild(out, inputs) as build:
+        if not build.complete:
+            for place, path in places.items():
+                if not build.has(place):
+                    with build.file(place) as partial:
+                        _link(path, partial, link)
+                progress(1)
+            _write_texts(build, conversion, folders, report)
+        build.finish()
+    return report
+
+
+def folder_name(name: str) -> str:
+    """A class name as a folder name: letters, digits and underscores."""
+    return re.sub(r"\W+", "_", name).strip("_") or "class"
+
+
+def _places(conversion: ClassConversion, folders: dict[str, str]) -> dict[str, Path]:
+    """Where each image goes; equal names of one class get the parent's name in front."""
+    places: dict[str, Path] = {}
+    for path, name in conversion.images:
+        place, parent = f"{folders[name]}/{path.name}", path.parent
+        while place in places and places[place] != path:
+            prefix = folder_name(parent.name)
+            place = f"{folders[name]}/{prefix}__{place.partition('/')[2]}"
+            parent = parent.parent
+        places[place] = path
+    return places
+
+
+def _link(path: Path, target: Path, link: Link) -> None:
+    target.unlink(missing_ok=True)
+    if link == "symbolic":
+        target.symlink_to(path.resolve())
+    elif link == "hard":
+        try:
+            os.link(path.resolve(), target)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(path, target)
+    else:
+        shutil.copyfile(path, target)
+
+
+def _write_texts(
+    build: FolderBuild, conversion: ClassConversion, folders: dict[str, str], report: dict[str, Any]
+) -> None:
+    config = {
+        "name": conversion.class_set.name,
+        "question": conversion.class_set.question,
+        "classes": [
+            {"name": item.name, "folders": [folders[item.name]], "wordings": list(item.wordings)}
+            for item in conversion.class_set.classes
+        ],
+    }
+    for name, content in ((CONFIG_NAME, config), (REPORT_NAME, report)):
+        with build.file(name) as partial:
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            partial.write_text(text, encoding="utf-8")
+    with build.file(SKIP_LOG_NAME) as partial:
+        partial.write_text("", encoding="utf-8")
+        log = SkipLog(partial)
+        for sample in conversion.skipped:
+            log.record(sample.id, sample.file, sample.reason)

@@ -1,0 +1,1 @@
+"""Cleaning of image-text data as named steps, each of which looks at one row at a time."""

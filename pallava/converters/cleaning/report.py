@@ -1,0 +1,98 @@
+"""The report of a cleaning: a table in Markdown, and a page with samples of what was dropped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pallava.image_index import path_inside
+from pallava.images import ImageError, load_image
+
+_THUMBNAIL_PX = 160
+_CELL_CHARACTERS = 160
+
+
+def write_tables(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes counts and samples as Markdown."""
+    lines = [
+        f"# Cleaning of {report['rows_file']}",
+        "",
+        f"{report['num_kept']:,} of {report['num_rows']:,} rows kept, "
+        f"{report['num_skipped']:,} could not be read.",
+        "",
+        "| step | seen | dropped | share | unreadable |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for step in report["steps"]:
+        lines.append(
+            f"| {step['name']} | {step['seen']:,} | {step['dropped']:,} | {_share(step)} | "
+            f"{step['unusable']:,} |"
+        )
+    if index := report.get("index"):
+        lines += ["", f"{index['num_missing']:,} of {index['num_entries']:,} entries of the index "
+                  "name no row of this file (index_missing.txt)."]  # fmt: skip
+    for step in report["steps"]:
+        if step["samples"]:
+            lines += [
+                "",
+                f"## Dropped by {step['name']}",
+                "",
+                "| id | reason | text |",
+                "|---|---|---|",
+            ]
+            for sample in step["samples"]:
+                cells = (sample["id"], sample["reason"], sample["text"])
+                lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_page(path: Path, report: Mapping[str, Any], image_folder: Path) -> None:
+    """Writes one HTML file with counts, and samples with their images inside it."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("pallava.converters.cleaning") / "page.html.j2"
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    steps = [
+        {
+            **step,
+            "share": _share(step),
+            "samples": [
+                {
+                    **sample,
+                    "pictures": [_thumbnail(image_folder, name) for name in sample["images"]],
+                }
+                for sample in step["samples"]
+            ],
+        }
+        for step in report["steps"]
+    ]
+    path.write_text(template.render(report=report, steps=steps) + "\n", encoding="utf-8")
+
+
+def _share(step: Mapping[str, Any]) -> str:
+    return f"{step['dropped'] / step['seen']:.1%}" if step["seen"] else "-"
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= _CELL_CHARACTERS else f"{text[:_CELL_CHARACTERS]}..."
+    short = " ".join(short.split())
+    for mark in "\\`*_<>|[]":
+        short = short.replace(mark, f"\\{mark}")
+    return short
+
+
+def _thumbnail(folder: Path, name: str) -> str:
+    """A small JPEG as a data address; empty for an image that cannot be read."""
+    try:
+        image = load_image(path_inside(folder, name))
+    except ImageError:
+        return ""  # counted where the step met it; a sample dropped earlier needs no picture
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

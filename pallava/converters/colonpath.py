@@ -1,0 +1,45 @@
+"""ColonPath (MedFMC, doi:10.1038/s41597-023-02460-0): colon tissue with or without tumour.
+
+Published as `colon/colon_train.csv` (and `colon_val.csv`) with `img_id, study_id, tumor`, beside a
+folder of images.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from pallava.converters.class_sets import ClassConversion, class_conversion
+from pallava.evaluation.class_folders import load_class_set
+from pallava.registry import CONVERTERS
+
+TABLES = ("colon_train.csv", "colon_val.csv", "colon_test.csv")
+IMAGE_FOLDERS = ("images", "image")
+
+
+@CONVERTERS.register("colonpath")
+def colonpath(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    classes: str = "colonpath",
+) -> ClassConversion:
+    """ColonPath to folders of classes.
+
+    Args:
+        data_path: The archive's folder `colon`, or one CSV in it.
+        image_folder: Where the images lie; by default `images/` or `image/` beside the CSV.
+        classes: Another class config, with `table`.
+    """
+    class_set, path = load_class_set(classes), Path(data_path)
+    folder, names = (path.parent, (path.name,)) if path.is_file() else (path, TABLES)
+    table = dict(class_set.table)
+    table["file"] = next((name for name in names if (folder / name).is_file()), table["file"])
+    if image_folder is not None:
+        table["folder"] = str(Path(image_folder).absolute())
+    else:
+        beside = (name for name in IMAGE_FOLDERS if (folder / name).is_dir())
+        table["folder"] = next(beside, table.get("folder", ""))
+    class_set = replace(class_set, table=table)
+    return class_conversion("ColonPath", "CC-BY-4.0", class_set, folder)

@@ -1,0 +1,288 @@
+"""What a converter returns, and the job that writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from pallava.converters.parts import PARTS_NAME, Joined, Part, run_in_parts
+from pallava.evaluation.questions import FileImage, ParquetImage, Question, RowError, find_image
+from pallava.files import atomic_file, file_identity
+from pallava.image_index import path_inside
+from pallava.images import NETWORK_FORMATS, ImageError
+from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
+from pallava.skipping import SKIP_LOG_NAME
+from pallava.text import IMAGE_TOKEN, check_row
+from pallava.text import image_files as image_names
+
+REPORT_NAME = "conversion.json"
+IMAGES_NAME = "images"
+"""Folder, inside the output, of images that were taken out of parquet files."""
+
+_THREADS = 16  # looking for a file waits for the disk or the network, not for the processor
+_SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
+
+Record = tuple[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A dataset on its way to rows. Nothing is read before the job asks for it.
+
+    Attributes:
+        kind: What the rows are; also the stem of the output file.
+        source: Name of the dataset, written into every row.
+        licence: The dataset's, written into every row; empty if the rows state it.
+        records: `(where it stands, record)` one by one, in an order that never changes.
+        make: Turns such a pair into rows: several, one, or none if an option leaves it out. Raises
+            `RowError` or `ImageError` for a record that cannot be used.
+        image_folder: What `image` in the rows is relative to; None if the images are
+            `ParquetImage`s, which are written to `OUT/images`.
+        files: The data files; a change of one starts a new job.
+        options: Whatever else the rows depend on, as JSON values.
+    """
+
+    kind: Literal["pairs", "conversations"]
+    source: str
+    licence: str
+    records: Iterable[Record]
+    make: Callable[[str, Any], Sequence[Row]]
+    image_folder: Path | None
+    files: Sequence[Path]
+    options: Mapping[str, Any]
+
+
+def convert(
+    conversion: Conversion,
+    out: str | os.PathLike[str],
+    *,
+    check_images: bool = True,
+    max_skipped_share: float = MAX_SKIPPED_SHARE,
+    part_rows: int = 10_000,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Writes `pairs.jsonl` or `conversations.jsonl`, `skipped_samples.jsonl`, `conversion.json`.
+
+    Run again after a kill, it continues; run again after the end, it does nothing.
+
+    Args:
+        conversion: From a converter.
+        out: Folder of the outputs.
+        check_images: Look whether every image file is there; rows without are skipped.
+        max_skipped_share: More unusable records than this share are an error.
+        part_rows: Records between two points from which a later run continues.
+        progress: Called with the numbers of records done.
+
+    Returns:
+        The report: `num_records`, `num_rows`, `num_left_out`, `num_skipped` and the inputs.
+
+    Raises:
+        ValueError: No records, or too many that cannot be used.
+        FileNotFoundError: The image folder is not there.
+        OutputExistsError: `out` holds something else.
+    """
+    out = Path(out)
+    if conversion.image_folder is not None and not conversion.image_folder.is_dir():
+        raise FileNotFoundError(f"image folder {conversion.image_folder}: no such folder")
+    name = f"{conversion.kind}.jsonl"
+    what = ", ".join(map(str, conversion.files[:1])) or conversion.source
+    maker = _RowMaker(conversion, out / IMAGES_NAME, check_images)
+
+    def handle(batch: Sequence[Record]) -> Part:
+        part = _make_part(batch, maker, name, what)
+        if part.counts["skipped"] == len(batch) and not _has_parts(out):
+            check_share(len(batch), len(batch), what, _numbered(part.notes))
+        return part
+
+    def report(joined: Joined, folder: Path) -> dict[str, Any]:
+        counts = joined.counts
+        if not counts["records"]:
+            raise ValueError(f"{what}: holds no records")
+        faults = _numbered([fault for notes in joined.notes for fault in notes])
+        check_share(counts["skipped"], counts["records"], what, faults, max_share=max_skipped_share)
+        images = conversion.image_folder or out / IMAGES_NAME
+        return {
+            "kind": conversion.kind,
+            "source": conversion.source,
+            "licence": conversion.licence,
+            "image_folder": str(images.absolute()),
+            **{f"num_{key}": counts[key] for key in ("records", "rows", "left_out", "skipped")},
+        }
+
+    inputs = {
+        "kind": conversion.kind,
+        "source": conversion.source,
+        "licence": conversion.licence,
+        "files": [file_identity(path) for path in conversion.files],
+        "image_folder": str(conversion.image_folder and conversion.image_folder.absolute()),
+        "check_images": check_images,
+        "options": dict(conversion.options),
+    }
+    result = run_in_parts(
+        conversion.records,
+        handle,
+        out,
+        inputs=inputs,
+        report_name=REPORT_NAME,
+        names=(name, SKIP_LOG_NAME),
+        report=report,
+        part_rows=part_rows,
+        progress=progress,
+    )
+    assert result is not None
+    return result
+
+
+def conversation(question: str, answer: str, num_images: int = 1) -> list[dict[str, str]]:
+    """One question with its answer as LLaVA turns, the images in front."""
+    marks = "".join(f"{IMAGE_TOKEN}\n" for _ in range(num_images))
+    question = question.replace(IMAGE_TOKEN, "").strip()
+    return [
+        {"from": "human", "value": marks + question},
+        {"from": "gpt", "value": answer.strip()},
+    ]
+
+
+def question_row(question: Question, folder: Path | None, answer: str | None = None) -> Row:
+    """A benchmark's question as a row of conversations, without its id.
+
+    Args:
+        question: As the readers of `pallava.evaluation` make it.
+        folder: Its image folder; None for images in parquet files.
+        answer: Instead of the reference.
+    """
+    answer = answer if answer is not None else question.answer
+    if answer is None:
+        raise RowError("no answer")
+    image: str | ParquetImage
+    if isinstance(question.image, FileImage):
+        assert folder is not None
+        image = relative_name(folder, question.image.path)
+    elif isinstance(question.image, ParquetImage):
+        image = question.image
+    else:
+        return {"conversations": conversation(question.text, answer, 0)}
+    return {"image": image, "conversations": conversation(question.text, answer)}
+
+
+def relative_name(folder: Path, path: Path) -> str:
+    """A file's name below a folder, with `/`.
+
+    Raises:
+        ImageError: It lies elsewhere.
+    """
+    for root in (folder, folder.absolute(), folder.resolve()):
+        if path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    raise ImageError(f"{path}: lies outside the image folder {folder}")
+
+
+class _RowMaker:
+    """Turns one record into finished rows: provenance added, images found, everything checked."""
+
+    def __init__(self, conversion: Conversion, image_out: Path, check_images: bool) -> None:
+        self.conversion = conversion
+        self.image_out = image_out
+        self.check_images = check_images
+
+    def __call__(self, record: Record) -> list[Row] | str:
+        """Returns the rows, or why there are none."""
+        where, content = record
+        try:
+            return [self._finish(row) for row in self.conversion.make(where, content)]
+        except (RowError, ImageError) as error:
+            return str(error)
+
+    def _finish(self, row: Row) -> Row:
+        row = dict(row)
+        if isinstance(row.get("image"), ParquetImage):
+            row["image"] = save_image(row["image"].content(), self.image_out)
+        elif row.get("image"):
+            names = [self._found(name) for name in image_names(row)]
+            row["image"] = names[0] if isinstance(row["image"], str) else names
+        row.setdefault("source", self.conversion.source)
+        if self.conversion.licence:
+            row.setdefault("licence", self.conversion.licence)
+        fault = pair_fault(row) if self.conversion.kind == "pairs" else check_row(row)
+        if fault:
+            raise RowError(fault)
+        return row
+
+    def _found(self, name: str) -> str:
+        folder = self.conversion.image_folder
+        assert folder is not None, "rows name image files, but the conversion has no image_folder"
+        if "\0" in name:
+            raise ImageError(f"image: a file name expected, got {name!r:.80}")
+        if not self.check_images:
+            return relative_name(folder, path_inside(folder, name))
+        image = find_image(folder, name)
+        assert image is not None
+        return relative_name(folder, image.path)
+
+
+def save_image(content: bytes, folder: Path) -> str:
+    """Writes an image file under the digest of its content, once.
+
+    Returns:
+        The file's name.
+
+    Raises:
+        ImageError: No image of a known format.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=NETWORK_FORMATS) as image:
+            kind = str(image.format)
+    except Exception as error:  # decoders raise a dozen types
+        raise ImageError(f"no image of the formats {', '.join(NETWORK_FORMATS)}") from error
+    name = hashlib.sha256(content).hexdigest()[:32] + _SUFFIXES.get(kind, f".{kind.lower()}")
+    if not (folder / name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / name) as partial:
+            partial.write_bytes(content)
+    return name
+
+
+def _make_part(batch: Sequence[Record], maker: _RowMaker, name: str, what: str) -> Part:
+    rows: list[Row] = []
+    skipped: list[dict[str, str]] = []
+    counts: Counter[str] = Counter(records=len(batch))
+    for (where, _), made in zip(batch, _map(maker, batch), strict=True):
+        if isinstance(made, str):
+            skipped.append({"id": where, "file": what, "reason": _printable(made)})
+        elif not made:
+            counts["left_out"] += 1
+        else:
+            rows += made
+    counts.update(rows=len(rows), skipped=len(skipped))
+    notes = [f"{row['id']}: {row['reason']}" for row in skipped[:3]]
+    return Part({name: rows, SKIP_LOG_NAME: skipped}, counts, notes)
+
+
+def _map(maker: _RowMaker, batch: Sequence[Record]) -> Iterator[list[Row] | str]:
+    if maker.conversion.image_folder is None:  # neighbours share a row group of a parquet file
+        yield from map(maker, batch)
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(maker, batch)
+
+
+def _has_parts(out: Path) -> bool:
+    return any((out / PARTS_NAME).glob("0*.jsonl"))
+
+
+def _numbered(faults: Sequence[str]) -> dict[str, str]:
+    return {str(number): fault for number, fault in enumerate(faults)}
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", errors="backslashreplace").decode()

@@ -1,0 +1,1 @@
+"""Wordings of the request to describe an image, as JSON lists."""

@@ -1,0 +1,26 @@
+"""OSCC (doi:10.17632/ftmp4cvtmb): normal oral epithelium or squamous cell carcinoma."""
+
+from __future__ import annotations
+
+import os
+
+from pallava.converters.class_sets import ClassConversion, class_conversion
+from pallava.evaluation.class_folders import load_class_set
+from pallava.registry import CONVERTERS
+
+
+@CONVERTERS.register("oscc")
+def oscc(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    classes: str = "oscc",
+) -> ClassConversion:
+    """OSCC to folders of classes.
+
+    Args:
+        data_path: The folder of the archive, with its first and second set.
+        image_folder: Not used: the config says where the images lie.
+        classes: Another class config, for an archive unpacked otherwise.
+    """
+    return class_conversion("OSCC", "CC-BY-4.0", load_class_set(classes), data_path)

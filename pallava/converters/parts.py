@@ -1,0 +1,224 @@
+"""Jobs over millions of rows, done part by part: constant memory, resumable, shared by machines.
+
+The rows that come in are counted off into parts of equal length. What a part gives is one file,
+whole or absent, in `OUT/.parts`; a run that comes later does only the parts that are missing, and
+at the end all parts are joined to the output files, in order. So the outputs do not depend on how
+often the job was killed, nor on how many machines worked on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from pallava.files import OutputExistsError, atomic_file, staged_files, take_lock, write_json
+
+PARTS_NAME = ".parts"
+_INPUTS = "inputs.json"
+_Row = TypeVar("_Row")
+
+
+@dataclass
+class Part:
+    """What one part of the rows gives.
+
+    Attributes:
+        rows: Output file name -> rows to append to it.
+        counts: Numbers to add up over all parts.
+        notes: Further results, joined by the caller's `merge`.
+    """
+
+    rows: dict[str, list[Any]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: Any = None
+
+
+@dataclass
+class Joined:
+    """The sum over all parts.
+
+    Attributes:
+        counts: As in the parts, added up.
+        notes: One entry per part that left any, in order.
+    """
+
+    counts: Counter[str]
+    notes: list[Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The parts that one of several machines does: `index` of `count`, from 0."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard {self.index}/{self.count}: 0/{self.count} up to "
+                             f"{self.count - 1}/{self.count} expected")  # fmt: skip
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Reads `INDEX/COUNT`, as `3/8`.
+
+        Raises:
+            ValueError: Not of this form.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"shard {text!r}: INDEX/COUNT expected, as 0/4")
+        return cls(int(index), int(count))
+
+
+def run_in_parts(
+    rows: Iterable[_Row],
+    handle: Callable[[Sequence[_Row]], Part],
+    out: str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, Any],
+    report_name: str,
+    names: Sequence[str],
+    report: Callable[[Joined, Path], dict[str, Any]],
+    part_rows: int = 10_000,
+    shard: Shard | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any] | None:
+    """Does a job part by part and joins the parts to the files of `out`.
+
+    Args:
+        rows: What comes in, in an order that is the same in every run.
+        handle: Turns the rows of one part into what they give.
+        out: Folder of the outputs; made if need be.
+        inputs: What the outputs depend on, as JSON values; parts of other inputs are not used.
+        report_name: JSON file written last; it is there only when the job is finished.
+        names: The output files; those without rows are written empty.
+        report: Given the sum and the folder of the joined files, returns the report; may write
+            further files beside them.
+        part_rows: Rows of a part.
+        shard: Do only these parts, and join nothing.
+        progress: Called with the number of rows that each part took.
+
+    Returns:
+        The report; None for a shard.
+
+    Raises:
+        OutputExistsError: `out` holds something else, or another process works on it.
+    """
+    out = Path(out)
+    inputs = {**json.loads(json.dumps(inputs)), "part_rows": part_rows}
+    if (finished := _finished(out, report_name, inputs)) is not None:
+        return finished
+    parts = out / PARTS_NAME
+    parts.mkdir(parents=True, exist_ok=True)
+    with _locked(parts, shard):
+        _accept(parts, inputs, shard)
+        count = 0
+        rows = iter(rows)
+        while batch := list(islice(rows, part_rows)):
+            mine = shard is None or count % shard.count == shard.index
+            path = parts / f"{count:08d}.jsonl"
+            if mine and not path.is_file():
+                _write_part(path, handle(batch))
+            count += 1
+            progress(len(batch))
+        if shard is not None:
+            return None
+        paths = [parts / f"{number:08d}.jsonl" for number in range(count)]
+        with staged_files(out, last=report_name) as stage:
+            joined = _join(paths, stage, names)
+            content = {**report(joined, stage), "inputs": inputs}
+            write_json(stage / report_name, content)
+    shutil.rmtree(parts)
+    return content
+
+
+@contextmanager
+def _locked(parts: Path, shard: Shard | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        locks = [take_lock(parts / ".lock", shared=shard is not None)]
+        stack.callback(_release, locks)
+        if shard is not None:
+            locks.append(take_lock(parts / f".lock-{shard.index}-of-{shard.count}"))
+        yield
+
+
+def _release(locks: list[int | None]) -> None:
+    for lock in locks:
+        if lock is not None:
+            os.close(lock)
+
+
+def _finished(out: Path, report_name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    path = out / report_name
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.get("inputs") == inputs:
+        shutil.rmtree(out / PARTS_NAME, ignore_errors=True)  # left by a kill after the join
+        return content
+    raise OutputExistsError(
+        f"{out}: holds the result of other data or options already; name a new folder, or remove it"
+    )
+
+
+def _accept(parts: Path, inputs: Mapping[str, Any], shard: Shard | None) -> None:
+    path = parts / _INPUTS
+    found = json.loads(path.read_bytes()) if path.is_file() else None
+    if found == inputs:
+        return
+    if found is not None and shard is not None:
+        raise OutputExistsError(
+            f"{parts}: parts of other data or options lie here, perhaps of another shard; give all "
+            "shards the same options, or remove the folder"
+        )
+    if found is not None:
+        for stale in parts.glob("*.jsonl"):
+            stale.unlink()
+    mine = path.with_name(f"{_INPUTS}.{shard.index if shard else 'all'}")
+    write_json(mine, inputs)
+    os.replace(mine, path)  # shards that start together write the same
+
+
+def _write_part(path: Path, part: Part) -> None:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        head = {"counts": part.counts, "notes": part.notes}
+        file.write(_dump(head) + "\n")
+        for name, rows in part.rows.items():
+            for row in rows:
+                file.write(f"{name}\t{_dump(row)}\n")
+
+
+def _dump(row: Any) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    # Fields that nobody looks at may hold half a surrogate pair, which only an escape can write.
+    return json.dumps(row) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
+
+
+def _join(paths: Sequence[Path], folder: Path, names: Sequence[str]) -> Joined:
+    joined = Joined(Counter(), [])
+    with ExitStack() as stack:
+        files: dict[str, IO[str]] = {
+            name: stack.enter_context((folder / name).open("w", encoding="utf-8")) for name in names
+        }
+        for path in paths:
+            with path.open(encoding="utf-8", newline="\n") as lines:
+                head = json.loads(next(lines))
+                joined.counts.update(head["counts"])
+                if head["notes"] is not None:
+                    joined.notes.append(head["notes"])
+                for line in lines:
+                    name, _, row = line.partition("\t")
+                    files[name].write(row)
+    return joined

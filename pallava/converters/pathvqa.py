@@ -1,0 +1,63 @@
+"""PathVQA (arXiv:2003.10286): open and yes/no questions about figures of textbooks.
+
+Published as pickles `qas/{split}/{split}_qa.pkl` or `qas/{split}_vqa.pkl` with
+`images/{split}/*.jpg`, and as parquet files `data/{split}-*.parquet` with the images inside.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pallava.converters.conversion import Conversion, Row, question_row
+from pallava.converters.sources import data_file
+from pallava.evaluation.containers import parquet_files
+from pallava.evaluation.readers import default_image_folder, vqa_rows
+from pallava.registry import CONVERTERS
+
+
+@CONVERTERS.register("pathvqa")
+def pathvqa(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "train",
+) -> Conversion:
+    """PathVQA to conversations, one per question.
+
+    Args:
+        data_path: A data file in any form that `xtuner-add pathvqa` reads, the folder of the
+            archive with `qas/` and `images/`, or a folder of parquet files.
+        image_folder: Where the images lie; by default the archive's of this split. Not needed for
+            parquet, whose images are written to `OUT/images`.
+        split: `train`, `val` (in parquet: `validation`) or `test`.
+    """
+    path = Path(data_path)
+    files, folder = _locate(path, Path(image_folder) if image_folder else None, split)
+    records, make_question = vqa_rows(files[0] if folder else path, folder, split)
+
+    def make(where: str, record: Any) -> list[Row]:
+        row = question_row(make_question(where, record), folder)
+        return [{"id": f"pathvqa-{split}-{where}", **row}]
+
+    return Conversion(
+        "conversations",
+        "PathVQA",
+        "MIT; images: their publishers",
+        records,
+        make,
+        folder,
+        files,
+        {"split": split},
+    )
+
+
+def _locate(path: Path, folder: Path | None, split: str) -> tuple[list[Path], Path | None]:
+    """The data files and, unless they are parquet, the image folder."""
+    if path.suffix == ".parquet" or (path.is_dir() and not (path / "qas").is_dir()):
+        return parquet_files(path, split), None
+    if path.is_dir():
+        names = (f"qas/{split}/{split}_qa.pkl", f"qas/{split}_vqa.pkl", f"qas/{split}_qa.pkl")
+        return [data_file(path, names)], folder or path / "images" / split
+    return [data_file(path, ())], folder or default_image_folder(path)

@@ -1,0 +1,51 @@
+"""PMC-OA (arXiv:2303.07240): sub-figures and captions of open-access articles.
+
+Published as `pmc_oa.jsonl` (captions divided among sub-figures) and `pmc_oa_beta.jsonl` (whole
+captions), lines of `{image, caption}`, with `images.zip`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from pallava.converters.conversion import Conversion, Row
+from pallava.converters.sources import as_mapping, data_file, image_root, read_json_rows
+from pallava.evaluation.questions import text_field
+from pallava.registry import CONVERTERS
+
+DATA_NAMES = ("pmc_oa.jsonl", "pmc_oa_beta.jsonl")
+IMAGE_FOLDERS = ("images", "caption_T060_filtered_top4_sep_v0_subfigures")
+LICENCE = "per article: PubMed Central Open Access subset"
+
+_PMCID = re.compile(r"PMC\d+")
+
+
+@CONVERTERS.register("pmc-oa")
+def pmc_oa(
+    data_path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
+) -> Conversion:
+    """PMC-OA or PMC-OA-Beta to pairs, with the article's number as `pmcid`.
+
+    Args:
+        data_path: The JSON-lines file, or its folder.
+        image_folder: Where the archive was unpacked; by default found beside the file.
+    """
+    data = data_file(data_path, DATA_NAMES)
+
+    def make(where: str, record: Any) -> list[Row]:
+        row = as_mapping(record)
+        image = text_field(row, "image")
+        about = article(image, row.get("pmcid"))
+        caption = text_field(row, "caption")
+        return [{"id": f"pmc-oa-{where}", "image": image, "caption": caption, **about}]
+
+    images = image_root(image_folder, data, IMAGE_FOLDERS)
+    return Conversion("pairs", "PMC-OA", LICENCE, read_json_rows(data), make, images, [data], {})
+
+
+def article(image: str, pmcid: object = None) -> dict[str, str]:
+    """The article of a figure as `{"pmcid": ...}`, from the record or the file's name."""
+    found = _PMCID.search(str(pmcid or "")) or _PMCID.search(image)
+    return {"pmcid": found.group()} if found else {}

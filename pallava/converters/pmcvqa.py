@@ -1,0 +1,70 @@
+"""PMC-VQA (arXiv:2305.10415): multiple choice about figures of PubMed Central.
+
+Published as `train.csv`, `test.csv` (`Figure_path, Question, Answer, Choice A..D, Answer_label`)
+with `images.zip`, and `train_2.csv`, `test_2.csv` (`index, Figure_path, Caption, Question,
+Choice A..D, Answer, split`) with `images_2.zip`, which unpacks to `figures/`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pallava.converters.conversion import Conversion, Row, question_row
+from pallava.converters.pmc_oa import article
+from pallava.converters.sources import as_mapping, data_file, image_root
+from pallava.evaluation.questions import Question
+from pallava.evaluation.readers import CHOICE_PROMPT, choice_rows
+from pallava.registry import CONVERTERS
+
+IMAGE_FOLDERS = ("images", "figures")
+
+
+@CONVERTERS.register("pmc-vqa")
+def pmc_vqa(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "train",
+    answer: Literal["letter", "text", "both"] = "letter",
+    question_template: str = CHOICE_PROMPT,
+) -> Conversion:
+    """PMC-VQA to conversations; a caption in the data is kept as `caption` for cleaning.
+
+    Args:
+        data_path: A CSV, or the folder with `{split}.csv` or `{split}_2.csv`.
+        image_folder: Where the images lie; by default `images/` or `figures/` beside the CSV.
+        split: Which CSV of a folder.
+        answer: The letter, the option's text, or `A: text`.
+        question_template: As for `xtuner-add pmcvqa`, with `{question}` and `{options}`.
+    """
+    if answer not in ("letter", "text", "both"):
+        raise ValueError(f"pmc-vqa: answer=letter|text|both expected, got {answer}")
+    data = data_file(data_path, (f"{split}.csv", f"{split}_2.csv"))
+    folder = image_root(image_folder, data, IMAGE_FOLDERS)
+    records, make_question = choice_rows(data, folder, question_template)
+
+    def make(where: str, record: Any) -> list[Row]:
+        question = make_question(where, record)
+        row = question_row(question, folder, _answer(question, answer))
+        about = article(str(row["image"]))
+        if caption := str(as_mapping(record).get("Caption") or "").strip():
+            about["caption"] = caption
+        return [{"id": f"pmc-vqa-{data.stem}-{where}", **row, **about}]
+
+    return Conversion(
+        "conversations",
+        "PMC-VQA",
+        "CC-BY-SA; images: per article",
+        records,
+        make,
+        folder,
+        [data],
+        {"answer": answer, "question_template": question_template},
+    )
+
+
+def _answer(question: Question, form: str) -> str:
+    letter = str(question.answer)
+    text = question.options.get(letter, "")
+    return {"letter": letter, "text": text, "both": f"{letter}: {text}"}[form]

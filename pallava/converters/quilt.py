@@ -1,0 +1,65 @@
+"""Quilt-1M (arXiv:2306.11207): frames of teaching videos and more, with what was said about them.
+
+Published as `quilt_1M_lookup.csv` with `caption, image_path, subset, split, pathology, roi_text,
+noisy_text, corrected_text, med_umls_ids, magnification, height, width`, and archives of images.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pallava.converters.conversion import Conversion, Row
+from pallava.converters.sources import as_mapping, chosen, data_file, image_root
+from pallava.evaluation.containers import read_csv
+from pallava.evaluation.questions import text_field
+from pallava.registry import CONVERTERS
+
+DATA_NAMES = ("quilt_1M_lookup.csv",)
+IMAGE_FOLDERS = ("quilt_1m", "images")
+PROVENANCE = ("subset", "split", "pathology", "magnification")
+
+
+@CONVERTERS.register("quilt-1m")
+def quilt_1m(
+    data_path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    subsets: str = "",
+    split: str = "",
+) -> Conversion:
+    """Quilt-1M to pairs.
+
+    Args:
+        data_path: The CSV, or its folder.
+        image_folder: Where the archives were unpacked; by default found beside the CSV.
+        subsets: Keep these only, separated by commas: `quilt`, `openpath`, `pubmed`, `laion`.
+        split: Keep this only: `train` or `val`.
+    """
+    data = data_file(data_path, DATA_NAMES)
+    kept = {"subset": chosen(subsets), "split": chosen(split)}
+
+    def make(where: str, record: Any) -> list[Row]:
+        row = as_mapping(record)
+        if any(names and str(row.get(key)).lower() not in names for key, names in kept.items()):
+            return []
+        about = {name: row[name].strip() for name in PROVENANCE if (row.get(name) or "").strip()}
+        return [
+            {
+                "id": f"quilt-1m-{where}",
+                "image": text_field(row, "image_path"),
+                "caption": text_field(row, "caption"),
+                **about,
+            }
+        ]
+
+    return Conversion(
+        "pairs",
+        "Quilt-1M",
+        "research use, see the terms of its record at zenodo.org",
+        read_csv(data),
+        make,
+        image_root(image_folder, data, IMAGE_FOLDERS),
+        [data],
+        {key: sorted(names) for key, names in kept.items()},
+    )

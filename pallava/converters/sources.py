@@ -1,0 +1,80 @@
+"""Reading what datasets are published as, row by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pallava.evaluation.questions import RowError
+from pallava.rows import read_rows
+
+
+def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yields `(row number, row)` of JSON lines or of a JSON array of any size.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another extension, or an array that is no JSON.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        yield from ((str(number), row) for number, row in read_rows(path))
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    import ijson
+
+    with path.open("rb") as file:
+        rows = ijson.items(file, "item", use_float=True)
+        try:
+            yield from ((str(number), row) for number, row in enumerate(rows, start=1))
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: no JSON array, or it breaks off near byte {file.tell():,} ({error}); "
+                "fetch the file again"
+            ) from error
+
+
+def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    """The data file itself, or in a folder the first of several names.
+
+    Raises:
+        FileNotFoundError: Neither; names what was looked for.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: none of {', '.join(names)} in this folder")
+    raise FileNotFoundError(f"{path}: no such data file")
+
+
+def image_root(
+    image_folder: str | os.PathLike[str] | None, data: Path, names: Sequence[str] = ()
+) -> Path:
+    """The user's image folder; otherwise the first of several beside the data, or the data's."""
+    if image_folder is not None:
+        return Path(image_folder)
+    beside = (data.parent / name for name in names)
+    return next((folder for folder in beside if folder.is_dir()), data.parent)
+
+
+def as_mapping(row: Any) -> Mapping[str, Any]:
+    """Returns the row if it is a record.
+
+    Raises:
+        RowError: It is not.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"a record expected, got {row!r:.80}")
+    return row
+
+
+def chosen(text: str) -> frozenset[str]:
+    """The names in a comma-separated option, in lower case; none means all."""
+    return frozenset(name.strip().lower() for name in text.split(",") if name.strip())

@@ -1,0 +1,74 @@
+"""Samples to a batch. The import path is public: published configs name it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pallava.text import IGNORE_INDEX
+
+PAD_INDEX = 0
+"""XTuner's `DEFAULT_PAD_TOKEN_INDEX`; padding is masked, so that its value does not matter."""
+
+
+def default_collate_fn(
+    instances: Sequence[dict[str, Any]],
+    pad_index: int = PAD_INDEX,
+    return_hf_format: bool = False,
+    use_varlen_attn: bool = False,
+    mask: Literal["exact", "published"] = "exact",
+) -> dict[str, Any]:
+    """Pads the texts of a batch on the right and lists its images.
+
+    Args:
+        instances: Samples with `input_ids`, `labels` and, for samples with images, `pixel_values`:
+            one stack `(1 + num_sub_images, 3, S, S)` or a list of them.
+        pad_index: Id of padding.
+        return_hf_format: Return the bare dictionary instead of MMEngine's `data`/`data_samples`.
+        use_varlen_attn: Not supported for image conversations; must be False.
+        mask: `exact` marks the tokens that are there. `published` reproduces the original, which
+            indexes rows instead of columns and so marks everything (harmless with padding on the
+            right, where no learned token looks at it).
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` `(B, longest)`, `attention_mask` of the same shape and
+        `pixel_values`, a list of all images in reading order, absent when there is none.
+
+    Raises:
+        ValueError: `use_varlen_attn` was asked for.
+    """
+    if use_varlen_attn:
+        raise ValueError(
+            "use_varlen_attn packs texts without images; PA-LLaVA needs use_varlen_attn=False"
+        )
+    ids = [torch.as_tensor(instance["input_ids"], dtype=torch.long) for instance in instances]
+    labels = [torch.as_tensor(instance["labels"], dtype=torch.long) for instance in instances]
+    lengths = torch.tensor([len(sequence) for sequence in ids])
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_index)
+    steps = torch.arange(input_ids.shape[1])
+    if mask == "published":
+        rows = torch.arange(len(ids)) < lengths.max()
+        attention_mask = rows[:, None].expand_as(input_ids).clone()
+    else:
+        attention_mask = steps < lengths[:, None]
+    data: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": steps.expand(len(ids), -1).clone(),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
+    images = [image for instance in instances for image in _images(instance)]
+    if images:
+        data["pixel_values"] = images
+    return data if return_hf_format else {"data": data, "data_samples": None}
+
+
+def _images(instance: dict[str, Any]) -> list[Tensor]:
+    value = instance.get("pixel_values")
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(value)

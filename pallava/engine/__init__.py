@@ -1,0 +1,1 @@
+"""What joins PA-LLaVA to MMEngine and XTuner: runtime, hooks, samplers, optimizer."""

@@ -1,0 +1,67 @@
+"""From a trained model to the folders that `xtuner convert merge` and evaluation read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine import print_log
+from torch import Tensor
+
+from pallava.modeling.checkpoint import load_strict
+from pallava.modeling.qformer import ConnectorConfig
+
+
+def save_trained_parts(
+    model: Any, cfg: Any, save_dir: Path, fp32: bool, save_pretrained_kwargs: dict[str, Any]
+) -> None:
+    """Writes the adapter or language model, the connector and, if trained, the encoder.
+
+    XTuner builds the model without memory for its weights and fills in what the checkpoint holds;
+    only that is written.
+
+    Args:
+        model: A `pallava.model.LLaVAModel` with the checkpoint's tensors in it.
+        cfg: The training config, with `tokenizer` and `image_processor`.
+        save_dir: Receives `llm_adapter/` (or the language model itself), `projector/` and
+            `visual_encoder/`.
+        fp32: Write the language model's part in fp32 instead of fp16.
+        save_pretrained_kwargs: For Hugging Face's `save_pretrained`.
+    """
+    from xtuner.registry import BUILDER
+
+    if not fp32:
+        model.llm.half()
+    if model.use_llm_lora:
+        _say("LLM adapter", save_dir / "llm_adapter")
+        model.llm.save_pretrained(save_dir / "llm_adapter", **save_pretrained_kwargs)
+    elif not model.freeze_llm:
+        _say("LLM and tokenizer", save_dir)
+        BUILDER.build(cfg.tokenizer).save_pretrained(save_dir)
+        model.llm.save_pretrained(save_dir, **save_pretrained_kwargs)
+    _say("connector", save_dir / "projector")
+    _filled_connector(model.projector).save_folder(save_dir / "projector")
+    if not model.freeze_visual_encoder:
+        _say("visual encoder", save_dir / "visual_encoder")
+        processor = BUILDER.build(cfg.image_processor)
+        model.visual_encoder.save_folder(
+            save_dir / "visual_encoder", processor.image_mean, processor.image_std
+        )
+
+
+def _filled_connector(projector: Any) -> Any:
+    """The connector the checkpoint held: its keys decide the mode, not the config's default."""
+    tensors: dict[str, Tensor] = projector.state_dict()
+    filled = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    if len(filled) == len(tensors):
+        return projector
+    config = ConnectorConfig.from_state_dict(
+        filled, num_attention_heads=projector.config.num_attention_heads
+    )
+    connector = type(projector)(config)
+    load_strict(connector, filled, what="connector", source="checkpoint")
+    return connector
+
+
+def _say(what: str, path: Path) -> None:
+    print_log(f"Saving {what} to {path}", "current")

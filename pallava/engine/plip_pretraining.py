@@ -1,0 +1,306 @@
+"""PLIP pretraining for `xtuner train`: model, data set and hooks to name in a config."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS, LOOPS, MODELS, OPTIMIZERS
+from mmengine.runner import EpochBasedTrainLoop
+from torch import Tensor
+from torch.optim import AdamW
+
+from pallava.anyres import CLIP_MEAN, CLIP_STD
+from pallava.engine.skipping import default_skip_log
+from pallava.modeling.checkpoint import load_state_dict_file, load_strict
+from pallava.pairs import PairDataset, collate_pairs
+from pallava.plip_initialisation import (
+    ENC_TOKEN,
+    build_caption_tokenizer,
+    build_text_encoder,
+    build_vision_encoder,
+)
+from pallava.plip_losses import ramped_alpha
+from pallava.plip_pretraining import PLIPPretrainingModel
+from pallava.skipping import SkipLog
+
+ENCODER_FOLDER = "plip_encoder"
+"""Folder inside the work directory that `SaveEncoderHook` writes by default."""
+
+Spec = str | os.PathLike[str] | Mapping[str, Any]
+
+
+@MODELS.register_module()
+class PLIPPretraining(PLIPPretrainingModel, BaseModel):
+    """`PLIPPretrainingModel` as MMEngine trains it; images come as bytes, captions as text.
+
+    Args:
+        visual_encoder: Folder of a CLIP or PLIP, name on the Hugging Face hub, or
+            `CLIPVisionConfig` fields to start from scratch.
+        text_encoder: Folder of a BERT, name on the hub, or `BertConfig` fields.
+        tokenizer: Folder or hub name of a BERT tokenizer, or `dict(pairs_file=..., vocab_size=...)`
+            to take the words of the captions; by default the tokenizer of `text_encoder`.
+        max_length: Tokens of a caption; longer ones are cut.
+        image_mean: Channel means, of values 0..1.
+        image_std: Channel standard deviations.
+        pretrained_pth: Weights of an earlier run to start from, all of them.
+        gradient_checkpointing: Recompute the image encoder in the backward pass: less memory.
+        options: As for `PLIPPretrainingModel`.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        visual_encoder: Spec,
+        text_encoder: Spec,
+        tokenizer: Spec | None = None,
+        *,
+        max_length: int = 30,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        pretrained_pth: str | os.PathLike[str] | None = None,
+        gradient_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        if tokenizer is None:
+            if isinstance(text_encoder, Mapping):
+                raise ValueError(
+                    "PLIPPretraining: a text encoder from scratch needs a tokenizer, for instance "
+                    "tokenizer=dict(pairs_file='pairs.jsonl', vocab_size=8000)"
+                )
+            tokenizer = text_encoder
+        caption_tokenizer = build_caption_tokenizer(tokenizer)
+        vision = build_vision_encoder(visual_encoder)
+        text = build_text_encoder(
+            text_encoder,
+            vocab_size=len(caption_tokenizer),
+            image_hidden_size=vision.config.hidden_size,
+        )
+        enc_token_id = caption_tokenizer.convert_tokens_to_ids(ENC_TOKEN)
+        super().__init__(vision, text, enc_token_id=enc_token_id, **options)
+        self.tokenizer = caption_tokenizer
+        self.max_length = max_length
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            buffer = torch.tensor(list(values)).view(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+        if gradient_checkpointing:
+            vision.gradient_checkpointing_enable()
+        if pretrained_pth is not None:
+            state_dict = load_state_dict_file(pretrained_pth)
+            load_strict(self, state_dict, what="PLIP pretraining", source=str(pretrained_pth))
+
+    def init_weights(self) -> None:
+        """Does nothing: the constructor has loaded or drawn every weight."""
+
+    def forward(
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        caption_ids: Tensor | None = None,
+        mode: str = "loss",
+    ) -> dict[str, Tensor]:
+        """Losses, or features for retrieval.
+
+        Args:
+            images: uint8 `(B, 3, S, S)`.
+            captions: `B` texts.
+            caption_ids: `(B,)`.
+            mode: `"loss"`, or `"predict"` for the unit vectors of both sides.
+
+        Raises:
+            ValueError: Another mode.
+        """
+        pixel_values = self.normalise(images)
+        text = self.tokenise(captions)
+        if mode == "predict":
+            return {
+                "image_feats": self.encode_image(pixel_values),
+                "text_feats": self.encode_text(**text),
+            }
+        if mode != "loss":
+            raise ValueError(f"mode {mode!r}: 'loss' or 'predict' expected")
+        output = PLIPPretrainingModel.forward(self, pixel_values, **text, caption_ids=caption_ids)
+        return {
+            "loss_ita": output.loss_ita,
+            "loss_itm": output.loss_itm,
+            "itm_accuracy": output.itm_accuracy,
+            "itc_accuracy": output.itc_accuracy,
+            "temperature": self.temp.detach().float(),
+        }
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bytes to what the image encoder wants, `(B, 3, S, S)`."""
+        return (images.float() / 255 - self.image_mean) / self.image_std
+
+    def tokenise(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, `(B, T)`, padded to the longest caption."""
+        encoded = self.tokenizer(
+            list(captions),
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        device = self.temp.device
+        return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+    def save_encoder(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the image encoder as `PLIPVisionEncoder.from_folder` and Hugging Face read it."""
+        self.visual_encoder.save_folder(
+            folder, self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+        )
+
+
+class PLIPPairDataset(PairDataset):
+    """`PairDataset` that records unusable samples beside the log of the run.
+
+    Args:
+        pairs_file: The `pairs.jsonl`.
+        image_folder: What the paths in it are relative to; by default the file's folder.
+        image_size: Side of the square images that come out, in pixels.
+        options: As for `PairDataset`.
+    """
+
+    def __init__(
+        self,
+        pairs_file: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None = None,
+        *,
+        image_size: int,
+        skip_log: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        log = SkipLog(skip_log) if skip_log else default_skip_log()
+        super().__init__(pairs_file, image_folder, image_size=image_size, skip_log=log, **options)
+
+
+@OPTIMIZERS.register_module()
+class MatrixDecayAdamW(AdamW):
+    """AdamW whose weight decay leaves biases, norms and the temperature alone.
+
+    The rule of timm's optimizers, which ALBEF uses, except that there the temperature decays too.
+    MMEngine's `paramwise_cfg` could say it, but warns of every frozen parameter, and XTuner drops
+    it under DeepSpeed.
+
+    Args:
+        params: Parameters; frozen ones are left out.
+        weight_decay: For parameters with two dimensions or more.
+        options: As for `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, weight_decay: float = 0.01, **options: Any
+    ) -> None:
+        trained = [parameter for parameter in params if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, **options)
+
+
+@LOOPS.register_module()
+class PairTrainLoop(EpochBasedTrainLoop):
+    """MMEngine's loop over epochs, which says beforehand what could not work.
+
+    Args:
+        runner: The runner.
+        dataloader: Data loader or its config.
+        options: As for `EpochBasedTrainLoop`.
+
+    Raises:
+        ValueError: The data make no whole batch, or DeepSpeed is asked for.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, **options: Any) -> None:
+        if "DeepSpeed" in type(getattr(runner, "strategy", None)).__name__:
+            # Its broadcast takes no parameter without dimensions, and the published one is such.
+            raise ValueError(
+                "PLIP pretraining runs without --deepspeed, which cannot hold the learned "
+                "temperature: several processes train data-parallel, in mixed precision; "
+                "model.gradient_checkpointing=True saves memory"
+            )
+        super().__init__(runner, dataloader, **options)
+        if len(self.dataloader) == 0:
+            raise ValueError(
+                f"{len(self.dataloader.dataset)} pairs make no whole batch on {get_world_size()} "
+                f"device(s); set train_dataloader.batch_size {self.dataloader.batch_size} lower"
+            )
+
+
+@HOOKS.register_module()
+class AlphaRampHook(Hook):
+    """Raises the weight of the soft targets from 0 to its full value at the start.
+
+    Args:
+        ramp_epochs: Length of the ramp; ALBEF takes one epoch.
+    """
+
+    def __init__(self, ramp_epochs: float = 1.0) -> None:
+        self.ramp_epochs = ramp_epochs
+        self._alpha: float | None = None
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the weight for this iteration, also after a resume."""
+        del batch_idx, data_batch
+        model = _unwrapped(runner.model)
+        if self._alpha is None:
+            self._alpha = model.alpha
+        ramp_steps = math.ceil(self.ramp_epochs * len(runner.train_dataloader))
+        model.alpha = ramped_alpha(self._alpha, runner.iter, ramp_steps)
+
+
+@HOOKS.register_module()
+class SaveEncoderHook(Hook):
+    """Writes the image encoder as a folder with every checkpoint and at the end of training.
+
+    Args:
+        folder: Where to; by default `plip_encoder` in the work directory.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.folder = folder
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Writes the folder anew."""
+        del checkpoint
+        self._save(runner)
+
+    def after_train(self, runner: Any) -> None:
+        """Writes the folder anew and says where it is."""
+        self._save(runner)
+        runner.logger.info(f"image encoder: {self._target(runner)}")
+
+    def _target(self, runner: Any) -> Path:
+        return Path(self.folder) if self.folder else Path(runner.work_dir) / ENCODER_FOLDER
+
+    def _save(self, runner: Any) -> None:
+        if is_main_process():
+            _unwrapped(runner.model).save_encoder(self._target(runner))
+
+
+def _unwrapped(model: Any) -> PLIPPretraining:
+    """The model inside its wrappers."""
+    while not isinstance(model, PLIPPretraining):
+        model = model.module
+    return model
+
+
+__all__ = [
+    "AlphaRampHook",
+    "MatrixDecayAdamW",
+    "PLIPPairDataset",
+    "PLIPPretraining",
+    "PairTrainLoop",
+    "SaveEncoderHook",
+    "collate_pairs",
+]

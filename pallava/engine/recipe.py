@@ -1,0 +1,129 @@
+"""What a training config says about a release, read without building any model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from pallava.anyres import CLIP_MEAN, CLIP_STD
+from pallava.engine.runtime import prepare_host
+from pallava.release.pth_to_hf import Recipe
+
+_LORA_FIELDS = (
+    *("r", "lora_alpha", "lora_dropout", "bias", "task_type", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "fan_in_fan_out"),
+    *("lora_bias", "init_lora_weights"),
+)
+
+
+def read_recipe(
+    config_file: str | os.PathLike[str],
+    *,
+    visual_encoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, Callable[[Path], None]]:
+    """Reads a config for `pallava.model.LLaVAModel`, ours or a published one.
+
+    Args:
+        config_file: The config.
+        visual_encoder: Folder to use instead of the config's.
+        options: Settings that go before the config's, as `--cfg-options`.
+
+    Returns:
+        The recipe, and a function that writes the tokenizer's files into a folder.
+
+    Raises:
+        ValueError: The config is for another kind of model.
+    """
+    from xtuner.registry import BUILDER
+
+    prepare_host()
+    cfg = Config.fromfile(os.fspath(config_file))
+    if options:
+        cfg.merge_from_dict(dict(options))
+    model = cfg.get("model") or {}
+    if "llm" not in model or "visual_encoder" not in model:
+        raise ValueError(
+            f"{config_file}: a config with model.llm and model.visual_encoder expected"
+        )
+    encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
+    statistics = _image_statistics(cfg, encoder)
+    dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
+    recipe = Recipe(
+        base_model=str(model["llm"]["pretrained_model_name_or_path"]),
+        lora=_lora(model.get("llm_lora")),
+        visual_encoder=encoder,
+        freeze_visual_encoder=bool(model.get("freeze_visual_encoder", False)),
+        visual_select_layer=int(model.get("visual_select_layer", -2)),
+        sub_image_mask=str(model.get("sub_image_mask", "exact")),
+        prompt_template=_prompt_template(cfg, dataset),
+        ties=str(dataset.get("ties", "published")),
+        training=_training(cfg, dataset, Path(config_file)),
+        **statistics,
+    )
+
+    def save_tokenizer(folder: Path) -> None:
+        BUILDER.build(cfg.tokenizer).save_pretrained(folder)
+
+    return recipe, save_tokenizer
+
+
+def _lora(lora: Any) -> dict[str, Any]:
+    """PEFT's own class reads the settings; what differs from nothing goes into the adapter."""
+    if lora is None:
+        return {}
+    from peft import LoraConfig
+    from xtuner.registry import BUILDER
+
+    config = BUILDER.build(dict(lora)) if isinstance(lora, Mapping) else lora
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"model.llm_lora: a LoraConfig expected, got {type(config).__name__}")
+    values = asdict(config)
+    kept = {name: values[name] for name in _LORA_FIELDS if name in values}
+    return {name: sorted(v) if isinstance(v, set) else v for name, v in kept.items()}
+
+
+def _encoder_folder(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value["pretrained_model_name_or_path"])
+    name, separator, folder = str(value).partition(":")
+    return folder if separator and name and not Path(str(value)).exists() else str(value)
+
+
+def _image_statistics(cfg: Any, encoder: str) -> dict[str, Any]:
+    from transformers import CLIPImageProcessor
+
+    named = (cfg.get("image_processor") or {}).get("pretrained_model_name_or_path") or encoder
+    for folder in (str(named), encoder):
+        if (Path(folder) / "preprocessor_config.json").is_file():
+            processor = CLIPImageProcessor.from_pretrained(folder)
+            return {
+                "image_mean": list(processor.image_mean),
+                "image_std": list(processor.image_std),
+            }
+    return {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+
+
+def _prompt_template(cfg: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    template = cfg.get("prompt_template") or (dataset.get("template_map_fn") or {}).get("template")
+    return {name: value for name, value in dict(template or {}).items() if name.isupper()}
+
+
+def _training(cfg: Any, dataset: Mapping[str, Any], config_file: Path) -> dict[str, Any]:
+    optimizer = (cfg.get("optim_wrapper") or {}).get("optimizer") or {}
+    loader = cfg.get("train_dataloader") or {}
+    return {
+        "config": config_file.name,
+        "data": str(dataset.get("data_path") or ""),
+        "max_epochs": (cfg.get("train_cfg") or {}).get("max_epochs"),
+        "learning_rate": optimizer.get("lr"),
+        "weight_decay": optimizer.get("weight_decay"),
+        "batch_size_per_device": loader.get("batch_size"),
+        "accumulative_counts": (cfg.get("optim_wrapper") or {}).get("accumulative_counts"),
+        "max_length": dataset.get("max_length"),
+    }

@@ -1,0 +1,191 @@
+"""What a run needs of its machine: device, precision, communication, and shims for the hosts.
+
+A config asks `choose_runtime()` when it is parsed, so that the same file trains on CPU and on CUDA.
+`prepare_host()` mends, once per process, what xtuner 0.2.0 and mmengine 0.10 expect of older
+torch and DeepSpeed versions. Nothing here runs at import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+_ONEBIT = "deepspeed.runtime.fp16.onebit"
+_SINGLE_PROCESS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}
+
+
+def choose_runtime() -> dict[str, Any]:
+    """Chooses device, precision and communication for this machine.
+
+    Called by configs, as `__import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()`,
+    since modules that a new-style config imports by statement cannot be called while it is parsed.
+
+    Returns:
+        `optim_wrapper`: type and precision to unpack into the config's own; `backend` for
+        `env_cfg.dist_cfg`; `model_wrapper_cfg` for data-parallel runs; `device`.
+    """
+    import torch
+
+    prepare_host()
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported():
+            precision = {"type": "AmpOptimWrapper", "dtype": "bfloat16"}
+        else:
+            precision = {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": "dynamic"}
+        return {
+            "device": "cuda",
+            "backend": "nccl",
+            "optim_wrapper": precision,
+            "model_wrapper_cfg": dict(_WRAPPER),
+        }
+    return {
+        "device": "cpu",
+        "backend": "gloo",
+        "optim_wrapper": {"type": "OptimWrapper"},
+        "model_wrapper_cfg": _WRAPPER | _ON_CPU,
+    }
+
+
+# MMEngine's own choice where a config names no wrapper.
+_WRAPPER = {
+    "type": "MMDistributedDataParallel",
+    "broadcast_buffers": False,
+    "find_unused_parameters": False,
+}
+_ON_CPU = {"device_ids": None}
+"""MMEngine passes `device_ids=[LOCAL_RANK]` of its own accord, which DDP refuses on CPU."""
+
+
+def adapt_config(cfg: Any) -> Any:
+    """Fits a loaded config, a published one for instance, to this machine; changes it in place.
+
+    On a machine without CUDA mixed precision and NCCL give way to fp32 and gloo. Learning-rate
+    factors of `paramwise_cfg` move into the optimizer, because XTuner drops `paramwise_cfg` under
+    DeepSpeed without a word.
+    """
+    import torch
+
+    prepare_host()
+    optim_wrapper = cfg.get("optim_wrapper")
+    if optim_wrapper:
+        _keep_learning_rates(optim_wrapper)
+    if torch.cuda.is_available():
+        return cfg
+    if optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper"):
+        optim_wrapper["type"] = "OptimWrapper"
+        for name in ("loss_scale", "dtype", "use_fsdp"):
+            optim_wrapper.pop(name, None)
+    if (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("backend") == "nccl":
+        cfg.env_cfg.dist_cfg.backend = "gloo"
+    if optim_wrapper and cfg.get("model_wrapper_cfg") is None:
+        cfg.model_wrapper_cfg = _WRAPPER | _ON_CPU
+    return cfg
+
+
+def _keep_learning_rates(optim_wrapper: Any) -> None:
+    """Moves `paramwise_cfg.custom_keys.*.lr_mult` into `GroupedAdamW`, which survives DeepSpeed."""
+    paramwise = optim_wrapper.get("paramwise_cfg")
+    optimizer = optim_wrapper.get("optimizer")
+    if (
+        not paramwise
+        or not optimizer
+        or _type_name(optimizer.get("type")).split(".")[-1] != "AdamW"
+    ):
+        return
+    keys = paramwise.get("custom_keys", {})
+    if set(paramwise) != {"custom_keys"} or any(set(rule) != {"lr_mult"} for rule in keys.values()):
+        return
+    from pallava.engine.optim import PARTS
+
+    if not set(keys) <= set(PARTS):
+        return
+    optimizer["type"] = "GroupedAdamW"
+    optimizer["lr_mult"] = {key: float(rule["lr_mult"]) for key, rule in keys.items()}
+    optim_wrapper.pop("paramwise_cfg")
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    # Types of a new-style config are lazy objects, whose text is the dotted path.
+    return getattr(value, "__qualname__", None) or str(getattr(value, "dotpath", value))
+
+
+@lru_cache(maxsize=1)
+def prepare_host() -> None:
+    """Puts the shims in place that this process needs; a second call does nothing."""
+    import torch
+
+    _allow_training_checkpoints()
+    if importlib.util.find_spec("deepspeed") is not None:
+        _provide_onebit()
+        if not torch.cuda.is_available():
+            _skip_shared_memory_extension()
+    if "--deepspeed" in sys.argv and "RANK" not in os.environ:
+        # DeepSpeed asks for mpi4py when it finds no launcher's variables.
+        for name, value in (_SINGLE_PROCESS | {"MASTER_PORT": str(_free_port())}).items():
+            os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        if not hasattr(torch.cpu, "is_bf16_supported"):
+            # xtuner asks the device's namespace; torch has no such function for CPU.
+            torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
+        _open_gloo_group()
+
+
+def _allow_training_checkpoints() -> None:
+    """Lets `torch.load(weights_only=True)` read what MMEngine writes into a checkpoint."""
+    import torch
+    from mmengine.logging import HistoryBuffer
+
+    from pallava.modeling.checkpoint import safe_types
+
+    torch.serialization.add_safe_globals(safe_types(HistoryBuffer))
+
+
+def _provide_onebit() -> None:
+    """MMEngine registers three optimizers that DeepSpeed 0.19.7 removed; nobody asks for them."""
+    if importlib.util.find_spec(_ONEBIT) is not None:
+        return
+    module = ModuleType(_ONEBIT)
+    for name in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
+        setattr(module, name, type(name, (), {"__init__": _removed_optimizer}))
+    sys.modules[_ONEBIT] = module
+
+
+def _removed_optimizer(self: object, *args: object, **kwargs: object) -> None:
+    del args, kwargs
+    raise ValueError(
+        f"optimizer {type(self).__name__}: this DeepSpeed version no longer has it; use AdamW"
+    )
+
+
+def _skip_shared_memory_extension() -> None:
+    """DeepSpeed would compile it for minutes at the first start; gloo does the same work."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _open_gloo_group() -> None:
+    """Opens the process group before MMEngine does, which would call CUDA even for gloo."""
+    import torch.distributed as dist
+
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

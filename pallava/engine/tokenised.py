@@ -1,0 +1,208 @@
+"""Conversations tokenised once, as a folder that training reads instead of the text.
+
+The folder is what `datasets.save_to_disk` writes, with `input_ids`, `labels` and `image`; name it
+as `offline_processed_text_folder` of `pallava.dataset.LLaVADataset` or of XTuner's own class.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from pallava.dataset import process_text
+from pallava.engine.runtime import prepare_host
+from pallava.files import OutputExistsError, file_identity, fsync_path, take_lock, write_json
+from pallava.skipping import SKIP_LOG_NAME, SkipLog
+
+REPORT_NAME = "tokenised.json"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What decides the tokens of a row.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+        dataset_map_fn: As of `LLaVADataset`; None for `interleaved_map_fn`.
+        template_map_fn: The prompt template, XTuner's `template_map_fn_factory`.
+        max_length: Longer token sequences are cut.
+        description: All of it as JSON values, by which two runs are told apart.
+    """
+
+    tokenizer: Any
+    dataset_map_fn: Any
+    template_map_fn: Any
+    max_length: int
+    description: dict[str, Any]
+
+
+def settings_from_names(
+    tokenizer: str, prompt_template: str, *, map_fn: str = "llava", max_length: int = 2048 - 196
+) -> TextSettings:
+    """Settings without a config.
+
+    Args:
+        tokenizer: Folder or hub name.
+        prompt_template: XTuner's name, as `llama3_chat`.
+        map_fn: `llava`, as published: the image goes to the front; or `interleaved`.
+        max_length: As of `LLaVADataset`.
+
+    Raises:
+        ValueError: No such template or function.
+    """
+    prepare_host()
+    from transformers import AutoTokenizer
+    from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
+    from xtuner.utils import PROMPT_TEMPLATE
+
+    if prompt_template not in PROMPT_TEMPLATE:
+        names = ", ".join(sorted(PROMPT_TEMPLATE))
+        raise ValueError(f"prompt template {prompt_template}: one of {names} expected")
+    if map_fn not in ("llava", "interleaved"):
+        raise ValueError(f"map_fn {map_fn}: llava or interleaved expected")
+    return TextSettings(
+        AutoTokenizer.from_pretrained(tokenizer, padding_side="right"),
+        llava_map_fn if map_fn == "llava" else None,
+        template_map_fn_factory(template=PROMPT_TEMPLATE[prompt_template]),
+        max_length,
+        {
+            "tokenizer": tokenizer,
+            "prompt_template": prompt_template,
+            "map_fn": map_fn,
+            "max_length": max_length,
+        },
+    )
+
+
+def settings_from_config(config_file: str | os.PathLike[str]) -> TextSettings:
+    """Settings of a training config.
+
+    Raises:
+        ValueError: Its training data is not one dataset with a tokenizer.
+    """
+    prepare_host()
+    from xtuner.registry import BUILDER, MAP_FUNC
+
+    dataset = Config.fromfile(config_file).train_dataloader.dataset
+    if "tokenizer" not in dataset:
+        raise ValueError(
+            f"{config_file}: train_dataloader.dataset with a tokenizer expected; of several "
+            "datasets tokenise each by --tokenizer and --prompt-template"
+        )
+    map_fn, template = dataset.get("dataset_map_fn"), dataset.get("template_map_fn")
+    return TextSettings(
+        BUILDER.build(dataset.tokenizer),
+        MAP_FUNC.get(map_fn) if isinstance(map_fn, str) else map_fn,
+        template,
+        dataset.get("max_length", 2048),
+        {
+            "config": {
+                "max_length": dataset.get("max_length", 2048),
+                **{
+                    key: _described(dataset.get(key))
+                    for key in ("tokenizer", "dataset_map_fn", "template_map_fn")
+                },
+            }
+        },
+    )
+
+
+def _described(value: Any) -> Any:
+    """A config's value as JSON that is the same in every process: functions by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _described(item) for key, item in value.items()}
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, bool | int | float | None) else str(value)
+
+
+def tokenise(
+    data_path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: TextSettings,
+    *,
+    num_proc: int | None = None,
+) -> dict[str, Any]:
+    """Writes the folder, whole or not at all.
+
+    Args:
+        data_path: `conversations.jsonl`, or a `.json` array.
+        out: The folder.
+        settings: What decides the tokens.
+        num_proc: Processes; by default chosen by the number of rows.
+
+    Returns:
+        The report: `num_rows`, `num_tokens`, `num_skipped`.
+
+    Raises:
+        ValueError: No rows, or too many that cannot be used.
+        OutputExistsError: `out` holds something else, or another process writes it.
+    """
+    out, data_path = Path(os.path.abspath(out)), Path(data_path)
+    if not data_path.is_file():
+        raise FileNotFoundError(f"data_path {data_path}: no such file")
+    inputs = {"data": file_identity(data_path), **settings.description}
+    if out.exists():
+        return _finished(out, inputs)
+    partial = out.with_name(f"{out.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = out.with_name(f"{out.name}.lock")
+    lock = take_lock(lock_file)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        report = _write(data_path, partial, settings, num_proc)
+        write_json(partial / REPORT_NAME, {**report, "inputs": inputs})
+        for path in partial.iterdir():
+            fsync_path(path)
+        os.replace(partial, out)
+        fsync_path(out.parent)
+        lock_file.unlink()
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return report
+
+
+def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    path = out / REPORT_NAME
+    report = json.loads(path.read_bytes()) if path.is_file() else {}
+    if report.pop("inputs", None) != json.loads(json.dumps(inputs)):
+        raise OutputExistsError(
+            f"{out}: holds something else, or the result of other data or settings; name a new "
+            "folder, or remove it"
+        )
+    return report
+
+
+def _write(
+    data_path: Path, folder: Path, settings: TextSettings, num_proc: int | None
+) -> dict[str, Any]:
+    log = SkipLog(folder / SKIP_LOG_NAME)
+    data = process_text(
+        data_path,
+        tokenizer=settings.tokenizer,
+        dataset_map_fn=settings.dataset_map_fn,
+        template_map_fn=settings.template_map_fn,
+        max_length=settings.max_length,
+        max_dataset_length=None,
+        num_proc=num_proc,
+        skip_log=log,
+    )
+    images = data["image"]
+    if all(len(files or ()) <= 1 for files in images):  # XTuner's own class knows one name only
+        names = [files[0] if files else None for files in images]
+        data = data.remove_columns("image").add_column("image", names)
+    data.flatten_indices().save_to_disk(str(folder))
+    return {
+        "num_rows": len(data),
+        "num_tokens": sum(data["length"]),
+        "num_skipped": len(log.read()),
+    }

@@ -1,0 +1,138 @@
+"""Questions asked during training. The import path is public: published configs name it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from xtuner.dataset.utils import load_image as load_image_or_url
+from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
+
+from pallava.anyres import AnyRes, GridTies
+from pallava.images import load_image
+from pallava.text import IMAGE_TOKEN, encode_prompt
+
+
+class EvaluateChatHook(XTunerEvaluateChatHook):
+    """Asks the model about a few images every now and then, sub-images included.
+
+    The original showed the connector the thumbnail alone; here it sees what training shows it.
+
+    Args:
+        tokenizer: Config of the tokenizer.
+        evaluation_inputs: Questions.
+        evaluation_images: One image for all questions or one for each: files or URLs. Without
+            images the questions are asked as text.
+        image_processor: Config of a Hugging Face image processor; needed with images.
+        anyres_image: Cut images into sub-images, as the data set does.
+        projector_type: Not used; published configs pass it.
+        grid_ties: See `pallava.anyres.choose_grid`.
+        kwargs: As for XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
+
+    Raises:
+        FileNotFoundError: An evaluation image that is not there, before hours are spent.
+        ValueError: Images without an image processor, or not one for each question.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        evaluation_inputs: str | Sequence[str],
+        evaluation_images: str | Sequence[str] | None = None,
+        image_processor: Any = None,
+        anyres_image: bool = True,
+        projector_type: str | None = None,
+        grid_ties: GridTies = "published",
+        **kwargs: Any,
+    ) -> None:
+        del projector_type
+        # The host appends to its default list, which all its instances would share.
+        kwargs["stop_words"] = list(kwargs.get("stop_words") or ())
+        super().__init__(
+            tokenizer=tokenizer,
+            evaluation_inputs=evaluation_inputs,
+            image_processor=image_processor,
+            **kwargs,
+        )
+        if evaluation_images is None:
+            return
+        if image_processor is None:
+            raise ValueError("EvaluateChatHook: evaluation_images need an image_processor")
+        names = [evaluation_images] if isinstance(evaluation_images, str) else evaluation_images
+        if len(names) == 1:
+            names = list(names) * len(self.evaluation_inputs)
+        if len(names) != len(self.evaluation_inputs):
+            raise ValueError(
+                f"EvaluateChatHook: {len(names)} evaluation_images for "
+                f"{len(self.evaluation_inputs)} evaluation_inputs; give one image, or one each"
+            )
+        anyres = AnyRes.from_image_processor(
+            self.image_processor, sub_images=anyres_image, ties=grid_ties
+        )
+        self.evaluation_images = [anyres(_load(name)) for name in names]
+
+    def _eval_images(
+        self,
+        runner: Any,
+        model: Any,
+        device: torch.device,
+        max_new_tokens: int | None = None,
+        save_eval_output: bool = False,
+    ) -> None:
+        """Asks every question about its image and logs the answer."""
+        images = self.evaluation_images
+        questions = [f"{IMAGE_TOKEN}\n{question}" for question in self.evaluation_inputs]
+        asked = [(question, [image]) for question, image in zip(questions, images, strict=True)]
+        self._ask(asked, runner, model, device, max_new_tokens, save_eval_output)
+
+    def _eval_language(
+        self,
+        runner: Any,
+        model: Any,
+        device: torch.device,
+        max_new_tokens: int | None = None,
+        save_eval_output: bool = False,
+    ) -> None:
+        """Asks every question without an image; the host would call a method that is not there."""
+        asked: list[tuple[str, list[torch.Tensor]]] = [(q, []) for q in self.evaluation_inputs]
+        self._ask(asked, runner, model, device, max_new_tokens, save_eval_output)
+
+    def _ask(
+        self,
+        asked: Sequence[tuple[str, list[torch.Tensor]]],
+        runner: Any,
+        model: Any,
+        device: torch.device,
+        max_new_tokens: int | None,
+        save_eval_output: bool,
+    ) -> None:
+        outputs = []
+        for question, images in asked:
+            prompt = self._prompt(question)
+            ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=device)
+            answer = model.generate_answer(
+                ids,
+                [image.to(device) for image in images],
+                max_new_tokens=max_new_tokens,
+                generation_config=self.gen_config,
+                stopping_criteria=self.stop_criteria,
+            )
+            text = prompt + self.tokenizer.decode(answer[0])
+            runner.logger.info(f"Sample output:\n{text}\n")
+            outputs.append(f"{text}\n")
+        if save_eval_output:
+            self._save_eval_output(runner, outputs)
+
+    def _prompt(self, question: str) -> str:
+        return str((self.system + self.instruction).format(input=question, round=1))
+
+
+def _load(name: str | os.PathLike[str]) -> Any:
+    name = os.fspath(name)
+    if name.startswith(("http://", "https://")):
+        return load_image_or_url(name)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"evaluation image {name}: no such file")
+    return load_image(name)

@@ -1,0 +1,114 @@
+"""Answers on disk while a run is going on: nothing that was answered is asked again.
+
+Every process appends to a file of its own. A line holds a question's id, a digest of all that the
+answer depends on, and the answer; a line that a kill cut off is no answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+_PATTERN = "rank*.jsonl"
+
+
+class AnswerLog:
+    """Append-only answers of one process; reads those of all.
+
+    Args:
+        folder: Where the files of all processes lie.
+        rank: Number of this process.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with AnswerLog(folder, rank=0) as log:
+        ...     log.append({"q1": ("0af3", "yes")})
+        >>> AnswerLog(folder, rank=0).read({"q1": "0af3", "q2": "77b1"})
+        {'q1': 'yes'}
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], rank: int) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / f"rank{rank:03d}.jsonl"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> AnswerLog:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if cut_off and self.path.stat().st_size:
+            os.write(self._descriptor, b"\n")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def append(self, answers: Mapping[str, tuple[str, str]]) -> None:
+        """Writes `id -> (digest, answer)` and forces it to disk."""
+        assert self._descriptor is not None, "AnswerLog is used as a context manager"
+        lines = [
+            json.dumps({"question_id": question_id, "digest": digest, "answer": answer})
+            for question_id, (digest, answer) in answers.items()
+        ]
+        content = memoryview(("\n".join(lines) + "\n").encode())
+        while content:
+            content = content[os.write(self._descriptor, content) :]
+        os.fsync(self._descriptor)
+
+    def read(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """Returns the answers of all processes that were given to these questions.
+
+        Args:
+            digests: id -> digest; answers of another digest belong to another model or prompt.
+        """
+        answers: dict[str, str] = {}
+        for path in sorted(self.folder.glob(_PATTERN)):
+            answers |= _read(path.read_bytes().split(b"\n"), digests)
+        return answers
+
+
+def _read(lines: Iterable[bytes], digests: Mapping[str, str]) -> dict[str, str]:
+    answers = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            question_id, digest, answer = (record[k] for k in ("question_id", "digest", "answer"))
+        except (ValueError, KeyError, TypeError):  # cut off by a kill
+            continue
+        if digests.get(question_id) == digest:
+            answers[question_id] = answer
+    return answers
+
+
+def read_answers(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Reads finished answers: a JSON list or JSON lines of `{question_id, answer}`, or an object.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not such a file; names the place.
+    """
+    from pallava.evaluation.containers import read_records
+
+    answers: dict[str, str] = {}
+    for question_id, record in read_records(path):
+        answer = record.get("answer") if isinstance(record, Mapping) else record
+        if not isinstance(answer, str):
+            raise ValueError(
+                f"{path}, {question_id!r}: {{question_id, answer}} with text expected, got "
+                f"{record!r:.80}"
+            )
+        if question_id in answers:
+            raise ValueError(f"{path}: two answers to {question_id!r}")
+        answers[question_id] = answer
+    return answers

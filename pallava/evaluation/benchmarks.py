@@ -1,0 +1,102 @@
+"""The benchmarks that can be asked for by name; other packages add theirs to the registry.
+
+An entry of `pallava.registry.EVALUATIONS` is a function of a data path, an image folder and
+options of its own that returns a `Benchmark`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pallava.evaluation import scoring
+from pallava.evaluation.class_folders import (
+    load_class_set,
+    read_class_folders,
+    read_class_records,
+)
+from pallava.evaluation.questions import ImageFolder, Question, QuestionSet
+from pallava.evaluation.readers import CHOICE_PROMPT, read_choices, read_vqa
+from pallava.registry import EVALUATIONS
+
+PathLike = str | os.PathLike[str]
+Scorer = Callable[[Sequence[Question], Mapping[str, str], Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions, and how their answers are scored.
+
+    Attributes:
+        name: As it appears in reports.
+        questions: What is asked, and the rows that cannot be.
+        score: Function of questions, answers by id, and the tokenizer or None; gives `scores`,
+            `details` and further tables. None when the data holds no references.
+        result_name: File of the answers in the work folder.
+    """
+
+    name: str
+    questions: QuestionSet
+    score: Scorer | None
+    result_name: str
+
+
+@EVALUATIONS.register("pathvqa")
+def pathvqa(
+    data_path: PathLike, image_folder: ImageFolder | None = None, *, split: str = "test"
+) -> Benchmark:
+    """PathVQA (arXiv:2003.10286), and other open and yes/no questions."""
+    questions = read_vqa(data_path, image_folder, split)
+    return Benchmark("pathvqa", questions, scoring.score_vqa, "pathvqa_result.json")
+
+
+@EVALUATIONS.register("pmcvqa")
+def pmcvqa(
+    data_path: PathLike,
+    image_folder: ImageFolder | None = None,
+    *,
+    question_template: str = CHOICE_PROMPT,
+) -> Benchmark:
+    """PMC-VQA (arXiv:2305.10415), and other multiple choice."""
+    questions = read_choices(data_path, image_folder, question_template)
+    return Benchmark("pmcvqa", questions, scoring.score_choices, "pmcvqa_result.json")
+
+
+@EVALUATIONS.register("zero-shot")
+def zero_shot(
+    data_path: PathLike,
+    image_folder: ImageFolder | None = None,
+    *,
+    classes: PathLike | None = None,
+    labels: PathLike | None = None,
+) -> Benchmark:
+    """Classification by asking: folders of images by class, or the original's list of questions.
+
+    Args:
+        data_path: Folder of images, or a file `id -> {question, image}`.
+        image_folder: For a file: where its images lie.
+        classes: Config of the classes: a file, or the name of one that comes with the package.
+        labels: For a file: JSON `id -> class name or number`.
+
+    Raises:
+        ValueError: A folder without `classes`.
+    """
+    class_set = load_class_set(classes) if classes is not None else None
+    if Path(data_path).is_dir():
+        if class_set is None:
+            raise ValueError(
+                f"{data_path} is a folder: name the config of its classes with --classes"
+            )
+        questions = read_class_folders(data_path, class_set)
+    else:
+        questions = read_class_records(data_path, image_folder, class_set, labels)
+    known = class_set is not None and any(q.answer is not None for q in questions.questions)
+    score: Scorer | None = None
+    if known and class_set is not None:
+        score = partial(scoring.score_classes, class_set=class_set)
+    name = f"zero-shot {class_set.name}" if class_set else "zero-shot"
+    return Benchmark(name, questions, score, "zeroshot_result.json")

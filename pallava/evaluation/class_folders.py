@@ -1,0 +1,253 @@
+"""Zero-shot classification: folders of images by class, described by a small config.
+
+A config is YAML or JSON::
+
+    name: oscc
+    question: Is this normal oral epithelium or oral squamous cell carcinoma?
+    classes:
+      - name: Normal
+        folders: ["*Normal*"]            # globs below --data-path; images are taken from all depths
+        wordings: [normal oral epithelium, normal]
+      - name: OSCC
+        folders: ["*OSCC*"]
+        wordings: [oral squamous cell carcinoma, OSCC]
+
+Instead of `folders`, a table can say which image belongs to which class::
+
+    table: {file: labels.csv, image: img_id, label: tumor}
+    classes:
+      - {name: tumour, label: "1", wordings: [tumour, tumor]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pallava.evaluation.containers import read_csv, read_records
+from pallava.evaluation.questions import (
+    FileImage,
+    ImageFolder,
+    Question,
+    QuestionSet,
+    RowError,
+    collect,
+    find_image,
+    image_files,
+    text_field,
+)
+
+_PACKAGE = "pallava.evaluation.class_sets"
+
+
+@dataclass(frozen=True)
+class ImageClass:
+    """One class.
+
+    Attributes:
+        name: As it appears in reports.
+        wordings: Texts in an answer that mean it; the name itself is added.
+        folders: Globs of its folders below the data folder.
+        label: Its value in a table of labels.
+    """
+
+    name: str
+    wordings: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """A classification benchmark.
+
+    Attributes:
+        name: As it appears in reports.
+        question: What every image is asked.
+        classes: In the order of the report.
+        table: `file`, `image`, `label`: a CSV and two of its columns; empty for folders.
+    """
+
+    name: str
+    question: str
+    classes: tuple[ImageClass, ...]
+    table: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def wordings(self) -> dict[str, tuple[str, ...]]:
+        """Class -> texts that mean it."""
+        return {item.name: item.wordings for item in self.classes}
+
+    @property
+    def names(self) -> list[str]:
+        """The classes in order."""
+        return [item.name for item in self.classes]
+
+
+def class_set_names() -> list[str]:
+    """The configs that come with the package."""
+    files = resources.files(_PACKAGE).iterdir()
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".json"))
+
+
+def load_class_set(name_or_file: str | os.PathLike[str]) -> ClassSet:
+    """Reads a config by file, or by name one of those that come with the package.
+
+    Raises:
+        FileNotFoundError: Neither a file nor a known name.
+        ValueError: Not such a config; names the field.
+    """
+    path = Path(name_or_file)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(name_or_file) in class_set_names():
+        text = (resources.files(_PACKAGE) / f"{name_or_file}.json").read_text(encoding="utf-8")
+    else:
+        raise FileNotFoundError(
+            f"class config {name_or_file}: neither a file nor one of {', '.join(class_set_names())}"
+        )
+    try:
+        content = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except ValueError as error:
+        raise ValueError(f"class config {name_or_file}: cannot be read: {error}") from error
+    try:
+        return _class_set(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"class config {name_or_file}: name, question and classes with name expected; "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def read_class_folders(data_path: str | os.PathLike[str], class_set: ClassSet) -> QuestionSet:
+    """Asks the config's question about every image of every class.
+
+    Raises:
+        FileNotFoundError: No such folder, or a class without images.
+        ValueError: More than a tenth of a table's rows cannot be used.
+    """
+    folder = Path(data_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images")
+    if class_set.table:
+        table = folder / class_set.table["file"]
+        by_label = {item.label: item.name for item in class_set.classes}
+        return collect(
+            table, read_csv(table), lambda _, row: _from_table(row, folder, class_set, by_label)
+        )
+    pairs = [(path, item.name) for item in class_set.classes for path in _class_files(folder, item)]
+    rows = [(path.relative_to(folder).as_posix(), (path, name)) for path, name in pairs]
+
+    def make(row_id: str, row: tuple[Path, str]) -> Question:
+        image = FileImage(row[0], row_id)
+        return Question(row_id, class_set.question, image, row[1], "class", class_set.name)
+
+    return collect(folder, rows, make)
+
+
+def read_class_records(
+    data_path: str | os.PathLike[str],
+    image_folder: ImageFolder | None,
+    class_set: ClassSet | None,
+    labels_path: str | os.PathLike[str] | None = None,
+) -> QuestionSet:
+    """Reads the original's `id -> {question, image}`; labels come from the record or a file.
+
+    Args:
+        data_path: JSON or JSON lines.
+        image_folder: Where the images lie.
+        class_set: For labels that are numbers, which count classes from 0.
+        labels_path: JSON object `id -> class name or number`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: More than a tenth of the rows cannot be used.
+    """
+    from pallava.evaluation.readers import default_image_folder
+
+    folder = image_folder or default_image_folder(Path(data_path))
+    labels = dict(read_records(labels_path)) if labels_path else {}
+
+    def make(row_id: str, row: Any) -> Question:
+        if not isinstance(row, Mapping):
+            raise RowError(f"a record with question and image expected, got {row!r:.80}")
+        label = labels.get(row_id, row.get("answer"))
+        return Question(
+            id=row_id,
+            text=text_field(row, "question"),
+            image=find_image(folder, row.get("image")),
+            answer=None if label is None else _class_name(label, class_set),
+            answer_type="class",
+            question_type=class_set.name if class_set else "",
+        )
+
+    return collect(data_path, read_records(data_path), make)
+
+
+def _class_name(label: object, class_set: ClassSet | None) -> str:
+    if class_set is None or label in class_set.names:
+        return str(label)
+    if isinstance(label, int) and 0 <= label < len(class_set.classes):
+        return class_set.names[label]
+    by_label = {item.label: item.name for item in class_set.classes if item.label}
+    if str(label) in by_label:
+        return by_label[str(label)]
+    raise RowError(f"label {label!r} is none of the classes {', '.join(class_set.names)}")
+
+
+def _from_table(
+    row: Any, folder: Path, class_set: ClassSet, by_label: Mapping[str, str]
+) -> Question:
+    if not isinstance(row, Mapping):
+        raise RowError(str(row))
+    name = text_field(row, class_set.table["image"])
+    label = text_field(row, class_set.table["label"])
+    if label not in by_label:
+        raise RowError(f"label {label!r} is none of {', '.join(by_label)}")
+    image = find_image(folder / class_set.table.get("folder", ""), name)
+    return Question(name, class_set.question, image, by_label[label], "class", class_set.name)
+
+
+def _class_files(folder: Path, item: ImageClass) -> Iterator[Path]:
+    found: set[Path] = set()
+    for pattern in item.folders:
+        for match in folder.glob(pattern):
+            found.update(image_files(match) if match.is_dir() else [match])
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no images of class {item.name!r} below {', '.join(item.folders)}; adapt "
+            "`folders` in the class config"
+        )
+    yield from sorted(found)
+
+
+def _class_set(content: Mapping[str, Any]) -> ClassSet:
+    classes = tuple(
+        ImageClass(
+            name=str(item["name"]),
+            wordings=tuple(dict.fromkeys([*map(str, item.get("wordings", ())), str(item["name"])])),
+            folders=tuple(map(str, item.get("folders", [str(item["name"])]))),
+            label=str(item.get("label", "")),
+        )
+        for item in content["classes"]
+    )
+    if len(classes) < 2 or len({item.name for item in classes}) != len(classes):
+        raise ValueError("class config: at least two classes of different names expected")
+    table = {str(key): str(value) for key, value in (content.get("table") or {}).items()}
+    if table and not {"file", "image", "label"} <= set(table):
+        raise ValueError("class config: table needs file, image and label")
+    return ClassSet(str(content["name"]), str(content["question"]), classes, table)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

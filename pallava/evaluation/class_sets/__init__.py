@@ -1,0 +1,1 @@
+"""Class names, wordings and prompts of public classification sets."""

@@ -1,0 +1,152 @@
+"""Files of published benchmarks, row by row: JSON, JSON lines, pickle, CSV, parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pallava.rows import read_rows
+
+_CSV_FIELD_BYTES = 10 << 20
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yields `(id, record)` of a JSON, JSON-lines or pickle file.
+
+    An object's keys are the ids. Records of a list are numbered from 0, unless they state
+    `question_id`, `qid` or `id`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another kind of file, or one that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    if path.suffix == ".jsonl":
+        yield from ((_row_id(row, number - 1), row) for number, row in read_rows(path))
+        return
+    if path.suffix in (".pkl", ".pickle"):
+        content = read_plain_pickle(path)
+    elif path.suffix == ".json":
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: no JSON: {error}") from error
+    else:
+        raise ValueError(f"{path}: .json, .jsonl, .pkl or .parquet expected, got {path.suffix!r}")
+    if isinstance(content, Mapping):
+        yield from ((str(key), row) for key, row in content.items())
+    elif isinstance(content, list | tuple):
+        yield from ((_row_id(row, number), row) for number, row in enumerate(content))
+    else:
+        raise ValueError(
+            f"{path}: an object of id -> record or a list of records expected, got "
+            f"{type(content).__name__}"
+        )
+
+
+def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yields `(row number from 0, {column: text})` of a CSV file with a header.
+
+    Rows of another width come as text saying so.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not a CSV file in UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    csv.field_size_limit(_CSV_FIELD_BYTES)
+    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        try:
+            for number, row in enumerate(reader):
+                wrong = None in row or None in row.values()
+                yield str(number), "another number of columns than the header" if wrong else row
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
+
+
+def parquet_files(path: str | os.PathLike[str], split: str = "test") -> list[Path]:
+    """Lists the parquet files of a split: a file itself, or `SPLIT-*.parquet` below a folder.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob(f"{split}-*.parquet")) or sorted(path.rglob(f"{split}.parquet"))
+    if not found:
+        raise FileNotFoundError(f"{path}: no {split}-*.parquet in this folder")
+    return found
+
+
+def read_parquet(
+    files: list[Path], image_column: str = "image"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields `(row number over all files, record)`; images stay in the file.
+
+    In a record the image's place is `_parquet`: `(file, row group, row)`.
+
+    Raises:
+        ValueError: A file that is no parquet, or has no such column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+        names = file.schema_arrow.names
+        if image_column not in names:
+            raise ValueError(f"{path}: no column {image_column!r}; found {', '.join(names)}")
+        columns = [name for name in names if name != image_column]
+        for group in range(file.num_row_groups):
+            for row, record in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
+                yield str(number), {**record, "_parquet": (path, group, row)}
+                number += 1
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds lists, dictionaries, sets, texts, numbers; refuses every class and function."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(
+            f"it wants to call {module_name}.{global_name}; plain data calls nothing"
+        )
+
+
+def read_plain_pickle(path: str | os.PathLike[str]) -> Any:
+    """Reads a pickle that holds nothing but plain data; runs no code from it.
+
+    Raises:
+        ValueError: It names a class or function, or is damaged.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _plain_load(file)
+        except Exception as error:  # a damaged pickle raises nearly any type
+            raise ValueError(f"{path}: not read as a pickle of plain data: {error}") from error
+
+
+def _plain_load(file: BinaryIO) -> Any:
+    return _PlainUnpickler(file, encoding="utf-8").load()
+
+
+def _row_id(row: Any, number: int) -> str:
+    if isinstance(row, Mapping):
+        for name in ("question_id", "qid", "id"):
+            if isinstance(row.get(name), str | int):
+                return str(row[name])
+    return str(number)

@@ -1,0 +1,214 @@
+"""Asking all questions of a benchmark: in batches, in several processes, resumable.
+
+Batches are cut from the whole list of questions, never from what is left of it: each question
+always has the same neighbours, so that neither a kill nor the number of processes changes an
+answer, in half precision either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from tqdm import tqdm
+
+from pallava.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.evaluation.answers import AnswerLog
+from pallava.evaluation.questions import Question
+from pallava.images import ImageError
+from pallava.skipping import SkippedSample
+
+_FORMAT = 1  # of the digests: raise it when an answer comes to depend on something else
+_WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks
+_THREADS = 4
+
+Batch = list[Question]
+Pixels = Tensor | None | ImageError
+
+
+@dataclass
+class Outcome:
+    """What came of the questions.
+
+    Attributes:
+        answers: id -> answer, in the order of the questions.
+        skipped: Questions whose image could not be read.
+    """
+
+    answers: dict[str, str] = field(default_factory=dict)
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+
+def generate_answers(
+    assistant: Assistant,
+    questions: Sequence[Question],
+    folder: str | os.PathLike[str],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Outcome | None:
+    """Answers every question once, over all runs and processes that share a folder.
+
+    Under torchrun (`RANK`, `WORLD_SIZE`) every process answers its share; a single process answers
+    all.
+
+    Args:
+        assistant: The model.
+        questions: The same list in every process.
+        folder: Receives one file of answers for each process; what an earlier run left there is
+            not asked again.
+        batch_size: Questions at a time; more need more memory.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The outcome of all processes on the first one, None on the others.
+
+    Raises:
+        ValueError: A batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size: at least 1 expected, got {batch_size}")
+    rank, world_size = _processes()
+    digests = answer_digests(assistant, questions, max_new_tokens)
+    batches = make_batches(questions, batch_size)[rank::world_size]
+    outcome = Outcome()
+    with AnswerLog(folder, rank) as log:
+        done = log.read(digests)
+        own = [question.id for batch in batches for question in batch]
+        finished = sum(_is_done(batch, done) * len(batch) for batch in batches)
+        with tqdm(
+            total=len(own), initial=finished, desc=f"answers, process {rank}", unit="question"
+        ) as progress:
+            for batch, pixels in _prepared(assistant, batches, done):
+                answers = _answer(assistant, batch, pixels, max_new_tokens, outcome.skipped)
+                new = {key: answer for key, answer in answers.items() if key not in done}
+                if new:
+                    log.append({key: (digests[key], answer) for key, answer in new.items()})
+                    done |= new
+                progress.update(len(batch))
+    outcome.answers = {key: done[key] for key in own if key in done}
+    return _gather(outcome, questions, world_size)
+
+
+def answer_digests(
+    assistant: Assistant, questions: Sequence[Question], max_new_tokens: int
+) -> dict[str, str]:
+    """Digest of all that each answer depends on: weights, prompt, image, options."""
+    common = [
+        _FORMAT,
+        assistant.fingerprint,
+        str(assistant.dtype),
+        assistant.prompt_template,
+        assistant.bos,
+        max_new_tokens,
+    ]
+    digests = {}
+    for question in questions:
+        image = question.image.identity() if question.image is not None else None
+        content = json.dumps([*common, question.id, question.text, image])
+        digests[question.id] = hashlib.sha256(content.encode()).hexdigest()
+    return digests
+
+
+def make_batches(questions: Sequence[Question], batch_size: int) -> list[Batch]:
+    """Groups questions of similar length, so that little is padded."""
+    ordered = sorted(questions, key=lambda question: len(question.text))  # stable
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _is_done(batch: Batch, done: Mapping[str, str]) -> bool:
+    return all(question.id in done for question in batch)
+
+
+def _prepared(
+    assistant: Assistant, batches: Sequence[Batch], done: Mapping[str, str]
+) -> Iterator[tuple[Batch, list[Pixels]]]:
+    """Decodes the images of the next batch while the model answers the one before."""
+
+    def load(question: Question) -> Pixels:
+        if question.image is None:
+            return None
+        try:
+            return assistant.pixel_values(question.image.load())
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        waiting: list[tuple[Batch, list[Future[Pixels]]]] = []
+        for batch in batches:
+            if _is_done(batch, done):
+                continue  # the whole batch or none of it: neighbours stay the same
+            waiting.append((batch, [pool.submit(load, question) for question in batch]))
+            if len(waiting) > 1:
+                ready, images = waiting.pop(0)
+                yield ready, [image.result() for image in images]
+        for ready, images in waiting:
+            yield ready, [image.result() for image in images]
+
+
+def _answer(
+    assistant: Assistant,
+    batch: Batch,
+    pixels: Sequence[Pixels],
+    max_new_tokens: int,
+    skipped: list[SkippedSample],
+) -> dict[str, str]:
+    asked: list[Question] = []
+    stacks: list[Tensor | None] = []
+    for question, stack in zip(batch, pixels, strict=True):
+        if isinstance(stack, ImageError):
+            name = question.image.name if question.image is not None else ""
+            skipped.append(SkippedSample(question.id, name, str(stack)))
+        else:
+            asked.append(question)
+            stacks.append(stack)
+    if not asked:
+        return {}
+    prompts = [
+        assistant.encode(question.text, has_image=question.image is not None) for question in asked
+    ]
+    answers = assistant.answer_encoded(prompts, stacks, max_new_tokens=max_new_tokens)
+    return {question.id: answer for question, answer in zip(asked, answers, strict=True)}
+
+
+def _processes() -> tuple[int, int]:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=_WAIT)  # only text is exchanged
+    return dist.get_rank(), world_size
+
+
+def _gather(outcome: Outcome, questions: Sequence[Question], world_size: int) -> Outcome | None:
+    outcomes: list[Any] = [outcome]
+    if world_size > 1:
+        rank = dist.get_rank()
+        outcomes = [None] * world_size
+        dist.gather_object(outcome, outcomes if rank == 0 else None, dst=0)
+        if rank:
+            return None
+    answers = {key: text for part in outcomes for key, text in part.answers.items()}
+    order = {question.id: number for number, question in enumerate(questions)}
+    skipped = sorted(
+        (item for part in outcomes for item in part.skipped), key=lambda i: order[i.id]
+    )
+    return Outcome({key: answers[key] for key in order if key in answers}, skipped)
+
+
+def default_device() -> torch.device:
+    """The GPU of this process (`LOCAL_RANK`), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,120 @@
+"""Scores of classification: accuracy, balanced accuracy, precision, recall, F1, confusion matrix.
+
+Shapes: K classes. A confusion matrix is `(K, K + 1)`: rows are true classes, columns predicted
+ones, and the last column holds answers that name no class, which are wrong in every score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pallava.evaluation.metrics.choices import contains
+from pallava.evaluation.metrics.text import words
+
+Counts = NDArray[np.int64]
+
+_NEGATIONS = {"no", "not", "without", "rather", "instead"}
+
+
+def confusion_matrix(
+    true: Sequence[str], predicted: Sequence[str | None], classes: Sequence[str]
+) -> Counts:
+    """Counts pairs of true and predicted class, `(K, K + 1)`.
+
+    Raises:
+        ValueError: Unequal lengths, none at all, or a true label that is no class.
+    """
+    if len(true) != len(predicted) or not true:
+        raise ValueError(
+            f"as many predictions as labels expected, at least one; got {len(predicted)} and "
+            f"{len(true)}"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({label for label in true if label not in index})
+    if unknown:
+        raise ValueError(f"label {unknown[0]!r} is none of the classes {', '.join(classes)}")
+    counts = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
+    for label, name in zip(true, predicted, strict=True):
+        counts[index[label], len(classes) if name is None else index[name]] += 1
+    return counts
+
+
+def class_scores(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
+    """Scores of one confusion matrix `(K, K + 1)`, or of many `(..., K, K + 1)` at once.
+
+    Classes that occur neither as label nor as prediction count 0 in macro averages, as in
+    scikit-learn with all labels named; balanced accuracy averages over the classes that occur.
+
+    Returns:
+        `accuracy`, `balanced_accuracy`, `macro_f1`, `micro_f1`, `(...)`; `precision`, `recall`,
+        `f1`, `(..., K)`.
+    """
+    hits = np.diagonal(counts, axis1=-2, axis2=-1).astype(np.float64)
+    support = counts.sum(axis=-1)
+    predicted = counts[..., :-1].sum(axis=-2)
+    precision, recall = _ratio(hits, predicted), _ratio(hits, support)
+    f1 = _ratio(2 * hits, support + predicted)
+    total = support.sum(axis=-1)
+    return {
+        "accuracy": _ratio(hits.sum(axis=-1), total),
+        "balanced_accuracy": _ratio(recall.sum(axis=-1), (support > 0).sum(axis=-1)),
+        "macro_f1": f1.mean(axis=-1),
+        "micro_f1": _ratio(2 * hits.sum(axis=-1), total + predicted.sum(axis=-1)),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+    }
+
+
+def parse_class(answer: str, wordings: Mapping[str, Sequence[str]]) -> str | None:
+    """Finds the class an answer names.
+
+    Args:
+        answer: What the model said.
+        wordings: class -> texts that mean it. The class's own name counts only if among them.
+
+    Returns:
+        The class of which exactly one is named; None for none, several, or a negated one.
+
+    Example:
+        >>> wordings = {"benign": ["benign"], "oscc": ["carcinoma", "OSCC"]}
+        >>> parse_class("This is a squamous cell carcinoma.", wordings)
+        'oscc'
+    """
+    said = words(answer)
+    named = {
+        (name, tuple(text))
+        for name, texts in wordings.items()
+        for text in map(words, texts)
+        if text and contains(said, text)
+    }
+    exact = {name for name, text in named if list(text) == said}
+    if len(exact) == 1:
+        return exact.pop()
+    # A wording inside a longer one that was said too does not count by itself.
+    longest = {
+        (name, text)
+        for name, text in named
+        if not any(
+            len(other) > len(text) and contains(list(other), list(text)) for _, other in named
+        )
+    }
+    if len({name for name, _ in longest}) != 1:
+        return None
+    name, text = min(longest)
+    return name if _num_negations(said) == _num_negations(text) else None
+
+
+def _num_negations(text: Sequence[str]) -> int:
+    return sum(word in _NEGATIONS for word in text)
+
+
+def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    return np.divide(
+        numerator, denominator, out=np.zeros(np.shape(denominator)), where=denominator > 0
+    )

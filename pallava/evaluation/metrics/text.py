@@ -1,0 +1,105 @@
+"""Scores of free text: normalisation, exact match, token precision, recall and F1, BLEU, yes/no.
+
+Tokens are words; the definitions are those of SQuAD (arXiv:1606.05250, its evaluation script):
+case, punctuation and articles do not count, and tokens are compared as multisets. All scores lie
+between 0 and 1, BLEU included.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_ARTICLES = {"a", "an", "the"}
+_X_RAY = re.compile(r"\bx[\s-]?rays?\b")
+# A hyphen or slash joins a word (cd3-positive, h/e); a stop or comma joins digits (1.5, 1,000).
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+(?:[-/&+']\w+)*\+?")
+_NEGATIONS = {"no", "not", "none", "cannot", "without"}
+
+
+class TokenScores(NamedTuple):
+    """Overlap of the words of an answer and its reference."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def words(text: str) -> list[str]:
+    """Splits an answer into comparable words.
+
+    Example:
+        >>> words("The X-ray shows Barrett's esophagus (CD3 - positive).")
+        ['xray', 'shows', 'barretts', 'esophagus', 'cd3-positive']
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    text = _X_RAY.sub("xray", text.replace(" - ", "-"))
+    found = (word.replace("'", "") for word in _WORD.findall(text))
+    return [word for word in found if word not in _ARTICLES]
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether two texts have the same words in the same order."""
+    return words(answer) == words(reference)
+
+
+def token_scores(answer: str, reference: str) -> TokenScores:
+    """Precision, recall and F1 of words as multisets; two texts without words agree."""
+    found, expected = words(answer), words(reference)
+    if not found or not expected:
+        both = float(found == expected)
+        return TokenScores(both, both, both)
+    common = (Counter(found) & Counter(expected)).total()
+    if not common:
+        return TokenScores(0.0, 0.0, 0.0)
+    precision, recall = common / len(found), common / len(expected)
+    return TokenScores(precision, recall, 2 * precision * recall / (precision + recall))
+
+
+def corpus_bleu(
+    answers: Sequence[str], references: Sequence[str], max_ngram_order: int = 4
+) -> float:
+    """Corpus BLEU of normalised words (Papineni et al. 2002, doi:10.3115/1073083.1073135).
+
+    Computed by sacrebleu without smoothing; the answers' words are what `words` gives, so that
+    spelling of case and punctuation counts as little as in the other scores.
+
+    Raises:
+        ValueError: Not as many answers as references, or none.
+    """
+    from sacrebleu.metrics import BLEU
+
+    if len(answers) != len(references) or not answers:
+        raise ValueError(
+            f"BLEU: as many answers as references expected, at least one; got {len(answers)} and "
+            f"{len(references)}"
+        )
+    metric = BLEU(tokenize="none", max_ngram_order=max_ngram_order, smooth_method="none")
+    hypotheses = [" ".join(words(answer)) for answer in answers]
+    expected = [" ".join(words(reference)) for reference in references]
+    return float(metric.corpus_score(hypotheses, [expected]).score) / 100
+
+
+def parse_yes_no(answer: str) -> str | None:
+    """Reads `yes` or `no` from an answer, or None when it says neither or both.
+
+    The first word decides; otherwise the only one of the two that occurs.
+
+    Example:
+        >>> parse_yes_no("No, yes would be wrong."), parse_yes_no("The answer is yes.")
+        ('no', 'yes')
+    """
+    found = words(answer)
+    if found and found[0] in ("yes", "no"):
+        return found[0]
+    said = {word for word in found if word in ("yes", "no")}
+    if len(said) != 1:
+        return None
+    (only,) = said
+    # "It is not a yes" means no reader of words can be sure of.
+    if only == "yes" and _NEGATIONS & set(found):
+        return None
+    return only

@@ -1,0 +1,222 @@
+"""PathVQA and PMC-VQA as they are published, and conversations, as lists of questions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pallava.evaluation.containers import parquet_files, read_csv, read_parquet, read_records
+from pallava.evaluation.metrics.choices import strip_letter
+from pallava.evaluation.metrics.text import words
+from pallava.evaluation.questions import (
+    ImageFolder,
+    ParquetImage,
+    Question,
+    QuestionSet,
+    RowError,
+    collect,
+    find_image,
+    text_field,
+)
+from pallava.text import IMAGE_TOKEN, check_row
+
+Path_ = str | os.PathLike[str]
+Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
+"""Pairs of an id and a record, and what makes a question of such a pair."""
+
+CHOICE_PROMPT = "{question}\n{options}\nAnswer with the letter of the correct option."
+"""How the columns of PMC-VQA's CSV become one text; `--question-template` replaces it."""
+
+_LETTERS = "ABCDEFGH"
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
+# "A: necrosis B: fibrosis", also on lines of their own.
+_INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]\s*[:.)])|$)", re.S)
+
+
+def read_vqa(
+    data_path: Path_, image_folder: ImageFolder | None, split: str = "test"
+) -> QuestionSet:
+    """Reads open and yes/no questions.
+
+    Args:
+        data_path: JSON object `id -> record`, list of records, JSON lines (flat records or LLaVA
+            conversations, of which the first question counts), PathVQA's pickle, or the parquet
+            file(s) of the hub, where a folder means its files of `split`.
+        image_folder: Where the images lie; by default, `images/` beside the data, or the data's
+            folder. Not needed for parquet.
+        split: Which files of a parquet folder.
+
+    Raises:
+        FileNotFoundError: No such data.
+        ValueError: Not such data, or more than a tenth of its rows cannot be used.
+    """
+    return collect(data_path, *vqa_rows(data_path, image_folder, split))
+
+
+def vqa_rows(data_path: Path_, image_folder: ImageFolder | None, split: str = "test") -> Rows:
+    """The rows of `read_vqa` one by one, and what makes a question of one."""
+    path = Path(data_path)
+    if path.is_dir() or path.suffix == ".parquet":
+        return read_parquet(parquet_files(path, split)), _parquet_question
+    folder = image_folder or default_image_folder(path)
+
+    def make(row_id: str, row: Any) -> Question:
+        if isinstance(row, Mapping) and "conversations" in row:
+            return _conversation_question(row_id, row, folder)
+        record = _mapping(row)
+        name = record.get("image", record.get("img_id", record.get("image_name")))
+        return _vqa_question(row_id, record, find_image(folder, name))
+
+    return read_records(path), make
+
+
+def read_choices(
+    data_path: Path_, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+) -> QuestionSet:
+    """Reads multiple-choice questions.
+
+    Args:
+        data_path: PMC-VQA's CSV (`Figure_path`, `Question`, `Choice A` ..., and `Answer_label` or
+            `Answer`), or records `id -> {question, image, answer}` whose question holds the options
+            already and whose answer is a letter.
+        image_folder: Where the images lie, as for `read_vqa`.
+        question_template: For CSV: text with `{question}` and `{options}`.
+
+    Raises:
+        FileNotFoundError: No such data.
+        ValueError: Not such data, or more than a tenth of its rows cannot be used.
+    """
+    return collect(data_path, *choice_rows(data_path, image_folder, question_template))
+
+
+def choice_rows(
+    data_path: Path_, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+) -> Rows:
+    """The rows of `read_choices` one by one, and what makes a question of one."""
+    path = Path(data_path)
+    folder = image_folder or default_image_folder(path)
+    if path.suffix != ".csv":
+        return read_records(path), lambda row_id, row: _asked_choice(row_id, row, folder)
+    if "{question}" not in question_template or "{options}" not in question_template:
+        raise ValueError(
+            f"question template {question_template!r}: {{question}} and {{options}} must be in it"
+        )
+    return read_csv(path), lambda row_id, row: _csv_choice(row_id, row, folder, question_template)
+
+
+def default_image_folder(data_path: Path) -> Path:
+    """`images/` beside the data file if there is one, otherwise the data file's folder."""
+    beside = data_path.parent / "images"
+    return beside if beside.is_dir() else data_path.parent
+
+
+def answer_type_of(answer: str) -> str:
+    """`yes/no`, `number` or `other`, as PathVQA's own files say it."""
+    text = " ".join(words(answer))
+    if text in ("yes", "no"):
+        return "yes/no"
+    return "number" if _NUMBER.fullmatch(text) else "other"
+
+
+def question_type_of(question: str) -> str:
+    """How a question begins: `what`, `is`, `how many`, ..."""
+    first = words(question)[:2]
+    if first[:1] == ["how"]:
+        return " ".join(first)
+    return first[0] if first else ""
+
+
+def _mapping(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise RowError(f"a record with question, image and answer expected, got {row!r:.80}")
+    return row
+
+
+def _vqa_question(row_id: str, record: Mapping[str, Any], image: Any) -> Question:
+    text = text_field(record, "question", "sent").replace(IMAGE_TOKEN, "").strip()
+    answer = _answer(record)
+    return Question(
+        id=row_id,
+        text=text,
+        image=image,
+        answer=answer,
+        answer_type=str(record.get("answer_type") or answer_type_of(answer)),
+        question_type=str(record.get("question_type") or question_type_of(text)),
+    )
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    label = record.get("label")
+    if "answer" not in record and isinstance(label, Mapping) and label:
+        # Answers with scores, as VQA classifiers are trained on: the best one is the reference.
+        return str(max(label, key=lambda answer: float(label[answer])))
+    return text_field(record, "answer")
+
+
+def _parquet_question(row_id: str, record: dict[str, Any]) -> Question:
+    path, group, row = record.pop("_parquet")
+    return _vqa_question(row_id, record, ParquetImage(path, group, row))
+
+
+def _conversation_question(row_id: str, row: Mapping[str, Any], folder: ImageFolder) -> Question:
+    if fault := check_row(row):
+        raise RowError(fault)
+    turns = list(row["conversations"])
+    while turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    answer = next(turn["value"] for turn in turns if turn["from"] == "gpt")
+    record = {"question": turns[0]["value"], "answer": answer}
+    image = find_image(folder, row["image"]) if row.get("image") else None
+    return _vqa_question(row_id, record, image)
+
+
+def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
+    record = _mapping(row)
+    text = text_field(record, "question")
+    options = {m.group(1): m.group(2).strip() for m in _INLINE_OPTION.finditer(text)}
+    if len(options) < 2:
+        options = dict.fromkeys("ABCD", "")
+    return Question(
+        id=row_id,
+        text=text,
+        image=find_image(folder, record.get("image")),
+        answer=_letter(text_field(record, "answer"), options),
+        answer_type="choice",
+        question_type=question_type_of(text),
+        options=options,
+    )
+
+
+def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Question:
+    record = {str(name).strip(): value for name, value in _mapping(row).items()}
+    options = {
+        letter: strip_letter(record[f"Choice {letter}"], letter)
+        for letter in _LETTERS
+        if record.get(f"Choice {letter}", "").strip()
+    }
+    if len(options) < 2:
+        raise RowError(f"at least two of the columns 'Choice A' ... expected, found {len(options)}")
+    text = text_field(record, "Question")
+    listed = "\n".join(f"{letter}: {option}" for letter, option in options.items())
+    return Question(
+        id=row_id,
+        # Not str.format: questions contain braces.
+        text=template.replace("{options}", listed).replace("{question}", text),
+        image=find_image(folder, record.get("Figure_path")),
+        answer=_letter(text_field(record, "Answer_label", "Answer"), options),
+        answer_type="choice",
+        question_type=question_type_of(text),
+        options=options,
+    )
+
+
+def _letter(answer: str, options: Mapping[str, str]) -> str:
+    if answer.strip().upper() in options:
+        return answer.strip().upper()
+    equal = [letter for letter, text in options.items() if text and words(text) == words(answer)]
+    if len(equal) != 1:
+        raise RowError(f"answer {answer!r:.60} is no letter of {', '.join(options)} and no option")
+    return equal[0]

@@ -1,0 +1,213 @@
+"""What a run leaves behind: answers, scores as JSON and Markdown, details, rows left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pallava.evaluation.benchmarks import Benchmark
+from pallava.files import atomic_file, write_json, write_text
+from pallava.skipping import SKIP_LOG_NAME, SkippedSample
+
+Compat = Literal["none", "original"]
+
+METRICS_NAME, TABLES_NAME, DETAILS_NAME = "metrics.json", "metrics.md", "details.jsonl"
+
+
+def write_report(
+    benchmark: Benchmark,
+    answers: Mapping[str, str],
+    skipped: Sequence[SkippedSample],
+    work_dir: Path,
+    *,
+    tokenizer: Any = None,
+    compat: Compat = "none",
+    settings: Mapping[str, Any] | None = None,
+    judged: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scores answers and writes everything; each file is whole or absent.
+
+    Equal answers give equal files: no times and no paths of the machine are in them.
+
+    Args:
+        benchmark: Questions and scorer.
+        answers: id -> answer.
+        skipped: Questions that could not be asked.
+        work_dir: Receives the answers under the benchmark's name, `metrics.json`, `metrics.md`,
+            `details.jsonl`, and `skipped_samples.jsonl` if there is something to say.
+        tokenizer: For the published token recall.
+        compat: `original` puts the published scores first.
+        settings: How the answers were made.
+        judged: Scores of a judge, if there are.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
+    write_json(work_dir / benchmark.result_name, result)
+    _write_skipped(work_dir / SKIP_LOG_NAME, skipped)
+    metrics: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "num_questions": len(benchmark.questions.questions) + len(benchmark.questions.skipped),
+        "num_answers": len(answers),
+        "num_skipped": len(skipped),
+        "compat": compat,
+        "settings": dict(settings or {}),
+    }
+    if benchmark.score is not None and answers:
+        tables = benchmark.score(benchmark.questions.questions, answers, tokenizer)
+        _write_details(work_dir / DETAILS_NAME, benchmark, answers, tables.pop("details"))
+        metrics |= tables
+    if judged:
+        metrics["judged"] = dict(judged)
+    write_json(work_dir / METRICS_NAME, metrics)
+    write_text(work_dir / TABLES_NAME, markdown(metrics))
+    return metrics
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """The tables of `metrics.json` for people."""
+    lines = [f"# {metrics['benchmark']}", ""]
+    lines.append(
+        f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, "
+        f"{metrics['num_skipped']} skipped. Percent; in brackets 95 % bootstrap intervals."
+    )
+    ours = _score_tables(metrics)
+    original = _published_table(metrics.get("published"))
+    sections = [original, ours] if metrics["compat"] == "original" else [ours, original]
+    for section in sections:
+        lines += section
+    for title, key in (
+        ("By question type", "by_question_type"),
+        ("By answer type", "by_answer_type"),
+        ("By class", "by_class"),
+    ):
+        if metrics.get(key):
+            lines += ["", f"## {title}", "", *_group_table(metrics[key])]
+    if "confusion" in metrics:
+        lines += ["", "## Confusion", "", *_confusion_table(metrics["confusion"])]
+    if "judged" in metrics:
+        lines += ["", "## Judged similarity", ""]
+        lines += [f"- {name}: {_shown(value)}" for name, value in metrics["judged"].items()]
+    if metrics["settings"]:
+        lines += ["", "## Settings", ""]
+        lines += [f"- {name}: {value}" for name, value in metrics["settings"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Scores by benchmark for a model card, from `metrics.json` of runs.
+
+    Args:
+        files: Each a run's `metrics.json`, or a JSON object of the form this function returns.
+
+    Raises:
+        ValueError: A file of another form.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_bytes())
+            if "benchmark" in content:
+                rows = content.get("scores", {}).items()
+                content = {
+                    content["benchmark"]: {
+                        f"{group}, {name}": _shown(value)
+                        for group, values in rows
+                        for name, value in values.items()
+                    }
+                }
+            for benchmark, values in content.items():
+                scores.setdefault(benchmark, {}).update(values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}: {METRICS_NAME} of an evaluation expected, or an object such as "
+                f'{{"PathVQA": {{"closed accuracy": 0.9}}}}: {error}'
+            ) from error
+    return scores
+
+
+def _score_tables(metrics: Mapping[str, Any]) -> list[str]:
+    if "scores" not in metrics:
+        return ["", "The data holds no references: nothing was scored."]
+    lines = ["", "## Scores", "", "| group | score | |", "|---|---|---|"]
+    for group, scores in metrics["scores"].items():
+        lines += [f"| {group} | {name} | {_shown(value)} |" for name, value in scores.items()]
+    return lines
+
+
+def _published_table(published: Any) -> list[str]:
+    if not published:
+        return []
+    lines = ["", "## As the original's tools score", ""]
+    for name, value in _flat(published):
+        if isinstance(value, str) and "\n" in value:
+            lines += ["```", value.rstrip(), "```"]
+        else:
+            lines.append(f"- {name}: {value}")
+    return lines
+
+
+def _group_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = list(next(iter(groups.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in groups.items():
+        cells = " | ".join(_shown(row[column]) for column in columns)
+        lines.append(f"| {_cell(name)} | {cells} |")
+    return lines
+
+
+def _confusion_table(confusion: Mapping[str, Any]) -> list[str]:
+    columns = [_cell(name) for name in confusion["predicted"]]
+    lines = ["| true \\ predicted | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, row in zip(confusion["true"], confusion["counts"], strict=True):
+        lines.append(f"| {_cell(name)} | " + " | ".join(map(str, row)) + " |")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "value" in value:
+        text = f"{value['value']:.2f}"
+        return f"{text} ({value['low']:.2f} to {value['high']:.2f})" if "low" in value else text
+    return str(value)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, item in value.items():
+        path = f"{prefix}{name}"
+        rows += _flat(item, f"{path}, ") if isinstance(item, Mapping) else [(path, item)]
+    return rows
+
+
+def _cell(name: object) -> str:
+    return str(name).replace("|", "\\|").replace("\n", " ")
+
+
+def _write_details(
+    path: Path, benchmark: Benchmark, answers: Mapping[str, str], details: Mapping[str, Any]
+) -> None:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for question in benchmark.questions.questions:
+            if question.id in details:
+                row = {
+                    "question_id": question.id,
+                    "question": question.text,
+                    "reference": question.answer,
+                    "answer": answers[question.id],
+                    **details[question.id],
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_skipped(path: Path, skipped: Sequence[SkippedSample]) -> None:
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in skipped]
+    write_text(path, "\n".join(lines) + "\n")

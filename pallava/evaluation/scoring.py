@@ -1,0 +1,236 @@
+"""From answers to tables: which scores each kind of benchmark gets, with intervals.
+
+Every score is a percentage `{"value", "low", "high"}`, its 95 % bootstrap interval included, or
+`{"value"}` where an interval would say nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from pallava.evaluation.class_folders import ClassSet
+from pallava.evaluation.metrics import choices, classes, intervals, published, text
+from pallava.evaluation.questions import Question
+
+Score = dict[str, float]
+Table = dict[str, Any]
+
+_CLASS_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "micro_f1")
+
+
+def score_vqa(
+    questions: Sequence[Question], answers: Mapping[str, str], tokenizer: Any = None
+) -> Table:
+    """Scores open and yes/no questions.
+
+    Args:
+        questions: With references; those without an answer are left out.
+        answers: id -> answer.
+        tokenizer: Of the language model, for the published token recall; left out without one.
+
+    Returns:
+        `scores` by group (`closed`, `open`, `overall`), `by_question_type`, `by_answer_type`,
+        `published`, `details` by question.
+    """
+    asked = _answered(questions, answers)
+    details = {question.id: _score_one(question, answers[question.id]) for question in asked}
+    closed = [question for question in asked if question.answer_type == "yes/no"]
+    opened = [question for question in asked if question.answer_type != "yes/no"]
+    scores: Table = {"overall": {"count": len(asked), "correct": _mean(details, asked, "correct")}}
+    if closed:
+        unread = sum(details[question.id]["said"] is None for question in closed)
+        scores["closed (yes/no)"] = {
+            "count": len(closed),
+            "accuracy": _mean(details, closed, "correct"),
+            "neither yes nor no": unread,
+        }
+    if opened:
+        scores["open"] = {
+            "count": len(opened),
+            "exact match": _mean(details, opened, "correct"),
+            **{
+                f"token {name}": _mean(details, opened, name)
+                for name in ("precision", "recall", "f1")
+            },
+            **_bleu(opened, answers),
+        }
+    records = {
+        question.id: {
+            "answer": question.answer,
+            "answer_type": question.answer_type,
+            "question_type": question.question_type,
+        }
+        for question in asked
+    }
+    given = {question.id: answers[question.id] for question in asked}
+    original = {"exact": published.score_vqa(records, given)["accuracy"]}
+    if tokenizer is not None:
+        original["token recall"] = published.score_vqa(records, given, tokenizer)["accuracy"]
+    return {
+        "scores": scores,
+        "by_question_type": _by(asked, details, lambda question: question.question_type),
+        "by_answer_type": _by(asked, details, lambda question: question.answer_type),
+        "published": original,
+        "details": details,
+    }
+
+
+def score_choices(
+    questions: Sequence[Question], answers: Mapping[str, str], tokenizer: Any = None
+) -> Table:
+    """Scores multiple choice: accuracy of the letter that the answer names.
+
+    Returns:
+        As `score_vqa`, with a confusion matrix of letters.
+    """
+    del tokenizer
+    asked = _answered(questions, answers)
+    details: dict[str, dict[str, Any]] = {}
+    for question in asked:
+        said = choices.parse_choice(answers[question.id], question.options)
+        details[question.id] = {"said": said, "correct": float(said == question.answer)}
+    letters = sorted({letter for question in asked for letter in question.options})
+    table = _class_table(
+        [str(question.answer) for question in asked],
+        [details[question.id]["said"] for question in asked],
+        letters,
+    )
+    labels = {question.id: str(question.answer) for question in asked}
+    original = published.score_choices(labels, {key: answers[key] for key in labels})
+    del original["parsed"]
+    return {
+        "scores": {"letters": table.pop("scores")},
+        **table,
+        "by_question_type": _by(asked, details, lambda question: question.question_type),
+        "published": original,
+        "details": details,
+    }
+
+
+def score_classes(
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    tokenizer: Any = None,
+    *,
+    class_set: ClassSet,
+) -> Table:
+    """Scores zero-shot classification; answers that name no class, or several, are wrong.
+
+    Returns:
+        As `score_vqa`, with a confusion matrix and precision, recall and F1 by class.
+    """
+    del tokenizer
+    asked = _answered(questions, answers)
+    details: dict[str, dict[str, Any]] = {}
+    for question in asked:
+        said = classes.parse_class(answers[question.id], class_set.wordings)
+        details[question.id] = {"said": said, "correct": float(said == question.answer)}
+    table = _class_table(
+        [str(question.answer) for question in asked],
+        [details[question.id]["said"] for question in asked],
+        class_set.names,
+    )
+    numbers = {name: number for number, name in enumerate(class_set.names)}
+    labels = {question.id: numbers[str(question.answer)] for question in asked}
+    try:
+        original = published.score_classes(labels, {key: answers[key] for key in labels}, numbers)
+    except ValueError as error:  # the published tool stops here, too
+        original = {"error": str(error)}
+    return {
+        "scores": {"classes": table.pop("scores")},
+        **table,
+        "published": original,
+        "details": details,
+    }
+
+
+def _answered(questions: Sequence[Question], answers: Mapping[str, str]) -> list[Question]:
+    known = {question.id for question in questions}
+    strangers = [key for key in answers if key not in known]
+    if strangers:
+        raise ValueError(
+            f"{len(strangers)} answer(s) belong to no question of the data, the first: "
+            f"{strangers[0]!r}; were they made for another file?"
+        )
+    asked = [item for item in questions if item.answer is not None and item.id in answers]
+    if not asked:
+        raise ValueError("no question has both an answer and a reference: nothing can be scored")
+    return asked
+
+
+def _score_one(question: Question, answer: str) -> dict[str, Any]:
+    reference = str(question.answer)
+    if question.answer_type == "yes/no":
+        said = text.parse_yes_no(answer)
+        return {"said": said, "correct": float(said == text.parse_yes_no(reference))}
+    scores = text.token_scores(answer, reference)
+    return {"correct": float(text.exact_match(answer, reference)), **scores._asdict()}
+
+
+def _bleu(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, Score]:
+    given = [answers[question.id] for question in questions]
+    references = [str(question.answer) for question in questions]
+    return {
+        "BLEU-1": _percent(text.corpus_bleu(given, references, max_ngram_order=1)),
+        "BLEU-4": _percent(text.corpus_bleu(given, references)),
+    }
+
+
+def _mean(details: Mapping[str, Any], questions: Sequence[Question], name: str) -> Score:
+    values = [details[question.id][name] for question in questions]
+    return _percent(sum(values) / len(values), intervals.mean_interval(values))
+
+
+def _percent(value: float, interval: intervals.Interval | None = None) -> Score:
+    score = {"value": round(100 * float(value), 4)}
+    if interval is not None:
+        score |= {"low": round(100 * interval[0], 4), "high": round(100 * interval[1], 4)}
+    return score
+
+
+def _by(
+    questions: Sequence[Question],
+    details: Mapping[str, Any],
+    key: Callable[[Question], str],
+) -> Table:
+    groups: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        groups[key(question)].append(question)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {
+        name: {"count": len(part), "correct": _mean(details, part, "correct")}
+        for name, part in ordered
+    }
+
+
+def _class_table(
+    true: Sequence[str], predicted: Sequence[str | None], names: Sequence[str]
+) -> Table:
+    counts = classes.confusion_matrix(true, predicted, names)
+    values = classes.class_scores(counts)
+    scores: Table = {"count": len(true), "unreadable": int(counts[:, -1].sum())}
+    for name in _CLASS_SCORES:
+        interval = intervals.count_interval(counts, partial(_class_score, name))
+        scores[name.replace("_", " ")] = _percent(float(values[name]), interval)
+    return {
+        "scores": scores,
+        "by_class": {
+            name: {
+                "count": int(counts[index].sum()),
+                **{key: _percent(values[key][index]) for key in ("precision", "recall", "f1")},
+            }
+            for index, name in enumerate(names)
+        },
+        "confusion": {
+            "true": list(names),
+            "predicted": [*names, "unreadable"],
+            "counts": counts.tolist(),
+        },
+    }
+
+
+def _class_score(name: str, counts: Any) -> Any:
+    return classes.class_scores(counts)[name]

@@ -1,0 +1,324 @@
+"""Output that is whole or absent, whatever moment the process is killed at.
+
+A file is written beside its place, forced to disk and renamed. A folder of weights is built in
+`NAME.partial`, where a later run continues, and renamed when every file in it has been verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST_NAME = "release.manifest.jsonl"
+"""In a built folder: what it was made from, then one row per file with its SHA-256 digest."""
+
+_STAGE = ".staged.partial"
+_LOCK = ".lock"
+_READ_BYTES = 4 << 20
+
+
+class OutputExistsError(ValueError):
+    """The place of an output is taken by something else."""
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path to write to; at the end the file is forced to disk and takes its place.
+
+    If the body raises, nothing takes the place, and what was there stays.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "scores.json"
+        >>> with atomic_file(target) as partial:
+        ...     _ = partial.write_text("{}")
+        >>> target.read_text()
+        '{}'
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        fsync_path(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 text file that is whole or absent."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file that is whole or absent."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def staged_files(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
+    """Gives a folder to write files into; at the end they move into `folder` together.
+
+    The file called `last` is the one without which the folder does not load: what `folder` holds
+    under that name goes first, and the new one arrives after all others. A kill leaves the old
+    folder, one that does not load, or the new one; never a mixture that loads.
+
+    Args:
+        folder: Receives the files; made if need be; other files in it are kept.
+        last: Name of the file that makes the folder loadable; the body must write it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = folder / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        yield stage
+        names = sorted(path.name for path in stage.iterdir() if path.name != last)
+        for name in (*names, last):
+            fsync_path(stage / name)
+        (folder / last).unlink(missing_ok=True)
+        fsync_path(folder)
+        for name in (*names, last):
+            os.replace(stage / name, folder / name)
+        fsync_path(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 digest of a file, as the hub's file pages show it."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(_READ_BYTES)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+class FolderBuild:
+    """A folder that is built file by file, continued after a kill, and verified at the end.
+
+    Files are made in `OUT.partial`. Each is recorded with its digest once it is whole, so that a
+    later build from the same inputs continues behind it. `finish` reads every file again, compares
+    digests, and only then gives the folder its name.
+
+    Args:
+        out: The folder to build.
+        inputs: What it is made from, as JSON values; a build from other inputs starts anew.
+
+    Raises:
+        OutputExistsError: `out` holds something else, or another process is building it.
+
+    Example:
+        >>> import tempfile
+        >>> out = Path(tempfile.mkdtemp()) / "model"
+        >>> with FolderBuild(out, {"version": 1}) as build:
+        ...     with build.file("config.json") as path:
+        ...         _ = path.write_text("{}")
+        ...     _ = build.finish()
+        >>> sorted(path.name for path in out.iterdir())
+        ['config.json', 'release.manifest.jsonl']
+    """
+
+    def __init__(self, out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
+        self.inputs = json.loads(json.dumps(inputs))
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._lock: int | None = None
+        self.complete = False
+
+    def __enter__(self) -> FolderBuild:
+        if self.out.is_dir() and any(self.out.iterdir()):
+            self._check_finished()
+            return self
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputExistsError(f"{self.out}: a file lies there; name a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        inputs, rows = read_manifest(self.folder)
+        if inputs == self.inputs:
+            self._rows = {name: row for name, row in rows.items() if self._is_there(row)}
+        else:
+            self._clear()
+        self._write_manifest()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def has(self, name: str) -> bool:
+        """Whether a file was made by an earlier run and needs no second making."""
+        return name in self._rows
+
+    @contextmanager
+    def file(self, name: str, digest: Callable[[], str] | None = None) -> Iterator[Path]:
+        """Gives the path to write one file to, and records it when the body ends.
+
+        Args:
+            name: File name inside the folder; `/` makes sub-folders.
+            digest: Gives the SHA-256 digest where the writer knows it; else the file is read.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial:
+            yield partial
+        row = {
+            "file": name,
+            "bytes": path.stat().st_size,
+            "sha256": digest() if digest else sha256_of(path),
+        }
+        self._rows[name] = row
+        with open(self.folder / MANIFEST_NAME, "a", encoding="utf-8") as manifest:
+            manifest.write(json.dumps(row) + "\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
+
+    def finish(self) -> dict[str, str]:
+        """Verifies every digest and gives the folder its name.
+
+        Returns:
+            Digest by file name.
+
+        Raises:
+            OSError: A file reads back differently from what was written.
+        """
+        if not self.complete:
+            self._verify(self.folder)
+            self._drop_strays()
+            self._write_manifest()
+            if self.out.is_dir():
+                self.out.rmdir()
+            os.replace(self.folder, self.out)
+            fsync_path(self.out.parent)
+            (self.out / _LOCK).unlink(missing_ok=True)
+            self.complete = True
+        return {name: str(row["sha256"]) for name, row in self._rows.items()}
+
+    def _check_finished(self) -> None:
+        inputs, rows = read_manifest(self.out)
+        if inputs != self.inputs:
+            raise OutputExistsError(
+                f"{self.out}: holds something else already; name a new folder, or remove it"
+            )
+        self._rows, self.complete = rows, True
+        self._verify(self.out)
+
+    def _verify(self, folder: Path) -> None:
+        paths = {name: folder / name for name in self._rows}
+        with ThreadPoolExecutor(2) as pool:
+            digests = pool.map(lambda p: sha256_of(p) if p.is_file() else "", paths.values())
+            found = dict(zip(paths, digests, strict=True))
+        for name, path in paths.items():
+            if found[name] != self._rows[name]["sha256"]:
+                raise OSError(
+                    f"{path}: reads back differently from what was written; check the disk, remove "
+                    f"{folder} and run again"
+                )
+
+    def _is_there(self, row: Mapping[str, Any]) -> bool:
+        path = self.folder / str(row["file"])
+        return path.is_file() and path.stat().st_size == row["bytes"]
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == _LOCK:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _drop_strays(self) -> None:
+        """Removes what killed runs left half-written, so that reruns give the same folder."""
+        keep = {self.folder / name for name in (*self._rows, MANIFEST_NAME, _LOCK)}
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path not in keep:
+                path.unlink()
+
+    def _write_manifest(self) -> None:
+        rows = [self._rows[name] for name in sorted(self._rows)]
+        lines = [json.dumps({"inputs": self.inputs}), *map(json.dumps, rows)]
+        write_text(self.folder / MANIFEST_NAME, "\n".join(lines) + "\n")
+
+    def _take_lock(self) -> None:
+        self._lock = take_lock(self.folder / _LOCK)
+
+
+def take_lock(path: str | os.PathLike[str], *, shared: bool = False) -> int | None:
+    """Locks a file, which is made if need be, until the returned descriptor is closed.
+
+    Args:
+        path: The lock file.
+        shared: Other shared locks may be held at the same time.
+
+    Returns:
+        The descriptor; None on systems without such locks.
+
+    Raises:
+        OutputExistsError: Another process holds the lock.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise OutputExistsError(
+            f"{Path(path).parent}: another process is building this folder; wait for it"
+        ) from error
+    return descriptor
+
+
+def read_manifest(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """Reads a built folder's inputs and its rows by file name; `(None, {})` without a manifest.
+
+    A last line that was cut off by a kill is left out.
+    """
+    file = Path(folder) / MANIFEST_NAME
+    if not file.is_file():
+        return None, {}
+    inputs: dict[str, Any] | None = None
+    rows: dict[str, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "inputs" in row:
+            inputs = row["inputs"]
+        elif isinstance(row, dict) and {"file", "bytes", "sha256"} <= set(row):
+            rows[str(row["file"])] = row
+    return inputs, rows
+
+
+def file_identity(path: str | os.PathLike[str]) -> list[Any]:
+    """What tells an input file from a changed one without reading it: name, size, time."""
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

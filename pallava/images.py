@@ -1,0 +1,153 @@
+"""Images as the model wants them: 8-bit RGB, whatever the file holds."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+MAX_IMAGE_PIXELS = 400_000_000
+"""Largest image that is decoded, in pixels: 20,000 x 20,000, 1.6 GB as RGB in memory."""
+
+NETWORK_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
+"""Pillow's names of the formats that `decode_image` takes."""
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message names the file and the reason."""
+
+
+def image_size(
+    path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[int, int]:
+    """Reads `(width_px, height_px)` from the header alone, without decoding the pixels.
+
+    Args:
+        path: The image file.
+        max_pixels: As for `load_image`, which would refuse the image.
+
+    Raises:
+        ImageError: The file is absent, is not an image Pillow knows, or is too large.
+    """
+    with _open(Path(path), max_pixels) as image:
+        return image.size
+
+
+def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decodes one image file to RGB.
+
+    Transparent pixels become white, the colour of an empty slide; 16-bit grey is scaled by its
+    full range; of an animated or multi-page file the first frame is taken.
+
+    Args:
+        path: The image file.
+        max_pixels: Images with more pixels than this are refused instead of filling the memory.
+
+    Raises:
+        ImageError: The file is absent, truncated, too large, or not an image.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        return _decode(image, str(path))
+
+
+def decode_image(
+    data: bytes, *, name: str = "image", max_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
+    """Decodes an image that came over a network to RGB, as `load_image` does a file.
+
+    Only `NETWORK_FORMATS` are tried: decoders that start programs or are hardly tested stay shut.
+
+    Args:
+        data: The bytes of an image file.
+        name: What to call it in an error.
+        max_pixels: As for `load_image`.
+
+    Raises:
+        ImageError: The image is truncated, too large, or of no such format.
+    """
+    with _open(name, max_pixels, io.BytesIO(data), NETWORK_FORMATS) as image:
+        return _decode(image, name)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return to_rgb(image, name=name)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise a dozen types, and C libraries their own
+        raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
+
+
+def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
+    """Converts a decoded image of any Pillow mode to 8-bit RGB.
+
+    Args:
+        image: A loaded image.
+        name: What to call it in an error.
+
+    Raises:
+        ImageError: Floating-point pixels outside 0..1, whose scale cannot be known.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I"):
+        # 16-bit greyscale; Pillow's own conversion clips at 255 and returns a white square.
+        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
+        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise ImageError(
+                f"{name}: floating-point pixels outside 0..1 have no known scale; "
+                "save the image as 8-bit RGB"
+            )
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open(
+    path: Path | str,
+    max_pixels: int,
+    data: BinaryIO | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
+    # Pillow has one limit for the process, refuses at twice that and warns in between. It is only
+    # ever raised to ours, so that threads do not undo each other's.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        image = Image.open(path if data is None else data, formats=formats)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such image file") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(_too_large(path, str(error), max_pixels)) from error
+    except Exception as error:  # as for decoding; a name with a NUL byte is a ValueError
+        # Pillow names the stream that it read by its address in memory.
+        reason = _reason(error) if data is None else f"none of {', '.join(formats or ())}"
+        raise ImageError(f"{str(path)!r}: not a readable image ({reason})") from error
+    width_px, height_px = image.size
+    if width_px * height_px > max_pixels:
+        image.close()
+        raise ImageError(_too_large(path, f"{width_px} x {height_px} px", max_pixels))
+    return image
+
+
+def _too_large(path: Path | str, size: str, max_pixels: int) -> str:
+    return (
+        f"{path}: {size} is more than the {max_pixels:,} pixels allowed; "
+        "cut the region out of the slide first, or raise max_pixels"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,337 @@
+"""From folders to a model that answers: `load_model`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pallava.text import Bos
+
+if TYPE_CHECKING:
+    import torch
+
+    from pallava.assistant import Assistant
+
+_logger = logging.getLogger(__name__)
+
+_PathLike = str | os.PathLike[str]
+_USUAL_TEMPLATE = "llama3_chat"
+_EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_SMALL = (".json", ".txt", ".model", ".jinja")
+_SAMPLES, _SAMPLE_BYTES = 32, 64 << 10
+
+
+def load_model(
+    llm: _PathLike,
+    llava: _PathLike | None = None,
+    visual_encoder: _PathLike | None = None,
+    *,
+    prompt_template: str | None = None,
+    bos: Bos = "single",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    use_adapter: bool | None = None,
+    visual_select_layer: int = -2,
+) -> Assistant:
+    """Loads a trained PA-LLaVA.
+
+    Args:
+        llm: Folder or hub name of the language model: the base model, to which the adapter in
+            `llava` is added, or one with the adapter merged into it. Or an exported folder, which
+            holds all parts; `llava` and `visual_encoder` are then left out.
+        llava: Folder that `xtuner convert pth_to_hf` wrote: `projector/`, and where they were
+            trained `llm_adapter/` and `visual_encoder/`. By default `llm` itself.
+        visual_encoder: PLIP or CLIP folder; by default the one in `llava`.
+        prompt_template: XTuner's name of the template used in training, or `tokenizer`. By default
+            the tokenizer's for an exported folder that carries one, and llama3_chat otherwise.
+        bos: `double` asks as the published evaluation tools do.
+        dtype: A torch type, `fp16`, `bf16`, `fp32` or `auto` (as stored). By default bf16 or fp16
+            on a GPU and fp32 on a CPU.
+        device: By default the current GPU if there is one.
+        use_adapter: Add `llava/llm_adapter`. By default if it is there, unless `llm` lies inside
+            `llava`, where `xtuner convert merge` is told to write the merged model.
+        visual_select_layer: Hidden state of the encoder that is used.
+
+    Returns:
+        A model with `answer(image, question)` and `answer_batch(images, questions)`.
+
+    Raises:
+        FileNotFoundError: A folder that is not there, or lacks a part.
+        CheckpointError: Weights that do not fit each other.
+
+    Example::
+
+        from pallava import load_model
+        model = load_model("Meta-Llama-3-8B-Instruct", "instruction_tuning_ft", "plip")
+        print(model.answer("biopsy.png", "Is there necrosis?"))
+    """
+    import torch
+
+    from pallava.assistant import Assistant
+    from pallava.modeling.checkpoint import CheckpointError
+    from pallava.modeling.llava import PALLaVA
+    from pallava.modeling.plip import PLIPVisionEncoder
+    from pallava.modeling.qformer import ScaleInvariantConnector
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = _precision(dtype, place)
+    if _is_exported(llm):
+        if llava is not None or visual_encoder is not None:
+            raise ValueError(f"{llm} holds all parts: leave --llava and --visual-encoder out")
+        return _load_exported(Path(llm), precision, place, prompt_template, bos)
+    folder = _llava_folder(llava if llava is not None else llm)
+    encoder_folder = _encoder_folder(folder, visual_encoder)
+    connector = ScaleInvariantConnector.from_folder(folder / "projector")
+    encoder = PLIPVisionEncoder.from_folder(encoder_folder)
+    if encoder.config.hidden_size != connector.config.visual_hidden_size:
+        raise CheckpointError(
+            f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
+            f"wide, {encoder_folder} is {encoder.config.hidden_size} wide"
+        )
+    language_model, tokenizer = _load_llm(llm, precision)
+    width = language_model.get_input_embeddings().weight.shape[1]
+    if width != connector.config.llm_hidden_size:
+        raise CheckpointError(
+            f"{folder / 'projector'} gives embeddings {connector.config.llm_hidden_size} wide, the "
+            f"language model {llm} takes {width}; is it the one used in training?"
+        )
+    adapter = _adapter_folder(llm, folder, use_adapter)
+    if adapter is not None:
+        language_model = _add_adapter(language_model, adapter)
+    stored = language_model.get_input_embeddings().weight.dtype
+    parts = PALLaVA(
+        language_model,
+        encoder.to(precision or stored),
+        connector.to(precision or stored),
+        visual_select_layer=visual_select_layer,
+    )
+    parts.requires_grad_(False).to(place)
+    return Assistant(
+        parts,
+        tokenizer,
+        _image_preparation(encoder_folder, encoder.config.image_size, connector.uses_sub_images),
+        prompt_template=prompt_template or _USUAL_TEMPLATE,
+        bos=bos,
+        fingerprint=fingerprint(llm, folder / "projector", encoder_folder, adapter),
+    )
+
+
+def fingerprint(llm: _PathLike, *folders: Path | None) -> str:
+    """Tells these weights from others without reading gigabytes.
+
+    Configs and tokenizers are read whole; of weight files, the size and 32 samples of 64 KiB.
+
+    Args:
+        llm: Folder or hub name of the language model.
+        folders: Further folders; None for one that is not used.
+    """
+    digest = hashlib.sha256()
+    for folder in (_local_folder(llm), *folders):
+        digest.update(b"folder\0")
+        for file in sorted(folder.iterdir()) if folder is not None else ():
+            if file.is_file() and file.suffix in (*_WEIGHTS, *_SMALL):
+                digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+                _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def _digest_file(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    if file.suffix in _SMALL or size <= _SAMPLES * _SAMPLE_BYTES:
+        digest.update(file.read_bytes())
+        return
+    step = (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
+    with file.open("rb") as content:
+        for index in range(_SAMPLES):
+            content.seek(index * step)
+            digest.update(content.read(_SAMPLE_BYTES))
+
+
+def _local_folder(llm: _PathLike) -> Path:
+    if Path(llm).is_dir():
+        return Path(llm)
+    from transformers.utils import cached_file
+
+    config = cached_file(str(llm), "config.json")
+    assert config is not None  # the model was loaded from there
+    return Path(config).parent
+
+
+def _llava_folder(llava: _PathLike) -> Path:
+    folder = Path(llava)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; --llava is what `xtuner-add convert pth_to_hf` writes, "
+            "with projector/ in it"
+        )
+    if not (folder / "projector").is_dir():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: no projector/ in it, found {found}; turn a training checkpoint into "
+            "folders with `xtuner-add convert pth_to_hf CONFIG CHECKPOINT FOLDER`"
+        )
+    return folder
+
+
+def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path:
+    trained = folder / "visual_encoder"
+    if trained.is_dir():
+        if visual_encoder is not None and Path(visual_encoder).resolve() != trained.resolve():
+            raise ValueError(
+                f"{folder} holds the encoder it was trained with; leave --visual-encoder "
+                f"{visual_encoder} out"
+            )
+        return trained
+    if visual_encoder is None:
+        raise FileNotFoundError(
+            f"{folder}: no visual_encoder/ in it; name the PLIP folder used in training with "
+            "--visual-encoder"
+        )
+    return Path(visual_encoder)
+
+
+def _adapter_folder(llm: _PathLike, folder: Path, use_adapter: bool | None) -> Path | None:
+    adapter = folder / "llm_adapter"
+    if use_adapter is False or (use_adapter is None and not adapter.is_dir()):
+        return None
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"{folder}: no llm_adapter/ in it")
+    merged_here = Path(llm).is_dir() and Path(llm).resolve().is_relative_to(folder.resolve())
+    if use_adapter is None and merged_here:
+        _logger.warning(
+            "%s lies inside %s and is taken as merged already: llm_adapter/ is not added",
+            llm,
+            folder,
+        )
+        return None
+    return adapter
+
+
+def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    """The type to load with; None for the stored one."""
+    import torch
+
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype == "auto":
+        return None
+    name = _DTYPES.get(str(dtype), str(dtype).removeprefix("torch."))
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(_DTYPES)}, auto expected")
+    return found
+
+
+def _is_exported(llm: _PathLike) -> bool:
+    file = Path(llm) / "config.json"
+    try:
+        return bool(json.loads(file.read_bytes()).get("model_type") == _EXPORTED_TYPE)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _load_exported(
+    folder: Path,
+    precision: torch.dtype | None,
+    device: torch.device,
+    prompt_template: str | None,
+    bos: Bos,
+) -> Assistant:
+    from transformers import AutoProcessor
+
+    from pallava.anyres import AnyRes
+    from pallava.assistant import Assistant
+    from pallava.modeling.hf import PALLaVAForConditionalGeneration
+    from pallava.prompt_templates import TOKENIZER_TEMPLATE
+
+    try:
+        model = PALLaVAForConditionalGeneration.from_pretrained(
+            str(folder), **_dtype_argument(precision)
+        )
+        processor = AutoProcessor.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"exported model {folder}: cannot be loaded: {error}") from error
+    tokenizer = processor.tokenizer
+    if prompt_template is None:
+        has_own = bool(getattr(tokenizer, "chat_template", None))
+        prompt_template = TOKENIZER_TEMPLATE if has_own else _USUAL_TEMPLATE
+    _make_greedy(model.llm, tokenizer)
+    anyres = AnyRes(
+        tile_px=processor.tile_px,
+        image_mean=tuple(processor.image_mean),
+        image_std=tuple(processor.image_std),
+        sub_images=processor.sub_images,
+        ties=processor.ties,
+    )
+    model.requires_grad_(False).to(device)
+    return Assistant(model, tokenizer, anyres, prompt_template, bos, fingerprint(folder))
+
+
+def _dtype_argument(precision: torch.dtype | None) -> dict[str, Any]:
+    import transformers
+
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    keyword = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"  # renamed there
+    return {keyword: precision if precision is not None else "auto"}
+
+
+def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(name), **_dtype_argument(precision))
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"language model {name}: cannot be loaded: {error}") from error
+    _make_greedy(model, tokenizer)
+    return model, tokenizer
+
+
+def _make_greedy(llm: Any, tokenizer: Any) -> None:
+    """Replaces the sampling settings of chat models, which would stand above do_sample=False."""
+    from transformers import GenerationConfig
+
+    ends = llm.generation_config.eos_token_id
+    llm.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+    )
+
+
+def _add_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from pallava.modeling.checkpoint import CheckpointError, check_names, load_state_dict_file
+
+    tensors = load_state_dict_file(folder)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: this adapter does not fit the language model: {error}"
+        ) from error
+    # PEFT only warns about tensors that are missing or superfluous.
+    expected = get_peft_model_state_dict(adapted)
+    check_names(expected, tensors, what="language model's adapter", source=str(folder))
+    return adapted
+
+
+def _image_preparation(folder: Path, tile_px: int, sub_images: bool) -> Any:
+    from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes
+
+    file = folder / "preprocessor_config.json"
+    stated = json.loads(file.read_bytes()) if file.is_file() else {}
+    return AnyRes(
+        tile_px=tile_px,
+        image_mean=tuple(stated.get("image_mean", CLIP_MEAN)),
+        image_std=tuple(stated.get("image_std", CLIP_STD)),
+        sub_images=sub_images,  # without cross-attention nobody looks at them
+    )

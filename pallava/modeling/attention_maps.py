@@ -1,0 +1,75 @@
+"""Where the connector looks: cross-attention over an image's sub-images, for people to see."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pallava.modeling.qformer import ScaleInvariantConnector
+
+
+@torch.no_grad()
+def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
+    """Attention of an image's thumbnail tokens to its sub-images, averaged.
+
+    The forward pass uses SDPA, which never forms the weights; here the queries and keys of every
+    cross-attention are taken as they pass, and `softmax(QK^T / sqrt(d))` (Vaswani et al. 2017,
+    arXiv:1706.03762, equation 1) is averaged over thumbnail tokens, heads and layers.
+
+    Args:
+        model: With `encode_images` and `projector`, for instance `PALLaVA`.
+        pixel_values: One image, `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+
+    Returns:
+        `(num_sub_images, side, side)` with sum 1, `side` squared being the visual tokens of a tile;
+        None where the connector does not look at sub-images or the image has none.
+    """
+    connector = model.projector
+    num_sub_images = len(pixel_values) - 1
+    if (
+        not isinstance(connector, ScaleInvariantConnector)
+        or not connector.uses_sub_images
+        or num_sub_images == 0
+    ):
+        return None
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    handles = []
+    for name, module in connector.named_modules():
+        for part, outputs in (("query", queries), ("key", keys)):
+            if name.endswith(f".crossattention.self.{part}"):
+                handles.append(module.register_forward_hook(_collect(outputs)))
+    was_training = model.training
+    model.eval()
+    try:
+        model.encode_images([pixel_values])
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    heads = connector.config.num_attention_heads
+    maps = [_average(query, key, heads) for query, key in zip(queries, keys, strict=True)]
+    tokens = torch.stack(maps).mean(dim=0)
+    side = math.isqrt(tokens.numel() // num_sub_images)
+    return tokens.view(num_sub_images, side, side)
+
+
+def _collect(outputs: list[Tensor]) -> Any:
+    def hook(module: object, inputs: object, output: Tensor) -> None:
+        del module, inputs
+        outputs.append(output)
+
+    return hook
+
+
+def _average(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Mean attention to every key `(num_sub_images * T,)`; query `(1, T, D)`, key `(n, T, D)`."""
+    query, key = (
+        tensor.flatten(0, 1).float().unflatten(-1, (heads, -1)).transpose(0, 1)
+        for tensor in (query, key)
+    )
+    scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
+    return scores.softmax(dim=-1).mean(dim=(0, 1))

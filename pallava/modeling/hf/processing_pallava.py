@@ -1,0 +1,149 @@
+"""Images and questions as an exported PA-LLaVA reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, GridTies
+from pallava.images import to_rgb
+from pallava.text import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
+
+
+class PALLaVAProcessor(ProcessorMixin):
+    """Cuts images into thumbnail and sub-images and encodes questions, as in training.
+
+    Args:
+        tokenizer: The language model's tokenizer, which knows `image_token`.
+        tile_px: Side of a tile, the encoder's image size.
+        image_mean: Channel means in 0..1.
+        image_std: Channel standard deviations in 0..1.
+        sub_images: Whether the model reads sub-images.
+        ties: See `pallava.anyres.choose_grid`.
+        image_token: What marks an image's place in a text.
+        chat_template: By default the tokenizer's.
+    """
+
+    attributes = ["tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+    valid_kwargs = [
+        *("chat_template", "tile_px", "image_mean", "image_std", "sub_images", "ties"),
+        "image_token",
+    ]
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        tile_px: int = 224,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        sub_images: bool = True,
+        ties: GridTies = "published",
+        image_token: str = IMAGE_TOKEN,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        del kwargs
+        self.tile_px = tile_px
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.sub_images = sub_images
+        self.ties = ties
+        self.image_token = image_token
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        super().__init__(tokenizer, chat_template=template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes."""
+        return ["input_ids", "attention_mask", "pixel_values", "num_tiles"]
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares a batch for `generate`.
+
+        Args:
+            images: A PIL image, or (nested) lists of them, in the order of their marks.
+            text: Prompts, templated, `<image>` where an image belongs.
+            kwargs: What Hugging Face's pipelines pass on. Padding is always on the left, and
+                there is always one BOS, as in training.
+
+        Returns:
+            `input_ids` and `attention_mask` `(B, length)` and, with images, `pixel_values`
+            `(N, 3, S, S)` and `num_tiles` `(M,)`.
+
+        Raises:
+            ValueError: No text, or another number of images than of marks.
+        """
+        del kwargs
+        if text is None:
+            raise ValueError("text: at least one prompt expected")
+        texts = [text] if isinstance(text, str) else list(text)
+        flat = _flatten(images)
+        marks = sum(prompt.count(self.image_token) for prompt in texts)
+        if marks != len(flat):
+            raise ValueError(
+                f"{len(flat)} image(s) but {marks} {self.image_token} mark(s) in the text"
+            )
+        data = self._encode(texts)
+        if flat:
+            tiles = AnyRes(
+                self.tile_px, self.image_mean, self.image_std, self.sub_images, self.ties
+            )
+            stacks = [tiles(to_rgb(image)) for image in flat]
+            data["pixel_values"] = torch.cat(stacks)
+            data["num_tiles"] = torch.tensor([len(stack) for stack in stacks])
+        return BatchFeature(data)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Decodes ids, as the tokenizer does."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Decodes ids, as the tokenizer does."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decodes what `generate` gave: for Hugging Face's `image-text-to-text` pipeline."""
+        kwargs.pop("clean_up_tokenization_spaces", None)
+        return self.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
+
+    def _encode(self, texts: list[str]) -> dict[str, Any]:
+        tokenizer = self.tokenizer
+        bos = getattr(tokenizer, "bos_token", None) or ""
+        image_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        rows = [
+            [
+                image_id if token == IMAGE_TOKEN_INDEX else token
+                # Chat templates of others begin with a BOS of their own.
+                for token in encode_prompt(tokenizer, prompt.removeprefix(bos))
+            ]
+            for prompt in texts
+        ]
+        pad = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        )
+        longest = max(map(len, rows))
+        ids = [[pad] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _flatten(images: Any) -> list[Image.Image]:
+    if images is None:
+        return []
+    if isinstance(images, Image.Image):
+        return [images]
+    return [image for item in images for image in _flatten(item)]

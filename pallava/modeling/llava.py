@@ -1,0 +1,290 @@
+"""The LLaVA model: visual tokens of any number of images spliced into a language model.
+
+Shapes: B samples, M images in the batch, T visual tokens an image, L width of the language model,
+S side of a tile.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pallava.text import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+SubImageMask = Literal["exact", "published"]
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class SplicedInputs:
+    """What the language model reads once every image place has become T embeddings."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+
+
+def splice(
+    input_ids: Tensor,
+    text_embeds: Tensor,
+    image_tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+) -> SplicedInputs:
+    """Replaces every image place of a batch by the tokens of the next image.
+
+    Args:
+        input_ids: `(B, length)`; `IMAGE_TOKEN_INDEX` marks an image's place.
+        text_embeds: `(B, length, L)` embeddings of the ids, arbitrary at image places.
+        image_tokens: `(M, T, L)`, in reading order over the batch.
+        attention_mask: `(B, length)`, False for padding on either side.
+        labels: `(B, length)`; image places are never learned.
+        padding_side: Where shorter samples are padded; left for batched generation.
+
+    Returns:
+        Tensors of the longest sample's length after splicing.
+
+    Raises:
+        ValueError: Another number of image places than of images.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = mask.bool()
+    is_image = (input_ids == IMAGE_TOKEN_INDEX) & mask
+    num_places = int(is_image.sum())
+    if num_places != len(image_tokens):
+        raise ValueError(
+            f"{num_places} image place(s) in the text but {len(image_tokens)} image(s) in the batch"
+        )
+    is_text = mask & ~is_image
+    tokens_per_image = image_tokens.shape[1] if len(image_tokens) else 0
+    widths = is_text.long() + is_image.long() * tokens_per_image
+    lengths = widths.sum(dim=1)
+    max_length = int(lengths.max())
+    starts = widths.cumsum(dim=1) - widths
+    if padding_side == "left":
+        starts = starts + (max_length - lengths)[:, None]
+
+    batch, device = len(input_ids), input_ids.device
+    embeds = text_embeds.new_zeros(batch, max_length, text_embeds.shape[-1])
+    rows, columns = is_text.nonzero(as_tuple=True)
+    positions = starts[rows, columns]
+    embeds = embeds.index_put((rows, positions), text_embeds[rows, columns])
+    if num_places:
+        image_rows, image_columns = is_image.nonzero(as_tuple=True)
+        places = starts[image_rows, image_columns][:, None] + torch.arange(
+            tokens_per_image, device=device
+        )
+        embeds = embeds.index_put((image_rows[:, None], places), image_tokens.to(embeds.dtype))
+
+    steps = torch.arange(max_length, device=device).expand(batch, -1)
+    padding = (max_length - lengths)[:, None]
+    new_mask = steps >= padding if padding_side == "left" else steps < lengths[:, None]
+    offset = padding if padding_side == "left" else 0
+    new_labels = None
+    if labels is not None:
+        new_labels = labels.new_full((batch, max_length), IGNORE_INDEX)
+        new_labels[rows, positions] = labels[rows, columns]
+    return SplicedInputs(
+        inputs_embeds=embeds,
+        attention_mask=new_mask,
+        position_ids=((steps - offset) * new_mask),
+        labels=new_labels,
+    )
+
+
+class MultimodalMixin:
+    """What joins an encoder, a connector and a language model; owned by any `nn.Module`.
+
+    The owner has the attributes `llm`, `visual_encoder` and `projector` (and so the published
+    prefixes in its state dict), `visual_select_layer` and `sub_image_mask`. `sub_image_mask` says
+    what a connector with cross-attention sees: `exact`, each image's own sub-images, or
+    `published`, which repeats the last sub-image once for every image that has fewer than the
+    batch's longest, as the original's mask does in training.
+    """
+
+    llm: Any
+    visual_encoder: Any
+    projector: Any
+    training: bool
+    visual_select_layer: int = -2
+    sub_image_mask: SubImageMask = "exact"
+
+    def encode_images(self, pixel_values: Sequence[Tensor]) -> Tensor:
+        """Runs encoder and connector.
+
+        Args:
+            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+
+        Returns:
+            `(M, T, L)`.
+        """
+        uses_sub_images = self.projector.uses_sub_images
+        stacks = [stack if uses_sub_images else stack[:1] for stack in pixel_values]
+        # Thumbnails first: both halves of the encoder's output are then views, not copies.
+        tiles = [stack[:1] for stack in stacks] + [stack[1:] for stack in stacks]
+        parameter = next(self.visual_encoder.parameters())
+        pixels = torch.cat(tiles).to(parameter.device, parameter.dtype)
+        features = self.visual_encoder.features(pixels, self.visual_select_layer)
+        features = features.to(self.projector.dtype)
+        thumbnails, sub_images = features[: len(stacks)], features[len(stacks) :]
+        if not uses_sub_images:
+            return self.projector(thumbnails)
+        counts = [len(stack) - 1 for stack in stacks]
+        if self.sub_image_mask == "published":
+            sub_images, counts = _repeat_last(sub_images, counts)
+        return self.projector(thumbnails, sub_images, counts)
+
+    def prepare_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> SplicedInputs:
+        """Embeds the text, encodes the images and splices them; see `splice`.
+
+        Args:
+            input_ids: `(B, length)`.
+            pixel_values: The images of the whole batch in reading order, none for samples without
+                an image.
+            attention_mask: `(B, length)`.
+            labels: `(B, length)`.
+            padding_side: Where shorter samples are padded.
+        """
+        embed = self.llm.get_input_embeddings()
+        text_embeds = embed(input_ids.clamp(min=0))
+        if pixel_values is not None and len(pixel_values):
+            image_tokens = self.encode_images(pixel_values).to(text_embeds.dtype)
+        else:
+            image_tokens = text_embeds.new_zeros(0, 0, text_embeds.shape[-1])
+            if self.training and torch.is_grad_enabled():
+                # Another rank may have images: every rank must give the connector a gradient.
+                text_embeds = text_embeds + 0.0 * self._blank_image_tokens().sum()
+        return splice(input_ids, text_embeds, image_tokens, attention_mask, labels, padding_side)
+
+    def language_model_loss(self, inputs: SplicedInputs) -> Tensor:
+        """Mean cross-entropy of the learned tokens.
+
+        The vocabulary is only projected on where some sample has something to learn: with Llama-3's
+        128,256 words, logits of every visual token would fill gigabytes.
+        """
+        assert inputs.labels is not None
+        targets = inputs.labels[:, 1:]
+        learned = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+        if not len(learned):
+            learned = learned.new_zeros(1)
+        keeps_logits = _accepts(self.llm, "logits_to_keep")
+        logits = self.llm(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            **({"logits_to_keep": learned} if keeps_logits else {}),
+        ).logits
+        logits = (logits if keeps_logits else logits[:, learned]).float()
+        targets = targets[:, learned].reshape(-1).to(logits.device)
+        total = F.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def generate_answer(
+        self,
+        input_ids: Tensor,
+        pixel_values: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **generation_kwargs: Any,
+    ) -> Tensor:
+        """Generates for a batch, padded on either side; returns the new ids alone."""
+        inputs = self.prepare_inputs(input_ids, pixel_values, attention_mask, padding_side="left")
+        return self.llm.generate(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask.long(),
+            **generation_kwargs,
+        )
+
+    def _blank_image_tokens(self) -> Tensor:
+        size = self.visual_encoder.config.image_size
+        tiles = 2 if self.projector.uses_sub_images else 1
+        parameter = next(self.visual_encoder.parameters())
+        return self.encode_images([parameter.new_zeros(tiles, 3, size, size)])
+
+
+class PALLaVA(MultimodalMixin, nn.Module):
+    """Encoder, connector and language model as one module.
+
+    Args:
+        llm: A Hugging Face causal language model, plain or wrapped by PEFT.
+        visual_encoder: `PLIPVisionEncoder`, or anything with its `features` and `config`.
+        projector: `ScaleInvariantConnector`, or anything with its interface.
+        visual_select_layer: Hidden state of the encoder that is used.
+        sub_image_mask: See `MultimodalMixin`.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        visual_encoder: nn.Module,
+        projector: nn.Module,
+        visual_select_layer: int = -2,
+        sub_image_mask: SubImageMask = "exact",
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.visual_encoder = visual_encoder
+        self.projector = projector
+        self.visual_select_layer = visual_select_layer
+        self.sub_image_mask = sub_image_mask
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns `loss` when labels are given, else `logits` `(B, spliced length, vocabulary)`."""
+        inputs = self.prepare_inputs(input_ids, pixel_values, attention_mask, labels)
+        if inputs.labels is not None:
+            return {"loss": self.language_model_loss(inputs)}
+        outputs = self.llm(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+        )
+        return {"logits": outputs.logits}
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **generation_kwargs: Any,
+    ) -> Tensor:
+        """Generates for a batch; see `MultimodalMixin.generate_answer`."""
+        return self.generate_answer(input_ids, pixel_values, attention_mask, **generation_kwargs)
+
+
+def _accepts(llm: Any, argument: str) -> bool:
+    """Whether a language model's forward, inside PEFT or not, takes an argument."""
+    base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    return argument in inspect.signature(base.forward).parameters
+
+
+def _repeat_last(sub_images: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+    longest, pieces, new_counts = max(counts), [], []
+    for piece in sub_images.split(counts):
+        visible = torch.cat([piece, piece[-1:]]) if len(piece) < longest else piece
+        pieces.append(visible)
+        new_counts.append(len(visible))
+    return torch.cat(pieces), new_counts

@@ -1,0 +1,265 @@
+"""Images and captions from a `pairs.jsonl`.
+
+One JSON object a line: `id`, `image` (path relative to the image folder), `caption`; further fields
+are left alone. What cannot be used is recorded in a skip log and left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pallava.image_index import path_inside
+from pallava.images import ImageError, load_image
+from pallava.rows import pair_fault
+from pallava.skipping import SkipLog
+
+MAX_SKIPPED_SHARE = 0.1
+"""More bad lines than this share mean a wrong file, not bad luck."""
+
+_MAX_TRIES = 100
+_MIN_LINES_TO_JUDGE = 10
+
+
+class PairError(ValueError):
+    """A line of a pairs file that is no usable pair; the message says why."""
+
+
+class PairSample(TypedDict):
+    """One item of `PairDataset`."""
+
+    image: Tensor
+    caption: str
+    caption_id: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of a pairs file.
+
+    Attributes:
+        id: Its id.
+        image: Path relative to the image folder.
+        caption: Text, not empty.
+    """
+
+    id: str
+    image: str
+    caption: str
+
+
+def parse_pair(line: str | bytes) -> Pair:
+    """Reads one line.
+
+    Raises:
+        PairError: No JSON object, or a field is missing or empty.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PairError(f"no JSON ({error})") from error
+    if fault := pair_fault(row):
+        raise PairError(fault)
+    return Pair(str(row["id"]), row["image"], row["caption"].strip())
+
+
+def read_captions(pairs_file: str | os.PathLike[str]) -> Iterator[str]:
+    """Yields the captions of a pairs file; lines that are no pair are passed over.
+
+    Raises:
+        FileNotFoundError: No such file.
+    """
+    for _, line in _lines(Path(pairs_file)):
+        try:
+            yield parse_pair(line).caption
+        except PairError:
+            continue  # recorded by PairDataset, which reads the same file
+
+
+class PairDataset(Dataset[PairSample]):
+    """Image-caption pairs, augmented.
+
+    Only the position of every line is kept in memory. An image that cannot be read is recorded and
+    the next one takes its place.
+
+    Args:
+        pairs_file: The `pairs.jsonl`.
+        image_folder: What the paths in it are relative to; by default the file's folder.
+        image_size: Side of the square images that come out, in pixels.
+        skip_log: Where unusable lines and images are written down.
+        transform: PIL image to uint8 tensor `(3, image_size, image_size)`; by default
+            `histology_augmentation(image_size)`.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        ValueError: No usable line in the file, or more than a tenth unusable.
+    """
+
+    def __init__(
+        self,
+        pairs_file: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None = None,
+        *,
+        image_size: int,
+        skip_log: SkipLog,
+        transform: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.pairs_file = Path(pairs_file)
+        self.image_folder = Path(image_folder) if image_folder else self.pairs_file.parent
+        self.skip_log = skip_log
+        self.transform = transform or histology_augmentation(image_size)
+        if not self.image_folder.is_dir():
+            raise FileNotFoundError(
+                f"image_folder {self.image_folder}: no such folder; the paths in "
+                f"{self.pairs_file} are taken relative to it"
+            )
+        self._index()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def pair(self, index: int) -> Pair:
+        """The pair at a position, without its image."""
+        with self.pairs_file.open("rb") as file:
+            file.seek(self._offsets[index])
+            return parse_pair(file.readline())
+
+    def __getitem__(self, index: int) -> PairSample:
+        """Loads a pair.
+
+        Returns:
+            `image`: uint8 `(3, image_size, image_size)`; `caption`; `caption_id`: the same for
+            equal captions, case and blanks aside, in every process.
+
+        Raises:
+            ImageError: Many images in a row cannot be read.
+        """
+        first_error = None
+        tries = min(_MAX_TRIES, len(self))
+        for position in range(index, index + tries):
+            position %= len(self)
+            pair = self.pair(position)
+            path = path_inside(self.image_folder, pair.image)
+            try:
+                image = self.transform(load_image(path))
+            except ImageError as error:
+                self.skip_log.record(pair.id, path, error)
+                first_error = first_error or error
+                continue
+            return PairSample(
+                image=image, caption=pair.caption, caption_id=int(self._caption_ids[position])
+            )
+        raise ImageError(
+            f"{tries} images in a row cannot be read, the first because: {first_error}. "
+            f"Is image_folder {self.image_folder} the right one?"
+        )
+
+    def _index(self) -> None:
+        offsets, digests, num_bad, first_error = [], [], 0, None
+        for number, (offset, line) in enumerate(_lines(self.pairs_file), start=1):
+            try:
+                pair = parse_pair(line)
+                path_inside(self.image_folder, pair.image)
+            except (PairError, ImageError) as error:
+                self.skip_log.record(f"line {number}", self.pairs_file, error)
+                num_bad, first_error = num_bad + 1, first_error or error
+                continue
+            offsets.append(offset)
+            normalised = " ".join(pair.caption.lower().split()).encode()
+            digests.append(hashlib.blake2b(normalised, digest_size=8).digest())
+        total = len(offsets) + num_bad
+        if not offsets or (total >= _MIN_LINES_TO_JUDGE and num_bad > MAX_SKIPPED_SHARE * total):
+            raise ValueError(
+                f"{self.pairs_file}: {num_bad} of {total} lines are no usable pair (id, image and "
+                f"caption); the first: {first_error}. All of them: {self.skip_log.path}"
+            )
+        self._offsets = np.asarray(offsets, dtype=np.int64)
+        keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
+        self._caption_ids = np.unique(keys, return_inverse=True)[1]
+
+
+def histology_augmentation(
+    image_size: int, *, min_area: float = 0.5, jitter: float = 0.1, hue: float = 0.02
+) -> nn.Module:
+    """Random crop, mirror images, quarter turns and a little colour.
+
+    Tissue has no up and no left, so all eight orientations are equally good; colours vary with
+    stain and scanner, but too much jitter would undo what a caption says about the stain.
+
+    Args:
+        image_size: Side of the result, in pixels.
+        min_area: Smallest share of the image's area that a crop keeps.
+        jitter: Range of brightness, contrast and saturation, as torchvision's `ColorJitter`.
+        hue: Range of hue.
+
+    Returns:
+        A module from PIL image to uint8 `(3, image_size, image_size)`.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    steps: list[nn.Module] = [
+        v2.RandomResizedCrop(
+            image_size, scale=(min_area, 1.0), interpolation=InterpolationMode.BICUBIC
+        ),
+        v2.PILToTensor(),
+        v2.RandomHorizontalFlip(),
+        v2.RandomVerticalFlip(),
+        RandomQuarterTurn(),
+    ]
+    if jitter or hue:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter, hue))
+    return v2.Compose(steps)
+
+
+def plain_resize(image_size: int) -> nn.Module:
+    """The whole image as a square, aspect not kept: how PA-LLaVA makes its thumbnail.
+
+    Args:
+        image_size: Side of the result, in pixels.
+
+    Returns:
+        A module from PIL image to uint8 `(3, image_size, image_size)`.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    size = [image_size, image_size]
+    return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.PILToTensor()])
+
+
+class RandomQuarterTurn(nn.Module):
+    """Turns an image `(3, S, S)` by 0, 90, 180 or 270 degrees, without interpolation."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Returns the turned image."""
+        return torch.rot90(image, int(torch.randint(4, ())), (1, 2))
+
+
+def collate_pairs(samples: list[PairSample]) -> dict[str, Any]:
+    """Joins samples: `images` uint8 `(B, 3, S, S)`, `captions`, `caption_ids` `(B,)`."""
+    return {
+        "images": torch.stack([sample["image"] for sample in samples]),
+        "captions": [sample["caption"] for sample in samples],
+        "caption_ids": torch.tensor([sample["caption_id"] for sample in samples]),
+    }
+
+
+def _lines(pairs_file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the byte offset and the content of every line that is not blank."""
+    if not pairs_file.is_file():
+        raise FileNotFoundError(f"pairs file {pairs_file}: no such file")
+    offset = 0
+    with pairs_file.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield offset, line
+            offset += len(line)

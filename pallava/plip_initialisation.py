@@ -1,0 +1,141 @@
+"""What PLIP pretraining starts from: tokenizer and encoders, pretrained or from scratch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, BertTokenizerFast, CLIPVisionConfig
+
+from pallava.modeling.checkpoint import load_strict
+from pallava.modeling.plip import PLIPVisionEncoder, published_names
+from pallava.modeling.plip_text import PLIPTextEncoder
+
+DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
+"""Tokens that BLIP adds to BERT's (arXiv:2201.12086): start of decoding, start of matching."""
+
+_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def load_caption_tokenizer(name_or_path: str | os.PathLike[str]) -> BertTokenizerFast:
+    """A BERT tokenizer with `[DEC]` and `[ENC]`.
+
+    Args:
+        name_or_path: Folder with a BERT tokenizer, or name on the Hugging Face hub.
+    """
+    return _add_tokens(BertTokenizerFast.from_pretrained(name_or_path))
+
+
+def make_caption_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> BertTokenizerFast:
+    """A BERT tokenizer whose vocabulary is the words of the captions, for training from scratch.
+
+    The most frequent words come first, ties in alphabetical order, so that every process makes the
+    same tokenizer; letters serve to spell what is left out.
+
+    Args:
+        captions: Texts to take the words from.
+        vocab_size: Upper limit, `[DEC]` and `[ENC]` not counted.
+
+    Raises:
+        ValueError: No word in the captions, or a limit that leaves no room for words.
+    """
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    splitter = BertWordPieceTokenizer(lowercase=True)
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        normalised = splitter.normalizer.normalize_str(caption)
+        counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(normalised))
+    if not counts:
+        raise ValueError("captions: no words in them, a tokenizer cannot be made")
+    letters = sorted({letter for word in counts for letter in word})
+    pieces = [*_SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
+    if len(pieces) >= vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size}: special tokens and letters alone take {len(pieces)}"
+        )
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = dict.fromkeys(pieces) | dict.fromkeys(words[: vocab_size - len(pieces)])
+    wordpiece = BertWordPieceTokenizer(
+        vocab={piece: index for index, piece in enumerate(vocabulary)}, lowercase=True
+    )
+    return _add_tokens(BertTokenizerFast(tokenizer_object=wordpiece._tokenizer))
+
+
+def build_caption_tokenizer(spec: str | Mapping[str, Any]) -> BertTokenizerFast:
+    """A tokenizer from a folder or hub name, or made from the captions of a pairs file.
+
+    Args:
+        spec: Name or path, or `{"pairs_file": ..., "vocab_size": ...}`.
+    """
+    if isinstance(spec, Mapping):
+        from pallava.pairs import read_captions
+
+        options = dict(spec)
+        return make_caption_tokenizer(read_captions(options.pop("pairs_file")), **options)
+    return load_caption_tokenizer(spec)
+
+
+def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PLIPVisionEncoder:
+    """A CLIP vision encoder: a folder's, the hub's, or a new one of given sizes.
+
+    Args:
+        spec: Folder of a CLIP or PLIP, name on the Hugging Face hub, or `CLIPVisionConfig` fields.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor a name that the hub could know.
+    """
+    if isinstance(spec, Mapping):
+        return PLIPVisionEncoder(CLIPVisionConfig(**spec))
+    _check_name_or_path("visual_encoder", spec)
+    if Path(spec).is_dir():
+        return PLIPVisionEncoder.from_folder(spec)
+    from transformers import CLIPVisionModel
+
+    clip = CLIPVisionModel.from_pretrained(spec)
+    encoder = PLIPVisionEncoder(clip.config)
+    load_strict(
+        encoder, published_names(clip.state_dict()), what="vision encoder", source=str(spec)
+    )
+    return encoder
+
+
+def build_text_encoder(
+    spec: str | os.PathLike[str] | Mapping[str, Any], *, vocab_size: int, image_hidden_size: int
+) -> PLIPTextEncoder:
+    """A text encoder: from a BERT folder or the hub, or a new one of given sizes.
+
+    Args:
+        spec: Folder of a BERT, name on the Hugging Face hub, or `BertConfig` fields.
+        vocab_size: Tokens of the tokenizer, the added ones counted.
+        image_hidden_size: Width of the image encoder.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor a name that the hub could know.
+    """
+    if isinstance(spec, Mapping):
+        config = BertConfig(**{**spec, "vocab_size": vocab_size})
+        return PLIPTextEncoder(config, image_hidden_size)
+    _check_name_or_path("text_encoder", spec)
+    return PLIPTextEncoder.from_bert(
+        spec, vocab_size=vocab_size, image_hidden_size=image_hidden_size
+    )
+
+
+def _add_tokens(tokenizer: BertTokenizerFast) -> BertTokenizerFast:
+    tokenizer.add_special_tokens({"bos_token": DEC_TOKEN})
+    tokenizer.add_special_tokens({"additional_special_tokens": [ENC_TOKEN]})
+    return tokenizer
+
+
+def _check_name_or_path(what: str, spec: str | os.PathLike[str]) -> None:
+    """Tells an absent folder from a hub name, before the hub is asked for it."""
+    text = os.fspath(spec)
+    if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise FileNotFoundError(
+            f"{what} {text}: no such folder; give the folder of a pretrained model, a name on the "
+            "Hugging Face hub, or sizes to start from scratch"
+        )

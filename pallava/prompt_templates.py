@@ -1,0 +1,232 @@
+"""How a question is put to an instruction-tuned language model, under XTuner's names.
+
+The formats are those their models were tuned with, and equal XTuner's `PROMPT_TEMPLATE`
+(github.com/InternLM/xtuner, `xtuner/utils/templates.py`), so that evaluation asks as training did.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+TOKENIZER_TEMPLATE = "tokenizer"
+"""Name that stands for the chat template which the tokenizer itself carries."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The format of a conversation.
+
+    Attributes:
+        instruction: A question: text with `{input}` and perhaps `{round}`; ends where the answer
+            begins.
+        stop_words: Texts that end an answer, besides the tokenizer's end of sequence.
+        system: What stands before the first question, with `{system}`; None for formats without.
+        suffix: What follows an answer and belongs to it.
+        sep: What stands between an answer and the next question.
+        ends_with_suffix: The suffix ends the answer; otherwise the end of sequence follows it, and
+            the next question begins with another BOS.
+    """
+
+    instruction: str
+    stop_words: tuple[str, ...] = ()
+    system: str | None = None
+    suffix: str = ""
+    sep: str = ""
+    ends_with_suffix: bool = False
+
+    def render(self, question: str, system: str = "", turn: int = 1) -> str:
+        """Puts a question into the format.
+
+        Args:
+            question: The text.
+            system: Text of the system's turn; stands in front of the question it belongs to.
+            turn: Which question of the conversation it is, from 1.
+
+        Raises:
+            ValueError: A system text, for which the format has no place.
+        """
+        text = self.instruction.replace("{round}", str(turn)).replace("{input}", question)
+        if not system:
+            return text
+        if self.system is None:
+            raise ValueError("this prompt template has no place for a system text")
+        return self.system.replace("{system}", system) + text
+
+
+_QWEN = PromptTemplate(
+    "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+    stop_words=("<|im_end|>", "<|endoftext|>"),
+    system="<|im_start|>system\n{system}<|im_end|>\n",
+    suffix="<|im_end|>",
+    sep="\n",
+    ends_with_suffix=True,
+)
+_VICUNA = PromptTemplate(
+    "USER: {input} ASSISTANT:",
+    system=(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. {system}\n "
+    ),
+    sep="\n",
+)
+_DEEPSEEK_CODER = PromptTemplate(
+    "### Instruction:\n{input}\n### Response:\n",
+    system=(
+        "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by "
+        "DeepSeekCompany, and you only answer questions related to computer science. For "
+        "politically sensitive questions, security and privacy issues, and other non-computer "
+        "science questions, you will refuse to answer. {system}\n"
+    ),
+    sep="\n",
+)
+_MISTRAL = PromptTemplate(
+    "[INST] {input} [/INST]",
+    system="[INST] {system} [/INST]\n",
+    sep="\n",
+)
+
+PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
+    "default": PromptTemplate(
+        "<|User|>:{input}\n<|Bot|>:",
+        system="<|System|>:{system}\n",
+        sep="\n",
+    ),
+    "zephyr": PromptTemplate(
+        "<|user|>\n{input}\n<|assistant|>\n",
+        system="<|system|>\n{system}\n",
+        sep="\n",
+    ),
+    "internlm_chat": PromptTemplate(
+        "<|User|>:{input}<eoh>\n<|Bot|>:",
+        stop_words=("<eoa>",),
+        system="<|System|>:{system}\n",
+        suffix="<eoa>",
+        sep="\n",
+        ends_with_suffix=True,
+    ),
+    "internlm2_chat": PromptTemplate(
+        "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+        stop_words=("<|im_end|>",),
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        suffix="<|im_end|>",
+        sep="\n",
+        ends_with_suffix=True,
+    ),
+    "moss_sft": PromptTemplate(
+        "<|Human|>: {input}<eoh>\n",
+        stop_words=("<eoc>", "<eom>"),
+        system="{system}\n",
+        sep="\n",
+    ),
+    "llama2_chat": PromptTemplate(
+        "[INST] {input} [/INST]",
+        system=(
+            "[INST] <<SYS>>\n You are a helpful, respectful and honest assistant. Always "
+            "answer as helpfully as possible, while being safe. Your answers should not "
+            "include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+            "content. Please ensure that your responses are socially unbiased and positive in "
+            "nature.\n{system}\n<</SYS>>\n [/INST] "
+        ),
+        sep="\n",
+    ),
+    "code_llama_chat": PromptTemplate(
+        "[INST] {input} [/INST]",
+        system="{system}\n",
+    ),
+    "chatglm2": PromptTemplate(
+        "[Round {round}]\n\n问：{input}\n\n答：",
+        system="{system}\n",
+        sep="\n\n",
+    ),
+    "chatglm3": PromptTemplate(
+        "<|user|>\n{input}<|assistant|>\n",
+        system="<|system|>\n{system}",
+        sep="\n",
+    ),
+    "qwen_chat": _QWEN,
+    "baichuan_chat": PromptTemplate(
+        "<reserved_102>{input}<reserved_103>",
+        system="{system}\n",
+        sep="\n",
+    ),
+    "baichuan2_chat": PromptTemplate(
+        "<reserved_106>{input}<reserved_107>",
+        system="{system}\n",
+        sep="\n",
+    ),
+    "wizardlm": _VICUNA,
+    "wizardcoder": PromptTemplate(
+        "### Instruction:\n{input}\n\n### Response:",
+        system=(
+            "Below is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n{system}\n "
+        ),
+        sep="\n\n",
+    ),
+    "vicuna": _VICUNA,
+    "deepseek_coder": _DEEPSEEK_CODER,
+    "deepseekcoder": _DEEPSEEK_CODER,
+    "deepseek_moe": _MISTRAL,
+    "deepseek_v2": PromptTemplate(
+        "User: {input}\n\nAssistant: ",
+        stop_words=("<｜end▁of▁sentence｜>",),
+        system="{system}\n\n",
+        suffix="<｜end▁of▁sentence｜>",
+        ends_with_suffix=True,
+    ),
+    "mistral": _MISTRAL,
+    "mixtral": _MISTRAL,
+    "minicpm": PromptTemplate(
+        "<用户> {input} <AI>",
+        sep="\n",
+    ),
+    "minicpm3": _QWEN,
+    "gemma": PromptTemplate(
+        "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n",
+        stop_words=("<end_of_turn>",),
+        system="<start_of_turn>system\n{system}<end_of_turn>\n",
+        suffix="<end_of_turn>",
+        sep="\n",
+    ),
+    "cohere_chat": PromptTemplate(
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{input}<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+        stop_words=("<|END_OF_TURN_TOKEN|>",),
+        system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{system}<|END_OF_TURN_TOKEN|>",
+        suffix="<|END_OF_TURN_TOKEN|>",
+        ends_with_suffix=True,
+    ),
+    "llama3_chat": PromptTemplate(
+        "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        stop_words=("<|eot_id|>",),
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        suffix="<|eot_id|>",
+        ends_with_suffix=True,
+    ),
+    "phi3_chat": PromptTemplate(
+        "<|user|>\n{input}<|end|>\n<|assistant|>\n",
+        stop_words=("<|end|>",),
+        system="<|system|>\n{system}<|end|>\n",
+        suffix="<|end|>",
+        sep="\n",
+        ends_with_suffix=True,
+    ),
+}
+
+
+def find_template(name: str) -> PromptTemplate:
+    """Returns a template by XTuner's name.
+
+    Raises:
+        ValueError: There is no such name; names the nearest.
+    """
+    if name not in PROMPT_TEMPLATES:
+        near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"prompt template {name!r}: {hint}Known: {', '.join(PROMPT_TEMPLATES)}, and "
+            f"{TOKENIZER_TEMPLATE!r} for the one that the tokenizer carries"
+        )
+    return PROMPT_TEMPLATES[name]

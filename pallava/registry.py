@@ -1,0 +1,238 @@
+"""Names under which encoders, connectors and their like can be asked for.
+
+A registry maps a short name to a class or function. The built-in parts register themselves where
+they are defined; other packages add theirs through the entry-point group ``xtuner_add.plugins``,
+without a change to this one. Nothing is imported until a name is missing or a listing asked for.
+
+A third-party package declares, in its ``pyproject.toml``::
+
+    [project.entry-points."xtuner_add.plugins"]
+    my_parts = "my_package.parts"          # a module that registers when it is imported
+    my_others = "my_package.setup:register"  # or a function without arguments
+
+Example:
+    >>> from pallava.registry import CONNECTORS
+    >>> @CONNECTORS.register("pooling")
+    ... class PoolingConnector: ...
+    >>> CONNECTORS.get("pooling") is PoolingConnector
+    True
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, TypeVar
+
+PLUGIN_GROUP = "xtuner_add.plugins"
+
+_logger = logging.getLogger(__name__)
+_Registered = TypeVar("_Registered")
+
+
+class Registry:
+    """Classes or functions of one kind, by name.
+
+    Args:
+        kind: what the registry holds, in the singular, for messages ("connector").
+        builtin_modules: modules that register the built-in entries when imported; imported at the
+            first look-up that fails without them, or at the first listing.
+    """
+
+    def __init__(self, kind: str, builtin_modules: Iterable[str] = ()) -> None:
+        self.kind = kind
+        self._builtin_modules = tuple(builtin_modules)
+        self._builtins_loaded = False
+        self._entries: dict[str, Any] = {}
+
+    def register(self, name: str, *, replace: bool = False) -> Callable[[_Registered], _Registered]:
+        """Return a decorator that enters a class or function under ``name``.
+
+        Args:
+            name: the name in configs and on command lines.
+            replace: allow the name to be taken from an earlier entry.
+
+        Raises:
+            ValueError: if the name is empty or belongs to something else.
+        """
+        if not name or name != name.strip():
+            raise ValueError(f"{self.kind} name {name!r} is empty or padded with blanks")
+
+        def enter(target: _Registered) -> _Registered:
+            existing = self._entries.get(name)
+            if existing is not None and not replace and _origin(existing) != _origin(target):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered by {_origin(existing)}; "
+                    f"{_origin(target)} needs another name, or replace=True"
+                )
+            self._entries[name] = target
+            return target
+
+        return enter
+
+    def get(self, name: str) -> Any:
+        """Return what is registered under ``name``.
+
+        Raises:
+            ValueError: if there is no such name, even among the plug-ins; names the nearest ones.
+        """
+        if name not in self._entries:
+            self._load_builtins()
+        if name not in self._entries:
+            load_plugins()
+        if name not in self._entries:
+            raise ValueError(self._unknown(name))
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """Return every registered name in order, built-in parts and plug-ins included."""
+        self._load_builtins()
+        load_plugins()
+        return sorted(self._entries)
+
+    def origins(self) -> dict[str, str]:
+        """Return for every registered name where it is defined, as ``module:name``."""
+        return {name: _origin(self._entries[name]) for name in self.names()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}, {sorted(self._entries)})"
+
+    def _load_builtins(self) -> None:
+        if self._builtins_loaded:
+            return
+        for module in self._builtin_modules:
+            importlib.import_module(module)
+        self._builtins_loaded = True
+
+    def _unknown(self, name: str) -> str:
+        known = sorted(self._entries)
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        message = (
+            f"unknown {self.kind} {name!r}. {hint}Registered: {', '.join(known) or 'none'}. "
+            f"Other packages add theirs through the entry-point group {PLUGIN_GROUP!r}."
+        )
+        failures = plugin_failures()
+        if failures:
+            message += " Plug-ins that could not be loaded: " + "; ".join(map(str, failures))
+        return message
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """A plug-in that could not be loaded.
+
+    Attributes:
+        name: the name of its entry point.
+        target: the module or function that the entry point names.
+        error: the exception, as ``Type: message``.
+    """
+
+    name: str
+    target: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.target}): {self.error}"
+
+
+class _Plugins:
+    """The state of plug-in discovery: done at most once in a process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.loaded = False
+        self.failures: list[PluginFailure] = []
+
+
+_plugins = _Plugins()
+
+
+def load_plugins() -> list[PluginFailure]:
+    """Load every plug-in of the entry-point group ``xtuner_add.plugins``, once in a process.
+
+    A plug-in that cannot be loaded is reported as a warning and skipped: the others stay usable.
+
+    Returns:
+        The plug-ins that could not be loaded.
+    """
+    with _plugins.lock:
+        if not _plugins.loaded:
+            _plugins.loaded = True  # first: a plug-in may look names up while it registers
+            for entry_point in sorted(entry_points(group=PLUGIN_GROUP), key=lambda ep: ep.name):
+                _load(entry_point)
+    return plugin_failures()
+
+
+def plugin_failures() -> list[PluginFailure]:
+    """Return the plug-ins that could not be loaded; empty before any was asked for."""
+    return list(_plugins.failures)
+
+
+def _load(entry_point: EntryPoint) -> None:
+    try:
+        target = entry_point.load()
+        if callable(target) and not isinstance(target, ModuleType):
+            target()
+    except Exception as error:  # a stranger's code: whatever it raises must not stop the others
+        failure = PluginFailure(
+            entry_point.name, entry_point.value, f"{type(error).__name__}: {error}"
+        )
+        _plugins.failures.append(failure)
+        _logger.warning("plug-in %s was skipped", failure)
+
+
+def _origin(target: Any) -> str:
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, type):  # a class method belongs to the class, not to where it is written
+        return f"{_origin(owner)}.{target.__name__}"
+    name = getattr(target, "__qualname__", None) or type(target).__qualname__
+    return f"{getattr(target, '__module__', '?')}:{name}"
+
+
+ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.plip",))
+"""Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
+``features(pixel_values, select_layer)``. In configs: ``visual_encoder="name:folder"``."""
+
+CONNECTORS = Registry("connector", builtin_modules=("pallava.modeling.qformer",))
+"""Modules that turn the features of thumbnails and sub-images into LLM embeddings: classes built
+from a `pallava.modeling.qformer.ConnectorConfig`, called as `ScaleInvariantConnector` is, with its
+properties ``uses_sub_images`` and ``dtype`` and, for export, its ``save_folder``. In configs:
+``projector_type="name"``."""
+
+TEXT_ENCODERS = Registry("text encoder")
+"""Encoders of captions and class names."""
+
+CONVERTERS = Registry(
+    "converter",
+    builtin_modules=tuple(
+        f"pallava.converters.{name}"
+        for name in (
+            "bach",
+            "colonpath",
+            "oscc",
+            "pathvqa",
+            "pmc_oa",
+            "pmcvqa",
+            "pubmedvision",
+            "quilt",
+        )
+    ),
+)
+"""Functions of a data path, an image folder and options that return a
+`pallava.converters.conversion.Conversion` (or `class_sets.ClassConversion`). On command lines:
+`xtuner-add convert-dataset NAME`."""
+
+EVALUATIONS = Registry("evaluation", builtin_modules=("pallava.evaluation.benchmarks",))
+"""Functions of a data path, an image folder and options that return a
+`pallava.evaluation.benchmarks.Benchmark`: questions and how their answers are scored. On command
+lines: `xtuner-add evaluate NAME`."""

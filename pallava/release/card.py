@@ -1,0 +1,106 @@
+"""The model card, written from what the run left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pallava.modeling.connector_config import ConnectorConfig
+from pallava.release.pth_to_hf import Recipe
+
+_PAPER = "https://doi.org/10.1109/BIBM62325.2024.10821785"
+
+
+def write_card(
+    file: Path, recipe: Recipe, connector: ConnectorConfig, scores: dict[str, Any]
+) -> None:
+    """Writes README.md of an exported folder.
+
+    Args:
+        file: Where to.
+        recipe: What the training config said.
+        connector: Sizes and mode of the connector.
+        scores: Metrics by benchmark, `{"PathVQA": {"closed accuracy": 0.9}}`; none is said openly.
+    """
+    mode = (
+        "scale-invariant: thumbnail and sub-images"
+        if connector.cross_attention
+        else "released mode: the thumbnail alone"
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "license: other",
+        "license_name: base-model-licence-research-only",
+        f"base_model: {Path(recipe.base_model).name if _is_path(recipe) else recipe.base_model}",
+        "tags: [pathology, histology, pallava]",
+        "---",
+        "",
+        "# PA-LLaVA",
+        "",
+        f"A vision-language model for human pathology images ([paper]({_PAPER})).",
+        "",
+        "## Intended use",
+        "",
+        "Research only. Not a medical device; not for diagnosis, treatment or any decision about a "
+        "patient. Answers can be wrong and sound certain.",
+        "",
+        "## Model",
+        "",
+        f"- Language model: {recipe.base_model}, LoRA "
+        f"(rank {recipe.lora.get('r')}, alpha {recipe.lora.get('lora_alpha')}) merged in",
+        f"- Vision encoder: {recipe.visual_encoder}, hidden state {recipe.visual_select_layer}",
+        f"- Connector: {connector.num_hidden_layers} layers, {mode}",
+        "",
+        "## Data and recipe",
+        "",
+        *_rows(recipe.training),
+        "",
+        "## Scores",
+        "",
+        *_scores(scores),
+        "",
+        "## Licence",
+        "",
+        "The weights contain the base model's and are bound by its licence, which lies beside this "
+        "file where the base model's folder had one, and by the terms of the training data.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        "model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)",
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
+        'content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]',
+        'messages = [{"role": "user", "content": content}]',
+        "prompt = processor.apply_chat_template(messages, tokenize=False)",
+        "inputs = processor(images=[image], text=[prompt])",
+        "ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)",
+        'print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:],',
+        "                             skip_special_tokens=True))",
+        "```",
+        "",
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _is_path(recipe: Recipe) -> bool:
+    return recipe.base_model.startswith(("/", ".")) or recipe.base_model.count("/") != 1
+
+
+def _rows(values: dict[str, Any]) -> list[str]:
+    rows = [f"- {name.replace('_', ' ')}: {value}" for name, value in values.items() if value]
+    return rows or ["The run left no record of its data and settings."]
+
+
+def _scores(scores: dict[str, Any]) -> list[str]:
+    if not scores:
+        return ["Not evaluated."]
+    lines = ["| benchmark | metric | value |", "|---|---|---|"]
+    for benchmark, metrics in scores.items():
+        for metric, value in metrics.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            lines.append(f"| {benchmark} | {metric} | {shown} |")
+    return lines

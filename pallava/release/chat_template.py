@@ -1,0 +1,74 @@
+"""XTuner's prompt templates as the Jinja chat templates that tokenizers carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def chat_template(template: Mapping[str, Any]) -> str:
+    """Writes the Jinja template that gives the text which training gave.
+
+    Images of a message come first, each followed by a line break, as XTuner's `llava_map_fn` puts
+    them. A question ends with what introduces the answer, as XTuner's templates are written. No BOS
+    is part of it.
+
+    Args:
+        template: An entry of `xtuner.utils.PROMPT_TEMPLATE`: `INSTRUCTION`, and optionally
+            `SYSTEM`, `SUFFIX` and `SEP`.
+
+    Raises:
+        ValueError: `INSTRUCTION` is missing or has no `{input}`.
+    """
+    instruction = str(template.get("INSTRUCTION") or "")
+    if instruction.count("{input}") != 1:
+        raise ValueError(
+            f"prompt template: INSTRUCTION with one {{input}} expected: {instruction!r}"
+        )
+    system = _fill(str(template.get("SYSTEM") or ""), {"{system}": "text.value"})
+    question = _fill(instruction, {"{input}": "text.value", "{round}": "state.round"})
+    suffix, sep = str(template.get("SUFFIX") or ""), str(template.get("SEP") or "")
+    return (
+        "{%- set state = namespace(round=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- set text = namespace(value='') -%}"
+        "{%- if message['content'] is string -%}"
+        "{%- set text.value = message['content'] -%}"
+        "{%- else -%}"
+        "{%- for part in message['content'] if part['type'] == 'image' -%}"
+        "{%- set text.value = text.value + '<image>\\n' -%}"
+        "{%- endfor -%}"
+        "{%- for part in message['content'] if part['type'] == 'text' -%}"
+        "{%- set text.value = text.value + part['text'] -%}"
+        "{%- endfor -%}"
+        "{%- endif -%}"
+        "{%- if message['role'] == 'system' -%}"
+        f"{system}"
+        "{%- elif message['role'] == 'user' -%}"
+        "{%- set state.round = state.round + 1 -%}"
+        f"{question}"
+        "{%- else -%}"
+        f"{{{{- text.value + {_literal(suffix)} -}}}}"
+        f"{{%- if not loop.last -%}}{{{{- {_literal(sep)} -}}}}{{%- endif -%}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+
+def _fill(pattern: str, variables: Mapping[str, str]) -> str:
+    """`a{input}b` as a Jinja expression that joins literals and variables."""
+    pieces = [pattern.replace("{bot_name}", "BOT")]
+    for mark in variables:
+        pieces = [part for piece in pieces for part in _cut(piece, mark)]
+    joined = " ~ ".join(variables.get(piece) or _literal(piece) for piece in pieces if piece)
+    return f"{{{{- {joined} -}}}}" if joined else ""
+
+
+def _cut(text: str, mark: str) -> list[str]:
+    before, found, after = text.partition(mark)
+    return [before, mark, after] if found else [text]
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,67 @@
+"""Publishing a folder on the hub: looked at first, sent only when asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pallava.files import MANIFEST_NAME, read_manifest, sha256_of
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What would be sent: file names with their sizes in bytes."""
+
+    repository: str
+    files: dict[str, int]
+
+
+def plan_push(folder: str | os.PathLike[str], repository: str) -> PushPlan:
+    """Checks that a folder is whole and says what a push would send.
+
+    Args:
+        folder: What `xtuner-add export` or `merge` wrote.
+        repository: `owner/name` on the hub.
+
+    Raises:
+        FileNotFoundError: The folder is no finished release.
+        ValueError: A file is missing or changed, or the repository's name is none.
+    """
+    folder = Path(folder)
+    inputs, rows = read_manifest(folder)
+    if inputs is None or folder.name.endswith(".partial"):
+        raise FileNotFoundError(
+            f"{folder}: no finished release ({MANIFEST_NAME} expected); write it with `xtuner-add "
+            "export`"
+        )
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ValueError(f"repository {repository!r}: owner/name expected")
+    for name, row in rows.items():
+        path = folder / name
+        # A model card is meant to be edited by hand before it is published.
+        if not path.is_file() or (name != "README.md" and sha256_of(path) != row["sha256"]):
+            raise ValueError(f"{path}: is missing or changed since it was written; export again")
+    return PushPlan(repository, {name: (folder / name).stat().st_size for name in sorted(rows)})
+
+
+def push(folder: str | os.PathLike[str], plan: PushPlan, *, private: bool = True) -> str:
+    """Sends a folder to the hub with the token of the environment variable HF_TOKEN.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: No token in the environment.
+    """
+    from huggingface_hub import HfApi
+
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise ValueError("HF_TOKEN: set this environment variable to a token with write access")
+    api = HfApi(token=token)
+    api.create_repo(plan.repository, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=plan.repository, folder_path=os.fspath(folder), allow_patterns=sorted(plan.files)
+    )
+    return str(commit)

@@ -1,0 +1,234 @@
+"""From a training checkpoint to the folders that others read, without the language model.
+
+OUT/llm_adapter/     the LoRA adapter, as PEFT writes it
+OUT/projector/       the connector
+OUT/visual_encoder/  the vision encoder and its image processor
+OUT/                 tokenizer with its chat template, processor_config.json, conversion.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pallava.anyres import CLIP_MEAN, CLIP_STD
+from pallava.files import FolderBuild, file_identity
+from pallava.modeling.checkpoint import CheckpointError, StateDict, load_strict
+from pallava.modeling.connector_config import ConnectorConfig
+from pallava.modeling.plip import PLIPVisionEncoder, published_names, read_vision_config
+from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
+from pallava.release.adapters import CONFIG_NAME
+from pallava.release.chat_template import chat_template
+from pallava.release.zero import load_checkpoint
+
+CONVERSION_NAME = "conversion.json"
+_LLM = "llm."
+
+
+@dataclass
+class Recipe:
+    """What a training config says that the checkpoint does not.
+
+    Args:
+        base_model: The language model that was trained: a folder or a name on the hub.
+        lora: Fields of PEFT's LoraConfig; empty if the language model was not adapted.
+        visual_encoder: Folder of the vision encoder.
+        freeze_visual_encoder: Whether the checkpoint lacks the encoder because it was frozen.
+        visual_select_layer: Hidden state of the encoder that is used.
+        sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
+        prompt_template: XTuner's template.
+        image_mean: Channel means in 0..1.
+        image_std: Channel standard deviations in 0..1.
+        ties: See `pallava.anyres.choose_grid`.
+        training: What the model card tells of the run: data, schedule, config file.
+    """
+
+    base_model: str
+    lora: dict[str, Any]
+    visual_encoder: str
+    freeze_visual_encoder: bool = True
+    visual_select_layer: int = -2
+    sub_image_mask: str = "exact"
+    prompt_template: dict[str, Any] = field(default_factory=dict)
+    image_mean: Sequence[float] = CLIP_MEAN
+    image_std: Sequence[float] = CLIP_STD
+    ties: str = "published"
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    config_file: Path | None = None,
+    fp32: bool = False,
+) -> dict[str, str]:
+    """Writes adapter, connector, encoder, tokenizer and processor.
+
+    Args:
+        checkpoint: `.pth` file or DeepSpeed ZeRO-1, -2 or -3 folder.
+        recipe: What the training config says.
+        out: The folder to write.
+        save_tokenizer: Writes the tokenizer's files into a folder.
+        config_file: Copied to `xtuner_config.py`.
+        fp32: Keep the adapter's fp32; otherwise half precision, as XTuner.
+
+    Returns:
+        SHA-256 digest by file name.
+
+    Raises:
+        FileNotFoundError: No checkpoint or encoder.
+        CheckpointError: A checkpoint that does not fit the recipe.
+    """
+    path = Path(checkpoint)
+    identity = [file_identity(p) for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    inputs = {
+        "operation": "pth-to-hf",
+        "checkpoint": identity,
+        "recipe": asdict(recipe),
+        "fp32": fp32,
+    }
+    state_dict = load_checkpoint(path)
+    with FolderBuild(out, inputs) as build:
+        if build.complete:
+            return build.finish()
+        _adopt(build, "llm_adapter", lambda folder: _save_adapter(state_dict, recipe, folder, fp32))
+        _adopt(build, "visual_encoder", lambda folder: _save_encoder(state_dict, recipe, folder))
+        connector = _connector(state_dict, recipe)
+        _adopt(build, "projector", connector.save_folder)
+        if save_tokenizer is not None:
+            _adopt(build, "", lambda folder: _save_tokenizer(save_tokenizer, recipe, folder))
+        tile_px = read_vision_config(build.folder / "visual_encoder").image_size
+        with build.file("processor_config.json") as partial:
+            partial.write_text(_json(processor_config(recipe, connector.config, tile_px)))
+        if config_file is not None:
+            with build.file("xtuner_config.py") as partial:
+                shutil.copyfile(config_file, partial)
+        with build.file(CONVERSION_NAME) as partial:
+            partial.write_text(_json({"checkpoint": str(checkpoint), **asdict(recipe)}))
+        return build.finish()
+
+
+def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -> dict[str, Any]:
+    """What `processor_config.json` of the exported processor says."""
+    return {
+        "processor_class": "PALLaVAProcessor",
+        "tile_px": tile_px,
+        "image_mean": list(recipe.image_mean),
+        "image_std": list(recipe.image_std),
+        "sub_images": connector.cross_attention,
+        "ties": recipe.ties,
+        "image_token": "<image>",
+    }
+
+
+def read_conversion(folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Reads what `convert_checkpoint` noted about a folder.
+
+    Raises:
+        FileNotFoundError: The folder was not written by it.
+    """
+    file = Path(folder) / CONVERSION_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no {CONVERSION_NAME}; write the folder with `xtuner-add pth-to-hf`"
+        )
+    values = json.loads(file.read_bytes())
+    known = {name: values[name] for name in Recipe.__dataclass_fields__ if name in values}
+    return Recipe(**known), values
+
+
+def with_chat_template(folder: Path, template: Mapping[str, Any]) -> None:
+    """Puts the chat template into tokenizer_config.json, where every transformers reads it."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    config["chat_template"] = chat_template(template)
+    file.write_text(_json(config))
+    for other in folder.glob("chat_template.*"):  # would go before it
+        other.unlink()
+
+
+def _save_adapter(state_dict: StateDict, recipe: Recipe, folder: Path, fp32: bool) -> None:
+    """Strips `llm.` and the adapter's name, as PEFT does when it saves."""
+    tensors = {
+        name.removeprefix(_LLM).replace(".default.", ".").removesuffix(".default"): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(_LLM)
+    }
+    if not tensors:
+        return
+    if not recipe.lora or not all(name.startswith("base_model.model.") for name in tensors):
+        raise CheckpointError(
+            "the checkpoint holds the language model itself, not LoRA; use `xtuner-add convert "
+            "pth_to_hf`"
+        )
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **recipe.lora}
+    config |= {"base_model_name_or_path": recipe.base_model, "inference_mode": True}
+    if not config.get("target_modules"):
+        modules = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in modules})
+    tensors = {
+        name.replace(".modules_to_save.", "."): (tensor if fp32 else tensor.half())
+        .contiguous()
+        .clone()
+        for name, tensor in tensors.items()
+    }
+    (folder / CONFIG_NAME).write_text(_json(config))
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector:
+    tensors = connector_state_dict(state_dict)
+    if not tensors:
+        raise CheckpointError("the checkpoint holds no connector (no projector.*)")
+    heads = read_vision_config(recipe.visual_encoder).num_attention_heads
+    config = ConnectorConfig.from_state_dict(tensors, num_attention_heads=heads)
+    with torch.device("meta"):
+        connector = ScaleInvariantConnector(config)
+    load_strict(connector, tensors, what="connector", source="checkpoint")
+    return connector
+
+
+def _save_encoder(state_dict: StateDict, recipe: Recipe, folder: Path) -> None:
+    trained = published_names(
+        {n: t for n, t in state_dict.items() if n.startswith("visual_encoder.")}
+    )
+    if not trained and not recipe.freeze_visual_encoder:
+        raise CheckpointError(
+            "the encoder was trained, but the checkpoint holds no visual_encoder.*"
+        )
+    encoder = PLIPVisionEncoder.from_folder(recipe.visual_encoder)
+    if trained:
+        load_strict(encoder, trained, what="vision encoder", source="checkpoint")
+    encoder.save_folder(folder, recipe.image_mean, recipe.image_std)
+
+
+def _save_tokenizer(save: Callable[[Path], None], recipe: Recipe, folder: Path) -> None:
+    save(folder)
+    if recipe.prompt_template:
+        with_chat_template(folder, recipe.prompt_template)
+
+
+def _adopt(build: FolderBuild, name: str, make: Callable[[Path], None]) -> None:
+    """Lets something write a folder of its own and takes its files over, one by one."""
+    with tempfile.TemporaryDirectory(dir=build.folder) as temporary:
+        make(Path(temporary))
+        for source in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            relative = Path(name) / source.relative_to(temporary)
+            with build.file(relative.as_posix()) as partial:
+                os.replace(source, partial)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=sorted) + "\n"

@@ -1,0 +1,374 @@
+"""Weights on disk, read and written tensor by tensor, so that memory does not grow with the model.
+
+The safetensors container is eight bytes of length, a JSON header and the raw tensors one after
+another (github.com/huggingface/safetensors, "Format"). Tensors are read by `pread` into memory of
+their own and not through a map of the file, whose pages would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pallava.modeling.checkpoint import (
+    CheckpointError,
+    check_plain,
+    is_file_name,
+    open_torch_file,
+)
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+
+_MAPPED_BYTES = 256 << 20
+"""How much of a `.bin` file is read before its map, and the memory of its pages, is given back."""
+
+_WRITES_AHEAD = 3
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, type and shape of a tensor that lies in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of one row, i.e. of one index of the first dimension."""
+        return math.prod(self.shape[1:])
+
+
+class WeightFile(Protocol):
+    """A file of named tensors."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Reads the rows `start:stop` of a tensor into memory of their own."""
+
+
+class SafetensorsFile:
+    """A `.safetensors` file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: The header is damaged or disagrees with the file's size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
+        try:
+            self.tensors, self._starts = self._read_header()
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            self._file.close()
+            raise CheckpointError(f"{path}: no safetensors file: {error}") from error
+        check_plain(self.tensors, path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        info = self.tensors[name]
+        shape, offset = info.shape, self._starts[name]
+        if shape:
+            stop = shape[0] if stop is None else stop
+            offset += start * info.row_numel * info.dtype.itemsize
+            shape = (stop - start, *shape[1:])
+        tensor = torch.empty(shape, dtype=info.dtype)
+        if tensor.numel():
+            view = tensor.reshape(-1).view(torch.uint8).numpy().data
+            while view:
+                count = os.preadv(self._file.fileno(), [view], offset)
+                if not count:
+                    raise CheckpointError(f"{self.path}: ends inside {name}")
+                view, offset = view[count:], offset + count
+        return tensor
+
+    def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"header of {length} bytes in a file of {size}")
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        data_start, tensors, starts = 8 + length, {}, {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape = tuple(int(side) for side in entry["shape"])
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name}: dtype {entry['dtype']} is not known here")
+            info = TensorInfo(name, DTYPES[entry["dtype"]], shape)
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            if min(shape, default=0) < 0 or begin < 0 or end - begin != info.num_bytes:
+                raise ValueError(f"{name}: offsets {begin}..{end} for {info.num_bytes} bytes")
+            if data_start + end > size:
+                raise ValueError(f"{name}: ends behind the end of the file ({size} bytes)")
+            tensors[name], starts[name] = info, data_start + begin
+        return tensors, starts
+
+
+class TorchFile:
+    """A `.bin` or `.pth` file, opened as a map, with nothing but tensors unpickled.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It holds something else than named tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+        self._mapped = open_torch_file(path)
+        self.tensors = {
+            name: TensorInfo(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._mapped.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        if self._read_bytes > _MAPPED_BYTES:
+            self._mapped, self._read_bytes = {}, 0  # first: two maps would count twice
+            self._mapped = open_torch_file(self.path)
+        tensor = self._mapped[name]
+        tensor = (tensor[start:stop] if tensor.dim() else tensor).clone(
+            memory_format=torch.contiguous_format
+        )
+        self._read_bytes += tensor.numel() * tensor.dtype.itemsize
+        return tensor
+
+    def shared_names(self) -> list[list[str]]:
+        """Groups of names that are one tensor in memory, as tied weights are."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, tensor in self._mapped.items():
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if tensor.numel():
+                groups.setdefault(key, []).append(name)
+        return [names for names in groups.values() if len(names) > 1]
+
+
+class WeightFolder:
+    """The weights of a Hugging Face folder, model or adapter, sharded or not.
+
+    Args:
+        folder: The folder.
+        stem: `model` or `adapter_model`.
+
+    Raises:
+        FileNotFoundError: No folder, or no weights in it.
+        CheckpointError: An index that disagrees with its shards, or points out of the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
+        self.folder = Path(folder)
+        self.files = [open_weight_file(path) for path in self._find(stem)]
+        self.owner: dict[str, WeightFile] = {}
+        for file in self.files:
+            for name in file.tensors:
+                if name in self.owner:
+                    raise CheckpointError(f"{self.folder}: {name} lies in two shards")
+                self.owner[name] = file
+        absent = sorted(self._indexed - set(self.owner))
+        if absent:
+            raise CheckpointError(f"{self.folder}: the shards lack {', '.join(absent[:10])}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owner)
+
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a tensor."""
+        return self.owner[name].tensors[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        return self.owner[name].read(name, start, stop)
+
+    def _find(self, stem: str) -> list[Path]:
+        self._indexed: set[str] = set()
+        torch_stem = "pytorch_model" if stem == "model" else stem
+        names = (f"{stem}.safetensors", f"{torch_stem}.bin")
+        for name in names:
+            index = self.folder / f"{name}.index.json"
+            if index.is_file():
+                return self._read_index(index)
+            if (self.folder / name).is_file():
+                return [self.folder / name]
+        raise FileNotFoundError(
+            f"{self.folder}: a folder with {' or '.join(names)}, or an index of shards, expected"
+        )
+
+    def _read_index(self, index: Path) -> list[Path]:
+        try:
+            weight_map = {
+                str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: no index with a weight_map: {error}") from error
+        self._indexed = set(weight_map)
+        paths = []
+        for shard in sorted(set(weight_map.values())):
+            if not is_file_name(shard):
+                raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder")
+            if not (self.folder / shard).is_file():
+                raise CheckpointError(f"{index}: shard {shard!r} is missing")
+            paths.append(self.folder / shard)
+        return paths
+
+
+def open_weight_file(path: Path) -> WeightFile:
+    """Opens a file of tensors by its suffix."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def row_blocks(info: TensorInfo, max_numel: int) -> Iterable[tuple[int, int | None]]:
+    """Cuts a tensor into blocks of rows of about `max_numel` elements, at least one row each."""
+    if not info.shape or math.prod(info.shape) <= max_numel:
+        return [(0, None)]
+    rows = max(1, max_numel // max(1, info.row_numel))
+    return [(start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows)]
+
+
+class SafetensorsWriter:
+    """A `.safetensors` file that is written as its tensors are computed.
+
+    One thread writes and another hashes while the next block is computed.
+
+    Args:
+        path: The file to write.
+        infos: Every tensor of the file, in the order in which they will be written.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> infos = [TensorInfo("weight", torch.float32, (2, 3))]
+        >>> with SafetensorsWriter(path, infos) as writer:
+        ...     writer.write("weight", torch.zeros(1, 3))
+        ...     writer.write("weight", torch.ones(1, 3))
+        >>> load_file(path)["weight"].sum()
+        tensor(3.)
+    """
+
+    def __init__(self, path: Path, infos: Iterable[TensorInfo]) -> None:
+        self._remaining = deque((info.name, info.dtype, info.num_bytes) for info in infos)
+        self._digest = hashlib.sha256()
+        self._pending: deque[Future[None]] = deque()
+        self._header = _header(infos)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._put(memoryview(self._header))
+        return self
+
+    def __exit__(self, error_type: object, *error: object) -> None:
+        try:
+            self._skip_written()
+            while self._pending:
+                self._pending.popleft().result()
+            if error_type is None and self._remaining:
+                raise ValueError(f"{self._remaining[0][0]}: not all of it was written")
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+            self._hasher.shutdown(cancel_futures=True)
+            self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file, once it is closed."""
+        return self._digest.hexdigest()
+
+    def write(self, name: str, rows: Tensor) -> None:
+        """Appends the next rows of a tensor, which must be on the CPU.
+
+        Raises:
+            ValueError: Another tensor, type or size is due.
+        """
+        self._skip_written()
+        due, dtype, remaining = self._remaining[0] if self._remaining else ("nothing", None, 0)
+        num_bytes = rows.numel() * rows.dtype.itemsize
+        if name != due or rows.dtype != dtype or num_bytes > remaining:
+            raise ValueError(
+                f"{name}: {num_bytes} bytes of {rows.dtype} written, but {due} is due with "
+                f"{remaining} bytes of {dtype}"
+            )
+        self._remaining[0] = (due, dtype, remaining - num_bytes)
+        if num_bytes:
+            self._put(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _skip_written(self) -> None:
+        while self._remaining and not self._remaining[0][2]:
+            self._remaining.popleft()
+
+    def _put(self, data: memoryview) -> None:
+        while len(self._pending) >= 2 * _WRITES_AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._hasher.submit(self._digest.update, data))
+        self._pending.append(self._writer.submit(self._write, data))
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Writes the index that tells in which shard a tensor lies."""
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(infos: Iterable[TensorInfo]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        start, end = end, end + info.num_bytes
+        header[info.name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,163 @@
+"""Parameters gathered from DeepSpeed ZeRO-1, -2 and -3 folders, with `weights_only=True`.
+
+The layout is that of DeepSpeed's own `deepspeed/utils/zero_to_fp32.py`: every rank's optimizer file
+holds its part of flat fp32 groups; the model file says which parameters a group holds, in order.
+Under ZeRO-1 and -2 the ranks' parts of a group follow one another; under ZeRO-3 every single
+parameter is cut over the ranks. DeepSpeed itself would unpickle anything that lies in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pallava.modeling.checkpoint import (
+    ZERO_MODEL_FILE,
+    CheckpointError,
+    StateDict,
+    is_file_name,
+    load_state_dict_file,
+    load_torch_file,
+)
+
+_OPTIMIZER_FILES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_ZERO3_MODEL_FILES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> StateDict:
+    """Reads the trained tensors of a `.pth` file or a DeepSpeed folder of any ZeRO stage.
+
+    Where the optimizer's files lie in the folder, parameters come from its fp32 masters; otherwise
+    from the half-precision copy in the model file, which ZeRO-3 does not have.
+
+    Args:
+        path: `.pth` file, or the folder `iter_N.pth` of a DeepSpeed run.
+
+    Raises:
+        FileNotFoundError: Nothing lies at `path`.
+        CheckpointError: Damaged or incomplete files, or types that are not allowed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return load_state_dict_file(folder)
+    tag_file = folder / "latest"
+    if tag_file.is_file() and not _model_files(folder):
+        tag = tag_file.read_text().strip()
+        folder = folder / tag if is_file_name(tag) else folder
+    models = _model_files(folder)
+    if not models:
+        return load_state_dict_file(folder)
+    optimizers = _ranked(folder, _OPTIMIZER_FILES)
+    if not optimizers:
+        if models[0].name == ZERO_MODEL_FILE:
+            return load_state_dict_file(folder)
+        raise CheckpointError(
+            f"{folder}: a ZeRO-3 folder without *_optim_states.pt; its parameters lie there"
+        )
+    return _gather(folder, models, optimizers)
+
+
+def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDict:
+    state = _mapping(load_torch_file(models[0]), models[0])
+    states = [
+        _mapping(_mapping(load_torch_file(file), file).get("optimizer_state_dict"), file)
+        for file in optimizers
+    ]
+    stage = int(states[0].get("zero_stage", 2))
+    count = states[0].get("partition_count", len(states))
+    expected = max(count) if isinstance(count, Sequence) else int(count)
+    if expected != len(states):
+        raise CheckpointError(
+            f"{folder}: written by {expected} processes, but {len(states)} *_optim_states.pt lie "
+            "there; copy all of them"
+        )
+    shapes = [dict(group) for group in state.get("param_shapes") or []]
+    if not shapes:
+        raise CheckpointError(f"{models[0]}: names no param_shapes; no ZeRO model file")
+    if stage == 3:
+        groups = [
+            _tensors(s, "fp32_flat_groups", f) for s, f in zip(states, optimizers, strict=True)
+        ]
+        gathered = _gather_stage3(shapes, groups, folder)
+    else:
+        key = "single_partition_of_fp32_groups"
+        groups = [_tensors(s, key, f) for s, f in zip(states, optimizers, strict=True)]
+        gathered = _gather_stage2(shapes, groups, folder)
+    return gathered | _buffers(state)
+
+
+def _gather_stage2(
+    shapes: list[dict[str, Any]], groups: list[list[Tensor]], folder: Path
+) -> StateDict:
+    gathered: StateDict = {}
+    for index, group in enumerate(shapes):
+        flat = torch.cat([rank[index].reshape(-1) for rank in groups])
+        offset = 0
+        for name, shape in group.items():
+            numel = torch.Size(shape).numel()
+            gathered[name] = _cut(flat, offset, numel, name, folder).view(torch.Size(shape)).clone()
+            offset += numel
+    return gathered
+
+
+def _gather_stage3(
+    shapes: list[dict[str, Any]], groups: list[list[Tensor]], folder: Path
+) -> StateDict:
+    flats = [torch.cat([group.reshape(-1) for group in rank]) for rank in groups]
+    gathered: StateDict = {}
+    offset = 0
+    for name, shape in ((n, s) for group in shapes for n, s in group.items()):
+        numel = torch.Size(shape).numel()
+        part = -(-numel // len(flats))  # the last rank's part is padded
+        pieces = [_cut(flat, offset, part, name, folder) for flat in flats]
+        gathered[name] = torch.cat(pieces)[:numel].view(torch.Size(shape))
+        offset += part
+    return gathered
+
+
+def _cut(flat: Tensor, offset: int, numel: int, name: str, folder: Path) -> Tensor:
+    if offset + numel > flat.numel():
+        raise CheckpointError(
+            f"{folder}: the optimizer's parts end inside {name}; a damaged folder"
+        )
+    return flat[offset : offset + numel]
+
+
+def _buffers(state: Mapping[str, Any]) -> StateDict:
+    module, names = state.get("module") or {}, set(state.get("buffer_names") or ())
+    return {
+        name: value
+        for name, value in module.items()
+        if isinstance(value, Tensor) and (name in names or not value.is_floating_point())
+    }
+
+
+def _tensors(state: Mapping[str, Any], key: str, file: Path) -> list[Tensor]:
+    value = state.get(key)
+    tensors = [value] if isinstance(value, Tensor) else list(value or [])
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise CheckpointError(f"{file}: no {key}; no ZeRO optimizer file")
+    return tensors
+
+
+def _mapping(value: Any, file: Path) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{file}: a dictionary expected, found {type(value).__name__}")
+    return value
+
+
+def _model_files(folder: Path) -> list[Path]:
+    if (folder / ZERO_MODEL_FILE).is_file():
+        return [folder / ZERO_MODEL_FILE]
+    return _ranked(folder, _ZERO3_MODEL_FILES)
+
+
+def _ranked(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    found = [(match, path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted((int(m.group(m.lastindex or 1)), p) for m, p in found)]

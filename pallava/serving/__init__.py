@@ -1,0 +1,1 @@
+"""A trained model for people and programs: web page and OpenAI-compatible endpoint."""

@@ -1,0 +1,201 @@
+"""What every request passes before anything reads it: host, origin, key, size.
+
+Plain ASGI: a body is counted while it comes, and what is too large is refused with the first byte
+that is too many, whatever its Content-Length says and whether it has one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_UPLOAD_BYTES = 64 << 20
+MAX_MESSAGE_BYTES = 4 << 20
+"""Of a request that carries no image: the page's messages with a long conversation in them."""
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+OPEN_PATHS = ("/health",)
+_READING = ("GET", "HEAD")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Any, Receive, Send], Awaitable[None]]
+
+SECURITY_HEADERS = {
+    # Gradio's page has inline scripts and styles and compiles templates; nothing comes from
+    # elsewhere, and nothing goes there.
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; "
+        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Who may ask, and how much.
+
+    Attributes:
+        hosts: Names by which the server may be addressed, without port; empty for any. On loopback
+            a page from elsewhere could otherwise have its own name resolve here (DNS rebinding).
+        api_key: Wanted as `Authorization: Bearer KEY`, or as the password of HTTP Basic, for which
+            browsers ask. None lets everybody in.
+        max_upload_bytes: Largest body at `upload_paths`.
+        max_message_bytes: Largest body elsewhere.
+        upload_paths: Where images arrive.
+    """
+
+    hosts: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)
+    max_upload_bytes: int = MAX_UPLOAD_BYTES
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    upload_paths: tuple[str, ...] = ("/v1/chat/completions", "/gradio_api/upload")
+
+
+class Guard:
+    """ASGI middleware that refuses what `GuardSettings` does not allow."""
+
+    def __init__(self, app: Application, settings: GuardSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Handles one connection."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif refusal := self._refusal(scope):
+            await refuse(send, *refusal)
+        else:
+            await self._pass_on(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> tuple[int, str, dict[str, str]] | None:
+        headers = _headers(scope)
+        host = headers.get("host", "")
+        if self.settings.hosts and _without_port(host) not in self.settings.hosts:
+            known = ", ".join(self.settings.hosts)
+            return 421, f"Host {host!r:.80} is none of this server's names: {known}", {}
+        origin = headers.get("origin")
+        if (
+            scope["method"] not in _READING
+            and origin is not None
+            and origin.partition("://")[2] != host
+        ):
+            return 403, f"requests from pages of {origin!r:.80} are not taken", {}
+        if scope["path"] not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+            ask = {"www-authenticate": 'Basic realm="xtuner-add", charset="UTF-8"'}
+            return 401, "an API key is wanted: Authorization: Bearer KEY", ask
+        length = headers.get("content-length", "0")
+        limit = self._limit(scope)
+        if length.isdecimal() and len(length) < 20 and int(length) <= limit:
+            return None
+        return 413, _too_large(limit), {}
+
+    def _has_key(self, authorization: str) -> bool:
+        if self.settings.api_key is None:
+            return True
+        scheme, _, text = authorization.partition(" ")
+        given = text.strip().encode("latin-1")  # as headers are decoded: the bytes that came
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return hmac.compare_digest(given, self.settings.api_key.encode())
+
+    def _limit(self, scope: Any) -> int:
+        uploads = scope["path"].rstrip("/") in self.settings.upload_paths
+        return self.settings.max_upload_bytes if uploads else self.settings.max_message_bytes
+
+    async def _pass_on(self, scope: Any, receive: Receive, send: Send) -> None:
+        limit, read, is_over, has_begun = self._limit(scope), 0, False, False
+        is_unread = bool({"content-length", "transfer-encoding"} & set(_headers(scope)))
+
+        async def counted() -> Message:
+            nonlocal read, is_over, is_unread
+            if is_over:
+                return {"type": "http.disconnect"}
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read <= limit:
+                is_unread = is_unread and bool(message.get("more_body"))
+                return message
+            is_over = True
+            if not has_begun:
+                await refuse(send, 413, _too_large(limit))
+            return {"type": "http.disconnect"}
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            if is_over and not has_begun:
+                return  # the refusal was sent
+            if message["type"] == "http.response.start":
+                has_begun = True
+                present = {name.lower() for name, _ in message.get("headers", ())}
+                extra = [
+                    (name.encode(), value.encode())
+                    for name, value in SECURITY_HEADERS.items()
+                    if name.encode() not in present
+                ]
+                if is_unread:  # or the server would read it to its end, however far that is
+                    extra.append((b"connection", b"close"))
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            await self.app(scope, counted, watched)
+        except Exception:
+            if not is_over:
+                raise  # otherwise the reader complains of a body that ended early
+
+
+def _headers(scope: Any) -> Mapping[str, str]:
+    headers: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        # Of a header that came twice, with two values, neither is believed.
+        text = value.decode("latin-1")
+        headers[key] = text if headers.get(key, text) == text else f"{headers[key]}, {text}"
+    return headers
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdecimal() else host).lower()
+
+
+def _too_large(limit: int) -> str:
+    return f"the request is larger than {limit / (1 << 20):g} MiB; send a smaller image or region"
+
+
+async def refuse(
+    send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Sends an error in OpenAI's shape, which people can read too."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    body = json.dumps(content).encode()
+    fields = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",  # whatever else the client was about to send
+        **SECURITY_HEADERS,
+        **(headers or {}),
+    }
+    raw = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pallava.converters.class_sets import write_class_folders
+from pallava.converters.conversion import convert
+from pallava.evaluation.class_folders import load_class_set, read_class_folders
+from pallava.registry import CONVERTERS
+from pallava.rows import pair_fault
+from pallava.text import check_row
+from tests.pallava.converters import published
+from tests.pallava.converters.published import read_lines, save_image, write_lines
+
+
+def run(name: str, data: Path, out: Path, **options: str) -> tuple[dict, list[dict]]:
+    report = convert(CONVERTERS.get(name)(data, **options), out)
+    rows = read_lines(out / f"{report['kind']}.jsonl")
+    fault = pair_fault if report["kind"] == "pairs" else check_row
+    assert [fault(row) for row in rows] == [None] * report["num_rows"]
+    for row in rows:
+        assert row["source"] and row["licence"]
+        names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+        assert all((Path(report["image_folder"]) / name).is_file() for name in names)
+    return report, rows
+
+
+def test_pubmedvision(tmp_path: Path) -> None:
+    data = published.pubmedvision(tmp_path / "data")
+    report, rows = run("pubmedvision-alignment", data, tmp_path / "each")
+    assert [row["id"] for row in rows] == [
+        "PubMedVision_1", "PubMedVision_2-1", "PubMedVision_2-2", "PubMedVision_3"
+    ]  # fmt: skip
+    assert rows[0]["caption"].endswith("Number 1.") and rows[0]["body_part"] == "Colon"
+    options = {"modality": "microscopy images", "several": "skip"}
+    report, rows = run("pubmedvision-alignment", data, tmp_path / "skip", **options)
+    assert [row["id"] for row in rows] == ["PubMedVision_1"]
+    assert report["num_left_out"] == 2 and report["num_skipped"] == 0
+    _, rows = run("pubmedvision-alignment", data, tmp_path / "talk", to="conversations")
+    assert len(rows[1]["image"]) == 2
+    assert rows[1]["conversations"][0]["value"] == "<image>\n<image>\nWhat do you see?"
+    with pytest.raises(ValueError, match="several=each"):
+        CONVERTERS.get("pubmedvision-alignment")(data, several="all")
+
+
+def test_pmc_oa(tmp_path: Path) -> None:
+    _, rows = run("pmc-oa", published.pmc_oa(tmp_path / "data"), tmp_path / "out")
+    assert [row["id"] for row in rows] == ["pmc-oa-1", "pmc-oa-2", "pmc-oa-3"]
+    assert rows[0]["pmcid"] == "PMC100" and rows[0]["image"] == "PMC100_Fig1_0.jpg"
+
+
+def test_quilt(tmp_path: Path) -> None:
+    data = published.quilt(tmp_path / "data")
+    report, rows = run("quilt-1m", data, tmp_path / "out", subsets="quilt, OpenPath")
+    assert [row["subset"] for row in rows] == ["quilt", "openpath"]
+    assert report["num_left_out"] == 1
+    assert rows[0]["pathology"] == "['Breast pathology']" and rows[0]["magnification"] == "1.0"
+
+
+def test_pathvqa_archive(tmp_path: Path) -> None:
+    _, rows = run("pathvqa", published.pathvqa(tmp_path / "data"), tmp_path / "out")
+    assert rows[1]["id"] == "pathvqa-train-1" and rows[1]["image"] == "train_0001.jpg"
+    assert rows[1]["conversations"] == [
+        {"from": "human", "value": "<image>\nQuestion 1?"},
+        {"from": "gpt", "value": "in the glands"},
+    ]
+
+
+def test_pathvqa_parquet_writes_each_image_once(tmp_path: Path) -> None:
+    data = published.pathvqa_parquet(tmp_path / "data")
+    report, rows = run("pathvqa", data, tmp_path / "out")
+    assert Path(report["image_folder"]) == tmp_path / "out" / "images"
+    assert rows[0]["image"] == rows[1]["image"] != rows[2]["image"]
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+
+
+def test_pmcvqa(tmp_path: Path) -> None:
+    data = published.pmcvqa(tmp_path / "data")
+    _, rows = run("pmc-vqa", data, tmp_path / "out", answer="both")
+    question, answer = rows[0]["conversations"]
+    assert question["value"].startswith("<image>\nWhat is shown? {x}\nA: fat\nB: glands")
+    assert answer["value"] == "B: glands"
+    _, rows = run("pmc-vqa", data, tmp_path / "second", split="test")
+    assert rows[0]["conversations"][1]["value"] == "B"
+    assert rows[0]["caption"] == "Mouse colon." and rows[0]["pmcid"] == "PMC7"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_images"), [("bach", (1, 1, 1, 1)), ("oscc", (2, 2)), ("colonpath", (1, 2))]
+)
+@pytest.mark.parametrize("link", ["hard", "symbolic", "copy"])
+def test_class_folders_read_back(
+    tmp_path: Path, name: str, num_images: tuple[int, ...], link: str
+) -> None:
+    data, out = getattr(published, name)(tmp_path / "data"), tmp_path / "out"
+    conversion = CONVERTERS.get(name)(data)
+    report = write_class_folders(conversion, out, link=link)  # type: ignore[arg-type]
+    assert tuple(report["num_by_class"].values()) == num_images
+    class_set = load_class_set(out / "classes.json")
+    found = read_class_folders(out, class_set)
+    answers = [question.answer for question in found.questions]
+    assert tuple(answers.count(item) for item in class_set.names) == num_images
+    assert class_set.wordings == conversion.class_set.wordings
+    assert write_class_folders(conversion, out, link=link) == report  # type: ignore[arg-type]
+
+
+def test_bad_rows_are_recorded_and_nothing_leads_out_of_the_folder(tmp_path: Path) -> None:
+    data = published.pmc_oa(tmp_path / "data", count=30)
+    secret = save_image(tmp_path / "data" / "secret.jpg")
+    with (data / "pmc_oa.jsonl").open("ab") as file:
+        for image in ("../secret.jpg", str(secret), "a\0b.jpg"):
+            line = json.dumps({"image": image, "caption": published.CAPTION})
+            file.write(line.encode() + b"\n")
+        file.write(b'{"image": "broken\n')
+    with pytest.raises(ValueError, match="4 of 34 rows cannot be used"):
+        convert(CONVERTERS.get("pmc-oa")(data), tmp_path / "strict", max_skipped_share=0.1)
+    for check in (True, False):
+        out = tmp_path / f"out{check}"
+        conversion = CONVERTERS.get("pmc-oa")(data)
+        report = convert(conversion, out, check_images=check, max_skipped_share=0.2)
+        assert report["num_rows"] == 30 and report["num_skipped"] == 4
+        reasons = [row["reason"] for row in read_lines(out / "skipped_samples.jsonl")]
+        assert "leads out" in reasons[0] and "outside" in reasons[1]
+
+
+def test_wrong_image_folder_is_an_error_at_once(tmp_path: Path) -> None:
+    data = published.pmc_oa(tmp_path / "data", count=5)
+    (tmp_path / "empty").mkdir()
+    conversion = CONVERTERS.get("pmc-oa")(data, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"5 of 5 rows(.|\n)*no such image file"):
+        convert(conversion, tmp_path / "out", part_rows=5)
+    assert not (tmp_path / "out" / "pairs.jsonl").exists()
+
+
+def test_halves_of_surrogates_are_bad_rows(tmp_path: Path) -> None:
+    data = published.pmc_oa(tmp_path / "data", count=20)
+    write_lines(tmp_path / "data" / "more.jsonl", [{"image": "x.jpg", "caption": "\ud800 word"}])
+    with (data / "pmc_oa.jsonl").open("ab") as file:
+        file.write((tmp_path / "data" / "more.jsonl").read_bytes())
+    report = convert(CONVERTERS.get("pmc-oa")(data), tmp_path / "out", check_images=False)
+    assert report["num_skipped"] == 1

@@ -1,0 +1,182 @@
+"""`xtuner train` on the tiny configs: one process, two, ZeRO-2, resumed, converted, merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pallava.modeling.checkpoint import load_state_dict_file
+from tests.pallava.engine.tiny_run import (
+    CONFIGS,
+    STAGE1,
+    STAGE2,
+    losses,
+    make_folder,
+    run,
+)
+
+pytestmark = pytest.mark.slow
+
+SKIPPED = 3
+"""Exit code of a run that finished but left samples out: the folder has one missing image."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def stage1(folder: Path) -> Path:
+    """The work folder of an uninterrupted stage 1."""
+    result = run(folder, "train", STAGE1, "--seed", 0)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    (folder / "stage1.log").write_text(result.stdout)
+    return folder / "work_dirs" / STAGE1.stem
+
+
+def resumed(folder: Path, whole: Path, *options: object, processes: int = 1) -> Path:
+    """Resumes a copy of a run at iteration 20, as after a kill."""
+    work_dir = folder / f"{whole.name}_resumed"
+    name = "iter_20.pth"
+    work_dir.mkdir()
+    copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+    copy(whole / name, work_dir / name)
+    arguments = ("--resume", work_dir / name, "--work-dir", work_dir, *options)
+    result = run(folder, "train", STAGE1, *arguments, processes=processes)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    return work_dir
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    left, right = load_state_dict_file(first), load_state_dict_file(second)
+    assert left.keys() == right.keys() and left
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ: {different[:3]}"
+
+
+def test_learns_and_says_what_it_left_out(folder: Path, stage1: Path) -> None:
+    output = (folder / "stage1.log").read_text()
+    values = losses(output)
+    assert sum(values[-5:]) < 0.5 * sum(values[:5])
+    (log,) = stage1.glob("*/skipped_samples.jsonl")
+    (record,) = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (record["id"], record["file"]) == ("absent", "absent.png")
+    assert "no such image file" in record["reason"] and str(log) in output
+
+
+def test_checkpoint_holds_what_was_trained(stage1: Path) -> None:
+    names = set(load_state_dict_file(stage1 / "iter_40.pth"))
+    assert "projector.model.bert.embeddings.position_ids" in names
+    assert any(".crossattention." in name for name in names)
+    assert any(name.endswith("lora_A.default.weight") for name in names)
+    assert all(name.startswith("projector.") or ".lora_" in name for name in names)
+
+
+def test_resume_continues_bit_for_bit(folder: Path, stage1: Path) -> None:
+    again = resumed(folder, stage1)
+    assert_equal_weights(stage1 / "iter_40.pth", again / "iter_40.pth")
+
+
+def test_plain_xtuner_trains_the_same(folder: Path, stage1: Path) -> None:
+    work_dir = folder / "plain"
+    run(folder, "train", STAGE1, "--seed", 0, "--work-dir", work_dir, program="xtuner")
+    assert_equal_weights(stage1 / "iter_40.pth", work_dir / "iter_40.pth")
+
+
+@pytest.mark.multiproc
+def test_two_processes(folder: Path) -> None:
+    whole = folder / "two"
+    result = run(folder, "train", STAGE1, "--seed", 0, "--work-dir", whole, processes=2)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    values = losses(result.stdout)
+    assert sum(values[-3:]) < 0.7 * sum(values[:3])
+    again = resumed(folder, whole, processes=2)
+    assert_equal_weights(whole / "iter_24.pth", again / "iter_24.pth")
+
+
+@pytest.mark.multiproc
+def test_deepspeed_zero2(folder: Path) -> None:
+    whole, options = folder / "zero2", ("--deepspeed", "deepspeed_zero2")
+    arguments = ("--seed", 0, "--work-dir", whole, *options)
+    result = run(folder, "train", STAGE1, *arguments, processes=2)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    values = losses(result.stdout)
+    assert sum(values[-3:]) < 0.7 * sum(values[:3])
+    assert (whole / "iter_20.pth").is_dir()
+    again = resumed(folder, whole, *options, processes=2)
+    assert_equal_weights(whole / "iter_24.pth", again / "iter_24.pth")
+    # The folder is a starting point for stage 2 as it is, with its own learning rates kept.
+    pretrained = f"model.pretrained_pth={whole / 'iter_24.pth'}"
+    work_dir = folder / "zero2_stage2"
+    arguments = ("--cfg-options", pretrained, "train_cfg.max_epochs=1", "--work-dir", work_dir)
+    result = run(folder, "train", STAGE2, *options, *arguments)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    assert f"tensors from {whole / 'iter_24.pth'}" in result.stdout
+
+
+def test_stage2_converts_merges_and_answers(folder: Path, stage1: Path) -> None:
+    result = run(folder, "train", STAGE2, "--seed", 0)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    checkpoint = folder / "work_dirs" / STAGE2.stem / "iter_44.pth"
+    groups = torch.load(checkpoint, weights_only=False)["optimizer"]["param_groups"]
+    rates = sorted(group["initial_lr"] for group in groups)
+    assert rates == [1e-3, 2e-3], "the connector learns at half the rate of LoRA"
+
+    for program in ("xtuner", "xtuner-add"):
+        out = folder / f"hf_{program}"
+        result = run(folder, "convert", "pth_to_hf", STAGE2, checkpoint, out, program=program)
+        assert (out / "projector" / "config.json").is_file(), result.stdout[-3000:]
+        arguments = ("data/tiny/llama", out / "llm_adapter", out / "merged")
+        result = run(folder, "convert", "merge", *arguments, "--device", "cpu", program=program)
+        assert (out / "merged" / "config.json").is_file(), result.stdout[-3000:]
+    assert answers(folder, out) == ["yes", "no"] * 4
+
+
+def answers(folder: Path, out: Path) -> list[str]:
+    """Asks the merged model about images it has not seen, in one batch."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pallava.anyres import AnyRes
+    from pallava.images import load_image
+    from pallava.modeling.llava import PALLaVA
+    from pallava.modeling.plip import PLIPVisionEncoder
+    from pallava.modeling.qformer import ScaleInvariantConnector
+    from pallava.text import encode_prompt
+    from tests.pallava.engine.tiny_run import save_image
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    model = PALLaVA(
+        AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32),
+        PLIPVisionEncoder.from_folder(folder / "data/tiny/plip"),
+        ScaleInvariantConnector.from_folder(out / "projector").float(),
+    ).eval()
+    prompt = encode_prompt(
+        tokenizer,
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nIs it red?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    )
+    images = []
+    for index in range(101, 109):
+        save_image(folder / "unseen.png", index)
+        images.append(AnyRes(tile_px=32)(load_image(folder / "unseen.png")))
+    ids = torch.tensor([prompt] * len(images))
+    new = model.generate(ids, images, max_new_tokens=4, do_sample=False, pad_token_id=4)
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def test_failure_is_an_exit_code(folder: Path) -> None:
+    option = "train_dataloader.dataset.image_folder=data/tiny/nowhere"
+    result = run(folder, "train", STAGE1, "--cfg-options", option)
+    assert result.returncode not in (0, SKIPPED)
+    assert "image_folder data/tiny/nowhere: no such folder" in result.stdout
+
+
+def test_every_recipe_has_a_tiny_twin() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.py")}
+    full = {name for name in names if not name.endswith("_tiny") and not name.startswith("demo")}
+    assert full and {f"{name}_tiny" for name in full} <= names

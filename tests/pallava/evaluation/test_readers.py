@@ -1,0 +1,240 @@
+"""Benchmarks in the forms in which they are published."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pallava.evaluation.class_folders import (
+    class_set_names,
+    load_class_set,
+    read_class_folders,
+    read_class_records,
+)
+from pallava.evaluation.containers import read_plain_pickle
+from pallava.evaluation.metrics.classes import parse_class
+from pallava.evaluation.readers import read_choices, read_vqa
+
+
+def save_image(path: Path, value: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 12), (value, 10, 10)).save(path)
+    return path
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 12), (value, 10, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RECORDS = {
+    "7": {"question": "Is it red?", "image": "a.png", "answer": "yes",
+          "question_type": "is it", "answer_type": "yes/no"},
+    "8": {"question": "How many cells?", "image": "a", "answer": "12"},
+}  # fmt: skip
+
+
+def check_vqa(found: Any) -> None:
+    first, second = found.questions
+    assert (first.text, first.answer, first.answer_type) == ("Is it red?", "yes", "yes/no")
+    assert (second.answer, second.answer_type) == ("12", "number")
+    assert second.question_type == "how many"
+    assert first.image.load().size == (20, 12)
+    assert found.skipped == []
+
+
+@pytest.mark.parametrize("form", ["object", "list", "jsonl", "pickle", "pickle of list"])
+def test_pathvqa_is_read_in_every_form(tmp_path: Path, form: str) -> None:
+    save_image(tmp_path / "images" / "a.png")
+    rows = [{"question_id": key, **row} for key, row in RECORDS.items()]
+    if form == "jsonl":
+        path = tmp_path / "test.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif form.startswith("pickle"):
+        path = tmp_path / "test.pkl"
+        path.write_bytes(pickle.dumps(RECORDS if form == "pickle" else rows, protocol=2))
+    else:
+        path = tmp_path / "test.json"
+        path.write_text(json.dumps(RECORDS if form == "object" else rows))
+    found = read_vqa(path, None)
+    check_vqa(found)
+    assert [question.id for question in found.questions] == ["7", "8"]
+    assert found.questions[0].question_type == "is it"
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_pathvqa_parquet_keeps_images_in_the_file(tmp_path: Path, as_folder: bool) -> None:
+    table = pa.Table.from_pylist(
+        [
+            {
+                "image": {"bytes": png(value), "path": f"{value}.png"},
+                "question": text,
+                "answer": answer,
+            }
+            for value, (text, answer) in enumerate(
+                [("Is it red?", "yes"), ("How many cells?", "12")]
+            )
+        ]
+    )
+    path = tmp_path / "data" / "test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    pq.write_table(table, path, row_group_size=1)
+    pq.write_table(table.slice(0, 1), path.with_name("train-00000-of-00001.parquet"))
+    found = read_vqa(tmp_path if as_folder else path, None)
+    check_vqa(found)
+    pixels = [question.image.load().getpixel((0, 0))[0] for question in found.questions]  # type: ignore
+    assert pixels == [0, 1]
+    assert len({question.image.identity() for question in found.questions}) == 2  # type: ignore
+
+
+def test_conversations_are_questions(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    path = tmp_path / "conversations.jsonl"
+    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
+    path.write_text(json.dumps({"id": "r", "image": "a.png", "conversations": turns}))
+    (question,) = read_vqa(path, None).questions
+    assert (question.id, question.text, question.answer) == ("r", "Is it red?", "yes")
+
+
+def test_bad_rows_are_recorded_and_many_are_an_error(tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "a.png")
+    rows: dict[str, Any] = {str(number): dict(RECORDS["7"]) for number in range(30)}
+    rows["31"] = {"question": "", "image": "a.png", "answer": "no"}
+    rows["32"] = RECORDS["7"] | {"image": "absent.png"}
+    rows["33"] = RECORDS["7"] | {"image": "../../etc/passwd"}
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(rows))
+    found = read_vqa(path, None)
+    assert len(found.questions) == 30
+    reasons = {row.id: row.reason for row in found.skipped}
+    assert "text expected" in reasons["31"]
+    assert "no such image file" in reasons["32"]
+    assert "leads out of the image folder" in reasons["33"]
+    with pytest.raises(ValueError, match="33 of 33 rows cannot be used"):
+        read_vqa(path, tmp_path / "elsewhere")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch hacked",)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "test.pkl"
+    path.write_bytes(pickle.dumps([Evil()]))
+    with pytest.raises(ValueError, match=r"wants to call .*system"):
+        read_plain_pickle(path)
+    assert not (tmp_path / "hacked").exists()
+    path.write_bytes(path.read_bytes()[:7])
+    with pytest.raises(ValueError, match="not read as a pickle"):
+        read_vqa(path, tmp_path)
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+ROW = {"Figure_path": "a.png", "Question": "What is {seen}?", "Answer": "fibrosis",
+       "Choice A": " A: necrosis", "Choice B": " B: fibrosis ", "Choice C": "C:fat",
+       "Choice D": " D: none", "Answer_label": "B"}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [(), ("Answer_label",)])
+def test_pmcvqa_csv_is_read(tmp_path: Path, missing: tuple[str, ...]) -> None:
+    save_image(tmp_path / "a.png")
+    row = {key: value for key, value in ROW.items() if key not in missing}
+    (question,) = read_choices(write_csv(tmp_path / "test.csv", [row]), tmp_path).questions
+    assert question.options == {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
+    assert question.answer == "B"
+    assert question.text.splitlines()[:3] == ["What is {seen}?", "A: necrosis", "B: fibrosis"]
+
+
+def test_pmcvqa_template_must_name_its_places(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "test.csv", [ROW])
+    with pytest.raises(ValueError, match="must be in it"):
+        read_choices(path, tmp_path, "{question}")
+
+
+def test_questions_that_hold_their_options_are_read(tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "a.png")
+    path = tmp_path / "test.json"
+    text = "What is seen? A: necrosis B: fibrosis\nC: fat D: none"
+    path.write_text(json.dumps({"1": {"question": text, "image": "a.png", "answer": "b"}}))
+    (question,) = read_choices(path, None).questions
+    assert question.text == text
+    assert question.options == {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
+    assert question.answer == "B"
+
+
+def test_class_folders_are_read(tmp_path: Path) -> None:
+    for name in ("Photos/Normal/n1.tif", "Photos/Benign/b1.tif", "Photos/InSitu/i1.tif",
+                 "Photos/Invasive/v1.tif", "Photos/Invasive/v2.tif"):  # fmt: skip
+        save_image(tmp_path / name)
+    found = read_class_folders(tmp_path, load_class_set("bach"))
+    assert [(q.id, q.answer) for q in found.questions][-1] == ("Photos/Invasive/v2.tif", "Invasive")
+    assert len({question.text for question in found.questions}) == 1
+    (tmp_path / "Photos/Benign/b1.tif").unlink()
+    with pytest.raises(FileNotFoundError, match="'Benign'"):
+        read_class_folders(tmp_path, load_class_set("bach"))
+
+
+def test_a_table_can_name_the_classes(tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "p1.png")
+    save_image(tmp_path / "images" / "p2.png")
+    write_csv(tmp_path / "colon_test.csv", [{"img_id": "p1.png", "tumor": "1"},
+                                            {"img_id": "p2.png", "tumor": "0"}])  # fmt: skip
+    found = read_class_folders(tmp_path, load_class_set("colonpath"))
+    assert [question.answer for question in found.questions] == ["tumor", "non-tumor"]
+
+
+def test_a_config_of_ones_own_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    path.write_text("name: mine\nquestion: Ask\nclasses: [{name: a}, {name: b, wordings: [x]}]\n")
+    assert load_class_set(path).wordings == {"a": ("a",), "b": ("x", "b")}
+    path.write_text("name: mine\nquestion: Which?\nclasses: [{name: a}]\n")
+    with pytest.raises(ValueError, match="at least two classes"):
+        load_class_set(path)
+    path.write_text("name: mine\nclasses: [{name: a}, {name: b}]\n")
+    with pytest.raises(ValueError, match="question"):
+        load_class_set(path)
+    with pytest.raises(FileNotFoundError, match="bach, colonpath, oscc"):
+        load_class_set("nothing")
+
+
+@pytest.mark.parametrize("name", class_set_names())
+def test_every_wording_of_a_shipped_config_means_its_class(name: str) -> None:
+    class_set = load_class_set(name)
+    for item in class_set.classes:
+        for wording in item.wordings:
+            for answer in (wording, f"The image shows {wording.upper()}."):
+                assert parse_class(answer, class_set.wordings) == item.name, answer
+
+
+def test_the_originals_zero_shot_file_takes_labels_from_a_second_one(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    data, labels = tmp_path / "test.json", tmp_path / "labels.json"
+    data.write_text(json.dumps({"s1": {"question": "Which?", "image": "a.png"}}))
+    labels.write_text(json.dumps({"s1": 1}))
+    class_set = load_class_set("oscc")
+    (question,) = read_class_records(data, None, class_set, labels).questions
+    assert question.answer == "oral squamous cell carcinoma"
+    (question,) = read_class_records(data, None, class_set).questions
+    assert question.answer is None

@@ -1,0 +1,284 @@
+"""Whole evaluations of the recorded model: batched, resumed, reported."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pallava import load_model
+from pallava.assistant import Assistant
+from pallava.evaluation import generation
+from pallava.evaluation.answers import AnswerLog, read_answers
+from pallava.evaluation.benchmarks import pathvqa, pmcvqa, zero_shot
+from pallava.evaluation.generation import answer_digests, generate_answers, make_batches
+from pallava.evaluation.questions import NO_IMAGES
+from pallava.evaluation.report import read_scores, write_report
+from pallava.evaluation.runs import evaluate
+from pallava.registry import EVALUATIONS
+from tests.pallava import goldens
+from tests.pallava.evaluation.tiny_benchmark import make_data
+from tests.pallava.tiny_folders import make_folders
+
+TOKENS = 6
+REPORT = ("pathvqa_result.json", "metrics.json", "metrics.md", "details.jsonl")
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    root = make_folders(tmp_path_factory.mktemp("model"), goldens.CROSSATTN_STATE)
+    return load_model(root / "llama", root / "llava", root / "plip", device="cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_data(tmp_path / "data")
+
+
+def run(assistant: Assistant, data: Path, work_dir: Path, **changes: Any) -> dict[str, Any]:
+    settings = {"batch_size": 4, "max_new_tokens": TOKENS} | changes
+    metrics = evaluate(pathvqa(data), assistant, work_dir, **settings)
+    assert metrics is not None
+    return metrics
+
+
+def report(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in REPORT}
+
+
+def test_batches_answer_as_questions_do_alone(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    run(assistant, data, tmp_path / "together")
+    found = read_answers(tmp_path / "together" / "pathvqa_result.json")
+    questions = pathvqa(data).questions.questions
+    assert list(found) == [question.id for question in questions]
+    for question in questions:
+        assert question.image is not None
+        alone = assistant.answer(question.image.load(), question.text, max_new_tokens=TOKENS)
+        assert found[question.id] == alone
+    assert len(set(found.values())) > 3
+
+
+def test_a_report_holds_scores_and_intervals(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    metrics = run(assistant, data, tmp_path / "run")
+    on_disk = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert on_disk == json.loads(json.dumps(metrics))
+    assert metrics["num_questions"] == metrics["num_answers"] == 11
+    assert metrics["scores"]["open"]["count"] == 7
+    score = metrics["scores"]["open"]["token f1"]
+    assert 0 <= score["low"] <= score["value"] <= score["high"] <= 100
+    assert set(metrics["published"]) == {"exact", "token recall"}
+    tables = (tmp_path / "run" / "metrics.md").read_text()
+    assert "| open | BLEU-4 |" in tables
+    assert tables.index("## Scores") < tables.index("original's tools")
+    details = (tmp_path / "run" / "details.jsonl").read_text().splitlines()
+    assert len(details) == 11
+    assert str(tmp_path) not in tables + json.dumps(on_disk)
+
+
+class Counted:
+    """Counts what reaches the model, which stays the real one."""
+
+    def __init__(self, assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[int] = []
+        original = assistant.answer_encoded
+
+        def counted(prompts: Any, pixels: Any, **kwargs: Any) -> list[str]:
+            self.batches.append(len(prompts))
+            return original(prompts, pixels, **kwargs)
+
+        monkeypatch.setattr(assistant, "answer_encoded", counted)
+
+
+def test_nothing_is_asked_twice(
+    assistant: Assistant, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(assistant, monkeypatch)
+    run(assistant, data, tmp_path / "run")
+    assert counted.batches == [4, 4, 3]
+    first = report(tmp_path / "run")
+    run(assistant, data, tmp_path / "run")
+    assert counted.batches == [4, 4, 3]
+    assert report(tmp_path / "run") == first
+
+
+def test_a_torn_line_is_asked_again_with_its_neighbours(
+    assistant: Assistant, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(assistant, data, tmp_path / "run")
+    first = report(tmp_path / "run")
+    file = tmp_path / "run" / "answers" / "rank000.jsonl"
+    content = file.read_bytes()
+    counted = Counted(assistant, monkeypatch)
+    for cut in (2, 30, len(content) // 2, len(content) - 5, len(content)):
+        file.write_bytes(content[: len(content) - cut])
+        counted.batches.clear()
+        run(assistant, data, tmp_path / "run")
+        assert counted.batches[-1] in (3, 4)  # whole batches: neighbours stay the same
+        assert report(tmp_path / "run") == first
+        answered = [json.loads(line)["question_id"] for line in file.read_text().splitlines()
+                    if line.endswith("}")]  # fmt: skip
+        assert len(set(answered)) == 11
+
+
+def test_another_prompt_or_picture_is_asked_anew(
+    assistant: Assistant, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(assistant, data, tmp_path / "run")
+    counted = Counted(assistant, monkeypatch)
+    rows = json.loads(data.read_text())
+    rows["q0"]["question"] = "Is necrosis shown?"
+    data.write_text(json.dumps(rows))
+    run(assistant, data, tmp_path / "run")
+    assert sum(counted.batches) in (3, 4)
+    counted.batches.clear()
+    run(assistant, data, tmp_path / "run", max_new_tokens=TOKENS - 1)
+    assert sum(counted.batches) == 11
+
+
+def test_digests_depend_on_all_that_answers_depend_on(assistant: Assistant, data: Path) -> None:
+    questions = pathvqa(data).questions.questions
+    first = answer_digests(assistant, questions, 6)
+    assert answer_digests(assistant, questions, 6) == first
+    assert not set(answer_digests(assistant, questions, 7).values()) & set(first.values())
+    double = Assistant(
+        assistant.model, assistant.tokenizer, assistant.anyres, bos="double",
+        fingerprint=assistant.fingerprint,
+    )  # fmt: skip
+    assert not set(answer_digests(double, questions, 6).values()) & set(first.values())
+
+
+def test_a_damaged_picture_is_skipped_and_said(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    picture = data.parent / "images" / "tall_3.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    metrics = run(assistant, data, tmp_path / "run")
+    assert (metrics["num_answers"], metrics["num_skipped"]) == (8, 3)
+    skipped = (tmp_path / "run" / "skipped_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in skipped] == ["q1", "q5", "q9"]
+    picture.write_bytes(whole)
+    assert run(assistant, data, tmp_path / "run")["num_skipped"] == 0
+    assert not (tmp_path / "run" / "skipped_samples.jsonl").exists()
+
+
+def test_batches_are_cut_from_the_whole_list(data: Path) -> None:
+    questions = pathvqa(data).questions.questions
+    batches = make_batches(questions, 4)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert {q.id for batch in batches for q in batch} == {q.id for q in questions}
+    lengths = [len(q.text) for batch in batches for q in batch]
+    assert lengths == sorted(lengths)
+
+
+def test_compat_puts_the_published_scores_first(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    run(assistant, data, tmp_path / "run", compat="original")
+    tables = (tmp_path / "run" / "metrics.md").read_text()
+    assert tables.index("original's tools") < tables.index("## Scores")
+
+
+@pytest.mark.parametrize("name", ["mixed", "no_number_type"])
+def test_a_report_of_recorded_answers_holds_the_recorded_scores(tmp_path: Path, name: str) -> None:
+    benchmark = pathvqa(goldens.GOLDEN / "eval" / f"{name}_gt.json", NO_IMAGES)
+    answers = read_answers(goldens.GOLDEN / "eval" / f"{name}_pred.json")
+    metrics = write_report(benchmark, answers, [], tmp_path, tokenizer=goldens.tokenizer())
+    expected = goldens.read_json(f"eval/{name}_expected_exact.json")["accuracy"]
+    assert metrics["published"]["exact"] == expected
+    if name == "mixed":
+        recall = goldens.read_json("eval/mixed_expected_recall.json")["accuracy"]
+        assert metrics["published"]["token recall"] == recall
+    # "No, it is not." is a no, "the liver" is the liver; "2" is not "two".
+    ours = metrics["scores"]["overall"]["correct"]["value"]
+    assert ours > expected["overall"]
+    assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 100
+
+
+def test_a_model_card_takes_the_scores_of_runs(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    run(assistant, data, tmp_path / "run")
+    by_hand = tmp_path / "mine.json"
+    by_hand.write_text('{"BACH": {"accuracy": 0.5}}')
+    scores = read_scores([tmp_path / "run" / "metrics.json", by_hand])
+    assert scores["BACH"] == {"accuracy": 0.5}
+    assert scores["pathvqa"]["overall, count"] == "11"
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", scores["pathvqa"]["overall, correct"])
+    by_hand.write_text("[1]")
+    with pytest.raises(ValueError, match=r"mine\.json: metrics\.json of an evaluation expected"):
+        read_scores([by_hand])
+
+
+def test_letters_and_classes_are_reported(tmp_path: Path) -> None:
+    rows = goldens.read_json("eval/pmc_labels.json")
+    data = tmp_path / "pmc.json"
+    data.write_text(
+        json.dumps({k: v | {"question": "Which?", "image": "x"} for k, v in rows.items()})
+    )
+    answers = read_answers(goldens.GOLDEN / "eval" / "pmc_pred.json")
+    metrics = write_report(pmcvqa(data, NO_IMAGES), answers, [], tmp_path / "pmc")
+    assert metrics["published"] == {"correct": 3, "wrong": 3, "accuracy": 50.0}
+    assert metrics["scores"]["letters"]["accuracy"]["value"] == 100
+    assert "## Confusion" in (tmp_path / "pmc" / "metrics.md").read_text()
+
+    labels = goldens.GOLDEN / "eval" / "f1_labels.json"
+    data.write_text(
+        json.dumps(
+            {key: {"question": "Which?", "image": "x"} for key in json.loads(labels.read_text())}
+        )
+    )
+    answers = read_answers(goldens.GOLDEN / "eval" / "f1_pred.jsonl")
+    benchmark = zero_shot(data, NO_IMAGES, classes="oscc", labels=labels)
+    metrics = write_report(benchmark, answers, [], tmp_path / "f1")
+    printed = goldens.read_json("eval/f1_expected.json")["stdout"]
+    assert metrics["published"]["report"] in printed
+    assert f"macro-f1 =  {metrics['published']['macro_f1']}\n" in printed
+    assert metrics["scores"]["classes"]["macro f1"]["value"] == pytest.approx(73.3333)
+    answers["s2"] = "It is a carcinoma."  # the published tool ends with a KeyError
+    metrics = write_report(benchmark, answers, [], tmp_path / "f1")
+    assert metrics["scores"]["classes"]["accuracy"]["value"] == 75
+    assert "accepts only" in metrics["published"]["error"]
+
+
+def test_answers_without_references_are_written_unscored(tmp_path: Path) -> None:
+    data = tmp_path / "test.json"
+    data.write_text(json.dumps({"a": {"question": "Which?", "image": "x"}}))
+    metrics = write_report(zero_shot(data, NO_IMAGES), {"a": "fat"}, [], tmp_path / "run")
+    assert "scores" not in metrics
+    assert "nothing was scored" in (tmp_path / "run" / "metrics.md").read_text()
+
+
+def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
+    benchmark = pathvqa(goldens.GOLDEN / "eval" / "mixed_gt.json", NO_IMAGES)
+    with pytest.raises(ValueError, match="belong to no question"):
+        write_report(benchmark, {"zz": "yes"}, [], tmp_path)
+
+
+def test_built_in_benchmarks_have_names() -> None:
+    assert {"pathvqa", "pmcvqa", "zero-shot"} <= set(EVALUATIONS.names())
+
+
+def test_a_batch_size_below_one_is_refused(assistant: Assistant, data: Path) -> None:
+    questions = pathvqa(data).questions.questions
+    with pytest.raises(ValueError, match="batch size"):
+        generate_answers(assistant, questions, data.parent, batch_size=0)
+
+
+def test_logs_of_other_processes_are_read(tmp_path: Path) -> None:
+    with AnswerLog(tmp_path, 0) as log:
+        log.append({"a": ("1", "yes"), "b": ("2", "line\nbreak \u2028 end")})
+    with AnswerLog(tmp_path, 1) as log:
+        log.append({"c": ("3", "no"), "a": ("old", "never")})
+    found = AnswerLog(tmp_path, 5).read({"a": "1", "b": "2", "c": "3", "d": "4"})
+    assert found == {"a": "yes", "b": "line\nbreak \u2028 end", "c": "no"}
+    assert generation._is_done([], found)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,378 @@
+"""Checkpoints of every published form load; what is wrong or harmful is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pallava.modeling.checkpoint import (
+    ZERO_MODEL_FILE,
+    CheckpointError,
+    load_state_dict_file,
+    load_strict,
+    safe_types,
+)
+from pallava.release.weights import open_weight_file
+from tests.pallava import goldens
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([1, 2])}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor] = TENSORS) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "module", "model"])
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.bin"])
+def test_a_pickled_file_loads(tmp_path: Path, name: str, wrapper: str | None) -> None:
+    content = {wrapper: TENSORS, "meta": {"iter": 3}} if wrapper else TENSORS
+    torch.save(content, tmp_path / name)
+    assert_same(load_state_dict_file(tmp_path / name))
+    assert_same(load_state_dict_file(str(tmp_path / name)))
+
+
+def test_an_old_style_file_loads(tmp_path: Path) -> None:
+    torch.save({"state_dict": TENSORS}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert_same(load_state_dict_file(tmp_path / "a.pth"))
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    assert_same(load_state_dict_file(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model.bin",
+        "adapter_model.bin",
+        ZERO_MODEL_FILE,
+    ],
+)
+def test_a_folder_loads(tmp_path: Path, name: str) -> None:
+    save = save_file if name.endswith(".safetensors") else torch.save
+    content = {"module": TENSORS, "ds_version": "0.19"} if name == ZERO_MODEL_FILE else TENSORS
+    save(content, tmp_path / name)
+    assert_same(load_state_dict_file(tmp_path))
+
+
+def test_the_folder_that_deepspeed_writes_above_its_own_loads(tmp_path: Path) -> None:
+    (tmp_path / "iter_20.pth").mkdir()
+    torch.save({"module": TENSORS}, tmp_path / "iter_20.pth" / ZERO_MODEL_FILE)
+    (tmp_path / "latest").write_text("iter_20.pth\n")
+    assert_same(load_state_dict_file(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_sharded_folder_loads(tmp_path: Path, suffix: str) -> None:
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    save = save_file if suffix == "safetensors" else torch.save
+    weight_map = {}
+    for number, (name, tensor) in enumerate(TENSORS.items(), start=1):
+        shard = f"{stem}-0000{number}-of-00002.{suffix}"
+        save({name: tensor}, tmp_path / shard)
+        weight_map[name] = shard
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    assert_same(load_state_dict_file(tmp_path))
+
+    weight_map["c.weight"] = weight_map["b.bias"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"the shards lack c\.weight"):
+        load_state_dict_file(tmp_path)
+    weight_map["c.weight"] = f"{stem}-00003-of-00003.{suffix}"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: shard '.*00003-of-00003.*' is missing"
+    ):
+        load_state_dict_file(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_hugging_faces_own_shards_load(tmp_path: Path, safe: bool) -> None:
+    model = goldens.llm(r=0)
+    model.save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=safe)
+    assert len(list(tmp_path.glob("*-of-*"))) > 2
+    assert_same(load_state_dict_file(tmp_path), model.state_dict())
+
+
+def test_a_peft_adapter_folder_loads(tmp_path: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    model = goldens.llm()
+    model.save_pretrained(tmp_path)
+    found = load_state_dict_file(tmp_path)
+    assert_same(found, get_peft_model_state_dict(model))
+    assert all(".lora_" in name and ".default" not in name for name in found)
+
+
+def test_both_published_forms_hold_the_same_names() -> None:
+    pth = load_state_dict_file(goldens.RELEASED_PTH)
+    zero2 = load_state_dict_file(goldens.RELEASED_ZERO2)
+    assert pth.keys() == zero2.keys()
+    assert len(pth) == 65
+    for name, tensor in zero2.items():
+        wanted = torch.bfloat16 if pth[name].is_floating_point() else pth[name].dtype
+        assert tensor.dtype == wanted
+        assert torch.equal(tensor, pth[name].to(wanted)), name
+
+
+def mmengine_checkpoint(path: Path) -> None:
+    from mmengine.config import ConfigDict
+    from mmengine.logging import HistoryBuffer
+
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save(
+        {
+            "meta": {"iter": 2, "cfg": ConfigDict(a=1), "lr": np.float64(0.1), "n": np.int64(3)},
+            "message_hub": {"log_scalars": {"train/loss": history}, "step": np.array([1, 2])},
+            "state_dict": TENSORS,
+        },
+        path,
+    )
+
+
+WITHOUT_MMENGINE = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mmengine", "deepspeed", "xtuner"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+from pallava.modeling.checkpoint import load_state_dict_file
+print({name: tensor.tolist() for name, tensor in load_state_dict_file(sys.argv[1]).items()})
+assert "mmengine" not in sys.modules
+"""
+
+
+def test_a_checkpoint_of_mmengine_loads_without_mmengine(tmp_path: Path) -> None:
+    mmengine_checkpoint(tmp_path / "iter_2.pth")
+    with pytest.raises(pickle.UnpicklingError):  # torch alone refuses it
+        torch.load(tmp_path / "iter_2.pth", weights_only=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MMENGINE, str(tmp_path / "iter_2.pth")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = {name: tensor.tolist() for name, tensor in TENSORS.items()}
+    assert result.stdout.strip() == str(expected)
+
+
+def test_a_resumed_run_gets_its_history_back(tmp_path: Path) -> None:
+    from mmengine.logging import HistoryBuffer
+
+    mmengine_checkpoint(tmp_path / "iter_2.pth")
+    with torch.serialization.safe_globals(safe_types(HistoryBuffer)):
+        loaded = torch.load(tmp_path / "iter_2.pth", weights_only=True)
+    history = loaded["message_hub"]["log_scalars"]["train/loss"]
+    assert isinstance(history, HistoryBuffer)
+    assert history.mean() == 1.5
+    assert history.statistics("max") == 2.0
+    assert loaded["meta"]["lr"] == np.float64(0.1)
+
+
+class RunsACommand:
+    """Pickles to a call of os.system, as a harmful file would."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+class ReadsAnAttribute:
+    """Pickles to a `getattr` that our short list of types must not widen."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (Path, "write_text")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "pytorch_model.bin", ZERO_MODEL_FILE])
+def test_a_file_that_runs_a_command_is_refused(tmp_path: Path, name: str) -> None:
+    trace = tmp_path / "trace"
+    harmful = {"state_dict": TENSORS, "extra": RunsACommand(f"touch {trace}")}
+    torch.save(harmful, tmp_path / name)
+    torch.load(tmp_path / name, weights_only=False)
+    assert trace.exists()  # the file does what it is made for
+    trace.unlink()
+    path = tmp_path if name != "a.pth" else tmp_path / name
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as a checkpoint"):
+        load_state_dict_file(path)
+    assert not trace.exists()
+
+
+def test_a_raw_pickle_that_runs_a_command_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(RunsACommand(f"touch {trace}"), protocol=2))
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_state_dict_file(tmp_path / "a.pth")
+    assert not trace.exists()
+
+
+def test_a_getattr_beyond_log_statistics_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": TENSORS, "extra": ReadsAnAttribute()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_state_dict_file(tmp_path / "a.pth")
+
+
+def test_a_getattr_of_a_history_gives_its_statistics_alone() -> None:
+    from mmengine.logging import HistoryBuffer
+
+    restricted = next(
+        entry[0]
+        for entry in safe_types(HistoryBuffer)
+        if isinstance(entry, tuple) and entry[1] == "builtins.getattr"
+    )
+    assert restricted(HistoryBuffer, "mean") is HistoryBuffer.mean
+    for owner, name in ((HistoryBuffer, "__init__"), (os, "system"), (HistoryBuffer([]), "mean")):
+        with pytest.raises(CheckpointError, match="not allowed in a checkpoint"):
+            restricted(owner, name)
+
+
+def linear() -> nn.Module:
+    return nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 1)})
+
+
+def test_strict_loading_copies_every_tensor() -> None:
+    source, target = linear(), linear()
+    load_strict(target, source.state_dict(), what="model")
+    assert_same(target.state_dict(), source.state_dict())
+    with torch.device("meta"):
+        unfilled = linear()
+    load_strict(unfilled, source.state_dict(), what="model")
+    assert_same(unfilled.state_dict(), source.state_dict())
+
+
+def test_missing_unexpected_and_misshapen_names_are_listed() -> None:
+    target = linear()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    wrong = dict(linear().state_dict())
+    del wrong["a.weight"]
+    wrong |= {"c.weight": torch.zeros(1), "b.bias": torch.zeros(7)}
+    with pytest.raises(CheckpointError) as caught:
+        load_strict(target, wrong, what="model", source="some.pth")
+    assert str(caught.value).splitlines() == [
+        "some.pth does not fit the model: 1 missing, 1 unexpected, 1 of another shape "
+        "(of 4 expected)",
+        "  missing: a.weight",
+        "  unexpected: c.weight",
+        "  other shape: b.bias: (7,) found, (1,) expected",
+    ]
+    assert_same(target.state_dict(), before)
+
+
+def test_long_lists_are_cut() -> None:
+    with pytest.raises(CheckpointError, match=r"30 unexpected.*(?s:.*)19, \.\.\. 10 more$"):
+        tensors = {**linear().state_dict(), **{f"x{i:02}": torch.zeros(1) for i in range(30)}}
+        load_strict(linear(), tensors, what="model")
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"iter_9\.pth: no such file or folder"):
+        load_state_dict_file(tmp_path / "iter_9.pth")
+
+
+def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"expected {ZERO_MODEL_FILE}.*model\.safetensors"):
+        load_state_dict_file(tmp_path)
+
+
+def test_a_zero3_folder_says_how_to_gather_it(tmp_path: Path) -> None:
+    torch.save({"module": {}}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"ZeRO-3.*zero_to_fp32\.py"):
+        load_state_dict_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "..", "/etc/passwd", "deep/a.safetensors"]
+)
+def test_a_shard_elsewhere_is_refused(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "hf").mkdir()
+    save_file(TENSORS, tmp_path / "secret.safetensors")
+    index = {"weight_map": {"a.weight": shard}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lies outside the folder"):
+        load_state_dict_file(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a..b", "a\\b", "a\nb", ""])
+def test_a_path_as_a_tensors_name_is_refused(tmp_path: Path, name: str) -> None:
+    torch.save({name: torch.zeros(2)}, tmp_path / "bad.pth")
+    save_file({name: torch.zeros(2)}, tmp_path / "bad.safetensors")
+    for file in ("bad.pth", "bad.safetensors"):
+        with pytest.raises(CheckpointError, match="under the name"):
+            load_state_dict_file(tmp_path / file)
+        with pytest.raises(CheckpointError, match="under the name"):
+            open_weight_file(tmp_path / file)
+
+
+@pytest.mark.parametrize("tag", ["../elsewhere", "..", "/tmp", "", "absent"])
+def test_a_tag_elsewhere_is_not_followed(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        torch.save({"module": TENSORS}, folder / ZERO_MODEL_FILE)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text(tag)
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
+        load_state_dict_file(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {"state_dict": {}}])
+def test_a_file_without_tensors_says_what_it_found(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: holds no named tensors; found"):
+        load_state_dict_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("damage", ["text", "half", "empty"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save({f"{i}.weight": torch.ones(64) for i in range(20)}, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    content = {"text": b"<html>404</html>", "half": whole[: len(whole) // 2], "empty": b""}
+    (tmp_path / name).write_bytes(content[damage])
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as a checkpoint"):
+        load_state_dict_file(tmp_path / name)
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"weights": 1}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+            load_state_dict_file(tmp_path)
+
+
+def test_an_archive_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("readme", "hello")
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_state_dict_file(tmp_path / "a.pth")
+
+
+def test_reading_a_checkpoint_leaves_allowed_what_was_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"weight": torch.zeros(1)}, file)
+    allowed = safe_types()
+    torch.serialization.add_safe_globals(allowed)
+    before = set(torch.serialization.get_safe_globals())
+    load_state_dict_file(file)
+    assert set(torch.serialization.get_safe_globals()) == before >= set(allowed)

@@ -1,0 +1,49 @@
+"""Killing a converter at any moment never leaves a folder that loads as if whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pallava.release.pth_to_hf import convert_checkpoint
+from tests.pallava.goldens import CROSSATTN_STATE, TINY_LLAMA
+from tests.pallava.release.models import save_adapter, save_llama
+from tests.pallava.release.test_pth_to_hf import recipe
+
+pytestmark = pytest.mark.slow
+
+
+def kill(kills: int, root: Path, **job: Any) -> None:
+    root.mkdir()
+    job |= {"root": str(root), "kills": kills, "seed": 0}
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killer.py")), json.dumps(job)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    assert f"KILLS {kills} " in result.stdout
+
+
+def test_merge(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", num_hidden_layers=4)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    kill(40, tmp_path / "runs", kind="merge", paths=[str(base), str(adapter)])
+
+
+def test_pth_to_hf_and_export(tmp_path: Path) -> None:
+    values = recipe(tmp_path)
+    convert_checkpoint(CROSSATTN_STATE, values, tmp_path / "converted")
+    job = {"kind": "pth-to-hf", "paths": [str(CROSSATTN_STATE)], "recipe": asdict(values)}
+    kill(24, tmp_path / "conversions", **job)
+    paths = [str(TINY_LLAMA), str(tmp_path / "converted")]
+    kill(24, tmp_path / "exports", kind="export", paths=paths)

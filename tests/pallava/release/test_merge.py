@@ -1,0 +1,307 @@
+"""Merging held to PEFT: equal bits in fp32, one rounding in half precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pallava.files import read_manifest, sha256_of
+from pallava.modeling.checkpoint import CheckpointError
+from pallava.release import merge_plan
+from pallava.release.merge import merge
+from tests.pallava.release.models import load, merged_by_peft, save_adapter, save_llama
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [
+        name
+        for name, tensor in expected.items()
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor)
+    ]
+    assert not different, f"{len(different)} of {len(expected)} differ: {different[:3]}"
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half_adapter": {"dtype": torch.float16},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7},
+        "alpha_pattern": {"k_proj": 3},
+    },
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True, "target_modules": LINEAR},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "dora_embedding": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "input_layernorm"]},
+    "bin_adapter": {"safe_serialization": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_equals_peft_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases(bias: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", attention_bias=True, mlp_bias=True)
+    adapter = save_adapter(base, tmp_path / "adapter", bias=bias)
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter))
+
+
+def test_bias_of_lora_itself(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", attention_bias=True)
+    adapter = save_adapter(base, tmp_path / "adapter", lora_bias=True, target_modules=["q_proj"])
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter))
+
+
+def test_several_adapters_in_one_pass(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    first = save_adapter(base, tmp_path / "first", target_modules=LINEAR)
+    second = save_adapter(base, tmp_path / "second", seed=2, r=3, target_modules=LINEAR[:3])
+    merge(base, [first, second], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, first, second))
+    dora = save_adapter(base, tmp_path / "dora", seed=3, use_dora=True, target_modules=LINEAR[2:])
+    merge(base, [first, dora], tmp_path / "out_dora", progress=False)
+    found = read(tmp_path / "out_dora")
+    for name, tensor in merged_by_peft(base, first, dora).items():
+        # PEFT takes the first adapter out again for the norm, and so rounds once more
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_transposed_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
+    config.tie_word_embeddings = False
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    for use_dora in (False, True):
+        adapter = save_adapter(
+            tmp_path / "base",
+            tmp_path / f"adapter{use_dora}",
+            target_modules=["c_attn", "c_proj"],
+            fan_in_fan_out=True,
+            use_dora=use_dora,
+        )
+        out = tmp_path / f"out{use_dora}"
+        merge(tmp_path / "base", [adapter], out, progress=False)
+        expected = merged_by_peft(tmp_path / "base", adapter)
+        assert_equal(read(out), {k: v for k, v in expected.items() if k in read(out)})
+        assert torch.equal(load(out).lm_head.weight, expected["lm_head.weight"])
+
+
+def test_resized_embeddings(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resize=104)
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter, resize=104))
+    assert load(tmp_path / "out").config.vocab_size == 104
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "half_adapter", "dora", "dora_embedding", "embedding"])
+def test_half_precision_is_rounded_once(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merge_plan.BLOCK_NUMEL, "cpu", 1000)  # weights in several blocks
+    base = save_llama(tmp_path / "base", dtype)
+    adapter = save_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    # The exact result: the half-precision base, widened, merged in fp32.
+    load(base).float().save_pretrained(tmp_path / "wide")
+    exact = merged_by_peft(tmp_path / "wide", adapter)
+    found = read(tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    for name, tensor in exact.items():
+        step = torch.finfo(dtype).eps * tensor.abs().clamp(min=torch.finfo(dtype).tiny)
+        assert ((found[name].float() - tensor).abs() <= 0.5001 * step).all(), name
+    if "dora" not in kind and "embedding" not in kind:  # there PEFT itself rounds more than once
+        for name, tensor in merged_by_peft(base, adapter).items():
+            wide = tensor.float()
+            step = torch.finfo(dtype).eps * wide.abs().clamp(min=torch.finfo(dtype).tiny)
+            assert ((found[name].float() - wide).abs() <= step).all(), name
+
+
+def test_bin_base_and_pickle_in_it(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", safe_serialization=False)
+    if not (base / "pytorch_model.bin.index.json").is_file():  # newer versions write safetensors
+        as_bin(base)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter))
+    shard = next(base.glob("*.bin"))
+    torch.save({"model.norm.weight": torch.ones(48), "evil": Path("/etc/passwd")}, shard)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        merge(base, [adapter], tmp_path / "other", progress=False)
+
+
+def as_bin(folder: Path) -> None:
+    weight_map = {}
+    for index, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        name = f"pytorch_model-{index}.bin"
+        tensors = load_file(file)
+        torch.save(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_tied_embeddings_stay_tied_unless_one_side_changed(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", tie_word_embeddings=True)
+    plain = save_adapter(base, tmp_path / "plain", target_modules=["q_proj"])
+    merge(base, [plain], tmp_path / "tied", progress=False)
+    assert_equal(read(tmp_path / "tied"), without_head(merged_by_peft(base, plain)))
+    assert load(tmp_path / "tied").config.tie_word_embeddings
+
+    one = save_adapter(
+        base, tmp_path / "one", modules_to_save=["lm_head"], target_modules=["q_proj"]
+    )
+    merge(base, [one], tmp_path / "untied", progress=False)
+    assert_equal(read(tmp_path / "untied"), merged_by_peft(base, one))
+    # In training LoRA on the head left the embeddings as they were; PEFT's merge changes both.
+    head = save_adapter(base, tmp_path / "head", target_modules=["lm_head"])
+    merge(base, [head], tmp_path / "lora_head", progress=False)
+    model, original = load(tmp_path / "lora_head"), load(base)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, merged_by_peft(base, head)["lm_head.weight"])
+
+    resized = save_adapter(base, tmp_path / "resized", resize=104, target_modules=["q_proj"])
+    merge(base, [resized], tmp_path / "both", progress=False)
+    assert_equal(read(tmp_path / "both"), without_head(merged_by_peft(base, resized, resize=104)))
+
+
+def without_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
+
+
+def test_split_and_digests(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", torch.bfloat16)
+    digests = merge(base, [], tmp_path / "out", one_tensor_per_shard=True, progress=False)
+    assert_equal(read(tmp_path / "out"), read(base))
+    assert all(len(load_file(file)) == 1 for file in (tmp_path / "out").glob("*.safetensors"))
+    load(tmp_path / "out")
+    assert digests == {name: sha256_of(tmp_path / "out" / name) for name in digests}
+    assert read_manifest(tmp_path / "out")[1].keys() == digests.keys()
+
+
+def broken(kind: str, base: Path, adapter: Path) -> str:
+    """Damages a folder; returns what the error must say."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if "lora_A" in name)
+    if kind == "nan":
+        tensors[first][0, 0] = math.nan
+        message = "infinities or NaN"
+    elif kind == "half":
+        del tensors[first]
+        message = "lacks"
+    elif kind == "rank":
+        config["r"] = 16
+        message = "says 16"
+    elif kind == "other_base":
+        tensors = {name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}
+        message = "right base model"
+    elif kind == "width":
+        tensors[first] = torch.zeros(4, 7)
+        message = "is it the right base model"
+    elif kind == "overflow":
+        tensors[first] *= 1e38
+        message = "cannot hold"
+    elif kind == "ia3":
+        config["peft_type"] = "IA3"
+        message = "only LoRA"
+    elif kind == "alora":
+        config["alora_invocation_tokens"] = [1]
+        message = "cannot be merged"
+    elif kind == "training_names":
+        tensors = {n.replace(".weight", ".default.weight"): t for n, t in tensors.items()}
+        message = "pth-to-hf"
+    else:
+        (base / "config.json").write_text(
+            json.dumps(
+                json.loads((base / "config.json").read_text()) | {"quantization_config": {"b": 4}}
+            )
+        )
+        message = "unquantised"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, file)
+    return message
+
+
+BREAKAGES = ["nan", "half", "rank", "other_base", "width", "overflow", "ia3", "alora", "quantised"]
+BREAKAGES += ["training_names"]
+
+
+@pytest.mark.parametrize("kind", BREAKAGES)
+def test_broken_adapters_are_refused(kind: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", torch.float16)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=broken(kind, base, adapter)):
+        merge(base, [adapter], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", max_shard_size="1GB")
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], b"\xff" * 8 + whole[8:], whole[:4], whole[:8] + b"[" + whole[9:]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="no safetensors file"):
+            merge(base, [], tmp_path / "out", progress=False)
+
+
+def test_shards_outside_the_folder(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        merge(base, [], tmp_path / "out", progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_the_same_within_one_rounding(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", torch.bfloat16)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    for device in ("cpu", "cuda"):
+        merge(base, [adapter], tmp_path / device, device=device, progress=False)
+    left, right = read(tmp_path / "cpu"), read(tmp_path / "cuda")
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=2**-7, atol=1e-6)
+
+
+def test_lora_config_is_as_peft_reads_it() -> None:
+    """The settings that are refused here still exist there under these names."""
+    from pallava.release.adapters import _UNSUPPORTED
+
+    known = set(LoraConfig.__dataclass_fields__)
+    assert set(_UNSUPPORTED) <= known, sorted(set(_UNSUPPORTED) - known)

@@ -1,0 +1,236 @@
+"""`load_model`: the folders a user has, the answers that were recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pallava import load_model
+from pallava.assistant import Assistant
+from pallava.loading import fingerprint
+from pallava.modeling.checkpoint import CheckpointError
+from pallava.prompt_templates import PROMPT_TEMPLATES, find_template
+from tests.pallava import goldens
+from tests.pallava.tiny_folders import make_folders
+
+CASES = [
+    case
+    for case in goldens.read_json("generate/cases.json")
+    if (goldens.GOLDEN / "anyres" / case["image"]).is_file()
+]
+BOS = {"double_bos_as_eval_tools": "double", "single_bos_as_training": "single"}
+QUESTIONS = ["Is fibrosis shown?", "What?", "Describe the nuclei and the stroma in this image."]
+IMAGES = ["sq_big.png", "tall_3.png", "strip_8.png"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folders(tmp_path_factory.mktemp("released"))
+
+
+@pytest.fixture(scope="module")
+def crossing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folders(tmp_path_factory.mktemp("crossing"), goldens.CROSSATTN_STATE)
+
+
+def load(root: Path, **changes: Any) -> Assistant:
+    return load_model(root / "llama", root / "llava", root / "plip", device="cpu", **changes)
+
+
+def picture(name: str) -> Path:
+    return goldens.GOLDEN / "anyres" / name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['question_id']}.{case['bos']}")
+def test_answers_are_the_recorded_ones(folders: Path, case: dict[str, Any]) -> None:
+    model = load(folders, bos=BOS[case["bos"]])
+    assert model.encode(case["question"], has_image=True) == case["input_ids"]
+    answer = model.answer(picture(case["image"]), case["question"], max_new_tokens=12)
+    expected = goldens.tokenizer().decode(case["generated_ids"], skip_special_tokens=True)
+    assert answer == expected.strip()
+
+
+@pytest.mark.parametrize("kind", ["folders", "crossing"])
+def test_a_batch_answers_as_its_questions_do_alone(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    model = load(request.getfixturevalue(kind))
+    images: list[Any] = [*map(picture, IMAGES), None, Image.open(picture("small_sq.png"))]
+    questions = [*QUESTIONS, "No image here?", "Red?"]
+    together = model.answer_batch(images, questions, max_new_tokens=12)
+    alone = [
+        model.answer(image, text, max_new_tokens=12)
+        for image, text in zip(images, questions, strict=True)
+    ]
+    assert together == alone
+    assert len(set(alone)) > 2
+
+
+def test_sub_images_are_prepared_only_for_a_connector_that_sees_them(
+    folders: Path, crossing: Path
+) -> None:
+    image = picture("sq_big.png")
+    assert len(load(folders).pixel_values(image)) == 1
+    assert len(load(crossing).pixel_values(image)) > 1
+
+
+def test_a_merged_model_answers_as_base_and_adapter(folders: Path, tmp_path: Path) -> None:
+    merged = goldens.model(goldens.RELEASED_PTH).llm.merge_and_unload()  # type: ignore[operator]
+    place = tmp_path / "llava" / "merged"
+    shutil.copytree(folders / "llava", tmp_path / "llava")
+    merged.save_pretrained(place)
+    goldens.tokenizer().save_pretrained(place)
+    expected = load(folders).answer(picture("sq_big.png"), "What?", max_new_tokens=12)
+    inside = load_model(place, tmp_path / "llava", folders / "plip", device="cpu")
+    assert inside.answer(picture("sq_big.png"), "What?", max_new_tokens=12) == expected
+    twice = load_model(place, tmp_path / "llava", folders / "plip", device="cpu", use_adapter=True)
+    assert twice.answer(picture("sq_big.png"), "What?", max_new_tokens=12) != expected
+
+
+def test_sampling_settings_of_a_chat_model_do_not_reach_generation(
+    folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 5.0, "top_p": 0.99, "eos_token_id": [1, 4]})
+    )
+    chatty = load_model(tmp_path / "llama", folders / "llava", folders / "plip", device="cpu")
+    plain = load(folders)
+    for name, text in zip(IMAGES, QUESTIONS, strict=True):
+        assert chatty.answer(picture(name), text, max_new_tokens=12) == plain.answer(
+            picture(name), text, max_new_tokens=12
+        )
+    assert chatty.generation_kwargs()["eos_token_id"] == [1, 4]
+
+
+def test_a_stop_word_the_vocabulary_lacks_ends_an_answer(folders: Path) -> None:
+    model = load(folders, prompt_template="internlm_chat")
+    assert model.generation_kwargs()["stop_strings"] == ["<eoa>"]
+    assert model.answer(picture("sq_big.png"), "What?", max_new_tokens=4)
+    ids = goldens.tokenizer().encode("yes<eoa>no", add_special_tokens=False)
+    assert model.decode(ids) == "yes"
+
+
+def test_the_tokenizers_own_template_gets_one_bos(folders: Path, tmp_path: Path) -> None:
+    model = load(folders)
+    model.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>user<|end_header_id|>\n\n"
+        "{{ m['content'] }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>"
+        "{{ '\\n\\n' }}"
+    )
+    own = Assistant(model.model, model.tokenizer, model.anyres, "tokenizer")
+    assert own.encode("Red?", has_image=True) == load(folders).encode("Red?", has_image=True)
+    with pytest.raises(ValueError, match="carries no chat template"):
+        load(folders, prompt_template="tokenizer")
+
+
+def test_templates_are_xtuners() -> None:
+    from xtuner.utils import PROMPT_TEMPLATE
+
+    assert set(PROMPT_TEMPLATES) == set(PROMPT_TEMPLATE)
+    for name, template in PROMPT_TEMPLATE.items():
+        ours = find_template(name)
+        assert ours.render("Why {x}?") == template["INSTRUCTION"].replace(
+            "{input}", "Why {x}?"
+        ).replace("{round}", "1")
+        assert list(ours.stop_words) == template.get("STOP_WORDS", [])
+    with pytest.raises(ValueError, match="did you mean 'llama3_chat'"):
+        find_template("lama3_chat")
+
+
+def test_fingerprints_tell_weights_apart(folders: Path, crossing: Path, tmp_path: Path) -> None:
+    parts = (folders / "llava" / "projector", folders / "plip", None)
+    first = fingerprint(folders / "llama", *parts)
+    copy = shutil.copytree(folders / "llama", tmp_path / "elsewhere")
+    assert fingerprint(copy, *parts) == first
+    weights = load_file(copy / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name] = weights[name] * 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(copy, *parts) != first
+    assert fingerprint(folders / "llama", crossing / "llava" / "projector", parts[1], None) != first
+
+
+def test_missing_parts_are_named(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--visual-encoder"):
+        load_model(folders / "llama", folders / "llava")
+    with pytest.raises(FileNotFoundError, match="no projector/ in it"):
+        load_model(folders / "llama")
+    with pytest.raises(FileNotFoundError, match=r"language model .*cannot be loaded"):
+        load_model(tmp_path / "none", folders / "llava", folders / "plip", device="cpu")
+    with pytest.raises(ValueError, match="dtype 'fp12'"):
+        load(folders, dtype="fp12")
+
+
+def test_a_broken_adapter_is_refused(folders: Path, tmp_path: Path) -> None:
+    llava = shutil.copytree(folders / "llava", tmp_path / "llava")
+    file = llava / "llm_adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file(dict(list(weights.items())[2:]), file)
+    with pytest.raises(CheckpointError, match="2 missing"):
+        load_model(folders / "llama", llava, folders / "plip", device="cpu")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(folders / "llama", llava, folders / "plip", device="cpu")
+    save_file({name: tensor[:1] for name, tensor in weights.items()}, file)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_model(folders / "llama", llava, folders / "plip", device="cpu")
+
+
+def test_half_precision_loads_and_answers(folders: Path) -> None:
+    model = load(folders, dtype="bf16")
+    assert model.dtype == torch.bfloat16
+    assert isinstance(model.answer(picture("sq_big.png"), "What?", max_new_tokens=3), str)
+    assert load(folders, dtype="auto").dtype == torch.float32
+
+
+def test_questions_and_images_must_agree(folders: Path) -> None:
+    model = load(folders)
+    with pytest.raises(ValueError, match="pass None"):
+        model.answer_batch([None], [])
+    with pytest.raises(ValueError, match=r"1 <image> mark\(s\) for 0 image"):
+        model.answer(None, "<image>\nWhat?")
+
+
+def test_an_exported_folder_answers_as_its_parts(crossing: Path, tmp_path: Path) -> None:
+    from pallava.modeling.hf import (
+        PALLaVAConfig,
+        PALLaVAForConditionalGeneration,
+        PALLaVAProcessor,
+    )
+
+    parts = load(crossing)
+    llm = parts.model.llm.merge_and_unload()  # type: ignore[operator]
+    connector = parts.model.projector
+    config = PALLaVAConfig(llm.config, parts.model.visual_encoder.config, asdict(connector.config))
+    whole = PALLaVAForConditionalGeneration(config)
+    whole.llm.load_state_dict(llm.state_dict())
+    whole.projector.load_state_dict(connector.state_dict())
+    whole.visual_encoder.load_state_dict(parts.model.visual_encoder.state_dict())
+    whole.save_pretrained(tmp_path)
+    PALLaVAProcessor(goldens.tokenizer(), tile_px=32).save_pretrained(tmp_path)
+    exported = load_model(tmp_path, device="cpu")
+    assert exported.prompt_template == "llama3_chat"
+    for name, text in zip(IMAGES, QUESTIONS, strict=True):
+        expected = load(crossing).answer(picture(name), text, max_new_tokens=8)
+        assert exported.answer(picture(name), text, max_new_tokens=8) == expected
+    with pytest.raises(ValueError, match="holds all parts"):
+        load_model(tmp_path, crossing / "llava", device="cpu")
+
+
+def test_importing_the_package_stays_cheap() -> None:
+    code = "import sys, pallava; print('torch' in sys.modules, 'load_model' in pallava.__all__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["False", "True"]

@@ -1,0 +1,19 @@
+"""The recorded model as the folders in which a user has it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.pallava import goldens
+from tests.pallava.engine.tiny_run import save_encoder
+
+
+def make_folders(root: Path, checkpoint: Path = goldens.RELEASED_PTH) -> Path:
+    """Writes `llama/`, `plip/` and `llava/` (adapter and connector) below `root`."""
+    shutil.copytree(goldens.TINY_LLAMA, root / "llama")
+    save_encoder(root / "plip")
+    model = goldens.model(checkpoint)
+    model.llm.save_pretrained(root / "llava" / "llm_adapter")
+    model.projector.save_folder(root / "llava" / "projector")
+    return root
