@@ -1,0 +1,355 @@
+"""Scores of patches and of slides: published ones, and what a study reports beside them.
+
+Shapes: N patches, S slides, K classes, R resamples. Accuracies are percentages in float32, as the
+published code gives them (Zhang et al. 2023, https://github.com/Yunkun-Zhang/CITE); `auroc` lies in
+[0, 1], `kappa` in [-1, 1]. Names of scores over slides start with `bag_`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cite.files import atomic_file
+
+Voting = Literal["soft", "hard"]
+Array = NDArray[Any]
+
+PATCH_METRICS = ("accuracy", "class_accuracy", "mean_accuracy", "auroc", "kappa")
+SLIDE_METRICS = (
+    "bag_accuracy",
+    "bag_class_accuracy",
+    "mean_bag_accuracy",
+    "bag_auroc",
+    "bag_kappa",
+)
+PUBLISHED_METRICS = ("accuracy", "class_accuracy", "bag_accuracy", "bag_class_accuracy")
+
+NUM_RESAMPLES = 1000
+CONFIDENCE = 0.95
+_CHUNK = 1 << 24
+"""Weights of resampled cases held at a time."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores and labels of cases that belong to slides.
+
+    Args:
+        scores: `(N, K)`, the higher the more likely; softmax, for example.
+        labels: `(N,)`, classes counted from 0.
+        slides: `(N,)`, the slide of every case.
+
+    Raises:
+        ValueError: Lengths that differ, no cases, scores that are not finite, a label that is no
+            class, or a slide with several labels.
+    """
+
+    scores: Array
+    labels: Array
+    slides: Array
+
+    def __post_init__(self) -> None:
+        scores = np.asarray(self.scores)
+        scores = scores.astype(np.float32) if scores.dtype == np.float16 else scores
+        labels, slides = np.asarray(self.labels), np.asarray(self.slides)
+        if scores.ndim != 2 or not len(scores) or not len(scores) == len(labels) == len(slides):
+            raise ValueError(
+                f"scores are {scores.shape}, with {len(labels)} labels and {len(slides)} slides; "
+                "expected (N, K), N and N, at least one"
+            )
+        if not np.isfinite(scores).all():
+            case = int(np.argmin(np.isfinite(scores).all(axis=1)))
+            raise ValueError(f"case {case} (slide {slides[case]}): its scores are not finite")
+        outside = (labels < 0) | (labels >= scores.shape[1])
+        if outside.any():
+            case = int(np.argmax(outside))
+            raise ValueError(
+                f"case {case} (slide {slides[case]}) has label {labels[case]}; expected 0 to "
+                f"{scores.shape[1] - 1}"
+            )
+        _, first, inverse = np.unique(slides, return_index=True, return_inverse=True)
+        other = labels != labels[first][inverse]
+        if other.any():
+            case = int(np.argmax(other))
+            raise ValueError(
+                f"slide {slides[case]} has patches of several labels: "
+                f"{labels[first][inverse][case]} and {labels[case]}"
+            )
+        for name, value in (("scores", scores), ("labels", labels), ("slides", slides)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_classes(self) -> int:
+        """K, the classes without a case included."""
+        return int(self.scores.shape[1])
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """`(N,)`, the class of the highest score; of equal ones the first."""
+        return np.argmax(self.scores, axis=1)
+
+
+def vote(predictions: Predictions, voting: Voting = "soft") -> Predictions:
+    """Joins the patches of each slide; slides stand in the order of their first patch.
+
+    Args:
+        predictions: Of patches.
+        voting: `soft`: the mean of the scores, as published; `hard`: the share of the patches
+            predicted as a class, equal shares decided by the mean of the scores.
+
+    Raises:
+        ValueError: Another kind of voting.
+
+    Example:
+        >>> patches = Predictions([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9]], [0, 0, 0], ["a"] * 3)
+        >>> vote(patches).predicted.tolist(), vote(patches, "hard").predicted.tolist()
+        ([1], [0])
+    """
+    if voting not in ("soft", "hard"):
+        raise ValueError(f"voting is {voting!r}; expected 'soft' or 'hard'")
+    _, first, inverse = np.unique(predictions.slides, return_index=True, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(inverse))[:-1])
+    scores = np.stack([predictions.scores[group].mean(axis=0) for group in groups])
+    if voting == "hard":
+        votes = np.eye(predictions.num_classes)[predictions.predicted]
+        shares = np.stack([votes[group].mean(axis=0) for group in groups])
+        # Shares of n patches differ by at least 1/n; a score below 1 times half of that only
+        # decides between equal ones.
+        spread = max(1.0, float(np.abs(scores).max()))
+        scores = shares + scores / (4 * spread * len(predictions.labels))
+    by_appearance = np.argsort(first)
+    first = first[by_appearance]
+    return Predictions(scores[by_appearance], predictions.labels[first], predictions.slides[first])
+
+
+def compute_metrics(
+    patches: Predictions,
+    metrics: Sequence[str] = PUBLISHED_METRICS,
+    *,
+    voting: Voting = "soft",
+    num_resamples: int = 0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Computes scores of patches and of slides.
+
+    A class without a case has no score of its own and does not count in a mean. `mean_accuracy`
+    is what is also called balanced accuracy; `class_accuracy` gives it with `accuracy_0`, ... .
+
+    Args:
+        patches: What was predicted.
+        metrics: Of `PATCH_METRICS` and `SLIDE_METRICS`.
+        voting: How the patches of a slide become one prediction.
+        num_resamples: Of slides, for 95 % intervals `<name>_low` and `<name>_high` (percentile
+            bootstrap over slides, whose patches stay together); 0 for none.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: A metric of another name.
+    """
+    unknown = [name for name in metrics if name not in (*PATCH_METRICS, *SLIDE_METRICS)]
+    if unknown:
+        raise ValueError(
+            f"metric {unknown[0]!r} is not supported; expected some of "
+            f"{', '.join((*PATCH_METRICS, *SLIDE_METRICS))}"
+        )
+    results: dict[str, float] = {}
+    for prefix, wanted, cases in (
+        ("bag_", [m for m in metrics if m in SLIDE_METRICS], lambda: vote(patches, voting)),
+        ("", [m for m in metrics if m in PATCH_METRICS], lambda: patches),
+    ):
+        if wanted:
+            names = {name.replace("bag_", "") for name in wanted}
+            results |= _named(_point_scores(cases(), names), prefix)
+            if num_resamples:
+                results |= _named(_intervals(cases(), names, num_resamples, seed), prefix)
+    return results
+
+
+def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
+    """Counts pairs of true and predicted class, `(K, K)`, rows are true classes."""
+    from sklearn.metrics import confusion_matrix
+
+    classes = np.arange(predictions.num_classes)
+    counts: NDArray[np.int64] = confusion_matrix(
+        predictions.labels, predictions.predicted, labels=classes
+    )
+    return counts
+
+
+def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> Any:
+    """Draws a confusion matrix, counts over shades of the share of the true class.
+
+    Returns:
+        A matplotlib figure; `save_figure` writes it.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(2.5 + 1.2 * len(classes), 2.2 + 1.0 * len(classes)), dpi=120)
+    axes = figure.add_subplot()
+    display = ConfusionMatrixDisplay(shares, display_labels=[_wrap(name) for name in classes])
+    display.plot(ax=axes, cmap="Blues", im_kw={"vmin": 0, "vmax": 1}, include_values=False)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    axes.tick_params(axis="x", rotation=30)
+    axes.set(title=title)
+    figure.tight_layout()
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a matplotlib figure as PNG, whole or not at all."""
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def weighted_auroc(scores: Array, positive: Array, weights: Array) -> NDArray[np.float64]:
+    """Area under the ROC curve under many weightings at once; equal scores count one half.
+
+    Args:
+        scores: `(N,)`.
+        positive: `(N,)`, of bool.
+        weights: `(R, N)`, how often each case counts.
+
+    Returns:
+        `(R,)`; NaN where one side has no weight.
+    """
+    order = np.argsort(scores, kind="stable")
+    _, starts = np.unique(scores[order], return_index=True)
+    weights = weights[:, order]
+    positives = np.add.reduceat(weights * positive[order], starts, axis=1).astype(np.float64)
+    negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1).astype(np.float64)
+    below = np.cumsum(negatives, axis=1) - negatives
+    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+    wins = (positives * (below + negatives / 2)).sum(axis=1)
+    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def _named(scores: dict[str, float], prefix: str) -> dict[str, float]:
+    mean = f"mean_{prefix}accuracy"
+    return {
+        name.replace("mean_accuracy", mean) if name.startswith("mean_") else prefix + name: score
+        for name, score in scores.items()
+    }
+
+
+def _point_scores(cases: Predictions, names: set[str]) -> dict[str, float]:
+    from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+    correct = cases.predicted == cases.labels
+    results: dict[str, float] = {}
+    if "accuracy" in names:
+        results["accuracy"] = _percentage(correct)
+    if names & {"class_accuracy", "mean_accuracy"}:
+        present = np.unique(cases.labels)
+        by_class = {int(c): _percentage(correct[cases.labels == c]) for c in present}
+        results |= {f"accuracy_{c}": score for c, score in by_class.items()}
+        results["mean_accuracy"] = sum(by_class.values()) / len(by_class)
+    if "auroc" in names:
+        areas = [
+            roc_auc_score(cases.labels == c, cases.scores[:, c]) for c in _separable(cases.labels)
+        ]
+        results["auroc"] = float(np.mean(areas)) if areas else float("nan")
+    if "kappa" in names:
+        several = len(np.union1d(cases.labels, cases.predicted)) > 1
+        kappa = cohen_kappa_score(cases.labels, cases.predicted) if several else float("nan")
+        results["kappa"] = float(kappa)
+    return results
+
+
+def _percentage(correct: Array) -> float:
+    # As published: the count times 100 / n, in float32.
+    return float(np.float32(correct.sum()) * np.float32(100.0 / len(correct)))
+
+
+def _separable(labels: Array) -> list[int]:
+    present = np.unique(labels)
+    return present.tolist() if len(present) > 1 else []
+
+
+def _intervals(
+    cases: Predictions, names: set[str], num_resamples: int, seed: int
+) -> dict[str, float]:
+    _, slide = np.unique(cases.slides, return_inverse=True)
+    num_slides = int(slide.max()) + 1
+    draws = np.random.default_rng(seed).multinomial(
+        num_slides, np.full(num_slides, 1 / num_slides), size=num_resamples
+    )
+    k = cases.num_classes
+    cells = (slide * k + cases.labels) * k + cases.predicted
+    by_slide = np.bincount(cells, minlength=num_slides * k * k).reshape(num_slides, k * k)
+    counts = (draws @ by_slide).reshape(num_resamples, k, k)
+    values: dict[str, Array] = {}
+    for name in sorted(names):
+        if name == "auroc":
+            values[name] = _resampled_auroc(cases, slide, draws)
+        else:
+            values |= _FROM_COUNTS[name](counts)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    results: dict[str, float] = {}
+    for name, drawn in values.items():
+        if np.isfinite(drawn).any():
+            low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+            results |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return results
+
+
+def _resampled_auroc(cases: Predictions, slide: Array, draws: Array) -> Array:
+    classes = _separable(cases.labels)
+    if not classes:
+        return np.full(len(draws), np.nan)
+    rows = max(1, _CHUNK // len(slide))
+    chunks = []
+    for start in range(0, len(draws), rows):
+        weights = draws[start : start + rows][:, slide]
+        areas = [weighted_auroc(cases.scores[:, c], cases.labels == c, weights) for c in classes]
+        chunks.append(np.nanmean(areas, axis=0))
+    return np.concatenate(chunks)
+
+
+def _share(part: ArrayLike, whole: ArrayLike) -> Array:
+    part, whole = np.asarray(part, float), np.asarray(whole, float)
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def _drawn_accuracy(counts: Array) -> dict[str, Array]:
+    hits = np.trace(counts, axis1=1, axis2=2)
+    return {"accuracy": 100 * _share(hits, counts.sum(axis=(1, 2)))}
+
+
+def _drawn_class_accuracy(counts: Array) -> dict[str, Array]:
+    recall = 100 * _share(np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2))
+    present = np.isfinite(recall)
+    mean = np.where(present, recall, 0).sum(axis=1) / present.sum(axis=1)
+    return {f"accuracy_{c}": recall[:, c] for c in range(recall.shape[1])} | {"mean_accuracy": mean}
+
+
+def _drawn_kappa(counts: Array) -> dict[str, Array]:
+    # Cohen 1960, doi:10.1177/001316446002000104: agreement beyond that of the margins.
+    total = counts.sum(axis=(1, 2))
+    observed = np.trace(counts, axis1=1, axis2=2) / total
+    expected = (counts.sum(axis=1) * counts.sum(axis=2)).sum(axis=1) / total.astype(float) ** 2
+    return {"kappa": _share(observed - expected, 1 - expected)}
+
+
+_FROM_COUNTS: dict[str, Callable[[Array], dict[str, Array]]] = {
+    "accuracy": _drawn_accuracy,
+    "class_accuracy": _drawn_class_accuracy,
+    "mean_accuracy": _drawn_class_accuracy,
+    "kappa": _drawn_kappa,
+}
+
+
+def _wrap(name: str) -> str:
+    from textwrap import fill
+
+    return fill(name, 18)

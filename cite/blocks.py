@@ -1,0 +1,207 @@
+"""One block of a pre-norm vision transformer, whichever library its modules come from.
+
+Shapes: B images, T tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Projection(Protocol):
+    """Gives queries, keys and values of tokens; queries for the first tokens alone if asked."""
+
+    def __call__(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
+        """Maps `(B, T, D)` to queries `(B, num_queries or T, D)`, keys and values `(B, T, D)`."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Queries, keys and values from one linear layer of 3 * D outputs.
+
+    Attributes:
+        qkv: The layer; LoRA may stand around it.
+    """
+
+    qkv: nn.Module
+
+    def __call__(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
+        """See `Projection`."""
+        if num_queries is None or type(self.qkv) is not nn.Linear:
+            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+            return query[:, :num_queries], key, value
+        weight, bias = self.qkv.weight, self.qkv.bias
+        width = len(weight) // 3
+        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.linear(hidden_states[:, :num_queries], weight[:width], bias_q)
+        return query, *F.linear(hidden_states, weight[width:], bias_kv).chunk(2, dim=-1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Queries, keys and values from three layers.
+
+    Attributes:
+        query: D to D.
+        key: D to D.
+        value: D to D.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
+    def __call__(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
+        """See `Projection`."""
+        queries = self.query(hidden_states[:, :num_queries])
+        return queries, self.key(hidden_states), self.value(hidden_states)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of a block: x + scale1(attention(norm1 x)), then x + scale2(mlp(norm2 x)).
+
+    Attributes:
+        norm1: Before the attention.
+        project: To queries, keys and values.
+        num_heads: H.
+        out: After the attention, D to D.
+        norm2: Before the MLP.
+        mlp: D to D.
+        scale1: Of the attention's branch (LayerScale).
+        scale2: Of the MLP's branch.
+        norm_query: Of the queries, head by head.
+        norm_key: Of the keys, head by head.
+        norm_context: Of the attended values.
+    """
+
+    norm1: nn.Module
+    project: Projection
+    num_heads: int
+    out: nn.Module
+    norm2: nn.Module
+    mlp: Callable[[Tensor], Tensor]
+    scale1: nn.Module | None = None
+    scale2: nn.Module | None = None
+    norm_query: nn.Module | None = None
+    norm_key: nn.Module | None = None
+    norm_context: nn.Module | None = None
+
+    def __call__(self, hidden_states: Tensor, num_queries: int | None = None) -> Tensor:
+        """Runs the block.
+
+        Args:
+            hidden_states: `(B, T, D)`.
+            num_queries: Compute the first tokens alone; the others still serve as keys and values.
+
+        Returns:
+            `(B, num_queries or T, D)`, in the type of `hidden_states`.
+        """
+        attended = self._attend(normalise(self.norm1, hidden_states), num_queries)
+        hidden_states = _add(hidden_states[:, :num_queries], attended, self.scale1)
+        return _add(hidden_states, self.mlp(normalise(self.norm2, hidden_states)), self.scale2)
+
+    def _attend(self, hidden_states: Tensor, num_queries: int | None) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.project(hidden_states, num_queries)
+        )
+        if self.norm_query is not None:
+            query = normalise(self.norm_query, query)
+        if self.norm_key is not None:
+            key = normalise(self.norm_key, key)
+        context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        if self.norm_context is not None:
+            context = normalise(self.norm_context, context)
+        return self.out(context)
+
+
+def _add(hidden_states: Tensor, branch: Tensor, scale: nn.Module | None) -> Tensor:
+    if scale is not None:
+        branch = scale(branch)
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return hidden_states + branch
+    return hidden_states + branch.to(hidden_states.dtype)
+
+
+def normalise(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Applies a norm whose parameters may be wider than the activations.
+
+    It is computed in the parameters' type, fp32, and given back in the activations'.
+    """
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dtype == hidden_states.dtype:
+        return norm(hidden_states)
+    return norm(hidden_states.to(weight.dtype)).to(hidden_states.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU (github.com/openai/CLIP)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Keeps one tensor for the backward pass where the written formula keeps two."""
+        return _QuickGELU.apply(hidden_states)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702; its derivative is silu'(1.702 x)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor) -> Tensor:
+        scaled = hidden_states * 1.702
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0], scaled)
+
+
+class PackedAttention(nn.Module):
+    """`torch.nn.MultiheadAttention`'s weights as two linear layers, which LoRA can wrap.
+
+    Names in state dicts stay `in_proj_weight`, `in_proj_bias`, `out_proj.*`.
+
+    Args:
+        attention: Self-attention with one packed projection.
+
+    Raises:
+        ValueError: Its queries, keys and values have different widths.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if attention.in_proj_weight is None:
+            raise ValueError("attention: queries, keys and values of one width expected")
+        self.num_heads = attention.num_heads
+        width = attention.embed_dim
+        self.qkv = nn.Linear(width, 3 * width, device="meta")
+        self.qkv.weight, self.qkv.bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = nn.Linear(width, width, device="meta")
+        self.out_proj.weight = attention.out_proj.weight
+        self.out_proj.bias = attention.out_proj.bias
+        self.register_load_state_dict_pre_hook(_to_linear_names)
+        self.register_state_dict_post_hook(_to_published_names)
+
+
+def _to_linear_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object
+) -> None:
+    for part in ("weight", "bias"):
+        if f"{prefix}in_proj_{part}" in state_dict:
+            state_dict[f"{prefix}qkv.{part}"] = state_dict.pop(f"{prefix}in_proj_{part}")
+
+
+def _to_published_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object
+) -> None:
+    for part in ("weight", "bias"):
+        if f"{prefix}qkv.{part}" in state_dict:
+            state_dict[f"{prefix}in_proj_{part}"] = state_dict.pop(f"{prefix}qkv.{part}")

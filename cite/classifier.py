@@ -1,0 +1,192 @@
+"""An adapted classifier that runs on torch alone: one safetensors file and its description."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cite.checkpoints import load_strict, read_state_dict, write_state_dict
+from cite.encoders import build_encoder
+from cite.files import read_json, write_json
+from cite.preprocessing import Preprocessing
+from cite.projection import Projection
+from cite.prompted import PromptedEncoder
+from cite.text_scores import TextScores
+
+WEIGHTS_NAME = "classifier.safetensors"
+CONFIG_NAME = "classifier.json"
+FORMAT = 1
+
+Picture = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
+
+
+class LinearScores(nn.Module):
+    """A linear layer to the classes, under the hosts' names.
+
+    Args:
+        in_features: Width of the features.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_features, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps `(batch, in_features)` to scores `(batch, num_classes)`."""
+        return self.fc(features)
+
+
+class Classifier(nn.Module):
+    """Encoder, neck, head and preprocessing of an adapted classifier.
+
+    Args:
+        backbone: The encoder; LoRA merged.
+        neck: Between encoder and texts, if there is one.
+        head: To scores.
+        preprocessing: From an image to the encoder's input.
+        classes: Names in the order of the labels.
+        provenance: Where it comes from, as JSON values.
+
+    Raises:
+        ValueError: The number of names is not that of the scores.
+    """
+
+    def __init__(
+        self,
+        backbone: PromptedEncoder,
+        neck: Projection | None,
+        head: TextScores | LinearScores,
+        preprocessing: Preprocessing,
+        classes: Sequence[str],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        number = len(head.classes) if isinstance(head, TextScores) else head.fc.out_features
+        if number != len(classes):
+            raise ValueError(f"{len(classes)} names of classes, but the head scores {number}")
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.preprocessing = preprocessing
+        self.classes = tuple(classes)
+        self.provenance = dict(provenance or {})
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Maps preprocessed images `(batch, 3, size, size)` to scores `(batch, num_classes)`."""
+        features = self.backbone(pixel_values)
+        return self.head(features if self.neck is None else self.neck(features))
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Picture], batch_size: int = 32) -> Tensor:
+        """Returns the probabilities of images.
+
+        Args:
+            images: PIL images, RGB pixels `(height, width, 3)` uint8, or paths.
+            batch_size: Images at a time.
+
+        Returns:
+            `(num_images, num_classes)`, on the CPU.
+
+        Raises:
+            ValueError: A file that is no image.
+        """
+        self.eval()
+        device = next(self.parameters()).device
+        rest = iter(images)
+        rows = [torch.empty(0, len(self.classes))]
+        while batch := list(islice(rest, batch_size)):
+            pixels = torch.stack([self.preprocessing(_open(image)) for image in batch])
+            rows.append(self(pixels.to(device)).softmax(dim=1).float().cpu())
+        return torch.cat(rows)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `classifier.safetensors` and, last, `classifier.json`."""
+        folder = Path(folder)
+        with self.backbone.whole_state_dict():
+            state_dict = self.state_dict()
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        write_state_dict(folder / WEIGHTS_NAME, state_dict)
+        write_json(folder / CONFIG_NAME, self._describe())
+
+    def _describe(self) -> dict[str, Any]:
+        prompts, head = self.backbone.prompts, self.head
+        is_text = isinstance(head, TextScores)
+        return {
+            "format": FORMAT,
+            "classes": self.classes,
+            "preprocessing": self.preprocessing.to_json(),
+            "encoder": self.backbone.encoder.spec,
+            "precision": self.backbone.precision,
+            "prompts": None if prompts is None else asdict(prompts.spec),
+            "neck": None if self.neck is None else self.neck.spec,
+            "head": {"kind": "text", **head.spec} if is_text else {"kind": "linear"},  # type: ignore[dict-item]
+            "provenance": self.provenance,
+        }
+
+
+def load_classifier(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> Classifier:
+    """Loads what `Classifier.save` wrote; needs neither MMEngine nor the hosts.
+
+    Args:
+        folder: Holds `classifier.safetensors` and `classifier.json`.
+        device: Where it runs.
+
+    Raises:
+        FileNotFoundError: No such files.
+        ValueError: Another format, or weights that do not fit the description.
+
+    Example:
+        >>> classifier = load_classifier("exported")  # doctest: +SKIP
+        >>> classifier.predict(["patch.jpg"])  # doctest: +SKIP
+        tensor([[0.9, 0.1]])
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_NAME, what="classifier")
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: format {config.get('format')!r}, {FORMAT} expected; export "
+            "the classifier again with this version"
+        )
+    prompts = config["prompts"] or {}
+    names = {"length": "prompt_length", "layers": "prompt_layers", "position": "prompt_pos"}
+    backbone = PromptedEncoder(
+        build_encoder(**config["encoder"]),
+        **{argument: prompts[name] for name, argument in names.items() if name in prompts},
+        prompt_init="zero",
+        precision=config["precision"],
+    )
+    neck = Projection(**config["neck"]) if config["neck"] else None
+    width = backbone.embed_dim if neck is None else neck.out_features
+    head: TextScores | LinearScores
+    if config["head"]["kind"] == "text":
+        head = TextScores.from_spec(config["head"])
+    else:
+        head = LinearScores(width, len(config["classes"]))
+    preprocessing = Preprocessing.from_json(config["preprocessing"])
+    provenance = config.get("provenance")
+    model = Classifier(backbone, neck, head, preprocessing, config["classes"], provenance)
+    weights = folder / WEIGHTS_NAME
+    load_strict(model, read_state_dict(weights), what=CONFIG_NAME, source=str(weights))
+    return model.eval().to(device)
+
+
+def _open(image: Picture) -> Image.Image | np.ndarray[Any, Any]:
+    if isinstance(image, (Image.Image, np.ndarray)):
+        return image
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{image}: cannot be read as an image: {error}") from error

@@ -1,0 +1,309 @@
+"""One model's weights under the names of several libraries.
+
+A table lists pairs of names and is read both ways. `{}` stands for the number of a block, a final
+`*` for `weight` or `bias`. Queries, keys and values are one tensor in some libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ConversionError(ValueError):
+    """Weights that are not those of the format they were said to have."""
+
+
+class Fused(NamedTuple):
+    """A tensor whose rows are three tensors in the other library."""
+
+    left: str
+    right: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Names of the same tensors in two libraries.
+
+    Attributes:
+        left: The first library, for errors.
+        right: The second library.
+        pairs: Left and right names.
+        fused: Left names and the three right names.
+        transposed: Left names whose tensor is the transpose of the right one.
+        unused_left: Patterns of left names that the right library has no place for.
+        unused_right: Patterns of right names that the left library has no place for.
+    """
+
+    left: str
+    right: str
+    pairs: tuple[tuple[str, str], ...]
+    fused: tuple[Fused, ...] = ()
+    transposed: frozenset[str] = frozenset()
+    unused_left: tuple[str, ...] = ()
+    unused_right: tuple[str, ...] = ()
+
+    def to_right(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Converts from the left library's names.
+
+        Raises:
+            ConversionError: A name is not in the table.
+        """
+        converted: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            for fused in self.fused:
+                if (found := _match(fused.left, name)) is not None:
+                    for target, part in zip(fused.right, tensor.chunk(3), strict=True):
+                        converted[_fill(target, found)] = part.clone()
+                    break
+            else:
+                other = _find(name, self.pairs, 0)
+                if other is not None:
+                    turn = name in self.transposed
+                    converted[other] = tensor.t().contiguous() if turn else tensor
+                elif not _is_unused(name, self.unused_left):
+                    raise self._unknown(name, self.left, state_dict)
+        return converted
+
+    def to_left(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Converts from the right library's names.
+
+        Raises:
+            ConversionError: A name is not in the table, or a part of a fused tensor is missing.
+        """
+        converted: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            for fused in self.fused:
+                matches = [_match(part, name) for part in fused.right]
+                found = next((match for match in matches if match is not None), None)
+                if found is not None:
+                    names = [_fill(part, found) for part in fused.right]
+                    if missing := [part for part in names if part not in state_dict]:
+                        raise ConversionError(f"{self.right}: {name} is there, {missing} are not")
+                    converted[_fill(fused.left, found)] = torch.cat([state_dict[n] for n in names])
+                    break
+            else:
+                target = _find(name, self.pairs, 1)
+                if target is not None:
+                    turn = target in self.transposed
+                    converted[target] = tensor.t().contiguous() if turn else tensor
+                elif not _is_unused(name, self.unused_right):
+                    raise self._unknown(name, self.right, state_dict)
+        return converted
+
+    def _unknown(self, name: str, library: str, state_dict: Mapping[str, Tensor]) -> Exception:
+        return ConversionError(
+            f"{name}: not a name of {library}, as the weights were said to be (the first of "
+            f"{len(state_dict)} names is {next(iter(state_dict))})"
+        )
+
+
+def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+    expression = re.escape(pattern).replace(r"\{\}", r"(\d+)").replace(r"\*", "(weight|bias)")
+    found = re.fullmatch(expression, name)
+    return found.groups() if found else None
+
+
+def _fill(pattern: str, found: tuple[str, ...]) -> str:
+    for value in found:
+        pattern = re.sub(r"\{\}|\*", value, pattern, count=1)
+    return pattern
+
+
+def _find(name: str, pairs: tuple[tuple[str, str], ...], side: int) -> str | None:
+    for pair in pairs:
+        found = _match(pair[side], name)
+        if found is not None:
+            return _fill(pair[1 - side], found)
+    return None
+
+
+def _is_unused(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+_HF_CLIP = "vision_model.encoder.layers.{}."
+CLIP_HF = NameTable(
+    left="OpenAI's CLIP",
+    right="Hugging Face's CLIP",
+    pairs=(
+        ("class_embedding", "vision_model.embeddings.class_embedding"),
+        ("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+        ("ln_pre.*", "vision_model.pre_layrnorm.*"),
+        ("ln_post.*", "vision_model.post_layernorm.*"),
+        ("ln_post.*", "vision_model.post_layrnorm.*"),  # as PA-LLaVA's PLIP calls it
+        ("proj", "visual_projection.weight"),
+        ("transformer.resblocks.{}.ln_1.*", f"{_HF_CLIP}layer_norm1.*"),
+        ("transformer.resblocks.{}.ln_2.*", f"{_HF_CLIP}layer_norm2.*"),
+        ("transformer.resblocks.{}.attn.out_proj.*", f"{_HF_CLIP}self_attn.out_proj.*"),
+        ("transformer.resblocks.{}.mlp.c_fc.*", f"{_HF_CLIP}mlp.fc1.*"),
+        ("transformer.resblocks.{}.mlp.c_proj.*", f"{_HF_CLIP}mlp.fc2.*"),
+    ),
+    fused=tuple(
+        Fused(
+            f"transformer.resblocks.{{}}.attn.in_proj_{part}",
+            (
+                f"{_HF_CLIP}self_attn.q_proj.{part}",
+                f"{_HF_CLIP}self_attn.k_proj.{part}",
+                f"{_HF_CLIP}self_attn.v_proj.{part}",
+            ),
+        )
+        for part in ("weight", "bias")
+    ),
+    transposed=frozenset({"proj"}),
+    unused_right=(
+        r".*\.position_ids",
+        r"(text_model|text_projection)\..*",
+        r"logit_(scale|bias)",
+    ),
+)
+
+MM_TIMM = NameTable(
+    left="MMPreTrain's ViT",
+    right="timm's ViT",
+    pairs=(
+        ("cls_token", "cls_token"),
+        ("pos_embed", "pos_embed"),
+        ("patch_embed.projection.*", "patch_embed.proj.*"),
+        ("pre_norm.*", "norm_pre.*"),
+        ("layers.{}.ln1.*", "blocks.{}.norm1.*"),
+        ("layers.{}.ln2.*", "blocks.{}.norm2.*"),
+        ("layers.{}.attn.qkv.*", "blocks.{}.attn.qkv.*"),
+        ("layers.{}.attn.proj.*", "blocks.{}.attn.proj.*"),
+        ("layers.{}.ffn.layers.0.0.*", "blocks.{}.mlp.fc1.*"),
+        ("layers.{}.ffn.layers.1.*", "blocks.{}.mlp.fc2.*"),
+        ("ln1.*", "norm.*"),
+    ),
+    unused_left=(r"head\..*",),
+    unused_right=(r"(head|fc_norm|predictor)\..*",),
+)
+
+_HF_LAYER = "encoder.layer.{}."
+_HF_SHARED = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
+    ("blocks.{}.attn.proj.*", f"{_HF_LAYER}attention.output.dense.*"),
+    ("norm.*", "layernorm.*"),
+)
+_HF_FUSED = tuple(
+    Fused(
+        f"blocks.{{}}.attn.qkv.{part}",
+        (
+            f"{_HF_LAYER}attention.attention.query.{part}",
+            f"{_HF_LAYER}attention.attention.key.{part}",
+            f"{_HF_LAYER}attention.attention.value.{part}",
+        ),
+    )
+    for part in ("weight", "bias")
+)
+TIMM_HF_VIT = NameTable(
+    left="timm's ViT",
+    right="Hugging Face's ViT",
+    pairs=(
+        *_HF_SHARED,
+        ("blocks.{}.norm1.*", f"{_HF_LAYER}layernorm_before.*"),
+        ("blocks.{}.norm2.*", f"{_HF_LAYER}layernorm_after.*"),
+        ("blocks.{}.mlp.fc1.*", f"{_HF_LAYER}intermediate.dense.*"),
+        ("blocks.{}.mlp.fc2.*", f"{_HF_LAYER}output.dense.*"),
+    ),
+    fused=_HF_FUSED,
+    unused_left=(r"head\..*",),
+    unused_right=(r"(pooler|classifier)\..*", r"embeddings\.mask_token"),
+)
+TIMM_HF_DINOV2 = NameTable(
+    left="timm's DINOv2",
+    right="Hugging Face's DINOv2",
+    pairs=(
+        *_HF_SHARED,
+        ("blocks.{}.norm1.*", f"{_HF_LAYER}norm1.*"),
+        ("blocks.{}.norm2.*", f"{_HF_LAYER}norm2.*"),
+        ("blocks.{}.ls1.gamma", f"{_HF_LAYER}layer_scale1.lambda1"),
+        ("blocks.{}.ls2.gamma", f"{_HF_LAYER}layer_scale2.lambda1"),
+        ("blocks.{}.mlp.fc1.*", f"{_HF_LAYER}mlp.fc1.*"),
+        ("blocks.{}.mlp.fc2.*", f"{_HF_LAYER}mlp.fc2.*"),
+    ),
+    fused=_HF_FUSED,
+    unused_left=(r"head\..*", "mask_token"),
+    unused_right=(r"classifier\..*", r"embeddings\.mask_token"),
+)
+
+
+def moco_v3_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes the encoder that MoCo v3 trained, in the names of timm.
+
+    Chen et al. 2021 (https://arxiv.org/abs/2104.02057): the base encoder, not the momentum one.
+
+    Raises:
+        ConversionError: There is no `base_encoder`.
+    """
+    encoder: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("module.")
+        if name.startswith("base_encoder.") and not name.startswith("base_encoder.head."):
+            encoder[name.removeprefix("base_encoder.")] = tensor
+    if not encoder:
+        raise ConversionError("MoCo v3: names that begin with module.base_encoder. expected")
+    return encoder
+
+
+def clip_vision_from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes the image tower of a Hugging Face CLIP, in OpenAI's names without `visual.`."""
+    return CLIP_HF.to_left(state_dict)
+
+
+def clip_vision_to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the image tower of CLIP Hugging Face's names; `visual.` may stand before a name."""
+    prefixed = {k: v for k, v in state_dict.items() if k.startswith("visual.")}
+    names = {k.removeprefix("visual."): v for k, v in prefixed.items()} or state_dict
+    return CLIP_HF.to_right(names)
+
+
+Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+_TO_TIMM: dict[str, Convert] = {
+    "timm": dict,
+    "moco-v3": moco_v3_to_timm,
+    "mm": MM_TIMM.to_right,
+    "hf-vit": TIMM_HF_VIT.to_left,
+    "hf-dinov2": TIMM_HF_DINOV2.to_left,
+}
+_FROM_TIMM: dict[str, Convert] = {
+    "timm": dict,
+    "mm": MM_TIMM.to_left,
+    "hf-vit": TIMM_HF_VIT.to_right,
+    "hf-dinov2": TIMM_HF_DINOV2.to_right,
+}
+_CLIP: dict[tuple[str, str], Convert] = {
+    ("clip", "hf-clip"): clip_vision_to_hf,
+    ("hf-clip", "clip"): clip_vision_from_hf,
+}
+SOURCES = (*_TO_TIMM, "clip", "hf-clip")
+TARGETS = (*_FROM_TIMM, "clip", "hf-clip")
+
+
+def convert(state_dict: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    """Converts the weights of an image encoder.
+
+    Args:
+        state_dict: The weights.
+        source: Their format, one of `SOURCES`.
+        target: The format wanted, one of `TARGETS`.
+
+    Raises:
+        ConversionError: No such conversion, or a name that the source format does not have.
+    """
+    if (source, target) in _CLIP:
+        return _CLIP[source, target](state_dict)
+    if source in _TO_TIMM and target in _FROM_TIMM and source != target:
+        return _FROM_TIMM[target](_TO_TIMM[source](state_dict))
+    raise ConversionError(
+        f"no conversion from {source!r} to {target!r}; ViTs: from {sorted(_TO_TIMM)} to "
+        f"{sorted(_FROM_TIMM)}; CLIP: between 'clip' and 'hf-clip'"
+    )

@@ -1,0 +1,139 @@
+"""Features of many images in one file, made in parts so that a killed run continues.
+
+Shapes: N images, E features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cite.files import atomic_file, read_json, write_json
+
+_KEY = "cite"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features by image.
+
+    Attributes:
+        names: Names of the images, relative to their folder.
+        features: `(N, E)`.
+        labels: `(N,)`; -1 where there is none.
+        header: Where they come from, as JSON values; `skipped` lists images that could not be read.
+        source: The file, for errors.
+    """
+
+    names: tuple[str, ...]
+    features: Tensor
+    labels: Tensor
+    header: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "features"
+
+    def rows(self) -> dict[str, int]:
+        """Returns the row of each name."""
+        return {name: row for row, name in enumerate(self.names)}
+
+
+class FeatureWriter:
+    """Writes batches of features to parts in `OUT.partial`, and joins them at the end.
+
+    Args:
+        out: The safetensors file to write.
+        header: What the features are made from, as JSON values; parts of an earlier run from
+            something else are dropped.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
+        self.header = json.loads(json.dumps(header))
+        self.parts: list[dict[str, Any]] = []
+        state = self.folder / "state.json"
+        if state.is_file() and read_json(state, what="state") == self.header:
+            while (part := self._path(len(self.parts), "json")).is_file():
+                self.parts.append(read_json(part, what="part"))
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(state, self.header)
+
+    @property
+    def num_done(self) -> int:
+        """Images that earlier runs have dealt with, in their order."""
+        return sum(len(part["names"]) + len(part["skipped"]) for part in self.parts)
+
+    def write_part(
+        self, names: Iterable[str], features: Tensor, labels: Tensor, skipped: Iterable[str] = ()
+    ) -> None:
+        """Writes the next images of the dataset; `skipped` are those that could not be read."""
+        from safetensors.torch import save_file
+
+        number = len(self.parts)
+        with atomic_file(self._path(number, "safetensors")) as partial:
+            save_file({"features": features.cpu().contiguous(), "labels": labels}, partial)
+        part = {"names": list(names), "skipped": list(skipped)}
+        write_json(self._path(number, "json"), part)
+        self.parts.append(part)
+
+    def finish(self) -> list[str]:
+        """Joins the parts into the file and removes them.
+
+        Returns:
+            What was left out, with the reason.
+
+        Raises:
+            ValueError: Not one image could be read.
+        """
+        from safetensors.torch import load_file, save_file
+
+        names = [name for part in self.parts for name in part["names"]]
+        skipped = [line for part in self.parts for line in part["skipped"]]
+        if not names:
+            shutil.rmtree(self.folder)
+            raise ValueError(
+                f"{self.out}: no image could be read: {(skipped or ['none given'])[0]}"
+            )
+        parts = [load_file(self._path(i, "safetensors")) for i in range(len(self.parts))]
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in ("features", "labels")}
+        header = {**self.header, "names": names, "skipped": skipped}
+        with atomic_file(self.out) as partial:
+            save_file(tensors, partial, metadata={_KEY: json.dumps(header, ensure_ascii=False)})
+        shutil.rmtree(self.folder)
+        return skipped
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"{number:06d}.{suffix}"
+
+
+def read_features(path: str | os.PathLike[str]) -> Features:
+    """Reads a file of `FeatureWriter`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"features {path}: no such file; tools/extract_features.py makes it"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            features, labels = file.get_tensor("features"), file.get_tensor("labels")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"features {path}: not of tools/extract_features.py ({error})") from error
+    names = tuple(header.pop("names"))
+    return Features(names, features, labels, header, str(path))

@@ -1,0 +1,15 @@
+"""CITE for MMPreTrain and MMClassification: `custom_imports = dict(imports=["cite.mm"])`.
+
+Everything stands in MMEngine's root registries, where both hosts find it.
+"""
+
+from __future__ import annotations
+
+from cite.mm import backbones as backbones
+from cite.mm import datasets as datasets
+from cite.mm import features as features
+from cite.mm import heads as heads
+from cite.mm import hooks as hooks
+from cite.mm import metrics as metrics
+from cite.mm import samplers as samplers
+from cite.mm import transforms as transforms

@@ -1,0 +1,255 @@
+"""Patches named by an annotation file, `filename label` a line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+
+from cite.splits import slide_id
+
+GASTRIC_CLASSES = (
+    "Well differentiated tubular adenocarcinoma",
+    "Moderately differentiated tubular adenocarcinoma",
+    "Poorly differentiated adenocarcinoma",
+)
+"""Classes of the published task, in the order of their labels; also its texts."""
+
+
+@DATASETS.register_module()
+class PatchDataset(BaseDataset):
+    """Patches with labels, from an annotation file of lines `filename label`.
+
+    A file name may hold spaces and folders; the label is what follows the last space. Every sample
+    is a dict of `img_path`, `gt_label`, `slide` (if there are slides), `ann_file` and `ann_line`.
+
+    Args:
+        ann_file: The annotation file, relative to `data_root`.
+        classes: Names of the classes, in the order of their labels.
+        data_root: Folder that the other paths are relative to.
+        data_prefix: Folder of the patches, as `dict(img_path=...)` or text.
+        slide_pattern: Regular expression whose first group is the slide id in a file name; `_` for
+            the published rule, the name up to the first `_`; None for patches without slides.
+        every_class: Refuse a file in which a class has no patch; by default except when testing.
+        max_missing: Share of the images that may be missing. They are left out and recorded in
+            `missing`, and `MissingPatchesHook` says so; by default none may.
+        **kwargs: As for MMEngine's `BaseDataset`.
+
+    Raises:
+        FileNotFoundError: No annotation file, no folder of patches, or too many missing images.
+        ValueError: A line that cannot be read, with file and line.
+    """
+
+    METAINFO: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        ann_file: str,
+        classes: Sequence[str] | None = None,
+        data_root: str = "",
+        data_prefix: str | dict[str, str] = "",
+        slide_pattern: str | None = "_",
+        every_class: bool | None = None,
+        max_missing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(data_prefix, str):
+            data_prefix = {"img_path": data_prefix}
+        metainfo = dict(kwargs.pop("metainfo", None) or {})
+        if classes is not None:
+            metainfo["classes"] = tuple(classes)
+        if not {**self.METAINFO, **metainfo}.get("classes"):
+            raise ValueError(
+                f"{type(self).__name__} of {ann_file}: no classes; name them in the order of their "
+                "labels, as classes=['normal', 'tumour']"
+            )
+        self.slide_pattern = slide_pattern
+        self.every_class = not kwargs.get("test_mode") if every_class is None else every_class
+        self.max_missing = max_missing
+        self.missing: list[str] = []
+        super().__init__(
+            ann_file=ann_file,
+            metainfo=metainfo,
+            data_root=data_root,
+            data_prefix=data_prefix,
+            **kwargs,
+        )
+
+    @property
+    def CLASSES(self) -> tuple[str, ...]:
+        """Names of the classes, where MMClassification 1.0.0rc looks for them."""
+        return tuple(self.metainfo["classes"])
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Reads and checks the annotation file."""
+        samples = []
+        seen: dict[str, dict[str, Any]] = {}
+        for number, line in _read_lines(self.ann_file):
+            sample = self._parse_line(line, number)
+            slide = sample.get("slide")
+            first = seen.setdefault(slide, sample) if slide is not None else sample
+            if first["gt_label"] != sample["gt_label"]:
+                raise ValueError(
+                    f"{self.ann_file}:{number}: slide {slide} has label {sample['gt_label']} here "
+                    f"and {first['gt_label']} in line {first['ann_line']}"
+                )
+            samples.append(sample)
+        if not samples:
+            raise ValueError(f"{self.ann_file}: no lines; expected `filename label` in each")
+        samples = self._without_missing(samples)
+        self._check_classes(samples)
+        return samples
+
+    def prepare_data(self, idx: int) -> Any:
+        """Runs the pipeline on a sample, with the number of its draw if a sampler gave one."""
+        sample = self.get_data_info(idx)
+        sample["draw"] = getattr(idx, "number", None)
+        return self.pipeline(sample)
+
+    def __getitem__(self, idx: int) -> Any:
+        # MMEngine's own draws another sample where a pipeline gives None; ours raise instead.
+        if not self._fully_initialized:
+            self.full_init()
+        return self.prepare_data(idx)
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """Returns a sample's dict; negative indices count from the end."""
+        info: dict[str, Any] = super().get_data_info(int(idx))
+        return info
+
+    def get_gt_labels(self) -> list[int]:
+        """Returns the label of every patch."""
+        return [int(self.get_data_info(i)["gt_label"]) for i in range(len(self))]
+
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """Returns the label of one patch, for MMEngine's `ClassBalancedDataset`."""
+        return [int(self.get_data_info(idx)["gt_label"])]
+
+    def _parse_line(self, line: str, number: int) -> dict[str, Any]:
+        place = f"{self.ann_file}:{number}"
+        name, _, label = line.rpartition(" ")
+        name = name.strip()
+        if not name or not re.fullmatch(r"\d+", label):
+            raise ValueError(f"{place}: {line!r} found; expected `filename label`")
+        num_classes = len(self.metainfo["classes"])
+        if int(label) >= num_classes:
+            raise ValueError(
+                f"{place}: label {label} of {name}; expected 0 to {num_classes - 1}, for the "
+                f"classes {', '.join(self.metainfo['classes'])}"
+            )
+        prefix = self.data_prefix["img_path"]
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ValueError(f"{place}: {name} leaves the folder of patches ({prefix})")
+        sample: dict[str, Any] = {
+            "img_path": os.path.join(prefix, name),
+            "gt_label": int(label),
+            "ann_file": self.ann_file,
+            "ann_line": number,
+        }
+        if self.slide_pattern is not None:
+            sample["slide"] = self._find_slide(name, place)
+        return sample
+
+    def _find_slide(self, name: str, place: str) -> str:
+        if self.slide_pattern == "_":
+            try:
+                return slide_id(name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{place}: {error}. Patches without slides: slide_pattern=None"
+                ) from error
+        match = re.search(str(self.slide_pattern), name)
+        if match is None or not match.groups() or not match.group(1):
+            raise ValueError(
+                f"{place}: patch name {name!r} holds no slide id; expected a match of the pattern "
+                f"{self.slide_pattern!r} with the id in its first group"
+            )
+        return match.group(1)
+
+    def _without_missing(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        folder = self.data_prefix["img_path"] or "."
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"{folder}: no such folder of patches, for {self.ann_file}; check data_root and "
+                "data_prefix"
+            )
+        there = _Listing()
+        missing = [sample for sample in samples if sample["img_path"] not in there]
+        if not missing:
+            return samples
+        first = missing[0]
+        message = (
+            f"{first['ann_file']}:{first['ann_line']}: no image {first['img_path']}; "
+            f"{len(missing)} of {len(samples)} images are missing"
+        )
+        if len(missing) > self.max_missing * len(samples):
+            raise FileNotFoundError(
+                f"{message}. Unpack them, make the annotation file anew, or allow a share by "
+                "max_missing"
+            )
+        self.missing = [f"{s['ann_file']}:{s['ann_line']}: {s['img_path']}" for s in missing]
+        print_log(f"{message}: left out", logger="current", level=logging.WARNING)
+        gone = {id(sample) for sample in missing}
+        return [sample for sample in samples if id(sample) not in gone]
+
+    def _check_classes(self, samples: list[dict[str, Any]]) -> None:
+        if not self.every_class:
+            return
+        present = {sample["gt_label"] for sample in samples}
+        for label, name in enumerate(self.metainfo["classes"]):
+            if label not in present:
+                thing = "patch" if self.slide_pattern is None else "slide"
+                raise ValueError(
+                    f"{self.ann_file}: class {label} ({name}) has no {thing} among its "
+                    f"{len(samples)} lines; add one, or set every_class=False"
+                )
+
+
+@DATASETS.register_module()
+class PatchGastric(PatchDataset):
+    """The published task of three classes on PatchGastric: `tools/ann.py` writes its files.
+
+    The original's name, `PatchGastricCls3`, works too. Its balanced sampling is
+    `PatchBalancedSampler` and `SlideBalancedSampler` of the dataloader here.
+    """
+
+    METAINFO = {"classes": GASTRIC_CLASSES}
+
+
+DATASETS.register_module(name="PatchGastricCls3", module=PatchGastric)
+
+
+class _Listing:
+    """Which files exist; lists every folder once instead of asking for every file."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, set[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            exists = os.path.isdir(folder or ".")
+            self._folders[folder] = set(os.listdir(folder or ".")) if exists else set()
+        return name in self._folders[folder]
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, str]]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such annotation file; for PatchGastric `python tools/ann.py` makes it"
+        )
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: no UTF-8 text") from error
+            if line:
+                yield number, line

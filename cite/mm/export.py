@@ -1,0 +1,107 @@
+"""From a config and its checkpoint to a folder that runs without them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mmengine.config import Config
+
+from cite.classifier import Classifier, LinearScores
+from cite.files import sha256_of
+from cite.mm.feature_extraction import build_classifier
+from cite.preprocessing import Preprocessing
+from cite.projection import Projection
+from cite.prompted import PromptedEncoder, merge_lora
+from cite.text_scores import TextScores
+
+_WITHOUT_PIXELS = ("LoadPatch", "PackPatch", "PackClsInputs", "PackInputs")
+
+
+def export_classifier(
+    config: str | os.PathLike[str],
+    checkpoint: str,
+    out: str | os.PathLike[str],
+    cfg_options: dict[str, Any] | None = None,
+) -> Classifier:
+    """Writes `classifier.safetensors` and `classifier.json`; LoRA is merged.
+
+    Args:
+        config: Config whose model has a backbone of `cite.mm.backbones`.
+        checkpoint: Of that config.
+        out: The folder to write.
+        cfg_options: Changes of the config by dotted name.
+
+    Raises:
+        ValueError: Parts that cannot be exported, or another model's checkpoint.
+    """
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(cfg_options or {})
+    model = build_classifier(cfg, checkpoint)
+    if not isinstance(model.backbone, PromptedEncoder):
+        raise ValueError(
+            f"{config}: a backbone of cite.mm expected, found {type(model.backbone).__name__}; "
+            "export from the config whose encoder made the features"
+        )
+    if model.backbone.adapted:
+        merge_lora(model.backbone.encoder)
+    if not (model.neck is None or isinstance(model.neck, Projection)):
+        raise ValueError(f"{config}: ProjectionNeck expected, found {type(model.neck).__name__}")
+    head = _head_of(model.head, config)
+    classifier = Classifier(
+        model.backbone,
+        model.neck,
+        head,
+        read_preprocessing(cfg),
+        _class_names(cfg, head),
+        {"config": os.path.basename(os.fspath(config)), "checkpoint_sha256": sha256_of(checkpoint)},
+    )
+    classifier.save(out)
+    return classifier
+
+
+def read_preprocessing(cfg: Config) -> Preprocessing:
+    """Reads size and normalisation from a config's test pipeline and data preprocessor.
+
+    Raises:
+        ValueError: A step that is not known here.
+    """
+    resize: dict[str, Any] | None = None
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if step["type"] in ("ResizePatch", "PatchGastricPipeline"):
+            resize = {k: v for k, v in step.items() if k in ("size", "interpolation", "keep_ratio")}
+        elif step["type"] not in _WITHOUT_PIXELS:
+            raise ValueError(f"test pipeline: {step['type']} cannot be exported; use ResizePatch")
+    normalise = cfg.model.get("data_preprocessor") or {}
+    if resize is None or "mean" not in normalise or "std" not in normalise:
+        raise ValueError("a ResizePatch in the test pipeline, and mean and std expected")
+    if normalise.get("to_rgb"):
+        raise ValueError("data_preprocessor.to_rgb: False expected, since LoadPatch gives RGB")
+    mean, std = (tuple(map(float, normalise[key])) for key in ("mean", "std"))
+    return Preprocessing(**{"size": 224, **resize}, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+def _head_of(head: Any, config: str | os.PathLike[str]) -> TextScores | LinearScores:
+    if isinstance(head, TextScores):
+        return head
+    if type(head).__name__ != "LinearClsHead":
+        raise ValueError(
+            f"{config}: TextEmbeddingHead or LinearClsHead expected, found {type(head).__name__}"
+        )
+    linear = LinearScores(head.fc.in_features, head.fc.out_features)
+    linear.load_state_dict(head.state_dict())
+    return linear
+
+
+def _class_names(cfg: Config, head: TextScores | LinearScores) -> list[str]:
+    from mmengine.registry import DATASETS
+
+    settings = cfg.test_dataloader.dataset
+    names = settings.get("classes") or (settings.get("metainfo") or {}).get("classes")
+    if names is None:
+        names = getattr(DATASETS.get(settings.type), "METAINFO", {}).get("classes")
+    if names is None and isinstance(head, TextScores):
+        names = head.classes
+    if names is None:
+        raise ValueError("test_dataloader.dataset.classes: names of the classes expected")
+    return list(names)

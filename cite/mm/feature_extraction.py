@@ -1,0 +1,190 @@
+"""The backbone of a config, once over a dataset of that config."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cite.checkpoints import read_state_dict
+from cite.features import FeatureWriter
+from cite.files import sha256_of
+
+SPLITS = ("train", "val", "test")
+
+
+def extract_features(
+    config: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    checkpoint: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    part_size: int = 4096,
+    device: str | None = None,
+    cfg_options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Writes the features of every patch of a dataset, computed as in testing.
+
+    The images go through the config's test pipeline, whichever split they belong to.
+
+    Args:
+        config: Config with a backbone of `cite.mm.backbones`.
+        out: The safetensors file to write; a killed run continues in `OUT.partial`.
+        split: `train`, `val` or `test`.
+        checkpoint: Of a classifier, for a backbone that was adapted.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        part_size: Images after which the work so far is kept.
+        device: By default a GPU where there is one.
+        cfg_options: Changes of the config by dotted name.
+        progress: Show a progress bar.
+
+    Returns:
+        Images that could not be read, with the reason.
+
+    Raises:
+        ValueError: No such split in the config, or not one image could be read.
+    """
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(cfg_options or {})
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = build_dataset(cfg, split)
+    backbone, preprocessor = _build_model(cfg, checkpoint, device)
+    writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint))
+    rest = _Readable(dataset, writer.num_done)
+    loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)
+    bar = tqdm(total=len(dataset), initial=writer.num_done, disable=not progress, unit="img")
+    for batches in _in_parts(loader, part_size):
+        rows = [torch.empty(0, backbone.embed_dim)]
+        for batch in batches:
+            if good := [item for item in batch if "inputs" in item]:
+                rows.append(_encode(backbone, preprocessor, good))
+            bar.update(len(batch))
+        items = [item for batch in batches for item in batch]
+        _write(writer, items, torch.cat(rows))
+    bar.close()
+    return writer.finish()
+
+
+def build_dataset(cfg: Config, split: str) -> Any:
+    """Builds the dataset of a split with the test pipeline.
+
+    Raises:
+        ValueError: No such split in the config.
+    """
+    if split not in SPLITS or cfg.get(f"{split}_dataloader") is None:
+        raise ValueError(f"split {split!r}: one of {SPLITS} that the config has expected")
+    prepare_registries(cfg)
+    settings = copy.deepcopy(cfg[f"{split}_dataloader"].dataset)
+    settings.pipeline = cfg.test_dataloader.dataset.pipeline
+    return DATASETS.build(settings)
+
+
+def prepare_registries(cfg: Config) -> None:
+    """Imports the config's library and sets its scope, as its runner would."""
+    scope = cfg.get("default_scope", "mmcls")
+    importlib.import_module(f"{scope}.models")
+    importlib.import_module(f"{scope}.datasets")
+    init_default_scope(scope)
+
+
+def build_classifier(cfg: Config, checkpoint: str | None) -> Any:
+    """Builds a config's classifier and loads a checkpoint entirely.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        ValueError: It is one of another model.
+    """
+    prepare_registries(cfg)
+    model = MODELS.build(cfg.model)
+    if checkpoint is not None:
+        try:
+            load_state_dict(model, read_state_dict(checkpoint), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint}: not a checkpoint of this config: {error}") from error
+    return model.eval()
+
+
+class _Readable(Dataset):  # type: ignore[type-arg]
+    """Items from a dataset, from a place on; an error becomes its reason."""
+
+    def __init__(self, dataset: Any, start: int) -> None:
+        self.dataset, self.start = dataset, start
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.start
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        info = self.dataset.get_data_info(index + self.start)
+        prefix = self.dataset.data_prefix.get("img_path") or "."
+        name = os.path.relpath(info["img_path"], prefix)
+        try:
+            item = self.dataset[index + self.start]
+        except (OSError, ValueError) as error:
+            return {"reason": f"{name}: {error}"}
+        return {"name": name, "label": info.get("gt_label", -1), **item}
+
+
+def _keep(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return batch
+
+
+def _in_parts(loader: Any, part_size: int) -> Iterator[list[list[dict[str, Any]]]]:
+    part: list[list[dict[str, Any]]] = []
+    count = 0
+    for batch in loader:
+        part.append(batch)
+        count += len(batch)
+        if count >= part_size:
+            yield part
+            part, count = [], 0
+    if part:
+        yield part
+
+
+def _build_model(cfg: Config, checkpoint: str | None, device: str) -> tuple[Any, Any]:
+    model = build_classifier(cfg, checkpoint).to(device)
+    return model.backbone, model.data_preprocessor
+
+
+@torch.no_grad()
+def _encode(backbone: Any, preprocessor: Any, items: list[dict[str, Any]]) -> torch.Tensor:
+    batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
+    features = backbone(preprocessor(batch, False)["inputs"])
+    return features[-1].float().cpu()
+
+
+def _write(writer: FeatureWriter, items: list[dict[str, Any]], features: torch.Tensor) -> None:
+    good = [item for item in items if "inputs" in item]
+    labels = torch.tensor([item["label"] for item in good], dtype=torch.int64)
+    skipped = [item["reason"] for item in items if "reason" in item]
+    writer.write_part([item["name"] for item in good], features, labels, skipped)
+
+
+def _describe(cfg: Config, split: str, dataset: Any, checkpoint: str | None) -> dict[str, Any]:
+    return {
+        "split": split,
+        "classes": list(dataset.metainfo.get("classes", ())),
+        "backbone": _plain(cfg.model.backbone),
+        "preprocessing": _plain(cfg.model.get("data_preprocessor", {})),
+        "pipeline": _plain(cfg.test_dataloader.dataset.get("pipeline", [])),
+        "annotations": sha256_of(dataset.ann_file) if os.path.isfile(dataset.ann_file) else "",
+        "checkpoint": sha256_of(checkpoint) if checkpoint else "",
+    }
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

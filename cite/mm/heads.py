@@ -1,0 +1,179 @@
+"""Neck and head of CITE for MMPreTrain and MMClassification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.registry import MODELS
+from torch import Tensor
+from torch.nn import functional as F
+
+from cite.mm.samples import labels_of, with_predictions
+from cite.projection import Projection
+from cite.text_embeddings import (
+    TextEmbeddings,
+    check_text_embeddings,
+    read_text_embeddings,
+    texts_by_class,
+)
+from cite.text_scores import TEMPERATURE, TextScores
+
+
+@MODELS.register_module()
+class ProjectionNeck(Projection):
+    """Projects image features to the width of the text embeddings.
+
+    Args:
+        in_features: The encoder's `embed_dim`.
+        out_features: Width of the text embeddings.
+        init: `identity`, `normal`, `normal_identity` or `kaiming_uniform`.
+        act_before: Name of an activation class of `torch.nn`.
+        act_after: The same.
+        fix: Keep the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        init: str = "normal_identity",
+        act_before: str | None = None,
+        act_after: str | None = None,
+        fix: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, init, act_before, act_after)
+        self.requires_grad_(not fix)
+
+    def forward(self, features: Any) -> tuple[Tensor]:
+        """Maps features to a tuple of one `(batch, out_features)`.
+
+        Args:
+            features: `(batch, in_features)`; or a tuple that holds it; or a list of patch tokens
+                and class token, as the hosts' own ViTs give, of which the class token is taken.
+        """
+        if isinstance(features, tuple):
+            features = features[0]
+        if isinstance(features, list):
+            features = features[1]
+        return (super().forward(features),)
+
+
+@MODELS.register_module()
+class TextEmbeddingHead(TextScores):
+    """Classifies by likeness to text embeddings; without a neck this is zero-shot.
+
+    Args:
+        text_embeddings: File of tools/write_text_embeddings.py.
+        text_encoder: Instead of the file: arguments of `cite.text_encoder.build_text_encoder`.
+        texts: For the text encoder: one or several descriptions of each class, in the order of
+            the labels; or descriptions by class name, with `classes` for the order, because
+            MMEngine sorts the keys of a config that it writes.
+        templates: For the text encoder: texts with one `{}` each.
+        classes: Names that the file must have, in this order.
+        temperature: Logarithm of the scale.
+        learnable_temperature: Train it.
+        several: `mean` or `max`, for classes with several texts.
+        loss_weight: Factor of the cross entropy.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Both or none of file and encoder, or other classes than expected.
+    """
+
+    def __init__(
+        self,
+        text_embeddings: str | None = None,
+        text_encoder: Mapping[str, Any] | None = None,
+        texts: Sequence[Any] | Mapping[str, Any] | None = None,
+        templates: Sequence[str] = ("{}",),
+        classes: Sequence[str] | None = None,
+        temperature: float = TEMPERATURE,
+        learnable_temperature: bool = False,
+        several: str = "mean",
+        loss_weight: float = 1.0,
+    ) -> None:
+        if (text_embeddings is None) == (text_encoder is None):
+            raise ValueError(
+                "TextEmbeddingHead: either `text_embeddings` (a file) or `text_encoder` expected"
+            )
+        if text_embeddings is not None:
+            content = read_text_embeddings(text_embeddings, classes=classes)
+        else:
+            content = _encode(text_encoder or {}, _in_order(texts, classes), templates)
+            check_text_embeddings(content, classes=classes)
+        super().__init__(content, temperature, learnable_temperature, several)
+        self.loss_weight = loss_weight
+
+    def pre_logits(self, features: Any) -> Tensor:
+        """Returns the features that are compared with the texts."""
+        return features[-1] if isinstance(features, (tuple, list)) else features
+
+    def forward(self, features: Any) -> Tensor:
+        """Maps features, or a tuple that ends with them, to scores `(batch, num_classes)`."""
+        return super().forward(self.pre_logits(features))
+
+    def loss(self, features: Any, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Returns the mean cross entropy.
+
+        Raises:
+            ValueError: A label that is not among the classes.
+        """
+        scores = self(features)
+        target = labels_of(data_samples).to(scores.device)
+        if target.dim() == 1 and target.device.type == "cpu":
+            _check_labels(target, len(self.classes), data_samples)
+        return {"loss": self.loss_weight * F.cross_entropy(scores, target)}
+
+    def predict(
+        self, features: Any, data_samples: Sequence[Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Writes probabilities and labels into the samples."""
+        return with_predictions(self(features), data_samples)
+
+
+def _in_order(
+    texts: Sequence[Any] | Mapping[str, Any] | None, classes: Sequence[str] | None
+) -> dict[str, Any]:
+    if not texts:
+        raise ValueError("TextEmbeddingHead: `text_encoder` needs `texts`: descriptions by class")
+    if isinstance(texts, Mapping):
+        if classes is None or set(classes) != set(texts):
+            raise ValueError(
+                f"TextEmbeddingHead: texts of {', '.join(texts)} need `classes` with these names "
+                f"in the order of the labels, found {classes}; or give texts as a list"
+            )
+        return {name: texts[name] for name in classes}
+    names = classes or [text if isinstance(text, str) else text[0] for text in texts]
+    if len(set(names)) != len(texts):
+        raise ValueError(
+            f"TextEmbeddingHead: {len(texts)} texts; expected as many different classes, found "
+            f"{', '.join(names)}"
+        )
+    return dict(zip(names, texts, strict=True))
+
+
+def _encode(
+    encoder: Mapping[str, Any], texts: Mapping[str, Any], templates: Sequence[str]
+) -> TextEmbeddings:
+    from cite.text_encoder import build_text_encoder
+
+    filled, class_ids = texts_by_class(texts, templates)
+    model = build_text_encoder(**encoder)
+    return TextEmbeddings(
+        model.encode(filled),
+        Tensor(class_ids).long(),
+        tuple(texts),
+        tuple(filled),
+        model.description,
+        "TextEmbeddingHead",
+    )
+
+
+def _check_labels(target: Tensor, num_classes: int, samples: Sequence[Any]) -> None:
+    for label, sample in zip(target.tolist(), samples, strict=True):
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"{sample.get('img_path', 'a sample')}: label {label}, but the head has texts of "
+                f"{num_classes} classes, 0 to {num_classes - 1}"
+            )

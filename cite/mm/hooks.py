@@ -1,0 +1,151 @@
+"""Hooks: checkpoints that load anywhere, resuming without reading patches again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+from cite.files import write_text
+from cite.mm.samplers import DrawSampler
+
+_PLAIN = (str, int, float, bool, type(None), torch.Tensor)
+"""What `torch.load(weights_only=True)` reads; exactly these types."""
+_LAST = "last_checkpoint"
+LEFT_OUT_EXIT_CODE = 3
+
+
+@HOOKS.register_module()
+class PortableCheckpointHook(Hook):
+    """Checkpoints that load with `weights_only=True` and from a folder that was moved.
+
+    MMEngine stores its log buffers as objects, which torch refuses to load since 2.6; they are left
+    out. Plain values, such as the best score so far, stay. `last_checkpoint` holds the name of the
+    file beside it instead of its absolute path.
+    """
+
+    priority = "LOWEST"  # behind CheckpointHook, which writes `last_checkpoint`
+
+    def before_run(self, runner: Any) -> None:
+        """Finds the checkpoint of `--resume` beside `last_checkpoint`."""
+        file = os.path.join(runner.work_dir, _LAST)
+        if runner._resume and runner._load_from is None and os.path.isfile(file):
+            with open(file, encoding="utf-8") as content:
+                name = os.path.basename(content.read().strip())
+            checkpoint = os.path.join(runner.work_dir, name)
+            if not os.path.isfile(checkpoint):
+                raise FileNotFoundError(
+                    f"{file} names {name}, which is not beside it; resume from another by "
+                    "--resume FILE, or train anew without --resume"
+                )
+            runner._load_from = checkpoint
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Leaves plain values in the checkpoint."""
+        info = checkpoint.get("message_hub", {}).get("runtime_info", {})
+        checkpoint["message_hub"] = {
+            "log_scalars": {},
+            "runtime_info": _plain(info),
+            "resumed_keys": {},
+        }
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Makes `last_checkpoint` relative."""
+        self._make_relative(runner)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Makes `last_checkpoint` relative."""
+        self._make_relative(runner)
+
+    def _make_relative(self, runner: Any) -> None:
+        file = os.path.join(runner.work_dir, _LAST)
+        if not is_main_process() or not os.path.isfile(file):
+            return
+        with open(file, encoding="utf-8") as content:
+            path = content.read().strip()
+        if os.path.basename(path) != path:
+            write_text(file, os.path.basename(path))
+
+
+def _plain(info: dict[str, Any]) -> dict[str, Any]:
+    # NumPy's float64 is a float, and yet torch refuses it.
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items()}
+    return {k: v for k, v in values.items() if type(v) in _PLAIN}
+
+
+@HOOKS.register_module()
+class ResumeDataHook(Hook):
+    """Continues a resumed run at its next batch.
+
+    MMEngine would read and transform every batch that was consumed already. With a sampler of
+    `cite.mm.samplers` the sequence starts behind them; the batch size and the number of ranks must
+    be those of the interrupted run, or some patches come again.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        """Moves the sampler, and gives the loop nothing to skip."""
+        loop = runner.train_loop
+        dataloader = loop.dataloader
+        sampler = getattr(dataloader, "sampler", None)
+        if not (
+            isinstance(loop, IterBasedTrainLoop) and loop.iter and isinstance(sampler, DrawSampler)
+        ):
+            return
+        sampler.set_start(loop.iter * dataloader.batch_size * sampler.world_size)
+        loop.dataloader_iterator = _Behind(loop.iter, iter(dataloader))
+        runner.logger.info(f"Data continues at iteration {loop.iter}; nothing is read again")
+
+
+class _Behind:
+    """An iterator that has `count` batches behind it, which are not made."""
+
+    def __init__(self, count: int, batches: Any) -> None:
+        self.count = count
+        self.batches = batches
+
+    def __iter__(self) -> _Behind:
+        return self
+
+    def __next__(self) -> Any:
+        if self.count:
+            self.count -= 1
+            return None
+        return next(self.batches)
+
+
+@HOOKS.register_module()
+class MissingPatchesHook(Hook):
+    """Ends a run with exit code 3 when patches were left out (`max_missing` of `PatchDataset`)."""
+
+    priority = "LOWEST"
+
+    def after_run(self, runner: Any) -> None:
+        """Writes `missing_patches.txt` into the work folder and says so."""
+        loops = (runner._train_loop, runner._val_loop, runner._test_loop)
+        datasets = [loop.dataloader.dataset for loop in loops if hasattr(loop, "dataloader")]
+        missing = sorted({line for data in datasets for line in getattr(data, "missing", ())})
+        if not missing:
+            return
+        file = os.path.join(runner.work_dir, "missing_patches.txt")
+        if is_main_process():
+            write_text(file, "\n".join(missing) + "\n")
+            runner.logger.error(
+                f"{len(missing)} patch(es) were left out, for instance {missing[0]}. All: {file}"
+            )
+        raise SystemExit(LEFT_OUT_EXIT_CODE)
+
+
+@HOOKS.register_module()
+class ZeroShotHook(Hook):
+    """Lets `mim test ... --checkpoint none` test a model that was never trained."""
+
+    def before_run(self, runner: Any) -> None:
+        """Loads nothing if that is what the command says."""
+        if runner._load_from == "none":
+            runner._load_from = None

@@ -1,0 +1,212 @@
+"""Runs of a sweep: every cell trains and tests a config, and leaves a file with its scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+from tqdm import tqdm
+
+from cite.files import write_json
+from cite.splits import Patch, draw_slides, write_patches
+from cite.sweep import Cell, Sweep
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep runs.
+
+    Attributes:
+        configs: Config file by method; one without `train_dataloader` is tested only, once.
+        train_file: Annotation file to draw training slides from; None to take `train_files`.
+        num_slides: Numbers of training slides a class.
+        seeds: Of slides, weights and order.
+        work_dir: Receives a folder for every cell, the table and the curve.
+        metric: Score of the table, out of those of the config's test evaluator.
+        train_files: With a `{}` for the number of slides; the same slides for every seed.
+        options: What is changed in every config, as by `--cfg-options`.
+    """
+
+    configs: Mapping[str, str]
+    train_file: str | None
+    num_slides: Sequence[int]
+    seeds: Sequence[int]
+    work_dir: str
+    metric: str = "accuracy"
+    train_files: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """Returns all cells, the cheap ones first.
+
+        Raises:
+            ValueError: Both or none of `train_file` and `train_files`.
+        """
+        if (self.train_file is None) == (self.train_files is None):
+            raise ValueError("either a file to draw slides from or files with {} are expected")
+        cells = []
+        for method, file in self.configs.items():
+            trains = Config.fromfile(file).get("train_dataloader") is not None
+            numbers = self.num_slides if trains else [0]
+            seeds = self.seeds if trains else self.seeds[:1]
+            cells += [Cell(method, number, seed) for number in numbers for seed in seeds]
+        return sorted(cells, key=lambda cell: (cell.seed, cell.num_slides))
+
+    def folder(self, cell: Cell) -> Path:
+        """Returns the work folder of a cell."""
+        return Path(self.work_dir) / cell.method / f"slides{cell.num_slides}_seed{cell.seed}"
+
+
+def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[Cell, str]:
+    """Runs the cells that have no scores yet.
+
+    Args:
+        plan: What to run.
+        jobs: Processes.
+        progress: Show a bar.
+
+    Returns:
+        What went wrong, by cell; the others have their scores.
+    """
+    missing = [cell for cell in plan.cells() if read_scores(plan, cell) is None]
+    failures: dict[Cell, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(run_cell, plan, cell): cell for cell in missing}
+        for future in tqdm(as_completed(futures), total=len(futures), disable=not progress):
+            if message := future.result():
+                failures[futures[future]] = message
+    return failures
+
+
+def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
+    """Trains and tests one cell; an interrupted one resumes at its last checkpoint.
+
+    Returns:
+        What went wrong, or None.
+    """
+    folder = plan.folder(cell)
+    try:
+        _begin(folder, _inputs(plan, cell))
+        config = cell_config(plan, cell)
+        runner = Runner.from_cfg(config)
+        if config.get("train_dataloader") is not None:
+            runner.train()
+        scores = runner.test()
+        write_json(folder / "scores.json", scores)
+    except (Exception, SystemExit) as error:
+        # One cell among hundreds: recorded, named at the end, run again by the next call.
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def cell_config(plan: SweepPlan, cell: Cell) -> Config:
+    """Returns the config of a cell, as its folder keeps it."""
+    config = Config.fromfile(plan.configs[cell.method])
+    config.merge_from_dict(dict(plan.options))
+    config.work_dir = str(plan.folder(cell))
+    config.experiment_name = f"{cell.method}_{cell.num_slides}_{cell.seed}_{os.getpid()}"
+    config.randomness = {"seed": cell.seed}
+    config.log_level = logging.getLevelName(logging.WARNING)
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None
+    if cell.num_slides:
+        dataset = config.train_dataloader.dataset
+        dataset.ann_file = os.path.abspath(_write_slides(plan, cell))
+        config.train_dataloader.sampler.seed = cell.seed
+        config.resume = True
+    return config
+
+
+def read_scores(plan: SweepPlan, cell: Cell) -> dict[str, float] | None:
+    """Returns the scores of a cell; None if it has none, or of other inputs."""
+    folder = plan.folder(cell)
+    if not (folder / "scores.json").is_file() or not _is_of(folder, _inputs(plan, cell)):
+        return None
+    scores: dict[str, float] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def collect(plan: SweepPlan) -> Sweep:
+    """Returns the scores of the plan's metric.
+
+    Raises:
+        ValueError: The configs do not score it.
+    """
+    found = {}
+    for cell in plan.cells():
+        scores = read_scores(plan, cell)
+        if scores is None:
+            continue
+        if plan.metric not in scores:
+            raise ValueError(
+                f"{plan.configs[cell.method]}: no score {plan.metric!r}; it has "
+                f"{', '.join(sorted(scores))}"
+            )
+        found[cell] = scores[plan.metric]
+    return Sweep({cell: found[cell] for cell in _by_method(plan, found)})
+
+
+def read_patches(file: str | os.PathLike[str]) -> list[Patch]:
+    """Reads an annotation file of lines `name label`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line of another form, with its number.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file}: no such annotation file")
+    patches = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if line.strip() and not (name and label.isdigit()):
+            raise ValueError(f"{file}:{number}: {line!r} found; expected `filename label`")
+        if name:
+            patches.append((name, int(label)))
+    return patches
+
+
+def _begin(folder: Path, inputs: dict[str, Any]) -> None:
+    """Empties the folder of a cell of other inputs, whose checkpoint must not be resumed."""
+    if not _is_of(folder, inputs):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / "inputs.json", inputs)
+
+
+def _is_of(folder: Path, inputs: dict[str, Any]) -> bool:
+    file = folder / "inputs.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == inputs
+
+
+def _write_slides(plan: SweepPlan, cell: Cell) -> Path:
+    if plan.train_file is None:
+        return Path(str(plan.train_files).format(cell.num_slides))
+    file = plan.folder(cell) / "train.txt"
+    patches = read_patches(plan.train_file)
+    write_patches(file, draw_slides(patches, cell.num_slides, seed=cell.seed))
+    return file
+
+
+def _inputs(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
+    config = Config.fromfile(plan.configs[cell.method], import_custom_modules=False)
+    config.merge_from_dict(dict(plan.options))
+    train = plan.train_file or plan.train_files
+    return {"config": config.pretty_text, "train": os.path.abspath(str(train))}
+
+
+def _by_method(plan: SweepPlan, found: Mapping[Cell, float]) -> list[Cell]:
+    order = list(plan.configs)
+    return sorted(found, key=lambda c: (order.index(c.method), c.num_slides, c.seed))

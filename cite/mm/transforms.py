@@ -1,0 +1,233 @@
+"""From a patch on disk to the model's input; `dict(type=...)` entries of a pipeline.
+
+The test pipeline `LoadPatch`, `ResizePatch`, `PackPatch` is deterministic. The pixels leave it as
+RGB uint8 `(3, H, W)`; the model's `data_preprocessor` normalises them. With `IMAGENET_NORM` this is
+the published input to a rounding of float32.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from mmengine.registry import TRANSFORMS, DefaultScope
+from PIL import Image
+
+IMAGENET_NORM = {
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+    "to_rgb": False,
+}
+"""Published normalisation, of 0 to 255; `to_rgb` since the pixels are RGB already."""
+
+CLIP_NORM = {
+    "mean": [122.7709383, 116.7460125, 104.09373615],
+    "std": [68.5005327, 66.6321579, 70.32316305],
+    "to_rgb": False,
+}
+"""What CLIP was trained with: 255 times the values of https://github.com/openai/CLIP."""
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 over the golden ratio: spreads draw numbers over the seeds."""
+
+
+@TRANSFORMS.register_module()
+class LoadPatch:
+    """Reads `img_path` as RGB into `img`, `(H, W, 3)` uint8.
+
+    Raises:
+        ValueError: The image cannot be read; names it and its line in the annotation file.
+    """
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds `img`, `img_shape` and `ori_shape`."""
+        path = results["img_path"]
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            place = f"{results.get('ann_file', '?')}:{results.get('ann_line', '?')}"
+            raise ValueError(f"{place}: {path} cannot be read as an image: {error}") from error
+        results["img"] = pixels
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class ResizePatch:
+    """Resizes as PIL does, with antialiasing: the published pixels to the bit.
+
+    Args:
+        size: Width and height in pixels.
+        interpolation: `bilinear` as published, `bicubic`, `nearest` or `lanczos`.
+        keep_ratio: Resize the shorter side and cut the middle out; otherwise stretch, as published.
+
+    Raises:
+        ValueError: Another interpolation.
+    """
+
+    def __init__(
+        self, size: int = 224, interpolation: str = "bilinear", keep_ratio: bool = False
+    ) -> None:
+        if interpolation not in _RESAMPLING:
+            raise ValueError(
+                f"ResizePatch: interpolation {interpolation!r}; expected one of "
+                f"{', '.join(_RESAMPLING)}"
+            )
+        self.size = size
+        self.resampling = _RESAMPLING[interpolation]
+        self.keep_ratio = keep_ratio
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Replaces `img` and `img_shape`."""
+        image = Image.fromarray(results["img"])
+        if self.keep_ratio:
+            from torchvision.transforms.functional import center_crop
+
+            scale = self.size / min(image.size)
+            sides = [max(self.size, round(side * scale)) for side in image.size]
+            image = center_crop(image.resize(sides, self.resampling), [self.size, self.size])
+        else:
+            image = image.resize((self.size, self.size), self.resampling)
+        results["img"] = np.asarray(image)
+        results["img_shape"] = results["img"].shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class AugmentPatch:
+    """Colour jitter (torchvision's), flips and turns by right angles.
+
+    Random numbers depend on `seed` and the number of the draw when a sampler of `cite.mm.samplers`
+    gives one: then any number of workers, and a resumed run, see the same pixels.
+
+    Args:
+        brightness: Factor from 1 - brightness to 1 + brightness.
+        contrast: Likewise, or a range.
+        saturation: Likewise, or a range.
+        hue: Shift from -hue to hue, in turns of the colour circle.
+        flip: Probability of a horizontal and, by itself, of a vertical flip.
+        turn: Turn by 0 to 3 right angles.
+        seed: Of the random numbers.
+    """
+
+    def __init__(
+        self,
+        brightness: float | tuple[float, float] = 0.2,
+        contrast: float | tuple[float, float] = 0.0,
+        saturation: float | tuple[float, float] = 0.2,
+        hue: float | tuple[float, float] = 0.1,
+        flip: float = 0.5,
+        turn: bool = True,
+        seed: int = 0,
+    ) -> None:
+        from torchvision.transforms import ColorJitter
+
+        def pair(value: Any) -> Any:
+            return value if isinstance(value, (int, float)) else tuple(value)
+
+        self.jitter = ColorJitter(*map(pair, (brightness, contrast, saturation, hue)))
+        self.flip = flip
+        self.turn = turn
+        self.seed = seed
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Replaces `img` and `img_shape`."""
+        generator = self._generator(results.get("draw"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.getrandbits(63))
+            pixels = np.asarray(self.jitter(Image.fromarray(results["img"])))
+        if generator.random() < self.flip:
+            pixels = pixels[:, ::-1]
+        if generator.random() < self.flip:
+            pixels = pixels[::-1]
+        if self.turn:
+            pixels = np.rot90(pixels, generator.randrange(4))
+        results["img"] = np.ascontiguousarray(pixels)
+        results["img_shape"] = pixels.shape[:2]
+        return results
+
+    def _generator(self, draw: int | None) -> random.Random:
+        if draw is None:
+            return random.Random(random.getrandbits(64))
+        return random.Random((self.seed * _GOLDEN + draw) % 2**64)
+
+
+@TRANSFORMS.register_module()
+class PatchGastricPipeline:
+    """The published pipeline by its name: load, resize, and unless testing augment.
+
+    The published configs leave `test_mode` False in validation and test too, which makes their
+    scores random, and draw the saturation from 0 to 0.2, which leaves hardly any colour.
+
+    Args:
+        test_mode: Without augmentation.
+        size: Width and height in pixels.
+        seed: Of the augmentation.
+    """
+
+    def __init__(self, test_mode: bool = False, size: int = 224, seed: int = 0) -> None:
+        self.steps = [LoadPatch(), ResizePatch(size)]
+        if not test_mode:
+            self.steps.append(AugmentPatch(saturation=(0, 0.2), seed=seed))
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds `img`, `(size, size, 3)` uint8."""
+        for step in self.steps:
+            results = step(results)
+        return results
+
+
+@TRANSFORMS.register_module()
+class PackPatch:
+    """Packs `img` and `gt_label` for MMClassification or MMPreTrain, by the default scope.
+
+    Args:
+        meta_keys: What else goes with the sample.
+        host: `mmcls` or `mmpretrain`; by default the default scope when a sample is first packed.
+    """
+
+    META_KEYS = ("sample_idx", "img_path", "slide", "ori_shape", "img_shape")
+
+    def __init__(
+        self,
+        meta_keys: tuple[str, ...] = META_KEYS,
+        host: Literal["mmcls", "mmpretrain"] | None = None,
+    ) -> None:
+        self.meta_keys = tuple(meta_keys)
+        # Asked here: the worker processes of a dataloader may not know the scope.
+        self.host = host or default_host()
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Returns `inputs`, `(3, H, W)`, and `data_samples`."""
+        if self.host == "mmcls":
+            from mmcls.structures import ClsDataSample as Sample
+        else:
+            from mmpretrain.structures import DataSample as Sample
+        sample = Sample()
+        if "gt_label" in results:
+            sample.set_gt_label(results["gt_label"])
+        sample.set_metainfo({key: results[key] for key in self.meta_keys if key in results})
+        pixels = np.ascontiguousarray(results["img"].transpose(2, 0, 1))
+        return {"inputs": torch.from_numpy(pixels), "data_samples": sample}
+
+
+def default_host() -> str:
+    """Returns `mmcls` or `mmpretrain`: the default scope of the running config.
+
+    Raises:
+        ValueError: Another default scope.
+    """
+    scope = DefaultScope.get_current_instance()
+    name = scope.scope_name if scope else "mmcls"
+    if name not in ("mmcls", "mmpretrain"):
+        raise ValueError(f"default_scope is {name!r}; expected 'mmcls' or 'mmpretrain'")
+    return str(name)

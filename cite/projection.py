@@ -1,0 +1,83 @@
+"""The layer between image features and the space of the text embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INITIALISATIONS = ("identity", "normal", "normal_identity", "kaiming_uniform")
+NORMAL_STD = 0.02
+"""From the published code of CITE (github.com/Yunkun-Zhang/CITE)."""
+
+
+class Projection(nn.Linear):
+    """y = act_after(W act_before(x) + b).
+
+    Args:
+        in_features: Width of the image features.
+        out_features: Width of the text embeddings.
+        init: Of W: `identity` (rectangular), `normal`, `normal_identity` (normal plus identity), or
+            `kaiming_uniform`, torch's own. b is uniform in +-1 / sqrt(in_features) in all cases.
+        act_before: Name of an activation class of `torch.nn`.
+        act_after: The same.
+
+    Raises:
+        ValueError: No such initialisation or activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        init: str = "normal_identity",
+        act_before: str | None = None,
+        act_after: str | None = None,
+    ) -> None:
+        if init not in INITIALISATIONS:
+            raise ValueError(f"init {init!r}: one of {INITIALISATIONS} expected")
+        self.init = init
+        super().__init__(in_features, out_features)
+        self.act_before = _activation(act_before)
+        self.act_after = _activation(act_after)
+        self.spec: dict[str, Any] = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "init": init,
+            "act_before": act_before,
+            "act_after": act_after,
+        }
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew."""
+        super().reset_parameters()
+        with torch.no_grad():
+            if self.init == "identity":
+                nn.init.eye_(self.weight)
+            elif self.init in ("normal", "normal_identity"):
+                nn.init.normal_(self.weight, std=NORMAL_STD)
+                if self.init == "normal_identity":
+                    self.weight.diagonal().add_(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps `(batch, in_features)` to `(batch, out_features)`.
+
+        Raises:
+            ValueError: Features of another width.
+        """
+        if features.shape[-1] != self.in_features:
+            raise ValueError(
+                f"projection: features of width {features.shape[-1]} arrive, in_features is "
+                f"{self.in_features}; set in_features to the encoder's embed_dim"
+            )
+        return self.act_after(super().forward(self.act_before(features)))
+
+
+def _activation(name: str | None) -> nn.Module:
+    if name is None:
+        return nn.Identity()
+    kind = getattr(nn, name, None)
+    if kind is None or not issubclass(kind, nn.Module):
+        raise ValueError(f"activation {name!r}: the name of a class of torch.nn expected")
+    return kind()

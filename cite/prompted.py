@@ -1,0 +1,284 @@
+"""A frozen image encoder with prompts, or one of the ways of adapting it that are compared.
+
+Shapes: B images, T tokens of an image, D width, E features.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from cite.blocks import Block
+from cite.checkpoints import load_strict, only_backbone, read_state_dict
+from cite.encoders.base import Encoder
+from cite.prompts import Prompts, PromptSpec
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_CPU_BATCH = 8
+"""Images that go through the blocks at once on a CPU (docs/benchmarks.md)."""
+
+_OF_PROMPTS = ("prompt", "prompt_initialised")
+_ENCODER, _PROMPTS = "encoder.model.", "prompts."
+
+
+class PromptedEncoder(nn.Module):
+    """An encoder, its prompts, and no more work than the features need.
+
+    Nothing below the first prompted block keeps a graph, and where the features depend on the class
+    token alone, the last block computes it alone. In state dicts the encoder's tensors have their
+    library's names and the prompts are `prompt`, as in the published checkpoints.
+
+    Args:
+        encoder: What is adapted.
+        prompt_length: Prompts of a prompted block; 0 for none.
+        prompt_layers: Blocks before which prompts enter; None for the first.
+        prompt_pos: `prepend` or `add`.
+        prompt_init: `uniform`, `normal`, `zero`, `kaiming` or `token`.
+        prompt_noise_std: Noise on each prompt's initial value, see `PromptSpec`.
+        frozen: False trains the whole encoder.
+        lora: Arguments of PEFT's `LoraConfig`; by default the attention's layers are adapted.
+        precision: Type in which a frozen encoder is kept and computed: `fp32`, `bf16`, `fp16`.
+            Norms, embeddings and everything that is trained stay in fp32.
+        save_frozen: False leaves the frozen weights out of state dicts; they then come from
+            `checkpoint` again.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+        checkpoint: The encoder's weights; all names and shapes must fit.
+
+    Raises:
+        ValueError: Arguments that are not possible, or weights of another architecture.
+        FileNotFoundError: No such checkpoint.
+
+    Example:
+        >>> from cite.encoders import build_encoder
+        >>> arch = dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=16)
+        >>> encoder = build_encoder("vit", arch=arch, img_size=16, patch_size=8)
+        >>> model = PromptedEncoder(encoder, prompt_length=3)
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['prompts.prompt']
+        >>> model(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        prompt_length: int = 0,
+        prompt_layers: Sequence[int] | None = None,
+        prompt_pos: str = "prepend",
+        prompt_init: str = "token",
+        prompt_noise_std: float = 0.0,
+        frozen: bool = True,
+        lora: Mapping[str, Any] | None = None,
+        precision: str = "fp32",
+        save_frozen: bool = True,
+        gradient_checkpointing: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(frozen, lora, precision, save_frozen, checkpoint)
+        if checkpoint is not None:
+            load_encoder(encoder, checkpoint)
+        self.encoder = encoder
+        self.embed_dim = encoder.embed_dim
+        self.frozen = frozen
+        self.precision = precision
+        self.save_frozen = save_frozen
+        self.gradient_checkpointing = gradient_checkpointing
+        self.adapted = lora is not None
+        if frozen:
+            encoder.requires_grad_(False)
+            lower_precision(encoder, PRECISIONS[precision])
+        if lora is not None:
+            _add_lora(encoder, lora)
+        spec = PromptSpec.from_arguments(
+            *(prompt_length, prompt_layers, prompt_pos, prompt_init, prompt_noise_std),
+            num_blocks=len(encoder.blocks()),
+        )
+        self.prompts = Prompts(spec, encoder.width) if prompt_length else None
+        self.register_load_state_dict_pre_hook(_to_own_names)
+        self.register_state_dict_post_hook(_to_published_names)
+        self.train()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Computes features.
+
+        Args:
+            pixel_values: `(B, 3, height, width)`, normalised as the encoder was trained.
+
+        Returns:
+            `(B, E)`, fp32.
+
+        Raises:
+            ValueError: Another shape, or a size that the encoder does not take.
+        """
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values: (batch, 3, height, width) expected, got {tuple(pixel_values.shape)}"
+            )
+        if self.prompts is not None and not self.prompts.checked:
+            with torch.no_grad():
+                self.prompts.initialise(self.encoder.embed(pixel_values))
+        at_once = _CPU_BATCH if pixel_values.device.type == "cpu" else len(pixel_values)
+        parts = [self._features(part) for part in pixel_values.split(max(1, at_once))]
+        return torch.cat(parts).float()
+
+    def train(self, mode: bool = True) -> PromptedEncoder:
+        """Sets the mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    @contextmanager
+    def whole_state_dict(self) -> Iterator[None]:
+        """Puts the frozen weights into state dicts made within, whatever `save_frozen` says."""
+        saved, self.save_frozen = self.save_frozen, True
+        try:
+            yield
+        finally:
+            self.save_frozen = saved
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        encoder, prompts = self.encoder, self.prompts
+        blocks = encoder.blocks()
+        last = len(blocks) - 1
+        if not self.frozen or self.adapted:
+            first_graph = -1
+        else:
+            first_graph = prompts.spec.layers[0] if prompts is not None else len(blocks)
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted and first_graph < 0):
+            hidden_states = encoder.embed(pixel_values)
+        for index, block in enumerate(blocks):
+            num_queries = 1 if index == last and encoder.pools_class_token else None
+            with torch.set_grad_enabled(wanted and index >= first_graph):
+                if prompts is not None:
+                    hidden_states = prompts.enter(hidden_states, index, encoder.num_prefix)
+                hidden_states = self._run(block, hidden_states, num_queries)
+        with torch.set_grad_enabled(wanted and first_graph <= last):
+            return encoder.pool(self._without_prompts(hidden_states))
+
+    def _run(self, block: Block, hidden_states: Tensor, num_queries: int | None) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return recompute(block, hidden_states, num_queries, use_reentrant=False)
+        return block(hidden_states, num_queries)
+
+    def _without_prompts(self, hidden_states: Tensor) -> Tensor:
+        spec = self.prompts.spec if self.prompts is not None else None
+        if spec is None or spec.position == "add" or self.encoder.pools_class_token:
+            return hidden_states
+        prefix = self.encoder.num_prefix
+        return torch.cat([hidden_states[:, :prefix], hidden_states[:, prefix + spec.length :]], 1)
+
+
+def load_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
+    """Loads the weights of an encoder; all names and shapes must fit.
+
+    Args:
+        encoder: Takes the weights.
+        path: A checkpoint of its family, or one of a classifier with such a backbone.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: Weights of something else.
+    """
+    state_dict = encoder.adapt_checkpoint(only_backbone(read_state_dict(path)))
+    described = {k: v for k, v in encoder.spec.items() if k != "kind"}
+    load_strict(
+        encoder.model, state_dict, what=f"{encoder.spec['kind']} {described}", source=str(path)
+    )
+
+
+def lower_precision(encoder: Encoder, dtype: torch.dtype) -> None:
+    """Keeps the weights of linear layers, convolutions and CLIP's projection in another type.
+
+    Pooling by attention stays as it is.
+    """
+    if dtype == torch.float32:
+        return
+    for name, module in encoder.model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("attn_pool."):
+            module.to(dtype)
+    projection = getattr(encoder.model, "proj", None)
+    if isinstance(projection, nn.Parameter):
+        projection.data = projection.data.to(dtype)
+
+
+def _check_arguments(
+    frozen: bool,
+    lora: Mapping[str, Any] | None,
+    precision: str,
+    save_frozen: bool,
+    checkpoint: str | os.PathLike[str] | None,
+) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: one of {list(PRECISIONS)} expected")
+    if not frozen and precision != "fp32":
+        raise ValueError(
+            f"precision {precision!r} with frozen=False: weights that are trained stay in fp32; "
+            "use AmpOptimWrapper for mixed precision"
+        )
+    if lora is not None and not frozen:
+        raise ValueError("lora with frozen=False: LoRA is for a frozen encoder")
+    if not save_frozen and checkpoint is None:
+        raise ValueError("save_frozen=False: needs `checkpoint`, or the weights would be lost")
+
+
+def _add_lora(encoder: Encoder, lora: Mapping[str, Any]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    arguments = {"target_modules": list(encoder.lora_targets), **lora}
+    inject_adapter_in_model(LoraConfig(**arguments), encoder.model)
+
+
+def merge_lora(encoder: Encoder) -> None:
+    """Folds LoRA into the encoder's weights; the encoder then has its library's names again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(encoder.model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            encoder.model.set_submodule(name, module.get_base_layer())
+
+
+def _to_own_names(
+    module: PromptedEncoder, state_dict: dict[str, Any], prefix: str, *args: object
+) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        rest = name[len(prefix) :]
+        if not rest.startswith((_ENCODER, _PROMPTS)):
+            place = _PROMPTS if rest in _OF_PROMPTS else _ENCODER
+            state_dict[f"{prefix}{place}{rest}"] = state_dict.pop(name)
+    if not module.save_frozen:
+        with module.whole_state_dict():
+            own = module.state_dict(prefix=prefix)
+        for name in _frozen_names(module):
+            state_dict.setdefault(f"{prefix}{_ENCODER}{name}", own[prefix + name])
+
+
+def _to_published_names(
+    module: PromptedEncoder, state_dict: dict[str, Any], prefix: str, *args: object
+) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        rest = name[len(prefix) :].removeprefix(_ENCODER).removeprefix(_PROMPTS)
+        state_dict[prefix + rest] = state_dict.pop(name)
+    if not module.save_frozen:
+        for name in _frozen_names(module):
+            state_dict.pop(prefix + name, None)
+
+
+def _frozen_names(module: PromptedEncoder) -> list[str]:
+    trained = {
+        name
+        for name, parameter in module.encoder.model.named_parameters()
+        if parameter.requires_grad
+    }
+    return [name for name in module.encoder.model.state_dict() if name not in trained]

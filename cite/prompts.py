@@ -1,0 +1,183 @@
+"""Visual prompts: trained vectors that enter a frozen transformer.
+
+Zhang et al. 2023 (https://arxiv.org/abs/2307.14901) after Jia et al. 2022, "Visual Prompt Tuning"
+(https://arxiv.org/abs/2203.12119). Shapes: E prompted layers, L prompts a layer, D width, B images,
+T tokens of an image, of which the first are prefix tokens (class token, registers).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, distributed, nn
+
+Position = Literal["prepend", "add"]
+Initialisation = Literal["uniform", "normal", "zero", "kaiming", "token"]
+
+UNIFORM_BOUND = 0.08
+NORMAL_STD = 0.02
+"""Both from the published code of CITE (github.com/Yunkun-Zhang/CITE)."""
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """What prompts a model has.
+
+    Attributes:
+        length: Prompts of each prompted layer; 0 for none.
+        layers: Blocks before which prompts enter, ascending from 0; None for the first alone. The
+            i-th entry has the i-th row of the prompt tensor.
+        position: `prepend` puts them between prefix tokens and patches; later prompted layers
+            overwrite them. `add` adds prompt t mod L to patch t; the last N mod L of N patches,
+            and the prefix tokens, get nothing.
+        init: `token` is the mean of the first batch's embedded tokens, over all ranks.
+        noise_std: Standard deviation of normal noise added to each prompt's initial value. Equal
+            prompts that are prepended get equal gradients and never separate; this parts them.
+    """
+
+    length: int = 0
+    layers: tuple[int, ...] = (0,)
+    position: Position = "prepend"
+    init: Initialisation = "normal"
+    noise_std: float = 0.0
+
+    @classmethod
+    def from_arguments(
+        cls,
+        length: int = 0,
+        layers: Sequence[int] | None = None,
+        position: str = "prepend",
+        init: str = "normal",
+        noise_std: float = 0.0,
+        *,
+        num_blocks: int,
+    ) -> PromptSpec:
+        """Checks the arguments of a config against the depth of the model.
+
+        Raises:
+            ValueError: One of them is not possible.
+        """
+        entries = (0,) if layers is None else tuple(int(layer) for layer in layers)
+        if length < 0:
+            raise ValueError(f"prompt_length {length}: 0 (no prompts) or more expected")
+        if position not in get_args(Position):
+            raise ValueError(f"prompt_pos {position!r}: one of {get_args(Position)} expected")
+        if init not in get_args(Initialisation):
+            raise ValueError(f"prompt_init {init!r}: one of {get_args(Initialisation)} expected")
+        if noise_std < 0:
+            raise ValueError(f"prompt_noise_std {noise_std}: 0 or more expected")
+        ascending = all(a < b for a, b in itertools.pairwise(entries))
+        if not entries or not ascending or not 0 <= entries[0] <= entries[-1] < num_blocks:
+            raise ValueError(
+                f"prompt_layers {list(entries)}: different blocks in ascending order, from 0 to "
+                f"{num_blocks - 1}, expected (None for the first alone)"
+            )
+        return cls(length, entries, position, init, noise_std)  # type: ignore[arg-type]
+
+
+class Prompts(nn.Module):
+    """The prompt tensor `(E, L, D)` and how it enters.
+
+    The flag `prompt_initialised` is kept in the state dict: token initialisation happens once in
+    the life of a model, not again after loading it. State dicts of the published code have no flag
+    and hold prompts that are initialised.
+
+    Args:
+        spec: Which prompts; its length is 1 or more.
+        width: D.
+    """
+
+    prompt_initialised: Tensor
+
+    def __init__(self, spec: PromptSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.prompt = nn.Parameter(_initial_value(spec, width))
+        self.register_buffer("prompt_initialised", torch.tensor(spec.init != "token"))
+        self._checked = False
+
+    @property
+    def checked(self) -> bool:
+        """Whether the prompts are known to be initialised; asking costs no copy from a GPU."""
+        return self._checked
+
+    def initialise(self, tokens: Tensor) -> None:
+        """Adds the mean token to every prompt, if that was not done yet.
+
+        Every rank must call it at the same time, as the first forward pass of training does: the
+        mean is taken over the batches of all ranks, and so is equal on all of them.
+
+        Args:
+            tokens: `(B, T, D)`, embedded images.
+        """
+        if self._checked:
+            return
+        if not bool(self.prompt_initialised):
+            with torch.no_grad():
+                self.prompt.add_(_mean_over_ranks(tokens).to(self.prompt))
+                self.prompt_initialised.fill_(True)
+        self._checked = True
+
+    def enter(self, hidden_states: Tensor, layer: int, num_prefix: int) -> Tensor:
+        """Puts the prompts of a layer into its input.
+
+        Args:
+            hidden_states: `(B, T, D)`, or `(B, T + L, D)` once prompts are prepended.
+            layer: The block that comes next.
+            num_prefix: Tokens before the prompts.
+
+        Returns:
+            `(B, T + L, D)` for `prepend` from the first prompted layer on, else `(B, T, D)`.
+        """
+        if layer not in self.spec.layers:
+            return hidden_states
+        prompt = self.prompt[self.spec.layers.index(layer)].to(hidden_states.dtype)
+        if self.spec.position == "add":
+            return self._add(hidden_states, prompt, num_prefix)
+        is_first = layer == self.spec.layers[0]
+        patches = hidden_states[:, num_prefix if is_first else num_prefix + self.spec.length :]
+        prompts = prompt.expand(len(hidden_states), -1, -1)
+        return torch.cat([hidden_states[:, :num_prefix], prompts, patches], dim=1)
+
+    def _add(self, hidden_states: Tensor, prompt: Tensor, num_prefix: int) -> Tensor:
+        num_patches = hidden_states.shape[1] - num_prefix
+        repeats, rest = divmod(num_patches, len(prompt))
+        added = prompt.repeat(repeats, 1)
+        return hidden_states + nn.functional.pad(added, (0, 0, num_prefix, rest))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        flag = f"{prefix}prompt_initialised"
+        if f"{prefix}prompt" in state_dict and flag not in state_dict:
+            state_dict[flag] = torch.tensor(True)
+        self._checked = False
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _initial_value(spec: PromptSpec, width: int) -> Tensor:
+    value = torch.zeros(len(spec.layers), spec.length, width)
+    if spec.init == "uniform":
+        nn.init.uniform_(value, -UNIFORM_BOUND, UNIFORM_BOUND)
+    elif spec.init == "normal":
+        nn.init.normal_(value, std=NORMAL_STD)
+    elif spec.init == "kaiming":
+        # He et al. 2015 (arXiv:1502.01852) with fan_in L * D, as of a 3-D tensor in torch.
+        nn.init.normal_(value, std=(2 / (spec.length * width)) ** 0.5)
+    if spec.noise_std:
+        value += torch.randn_like(value) * spec.noise_std
+    return value
+
+
+def _mean_over_ranks(tokens: Tensor) -> Tensor:
+    total = tokens.float().sum(dim=(0, 1))
+    count = total.new_tensor([tokens.shape[0] * tokens.shape[1]])
+    if distributed.is_available() and distributed.is_initialized():
+        both = torch.cat([total, count])
+        distributed.all_reduce(both)
+        total, count = both[:-1], both[-1:]
+    return total / count

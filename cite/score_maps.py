@@ -1,0 +1,247 @@
+"""Where on a slide a classifier sees which class: maps of scores over its patches.
+
+Shapes: N patches, C classes. Coordinates are (x, y) of a patch's top-left corner in pixels of one
+frame, by convention the slide's level 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cite.files import atomic_file
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+_MAX_CELLS = 4_000_000
+"""Cells of a map: more would be a mistake in the coordinates rather than a slide."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the patches of one slide lie.
+
+    Attributes:
+        names: Files of the patches.
+        coords_px: `(N, 2)` int64, x and y.
+        patch_px: Side of a patch in the same pixels.
+        is_known: False where the places are made up: rows in the order of the numbers.
+    """
+
+    names: tuple[str, ...]
+    coords_px: NDArray[np.int64]
+    patch_px: int
+    is_known: bool = True
+
+
+def score_map(
+    scores: NDArray[np.floating[Any]], coords_px: NDArray[np.int64], patch_px: int
+) -> NDArray[np.float64]:
+    """Lays scores out as an image with one cell a step of the patch grid.
+
+    Where patches overlap, a cell has the mean of those that cover it.
+
+    Args:
+        scores: `(N, C)`.
+        coords_px: `(N, 2)`, x and y.
+        patch_px: Side of a patch.
+
+    Returns:
+        `(rows, columns, C)`; NaN where there is no patch.
+
+    Raises:
+        ValueError: No patches, numbers that disagree, or patches too far apart for one image.
+    """
+    if len(scores) == 0 or len(scores) != len(coords_px) or patch_px < 1:
+        raise ValueError(
+            f"{len(scores)} scores and {len(coords_px)} coordinates of patches of {patch_px} px; "
+            "as many of both, at least one, expected"
+        )
+    offsets = coords_px - coords_px.min(axis=0)
+    step = _step(offsets, patch_px)
+    places = offsets // step
+    span = max(1, patch_px // step)
+    columns, rows = (places.max(axis=0) + span).tolist()
+    if rows * columns > _MAX_CELLS:
+        raise ValueError(
+            f"the patches span {columns} x {rows} steps of {step} px; at most {_MAX_CELLS} cells "
+            "are drawn: check the coordinates and their frame"
+        )
+    total = np.zeros((rows, columns, scores.shape[1]))
+    count = np.zeros((rows, columns, 1))
+    for (column, row), score in zip(places, scores, strict=True):
+        total[row : row + span, column : column + span] += score
+        count[row : row + span, column : column + span] += 1
+    with np.errstate(invalid="ignore"):
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def draw_score_maps(
+    path: str | os.PathLike[str],
+    scores: NDArray[np.floating[Any]],
+    layout: Layout,
+    classes: Sequence[str],
+    title: str = "",
+) -> None:
+    """Writes a PNG with one map a class, and one of the likeliest class.
+
+    Args:
+        path: The file to write.
+        scores: Probabilities `(N, C)`.
+        layout: Where the patches lie.
+        classes: Names of the C classes.
+        title: Above all maps.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    cells = score_map(scores, layout.coords_px, layout.patch_px)
+    width = 3.2 * (len(classes) + 1)
+    figure = Figure(figsize=(width, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(classes) + 1, squeeze=False)[0]
+    pictures = []
+    for index, name in enumerate(classes):
+        pictures.append(axes[index].imshow(cells[..., index], vmin=0, vmax=1, cmap="viridis"))
+        axes[index].set_title(_wrap(f"{index}: {name}"), fontsize=7)
+    figure.colorbar(pictures[0], ax=axes[: len(classes)].tolist(), shrink=0.7)
+    empty = np.isnan(cells[..., 0])
+    likeliest = np.where(empty, np.nan, np.argmax(np.nan_to_num(cells), axis=-1))
+    palette = ListedColormap(
+        [colormaps["tab10" if len(classes) <= 10 else "tab20"](i) for i in range(len(classes))]
+    )
+    colours = axes[-1].imshow(likeliest, vmin=-0.5, vmax=len(classes) - 0.5, cmap=palette)
+    axes[-1].set_title("likeliest class", fontsize=7)
+    bar = figure.colorbar(colours, ax=axes[-1], shrink=0.7, ticks=range(len(classes)))
+    bar.ax.set_yticklabels([str(index) for index in range(len(classes))], fontsize=6)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    note = "" if layout.is_known else " (places not known: patches in the order of their numbers)"
+    figure.suptitle(f"{title}{note}", fontsize=8)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def find_patches(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Lists the patches of a folder by slide, the text before the first `_` of their names.
+
+    Raises:
+        FileNotFoundError: No such folder, or no patch in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of patches")
+    slides: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        slide, underscore, _ = path.name.partition("_")
+        if underscore and slide and path.suffix.lower() in IMAGE_SUFFIXES:
+            slides.setdefault(slide, []).append(path.name)
+    if not slides:
+        raise FileNotFoundError(f"{folder}: no images with names <slide>_<number>.<suffix>")
+    return {slide: sorted(slides[slide], key=_natural) for slide in sorted(slides)}
+
+
+def layout_from_names(names: Sequence[str], patch_px: int) -> Layout:
+    """Reads places from names `<slide>_<x>_<y>.<suffix>`; makes rows up for `<slide>_<number>`."""
+    found = [re.search(r"_(\d+)_(\d+)\.\w+$", name) for name in names]
+    places = [(int(match[1]), int(match[2])) for match in found if match]
+    if len(places) == len(names) and len(set(places)) > 1:
+        return Layout(tuple(names), np.array(places, dtype=np.int64), patch_px)
+    columns = math.ceil(math.sqrt(len(names)))
+    made_up = [(i % columns * patch_px, i // columns * patch_px) for i in range(len(names))]
+    return Layout(tuple(names), np.array(made_up, dtype=np.int64), patch_px, is_known=False)
+
+
+def layout_from_h5(
+    path: str | os.PathLike[str], names: Sequence[str], patch_px: int | None = None
+) -> Layout:
+    """Reads the dataset `coords` `(N, 2)`, level-0 px, of a coordinates file of one slide.
+
+    Args:
+        path: The file, in the layout of TRIDENT.
+        names: The slide's patches, in the order of the rows.
+        patch_px: By default the attribute `patch_size_level0`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No coordinates, or not as many as patches.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of coordinates")
+    with h5py.File(path) as file:
+        if "coords" not in file:
+            raise ValueError(f"{path}: a dataset `coords` expected, found {sorted(file)}")
+        coords = np.asarray(file["coords"], dtype=np.int64)
+        side = patch_px or file["coords"].attrs.get("patch_size_level0")
+    if side is None:
+        raise ValueError(f"{path}: no attribute patch_size_level0; give the side of a patch")
+    if coords.shape != (len(names), 2):
+        raise ValueError(
+            f"{path}: coordinates of shape {coords.shape}, but the slide has {len(names)} patches"
+        )
+    return Layout(tuple(names), coords, int(side))
+
+
+def layouts_from_csv(
+    path: str | os.PathLike[str], slides: Mapping[str, Sequence[str]], patch_px: int
+) -> dict[str, Layout]:
+    """Reads a table with the columns `name`, `x` and `y`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another table, or a patch that is not in it; names file and line or patch.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of coordinates")
+    places: dict[str, tuple[int, int]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"name", "x", "y"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: columns name, x, y expected, found {reader.fieldnames}")
+        for row in reader:
+            try:
+                places[row["name"]] = int(float(row["x"])), int(float(row["y"]))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{reader.line_num}: two numbers expected") from error
+    layouts = {}
+    for slide, names in slides.items():
+        missing = [name for name in names if name not in places]
+        if missing:
+            raise ValueError(f"{path}: no coordinates of {missing[0]} ({len(missing)} missing)")
+        coords = np.array([places[name] for name in names], dtype=np.int64)
+        layouts[slide] = Layout(tuple(names), coords, patch_px)
+    return layouts
+
+
+def _step(offsets: NDArray[np.int64], patch_px: int) -> int:
+    """The grid's step: the greatest common divisor of all distances, never above a patch."""
+    common = int(np.gcd.reduce(np.append(offsets.ravel(), 0)))
+    common = math.gcd(common, patch_px) if common else patch_px
+    # Places that are on no grid would give a step of a pixel.
+    return common if common >= max(1, patch_px // 16) else max(1, patch_px // 4)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+
+
+def _wrap(name: str, width: int = 28) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(name, width))

@@ -1,0 +1,260 @@
+"""Splits of a folder of patches by slide: the published ones of PatchGastric, and others like them.
+
+Follows the published rule (Zhang et al. 2023, https://github.com/Yunkun-Zhang/CITE, its
+`tools/ann.py`): per class, a share of the slides validates; of the others, the k slides with most
+patches train.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cite.files import write_text
+
+PUBLISHED_SUBTYPES = {
+    "Well differentiated tubular adenocarcinoma": 0,
+    "Moderately differentiated tubular adenocarcinoma": 1,
+    "Poorly differentiated adenocarcinoma, non-solid type": 2,
+    "Poorly differentiated adenocarcinoma, solid type": 2,
+}
+"""Subtype in captions.csv -> class; the other subtypes are left out."""
+
+PUBLISHED_NUM_SLIDES = (1, 2, 4, 8, 16)
+PUBLISHED_VAL = 0.8
+
+Patch = tuple[str, int]
+"""File name and label: one line of an annotation file."""
+
+
+@dataclass
+class Split:
+    """Patches for training and validation, and what was left out.
+
+    Attributes:
+        train: Patches of all slides that do not validate.
+        val: Patches that validate, class after class.
+        num_slides: Slides by class, those without patches included.
+        without_slide_id: Listed names that hold no slide id.
+        unknown: Slide id -> number of patches, of ids that are no slide of a class.
+        without_patches: Slides of which no patch is listed.
+    """
+
+    train: list[Patch]
+    val: list[Patch]
+    num_slides: list[int]
+    without_slide_id: list[str] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+    without_patches: list[str] = field(default_factory=list)
+
+    def count(self, part: Sequence[Patch]) -> list[int]:
+        """Returns the number of patches by class."""
+        return [sum(label == c for _, label in part) for c in range(len(self.num_slides))]
+
+
+def slide_id(name: str) -> str:
+    """Returns the slide a patch belongs to: its file name up to the first `_`.
+
+    Raises:
+        ValueError: The name has no `_`, or nothing before it.
+
+    Example:
+        >>> slide_id("fold/1e2571e554bc5b3e_12.jpg")
+        '1e2571e554bc5b3e'
+    """
+    slide, separator, _ = name.rsplit("/", 1)[-1].partition("_")
+    if not slide or not separator:
+        raise ValueError(
+            f"patch name {name!r} holds no slide id; expected <slide>_<anything>, such as A01_7.jpg"
+        )
+    return slide
+
+
+def read_captions(
+    path: str | os.PathLike[str], subtypes: Mapping[str, int] = PUBLISHED_SUBTYPES
+) -> dict[str, int]:
+    """Reads the class of every slide from captions.csv (columns `id`, `subtype`), in its order.
+
+    Args:
+        path: The file; further columns are ignored.
+        subtypes: Subtype -> class, counted from 0; rows of other subtypes are left out.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A missing column, a slide named twice, or a class without a slide.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; put captions.csv of PatchGastric there, or name it"
+        )
+    labels: dict[str, int] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        missing = {"id", "subtype"} - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path}:1: no column {' and no column '.join(sorted(missing))}; found "
+                f"{', '.join(rows.fieldnames or ()) or 'nothing'}"
+            )
+        for row in rows:
+            slide, subtype = row["id"], (row["subtype"] or "").strip()
+            if subtype not in subtypes:
+                continue
+            if slide in labels:
+                raise ValueError(f"{path}:{rows.line_num}: slide {slide!r} is named a second time")
+            labels[slide] = subtypes[subtype]
+    for label in range(max(subtypes.values()) + 1):
+        if label not in labels.values():
+            names = " or ".join(repr(name) for name, c in subtypes.items() if c == label)
+            raise ValueError(f"{path}: class {label} has no slide: no row of subtype {names}")
+    return labels
+
+
+def split_slides(
+    labels: Mapping[str, int],
+    listing: Iterable[str],
+    *,
+    val: float = PUBLISHED_VAL,
+    seed: int = 0,
+) -> Split:
+    """Divides the listed patches by slide into training and validation.
+
+    Args:
+        labels: Slide -> class, in an order that counts: validation slides are drawn from it.
+        listing: Names of patches; the order decides between slides of equally many patches.
+        val: Share of the slides of each class that validate.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: A share outside (0, 1), a name that no annotation line can hold, or a class
+            without a slide on one of the sides.
+    """
+    if not 0 < val < 1:
+        raise ValueError(f"val is {val}; expected a share between 0 and 1, such as {PUBLISHED_VAL}")
+    slides: list[list[str]] = [[] for _ in range(max(labels.values()) + 1)]
+    for slide, label in labels.items():
+        slides[label].append(slide)
+    generator = random.Random(seed)
+    # The number rounds down, as published.
+    validating = {slide for ids in slides for slide in generator.sample(ids, int(len(ids) * val))}
+    result = Split([], [], [len(ids) for ids in slides])
+    seen = set()
+    for name in listing:
+        if "\n" in name or "\r" in name:
+            raise ValueError(f"patch name {name!r} holds a line break; rename the file")
+        try:
+            slide = slide_id(name)
+        except ValueError:
+            result.without_slide_id.append(name)
+            continue
+        if slide not in labels:
+            result.unknown[slide] = result.unknown.get(slide, 0) + 1
+            continue
+        seen.add(slide)
+        (result.val if slide in validating else result.train).append((name, labels[slide]))
+    result.val.sort(key=lambda patch: patch[1])
+    result.without_patches = [slide for slide in labels if slide not in seen]
+    for side, part in (("training", result.train), ("validation", result.val)):
+        for label, count in enumerate(result.count(part)):
+            if not count:
+                raise ValueError(
+                    f"class {label} has no slide with patches for {side}: {len(slides[label])} "
+                    f"slides in captions.csv, {int(len(slides[label]) * val)} of them for "
+                    "validation; check the folder of patches, or choose another share"
+                )
+    return result
+
+
+def choose_slides(
+    train: Sequence[Patch], num_slides: int, *, seed: int = 0, most_patches: bool = True
+) -> list[Patch]:
+    """Chooses few slides of each class and returns their patches, shuffled.
+
+    Args:
+        train: The patches to choose from.
+        num_slides: Slides a class; a class of fewer gives all.
+        seed: Of the order, and of the draw without `most_patches`.
+        most_patches: Take the slides with most patches, of equal ones the first; otherwise those
+            of `num_slides` patches drawn at random, possibly fewer slides.
+
+    Raises:
+        ValueError: `num_slides` below 1, or more patches to draw than a class has.
+    """
+    if num_slides < 1:
+        raise ValueError(f"num_slides is {num_slides}; expected 1 or more")
+    generator = random.Random(seed)
+    by_class: dict[int, list[str]] = {}
+    for name, label in train:
+        by_class.setdefault(label, []).append(name)
+    chosen: list[Patch] = []
+    for label in sorted(by_class):
+        names = by_class[label]
+        if most_patches:
+            counts: dict[str, int] = {}
+            for name in names:
+                counts[slide_id(name)] = counts.get(slide_id(name), 0) + 1
+            slides = set(sorted(counts, key=lambda slide: -counts[slide])[:num_slides])
+        elif num_slides > len(names):
+            raise ValueError(
+                f"class {label} has {len(names)} patches; {num_slides} are to be drawn"
+            )
+        else:
+            slides = {slide_id(name) for name in generator.sample(names, num_slides)}
+        chosen += [(name, label) for name in names if slide_id(name) in slides]
+    generator.shuffle(chosen)
+    return chosen
+
+
+def draw_slides(train: Sequence[Patch], num_slides: int, *, seed: int = 0) -> list[Patch]:
+    """Draws slides of each class at random and returns their patches in the given order.
+
+    With one seed fewer slides are a part of more.
+
+    Args:
+        train: The patches to choose from.
+        num_slides: Slides a class.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: `num_slides` below 1, or more than a class has.
+    """
+    if num_slides < 1:
+        raise ValueError(f"num_slides is {num_slides}; expected 1 or more")
+    generator = random.Random(seed)
+    slides: dict[int, dict[str, None]] = {}
+    for name, label in train:
+        slides.setdefault(label, {})[slide_id(name)] = None
+    chosen: set[str] = set()
+    for label in sorted(slides):
+        ids = sorted(slides[label])
+        if num_slides > len(ids):
+            raise ValueError(f"class {label} has {len(ids)} slides; {num_slides} are to be drawn")
+        generator.shuffle(ids)
+        chosen.update(ids[:num_slides])
+    return [patch for patch in train if slide_id(patch[0]) in chosen]
+
+
+def published_names(val: float, num_slides: int | str | None = None, suffix: str = "") -> str:
+    """Returns the published file name: of validation, or of training with `num_slides` or `all`."""
+    if num_slides is None:
+        return f"val_{val}{suffix}.txt"
+    return f"train_{num_slides}_{round(1 - val, 2)}{suffix}.txt"
+
+
+def write_patches(
+    path: str | os.PathLike[str], patches: Sequence[Patch], *, final_newline: bool = True
+) -> None:
+    """Writes an annotation file, `name label` a line.
+
+    Args:
+        path: The file; whole or absent.
+        patches: Its lines.
+        final_newline: End the last line; the published files of few slides do not.
+    """
+    text = "\n".join(f"{name} {label}" for name, label in patches)
+    write_text(path, text + "\n" if final_newline else text)

@@ -1,0 +1,215 @@
+"""Embeddings of the classes' texts in one file, so that training needs no text model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cite.files import atomic_file
+
+_KEY = "cite"
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """Embeddings of texts, each of which describes a class.
+
+    Attributes:
+        embeddings: `(num_texts, dim)`, as the encoder gives them.
+        class_ids: `(num_texts,)`, rows of `classes`.
+        classes: Names of the classes, in the order of their labels.
+        texts: What was encoded.
+        encoder: Which model made them, as JSON values.
+
+    Raises:
+        ValueError: Numbers of rows disagree, or a class has no text.
+    """
+
+    embeddings: Tensor
+    class_ids: Tensor
+    classes: tuple[str, ...]
+    texts: tuple[str, ...]
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "text embeddings"
+
+    def __post_init__(self) -> None:
+        rows = self.embeddings.shape[0] if self.embeddings.dim() == 2 else -1
+        if not rows == len(self.class_ids) == len(self.texts):
+            raise ValueError(
+                f"{self.source}: embeddings of shape {tuple(self.embeddings.shape)}, "
+                f"{len(self.class_ids)} class numbers and {len(self.texts)} texts; one row each "
+                "expected"
+            )
+        if not torch.isfinite(self.embeddings).all():
+            raise ValueError(f"{self.source}: embeddings hold values that are not finite")
+        found = set(self.class_ids.tolist())
+        if found != set(range(len(self.classes))):
+            raise ValueError(
+                f"{self.source}: texts of classes {sorted(found)}, but there are "
+                f"{len(self.classes)} classes; each needs a text"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self.embeddings.shape[1]
+
+
+def texts_by_class(
+    descriptions: Mapping[str, str | Sequence[str]], templates: Sequence[str] = ("{}",)
+) -> tuple[list[str], list[int]]:
+    """Puts every description of every class into every template.
+
+    Args:
+        descriptions: One or several descriptions by class name.
+        templates: Texts with one `{}`.
+
+    Returns:
+        The texts, and the class of each.
+
+    Raises:
+        ValueError: A template without `{}`, or a class without a description.
+
+    Example:
+        >>> texts_by_class({"tumour": ["cancer", "neoplasm"]}, ["an image of {}."])
+        (['an image of cancer.', 'an image of neoplasm.'], [0, 0])
+    """
+    texts: list[str] = []
+    class_ids: list[int] = []
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r}: one {{}} expected")
+    for index, (name, given) in enumerate(descriptions.items()):
+        several = [given] if isinstance(given, str) else list(given)
+        if not several or not all(isinstance(text, str) and text.strip() for text in several):
+            raise ValueError(f"class {name!r}: at least one description expected, none empty")
+        filled = [template.format(text) for text in several for template in templates]
+        texts += filled
+        class_ids += [index] * len(filled)
+    return texts, class_ids
+
+
+def write_text_embeddings(
+    path: str | os.PathLike[str],
+    embeddings: Tensor,
+    class_ids: Tensor | Sequence[int],
+    *,
+    classes: Sequence[str],
+    texts: Sequence[str],
+    encoder: Mapping[str, Any] | None = None,
+) -> TextEmbeddings:
+    """Writes embeddings as safetensors with a description in its header.
+
+    Raises:
+        ValueError: The parts do not belong together.
+    """
+    from safetensors.torch import save_file
+
+    content = TextEmbeddings(
+        embeddings.detach().float().cpu().contiguous(),
+        torch.as_tensor(class_ids, dtype=torch.int64),
+        tuple(classes),
+        tuple(texts),
+        dict(encoder or {}),
+        str(path),
+    )
+    header = {
+        "classes": content.classes,
+        "texts": content.texts,
+        "encoder": content.encoder,
+        "digest": _digest(content.embeddings),
+    }
+    tensors = {"text_embeddings": content.embeddings, "class_ids": content.class_ids}
+    with atomic_file(path) as partial:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(header, ensure_ascii=False)})
+    return content
+
+
+def read_text_embeddings(
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    width: int | None = None,
+) -> TextEmbeddings:
+    """Reads a file of `write_text_embeddings`.
+
+    Args:
+        path: The file.
+        classes: Names that the file must have, in this order.
+        width: Width that the embeddings must have.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another kind of file, damaged, or of other classes or another width.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"text embeddings {path}: no such file; write it with tools/write_text_embeddings.py"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            embeddings, class_ids = (file.get_tensor(k) for k in ("text_embeddings", "class_ids"))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"text embeddings {path}: not a file of tools/write_text_embeddings.py ({error})"
+        ) from error
+    if _digest(embeddings) != header.get("digest"):
+        raise ValueError(f"text embeddings {path}: damaged, the digest differs; write it again")
+    content = TextEmbeddings(
+        embeddings,
+        class_ids,
+        tuple(header["classes"]),
+        tuple(header["texts"]),
+        header["encoder"],
+        str(path),
+    )
+    check_text_embeddings(content, classes=classes, width=width)
+    return content
+
+
+def check_text_embeddings(
+    content: TextEmbeddings, *, classes: Sequence[str] | None = None, width: int | None = None
+) -> None:
+    """Compares embeddings with what a model expects.
+
+    Raises:
+        ValueError: Other classes, another number of them, or another width.
+    """
+    source = content.source
+    if classes is not None and len(classes) != len(content.classes):
+        raise ValueError(
+            f"{source}: has {len(content.classes)} classes, the model has {len(classes)}: "
+            f"{_shorten(content.classes)} and {_shorten(classes)}"
+        )
+    if classes is not None and tuple(classes) != content.classes:
+        raise ValueError(
+            f"{source}: its classes are {_shorten(content.classes)}, the model's "
+            f"{_shorten(classes)}; names and order must agree"
+        )
+    if width is not None and width != content.width:
+        raise ValueError(
+            f"{source}: embeddings of width {content.width}, the model's features have {width}; "
+            "use another text encoder, or another out_features of the neck"
+        )
+
+
+def _digest(embeddings: Tensor) -> str:
+    return sha256(embeddings.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _shorten(classes: Sequence[str]) -> str:
+    text = ", ".join(repr(name) for name in classes)
+    return text if len(text) <= 4 * _SHOWN else f"{text[: 4 * _SHOWN]} ..."

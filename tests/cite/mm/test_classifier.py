@@ -1,0 +1,227 @@
+"""The hosts' `ImageClassifier` with our parts: three recorded steps, labels of both kinds."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import cite.mm  # noqa: F401
+from cite.mm.backbones import PromptedHF
+from cite.mm.heads import ProjectionNeck
+from cite.text_embeddings import write_text_embeddings
+from tests.cite.goldens import CLIP_ARCH, CLIP_WEIGHTS, FP32, VIT_ARCH, read_arrays
+
+HOSTS = {"mmcls": "ClsDataSample", "mmpretrain": "DataSample"}
+
+
+@pytest.fixture(params=HOSTS)
+def host(request: pytest.FixtureRequest) -> Any:
+    library = pytest.importorskip(f"{request.param}")
+    importlib.import_module(f"{request.param}.models")
+    init_default_scope(request.param)
+    yield library
+    init_default_scope("mmengine")
+
+
+def samples_of(host: Any, labels: list[int]) -> list[Any]:
+    structures = importlib.import_module(f"{host.__name__}.structures")
+    kind = getattr(structures, HOSTS[host.__name__])
+    return [kind().set_gt_label(label) for label in labels]
+
+
+def model_config(text_file: Path, **backbone: Any) -> dict[str, Any]:
+    return dict(
+        type="ImageClassifier",
+        backbone=dict(
+            type="PromptedOpenCLIP",
+            arch=CLIP_ARCH,
+            checkpoint=str(CLIP_WEIGHTS),
+            **(dict(prompt_length=1) | backbone),
+        ),
+        neck=dict(type="ProjectionNeck", in_features=48, out_features=64),
+        head=dict(type="TextEmbeddingHead", text_embeddings=str(text_file)),
+    )
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.safetensors"
+    embeddings = read_arrays("train3.npz")["text_embeddings"]
+    write_text_embeddings(path, embeddings, [0, 1, 2], classes="abc", texts="abc")
+    return path
+
+
+def test_three_recorded_steps(host: Any, text_file: Path) -> None:
+    golden = read_arrays("train3.npz")
+    model = MODELS.build(model_config(text_file))
+    model.init_weights()  # as the runner does; loaded weights must survive it
+    model.neck.load_state_dict(
+        {"weight": golden["neck.weight.init"], "bias": golden["neck.bias.init"]}
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == {"backbone.prompts.prompt", "neck.weight", "neck.bias"}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.03)
+    model.train()
+    images = golden["imgs"].float()
+    for step in range(3):
+        optimizer.zero_grad()
+        samples = samples_of(host, golden["labels"][step].tolist())
+        loss = model(images[step], samples, mode="loss")["loss"]
+        torch.testing.assert_close(loss.double(), golden["losses"][step], rtol=1e-4, atol=0)
+        loss.backward()
+        if step == 0:
+            for ours, theirs in (("backbone.prompts.prompt", "prompt"), ("neck.weight",) * 2):
+                torch.testing.assert_close(
+                    trained[ours].grad, golden[f"{theirs}.grad.step0"], rtol=1e-3, atol=1e-4
+                )
+        optimizer.step()
+        state = model.state_dict()
+        for ours, theirs in (
+            ("backbone.prompt", "prompt"),
+            ("neck.weight",) * 2,
+            ("neck.bias",) * 2,
+        ):
+            expected = golden[f"{theirs}.after_step{step}"]
+            torch.testing.assert_close(state[ours], expected, **FP32)
+    model.eval()
+    predicted = model(images[3], samples_of(host, [0] * 6), mode="predict")
+    scores = [s.pred_score if "pred_score" in s else s.pred_label.score for s in predicted]
+    torch.testing.assert_close(
+        torch.stack(scores).detach(), golden["softmax_eval_batch3"], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_predictions_without_samples_and_soft_labels(host: Any, text_file: Path) -> None:
+    model = MODELS.build(model_config(text_file)).eval()
+    images = read_arrays("train3.npz")["imgs"][0].float()
+    predicted = model(images, mode="predict")
+    assert type(predicted[0]).__name__ == HOSTS[host.__name__]
+    labels = read_arrays("train3.npz")["labels"][0]
+    hard = model(images, samples_of(host, labels.tolist()), mode="loss")["loss"]
+    soft = samples_of(host, labels.tolist())
+    for sample, row in zip(soft, nn.functional.one_hot(labels, 3).float(), strict=True):
+        sample.set_gt_score(row)
+    torch.testing.assert_close(model(images, soft, mode="loss")["loss"], hard)
+
+
+def test_a_label_that_is_no_class_is_named(host: Any, text_file: Path) -> None:
+    model = MODELS.build(model_config(text_file))
+    samples = samples_of(host, [0, 3])
+    samples[1].set_metainfo({"img_path": "patches/x_1.jpg"})
+    with pytest.raises(ValueError, match=r"patches/x_1\.jpg: label 3, .* 3 classes, 0 to 2"):
+        model(torch.zeros(2, 3, 32, 32), samples, mode="loss")
+
+
+def test_baselines_are_built_from_the_same_backbone(host: Any, text_file: Path) -> None:
+    linear = dict(type="LinearClsHead", num_classes=3, in_channels=48)
+    trained = {}
+    for name, backbone in {
+        "linear": dict(prompt_length=0),
+        "vpt": dict(prompt_length=2),
+        "finetune": dict(prompt_length=0, frozen=False),
+        "lora": dict(prompt_length=0, lora=dict(r=2)),
+    }.items():
+        config = model_config(text_file, **backbone) | {"neck": None, "head": linear}
+        model = MODELS.build(config)
+        loss = model(torch.zeros(2, 3, 32, 32), samples_of(host, [0, 1]), mode="loss")["loss"]
+        loss.backward()
+        trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained["linear"] == 3 * 49
+    assert trained["vpt"] == 3 * 49 + 2 * 128
+    assert trained["linear"] < trained["lora"] < trained["finetune"] / 10
+    zero_shot = model_config(text_file, prompt_length=0) | {"neck": None}
+    model = MODELS.build(zero_shot)
+    with pytest.raises(ValueError, match="width 48 meet text embeddings of width 64"):
+        model(torch.zeros(1, 3, 32, 32), samples_of(host, [0]), mode="loss")
+
+
+def test_neck_takes_what_backbones_give() -> None:
+    neck, features = ProjectionNeck(4, 2), torch.randn(3, 4)
+    (expected,) = neck(features)
+    patches = torch.randn(3, 4, 2, 2)
+    for form in ((features,), [patches, features], ([patches, features],)):
+        assert torch.equal(neck(form)[0], expected)
+    assert not any(p.requires_grad for p in ProjectionNeck(4, 2, fix=True).parameters())
+
+
+def test_text_encoder_in_the_config(text_file: Path) -> None:
+    from tests.cite.goldens import GOLDEN
+
+    encoder = dict(type="bert", model=str(GOLDEN / "tiny_bert"))
+    head = MODELS.build(
+        dict(
+            type="TextEmbeddingHead",
+            text_encoder=encoder,
+            texts=dict(well=["well differentiated", "tubular"], poor="poorly differentiated"),
+            classes=["well", "poor"],
+            templates=["{}", "{} adenocarcinoma"],
+            several="max",
+        )
+    )
+    assert head.text_embeddings.shape == (6, 32)
+    with pytest.raises(ValueError, match="either `text_embeddings`"):
+        MODELS.build(dict(type="TextEmbeddingHead"))
+    with pytest.raises(ValueError, match="needs `texts`"):
+        MODELS.build(dict(type="TextEmbeddingHead", text_encoder=encoder))
+
+
+SIZES = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=2, intermediate_size=48)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(type="PromptedViT", arch=VIT_ARCH, img_size=32, patch_size=8),
+        dict(
+            type="PromptedTimm",
+            model="vit_large_patch16_224",
+            model_args=dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+        ),
+        dict(type="PromptedHF", config=dict(model_type="dinov2", **SIZES)),
+        dict(type="PromptedPLIP"),
+    ],
+    ids=lambda config: config["type"],
+)
+def test_every_backbone_by_its_registered_name(config: dict[str, Any], tmp_path: Path) -> None:
+    if config["type"] == "PromptedPLIP":
+        CLIPVisionModel(CLIPVisionConfig(**SIZES)).save_pretrained(tmp_path)
+        config = config | {"folder": str(tmp_path)}
+    backbone = MODELS.build(dict(config, prompt_length=2))
+    (features,) = backbone(torch.zeros(2, 3, 32, 32))
+    assert features.shape == (2, backbone.embed_dim)
+    assert [n for n, p in backbone.named_parameters() if p.requires_grad] == ["prompts.prompt"]
+    assert not hasattr(backbone, "init_weights")
+
+
+def test_folder_or_config() -> None:
+    with pytest.raises(ValueError, match="either `folder` or `config`"):
+        PromptedHF()
+    with pytest.raises(FileNotFoundError, match=r"no/such: a folder with config\.json"):
+        PromptedHF(folder="no/such")
+
+
+def test_order_of_described_classes_is_stated() -> None:
+    """MMEngine sorts the keys of a config that it writes: a mapping alone has no order."""
+    from cite.mm.heads import _in_order
+
+    texts = {"well": ["a", "b"], "poor": "c"}
+    assert list(_in_order(texts, ["well", "poor"])) == ["well", "poor"]
+    assert list(_in_order(dict(sorted(texts.items())), ["well", "poor"])) == ["well", "poor"]
+    assert _in_order([["a", "b"], "c"], None) == {"a": ["a", "b"], "c": "c"}
+    for wrong, classes, message in (
+        (texts, None, "need `classes`"),
+        (texts, ["well"], "need `classes`"),
+        (["a", "a"], None, "as many different classes"),
+        (["a", "b"], ["x"], "as many different classes"),
+        (None, None, "needs `texts`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _in_order(wrong, classes)  # type: ignore[arg-type]

@@ -1,0 +1,234 @@
+"""Features computed once: extraction, resumption, training and testing from the file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from cite.features import FeatureWriter, read_features
+from cite.mm.feature_extraction import build_classifier, build_dataset, extract_features
+from cite.mm.features import CachedFeatureDataset, PrecomputedFeatures
+from tests.cite.goldens import CLIP_ARCH, CLIP_WEIGHTS, GOLDEN
+from tests.cite.mm.gastric import make_gastric
+
+ROOT = Path(__file__).parents[3]
+
+
+def make_config(data: Path, scope: str = "mmcls") -> dict[str, Any]:
+    pipeline = [dict(type="LoadPatch"), dict(type="ResizePatch", size=32), dict(type="PackPatch")]
+
+    def loader(ann_file: str, **dataset: Any) -> dict[str, Any]:
+        return dict(
+            batch_size=4,
+            num_workers=0,
+            sampler=dict(type="DefaultSampler", shuffle=False),
+            dataset=dict(
+                type="PatchGastric",
+                data_root=str(data),
+                data_prefix="patches_captions",
+                ann_file=f"gastric_cls3_ann/{ann_file}",
+                pipeline=pipeline,
+                **dataset,
+            ),
+        )
+
+    return dict(
+        custom_imports=dict(imports=["cite.mm"], allow_failed_imports=False),
+        default_scope=scope,
+        model=dict(
+            type="ImageClassifier",
+            data_preprocessor=dict(mean=[127.0] * 3, std=[64.0] * 3, to_rgb=False),
+            backbone=dict(type="PromptedOpenCLIP", arch=CLIP_ARCH, checkpoint=str(CLIP_WEIGHTS)),
+            head=dict(type="LinearClsHead", num_classes=3, in_channels=48),
+        ),
+        train_dataloader=loader("train_all_0.2.txt"),
+        test_dataloader=loader("val_0.8.txt", test_mode=True),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gastric(tmp_path_factory.mktemp("gastric"), patches=2)
+
+
+@pytest.fixture(params=["mmcls", "mmpretrain"])
+def config(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
+    pytest.importorskip(request.param)
+    path = tmp_path / "config.py"
+    Config(make_config(data, request.param)).dump(path)
+    return path
+
+
+def test_features_are_those_of_the_encoder(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "train.safetensors"
+    assert extract_features(config, out, batch_size=5, progress=False) == []
+    found = read_features(out)
+    cfg = Config.fromfile(config)
+    dataset, model = build_dataset(cfg, "train"), build_classifier(cfg, None)
+    assert len(found.names) == len(dataset) == len(found.features)
+    assert found.labels.tolist() == dataset.get_gt_labels()
+    item = dataset[3]
+    batch = model.data_preprocessor({k: [v] for k, v in item.items()}, False)
+    torch.testing.assert_close(found.features[3:4], model.backbone(batch["inputs"])[0])
+    assert found.header["backbone"]["type"] == "PromptedOpenCLIP"
+
+
+def test_training_and_testing_from_the_file(config: Path, data: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        extract_features(config, tmp_path / f"{split}.safetensors", split=split, progress=False)
+    cfg = Config.fromfile(config)
+    scope = cfg.default_scope
+
+    def cached(split: str, ann_file: str, **dataset: Any) -> dict[str, Any]:
+        return dict(
+            batch_size=6,
+            num_workers=0,
+            # MMEngine sleeps for two seconds where a sampler ends.
+            sampler=dict(type="InfiniteSampler" if split == "train" else "DefaultSampler"),
+            dataset=dict(
+                type="CachedFeatureDataset",
+                feature_file=str(tmp_path / f"{split}.safetensors"),
+                data_root=str(data),
+                ann_file=f"gastric_cls3_ann/{ann_file}" if ann_file else "",
+                **dataset,
+            ),
+        )
+
+    cfg.model.backbone = dict(type="PrecomputedFeatures", embed_dim=48)
+    cfg.model.data_preprocessor = dict(type="FeatureDataPreprocessor")
+    cfg.merge_from_dict(
+        dict(
+            work_dir=str(tmp_path / "work"),
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.5)),
+            train_cfg=dict(by_epoch=False, max_iters=60),
+            test_cfg=dict(),
+            test_evaluator=dict(type="SlideMetric"),
+        )
+    )
+    cfg.train_dataloader = cached("train", "train_2_0.2.txt")
+    cfg.test_dataloader = cached("test", "", test_mode=True)
+    cfg.test_dataloader.sampler.shuffle = False
+    cfg.experiment_name = f"{scope}_cached"
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.test()["accuracy"] > 90
+    init_default_scope("mmengine")
+
+
+def test_a_killed_run_continues(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("cite.mm.feature_extraction")
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    arguments = dict(batch_size=4, part_size=8, progress=False)
+    extract_features(config, whole, **arguments)
+    encode, calls = module._encode, []
+
+    def dies(*args: Any) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(module, "_encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(config, out, **arguments)
+    assert not out.exists()
+    extract_features(config, out, **arguments)
+    number = -(-len(read_features(whole).names) // 4)
+    assert len(calls) == 4 + number - 2  # the two batches of the first part are not done again
+    assert out.read_bytes() == whole.read_bytes()
+    assert not out.with_name("out.safetensors.partial").exists()
+
+
+def test_parts_of_something_else_are_dropped(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "a"})
+    writer.write_part(["x"], torch.ones(1, 2), torch.tensor([0]), ["y: broken"])
+    assert FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "a"}).num_done == 2
+    other = FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "b"})
+    assert other.num_done == 0
+    other.write_part([], torch.empty(0, 2), torch.tensor([]), ["y: broken"])
+    with pytest.raises(ValueError, match="no image could be read: y: broken"):
+        other.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_cannot_be_read_are_left_out(data: Path, tmp_path: Path) -> None:
+    lines = (data / "gastric_cls3_ann" / "val_0.8.txt").read_text().splitlines()
+    broken = data / "patches_captions" / "0000_99.jpg"
+    broken.write_bytes(b"not an image")
+    ann_file = tmp_path / "ann.txt"
+    ann_file.write_text("\n".join([lines[0], "0000_99.jpg 0", lines[-1]]))
+    settings = make_config(data)
+    settings["test_dataloader"]["dataset"]["ann_file"] = str(ann_file)
+    Config(settings).dump(tmp_path / "config.py")
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, ROOT / "tools/extract_features.py", tmp_path / "config.py", out]
+    options = ["--split", "test", "--device", "cpu"]
+    options += ["--cfg-options", "model.backbone.precision=bf16"]
+    result = subprocess.run(
+        [*map(str, command), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 3, result.stderr
+    assert "1 image(s) left out, for instance 0000_99.jpg" in result.stderr
+    found = read_features(out)
+    assert found.header["backbone"]["precision"] == "bf16"
+    assert list(found.names) == [lines[0].split()[0], lines[-1].split()[0]]
+    broken.unlink()
+
+
+def test_patches_without_features_and_other_labels(tmp_path: Path) -> None:
+    init_default_scope("mmcls")
+    file, ann_file = tmp_path / "f.safetensors", tmp_path / "ann.txt"
+    writer = FeatureWriter(file, {"classes": ["a", "b"]})
+    writer.write_part(["s_1.jpg", "t_1.jpg"], torch.ones(2, 4), torch.tensor([0, 1]))
+    writer.finish()
+    assert len(CachedFeatureDataset(str(file))) == 2
+    ann_file.write_text("s_1.jpg 0\nu_1.jpg 1\n")
+    with pytest.raises(ValueError, match=r"ann\.txt:2: no features of u_1\.jpg .* has 2 patches"):
+        CachedFeatureDataset(str(file), str(ann_file))
+    ann_file.write_text("s_1.jpg 0\nt_1.jpg 0\n")
+    with pytest.raises(ValueError, match=r"ann\.txt:2: label 0 of t_1\.jpg, but 1 in"):
+        CachedFeatureDataset(str(file), str(ann_file))
+    with pytest.raises(ValueError, match=r"shape \(2, 4\) arrive, \(batch, 8\) expected"):
+        PrecomputedFeatures(8)(torch.ones(2, 4))
+
+
+def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"head.fc.weight": torch.ones(2, 2)}}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth: not a checkpoint of this config"):
+        build_classifier(Config.fromfile(config), str(tmp_path / "c.pth"))
+    with pytest.raises(ValueError, match="split 'val'"):
+        extract_features(config, tmp_path / "o.safetensors", split="val")
+
+
+def test_text_embeddings_by_command(tmp_path: Path) -> None:
+    from cite.text_embeddings import read_text_embeddings
+
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps({"well": "Well differentiated", "poor": ["Poorly", "bad"]}))
+    command = [sys.executable, str(ROOT / "tools/write_text_embeddings.py")]
+    command += [str(tmp_path / "t.safetensors"), "--classes", str(classes), "--template", "{} x"]
+    bert = ["--encoder", "bert", "--model", str(GOLDEN / "tiny_bert")]
+    result = subprocess.run([*command, *bert], capture_output=True, text=True, check=False)
+    assert "3 texts of 2 classes, width 32" in result.stdout, result.stderr
+    content = read_text_embeddings(tmp_path / "t.safetensors", classes=["well", "poor"])
+    assert content.texts == ("Well differentiated x", "Poorly x", "bad x")
+    assert content.encoder["pooling"] == "pooler"
+    missing = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    assert "--encoder bert needs --model" in missing.stderr

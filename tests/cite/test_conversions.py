@@ -1,0 +1,126 @@
+"""Weights under other names: equal outputs in the other library, and the way back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cite.conversions import SOURCES, TARGETS, ConversionError, convert
+from cite.encoders import build_encoder
+from cite.prompted import PromptedEncoder
+from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
+
+ROOT = Path(__file__).parents[2]
+SIZES = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, num_classes=0)
+HF_SIZES = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=3)
+HF_SIZES |= dict(num_attention_heads=2, intermediate_size=256)
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def timm_vit(**options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", **SIZES, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def encode(kind: str, state_dict: dict[str, Tensor], **arguments: Any) -> Tensor:
+    encoder = build_encoder(kind, **arguments)
+    encoder.model.load_state_dict(state_dict)
+    return PromptedEncoder(encoder)(images())
+
+
+def test_vit_to_mm_and_hugging_face() -> None:
+    model = timm_vit()
+    expected, state = model(images()).detach(), model.state_dict()
+    mm = convert(state, "timm", "mm")
+    found = encode("vit", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
+    torch.testing.assert_close(found, expected, **FP32)
+    config = {"model_type": "vit", **HF_SIZES, "layer_norm_eps": 1e-6}
+    hf = convert(mm, "mm", "hf-vit")
+    torch.testing.assert_close(encode("hf", hf, config=config), expected, **FP32)
+    for back in (convert(hf, "hf-vit", "timm"), convert(mm, "mm", "timm")):
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_dinov2() -> None:
+    model = timm_vit(init_values=1e-1)
+    hf = convert(model.state_dict(), "timm", "hf-dinov2")
+    config = {"model_type": "dinov2", **HF_SIZES, "layer_norm_eps": 1e-6}
+    found = encode("hf", hf, config=config)
+    torch.testing.assert_close(found, model(images()).detach(), **FP32)
+    back = convert(hf, "hf-dinov2", "timm")
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+
+
+def test_clip_and_back() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("open_clip", arch=CLIP_ARCH)
+    state = encoder.model.state_dict()
+    hf = convert({f"visual.{k}": v for k, v in state.items()}, "clip", "hf-clip")
+    values = HF_SIZES | dict(hidden_size=128, intermediate_size=512, hidden_act="quick_gelu")
+    config = transformers.CLIPVisionConfig(**values, projection_dim=48)
+    theirs = transformers.CLIPVisionModelWithProjection(config).eval()
+    report = theirs.load_state_dict(hf, strict=False)
+    assert not report.unexpected_keys
+    assert [k for k in report.missing_keys if "position_ids" not in k] == []
+    expected = PromptedEncoder(encoder)(images())
+    torch.testing.assert_close(theirs(images()).image_embeds.detach(), expected, **FP32)
+    back = convert(hf | {"logit_scale": torch.ones(())}, "hf-clip", "clip")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def moco_checkpoint() -> dict[str, Tensor]:
+    state = timm_vit().state_dict()
+    moco = {f"module.base_encoder.{k}": v for k, v in state.items()}
+    moco |= {f"module.momentum_encoder.{k}": -v for k, v in state.items()}
+    moco |= {"module.base_encoder.head.0.weight": torch.ones(4, 64)}
+    return moco | {"module.predictor.0.weight": torch.ones(4, 4)}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_moco_by_command(suffix: str, tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": moco_checkpoint()}, tmp_path / "moco.pth")
+    out = tmp_path / f"mm.{suffix}"
+    command = [sys.executable, str(ROOT / "tools/convert_model.py"), str(tmp_path / "moco.pth")]
+    command += [str(out), "--from", "moco-v3", "--to", "mm"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    mm = load_file(out) if suffix != "pth" else torch.load(out, weights_only=True)["state_dict"]
+    found = encode("vit", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
+    torch.testing.assert_close(found, timm_vit()(images()).detach(), **FP32)
+    command[-1] = "clip"
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 1
+    assert "no conversion from 'moco-v3' to 'clip'" in result.stderr
+
+
+def test_weights_of_another_format_are_refused() -> None:
+    state = timm_vit().state_dict()
+    with pytest.raises(ConversionError, match=r"patch_embed\.proj\.weight: not a name of MMPre"):
+        convert(state, "mm", "timm")
+    with pytest.raises(ConversionError, match=r"base_encoder"):
+        convert(state, "moco-v3", "mm")
+    hf = convert(state, "timm", "hf-vit")
+    del hf["encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(ConversionError, match=r"key\.bias'\] are not"):
+        convert(hf, "hf-vit", "timm")
+    for name in set(SOURCES) & set(TARGETS):
+        with pytest.raises(ConversionError, match=f"no conversion from '{name}' to '{name}'"):
+            convert({}, name, name)

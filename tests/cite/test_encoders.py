@@ -1,0 +1,284 @@
+"""Encoders of every library: equal to the library's own forward pass, prompts or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cite.checkpoints import CheckpointError
+from cite.encoders import build_encoder
+from cite.encoders.base import Encoder, resize_positions
+from cite.encoders.vit import as_arguments
+from cite.prompted import PromptedEncoder, merge_lora
+from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
+
+TIMM_SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+HF_SMALL = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3)
+HF_SMALL |= dict(num_attention_heads=2, intermediate_size=48)
+
+TIMM: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_224": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_large_patch16_224": dict(init_values=1e-5, dynamic_img_size=True),  # UNI's
+    "vit_giant_patch14_dinov2": dict(mlp_ratio=5.33),  # Prov-GigaPath's tile encoder
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_base_patch16_siglip_224": dict(global_pool="map"),
+    "vit_small_patch16_224": dict(global_pool="avg", qk_norm=True),
+}
+HF: dict[str, dict[str, Any]] = {
+    "clip_vision_model": dict(projection_dim=24),
+    "dinov2": dict(mlp_ratio=2),
+    "dinov2_with_registers": dict(num_register_tokens=3, use_swiglu_ffn=True),
+    "vit": {},
+    "deit": {},
+}
+
+
+def shake(module: nn.Module) -> None:
+    """Makes layer scales, class tokens and biases count."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def make(kind: str, name: str) -> Encoder:
+    torch.manual_seed(0)
+    if kind == "timm":
+        encoder = build_encoder("timm", model=name, model_args=TIMM_SMALL | TIMM[name])
+    else:
+        config = {"model_type": name, **HF_SMALL, **HF[name]}
+        encoder = build_encoder("hf", config=config, project=name.startswith("clip"))
+    shake(encoder)
+    return encoder.eval()
+
+
+def native(encoder: Encoder, pixel_values: Tensor) -> Tensor:
+    model = encoder.model
+    if encoder.spec["kind"] == "timm":
+        return model(pixel_values)
+    output = model(pixel_values)
+    return output.image_embeds if "image_embeds" in output else output.last_hidden_state[:, 0]
+
+
+ALL = [("timm", name) for name in TIMM] + [("hf", name) for name in HF]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_equal_to_the_library(kind: str, name: str) -> None:
+    encoder = make(kind, name)
+    expected = native(encoder, images()).detach()
+    found = PromptedEncoder(encoder)(images())
+    torch.testing.assert_close(found, expected, **FP32)
+    assert found.shape == (5, encoder.embed_dim)
+    assert build_encoder(**json.loads(json.dumps(encoder.spec))).spec == encoder.spec
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_prompts_train_and_nothing_else_does(kind: str, name: str) -> None:
+    model = PromptedEncoder(make(kind, name), prompt_length=2, prompt_layers=[0, 2])
+    model(images()).square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == {"prompts.prompt"}
+    assert (trained["prompts.prompt"].abs().amax(dim=2) > 0).all()
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in trained)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_prompts_are_further_tokens_between_prefix_and_patches(kind: str, name: str) -> None:
+    """The library's own blocks on tokens put together by hand."""
+    encoder = make(kind, name)
+    model = PromptedEncoder(encoder, prompt_length=2, prompt_init="normal")
+    assert model.prompts is not None
+    hidden = encoder.embed(images())
+    prefix = encoder.num_prefix
+    prompts = model.prompts.prompt[0].expand(len(hidden), -1, -1)
+    hidden = torch.cat([hidden[:, :prefix], prompts, hidden[:, prefix:]], dim=1)
+    if kind == "timm":
+        blocks = encoder.model.blocks
+    else:
+        tower = getattr(encoder.model, "vision_model", encoder.model).encoder
+        blocks = tower.layers if hasattr(tower, "layers") else tower.layer
+    for block in blocks:
+        output = block(hidden, None, None) if name.startswith("clip") else block(hidden)
+        hidden = output[0] if isinstance(output, tuple) else output
+    hidden = torch.cat([hidden[:, :prefix], hidden[:, prefix + 2 :]], dim=1)
+    torch.testing.assert_close(model(images()), encoder.pool(hidden), **FP32)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_lora_and_low_precision(kind: str, name: str) -> None:
+    expected = PromptedEncoder(make(kind, name))(images())
+    adapted = PromptedEncoder(make(kind, name), lora=dict(r=2))
+    torch.testing.assert_close(adapted(images()), expected, **FP32)
+    assert len([p for p in adapted.parameters() if p.requires_grad]) == 3 * 2 * 2
+    merge_lora(adapted.encoder)
+    assert adapted.state_dict().keys() == PromptedEncoder(make(kind, name)).state_dict().keys()
+    narrow = PromptedEncoder(make(kind, name), precision="bf16")(images())
+    likeness = nn.functional.cosine_similarity(narrow, expected)
+    assert (likeness > 0.99).all()
+
+
+def test_vit_equals_the_hosts_own() -> None:
+    from mmcls.models import VisionTransformer
+
+    for options in (dict(), dict(qkv_bias=False, final_norm=False), dict(pre_norm=True)):
+        encoder = build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8, **options)
+        shake(encoder)
+        theirs = VisionTransformer(**as_arguments(encoder.spec))
+        theirs.eval()  # gives None in this library
+        theirs.load_state_dict(encoder.model.state_dict())
+        expected = theirs(images())[-1][-1]
+        torch.testing.assert_close(PromptedEncoder(encoder)(images()), expected, **FP32)
+
+
+@pytest.mark.parametrize("arch", ["base", "l", "deit-s", "mocov3-small"])
+def test_named_architectures_have_the_hosts_shapes(arch: str) -> None:
+    from mmpretrain.models import MoCoV3ViT, VisionTransformer
+
+    kind = MoCoV3ViT if arch.startswith("moco") else VisionTransformer
+    with torch.device("meta"):
+        ours = build_encoder("vit", arch=arch).model.state_dict()
+    expected = {
+        name: tensor.shape for name, tensor in kind(arch=arch, patch_size=16).state_dict().items()
+    }
+    assert {name: tensor.shape for name, tensor in ours.items()} == expected
+
+
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+def test_open_clip_equals_the_library(pool: str) -> None:
+    vision = CLIP_ARCH["vision_cfg"] | {"pool_type": pool, "ls_init_value": 0.1}
+    encoder = build_encoder("open_clip", arch=CLIP_ARCH | {"vision_cfg": vision})
+    shake(encoder)
+    theirs = open_clip.model._build_vision_tower(48, vision, quick_gelu=True).eval()
+    theirs.load_state_dict(encoder.model.state_dict())
+    model = PromptedEncoder(encoder)
+    torch.testing.assert_close(model(images()), theirs(images()).detach(), **FP32)
+    assert PromptedEncoder(encoder, prompt_length=1)(images()).requires_grad
+
+
+def test_open_clip_checkpoints_in_every_form(tmp_path: Path) -> None:
+    text = dict(context_length=8, vocab_size=100, width=16, heads=2, layers=1)
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**CLIP_ARCH, text_cfg=text).eval()
+    expected = clip.encode_image(images()).detach()
+    state = clip.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "a.pt")
+    save_file(state, tmp_path / "b.safetensors")
+    traced = torch.jit.trace_module(clip, {"encode_image": images()}, check_trace=False)
+    traced.save(str(tmp_path / "c.pt"))
+    hf = HF_SMALL | dict(hidden_size=128, intermediate_size=512, hidden_act="quick_gelu")
+    from cite.conversions import clip_vision_to_hf
+
+    model = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**hf, projection_dim=48)
+    )
+    model.load_state_dict(clip_vision_to_hf(state), strict=False)
+    model.save_pretrained(tmp_path / "d")
+    for name in ("a.pt", "b.safetensors", "c.pt", "d"):
+        encoder = build_encoder("open_clip", arch=CLIP_ARCH)
+        found = PromptedEncoder(encoder, checkpoint=tmp_path / name)(images())
+        torch.testing.assert_close(found, expected, **FP32)
+
+
+def test_plip_folder_in_hugging_faces_and_in_the_released_names(tmp_path: Path) -> None:
+    config = transformers.CLIPVisionConfig(**HF_SMALL)
+    torch.manual_seed(0)
+    model = transformers.CLIPVisionModel(config).eval()
+    expected = model(images()).pooler_output.detach()
+    model.save_pretrained(tmp_path / "hf")
+    released = tmp_path / "released"
+    released.mkdir()
+    values = config.to_dict() | {"model_type": "clip"}
+    (released / "config.json").write_text(json.dumps({"vision_config": values, "text_config": {}}))
+    names = {
+        f"visual_encoder.{k}".replace("post_layernorm", "post_layrnorm"): v
+        for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()
+    }
+    names["visual_encoder.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    names["text_encoder.x"] = torch.zeros(1)
+    torch.save(names, released / "pytorch_model.bin")
+    for folder in (tmp_path / "hf", released):
+        encoder = build_encoder("hf", config=str(folder))
+        found = PromptedEncoder(encoder, checkpoint=folder)(images())
+        torch.testing.assert_close(found, expected, **FP32)
+
+
+def test_hugging_face_folders_of_whole_models(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("dinov2", **HF_SMALL, num_labels=2)
+    model = transformers.Dinov2ForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    encoder = build_encoder("hf", config=tmp_path)
+    expected = model.dinov2(images()).last_hidden_state[:, 0].detach()
+    found = PromptedEncoder(encoder, checkpoint=tmp_path)(images())
+    torch.testing.assert_close(found, expected, **FP32)
+
+
+def test_timm_checkpoints_and_other_image_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_base_patch16_224", **TIMM_SMALL, num_classes=7).eval()
+    save_file(theirs.state_dict(), tmp_path / "t.safetensors")
+    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
+    model = PromptedEncoder(encoder, checkpoint=tmp_path / "t.safetensors")
+    expected = theirs.forward_head(theirs.forward_features(images()), pre_logits=True)
+    torch.testing.assert_close(model(images()), expected.detach(), **FP32)
+    larger = TIMM_SMALL | dict(img_size=48)
+    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=larger)
+    model = PromptedEncoder(encoder, checkpoint=tmp_path / "t.safetensors")
+    assert model(images(48)).shape == (5, 32)
+    other = build_encoder("timm", model="vit_base_patch16_224", model_args=larger | {"depth": 2})
+    with pytest.raises(CheckpointError, match=r"12 unexpected \(blocks\.2"):
+        PromptedEncoder(other, checkpoint=tmp_path / "t.safetensors")
+
+
+def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
+    positions = torch.cat([torch.randn(1, 2, 4), torch.full((1, 16, 4), 3.0)], dim=1)
+    resized = resize_positions(positions, 2 + 36, 2)
+    assert torch.equal(resized[:, :2], positions[:, :2])
+    torch.testing.assert_close(resized[:, 2:], torch.full((1, 36, 4), 3.0))
+    with pytest.raises(ValueError, match="16 positions to 7"):
+        resize_positions(positions, 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("resnet", dict(), "encoder 'resnet'"),
+        ("open_clip", dict(arch="ViT-B-17"), r"open_clip does not know it; near: .*ViT-B-16"),
+        ("open_clip", dict(arch=dict(width=3)), "embed_dim and vision_cfg expected"),
+        ("open_clip", dict(arch="RN50"), "for towers from timm"),
+        ("timm", dict(model="resnet18"), "found ResNet"),
+        ("timm", dict(model="vit_none"), "model 'vit_none'"),
+        ("hf", dict(config=dict(model_type="resnet")), "model_type 'resnet'"),
+        ("hf", dict(config=dict(model_type="vit"), project=True), "no visual projection"),
+        ("vit", dict(arch="tiny"), "arch 'tiny'"),
+        ("vit", dict(arch=dict(width=3)), "embed_dims"),
+    ],
+)
+def test_what_cannot_be_built(kind: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_encoder(kind, **arguments)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json: a folder with config\.json"):
+        build_encoder("hf", config=tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        PromptedEncoder(build_encoder("vit", arch=VIT_ARCH), checkpoint=tmp_path)
+    (tmp_path / "c.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"c\.pt: cannot be read as tensors alone"):
+        PromptedEncoder(build_encoder("vit", arch=VIT_ARCH), checkpoint=tmp_path / "c.pt")
