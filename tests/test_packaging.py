@@ -1,0 +1,106 @@
+"""What a user gets who installs the wheel instead of a checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: a build leaves files in its source, and takes up those of an older build.
+    source = folder / "source"
+    ignore = shutil.ignore_patterns(
+        ".*", "build", "dist", "work_dirs", "*.egg-info", "__pycache__", "golden"
+    )
+    shutil.copytree(ROOT, source, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
+    subprocess.run([*map(str, command), str(source)], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def members(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_top_level_holds_our_packages_only(members: set[str]) -> None:
+    top = {member.split("/")[0] for member in members}
+    packages = {name for name in top if not name.endswith(".dist-info")}
+    assert {"xtuner_add", "pallava"} <= packages <= OURS
+
+
+def test_every_config_is_shipped_inside_xtuner_add(members: set[str]) -> None:
+    configs = {
+        f"xtuner_add/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
+        for suffix in ("py", "md", "yml")
+        for path in (ROOT / "configs").rglob(f"*.{suffix}")
+    }
+    assert any(name.endswith(".py") for name in configs)
+    assert configs <= members
+
+
+def test_every_file_of_the_packages_is_shipped(members: set[str]) -> None:
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for package in OURS
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    assert "pallava/registry.py" in files
+    assert files - members == set()
+
+
+def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert metadata["Name"] == "xtuner-add"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "train",
+        "evaluate",
+        "convert",
+        "wsi",
+        "pathgen",
+        "ray",
+        "cite",
+        "demo",
+        "serve",
+        "dev",
+        "all",
+    }
+    assert "xtuner-add = xtuner_add.cli:main" in scripts
+
+
+def test_installed_wheel_finds_its_configs(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
+    code = "from xtuner_add.paths import configs_dir, own_configs; print(configs_dir())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(result.stdout.strip()) == target / "xtuner_add" / "configs"

@@ -1,0 +1,84 @@
+"""`python tools/analysis/sweep_slides.py` on a made-up PatchGastric folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cite.mm.gastric import make_gastric
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "cite" / "gastric"
+LINEAR = CONFIGS / "linear_clip-vit-b16_1xb128-1k_gastric_tiny.py"
+VPT = CONFIGS / "vpt_clip-vit-b16_1xb128-1k_gastric_tiny.py"
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "tools" / "analysis" / "sweep_slides.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
+    data = make_gastric(tmp_path)
+    arguments = (
+        *(f"linear={LINEAR}", f"vpt={VPT}", "--compare", "vpt"),
+        *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
+        *("--num-slides", "2", "--seeds", "2", "--metric", "bag_accuracy"),
+        *("--cfg-option", "train_cfg.max_iters=2", "--work-dir", "sweep"),
+    )
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = (tmp_path / "sweep" / "table.md").read_text()
+    assert table in result.stdout
+    assert table.startswith("| method | 2 slides |")
+    assert "| vpt minus linear |" in table
+    with Image.open(tmp_path / "sweep" / "curve.png") as curve:
+        assert curve.width > 400
+    slides = (tmp_path / "sweep" / "vpt" / "slides2_seed1" / "train.txt").read_text()
+    assert len({line.split("_")[0] for line in slides.splitlines()}) == 6
+
+    files = sorted((tmp_path / "sweep").glob("*/*/scores.json"))
+    assert len(files) == 4
+    times = {file: file.stat().st_mtime_ns for file in files}
+    files[3].unlink()
+    name = (data / "gastric_cls3_ann" / "val_0.8.txt").read_text().split()[0]
+    image = data / "patches_captions" / name
+    content = image.read_bytes()
+    image.write_bytes(b"damaged")
+    failed = run(tmp_path, *arguments)
+    assert failed.returncode == 1
+    assert "1 cells failed" in failed.stderr
+    assert image.name in failed.stderr + (files[3].parent / "error.txt").read_text()
+
+    image.write_bytes(content)
+    again = run(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (tmp_path / "sweep" / "table.md").read_text() == table
+    assert {f: f.stat().st_mtime_ns for f in files if f != files[3]} == {
+        f: time for f, time in times.items() if f != files[3]
+    }
+
+
+def test_arguments_that_cannot_be(tmp_path: Path) -> None:
+    for arguments, message in (
+        ((str(LINEAR),), "NAME=CONFIG expected"),
+        (("a=nowhere.py",), "a: nowhere.py: no such config"),
+        ((f"a={LINEAR}",), "either a file to draw slides from"),
+        ((f"a={LINEAR}", "--compare", "b"), "--compare b: none of a"),
+    ):
+        result = run(tmp_path, *arguments)
+        assert result.returncode == 1
+        assert message in result.stderr

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from xtuner_add import cli, launch
+from xtuner_add.modes import MODES, read_arguments
+
+HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets", "numpy")
+
+
+def modules_loaded_by(*arguments: str) -> list[str]:
+    """Return which heavy packages are imported when a command line runs."""
+    code = (
+        "import json, sys\n"
+        "from xtuner_add.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        f"except SystemExit as end:\n    heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "    print(json.dumps([end.code, heavy]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    exit_code, heavy = json.loads(result.stdout.splitlines()[-1])
+    assert exit_code == 0
+    return heavy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["list-cfg"], *([name, "--help"] for name in cli.COMMANDS)]
+    + [[*name.split(), "--help"] for name in MODES],
+    ids=" ".join,
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert modules_loaded_by(*arguments) == []
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.main, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_help_shows_every_mode_and_command() -> None:
+    code, output = invoke("--help")
+    assert code == 0
+    for name in {name.split()[0] for name in MODES} | set(cli.COMMANDS):
+        assert f"  {name} " in output
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert invoke("--version") == (0, f"xtuner-add, version {version('xtuner-add')}\n")
+
+
+def test_help_of_a_mode_shows_the_options_of_the_installed_xtuner() -> None:
+    code, output = invoke("train", "--help")
+    assert code == 0
+    assert "Usage: main train CONFIG [OPTIONS]" in output
+    assert "--deepspeed" in output
+    assert "specify checkpoint path to be resumed from." in output
+    assert "[none|pytorch|slurm|mpi]" in output
+    assert "NPROC_PER_NODE" in output
+
+
+def test_every_mode_of_xtuner_has_a_command_of_ours() -> None:
+    from xtuner.entry_point import modes
+
+    theirs: set[str] = set()
+    for name, entry in modes.items():
+        if isinstance(entry, dict):
+            theirs |= {f"{name} {part}" for part in entry if not part.startswith("-")}
+        else:
+            theirs.add(name)
+    assert theirs <= set(MODES) | set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_arguments_of_every_mode_are_read_from_its_source(name: str) -> None:
+    arguments = read_arguments(MODES[name])
+    positional = [flags for flags, _ in arguments if not flags.startswith("-")]
+    assert MODES[name].takes_config == (positional[:1] == ["config"])
+    assert bool(arguments) == (name != "list-dataset-format")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands that would have been started, each of which "ends" with exit code 7."""
+    commands: list[tuple[list[str], dict[str, str]]] = []
+
+    def record(command: list[str], environ: dict[str, str]) -> int:
+        commands.append((list(command), dict(environ)))
+        return 7
+
+    monkeypatch.setattr(launch, "run_child", record)
+    return commands
+
+
+def test_arguments_reach_xtuner_as_they_are(launched: list, tmp_path: Path) -> None:
+    config = tmp_path / "own.py"
+    config.touch()
+    options = ["--cfg-options", "a.b=1", "c=[1,2]", "--seed", "1024", "--deepspeed", "zero2"]
+    code, _ = invoke("train", str(config), *options)
+    assert code == 7
+    assert launched[0][0][1:] == ["-m", "xtuner_add.run_mode", "train", str(config), *options]
+    invoke("convert", "merge", "llm", "adapter", "out", "--device", "cpu")
+    assert launched[1][0][3:] == ["convert merge", "llm", "adapter", "out", "--device", "cpu"]
+
+
+def test_bare_config_name_becomes_a_file(launched: list) -> None:
+    invoke("train", "pallava_domain_alignment_tiny", "--work-dir", "w")
+    config, *rest = launched[0][0][4:]
+    assert Path(config).is_file()
+    assert rest == ["--work-dir", "w"]
+    invoke("convert", "pth_to_hf", "pallava_domain_alignment_tiny.py", "a.pth", "out")
+    assert launched[1][0][4:] == [config, "a.pth", "out"]
+
+
+@pytest.mark.parametrize("mode", [["train"], ["test"], ["convert", "pth_to_hf"]])
+def test_unknown_config_starts_nothing(launched: list, mode: list[str]) -> None:
+    code, output = invoke(*mode, "pallava_domain_aligment_tiny.py")
+    assert code == 2
+    assert "Did you mean" in output
+    assert "pallava_domain_alignment_tiny" in output
+    assert launched == []
+
+
+def test_impossible_processes_start_nothing(
+    launched: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "many")
+    config = tmp_path / "own.py"
+    config.touch()
+    code, output = invoke("train", str(config))
+    assert code == 2
+    assert "NPROC_PER_NODE='many'" in output
+    assert launched == []
+
+
+def test_unknown_command_is_wrong_usage() -> None:
+    code, output = invoke("trian")
+    assert code == 2
+    assert "trian" in output
+
+
+@pytest.mark.slow
+def test_modes_run_for_real_and_wrong_options_are_seen(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "xtuner_add.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    formats = run("list-dataset-format")
+    assert formats.returncode == 0, formats.stderr
+    assert "llava" in formats.stdout.lower() or "alpaca" in formats.stdout.lower()
+
+    (tmp_path / "any.py").write_text("model = None\n")
+    wrong_option = run("train", "any.py", "--no-such-option")
+    assert wrong_option.returncode == 2
+    assert "usage: xtuner-add train" in wrong_option.stderr

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.pallava.converters import published
+from tests.pallava.converters.published import read_lines
+from xtuner_add.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_convert_dataset(tmp_path: Path) -> None:
+    data, out = published.quilt(tmp_path / "data"), tmp_path / "out"
+    arguments = ["convert-dataset", "quilt-1m", data, out, "--option", "subsets=quilt,laion"]
+    result = call(*arguments, "--licence", "agreed by letter")
+    assert result.exit_code == 0 and "2 pairs" in result.output, result.output
+    assert {row["licence"] for row in read_lines(out / "pairs.jsonl")} == {"agreed by letter"}
+    result = call(*arguments)
+    assert result.exit_code == 1 and "other data or options" in result.output
+
+
+def test_convert_dataset_says_what_was_skipped(tmp_path: Path) -> None:
+    data, out = published.pmc_oa(tmp_path / "data"), tmp_path / "out"
+    (data / "images" / "PMC101_Fig1_1.jpg").unlink()
+    for _ in range(2):
+        result = call("convert-dataset", "pmc-oa", data, out, "--max-skipped", 0.5)
+        assert result.exit_code == 3 and "1 row was skipped" in result.output, result.output
+    assert [row["id"] for row in read_lines(out / "skipped_samples.jsonl")] == ["2"]
+
+
+def test_convert_dataset_to_class_folders(tmp_path: Path) -> None:
+    data, out = published.bach(tmp_path / "data"), tmp_path / "out"
+    result = call("convert-dataset", "bach", data, out, "--link", "copy")
+    assert result.exit_code == 0 and "4 classes" in result.output, result.output
+    assert (out / "InSitu" / "in001.tif").is_file()
+    assert json.loads((out / "conversion.json").read_bytes())["num_by_class"]["Normal"] == 1
+
+
+def test_convert_dataset_errors_are_one_line(tmp_path: Path) -> None:
+    data = published.pmc_oa(tmp_path / "data")
+    result = call("convert-dataset", "pmc_oa", data, tmp_path / "out")
+    assert result.exit_code == 1 and "Did you mean 'pmc-oa'" in result.output
+    result = call("convert-dataset", "pmc-oa", data, tmp_path / "out", "--option", "colour=red")
+    assert result.exit_code == 1 and "colour" in result.output
+    assert "Traceback" not in result.output
+    assert call("convert-dataset", "pmc-oa", data, tmp_path / "out", "--option", "x").exit_code == 2
+
+
+def test_dataformat(tmp_path: Path) -> None:
+    data = published.pmc_oa(tmp_path / "data")
+    assert call("convert-dataset", "pmc-oa", data, tmp_path / "pairs").exit_code == 0
+    pairs = tmp_path / "pairs" / "pairs.jsonl"
+    (tmp_path / "own.txt").write_text("Describe it.\n")
+    result = call(
+        "dataformat", pairs, tmp_path / "out", "--image-folder", data / "images",
+        "--instructions", tmp_path / "own.txt",
+    )  # fmt: skip
+    assert result.exit_code == 0 and "3 conversations" in result.output, result.output
+    rows = read_lines(tmp_path / "out" / "conversations.jsonl")
+    assert rows[0]["conversations"][0]["value"] == "<image>\nDescribe it."
+    assert rows[0]["pmcid"] == "PMC100" and rows[0]["source"] == "PMC-OA"
+
+
+def test_clean_pairs(tmp_path: Path) -> None:
+    data, out = published.pmc_oa(tmp_path / "data"), tmp_path / "out"
+    with (data / "pmc_oa.jsonl").open("a") as file:
+        file.write(json.dumps({"image": "PMC100_Fig1_0.jpg", "caption": "Mouse. " * 30}) + "\n")
+    assert call("convert-dataset", "pmc-oa", data, tmp_path / "pairs").exit_code == 0
+    pairs, images = tmp_path / "pairs" / "pairs.jsonl", data / "images"
+    arguments = ["clean-pairs", pairs, out, "--image-folder", images, "--steps", "words,human,size"]
+    assert call(*arguments, "--shard", "1/2").exit_code == 0
+    assert call(*arguments, "--shard", "0/2").exit_code == 0
+    assert not (out / "pairs.jsonl").exists()
+    result = call(*arguments)
+    assert result.exit_code == 0 and "human: 1 of 4 dropped" in result.output, result.output
+    assert len(read_lines(out / "pairs.jsonl")) == 3
+    (tmp_path / "index.txt").write_text("PMC102_Fig1_2.jpg\nelsewhere.jpg\n")
+    index = ["--image-folder", images, "--index", tmp_path / "index.txt"]
+    result = call("clean-pairs", pairs, tmp_path / "indexed", *index)
+    assert result.exit_code == 0 and "1 entries of" in result.output, result.output
+    assert [row["pmcid"] for row in read_lines(tmp_path / "indexed" / "pairs.jsonl")] == ["PMC102"]
+
+
+def test_clean_pairs_by_models(tmp_path: Path) -> None:
+    from tests.pallava.converters.tiny_scorers import save_classifier, save_hf_clip
+
+    published.pmc_oa(tmp_path)
+    rows = [{"id": n, **row} for n, row in enumerate(read_lines(tmp_path / "pmc_oa.jsonl"))]
+    pairs = published.write_lines(tmp_path / "pairs.jsonl", rows)
+    result = call(
+        "clean-pairs", pairs, tmp_path / "out", "--image-folder", tmp_path / "images",
+        "--steps", "classifier,clip-classes,clip-score", "--device", "cpu", "--batch-size", 2,
+        "--classifier", save_classifier(tmp_path / "vit"), "--label", "pathology",
+        "--label", "radiology", "--label", "chart", "--clip",
+        f"hf:{save_hf_clip(tmp_path / 'clip')}", "--min-probability", 0.001, "--min-score", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "classifier: 0 of 3 dropped" in result.output
+    assert "clip-score: 3 of 3 dropped" in result.output
+
+
+def test_clean_pairs_needs_what_its_steps_need(tmp_path: Path) -> None:
+    pairs = published.write_lines(tmp_path / "pairs.jsonl", [])
+    for steps, message in (
+        ("words,colour", "colour"),
+        ("classifier", "--label"),
+        ("clip-score", "--clip"),
+    ):
+        result = call("clean-pairs", pairs, tmp_path / "out", "--steps", steps)
+        assert result.exit_code == 2 and message in result.output, result.output
+    result = call("clean-pairs", pairs, tmp_path / "out")
+    assert result.exit_code == 1 and "holds no rows" in result.output
+
+
+def test_tokenise(tmp_path: Path) -> None:
+    from tests.pallava import goldens
+
+    data = published.pmcvqa(tmp_path / "data")
+    assert call("convert-dataset", "pmc-vqa", data, tmp_path / "talk").exit_code == 0
+    rows = tmp_path / "talk" / "conversations.jsonl"
+    assert call("tokenise", rows, tmp_path / "out").exit_code == 2
+    result = call("tokenise", rows, tmp_path / "out", "--tokenizer", goldens.TINY_LLAMA)
+    assert result.exit_code == 0 and "1 rows" in result.output, result.output
+    assert (tmp_path / "out" / "state.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["convert_dataset", "clean_pairs", "dataformat", "tokenise"])
+def test_scripts_are_the_commands(name: str) -> None:
+    script = ROOT / "tools" / "dataset_converters" / f"{name}.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=False
+    )
+    what_it_does = call(name.replace("_", "-"), "--help").output.split("\n\n")[1]
+    assert " ".join(what_it_does.split()) in " ".join(result.stdout.split())

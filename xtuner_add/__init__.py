@@ -1,0 +1,1 @@
+"""One console script, launchers and plug-ins around XTuner for pathology models."""

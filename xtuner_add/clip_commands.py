@@ -1,0 +1,280 @@
+"""``xtuner-add train-clip``, ``clip-zero-shot`` and ``clip-retrieval``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xtuner_add.launch import (
+    EXIT_SAMPLES_SKIPPED,
+    LaunchError,
+    Processes,
+    child_environ,
+    run_child,
+    torchrun_command,
+)
+from xtuner_add.release_commands import user_errors
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_OUT = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command("train-clip")
+@click.argument("recipe")
+@click.option("--output", required=True, type=_OUT, help="A folder per stage is made in it.")
+@click.option(
+    "--data",
+    "data",
+    multiple=True,
+    metavar="STAGE=PATH",
+    help="Shards or pairs.jsonl of a stage, instead of the recipe's.",
+)
+@click.option("--images", type=_FOLDER, help="Of pairs.jsonl; by default the file's folder.")
+@click.option("--model", help="Instead of the recipe's: open_clip's name, or a JSON file.")
+@click.option(
+    "--pretrained",
+    help="Instead of the recipe's: a tag, a checkpoint, a folder that "
+    "train-clip wrote, or '' for random weights.",
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of open_clip's trainer, for all stages.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU, if any.")
+@click.option(
+    "--packers", default=1, show_default=True, help="Processes that make shards of pairs.jsonl."
+)
+@click.pass_context
+def train_clip(
+    ctx: click.Context,
+    recipe: str,
+    output: Path,
+    data: tuple[str, ...],
+    images: Path | None,
+    model: str | None,
+    pretrained: str | None,
+    options: tuple[str, ...],
+    device: str | None,
+    packers: int,
+) -> None:  # fmt: skip
+    """Train a CLIP by RECIPE, a YAML file or the name of one of ours: `pathgen_clip`.
+
+    Several processes: NPROC_PER_NODE; several machines with one file system: NNODES, NODE_RANK,
+    ADDR, PORT. Run the same command again after a stop: it continues at the last whole epoch.
+    Pairs that were left out are listed in each stage's skipped.jsonl, and the exit code is 3.
+    """
+    from pathgen.clip_recipe import read_recipe
+    from pathgen.clip_training import TrainingError
+    from pathgen.clip_training import train_clip as train
+
+    try:
+        processes = Processes.from_environ(os.environ)
+    except LaunchError as error:
+        raise click.UsageError(str(error), ctx) from error
+    if "RANK" in os.environ:
+        raise click.UsageError("starts its own processes: set NPROC_PER_NODE, not torchrun", ctx)
+    with user_errors():
+        read = read_recipe(
+            find_recipe(recipe),
+            data={name: Path(value) for name, value in _pairs("--data", data)},
+            images=images,
+            options={n: _value(v) for n, v in _pairs("--option", options)},
+            model=model,
+            pretrained=pretrained,
+        )
+        files = [stage.data for stage in read.stages if stage.data.is_file()]
+        if processes.nnodes > 1 and files:
+            raise ValueError(f"{files[0]}: on several machines shards are expected, not pairs")
+        try:
+            results = train(
+                read,
+                output,
+                start=_start,
+                num_processes=processes.nnodes * processes.nproc_per_node,
+                num_packers=packers,
+                device=device,
+                is_first_machine=processes.node_rank == 0,
+            )
+        except TrainingError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.code)
+    for result in results:
+        click.echo(f"{result.name}: {result.num_pairs} pairs -> {result.open_clip}")
+        click.echo(f"  for transformers: {result.hugging_face or result.note}")
+    _end(ctx, {r.open_clip.parent / "skipped.jsonl": r.num_skipped for r in results})
+
+
+_ENCODING = (
+    click.option("--output", required=True, type=_OUT, help="Takes scores and what was left out."),
+    click.option("--cache", type=_OUT, help="Takes image features; by default in --output."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU, if any."),
+    click.option("--batch-size", default=64, show_default=True, help="Images at a time."),
+    click.option("--workers", default=0, show_default=True, help="Processes that read images."),
+    click.option("--seed", default=0, show_default=True, help="Of the intervals."),
+)
+
+
+def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of every command that computes features of images."""
+    for option in reversed(_ENCODING):
+        command = option(command)
+    return click.argument("model")(command)
+
+
+@click.command("clip-zero-shot")
+@encodes_images
+@click.option(
+    "--benchmark",
+    required=True,
+    help="A config file, or the name of one of ours: "
+    "bach, crc100k, lc25000, mhist, osteo, patch_camelyon, sicapv2, skin_cancer, "
+    "wsss4luad.",
+)
+@click.option("--data-path", required=True, type=_FOLDER, help="The data set as published.")
+@click.pass_context
+def clip_zero_shot(
+    ctx: click.Context,
+    model: str,
+    benchmark: str,
+    data_path: Path,
+    output: Path,
+    cache: Path | None,
+    device: str | None,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Classify images by MODEL and prompts: balanced accuracy, weighted F1, accuracy, intervals.
+
+    MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, or
+    ARCHITECTURE:TAG of open_clip. Run again after a stop: features are kept. Images that cannot be
+    read are listed in skipped.jsonl, and the exit code is 3.
+    """
+    from pathgen.class_benchmarks import load_benchmark
+    from pathgen.clip_encoder import load_clip
+    from pathgen.zero_shot import zero_shot
+
+    with user_errors():
+        found = load_benchmark(benchmark)
+        metrics = zero_shot(
+            load_clip(model, device=device),
+            found,
+            data_path,
+            output,
+            cache_dir=cache,
+            batch_size=batch_size,
+            num_workers=workers,
+            seed=seed,
+        )
+    _show(ctx, output, metrics)
+
+
+@click.command("clip-retrieval")
+@encodes_images
+@click.option(
+    "--pairs",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="pairs.jsonl: image and caption.",
+)
+@click.option("--images", type=_FOLDER, help="By default the folder of the pairs.")
+@click.option(
+    "--k",
+    "ks",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1, 5, 10),
+    show_default=True,
+    help="May be given again.",
+)
+@click.pass_context
+def clip_retrieval(
+    ctx: click.Context,
+    model: str,
+    pairs: Path,
+    images: Path | None,
+    ks: tuple[int, ...],
+    output: Path,
+    cache: Path | None,
+    device: str | None,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Find captions for images and images for captions by MODEL: recall at k, with intervals."""
+    from pathgen.clip_encoder import load_clip
+    from pathgen.zero_shot import retrieval
+
+    with user_errors():
+        metrics = retrieval(
+            load_clip(model, device=device),
+            pairs,
+            output,
+            image_folder=images,
+            ks=ks,
+            cache_dir=cache,
+            batch_size=batch_size,
+            num_workers=workers,
+            seed=seed,
+        )
+    _show(ctx, output, metrics)
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a recipe argument means: a path, or the bare name of one of ours.
+
+    Raises:
+        FileNotFoundError: Neither.
+    """
+    from xtuner_add.paths import configs_dir
+
+    known = {path.stem: path for path in sorted((configs_dir() / "pathgen").glob("*clip*.yml"))}
+    if Path(name).is_file() or name not in known:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"recipe {name}: neither a file nor one of {sorted(known)}")
+        return Path(name)
+    return known[name]
+
+
+def _start(arguments: Sequence[str]) -> int:
+    command = torchrun_command(arguments, os.environ) or [sys.executable, *arguments]
+    return run_child(command, child_environ(os.environ))
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [text.partition("=") for text in texts]
+    if bad := next((text for text, p in zip(texts, pairs, strict=True) if not p[1]), None):
+        raise ValueError(f"{flag} {bad}: NAME=VALUE expected")
+    return [(name.replace("-", "_") if flag == "--option" else name, v) for name, _, v in pairs]
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
+    from pathgen.zero_shot import SKIPPED_NAME, TABLES_NAME
+
+    click.echo((output / TABLES_NAME).read_text(encoding="utf-8"))
+    _end(ctx, {output / SKIPPED_NAME: metrics["num_skipped"]})
+
+
+def _end(ctx: click.Context, skipped: dict[Path, int]) -> None:
+    for path, count in skipped.items():
+        if count:
+            click.echo(f"{count} left out: see {path}", err=True)
+    if any(skipped.values()):
+        ctx.exit(EXIT_SAMPLES_SKIPPED)

@@ -1,0 +1,49 @@
+"""The demo's pairs as PLIP pretraining reads them; named in `configs/pallava/demo_plip.py`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from pallava.engine.plip_pretraining import PLIPPairDataset
+from pallava.pairs import RandomQuarterTurn, plain_resize
+
+
+class SlidePairDataset(PLIPPairDataset):
+    """Whole images, turned and mirrored.
+
+    A crop of a slide would lack tissue that its caption names, and a field that is scaled would
+    show nuclei at a size that sub-images never have.
+
+    Args:
+        pairs_file: The `pairs.jsonl`.
+        image_folder: What the paths in it are relative to.
+        image_size: Side of the square images that come out, in pixels.
+        options: As for `PLIPPairDataset`.
+    """
+
+    def __init__(
+        self,
+        pairs_file: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None = None,
+        *,
+        image_size: int,
+        **options: Any,
+    ) -> None:
+        from torchvision.transforms import v2
+
+        steps: list[nn.Module] = [
+            plain_resize(image_size),
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            RandomQuarterTurn(),
+        ]
+        super().__init__(
+            pairs_file,
+            image_folder,
+            image_size=image_size,
+            transform=v2.Compose(steps),
+            **options,
+        )

@@ -1,0 +1,258 @@
+"""Starting a mode of XTuner in one process or in several, with the exit code kept.
+
+XTuner's own command line drops the exit code of what it starts, so that a failed run looks like a
+good one, and calls whichever ``python`` comes first on PATH. Here the running interpreter is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from pallava.skipping import SkipLog
+from xtuner_add.modes import Mode
+from xtuner_add.paths import find_config
+
+EXIT_SAMPLES_SKIPPED = 3
+"""Exit code of a training that finished but left samples out."""
+
+OUTCOME_VARIABLE = "XTUNER_ADD_OUTCOME"
+"""Environment variable naming the file in which a finished training says where
+it recorded the samples it left out."""
+
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class LaunchError(ValueError):
+    """The environment describes no set of processes that could be started."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes a run has and where they meet.
+
+    Attributes:
+        nnodes: number of machines (``NNODES``).
+        nproc_per_node: processes on each of them (``NPROC_PER_NODE``).
+        node_rank: number of this machine (``NODE_RANK``).
+        addr: address of machine 0 (``ADDR``).
+        port: port on machine 0 (``PORT``); None lets a single machine take a free one.
+    """
+
+    nnodes: int = 1
+    nproc_per_node: int = 1
+    node_rank: int = 0
+    addr: str = "127.0.0.1"
+    port: int | None = None
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Processes:
+        """Read the variables that XTuner reads; an empty one counts as unset.
+
+        Raises:
+            LaunchError: if a number is not one, or several machines do not know where to meet.
+        """
+        nnodes = _read_int(environ, "NNODES", 1, at_least=1)
+        if nnodes > 1:
+            missing = [name for name in ("NODE_RANK", "ADDR", "PORT") if not environ.get(name)]
+            if missing:
+                raise LaunchError(
+                    f"NNODES={nnodes} needs {' and '.join(missing)} too: NODE_RANK is the number "
+                    "of this machine, from 0; ADDR and PORT are those of machine 0 on all of them"
+                )
+        node_rank = _read_int(environ, "NODE_RANK", 0, at_least=0)
+        if node_rank >= nnodes:
+            raise LaunchError(f"NODE_RANK={node_rank} must be below NNODES={nnodes}")
+        return cls(
+            nnodes=nnodes,
+            nproc_per_node=_read_int(environ, "NPROC_PER_NODE", 1, at_least=1),
+            node_rank=node_rank,
+            addr=environ.get("ADDR") or cls.addr,
+            port=_read_int(environ, "PORT", 0, at_least=1) if environ.get("PORT") else None,
+        )
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.nnodes * self.nproc_per_node > 1
+
+
+def launch(mode: Mode, arguments: Sequence[str]) -> int:
+    """Run a mode in a child process and return its exit code.
+
+    Returns:
+        0 on success; the child's own code on failure (128 + n if signal n ended it);
+        `EXIT_SAMPLES_SKIPPED` if a training finished but left samples out.
+
+    Raises:
+        FileNotFoundError: if the config exists neither as a file nor by name.
+        LaunchError: if the environment describes an impossible set of processes.
+    """
+    arguments = list(arguments)
+    if mode.takes_config and arguments and not arguments[0].startswith("-"):
+        arguments[0] = str(find_config(arguments[0]))
+    command = build_command(mode, arguments, os.environ)
+    with tempfile.TemporaryDirectory(prefix="xtuner-add-") as folder:
+        outcome = Path(folder, "outcome.json")
+        code = run_child(command, {**child_environ(os.environ), OUTCOME_VARIABLE: str(outcome)})
+        if code == 0 and outcome.is_file():
+            code = report_skipped_samples(outcome)
+    return code
+
+
+def build_command(mode: Mode, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return the command line that runs a mode in the processes that ``environ`` asks for.
+
+    Raises:
+        LaunchError: if the environment describes an impossible set of processes.
+    """
+    runner = ["-m", "xtuner_add.run_mode", mode.name, *arguments]
+    launcher = _launcher(arguments)
+    # Slurm, and a torchrun of the user's own, have started the processes already.
+    if not mode.distributed or launcher in ("slurm", "mpi") or "RANK" in environ:
+        return [sys.executable, *runner]
+    suffix = () if launcher == "pytorch" else ("--launcher", "pytorch")
+    command = torchrun_command([*runner, *suffix], environ, always=launcher == "pytorch")
+    return [sys.executable, *runner] if command is None else command
+
+
+def torchrun_command(
+    runner: Sequence[str], environ: Mapping[str, str], *, always: bool = False
+) -> list[str] | None:
+    """Return the command line that starts ``runner`` in the processes that ``environ`` asks for.
+
+    Args:
+        runner: what each process runs, as arguments of the interpreter.
+        environ: ``NPROC_PER_NODE`` and its like.
+        always: go through torchrun even for a single process.
+
+    Returns:
+        None if this process can do the work itself: there is only one, or it is one of them.
+
+    Raises:
+        LaunchError: if the environment describes an impossible set of processes.
+    """
+    if "RANK" in environ:
+        return None
+    processes = Processes.from_environ(environ)
+    if not processes.several and not always:
+        return None
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={processes.nnodes}",
+        f"--node_rank={processes.node_rank}",
+        f"--nproc_per_node={processes.nproc_per_node}",
+        f"--master_addr={processes.addr}",
+        f"--master_port={processes.port or _free_port()}",
+        *runner,
+    ]
+
+
+def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a child: this interpreter's programs come first on PATH.
+
+    DeepSpeed calls ``ninja`` by name when it builds an extension.
+    """
+    programs = str(Path(sys.executable).parent)
+    path = environ.get("PATH", "")
+    if path.split(os.pathsep)[0] == programs:
+        return dict(environ)
+    return {**environ, "PATH": os.pathsep.join(filter(None, (programs, path)))}
+
+
+def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run a command, pass on the signals that reach this process, and return its exit code.
+
+    The child leads a session of its own, so that a signal reaches it exactly once, whether typed
+    at the terminal or sent to this process alone. It ends when this process is killed.
+    """
+    process = subprocess.Popen(
+        command, env=dict(environ), start_new_session=True, preexec_fn=die_with_parent()
+    )
+
+    def forward(number: int, _frame: object) -> None:
+        _signal_group(process.pid, number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {
+        number: signal.signal(number, forward)
+        for number in _FORWARDED_SIGNALS
+        # What is ignored stays so: under nohup a closed terminal must not end the training.
+        if in_main_thread and signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _signal_group(process.pid, signal.SIGTERM)  # whatever the child left behind
+    return code if code >= 0 else 128 - code
+
+
+def report_skipped_samples(outcome: Path) -> int:
+    """Say how many samples a finished training left out, and return the exit code for that.
+
+    Args:
+        outcome: the file that the run wrote; names its log of skipped samples.
+    """
+    skip_log = SkipLog(json.loads(outcome.read_text(encoding="utf-8"))["skip_log"])
+    count = len(skip_log.read())
+    if not count:
+        return 0
+    noun = "sample was" if count == 1 else "samples were"
+    click.echo(f"Training finished, but {count} {noun} skipped: see {skip_log.path}", err=True)
+    return EXIT_SAMPLES_SKIPPED
+
+
+def _launcher(arguments: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(prog="xtuner-add", add_help=False, allow_abbrev=False)
+    parser.add_argument("--launcher")
+    return parser.parse_known_args(arguments)[0].launcher
+
+
+def _read_int(environ: Mapping[str, str], name: str, default: int, at_least: int) -> int:
+    text = environ.get(name) or str(default)
+    try:
+        number = int(text)
+    except ValueError:
+        number = at_least - 1
+    if number < at_least:
+        raise LaunchError(f"{name}={text!r} must be a whole number, {at_least} or more")
+    return number
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:  # it has ended
+        return
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """Return what the child does before it starts so that the kernel ends it with its parent."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)  # loaded here: between fork and exec only the call itself is safe
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

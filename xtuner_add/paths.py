@@ -1,0 +1,77 @@
+"""Where configs lie, and which file a bare config name means."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+
+def configs_dir() -> Path:
+    """Return the folder of this project's configs, in an installation or in a checkout.
+
+    Raises:
+        FileNotFoundError: if neither place has one, which means a damaged installation.
+    """
+    package = Path(__file__).resolve().parent
+    candidates = (package / "configs", package.parent / "configs")
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(
+        f"no configs folder at {candidates[0]} or {candidates[1]}: install xtuner-add again"
+    )
+
+
+def xtuner_dir() -> Path:
+    """Return the folder of the installed XTuner, without importing it.
+
+    Raises:
+        FileNotFoundError: if XTuner is not installed.
+    """
+    spec = importlib.util.find_spec("xtuner")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            "XTuner is not installed in this environment. `make setup` installs it; elsewhere see "
+            "the section on installing in the README."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def own_configs() -> dict[str, Path]:
+    """Return this project's configs by bare name (the file name without ``.py``)."""
+    return {
+        path.stem: path
+        for path in sorted(configs_dir().rglob("*.py"))
+        if not any(part.startswith(("_", ".")) for part in path.relative_to(configs_dir()).parts)
+    }
+
+
+def xtuner_configs() -> dict[str, Path]:
+    """Return XTuner's own configs by bare name."""
+    root = xtuner_dir() / "configs"
+    return {path.stem: path for path in sorted(root.rglob("*.py")) if path.name[0] not in "_."}
+
+
+def find_config(name: str) -> Path:
+    """Return the file that a config argument means.
+
+    A path to a file is taken as it is. A bare name, with or without ``.py``, is looked up among
+    this project's configs and then among XTuner's.
+
+    Raises:
+        FileNotFoundError: if nothing has that name; names the nearest configs.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    stem = path.name.removesuffix(".py")
+    configs = {**xtuner_configs(), **own_configs()}
+    if len(path.parts) == 1 and stem in configs:
+        return configs[stem]
+    near = difflib.get_close_matches(stem, configs, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise FileNotFoundError(
+        f"config {name!r} is neither a file nor the name of a config. {hint}"
+        "`xtuner-add list-cfg` lists them all."
+    )

@@ -1,0 +1,183 @@
+"""``xtuner-add merge``, ``split`` and the rest of the way from a checkpoint to a release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_OUT = click.Path(path_type=Path)
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU where there is one."
+)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns the errors that a user can mend into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.command("merge")
+@click.argument("base", type=_FOLDER)
+@click.argument("adapters", type=_FOLDER, nargs=-1, required=True)
+@click.argument("out", type=_OUT)
+@_DEVICE
+def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None) -> None:
+    """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
+
+    Memory does not grow with the model. The base's types are kept. Run the same command again
+    after a kill: it continues.
+    """
+    from pallava.release.merge import merge as merge_folders
+
+    with user_errors():
+        digests = merge_folders(base, adapters, out, device=device)
+    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+
+
+@click.command("split")
+@click.argument("model", type=_FOLDER)
+@click.argument("out", type=_OUT)
+def split(model: Path, out: Path) -> None:
+    """Write MODEL to OUT with one tensor per shard."""
+    from pallava.release.merge import merge as merge_folders
+
+    with user_errors():
+        digests = merge_folders(model, [], out, device="cpu", one_tensor_per_shard=True)
+    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+
+
+@click.command("check-merge")
+@click.argument("base", type=_FOLDER)
+@click.argument("adapters", type=_FOLDER, nargs=-1, required=True)
+@click.argument("merged", type=_FOLDER)
+def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
+    """Check that MERGED is BASE with ADAPTERS, to one rounding.
+
+    Ends with exit code 1 if it is not.
+    """
+    from pallava.release.unmerge import check_merge as check
+
+    with user_errors():
+        result = check(base, adapters, merged)
+    click.echo(f"{result.num_equal} of {result.num_tensors} tensors are equal bit for bit")
+    if result.roundings:
+        click.echo(f"largest difference: {result.roundings:.3g} roundings, in {result.worst}")
+    if result.roundings > 1:
+        raise click.ClickException(f"{merged} is not {base} with these adapters")
+
+
+@click.command("extract-adapter")
+@click.argument("base", type=_FOLDER)
+@click.argument("tuned", type=_FOLDER)
+@click.argument("out", type=_OUT)
+@click.option("--rank", default=128, show_default=True, help="Rank of the adapter.")
+def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
+    """Write the LoRA adapter that leads from the model BASE to the model TUNED."""
+    from pallava.release.unmerge import extract_adapter as extract
+
+    with user_errors():
+        lost = extract(base, tuned, out, rank=rank)
+    click.echo(f"Wrote {out}; at most {lost:.2%} of a matrix's difference was left out")
+
+
+@click.command("pth-to-hf")
+@click.argument("config")
+@click.argument("pth", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=_OUT)
+@click.option("--visual-encoder", type=_FOLDER, help="By default the config's.")
+@click.option("--fp32", is_flag=True, help="Keep the adapter's fp32; by default half precision.")
+def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp32: bool) -> None:
+    """Write adapter, connector, encoder, processor and tokenizer of the checkpoint PTH to OUT.
+
+    PTH is a .pth file or a DeepSpeed ZeRO-1, -2 or -3 folder; CONFIG is the training config, a file
+    or a name that `xtuner-add list-cfg` shows. The language model is not built.
+    """
+    from pallava.engine.recipe import read_recipe
+    from pallava.release.pth_to_hf import convert_checkpoint
+    from xtuner_add.paths import find_config
+
+    with user_errors():
+        file = find_config(config)
+        encoder = str(visual_encoder) if visual_encoder else None
+        recipe, save_tokenizer = read_recipe(file, visual_encoder=encoder)
+        digests = convert_checkpoint(
+            pth, recipe, out, save_tokenizer=save_tokenizer, config_file=file, fp32=fp32
+        )
+    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+
+
+@click.command("export")
+@click.argument("base", type=_FOLDER)
+@click.argument("converted", type=_FOLDER)
+@click.argument("out", type=_OUT)
+@click.option(
+    "--layout",
+    type=click.Choice(["pallava", "llava"]),
+    default="pallava",
+    show_default=True,
+    help="llava: for transformers' own LLaVA classes, where the connector allows it.",
+)
+@click.option(
+    "--scores",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="metrics.json of an evaluation, for the model card; may be given again.",
+)
+@_DEVICE
+def export(
+    base: Path,
+    converted: Path,
+    out: Path,
+    layout: str,
+    scores: tuple[Path, ...],
+    device: str | None,
+) -> None:
+    """Write one folder that transformers loads: encoder, connector, merged language model.
+
+    BASE is the language model, CONVERTED what `xtuner-add pth-to-hf` wrote.
+    """
+    from pallava.evaluation.report import read_scores
+    from pallava.release.export import export as export_folder
+
+    with user_errors():
+        digests = export_folder(
+            base,
+            converted,
+            out,
+            layout=layout,  # type: ignore[arg-type]
+            device=device,
+            scores=read_scores(scores),
+        )
+    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+
+
+@click.command("push")
+@click.argument("folder", type=_FOLDER)
+@click.argument("repository")
+@click.option("--yes", is_flag=True, help="Really send; without it nothing leaves this machine.")
+@click.option("--public", is_flag=True, help="Make the repository public.")
+def push(folder: Path, repository: str, yes: bool, public: bool) -> None:
+    """Publish FOLDER as REPOSITORY (owner/name) on the Hugging Face hub.
+
+    Shows what would be sent; sends it with --yes and the token in HF_TOKEN.
+    """
+    from pallava.release.hub import plan_push
+    from pallava.release.hub import push as push_folder
+
+    with user_errors():
+        plan = plan_push(folder, repository)
+        for name, size in plan.files.items():
+            click.echo(f"{size:>14,} B  {name}")
+        if not yes:
+            click.echo(f"Nothing was sent. To publish as {repository}, add --yes.")
+            return
+        address = push_folder(folder, plan, private=not public)
+    click.echo(f"Published: {address}")

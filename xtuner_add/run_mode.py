@@ -1,0 +1,92 @@
+"""Run one mode of XTuner in this process: ``python -m xtuner_add.run_mode train CONFIG ...``.
+
+Started by `xtuner_add.launch`, once for each process of a run. What XTuner and MMEngine need from
+the host is put in place before they are imported, and the config is fitted to the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xtuner_add.launch import OUTCOME_VARIABLE
+from xtuner_add.modes import MODES, Mode
+from xtuner_add.paths import own_configs
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the mode ``argv[0]`` with the arguments ``argv[1:]``.
+
+    Raises:
+        ValueError: if there is no such mode.
+    """
+    if not argv or argv[0] not in MODES:
+        raise ValueError(f"the first argument must be one of {', '.join(MODES)}, not {argv[:1]}")
+    mode = MODES[argv[0]]
+
+    from pallava.engine.runtime import prepare_host
+
+    prepare_host()
+    _announce_own_configs()
+    sys.argv = [f"xtuner-add {mode.name}", *argv[1:]]
+    with configs_fitted_to_machine() if mode.adapts_config else contextlib.nullcontext():
+        _run(mode)
+    if mode.name == "train":
+        _write_outcome()
+
+
+@contextlib.contextmanager
+def configs_fitted_to_machine() -> Iterator[None]:
+    """Fit every config that is read from a file meanwhile to this machine.
+
+    XTuner reads its config in the middle of ``main()`` and applies ``--cfg-options`` right after,
+    so what the user sets on the command line stands above the fitting.
+    """
+    from mmengine.config import Config
+
+    from pallava.engine.runtime import adapt_config
+
+    original = Config.fromfile
+
+    def fromfile(*args: Any, **kwargs: Any) -> Any:
+        return adapt_config(original(*args, **kwargs))
+
+    Config.fromfile = staticmethod(fromfile)
+    try:
+        yield
+    finally:
+        Config.fromfile = staticmethod(original)
+
+
+def _announce_own_configs() -> None:
+    """Let XTuner find this project's configs by bare name, as it finds its own."""
+    from xtuner.configs import cfgs_name_path
+
+    cfgs_name_path.update({name: str(path) for name, path in own_configs().items()})
+
+
+def _run(mode: Mode) -> None:
+    tool = importlib.import_module(mode.module)
+    if hasattr(tool, "main"):
+        tool.main()
+    else:  # convert_refcoco is a bare script
+        runpy.run_module(mode.module, run_name="__main__")
+
+
+def _write_outcome() -> None:
+    target = os.environ.get(OUTCOME_VARIABLE)
+    if target and os.environ.get("RANK", "0") == "0":
+        from pallava.engine.skipping import default_skip_log
+
+        Path(target).write_text(json.dumps({"skip_log": str(default_skip_log().path)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

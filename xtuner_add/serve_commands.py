@@ -1,0 +1,259 @@
+"""``xtuner-add chat`` and ``xtuner-add serve``: talk to a trained model."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xtuner_add.evaluation_commands import load_from_options, model_options
+
+API_KEY_VARIABLE = "XTUNER_ADD_API_KEY"
+
+_EXPECTED_ERRORS = (ValueError, FileNotFoundError)
+_MIN_KEY_LENGTH = 16
+_MAX_CONNECTIONS = 256
+
+
+@click.command("chat")
+@model_options
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="For the first question.",
+)
+@click.option("--system", help="System text, for models that were trained with one.")
+@click.option("--max-new-tokens", default=1200, show_default=True)
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="0: the likeliest word each time."
+)
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", type=int, help="For repeatable choices with --temperature.")
+@click.pass_context
+def chat(
+    ctx: click.Context,
+    images: tuple[Path, ...],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    **options: Any,
+) -> None:
+    """Talk to a trained model in the terminal, answers word by word.
+
+    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
+    folder, which holds all of them. Lines of a pipe are questions too; `/help` lists the commands.
+    Ends with exit code 1 if a line could not be answered.
+    """
+    from pallava.streaming import Sampling
+    from xtuner_add.terminal_chat import TerminalChat
+
+    try:
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    except ValueError as error:
+        raise click.UsageError(str(error), ctx) from error
+    try:
+        num_errors = TerminalChat(load_from_options(options), sampling, system).run(images)
+    except _EXPECTED_ERRORS as error:
+        raise click.ClickException(str(error)) from error
+    ctx.exit(1 if num_errors else 0)
+
+
+@click.command("serve")
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--slides",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of slides from which the page offers regions.",
+)
+@click.option("--name", help="Of the model, for clients. [default: the folder's]")
+@click.option("--max-upload-mib", default=64, show_default=True, type=click.IntRange(1, 4096))
+@click.option(
+    "--max-megapixels",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1, 400),
+    help="Of all images of a request together.",
+)
+@click.option("--max-waiting", default=8, show_default=True, type=click.IntRange(0, 1000))
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    help=f"Environment variable that holds the API key. [default: {API_KEY_VARIABLE}, if set]",
+)
+@click.option("--allow-anonymous", is_flag=True, help="Let everybody in who reaches --host.")
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name by which browsers may address the server, such as that of a proxy.",
+)
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    host: str,
+    port: int,
+    slides: Path | None,
+    name: str | None,
+    max_upload_mib: int,
+    max_megapixels: int,
+    max_waiting: int,
+    api_key_env: str | None,
+    allow_anonymous: bool,
+    allowed_hosts: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Serve a trained model: a web page and an OpenAI-compatible endpoint.
+
+    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
+    folder, which holds all of them. Only this machine can connect, unless --host says otherwise;
+    then an API key is wanted. For research only, not for diagnosis.
+    """
+    key = _api_key(ctx, api_key_env)
+    own_names = _own_names(ctx, host, allow_anonymous or key is not None)
+    from pallava.serving.guard import GuardSettings
+
+    settings = GuardSettings(
+        hosts=(*own_names, *map(str.lower, allowed_hosts)),
+        api_key=key,
+        max_upload_bytes=max_upload_mib << 20,
+    )
+    with _listen(host, port) as listening:
+        service, source = _load(options, name, max_waiting, slides)
+        address = f"http://{_bracketed(host)}:{listening.getsockname()[1]}"
+        _run(service, settings, source, max_megapixels * 1_000_000, listening, address)
+
+
+def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ...]:
+    """Names by which a server on loopback is known; elsewhere any, if that was thought about."""
+    from pallava.serving.guard import LOOPBACK_HOSTS
+
+    if _is_loopback(host):
+        return (*LOOPBACK_HOSTS, _bracketed(host))
+    if not is_guarded:
+        raise click.UsageError(
+            f"--host {host} lets other machines connect: put an API key into the environment "
+            f"variable {API_KEY_VARIABLE}, or say --allow-anonymous",
+            ctx,
+        )
+    click.echo(
+        f"Warning: at {host} nothing is encrypted: images, answers and the API key can be read "
+        "on their way. Put a proxy with TLS in front, or use an SSH tunnel to 127.0.0.1.",
+        err=True,
+    )
+    return ()
+
+
+def _load(
+    options: dict[str, Any], name: str | None, max_waiting: int, slides: Path | None
+) -> tuple[Any, Any]:
+    from pallava.serving.service import ModelService
+    from xtuner_add.slide_folder import SlideFolder
+
+    try:
+        source = SlideFolder(slides) if slides is not None else None
+        assistant = load_from_options(options)
+    except _EXPECTED_ERRORS as error:
+        raise click.ClickException(str(error)) from error
+    name = name or Path(options["llm"]).resolve().name
+    return ModelService(assistant, name, max_waiting), source
+
+
+def _api_key(ctx: click.Context, variable: str | None) -> str | None:
+    key = os.environ.get(variable or API_KEY_VARIABLE, "").strip()
+    if not key:
+        if variable is None:
+            return None
+        raise click.UsageError(f"--api-key-env: the environment variable {variable} is empty", ctx)
+    if len(key) < _MIN_KEY_LENGTH:
+        raise click.UsageError(
+            f"the API key in {variable or API_KEY_VARIABLE} is shorter than {_MIN_KEY_LENGTH} "
+            "characters; `openssl rand -hex 24` makes one",
+            ctx,
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host.lower()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Binds before the model is loaded: a port in use shows at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise click.ClickException(f"--host {host} --port {port}: {error}") from error
+    return listening
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt  # uploads are deleted on the way out
+
+
+def _run(
+    service: Any,
+    settings: Any,
+    slides: Any,
+    max_pixels: int,
+    listening: socket.socket,
+    address: str,
+) -> None:
+    import uvicorn
+
+    from pallava.serving.app import create_app
+
+    # That Gradio calls others by outdated names is no concern of whoever starts the server.
+    warnings.filterwarnings("ignore", module="gradio")
+    signal.signal(signal.SIGTERM, _interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="xtuner-add-serve-"))
+    try:
+        app = create_app(
+            service, settings, upload_folder=folder, slides=slides, max_pixels=max_pixels
+        )
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=3,
+        )
+        listening.listen()
+        click.echo(f"{service.name}: page at {address}/ , endpoint at {address}/v1")
+        click.echo("For research only, not for diagnosis. Ctrl-C ends the server.")
+        # When it has shut down, uvicorn raises the signal that it was given once more.
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        click.echo("Stopped.")
+    finally:
+        tempfile.tempdir = None
+        shutil.rmtree(folder, ignore_errors=True)
