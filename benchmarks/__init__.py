@@ -1,0 +1,1 @@
+"""Measurements beside straightforward implementations; results stand in docs/benchmarks.md."""

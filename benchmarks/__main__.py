@@ -1,0 +1,45 @@
+"""Runs the benchmarks one after the other: python -m benchmarks [--quick] [NAME ...]."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+QUICK = {
+    "cite_step": ["--quick"],
+    "extraction": ["--quick"],
+    "pallava_encoder_connector": ["--quick"],
+}
+"""Arguments with which a benchmark takes seconds; the others are left out of a quick run."""
+
+HELPERS = {"straightforward", "cite_histology"}
+
+
+def names() -> list[str]:
+    """Returns the benchmarks of this folder, helper modules not counted."""
+    modules = {path.stem for path in Path(__file__).parent.glob("*.py")}
+    return sorted(name for name in modules - HELPERS if not name.startswith("_"))
+
+
+@click.command()
+@click.argument("selected", nargs=-1, type=click.Choice(names()))
+@click.option("--quick", is_flag=True, help="Tiny sizes: shows that it runs, measures nothing.")
+def main(selected: tuple[str, ...], quick: bool) -> None:
+    """Run the benchmarks named, or all of them."""
+    failed = []
+    for name in selected or names():
+        if quick and name not in QUICK:
+            continue
+        click.echo(f"== {name}")
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(QUICK[name] if quick else [])]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Merging LoRA into a made-up Llama of Llama-3-8B's shapes, beside `xtuner convert merge`.
+
+    python -m benchmarks.merge --work-dir /scratch/merge --layers 8
+
+Writes a base model in bf16 (random weights, real shapes: width 4096, feed-forward 14336, 32 heads,
+8 key-value heads, vocabulary 128,256) and a LoRA adapter of rank 128 on its seven linear kinds, as
+PA-LLaVA trains it; merges with both programs in turn; then doubles the layers and merges with ours
+again, to show that memory does not grow. With a --work-dir in memory (/dev/shm) the disk's speed
+does not count. Wall time is that of the whole command, imports included. Peak memory is the
+process's largest resident set (`VmHWM`), which the child reports itself: file pages that a program
+maps count, the system's own cache does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+}
+RANK = 128
+_LINEARS = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+_LAYERS_PER_SHARD = 8
+_MEASURE = (
+    "import atexit, runpy, sys\n"
+    "def peak():\n"
+    "    line = next(l for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+    "    open(sys.argv[-1], 'w').write(line.split()[1])\n"
+    "record = sys.argv.pop()\n"
+    "atexit.register(lambda: (sys.argv.append(record), peak()))\n"
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/bench_merge"))
+    parser.add_argument("--layers", type=int, default=8, help="of 32; doubled for the last run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip-xtuner", action="store_true")
+    arguments = parser.parse_args()
+    work_dir, rows = arguments.work_dir, []
+    try:
+        base, adapter = make_model(work_dir, arguments.layers)
+        for _ in range(arguments.rounds):
+            for measure_one in [measure_ours, *[measure_xtuner][arguments.skip_xtuner :]]:
+                rows.append(measure_one(work_dir, base, adapter, arguments.layers))
+                print_row(rows[-1])
+        shutil.rmtree(work_dir)
+        base, adapter = make_model(work_dir, 2 * arguments.layers)
+        double = measure_ours(work_dir, base, adapter, 2 * arguments.layers)
+        print_row(double)
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    print_summary(rows, double)
+
+
+def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
+    medians = {}
+    for program in dict.fromkeys(row["program"] for row in rows):
+        own = [row for row in rows if row["program"] == program]
+        medians[program] = {
+            name: statistics.median(row[name] for row in own) for name in ("wall_s", "peak_gib")
+        }
+        print(program, "median", medians[program])
+    if len(medians) == 2:
+        ours, theirs = medians.values()
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        ratios = sorted(right["wall_s"] / left["wall_s"] for left, right in pairs)
+        print(f"times less wall time: {theirs['wall_s'] / ours['wall_s']:.1f}", end=" ")
+        print(f"({ratios[0]:.1f} to {ratios[-1]:.1f} in the rounds)")
+        print(f"times less memory: {theirs['peak_gib'] / ours['peak_gib']:.1f}")
+    print(f"peak with {double['layers']} layers: {double['peak_gib']} GiB")
+
+
+def make_model(work_dir: Path, layers: int) -> tuple[Path, Path]:
+    """Writes base model, tokenizer and adapter; returns their folders."""
+    import torch
+    from safetensors.torch import save_file
+
+    base, adapter = work_dir / "base", work_dir / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 20, generator=generator)
+
+    def random(*shape: int, scale: float = 0.02) -> torch.Tensor:
+        numel = torch.Size(shape).numel()
+        start = int(torch.randint(1 << 19, (), generator=generator))
+        flat = noise[start : start + (1 << 19)].repeat(-(-numel // (1 << 19)))[:numel]
+        return (flat * scale).to(torch.bfloat16).view(shape)
+
+    shard_names: dict[str, str] = {}
+    num_shards = -(-layers // _LAYERS_PER_SHARD) + 1
+
+    def save(tensors: dict[str, torch.Tensor], number: int) -> None:
+        name = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+        save_file(tensors, base / name, metadata={"format": "pt"})
+        shard_names.update(dict.fromkeys(tensors, name))
+
+    lora: dict[str, torch.Tensor] = {}
+    for number in range(1, num_shards):
+        tensors = {}
+        first = (number - 1) * _LAYERS_PER_SHARD
+        for layer in range(first, min(first + _LAYERS_PER_SHARD, layers)):
+            prefix = f"model.layers.{layer}"
+            for module, (rows, columns) in _LINEARS.items():
+                tensors[f"{prefix}.{module}.weight"] = random(rows, columns)
+                name = f"base_model.model.{prefix}.{module}"
+                lora[f"{name}.lora_A.weight"] = random(RANK, columns)
+                lora[f"{name}.lora_B.weight"] = random(rows, RANK, scale=0.002)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{prefix}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
+        save(tensors, number)
+    tensors = {
+        "model.embed_tokens.weight": random(128256, 4096),
+        "lm_head.weight": random(128256, 4096),
+        "model.norm.weight": torch.ones(4096, dtype=torch.bfloat16),
+    }
+    save(tensors, num_shards)
+    total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": shard_names}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "config.json").write_text(json.dumps(LLAMA_3_8B | {"num_hidden_layers": layers}))
+    golden = Path(__file__).parents[1] / "tests/golden/pallava/model/tiny_llama"
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(golden / name, base)
+    save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
+    config |= {"target_modules": [name.split(".")[1] for name in _LINEARS]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def measure_ours(work_dir: Path, base: Path, adapter: Path, layers: int) -> dict[str, Any]:
+    arguments = ["merge", base, adapter, work_dir / "ours", "--device", "cpu"]
+    return measure("xtuner-add merge", "xtuner_add.cli", arguments, work_dir, layers)
+
+
+def measure_xtuner(work_dir: Path, base: Path, adapter: Path, layers: int) -> dict[str, Any]:
+    arguments = [base, adapter, work_dir / "theirs", "--device", "cpu", "--safe-serialization"]
+    module = "xtuner.tools.model_converters.merge"
+    return measure("xtuner convert merge", module, arguments, work_dir, layers)
+
+
+def measure(
+    name: str, module: str, arguments: list[object], work_dir: Path, layers: int
+) -> dict[str, Any]:
+    """Runs a module in a process of its own; returns wall time and peak memory."""
+    record = work_dir / "peak"
+    command = [sys.executable, "-c", _MEASURE, module, *map(str, arguments), str(record)]
+    model_bytes = sum(file.stat().st_size for file in (work_dir / "base").glob("*.safetensors"))
+    for folder in ("ours", "theirs"):
+        shutil.rmtree(work_dir / folder, ignore_errors=True)
+    os.sync()
+    start = time.perf_counter()
+    result = subprocess.run(
+        command,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wall = time.perf_counter() - start
+    done = result.returncode == 0
+    os.sync()  # what one program leaves to the system's cache must not slow the other
+    if not done:
+        print(result.stdout[-1000:], result.stderr[-2000:], sep="\n", file=sys.stderr)
+    return {
+        "program": name,
+        "layers": layers,
+        "model_gb": round(model_bytes / 1e9, 2),
+        "wall_s": round(wall, 1),
+        "peak_gib": round(int(record.read_text()) / 2**20, 2) if record.is_file() else None,
+        "exit_code": result.returncode,
+    }
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(*(f"{name}={value}" for name, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
