@@ -5,7 +5,19 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = ("train", "evaluate", "convert", "cite", "demo", "serve", "wsi", "pathgen", "ray", "dev")
+EXTRAS = (
+    "train",
+    "evaluate",
+    "convert",
+    "cite",
+    "demo",
+    "serve",
+    "wsi",
+    "pathgen",
+    "gigapath",
+    "ray",
+    "dev",
+)
 
 
 def read_requirements(name: str) -> list[str]:
