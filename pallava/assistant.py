@@ -15,6 +15,7 @@ from pallava.conversation import Turn, encode_turns
 from pallava.images import load_image, to_rgb
 from pallava.modeling.llava import PALLaVA
 from pallava.prompt_templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
+from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text import IMAGE_TOKEN, Bos, encode_prompt
 
 MAX_NEW_TOKENS = 1200
@@ -22,7 +23,7 @@ MAX_NEW_TOKENS = 1200
 
 _END_OF_TURN = "<|eot_id|>"
 
-ImageLike = Image.Image | str | os.PathLike[str] | None
+ImageLike = Image.Image | str | os.PathLike[str] | SlideBag | None
 
 
 class Assistant:
@@ -34,7 +35,8 @@ class Assistant:
     Args:
         model: Encoder, connector and language model: a module with `MultimodalMixin`'s attributes.
         tokenizer: Of the language model.
-        anyres: Image preparation.
+        anyres: Image preparation; `SlidePreparation` for a model of whole slides, whose images are
+            files of tile features.
         prompt_template: Name of a template; `tokenizer` for the one the tokenizer carries.
         bos: `single`, as in training, or `double`, as in the published evaluation tools.
         fingerprint: Tells these weights from others, for caches of answers.
@@ -48,7 +50,7 @@ class Assistant:
         self,
         model: PALLaVA | Any,
         tokenizer: Any,
-        anyres: AnyRes,
+        anyres: AnyRes | SlidePreparation,
         prompt_template: str = "llama3_chat",
         bos: Bos = "single",
         fingerprint: str = "",
@@ -129,7 +131,7 @@ class Assistant:
     def answer_encoded(
         self,
         prompts: Sequence[Sequence[int]],
-        pixel_values: Sequence[Tensor | None],
+        pixel_values: Sequence[Tensor | SlideBag | None],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
@@ -179,13 +181,17 @@ class Assistant:
         """Token ids of a conversation up to its next answer; see `pallava.conversation`."""
         return encode_turns(self.tokenizer, self._template, turns, self.bos)
 
-    def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor) -> Tensor:
-        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+    def pixel_values(
+        self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag
+    ) -> Tensor | SlideBag:
+        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first; or a slide.
 
         What was prepared before is returned as it is.
         """
-        if isinstance(image, Tensor):
+        if isinstance(image, Tensor | SlideBag):
             return image
+        if isinstance(self.anyres, SlidePreparation):
+            return self.anyres(image)
         decoded = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
         return self.anyres(decoded)
 

@@ -7,39 +7,28 @@ used is written to the run's skip log and left out.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from mmengine import print_log
-from mmengine.config import Config, ConfigDict
-from torch.utils.data import Dataset
 
 from pallava.anyres import AnyRes, GridTies
-from pallava.engine.skipping import default_skip_log
-from pallava.image_index import ImageIndex, index_images, path_inside
-from pallava.images import MAX_IMAGE_PIXELS, ImageError, load_image
-from pallava.rows import check_share, read_rows
-from pallava.skipping import SkipLog
-from pallava.text import (
-    IMAGE_TOKEN,
-    IMAGE_TOKEN_INDEX,
-    Tokenizer,
-    check_row,
-    encode_conversation,
-    image_files,
-    interleaved_map_fn,
+from pallava.engine.conversations import (
+    ConversationDataset,
+    build,
+    load_processed_text,
+    process_text,
 )
+from pallava.image_index import index_images, path_inside
+from pallava.images import MAX_IMAGE_PIXELS, ImageError, load_image
 
-_ROWS_PER_PROCESS = 2000
-_REPLACEMENTS = 16
+__all__ = ["LLaVADataset", "load_processed_text", "process_text"]
 
 
-class LLaVADataset(Dataset[dict[str, Any]]):
+class LLaVADataset(ConversationDataset):
     """Tokenised conversations with their images as stacks of tiles.
 
     Args:
@@ -87,100 +76,36 @@ class LLaVADataset(Dataset[dict[str, Any]]):
         skip_log: str | os.PathLike[str] | None = None,
         map_num_proc: int | None = None,
     ) -> None:
-        super().__init__()
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image_folder {self.image_folder}: no such folder")
-        self.image_processor = _build(image_processor)
+        self.image_processor = build(image_processor)
         self.anyres = AnyRes.from_image_processor(
             self.image_processor, sub_images=anyres_image, ties=grid_ties
         )
         self.pad_image_to_square = pad_image_to_square
         self.max_pixels = max_pixels
-        self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
-        if offline_processed_text_folder is not None:
-            if data_path is not None:
-                print_log(
-                    f"data_path {data_path} is not read: offline_processed_text_folder "
-                    f"{offline_processed_text_folder} is given too",
-                    logger="current",
-                    level=logging.WARNING,
-                )
-            self.text_data = load_processed_text(offline_processed_text_folder)
-        elif data_path is None or tokenizer is None:
-            raise ValueError(
-                "LLaVADataset: offline_processed_text_folder, or data_path and tokenizer, expected"
-            )
-        else:
-            self.text_data = process_text(
-                data_path,
-                tokenizer=_build(tokenizer),
-                dataset_map_fn=dataset_map_fn,
-                template_map_fn=template_map_fn,
-                max_length=max_length,
-                max_dataset_length=max_dataset_length,
-                num_proc=map_num_proc,
-                skip_log=self.skip_log,
-            )
-        self._sizes: ImageIndex | None = None
+        super().__init__(
+            data_path,
+            tokenizer,
+            offline_processed_text_folder,
+            max_dataset_length,
+            dataset_map_fn,
+            template_map_fn,
+            max_length,
+            skip_log,
+            map_num_proc,
+        )
         if check_images == "header":
-            self._leave_out_unreadable()
+            read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)
+            self.leave_out_unreadable(read_headers, self.image_folder)
 
-    def __len__(self) -> int:
-        """Number of usable rows."""
-        return len(self.text_data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `input_ids`, `labels` and `pixel_values`, a stack of tiles for each image.
-
-        An image that turns out to be unreadable is recorded, and the next row takes its place.
+    def read_image(self, name: str) -> torch.Tensor:
+        """Reads an image as a stack of tiles `(1 + num_sub_images, 3, S, S)`.
 
         Raises:
-            ImageError: Many rows in a row are unreadable: the storage is gone.
+            ImageError: It cannot be read, or is too large.
         """
-        error: ImageError | None = None
-        for step in range(min(_REPLACEMENTS, len(self))):
-            row = self.text_data[(index + step) % len(self)]
-            try:
-                return {
-                    "input_ids": row["input_ids"],
-                    "labels": row["labels"],
-                    "pixel_values": [self._tiles(name) for name in _used_files(row)],
-                }
-            except ImageError as found:
-                error = found
-                self._record(row, str(found))
-        raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
-
-    @property
-    def modality_length(self) -> list[int]:
-        """Text length of every row, negative for rows without an image, as XTuner has it."""
-        return [
-            length if num_images else -length
-            for length, num_images in zip(
-                self.text_data["length"], self.text_data["num_images"], strict=True
-            )
-        ]
-
-    @property
-    def num_sub_images(self) -> list[int]:
-        """Number of sub-images of every row, for `SubImageGroupedSampler`.
-
-        Raises:
-            ValueError: `check_images` is `none`, so that sizes are not known.
-        """
-        if self._sizes is None:
-            raise ValueError("grouping by sub-images needs check_images='header'")
-        sizes = self._sizes
-        return [
-            sum(self.anyres.num_sub_images(*self._padded(sizes.size(name))) for name in names)
-            for names in self._files_of_rows()
-        ]
-
-    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        return (max(size), max(size)) if self.pad_image_to_square else size
-
-    def _tiles(self, name: str) -> torch.Tensor:
         image = load_image(path_inside(self.image_folder, name), max_pixels=self.max_pixels)
         if self.pad_image_to_square:
             if max(image.size) ** 2 > self.max_pixels:
@@ -191,172 +116,12 @@ class LLaVADataset(Dataset[dict[str, Any]]):
             image = _pad_to_square(image, self.anyres.image_mean)
         return self.anyres(image)
 
-    def _files_of_rows(self) -> Iterator[list[str]]:
-        if "image" not in self.text_data.column_names:
-            yield from ([] for _ in range(len(self.text_data)))
-            return
-        for value, count in zip(self.text_data["image"], self.text_data["num_images"], strict=True):
-            yield image_files({"image": value})[:count]
+    def count_sub_images(self, name: str) -> int:
+        """Sub-images of an image whose header was read."""
+        return self.anyres.num_sub_images(*self._padded(self._index.size(name)))
 
-    def _leave_out_unreadable(self) -> None:
-        names = {name for files in self._files_of_rows() for name in files}
-        self._sizes = _index_on_first_rank(self.image_folder, sorted(names), self.max_pixels)
-        bad = self._sizes.errors
-        if not bad:
-            return
-        keep, total = [], len(self.text_data)
-        for index, files in enumerate(self._files_of_rows()):
-            faults = [bad[name] for name in files if name in bad]
-            if faults:
-                self._record(self.text_data[index], faults[0])
-            else:
-                keep.append(index)
-        check_share(total - len(keep), total, f"images in {self.image_folder}", bad)
-        self.text_data = self.text_data.select(keep)
-
-    def _record(self, row: Mapping[str, Any], reason: str) -> None:
-        files = image_files(row)
-        self.skip_log.record(row.get("id", ""), files[0] if files else "", reason)
-        print_log(f"sample left out: {reason}", logger="current", level=logging.WARNING)
-
-
-def load_processed_text(folder: str | os.PathLike[str]) -> Any:
-    """Opens a folder of tokenised rows written by `datasets.save_to_disk`.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It lacks `input_ids` or `labels`.
-    """
-    from datasets import load_from_disk
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"offline_processed_text_folder {folder}: no such folder")
-    data = load_from_disk(str(folder))
-    absent = {"input_ids", "labels"} - set(data.column_names)
-    if absent:
-        raise ValueError(
-            f"offline_processed_text_folder {folder}: columns {sorted(absent)} are missing, found "
-            f"{data.column_names}"
-        )
-    return _add_counts(data, num_proc=None)
-
-
-def process_text(
-    data_path: str | os.PathLike[str],
-    *,
-    tokenizer: Tokenizer,
-    dataset_map_fn: Any,
-    template_map_fn: Any,
-    max_length: int,
-    max_dataset_length: int | None,
-    num_proc: int | None,
-    skip_log: SkipLog,
-) -> Any:
-    """Reads, checks, templates and tokenises rows; unusable ones go to the skip log.
-
-    Returns:
-        A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length`, `num_images`.
-    """
-    from datasets import Dataset as HFDataset
-    from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
-
-    rows, faults, total = [], {}, 0
-    for number, row in read_rows(data_path):
-        total += 1
-        fault = check_row(row) if isinstance(row, Mapping) else f"no object: {row!s:.80}"
-        if fault is None:
-            files = image_files(row)
-            rows.append({"id": str(row.get("id", number)), "image": files or None})
-            rows[-1]["conversations"] = [
-                {"from": turn["from"], "value": turn.get("value") or ""}
-                for turn in row["conversations"]
-            ]
-            continue
-        name = str(row.get("id", number)) if isinstance(row, Mapping) else str(number)
-        faults[name] = f"{data_path}, row {number}: {fault}"
-        skip_log.record(name, str(data_path), faults[name])
-    check_share(len(faults), total, str(data_path), faults)
-    if not rows:
-        raise ValueError(f"data_path {data_path}: no rows")
-    if num_proc is None:
-        num_proc = min(32, os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
-    num_proc = num_proc if num_proc > 1 else None
-    data = HFDataset.from_list(rows)
-    if max_dataset_length is not None and max_dataset_length < len(data):
-        data = data.shuffle(seed=0).select(range(max_dataset_length))
-    data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
-    if template_map_fn is not None:
-        mapped, data = data, add_template_to_dataset(data, template_map_fn, num_proc)
-        if len(data) < len(mapped):  # the host drops them without a word
-            for row in mapped:
-                if not row["conversation"]:
-                    reason = "dataset_map_fn left no question with an answer"
-                    skip_log.record(row["id"], data_path, reason)
-    encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
-    data = data.map(encode, num_proc=num_proc, remove_columns=["conversation", "conversations"])
-    return _leave_out_unusable(_add_counts(data, num_proc), skip_log, max_length)
-
-
-def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    marks = sum(pair["input"].count(IMAGE_TOKEN) for pair in row["conversation"])
-    return {"num_marks": marks, **encode_conversation(tokenizer, row["conversation"], max_length)}
-
-
-def _add_counts(data: Any, num_proc: int | None) -> Any:
-    def count(row: Mapping[str, Any]) -> dict[str, Any]:
-        ids = row["input_ids"]
-        return {
-            "length": len(ids),
-            "num_images": sum(token == IMAGE_TOKEN_INDEX for token in ids),
-            "num_learned": sum(label >= 0 for label in row["labels"]),
-        }
-
-    return data.map(count, num_proc=num_proc)
-
-
-def _leave_out_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
-    keep = []
-    for index, (learned, marks, files) in enumerate(
-        zip(data["num_learned"], data["num_marks"], data["image"], strict=True)
-    ):
-        if learned and marks == len(files or ()):
-            keep.append(index)
-            continue
-        row = data[index]
-        reason = f"no word of the answer is within max_length {max_length}"
-        if learned:
-            reason = (
-                f"dataset_map_fn left {marks} image place(s) for {len(files or ())} image(s); "
-                "conversations with several images in one turn need interleaved_map_fn"
-            )
-        skip_log.record(row["id"], (image_files(row) or [""])[0], reason)
-    if not keep:
-        raise ValueError(f"no row can be used; the first: {skip_log.read()[0].reason}")
-    return data if len(keep) == len(data) else data.select(keep)
-
-
-def _used_files(row: Mapping[str, Any]) -> list[str]:
-    """The row's images whose mark was not cut off.
-
-    Raises:
-        ImageError: More marks than files.
-    """
-    files = image_files(row)
-    if len(files) < row["num_images"]:
-        raise ImageError(
-            f"row {row.get('id')!r}: {row['num_images']} image places, {len(files)} image file(s)"
-        )
-    return files[: row["num_images"]]
-
-
-def _index_on_first_rank(folder: Path, names: Sequence[str], max_pixels: int) -> ImageIndex:
-    from mmengine.dist import broadcast_object_list, get_rank
-
-    found = [index_images(folder, names, max_pixels=max_pixels) if get_rank() == 0 else None]
-    broadcast_object_list(found)
-    index = found[0]
-    assert index is not None
-    return index
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        return (max(size), max(size)) if self.pad_image_to_square else size
 
 
 def _pad_to_square(image: Any, mean: Sequence[float]) -> Any:
@@ -366,11 +131,3 @@ def _pad_to_square(image: Any, mean: Sequence[float]) -> Any:
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _build(value: Any) -> Any:
-    if isinstance(value, dict | Config | ConfigDict):
-        from xtuner.registry import BUILDER
-
-        return BUILDER.build(value)
-    return value

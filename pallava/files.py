@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ MANIFEST_NAME = "release.manifest.jsonl"
 _STAGE = ".staged.partial"
 _LOCK = ".lock"
 _READ_BYTES = 4 << 20
+
+_LARGE_BYTES = 16 << 20
+"""Files of this size are read back while the next is made, smaller ones at the end."""
 
 
 class OutputExistsError(ValueError):
@@ -123,8 +126,8 @@ class FolderBuild:
     """A folder that is built file by file, continued after a kill, and verified at the end.
 
     Files are made in `OUT.partial`. Each is recorded with its digest once it is whole, so that a
-    later build from the same inputs continues behind it. `finish` reads every file again, compares
-    digests, and only then gives the folder its name.
+    later build from the same inputs continues behind it. Every file is read again, while the next
+    is made if it is large; `finish` compares digests, and only then gives the folder its name.
 
     Args:
         out: The folder to build.
@@ -149,6 +152,8 @@ class FolderBuild:
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.inputs = json.loads(json.dumps(inputs))
         self._rows: dict[str, dict[str, Any]] = {}
+        self._readers = ThreadPoolExecutor(2)
+        self._read_back: dict[str, tuple[list[Any], Future[str]]] = {}
         self._lock: int | None = None
         self.complete = False
 
@@ -169,6 +174,7 @@ class FolderBuild:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._readers.shutdown(cancel_futures=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -199,6 +205,8 @@ class FolderBuild:
             manifest.write(json.dumps(row) + "\n")
             manifest.flush()
             os.fsync(manifest.fileno())
+        if row["bytes"] >= _LARGE_BYTES:
+            self._start_reading(name, path)
 
     def finish(self) -> dict[str, str]:
         """Verifies every digest and gives the folder its name.
@@ -230,13 +238,19 @@ class FolderBuild:
         self._rows, self.complete = rows, True
         self._verify(self.out)
 
+    def _start_reading(self, name: str, path: Path) -> None:
+        """Reads a file again in the background, unless it has been read since it last changed."""
+        identity = file_identity(path) if path.is_file() else []
+        if identity and self._read_back.get(name, ([], None))[0] != identity:
+            self._read_back[name] = identity, self._readers.submit(sha256_of, path)
+
     def _verify(self, folder: Path) -> None:
-        paths = {name: folder / name for name in self._rows}
-        with ThreadPoolExecutor(2) as pool:
-            digests = pool.map(lambda p: sha256_of(p) if p.is_file() else "", paths.values())
-            found = dict(zip(paths, digests, strict=True))
-        for name, path in paths.items():
-            if found[name] != self._rows[name]["sha256"]:
+        for name in self._rows:
+            self._start_reading(name, folder / name)
+        for name, row in self._rows.items():
+            path = folder / name
+            digest = self._read_back[name][1].result() if path.is_file() else ""
+            if digest != row["sha256"]:
                 raise OSError(
                     f"{path}: reads back differently from what was written; check the disk, remove "
                     f"{folder} and run again"

@@ -47,7 +47,7 @@ def load_model(
             holds all parts; `llava` and `visual_encoder` are then left out.
         llava: Folder that `xtuner convert pth_to_hf` wrote: `projector/`, and where they were
             trained `llm_adapter/` and `visual_encoder/`. By default `llm` itself.
-        visual_encoder: PLIP or CLIP folder; by default the one in `llava`.
+        visual_encoder: PLIP, CLIP or slide token encoder folder; by default the one in `llava`.
         prompt_template: XTuner's name of the template used in training, or `tokenizer`. By default
             the tokenizer's for an exported folder that carries one, and llama3_chat otherwise.
         bos: `double` asks as the published evaluation tools do.
@@ -76,7 +76,6 @@ def load_model(
     from pallava.assistant import Assistant
     from pallava.modeling.checkpoint import CheckpointError
     from pallava.modeling.llava import PALLaVA
-    from pallava.modeling.plip import PLIPVisionEncoder
     from pallava.modeling.qformer import ScaleInvariantConnector
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -88,7 +87,7 @@ def load_model(
     folder = _llava_folder(llava if llava is not None else llm)
     encoder_folder = _encoder_folder(folder, visual_encoder)
     connector = ScaleInvariantConnector.from_folder(folder / "projector")
-    encoder = PLIPVisionEncoder.from_folder(encoder_folder)
+    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
             f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
@@ -115,7 +114,7 @@ def load_model(
     return Assistant(
         parts,
         tokenizer,
-        _image_preparation(encoder_folder, encoder.config.image_size, connector.uses_sub_images),
+        prepare,
         prompt_template=prompt_template or _USUAL_TEMPLATE,
         bos=bos,
         fingerprint=fingerprint(llm, folder / "projector", encoder_folder, adapter),
@@ -322,6 +321,21 @@ def _add_adapter(model: Any, folder: Path) -> Any:
     expected = get_peft_model_state_dict(adapted)
     check_names(expected, tensors, what="language model's adapter", source=str(folder))
     return adapted
+
+
+def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
+    """The encoder of a folder, and what prepares its inputs."""
+    from pallava.modeling.plip import PLIPVisionEncoder
+    from pallava.modeling.slide_tokens import MODEL_TYPE, SlideTokenEncoder
+    from pallava.slide_bags import SlidePreparation
+
+    file = folder / "config.json"
+    if file.is_file() and json.loads(file.read_bytes()).get("model_type") == MODEL_TYPE:
+        slides = SlideTokenEncoder.from_folder(folder)
+        config = slides.config
+        return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
+    images = PLIPVisionEncoder.from_folder(folder)
+    return images, _image_preparation(folder, images.config.image_size, sub_images)
 
 
 def _image_preparation(folder: Path, tile_px: int, sub_images: bool) -> Any:

@@ -199,9 +199,13 @@ def _origin(target: Any) -> str:
     return f"{getattr(target, '__module__', '?')}:{name}"
 
 
-ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.plip",))
+ENCODERS = Registry(
+    "encoder", builtin_modules=("pallava.modeling.plip", "pallava.modeling.slide_tokens")
+)
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
-``features(pixel_values, select_layer)``. In configs: ``visual_encoder="name:folder"``."""
+``features(pixel_values, select_layer)``; or, for inputs other than pixels, with ``visual_tokens``
+and ``blank`` as `pallava.modeling.slide_tokens.SlideTokenEncoder` has them. In configs:
+``visual_encoder="name:folder"``."""
 
 CONNECTORS = Registry("connector", builtin_modules=("pallava.modeling.qformer",))
 """Modules that turn the features of thumbnails and sub-images into LLM embeddings: classes built

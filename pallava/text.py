@@ -36,9 +36,14 @@ def count_images(row: Mapping[str, Any]) -> int:
     )
 
 
-def image_files(row: Mapping[str, Any]) -> list[str]:
-    """The image files of a LLaVA row: `image` is one name, a list of names, or absent."""
-    value = row.get("image")
+def image_files(row: Mapping[str, Any], field: str = "image") -> list[str]:
+    """The image files of a LLaVA row: `image` is one name, a list of names, or absent.
+
+    Args:
+        row: A row of a data file.
+        field: Where the names stand.
+    """
+    value = row.get(field)
     if value is None or value == "":
         return []
     return [value] if isinstance(value, str) else [str(name) for name in value]
@@ -70,8 +75,8 @@ def interleaved_map_fn(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]
     return {"conversation": pairs}
 
 
-def check_row(row: Mapping[str, Any]) -> str | None:
-    """Says what is wrong with a LLaVA row, or None."""
+def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
+    """Says what is wrong with a LLaVA row, whose images stand in `field`, or None."""
     turns = row.get("conversations")
     if not _is_list(turns, Mapping) or not turns:
         return "conversations: a list of {from, value} expected"
@@ -88,15 +93,15 @@ def check_row(row: Mapping[str, Any]) -> str | None:
     for turn in turns:
         if not (turn.get("value") or "").strip():
             return f"conversations: an empty {'answer' if turn['from'] == 'gpt' else 'question'}"
-    image = row.get("image")
+    image = row.get(field)
     if image is not None and not isinstance(image, str) and not _is_list(image, str):
-        return f"image: a file name or a list of them expected, got {image!r:.80}"
-    for name in (str(row.get("id", "")), *image_files(row)):
+        return f"{field}: a file name or a list of them expected, got {image!r:.80}"
+    for name in (str(row.get("id", "")), *image_files(row, field)):
         if fault := _text_fault(name):
-            return f"id or image: {fault}"
-    files, marks = len(image_files(row)), count_images({"conversations": turns})
+            return f"id or {field}: {fault}"
+    files, marks = len(image_files(row, field)), count_images({"conversations": turns})
     if files != marks:
-        return f"{files} image file(s) but {marks} {IMAGE_TOKEN} mark(s)"
+        return f"{files} {field} file(s) but {marks} {IMAGE_TOKEN} mark(s)"
     return None
 
 

@@ -41,7 +41,10 @@ def save_trained_parts(
         model.llm.save_pretrained(save_dir, **save_pretrained_kwargs)
     _say("connector", save_dir / "projector")
     _filled_connector(model.projector).save_folder(save_dir / "projector")
-    if not model.freeze_visual_encoder:
+    if hasattr(model.visual_encoder, "visual_tokens"):  # knows no image processor
+        _say("slide token encoder", save_dir / "visual_encoder")
+        model.visual_encoder.save_folder(save_dir / "visual_encoder")
+    elif not model.freeze_visual_encoder:
         _say("visual encoder", save_dir / "visual_encoder")
         processor = BUILDER.build(cfg.image_processor)
         model.visual_encoder.save_folder(

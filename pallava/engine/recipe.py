@@ -51,6 +51,12 @@ def read_recipe(
         raise ValueError(
             f"{config_file}: a config with model.llm and model.visual_encoder expected"
         )
+    if "features_folder" in ((cfg.get("train_dataloader") or {}).get("dataset") or {}):
+        raise ValueError(
+            f"{config_file}: a model of slide features; write its parts with `xtuner-add convert "
+            "pth_to_hf`, which `xtuner-add answer --llava` reads. One folder for transformers "
+            "holds models of images alone"
+        )
     encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
     statistics = _image_statistics(cfg, encoder)
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}

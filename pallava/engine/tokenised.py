@@ -16,7 +16,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pallava.dataset import process_text
+from pallava.engine.conversations import process_text
 from pallava.engine.runtime import prepare_host
 from pallava.files import OutputExistsError, file_identity, fsync_path, take_lock, write_json
 from pallava.skipping import SKIP_LOG_NAME, SkipLog

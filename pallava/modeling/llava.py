@@ -117,35 +117,42 @@ class MultimodalMixin:
     visual_select_layer: int = -2
     sub_image_mask: SubImageMask = "exact"
 
-    def encode_images(self, pixel_values: Sequence[Tensor]) -> Tensor:
+    def encode_images(self, pixel_values: Sequence[Any]) -> Tensor:
         """Runs encoder and connector.
 
         Args:
-            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first; or what an
+                encoder with `visual_tokens` takes, for instance M `SlideBag`.
 
         Returns:
             `(M, T, L)`.
         """
-        uses_sub_images = self.projector.uses_sub_images
-        stacks = [stack if uses_sub_images else stack[:1] for stack in pixel_values]
+        thumbnails, sub_images, counts = self._visual_tokens(pixel_values)
+        thumbnails = thumbnails.to(self.projector.dtype)
+        if not self.projector.uses_sub_images:
+            return self.projector(thumbnails)
+        sub_images = sub_images.to(self.projector.dtype)
+        if self.sub_image_mask == "published":
+            sub_images, counts = _repeat_last(sub_images, counts)
+        return self.projector(thumbnails, sub_images, counts)
+
+    def _visual_tokens(self, pixel_values: Sequence[Any]) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens of the thumbnails, of all sub-images, and how many belong to each image."""
+        if hasattr(self.visual_encoder, "visual_tokens"):
+            return self.visual_encoder.visual_tokens(pixel_values)
+        stacks = [stack if self.projector.uses_sub_images else stack[:1] for stack in pixel_values]
         # Thumbnails first: both halves of the encoder's output are then views, not copies.
         tiles = [stack[:1] for stack in stacks] + [stack[1:] for stack in stacks]
         parameter = next(self.visual_encoder.parameters())
         pixels = torch.cat(tiles).to(parameter.device, parameter.dtype)
         features = self.visual_encoder.features(pixels, self.visual_select_layer)
-        features = features.to(self.projector.dtype)
-        thumbnails, sub_images = features[: len(stacks)], features[len(stacks) :]
-        if not uses_sub_images:
-            return self.projector(thumbnails)
         counts = [len(stack) - 1 for stack in stacks]
-        if self.sub_image_mask == "published":
-            sub_images, counts = _repeat_last(sub_images, counts)
-        return self.projector(thumbnails, sub_images, counts)
+        return features[: len(stacks)], features[len(stacks) :], counts
 
     def prepare_inputs(
         self,
         input_ids: Tensor,
-        pixel_values: Sequence[Tensor] | None = None,
+        pixel_values: Sequence[Any] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide = "right",
@@ -201,7 +208,7 @@ class MultimodalMixin:
     def generate_answer(
         self,
         input_ids: Tensor,
-        pixel_values: Sequence[Tensor] | None = None,
+        pixel_values: Sequence[Any] | None = None,
         attention_mask: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
@@ -214,6 +221,8 @@ class MultimodalMixin:
         )
 
     def _blank_image_tokens(self) -> Tensor:
+        if hasattr(self.visual_encoder, "blank"):
+            return self.encode_images([self.visual_encoder.blank()])
         size = self.visual_encoder.config.image_size
         tiles = 2 if self.projector.uses_sub_images else 1
         parameter = next(self.visual_encoder.parameters())
@@ -249,7 +258,7 @@ class PALLaVA(MultimodalMixin, nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Sequence[Tensor] | None = None,
+        pixel_values: Sequence[Any] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -267,7 +276,7 @@ class PALLaVA(MultimodalMixin, nn.Module):
     def generate(
         self,
         input_ids: Tensor,
-        pixel_values: Sequence[Tensor] | None = None,
+        pixel_values: Sequence[Any] | None = None,
         attention_mask: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:

@@ -49,7 +49,10 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAPPED_BYTES = 256 << 20
 """How much of a `.bin` file is read before its map, and the memory of its pages, is given back."""
 
-_WRITES_AHEAD = 3
+_WRITES_AHEAD = 8
+
+_FLUSH_BYTES = 64 << 20
+"""How much is written before the disk is set to work on it, so that the end does not wait long."""
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -270,7 +273,7 @@ def row_blocks(info: TensorInfo, max_numel: int) -> Iterable[tuple[int, int | No
 class SafetensorsWriter:
     """A `.safetensors` file that is written as its tensors are computed.
 
-    One thread writes and another hashes while the next block is computed.
+    One thread writes, one hashes and one forces to disk while the next block is computed.
 
     Args:
         path: The file to write.
@@ -294,7 +297,10 @@ class SafetensorsWriter:
         self._pending: deque[Future[None]] = deque()
         self._header = _header(infos)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []  # a failure is reported to one caller only
+        self._written_bytes = 0
+        self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
+        self._writer, self._hasher, self._flusher = self._threads
 
     def __enter__(self) -> SafetensorsWriter:
         self._put(memoryview(self._header))
@@ -303,13 +309,13 @@ class SafetensorsWriter:
     def __exit__(self, error_type: object, *error: object) -> None:
         try:
             self._skip_written()
-            while self._pending:
-                self._pending.popleft().result()
+            for step in (*self._pending, *self._flushes):
+                step.result()
             if error_type is None and self._remaining:
                 raise ValueError(f"{self._remaining[0][0]}: not all of it was written")
         finally:
-            self._writer.shutdown(cancel_futures=True)
-            self._hasher.shutdown(cancel_futures=True)
+            for thread in self._threads:
+                thread.shutdown(cancel_futures=True)
             self._file.close()
 
     @property
@@ -347,7 +353,11 @@ class SafetensorsWriter:
 
     def _write(self, data: memoryview) -> None:
         while data:
-            data = data[self._file.write(data) :]
+            count = self._file.write(data)
+            data, written = data[count:], self._written_bytes + count
+            if written // _FLUSH_BYTES > self._written_bytes // _FLUSH_BYTES:
+                self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
+            self._written_bytes = written
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:

@@ -1,0 +1,340 @@
+"""Tokenised conversations about images of any kind: what the data sets of this package share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmengine import print_log
+from mmengine.config import Config, ConfigDict
+from torch.utils.data import Dataset
+
+from pallava.engine.skipping import default_skip_log
+from pallava.images import ImageError
+from pallava.rows import check_share, read_rows
+from pallava.skipping import SkipLog
+from pallava.text import (
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+    Tokenizer,
+    check_row,
+    encode_conversation,
+    image_files,
+    interleaved_map_fn,
+)
+
+_ROWS_PER_PROCESS = 2000
+_REPLACEMENTS = 16
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Tokenised conversations; what images are and where they lie is up to the class that inherits.
+
+    Args:
+        data_path: As of `LLaVADataset`, and so are the others.
+        tokenizer: A Hugging Face tokenizer or its config.
+        offline_processed_text_folder: Used instead of `data_path`.
+        max_dataset_length: Take this many rows at random.
+        dataset_map_fn: Row -> `{"conversation": [...]}`.
+        template_map_fn: The prompt template.
+        max_length: Longer token sequences are cut.
+        skip_log: Where left-out samples are recorded.
+        map_num_proc: Processes that tokenise.
+        image_field: Where the rows of `data_path` name their images.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
+        offline_processed_text_folder: str | os.PathLike[str] | None = None,
+        max_dataset_length: int | None = None,
+        dataset_map_fn: Any = None,
+        template_map_fn: Any = None,
+        max_length: int = 2048,
+        skip_log: str | os.PathLike[str] | None = None,
+        map_num_proc: int | None = None,
+        image_field: str = "image",
+    ) -> None:
+        super().__init__()
+        self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
+        self._index: Any = None
+        if offline_processed_text_folder is not None:
+            if data_path is not None:
+                print_log(
+                    f"data_path {data_path} is not read: offline_processed_text_folder "
+                    f"{offline_processed_text_folder} is given too",
+                    logger="current",
+                    level=logging.WARNING,
+                )
+            self.text_data = load_processed_text(offline_processed_text_folder)
+            return
+        if data_path is None or tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__}: offline_processed_text_folder, or data_path and "
+                "tokenizer, expected"
+            )
+        self.text_data = process_text(
+            data_path,
+            tokenizer=build(tokenizer),
+            dataset_map_fn=dataset_map_fn,
+            template_map_fn=template_map_fn,
+            max_length=max_length,
+            max_dataset_length=max_dataset_length,
+            num_proc=map_num_proc,
+            skip_log=self.skip_log,
+            image_field=image_field,
+        )
+
+    def __len__(self) -> int:
+        """Number of usable rows."""
+        return len(self.text_data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns `input_ids`, `labels` and `pixel_values`, a stack of tiles for each image.
+
+        An image that turns out to be unreadable is recorded, and the next row takes its place.
+
+        Raises:
+            ImageError: Many rows in a row are unreadable: the storage is gone.
+        """
+        error: ImageError | None = None
+        for step in range(min(_REPLACEMENTS, len(self))):
+            row = self.text_data[(index + step) % len(self)]
+            try:
+                return {
+                    "input_ids": row["input_ids"],
+                    "labels": row["labels"],
+                    "pixel_values": [self.read_image(name) for name in _used_files(row)],
+                }
+            except ImageError as found:
+                error = found
+                self._record(row, str(found))
+        raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
+
+    @property
+    def modality_length(self) -> list[int]:
+        """Text length of every row, negative for rows without an image, as XTuner has it."""
+        return [
+            length if num_images else -length
+            for length, num_images in zip(
+                self.text_data["length"], self.text_data["num_images"], strict=True
+            )
+        ]
+
+    @property
+    def num_sub_images(self) -> list[int]:
+        """Number of sub-images of every row, for `SubImageGroupedSampler`.
+
+        Raises:
+            ValueError: Headers were not read, so that sizes are not known.
+        """
+        if self._index is None:
+            raise ValueError("grouping by sub-images needs check_images='header'")
+        return [
+            sum(self.count_sub_images(name) for name in names) for names in self._files_of_rows()
+        ]
+
+    def read_image(self, name: str) -> Any:
+        """Reads one image by the name that a row gives it, as the model takes it.
+
+        Raises:
+            ImageError: It cannot be used.
+        """
+        raise NotImplementedError
+
+    def count_sub_images(self, name: str) -> int:
+        """Sub-images of an image whose header was read."""
+        raise NotImplementedError
+
+    def leave_out_unreadable(self, read_headers: Callable[[list[str]], Any], folder: Path) -> None:
+        """Reads the headers of all images once, and records and drops rows with unusable ones.
+
+        Args:
+            read_headers: Names -> an index with `errors` by name; called on the first rank.
+            folder: For the error.
+
+        Raises:
+            ValueError: Too many rows cannot be used.
+        """
+        names = sorted({name for files in self._files_of_rows() for name in files})
+        self._index = _on_first_rank(read_headers, names)
+        bad = self._index.errors
+        if not bad:
+            return
+        keep, total = [], len(self.text_data)
+        for index, files in enumerate(self._files_of_rows()):
+            faults = [bad[name] for name in files if name in bad]
+            if faults:
+                self._record(self.text_data[index], faults[0])
+            else:
+                keep.append(index)
+        check_share(total - len(keep), total, f"images in {folder}", bad)
+        self.text_data = self.text_data.select(keep)
+
+    def _files_of_rows(self) -> Iterator[list[str]]:
+        if "image" not in self.text_data.column_names:
+            yield from ([] for _ in range(len(self.text_data)))
+            return
+        for value, count in zip(self.text_data["image"], self.text_data["num_images"], strict=True):
+            yield image_files({"image": value})[:count]
+
+    def _record(self, row: Mapping[str, Any], reason: str) -> None:
+        files = image_files(row)
+        self.skip_log.record(row.get("id", ""), files[0] if files else "", reason)
+        print_log(f"sample left out: {reason}", logger="current", level=logging.WARNING)
+
+
+def load_processed_text(folder: str | os.PathLike[str]) -> Any:
+    """Opens a folder of tokenised rows written by `datasets.save_to_disk`.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It lacks `input_ids` or `labels`.
+    """
+    from datasets import load_from_disk
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"offline_processed_text_folder {folder}: no such folder")
+    data = load_from_disk(str(folder))
+    absent = {"input_ids", "labels"} - set(data.column_names)
+    if absent:
+        raise ValueError(
+            f"offline_processed_text_folder {folder}: columns {sorted(absent)} are missing, found "
+            f"{data.column_names}"
+        )
+    return _add_counts(data, num_proc=None)
+
+
+def process_text(
+    data_path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer,
+    dataset_map_fn: Any,
+    template_map_fn: Any,
+    max_length: int,
+    max_dataset_length: int | None,
+    num_proc: int | None,
+    skip_log: SkipLog,
+    image_field: str = "image",
+) -> Any:
+    """Reads, checks, templates and tokenises rows; unusable ones go to the skip log.
+
+    The names of images are taken from `image_field` of the rows.
+
+    Returns:
+        A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length`, `num_images`.
+    """
+    from datasets import Dataset as HFDataset
+    from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
+
+    rows, faults, total = [], {}, 0
+    for number, row in read_rows(data_path):
+        total += 1
+        is_row = isinstance(row, Mapping)
+        fault = check_row(row, image_field) if is_row else f"no object: {row!s:.80}"
+        if fault is None:
+            files = image_files(row, image_field)
+            rows.append({"id": str(row.get("id", number)), "image": files or None})
+            rows[-1]["conversations"] = [
+                {"from": turn["from"], "value": turn.get("value") or ""}
+                for turn in row["conversations"]
+            ]
+            continue
+        name = str(row.get("id", number)) if is_row else str(number)
+        faults[name] = f"{data_path}, row {number}: {fault}"
+        skip_log.record(name, str(data_path), faults[name])
+    check_share(len(faults), total, str(data_path), faults)
+    if not rows:
+        raise ValueError(f"data_path {data_path}: no rows")
+    if num_proc is None:
+        num_proc = min(32, os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
+    num_proc = num_proc if num_proc > 1 else None
+    data = HFDataset.from_list(rows)
+    if max_dataset_length is not None and max_dataset_length < len(data):
+        data = data.shuffle(seed=0).select(range(max_dataset_length))
+    data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
+    if template_map_fn is not None:
+        mapped, data = data, add_template_to_dataset(data, template_map_fn, num_proc)
+        if len(data) < len(mapped):  # the host drops them without a word
+            for row in mapped:
+                if not row["conversation"]:
+                    reason = "dataset_map_fn left no question with an answer"
+                    skip_log.record(row["id"], data_path, reason)
+    encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
+    data = data.map(encode, num_proc=num_proc, remove_columns=["conversation", "conversations"])
+    return _leave_out_unusable(_add_counts(data, num_proc), skip_log, max_length)
+
+
+def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    marks = sum(pair["input"].count(IMAGE_TOKEN) for pair in row["conversation"])
+    return {"num_marks": marks, **encode_conversation(tokenizer, row["conversation"], max_length)}
+
+
+def _add_counts(data: Any, num_proc: int | None) -> Any:
+    def count(row: Mapping[str, Any]) -> dict[str, Any]:
+        ids = row["input_ids"]
+        return {
+            "length": len(ids),
+            "num_images": sum(token == IMAGE_TOKEN_INDEX for token in ids),
+            "num_learned": sum(label >= 0 for label in row["labels"]),
+        }
+
+    return data.map(count, num_proc=num_proc)
+
+
+def _leave_out_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
+    keep = []
+    for index, (learned, marks, files) in enumerate(
+        zip(data["num_learned"], data["num_marks"], data["image"], strict=True)
+    ):
+        if learned and marks == len(files or ()):
+            keep.append(index)
+            continue
+        row = data[index]
+        reason = f"no word of the answer is within max_length {max_length}"
+        if learned:
+            reason = (
+                f"dataset_map_fn left {marks} image place(s) for {len(files or ())} image(s); "
+                "conversations with several images in one turn need interleaved_map_fn"
+            )
+        skip_log.record(row["id"], (image_files(row) or [""])[0], reason)
+    if not keep:
+        raise ValueError(f"no row can be used; the first: {skip_log.read()[0].reason}")
+    return data if len(keep) == len(data) else data.select(keep)
+
+
+def _used_files(row: Mapping[str, Any]) -> list[str]:
+    """The row's images whose mark was not cut off.
+
+    Raises:
+        ImageError: More marks than files.
+    """
+    files = image_files(row)
+    if len(files) < row["num_images"]:
+        raise ImageError(
+            f"row {row.get('id')!r}: {row['num_images']} image places, {len(files)} image file(s)"
+        )
+    return files[: row["num_images"]]
+
+
+def _on_first_rank(read_headers: Callable[[list[str]], Any], names: list[str]) -> Any:
+    from mmengine.dist import broadcast_object_list, get_rank
+
+    found = [read_headers(names) if get_rank() == 0 else None]
+    broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def build(value: Any) -> Any:
+    """Builds what a config describes; anything else comes back as it is."""
+    if isinstance(value, dict | Config | ConfigDict):
+        from xtuner.registry import BUILDER
+
+        return BUILDER.build(value)
+    return value

@@ -1,0 +1,271 @@
+"""A whole slide as the connector's input: a map of the slide, and every tile.
+
+The scale-invariant connector takes a thumbnail and any number of sub-images. Of a slide whose tiles
+an encoder has turned into features, the *thumbnail* is a map: the tile tokens averaged in the cells
+of a grid laid over the tissue, and one token for the whole slide. The *sub-images* are the tiles,
+one token each. The language model so sees a fixed number of tokens, whatever the slide's size, and
+the connector's cross-attention looks at all tiles; time and memory grow linearly with them.
+
+Shapes: B bags, N tiles of all bags together, D hidden size, G cells a side of the map.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pallava.files import staged_files
+from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file, load_strict
+from pallava.registry import ENCODERS
+from pallava.slide_bags import SlideBag
+
+MODEL_TYPE = "slide_tokens"
+"""`model_type` in `visual_encoder/config.json`."""
+
+_LONGEST_WAVE = 10_000.0  # Vaswani et al. 2017, arXiv:1706.03762, section 3.5
+
+
+@dataclass(frozen=True)
+class SlideTokenConfig:
+    """Sizes of `SlideTokenEncoder`.
+
+    Args:
+        in_features: Width of the tile features; 1536 are Prov-GigaPath's
+            (doi:10.1038/s41586-024-07441-w).
+        hidden_size: Width D of the tokens, and of the connector; a multiple of four.
+        num_attention_heads: Of the connector.
+        map_size: Cells G a side of the map.
+        slide_embedding_features: Width of the slide encoder's embedding; 0 for none.
+
+    Raises:
+        ValueError: Sizes that cannot be.
+    """
+
+    in_features: int = 1536
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    map_size: int = 14
+    slide_embedding_features: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "hidden_size", "num_attention_heads", "map_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"slide tokens, {name}: at least 1 expected, got {getattr(self, name)}"
+                )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"slide tokens, hidden_size {self.hidden_size}: a multiple of 4 expected, a sine "
+                "and a cosine for x and for y"
+            )
+
+
+class SlideTokenEncoder(nn.Module):
+    """Bags of tile features in, a map of the slide and tile tokens out.
+
+    A tile's token is its normalised features, projected, plus a sine-cosine encoding of its place
+    in sides of a tile from the top left corner of the tissue: where the tissue lies on the glass
+    says nothing. A cell's token is the mean of its tiles, or a learned vector without any, plus the
+    encoding of its centre, plus a learned vector times `log(1 + tiles)`, since means know no
+    number. The slide's token is the mean of all tiles with the same, and the slide encoder's
+    embedding where there is one.
+
+    Args:
+        sizes: Fields of `SlideTokenConfig`.
+
+    Example:
+        >>> encoder = SlideTokenEncoder(in_features=6, hidden_size=8, map_size=2)
+        >>> bags = [SlideBag(torch.randn(n, 6), torch.rand(n, 2) * 9) for n in (3, 50)]
+        >>> slide_map, tiles, counts = encoder.visual_tokens(bags)
+        >>> slide_map.shape, tiles.shape, counts
+        (torch.Size([2, 5, 8]), torch.Size([53, 1, 8]), [3, 50])
+    """
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.config = SlideTokenConfig(**sizes)
+        width = self.config.hidden_size
+        self.projection = _linear(self.config.in_features, width)
+        self.slide_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.empty_cell = nn.Parameter(torch.randn(width) * 0.02)
+        self.number_of_tiles = nn.Parameter(torch.randn(width) * 0.02)
+        if self.config.slide_embedding_features:
+            self.embedding_projection = _linear(self.config.slide_embedding_features, width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.projection.weight.dtype
+
+    @property
+    def num_tokens(self) -> int:
+        """What the language model sees of a slide: the map's cells and the slide's token."""
+        return self.config.map_size**2 + 1
+
+    def visual_tokens(self, bags: Sequence[SlideBag]) -> tuple[Tensor, Tensor, list[int]]:
+        """Prepares a batch for the connector, bags one after the other, unpadded.
+
+        Args:
+            bags: B bags of any sizes, on any device.
+
+        Returns:
+            The maps `(B, 1 + G * G, D)`, slide token first; the tile tokens `(N, 1, D)`; and how
+            many tiles belong to each bag.
+
+        Raises:
+            ValueError: A bag without tiles, of another width, or without the slide embedding that
+                this encoder takes.
+        """
+        self._check(bags)
+        device = self.projection.weight.device
+        counts = [len(bag.features) for bag in bags]
+        content = self._project(torch.cat([bag.features.to(device) for bag in bags]))
+        places = [bag.positions.to(device, torch.float32) for bag in bags]
+        origins = torch.stack([place.amin(dim=0) for place in places])
+        extents = torch.stack([place.amax(dim=0) for place in places]) - origins + 1
+        bag_of_tile = torch.repeat_interleave(
+            torch.arange(len(bags), device=device), torch.tensor(counts, device=device)
+        )
+        places_in_tissue = torch.cat(places) - origins[bag_of_tile]
+        cells = (places_in_tissue + 0.5) / extents[bag_of_tile] * self.config.map_size
+        cells = cells.long().clamp_(0, self.config.map_size - 1)
+        tiles = content + encode_positions(places_in_tissue, content.shape[1]).to(content.dtype)
+        slide_map = torch.cat(
+            [
+                self._slide_tokens(content, bag_of_tile, bags)[:, None],
+                self._cell_tokens(content, bag_of_tile, cells, extents),
+            ],
+            dim=1,
+        )
+        return slide_map, tiles[:, None], counts
+
+    def blank(self) -> SlideBag:
+        """A bag of one tile of zeros: what a batch of texts gives the weights a gradient by."""
+        weight, width = self.projection.weight, self.config.slide_embedding_features
+        embedding = weight.new_zeros(width) if width else None
+        features = weight.new_zeros(1, self.config.in_features)
+        return SlideBag(features, weight.new_zeros(1, 2, dtype=torch.float32), embedding)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> SlideTokenEncoder:
+        """Loads a folder written by `save_folder`.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or no config.json in it.
+            CheckpointError: The folder holds something else.
+        """
+        folder = Path(folder)
+        file = folder / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"slide token encoder {folder}: no config.json there")
+        values = json.loads(file.read_text())
+        if values.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"{file}: model_type {MODEL_TYPE!r} expected, got {values.get('model_type')!r}"
+            )
+        known = {field.name for field in fields(SlideTokenConfig)}
+        encoder = cls(**{name: value for name, value in values.items() if name in known})
+        state_dict = load_state_dict_file(folder)
+        load_strict(encoder, state_dict, what="slide token encoder", source=str(folder))
+        return encoder
+
+    def save_folder(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors."""
+        from safetensors.torch import save_file
+
+        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        with staged_files(folder, last="model.safetensors") as stage:
+            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, str(stage / "model.safetensors"), metadata={"format": "pt"})
+
+    def _check(self, bags: Sequence[SlideBag]) -> None:
+        width, embedding_width = self.config.in_features, self.config.slide_embedding_features
+        for number, bag in enumerate(bags):
+            shape = tuple(bag.features.shape)
+            if len(shape) != 2 or shape[1] != width or not shape[0]:
+                raise ValueError(
+                    f"bag {number}: features {shape}, (N, {width}) with at least one tile expected"
+                )
+            if tuple(bag.positions.shape) != (shape[0], 2):
+                raise ValueError(
+                    f"bag {number}: positions {tuple(bag.positions.shape)}, ({shape[0]}, 2) "
+                    "expected"
+                )
+            found = None if bag.slide_embedding is None else bag.slide_embedding.numel()
+            if embedding_width and found != embedding_width:
+                raise ValueError(
+                    f"bag {number}: slide embedding of width {found}, {embedding_width} expected"
+                )
+
+    def _project(self, features: Tensor) -> Tensor:
+        normalised = F.layer_norm(features.float(), features.shape[-1:])
+        return self.projection(normalised.to(self.dtype))
+
+    def _slide_tokens(
+        self, content: Tensor, bag_of_tile: Tensor, bags: Sequence[SlideBag]
+    ) -> Tensor:
+        means, numbers = _means(content, bag_of_tile, len(bags))
+        tokens = means + self.slide_token + numbers * self.number_of_tiles
+        if self.config.slide_embedding_features:
+            embeddings = torch.stack(
+                [bag.slide_embedding.to(means.device) for bag in bags]  # type: ignore[union-attr]
+            ).float()
+            normalised = F.layer_norm(embeddings, embeddings.shape[-1:]).to(self.dtype)
+            tokens = tokens + self.embedding_projection(normalised)
+        return tokens.to(content.dtype)
+
+    def _cell_tokens(
+        self, content: Tensor, bag_of_tile: Tensor, cells: Tensor, extents: Tensor
+    ) -> Tensor:
+        side, num_bags = self.config.map_size, len(extents)
+        index = (bag_of_tile * side + cells[:, 1]) * side + cells[:, 0]
+        means, numbers = _means(content, index, num_bags * side**2)
+        means = torch.where(numbers > 0, means, self.empty_cell.to(means.dtype))
+        tokens = (means + numbers * self.number_of_tiles).view(num_bags, side**2, -1)
+        steps = (torch.arange(side, device=content.device) + 0.5) / side
+        rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+        centres = torch.stack([columns, rows], dim=-1).view(1, -1, 2) * extents[:, None] - 0.5
+        return (tokens + encode_positions(centres, content.shape[1])).to(content.dtype)
+
+
+ENCODERS.register("slide_tokens")(SlideTokenEncoder.from_folder)
+
+
+def encode_positions(positions: Tensor, width: int) -> Tensor:
+    """Sines and cosines of x and of y, the encoding of Vaswani et al. 2017 along each axis.
+
+    Args:
+        positions: `(..., 2)`, x and y.
+        width: Of the encoding, a multiple of four.
+
+    Returns:
+        float32 `(..., width)`: `[sin x, cos x, sin y, cos y]`.
+    """
+    steps = torch.arange(width // 4, device=positions.device, dtype=torch.float32)
+    frequencies = _LONGEST_WAVE ** (-steps / (width // 4))
+    angles = positions.float()[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    """Layer whose outputs have variance 1 for normalised inputs: as large as the positions."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.normal_(linear.weight, std=in_features**-0.5)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _means(content: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean of every group `(num_groups, D)` in float32, and `log(1 + size)` `(num_groups, 1)`."""
+    sums = content.new_zeros(num_groups, content.shape[1], dtype=torch.float32)
+    sums = sums.index_add(0, index, content.float())
+    sizes = torch.bincount(index, minlength=num_groups)[:, None].float()
+    return sums / sizes.clamp(min=1), sizes.log1p()

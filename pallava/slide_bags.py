@@ -1,0 +1,346 @@
+"""Bags of tile features of whole slides, read from the files that tile encoders write.
+
+`features/<encoder>/<slide>.h5` holds `features` `(N, D)` float16 or float32 and `coords` `(N, 2)`,
+left and top of each tile in level-0 pixels, with the tile's side among the attributes of `coords`
+as TRIDENT or CLAM name it. `<slide>.h5` of a slide encoder holds `features` `(D,)` or `(1, D)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pallava.image_index import path_inside
+from pallava.images import ImageError
+
+if TYPE_CHECKING:
+    import h5py
+
+MAX_TILES = 1_000_000
+"""Larger bags are refused: a slide of 200,000 px a side holds 610,000 tiles of 256 px."""
+
+SUFFIX = ".h5"
+
+_THREADS = 16
+_MOST_OVERLAPPING = 64  # tiles that share one place: a stride of an eighth of the side
+
+
+class SlideBagError(ImageError):
+    """A bag that cannot be used; data sets and command lines treat it as an unreadable image."""
+
+
+class SlideBag(NamedTuple):
+    """The tiles of one slide.
+
+    A named tuple, which data loaders, MMEngine and DDP know how to move.
+
+    Attributes:
+        features: `(N, D)`, as stored.
+        positions: float32 `(N, 2)`: left and top in sides of a tile, from the slide's corner.
+        slide_embedding: `(E,)`, what a slide encoder made of the tiles, or None.
+    """
+
+    features: Tensor
+    positions: Tensor
+    slide_embedding: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> SlideBag:
+        """Returns the bag on another device."""
+        parts = (None if part is None else part.to(device) for part in self)
+        return SlideBag(*parts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class BagIndex:
+    """What the headers of many bags say.
+
+    Attributes:
+        num_tiles: By name.
+        errors: Why a bag cannot be used, by name.
+    """
+
+    num_tiles: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BagFolder:
+    """Bags by the names that rows of data give them.
+
+    Args:
+        folder: Where `<slide>.h5` lie; names may have sub-folders, and the suffix or not.
+        in_features: Width of the features that is expected; None takes any.
+        slide_embeddings: A folder with the slide encoder's files under the same names, or None.
+        tile_size_level0: Side of a tile in level-0 pixels, for files that do not state it.
+        max_tiles: Larger bags are refused.
+
+    Raises:
+        FileNotFoundError: A folder that is not there.
+    """
+
+    folder: Path
+    in_features: int | None = None
+    slide_embeddings: Path | None = None
+    tile_size_level0: int | None = None
+    max_tiles: int = MAX_TILES
+
+    def __post_init__(self) -> None:
+        for folder in (self.folder, self.slide_embeddings):
+            if folder is not None and not folder.is_dir():
+                raise FileNotFoundError(f"folder of slide features {folder}: no such folder")
+
+    def read(self, name: str) -> SlideBag:
+        """Reads the bag of a slide.
+
+        Raises:
+            SlideBagError: A name that leads out of the folder, or a bag that cannot be used.
+        """
+        bag = read_bag(
+            self._path(self.folder, name),
+            in_features=self.in_features,
+            tile_size_level0=self.tile_size_level0,
+            max_tiles=self.max_tiles,
+        )
+        if self.slide_embeddings is None:
+            return bag
+        embedding = read_slide_embedding(self._path(self.slide_embeddings, name))
+        return bag._replace(slide_embedding=embedding)
+
+    def index(self, names: Iterable[str]) -> BagIndex:
+        """Opens the header of every named bag."""
+        names, index = list(names), BagIndex()
+
+        def measure(name: str) -> tuple[str, int, str]:
+            try:
+                if self.slide_embeddings is not None:
+                    read_slide_embedding(self._path(self.slide_embeddings, name))
+                with _opened(self._path(self.folder, name)) as file:
+                    return name, _check_shapes(file, self.in_features, self.max_tiles)[0], ""
+            except SlideBagError as error:
+                return name, 0, str(error)
+
+        with ThreadPoolExecutor(max_workers=min(_THREADS, len(names) or 1)) as pool:
+            for name, num_tiles, error in pool.map(measure, names):
+                if error:
+                    index.errors[name] = error
+                else:
+                    index.num_tiles[name] = num_tiles
+        return index
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        if not name.endswith(SUFFIX):
+            name += SUFFIX
+        try:
+            return path_inside(folder, name)
+        except ImageError as error:
+            raise SlideBagError(f"slide {name}: leads out of {folder}") from error
+
+
+@dataclass(frozen=True)
+class SlidePreparation:
+    """What a model of whole slides does with a file that is shown to it.
+
+    Args:
+        in_features: Width of the tile features that it takes.
+        slide_embedding_features: Width of the slide embedding that it takes; 0 for none.
+    """
+
+    in_features: int
+    slide_embedding_features: int = 0
+
+    def __call__(self, path: Any) -> SlideBag:
+        """Reads a file of tile features.
+
+        A model with slide embeddings finds them in `<slide>.embedding.h5` beside it.
+
+        Raises:
+            SlideBagError: A file, or anything else than a file, that cannot be used.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise SlideBagError(
+                f"{type(path).__name__}: this model reads whole slides, a file of tile features "
+                "(features, coords) in HDF5 expected"
+            )
+        bag = read_bag(path, in_features=self.in_features)
+        if not self.slide_embedding_features:
+            return bag
+        return bag._replace(slide_embedding=read_slide_embedding(embedding_beside(path)))
+
+
+def embedding_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the slide embedding of a lone file of tile features lies: `<slide>.embedding.h5`."""
+    return Path(path).with_suffix(f".embedding{SUFFIX}")
+
+
+def read_bag(
+    path: str | os.PathLike[str],
+    *,
+    in_features: int | None = None,
+    tile_size_level0: int | None = None,
+    max_tiles: int = MAX_TILES,
+) -> SlideBag:
+    """Reads tile features and their places.
+
+    Args:
+        path: The HDF5 file.
+        in_features: Width of the features that is expected; None takes any.
+        tile_size_level0: Side of a tile in level-0 pixels, for files that do not state it.
+        max_tiles: Larger bags are refused.
+
+    Raises:
+        SlideBagError: No such file, no HDF5, cut off, no tile, arrays that do not fit each other
+            or the encoder, values that are no numbers, or coordinates in another unit.
+    """
+    with _opened(Path(path)) as file:
+        num_tiles, _ = _check_shapes(file, in_features, max_tiles)
+        features = np.asarray(file["features"]).reshape(num_tiles, -1)
+        coords, attributes = np.asarray(file["coords"]), dict(file["coords"].attrs)
+        attributes = {**dict(file.attrs), **attributes}
+    if features.dtype not in (np.float16, np.float32):
+        features = features.astype(np.float32)
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise SlideBagError(
+            f"slide features {path}: {int(bad.sum())} of {num_tiles} tiles hold NaN or infinity, "
+            f"the first is row {int(bad.argmax())}; compute them again"
+        )
+    if not np.array_equal(coords, np.round(coords)):
+        raise SlideBagError(f"slide features {path}: coords are no whole level-0 pixels")
+    coords = coords.astype(np.int64)
+    side = tile_size_level0 or _tile_size(Path(path), coords, attributes)
+    return SlideBag(torch.from_numpy(features), _positions(Path(path), coords, side))
+
+
+def read_slide_embedding(path: str | os.PathLike[str]) -> Tensor:
+    """Reads what a slide encoder made of a slide: `(E,)` float32.
+
+    Raises:
+        SlideBagError: No such file, or not one finite vector in it.
+    """
+    with _opened(Path(path)) as file:
+        if "features" not in file:
+            raise SlideBagError(f"slide embedding {path}: no dataset 'features', {_listed(file)}")
+        values = np.asarray(file["features"], dtype=np.float32)
+    if values.ndim == 0 or values.size != values.shape[-1] or not values.size:
+        raise SlideBagError(
+            f"slide embedding {path}: features {values.shape}, one vector (E,) or (1, E) expected"
+        )
+    if not np.isfinite(values).all():
+        raise SlideBagError(f"slide embedding {path}: holds NaN or infinity; compute it again")
+    return torch.from_numpy(values.reshape(-1))
+
+
+@contextmanager
+def _opened(path: Path) -> Any:
+    """Opens a file; whatever HDF5 raises while it is read becomes a `SlideBagError`."""
+    import h5py
+
+    try:
+        if not path.is_file():
+            raise SlideBagError(f"slide features {path}: no such file")
+        with h5py.File(path, "r") as file:
+            yield file
+    except SlideBagError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise SlideBagError(
+            f"slide features {path}: cannot be read as HDF5, half-written or damaged: {error}"
+        ) from error
+
+
+def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> tuple[int, int]:
+    """Returns number of tiles and width, from the header alone."""
+    path = file.filename
+    absent = [name for name in ("features", "coords") if name not in file]
+    if absent:
+        raise SlideBagError(
+            f"slide features {path}: no dataset {' and '.join(absent)}, {_listed(file)}"
+        )
+    shape, places = tuple(file["features"].shape), tuple(file["coords"].shape)
+    if len(shape) == 3 and shape[0] == 1:  # some writers keep a batch of one
+        shape = shape[1:]
+    if len(shape) != 2 or places != (shape[0], 2):
+        raise SlideBagError(
+            f"slide features {path}: features {shape} and coords {places}, (N, D) and (N, 2) of "
+            "equally many tiles expected"
+        )
+    if shape[0] == 0:
+        raise SlideBagError(f"slide features {path}: no tile; was no tissue found?")
+    if shape[0] > max_tiles:
+        raise SlideBagError(
+            f"slide features {path}: {shape[0]:,} tiles, at most {max_tiles:,} allowed (max_tiles)"
+        )
+    if in_features is not None and shape[1] != in_features:
+        raise SlideBagError(
+            f"slide features {path}: {shape[1]} wide, the model takes {in_features}; they are of "
+            f"another encoder{_encoder(file)}"
+        )
+    return shape[0], shape[1]
+
+
+def _tile_size(path: Path, coords: NDArray[np.int64], attributes: Mapping[str, Any]) -> int:
+    """Side of a tile in level-0 pixels: what the attributes say, else the step of the grid."""
+    try:
+        if "patch_size_level0" in attributes:
+            side = int(attributes["patch_size_level0"])
+        elif "target_magnification" in attributes:
+            scale = float(attributes["level0_magnification"]) / float(
+                attributes["target_magnification"]
+            )
+            side = round(int(attributes["patch_size"]) * scale)
+        elif "patch_level" in attributes:
+            downsample = np.ravel(attributes["downsample"])[0] if attributes["patch_level"] else 1
+            side = round(int(attributes["patch_size"]) * float(downsample))
+        else:
+            side = _grid_step(coords)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SlideBagError(
+            f"slide features {path}: attributes of coords do not say how large a tile is: {error}"
+        ) from error
+    if side < 1:
+        raise SlideBagError(
+            f"slide features {path}: the side of a tile is not stated (attribute "
+            "patch_size_level0 of coords) and the coordinates form no grid; say tile_size_level0"
+        )
+    return side
+
+
+def _grid_step(coords: NDArray[np.int64]) -> int:
+    """Distance of neighbours on a regular grid; 0 where there is none, 1 for a single tile."""
+    if len(coords) == 1:
+        return 1
+    offsets = coords - coords.min(axis=0)
+    step = int(np.gcd.reduce(offsets, axis=None))
+    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in offsets.T])
+    return step if gaps.size and step == gaps.min() else 0
+
+
+def _positions(path: Path, coords: NDArray[np.int64], side: int) -> Tensor:
+    positions = coords / side
+    num_places = len(np.unique(np.floor(positions), axis=0))
+    if len(coords) > _MOST_OVERLAPPING * num_places:
+        raise SlideBagError(
+            f"slide features {path}: {len(coords)} tiles of {side} px lie in {num_places} "
+            "place(s); are the coordinates in level-0 pixels?"
+        )
+    return torch.from_numpy(positions.astype(np.float32))
+
+
+def _listed(file: h5py.File) -> str:
+    return f"found {', '.join(sorted(file)[:8]) or 'nothing'}"
+
+
+def _encoder(file: h5py.File) -> str:
+    name = file.attrs.get("encoder", file["features"].attrs.get("encoder"))
+    return "" if name is None else f" ({name.decode() if isinstance(name, bytes) else name})"
