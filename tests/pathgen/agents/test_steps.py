@@ -347,6 +347,29 @@ def test_a_killed_run_is_continued(server: DescriberServer, tmp_path: Path) -> N
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.usefixtures("patches")
+def test_killed_at_fifty_random_moments(server: DescriberServer, tmp_path: Path) -> None:
+    number, kills = 60, 50
+    source = write_rows(tmp_path / "pairs.jsonl", patch_rows(*[f"case {n}" for n in range(number)]))
+    server.write = lambda text: time.sleep(0.02) or f"{WORDS} {text[-9:]}"  # type: ignore[func-returns-value]
+    arguments = [server.url, source, tmp_path / "out.jsonl", tmp_path / "images", kills]
+    result = subprocess.run(
+        [sys.executable, agents_killed.__file__, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    words = result.stdout.split()
+    assert words[:2] == ["KILLED", str(kills)]
+    # Each time to the end asks about every row once; a kill costs the requests in flight.
+    most = int(words[3]) * number + 4 * kills
+    assert int(words[3]) * number <= sum(server.requests.values()) <= most
+
+
 def test_settings_that_make_no_sense_are_refused(
     server: DescriberServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
