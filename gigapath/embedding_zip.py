@@ -1,0 +1,334 @@
+"""Tile embeddings as published: a zip (or folder) of `.pt` files, one tensor each, read in place.
+
+Nothing is unpacked, so names in the archive never become paths. Entries are read with torch's
+restricted unpickler.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+
+ENTRY_LIMIT_BYTES = 16 << 20
+"""Largest entry that is read: an embedding has kilobytes; a view saved with its storage, one."""
+
+_COLUMNS = ("input", "label", "split")
+_NUM_PEEKED = 101
+
+
+class EntryError(ValueError):
+    """An embedding that cannot be used; the message is what `skipped.jsonl` says."""
+
+
+class EmbeddingArchive:
+    """The `.pt` entries of a zip or of a folder, by name without suffix; a context manager.
+
+    Args:
+        path: The zip or folder.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: Neither a zip nor a folder, or no `.pt` in it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._zip: zipfile.ZipFile | None = None
+        if self.path.is_dir():
+            files = (p for p in sorted(self.path.rglob("*.pt")) if p.is_file())
+            names = [file.relative_to(self.path).as_posix() for file in files]
+        elif self.path.is_file():
+            names = self._open_zip()
+        else:
+            raise FileNotFoundError(f"embeddings {self.path}: no such zip or folder")
+        self.entries: dict[str, list[str]] = {}
+        for name in names:
+            if name.endswith(".pt"):
+                self.entries.setdefault(PurePosixPath(name).stem, []).append(name)
+        if not self.entries:
+            raise ValueError(
+                f"embeddings {self.path}: holds no .pt, only {names[:3]}; of a download that "
+                "broke off only the last entry can be seen"
+            )
+
+    def __enter__(self) -> EmbeddingArchive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._zip is not None:
+            self._zip.close()
+
+    def find(self, name: str, split: str) -> str:
+        """The entry of a row of the table; of equal names, the one under the split's folder.
+
+        Raises:
+            EntryError: None, or several.
+        """
+        found = self.entries.get(PurePosixPath(name).name.removesuffix(".pt"), [])
+        if len(found) > 1:
+            found = [n for n in found if split in PurePosixPath(n).parts[:-1]]
+        if len(found) != 1:
+            raise EntryError("no embedding" if not found else f"{len(found)} embeddings")
+        return found[0]
+
+    def read(self, entry: str) -> Tensor:
+        """Reads an embedding as float32 `(embed_dim,)`.
+
+        Raises:
+            EntryError: Damaged, too large, not a vector, or infinities or NaN in it.
+        """
+        value = load_tensors(self._bytes(entry))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise EntryError(f"a float tensor expected, got {type(value).__name__}")
+        vector = value.squeeze().float()
+        if vector.ndim != 1:
+            raise EntryError(f"one vector expected, got shape {tuple(value.shape)}")
+        if not torch.isfinite(vector).all():
+            raise EntryError("infinities or NaN")
+        return vector
+
+    def table(self) -> bytes | None:
+        """The csv that lies in the zip or folder, if there is exactly one."""
+        if self._zip is None:
+            files = sorted(self.path.rglob("*.csv"))
+            return files[0].read_bytes() if len(files) == 1 else None
+        names = [name for name in self._zip.namelist() if name.endswith(".csv")]
+        return self._zip.read(names[0]) if len(names) == 1 else None
+
+    def _open_zip(self) -> list[str]:
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(
+                f"embeddings {self.path}: {error}; a zip or a folder of .pt expected. A download "
+                "that broke off gives this too"
+            ) from error
+        return self._zip.namelist()
+
+    def _bytes(self, entry: str) -> bytes:
+        try:
+            if self._zip is None:
+                size = (self.path / entry).stat().st_size
+            else:
+                size = self._zip.getinfo(entry).file_size
+            if size > ENTRY_LIMIT_BYTES:
+                raise EntryError(f"{size} bytes; at most {ENTRY_LIMIT_BYTES} expected")
+            return (self.path / entry).read_bytes() if self._zip is None else self._zip.read(entry)
+        except EntryError:
+            raise
+        # Damaged deflate data, checksums, passwords, unknown methods: zipfile has no common error.
+        except Exception as error:
+            raise EntryError(f"cannot be read: {error}") from error
+
+
+def load_tensors(content: bytes, limit_bytes: int = ENTRY_LIMIT_BYTES) -> Any:
+    """Unpickles tensors, and nothing that runs code.
+
+    Raises:
+        EntryError: No such file, code in it, or more than `limit_bytes` when inflated.
+    """
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as inner:
+                size = sum(info.file_size for info in inner.infolist())
+            if size > limit_bytes:
+                raise EntryError(f"{size} bytes inflated; at most {limit_bytes} expected")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except EntryError:
+        raise
+    # Made-up bytes lead the unpickler into errors of any kind.
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise EntryError(f"not a file of tensors: {type(error).__name__}: {first}") from error
+
+
+@dataclass(frozen=True)
+class EmbeddingSplit:
+    """Embeddings of one split.
+
+    Attributes:
+        ids: As in the table.
+        features: float32 `(num_tiles, embed_dim)`.
+        labels: int64 `(num_tiles,)`, positions in `EmbeddingData.classes`.
+    """
+
+    ids: tuple[str, ...]
+    features: Tensor
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EmbeddingData:
+    """What a probe is trained and tested on.
+
+    Attributes:
+        classes: Labels that occur, numbers in their order, otherwise by alphabet.
+        splits: `train`, `val`, `test`.
+        skipped: Rows that were left out: `id`, `split`, `reason`.
+        num_without_row: Embeddings that no row of the table names.
+    """
+
+    classes: tuple[str, ...]
+    splits: Mapping[str, EmbeddingSplit]
+    skipped: tuple[dict[str, str], ...]
+    num_without_row: int
+
+
+def read_embeddings(
+    path: str | os.PathLike[str],
+    table: str | os.PathLike[str] | None = None,
+    *,
+    embed_dim: int | None = None,
+    progress: bool = True,
+) -> EmbeddingData:
+    """Reads labelled tile embeddings into memory.
+
+    Args:
+        path: Zip or folder of `.pt`.
+        table: csv with columns `input` (name of a `.pt`), `label`, and `split` (train, val or
+            test); by default the one that lies beside the embeddings.
+        embed_dim: Width; by default that of most of the first embeddings.
+        progress: Show a progress bar.
+
+    Raises:
+        FileNotFoundError: No embeddings or no table.
+        ValueError: A table without these columns, fewer than two classes, or a split of which no
+            embedding can be used.
+    """
+    from tqdm import tqdm
+
+    with EmbeddingArchive(path) as archive:
+        rows = _read_table(archive, table)
+        named = {PurePosixPath(row["input"]).name.removesuffix(".pt") for row in rows}
+        good, skipped = _sort_rows(rows)
+        classes = _classes(row["label"] for row in good)
+        if len(classes) < 2:
+            raise ValueError(f"table {table}: two labels at least expected, found {list(classes)}")
+        width = embed_dim or _usual_width(archive, good)
+        number = {label: index for index, label in enumerate(classes)}
+        splits = {}
+        with tqdm(total=len(good), desc="embeddings", disable=not progress) as bar:
+            for split in SPLITS:
+                own = [row for row in good if row["split"] == split]
+                splits[split] = _read_split(archive, own, width, number, skipped, bar)
+        for split, found in splits.items():
+            if not found.ids:
+                raise ValueError(
+                    f"embeddings {path}: none of split {split} can be used; the table has "
+                    f"{sum(row['split'] == split for row in rows)} rows of it, first fault: "
+                    f"{next((s for s in skipped if s['split'] == split), None)}"
+                )
+        return EmbeddingData(classes, splits, tuple(skipped), len(set(archive.entries) - named))
+
+
+def _read_table(
+    archive: EmbeddingArchive, table: str | os.PathLike[str] | None
+) -> list[dict[str, str]]:
+    import pandas as pd
+
+    if table is None:
+        content = archive.table()
+        if content is None:
+            raise FileNotFoundError(
+                f"embeddings {archive.path}: hold no single csv with the labels; name one"
+            )
+        source: Any = io.BytesIO(content)
+    elif not Path(table).is_file():
+        raise FileNotFoundError(f"table {table}: no such file")
+    else:
+        source = table
+    try:
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"table {table}: cannot be read: {error}") from error
+    if absent := [name for name in _COLUMNS if name not in frame.columns]:
+        raise ValueError(f"table {table}: no columns {absent}, only {list(frame.columns)}")
+    return [
+        {key: str(value).strip() for key, value in zip(_COLUMNS, values, strict=True)}
+        for values in frame[list(_COLUMNS)].itertuples(index=False)
+    ]
+
+
+def _sort_rows(
+    rows: Sequence[dict[str, str]],
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    good, skipped, seen = [], [], set()
+    for row in rows:
+        key = (row["input"], row["split"])
+        reason = ""
+        if not row["label"]:
+            reason = "no label"
+        elif row["split"] not in SPLITS:
+            reason = f"split {row['split']!r}: {', '.join(SPLITS)} expected"
+        elif key in seen:
+            reason = "named twice"
+        seen.add(key)
+        if reason:
+            skipped.append({"id": row["input"], "split": row["split"], "reason": reason})
+        else:
+            good.append(row)
+    return good, skipped
+
+
+def _classes(labels: Iterator[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(labels), key=lambda name: (not name.isdigit(), name.zfill(9))))
+
+
+def _usual_width(archive: EmbeddingArchive, rows: Sequence[dict[str, str]]) -> int:
+    def widths() -> Iterator[int]:
+        for row in rows:
+            try:
+                yield len(archive.read(archive.find(row["input"], row["split"])))
+            except EntryError:
+                continue
+
+    found = Counter(islice(widths(), _NUM_PEEKED)).most_common(1)
+    if not found:
+        raise ValueError(f"embeddings {archive.path}: none that the table names can be read")
+    return found[0][0]
+
+
+def _read_split(
+    archive: EmbeddingArchive,
+    rows: Sequence[dict[str, str]],
+    width: int,
+    number: Mapping[str, int],
+    skipped: list[dict[str, str]],
+    bar: Any,
+) -> EmbeddingSplit:
+    features = torch.empty(len(rows), width)
+    ids: list[str] = []
+    labels: list[int] = []
+    for row in rows:
+        bar.update()
+        try:
+            vector = archive.read(archive.find(row["input"], row["split"]))
+            if len(vector) != width:
+                raise EntryError(f"{len(vector)} values; {width} expected")
+        except EntryError as error:
+            skipped.append({"id": row["input"], "split": row["split"], "reason": str(error)})
+            continue
+        features[len(ids)] = vector
+        ids.append(row["input"])
+        labels.append(number[row["label"]])
+    return EmbeddingSplit(tuple(ids), features[: len(ids)], np.array(labels, dtype=np.int64))

@@ -1,0 +1,249 @@
+"""Scores of classifiers with bootstrap intervals: scikit-learn's metrics, SciPy's bootstrap.
+
+Three settings, named as in the published task files: `multi_class` and `binary` (one class each;
+probabilities sum to 1) and `multi_label` (each class by itself).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath import score_draws
+
+Array = NDArray[Any]
+
+SETTINGS = ("multi_class", "binary", "multi_label")
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 1000
+
+_COUNTS_AT_ONCE = 4_000_000
+_LABEL_HITS = (
+    ("accuracy", score_draws.accuracy),
+    ("balanced_accuracy", score_draws.balanced_accuracy),
+)
+_CLASS_HITS = (
+    *_LABEL_HITS,
+    ("weighted_f1", score_draws.weighted_f1),
+    ("quadratic_kappa", score_draws.quadratic_kappa),
+)
+
+
+def score_predictions(
+    labels: Array,
+    probabilities: Array,
+    classes: Sequence[str],
+    *,
+    setting: str = "multi_class",
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores predictions; each score with a percentile interval over draws of cases.
+
+    `auroc` and `auprc` are means over the classes that have cases for and against them; of
+    `binary` they are those of the second class, and `macro_auprc` is the mean over both.
+    `balanced_accuracy` is the mean recall of the classes that occur. `quadratic_kappa` weighs
+    confusions by the squared distance of the classes' numbers. `multi_label` counts a class as
+    predicted from 0.5 on; its `accuracy` and `balanced_accuracy` are means over classes.
+
+    Args:
+        labels: int `(num_cases,)`, of `multi_label` 0 or 1 `(num_cases, num_classes)`.
+        probabilities: float `(num_cases, num_classes)`.
+        classes: Names, in the order of the columns.
+        setting: One of `SETTINGS`.
+        num_resamples: Of the bootstrap (Efron 1979, doi:10.1214/aos/1176344552); 0 for none.
+        seed: Same seed, same intervals.
+
+    Returns:
+        Name -> `value`, `low`, `high` (None where undefined), then `per_class` with `auroc`,
+        `auprc` and `num_cases` of each, `num_cases`, and `undefined`: classes without a case for
+        or without one against them.
+
+    Raises:
+        ValueError: No cases, shapes that do not fit, NaN, or an unknown setting.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    _check(labels, probabilities, classes, setting)
+    with warnings.catch_warnings():  # of classes that a draw lacks
+        warnings.simplefilter("ignore")
+        values = _values(labels, probabilities, setting)
+        ranges = _intervals(labels, probabilities, setting, num_resamples, seed)
+    found = {n: _entry(v, *ranges.get(n, (np.nan, np.nan))) for n, v in values.items()}
+    present = _one_hot(labels, len(classes)).sum(axis=0)
+    scores: dict[str, Any] = {n: entry for n, entry in found.items() if not _of_class(n)}
+    scores["per_class"] = {
+        str(name): {
+            "auroc": found[f"auroc/{index}"],
+            "auprc": found[f"auprc/{index}"],
+            "num_cases": int(present[index]),
+        }
+        for index, name in enumerate(classes)
+    }
+    scores["num_cases"] = len(labels)
+    scores["undefined"] = [
+        str(name) for name, count in zip(classes, present, strict=True) if count in (0, len(labels))
+    ]
+    return scores
+
+
+def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """The values of `score_predictions` without intervals and classes."""
+    return {name: s["value"] for name, s in scores.items() if isinstance(s, dict) and "value" in s}
+
+
+def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting: str) -> None:
+    if setting not in SETTINGS:
+        raise ValueError(f"setting {setting!r}: one of {', '.join(SETTINGS)} expected")
+    if setting == "binary" and len(classes) != 2:
+        raise ValueError(f"setting binary: 2 classes expected, got {len(classes)}")
+    if not len(labels):
+        raise ValueError("scores of no cases are asked for")
+    shape = (len(labels), len(classes))
+    wanted = shape if setting == "multi_label" else shape[:1]
+    if probabilities.shape != shape or labels.shape != wanted:
+        raise ValueError(
+            f"labels {labels.shape} and probabilities {probabilities.shape}: "
+            f"{wanted} and {shape} expected"
+        )
+    if not np.isfinite(probabilities).all():
+        raise ValueError("probabilities: infinities or NaN; the model has diverged")
+
+
+def _values(labels: Array, probabilities: Array, setting: str) -> dict[str, float]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    num_classes = probabilities.shape[1]
+    table = _one_hot(labels, num_classes)
+    values = _hits(labels, probabilities, setting)
+    per_class = {}
+    for index, (true, column) in enumerate(zip(table.T, probabilities.T, strict=True)):
+        occurs, absent = true.any(), not true.all()
+        both = occurs and absent
+        per_class[f"auroc/{index}"] = roc_auc_score(true, column) if both else np.nan
+        per_class[f"auprc/{index}"] = average_precision_score(true, column) if both else np.nan
+    columns = [1] if setting == "binary" else range(num_classes)
+    for name in ("auroc", "auprc"):
+        values[name] = _mean([per_class[f"{name}/{index}"] for index in columns])
+    if setting == "binary":
+        values["macro_auprc"] = _mean([per_class[f"auprc/{index}"] for index in (0, 1)])
+    if setting == "multi_label":
+        both = table.any() and not table.all()
+        pooled, ranked = table.ravel(), probabilities.ravel()
+        values["micro_auroc"] = roc_auc_score(pooled, ranked) if both else np.nan
+        values["micro_auprc"] = average_precision_score(pooled, ranked) if both else np.nan
+    return {**values, **per_class}
+
+
+def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]:
+    """Scores of the predicted classes."""
+    from sklearn.metrics import (
+        accuracy_score,
+        balanced_accuracy_score,
+        cohen_kappa_score,
+        f1_score,
+    )
+
+    if setting == "multi_label":
+        predicted = probabilities >= 0.5
+        pairs = list(zip(labels.T, predicted.T, strict=True))
+        return {
+            "accuracy": _mean([accuracy_score(true, said) for true, said in pairs]),
+            "balanced_accuracy": _mean(
+                [balanced_accuracy_score(true, said) for true, said in pairs]
+            ),
+        }
+    predicted, numbers = probabilities.argmax(axis=1), np.arange(probabilities.shape[1])
+    return {
+        "accuracy": accuracy_score(labels, predicted),
+        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "weighted_f1": f1_score(
+            labels, predicted, labels=numbers, average="weighted", zero_division=0
+        ),
+        # All classes are named: otherwise one that is absent would bring the others closer.
+        "quadratic_kappa": cohen_kappa_score(
+            labels, predicted, labels=numbers, weights="quadratic"
+        ),
+    }
+
+
+def _intervals(
+    labels: Array, probabilities: Array, setting: str, num_resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    if num_resamples < 1 or len(labels) < 2:
+        return {}
+    from scipy.stats import bootstrap
+
+    names: list[str] = []
+
+    def statistic(draws: Array, axis: int = -1) -> Array:
+        counts = score_draws.count_draws(draws.reshape(-1, draws.shape[-1]), len(labels))
+        found = _drawn(labels, probabilities, setting, counts)
+        names[:] = found
+        return np.stack(list(found.values())).reshape(len(names), *draws.shape[:-1])
+
+    drawn = bootstrap(
+        (np.arange(len(labels)),),
+        statistic,
+        n_resamples=num_resamples,
+        batch=max(1, _COUNTS_AT_ONCE // len(labels)),
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail], axis=-1)
+    return dict(zip(names, zip(low, high, strict=True), strict=True))
+
+
+def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> dict[str, Array]:
+    """What `_values` returns, `(num_draws,)` each."""
+    num_classes = probabilities.shape[1]
+    columns = list(zip(_one_hot(labels, num_classes).T, probabilities.T, strict=True))
+    if setting == "multi_label":
+        said = (probabilities >= 0.5).astype(np.int64)
+        matrices = [
+            score_draws.confusions(labels[:, k].astype(np.int64), said[:, k], 2, counts)
+            for k in range(num_classes)
+        ]
+        values = {name: np.mean([f(m) for m in matrices], axis=0) for name, f in _LABEL_HITS}
+    else:
+        matrix = score_draws.confusions(labels, probabilities.argmax(1), num_classes, counts)
+        values = {name: function(matrix) for name, function in _CLASS_HITS}
+    curves = (("auroc", score_draws.auroc), ("auprc", score_draws.average_precision))
+    per_class = {
+        f"{name}/{k}": curve(true, column, counts)
+        for k, (true, column) in enumerate(columns)
+        for name, curve in curves
+    }
+    for name, curve in curves:
+        of_classes = np.stack([per_class[f"{name}/{k}"] for k in range(num_classes)])
+        values[name] = of_classes[1] if setting == "binary" else np.nanmean(of_classes, axis=0)
+        if setting == "binary" and name == "auprc":
+            values["macro_auprc"] = of_classes.mean(axis=0)
+        if setting == "multi_label":
+            pooled = np.repeat(counts, num_classes, axis=1)
+            true = np.stack([column for column, _ in columns], axis=1).ravel()
+            values[f"micro_{name}"] = curve(true, probabilities.ravel(), pooled)
+    return {**values, **per_class}
+
+
+def _one_hot(labels: Array, num_classes: int) -> Array:
+    return labels.astype(bool) if labels.ndim == 2 else np.eye(num_classes, dtype=bool)[labels]
+
+
+def _of_class(name: str) -> bool:
+    return "/" in name
+
+
+def _mean(values: Sequence[float]) -> float:
+    found = [value for value in values if np.isfinite(value)]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _entry(*values: float) -> dict[str, float | None]:
+    names = ("value", "low", "high")
+    return {n: float(v) if np.isfinite(v) else None for n, v in zip(names, values, strict=True)}

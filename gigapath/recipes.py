@@ -1,0 +1,108 @@
+"""Recipes: YAML files that hold the settings of a probe or a fine-tuning.
+
+A recipe names fields of a settings class, and may start from another recipe::
+
+    _base_: panda.yml      # what is not said here is taken from there
+    epochs: 2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+Settings = TypeVar("Settings")
+
+_BASE = "_base_"
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a mapping from a YAML file, with what it inherits through `_base_`.
+
+    Raises:
+        FileNotFoundError: No such file, or none of a name it inherits from.
+        ValueError: No YAML, no mapping, or a file that inherits from itself.
+    """
+    return _content(Path(path), ())
+
+
+def read_settings(
+    kind: type[Settings],
+    path: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    others: tuple[str, ...] = (),
+) -> Settings:
+    """Reads settings; options go before what the recipe says.
+
+    Args:
+        kind: A dataclass whose fields have defaults.
+        path: The recipe; without one the defaults hold.
+        options: Field -> value.
+        others: Fields of the recipe that are not settings.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: A field that there is not, or a value of another type; names it.
+    """
+    where = f"recipe {path}" if path is not None else "settings"
+    content = {k: v for k, v in (read_yaml(path) if path else {}).items() if k not in others}
+    return make_settings(kind, {**content, **(options or {})}, where)
+
+
+def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Builds a dataclass of numbers, text, flags and lists from values, checked by field.
+
+    Raises:
+        ValueError: A field that there is not, or a value of another type; names it.
+    """
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(names)):
+        near = difflib.get_close_matches(str(unknown[0]), names, n=3)
+        hint = f"; near: {', '.join(near)}" if near else f"; known: {', '.join(names)}"
+        raise ValueError(f"{where}: no field {unknown[0]!r}{hint}")
+    try:
+        return kind(**{n: _converted(n, v, hints[n]) for n, v in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 2e-3 for text
+        except ValueError:
+            raise ValueError(f"{name}: a number expected, got {value!r}") from None
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # feat_layer: 11
+    if hint in (int, float, bool, str) and type(value) is not hint:
+        raise ValueError(f"{name}: {hint.__name__} expected, got {value!r}")
+    if hint not in (int, float, bool, str):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: a list expected, got {value!r}")
+        return tuple(value)
+    return value
+
+
+def _content(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path}: no such file")
+    if path.resolve() in seen:
+        raise ValueError(f"recipe {path}: inherits from itself")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path}: a mapping expected, got {content!r:.80}")
+    if _BASE not in content:
+        return content
+    base = _content(path.parent / str(content.pop(_BASE)), (*seen, path.resolve()))
+    return {**base, **content}

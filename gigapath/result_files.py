@@ -1,0 +1,138 @@
+"""What probing and fine-tuning write: predictions, a table with intervals, training curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.files import atomic_file, write_text
+
+SKIPPED_NAME = "skipped.jsonl"
+RESULTS_NAME, TABLE_NAME = "results.json", "results.md"
+
+SHOWN = {
+    "multi_class": ("auroc", "auprc", "balanced_accuracy", "accuracy", "quadratic_kappa"),
+    "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "weighted_f1"),
+    "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy"),
+}
+"""Columns of the table, by setting."""
+
+
+def write_predictions(
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    labels: NDArray[Any],
+    probabilities: NDArray[Any],
+    classes: Sequence[str],
+) -> None:
+    """Writes a csv: id, true and predicted class, probabilities; of several labels 0 or 1 each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    several = labels.ndim == 2
+    head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
+    writer.writerow(["id", *head, *(f"probability_{name}" for name in classes)])
+    for name, label, row in zip(ids, labels, probabilities, strict=True):
+        said = label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
+        writer.writerow([name, *said, *map("{:.6f}".format, row)])
+    write_text(path, text.getvalue())
+
+
+def write_skipped(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `skipped.jsonl`, empty where nothing was left out."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(folder / SKIPPED_NAME, lines)
+
+
+def results_table(
+    title: str, setting: str, rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
+    head: Sequence[str], notes: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """A Markdown table of scores.
+
+    Args:
+        title: Above it.
+        setting: One of `gigapath.metrics.SETTINGS`.
+        rows: First cells, and what `gigapath.metrics.score_predictions` or `spread` returned.
+        head: Names of the first cells.
+        notes: Paragraphs below.
+    """
+    names = SHOWN[setting]
+    lines = [f"# {title}", "", "In brackets 95 % bootstrap intervals over test cases.", ""]
+    lines.append(f"| {' | '.join((*head, 'cases', *names))} |")
+    lines.append("|---" * (len(head) + 1 + len(names)) + "|")
+    for cells, scores in rows:
+        shown = [_cell(scores[name]) for name in names]
+        lines.append(f"| {' | '.join((*cells, str(scores.get('num_cases', '')), *shown))} |")
+    return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
+
+
+def spread(runs: Sequence[Mapping[str, Any]], setting: str) -> dict[str, Any]:
+    """Mean and standard deviation over folds of each score where it is defined."""
+    found: dict[str, Any] = {}
+    for name in SHOWN[setting]:
+        values = [run[name]["value"] for run in runs if run[name]["value"] is not None]
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        mean = float(np.mean(values)) if values else None
+        found[name] = {"mean": mean, "std": std, "num_folds": len(values)}
+    return found
+
+
+def draw_curves(
+    path: str | os.PathLike[str],
+    history: Sequence[Mapping[str, Any]],
+    *,
+    step: str,
+    losses: Sequence[str],
+    scores: Sequence[str],
+    chosen: float | None = None,
+) -> None:
+    """Draws losses, scores and learning rate over a training into a PNG.
+
+    Args:
+        path: The PNG.
+        history: Rows with `step`, `lr`, and the names below; a row may lack some of them.
+        step: Name of the horizontal axis in the rows.
+        losses: Names in the left panel.
+        scores: Names in the middle panel, from 0 to 1.
+        chosen: Step of the model that was kept, marked by a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("loss", losses), ("score on validation", scores), ("learning rate", ("lr",)))
+    for axes, (label, names) in zip(figure.subplots(1, 3), panels, strict=True):
+        drawn = False
+        for name in names:
+            points = [(row[step], row[name]) for row in history if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+                drawn = True
+        axes.set(xlabel=step, ylabel=label)
+        axes.grid(alpha=0.3)
+        if chosen is not None:
+            axes.axvline(chosen, color="grey", linestyle=":", label="model kept")
+        if drawn:
+            axes.legend(fontsize="small")
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _cell(score: Mapping[str, float | None]) -> str:
+    if "mean" in score:
+        std = "" if score["std"] is None else f" ± {score['std']:.3f}"
+        return "-" if score["mean"] is None else f"{score['mean']:.3f}{std}"
+    if score["value"] is None:
+        return "-"
+    if score["low"] is None:
+        return f"{score['value']:.3f}"
+    return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
