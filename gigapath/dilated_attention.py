@@ -1,0 +1,274 @@
+"""Dilated attention of LongNet: exact, with nothing padded, gathered or scattered.
+
+LongNet (Ding et al. 2023, arXiv:2307.02486), section 3, with what the released GigaPath weights
+were trained with. A branch (segment length `s`, dilation `r`) cuts the sequence into segments of
+`s` tokens. Its heads form `r` groups of neighbours; those of group `g` attend, within a segment,
+among the tokens at positions `g, g + r, g + 2r, ...` only. At each token and head, the outputs of
+the branches that cover it are averaged with weights proportional to their softmax denominators
+(equation 10), which are constants in the backward pass.
+
+The published implementation pads: the sequence to whole segments, a segment to a multiple of `r`.
+The zeros stay in the softmax as keys of score 0 and value 0. Here they are only counted: `z` of
+them turn a log-sum-exp `l` into `log(exp(l) + z)` and scale the output accordingly.
+
+The tokens of a group lie at equal distances, so a branch is a few attention calls over strided
+views. Shapes: B sequences, L tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gigapath.attention_backends import get_backend, select_backend
+
+UNCOVERED = -1e8
+"""Log-sum-exp of a branch at a token and head that it does not cover, as in the original."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call: which tokens and heads form its batch, heads and sequence.
+
+    Sizes and steps are of three axes. A step is (sequences, tokens, heads): how far one index
+    goes in each axis of `(B, L, H, D)`.
+
+    Attributes:
+        start: The first element.
+        sizes: Batch, heads and tokens of the call.
+        steps: Steps of these axes.
+        zeros: Keys of the original's padding.
+    """
+
+    start: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+    steps: tuple[tuple[int, int, int], ...]
+    zeros: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Views `(B, L, H, D)` as `(batch, heads, tokens, D)`, `(B, L, H)` without the last."""
+        strides = tensor.stride()
+        offset = tensor.storage_offset() + _dot(self.start, strides)
+        steps = [_dot(step, strides) for step in self.steps]
+        return tensor.as_strided(
+            (*self.sizes, *tensor.shape[3:]), (*steps, *strides[3:]), int(offset)
+        )
+
+
+def _dot(step: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(a * b for a, b in zip(step, strides, strict=False))
+
+
+def _merge(axes: list[tuple[int, tuple[int, int, int]]]) -> list[tuple[int, tuple[int, int, int]]]:
+    """Drops axes of size 1 and joins neighbours that one step describes."""
+    merged: list[tuple[int, tuple[int, int, int]]] = []
+    for size, step in axes:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == tuple(size * part for part in step):
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    return merged
+
+
+def _calls(
+    start: tuple[int, int, int],
+    axes: list[tuple[int, tuple[int, int, int]]],
+    tokens: tuple[int, int],
+    zeros: int,
+) -> Iterator[Call]:
+    """Puts the axes into batch and heads of as few calls as possible: the smallest are looped."""
+    axes = sorted(_merge(axes), key=lambda axis: axis[0])
+    looped, kept = axes[:-2], axes[-2:]
+    while len(kept) < 2:
+        kept.insert(0, (1, (0, 0, 0)))
+    # Heads vary fastest in memory: the axis of smallest token step is theirs.
+    batch, heads = sorted(kept, key=lambda axis: (axis[1][0], axis[1][1]), reverse=True)
+    count, dilation = tokens
+    for index in itertools.product(*(range(size) for size, _ in looped)):
+        first = tuple(
+            begin + sum(i * step[axis] for i, (_, step) in zip(index, looped, strict=True))
+            for axis, begin in enumerate(start)
+        )
+        yield Call(
+            first,  # type: ignore[arg-type]
+            (batch[0], heads[0], count),
+            (batch[1], heads[1], (0, dilation, 0)),
+            zeros,
+        )
+
+
+@lru_cache(maxsize=1024)
+def branch_calls(
+    num_sequences: int, length: int, num_heads: int, segment_length: int, dilation: int
+) -> tuple[Call, ...]:
+    """Plans the attention calls of one branch.
+
+    Args:
+        num_sequences: B.
+        length: L.
+        num_heads: H.
+        segment_length: Tokens of a segment; all of them when it is longer than the sequence.
+        dilation: Distance of the tokens of a group.
+    """
+    segment = min(segment_length, length)
+    padded = -(-segment // dilation)
+    # As if the heads were padded to a multiple of the dilation: the last groups may be smaller.
+    group_heads = -(-num_heads // dilation)
+    whole, rest = divmod(num_heads, group_heads)
+    full, tail = divmod(length, segment)
+    calls: list[Call] = []
+    for first, count, tokens in ((0, full, segment), (full * segment, 1, tail)):
+        if not tokens:
+            continue
+        longer = tokens % dilation
+        bounds = sorted({0, min(longer, whole), whole})
+        runs = [(a, b - a, group_heads) for a, b in itertools.pairwise(bounds)]
+        if rest:
+            runs.append((whole, 1, rest))
+        for group, groups, heads in runs:
+            kept = -(-(tokens - group) // dilation) if group < tokens else 0
+            if not kept:
+                continue
+            axes = [
+                (num_sequences, (1, 0, 0)),
+                (count, (0, segment, 0)),
+                (groups, (0, 1, group_heads)),
+                (heads, (0, 0, 1)),
+            ]
+            start = (0, first + group, group * group_heads)
+            calls.extend(_calls(start, axes, (kept, dilation), padded - kept))
+    return tuple(calls)
+
+
+def _with_zeros(output: Tensor, lse: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+    """Adds keys of score 0 and value 0 to a softmax, in place of the output."""
+    if not zeros:
+        return output, lse
+    larger = torch.logaddexp(lse, lse.new_tensor(float(zeros)).log())
+    output *= (lse - larger).exp_().unsqueeze(-1).to(output.dtype)
+    return output, larger
+
+
+class _DilatedAttention(torch.autograd.Function):
+    """Attention calls and the weighted sum of their outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        branches: tuple[tuple[Call, ...], ...],
+        name: str,
+    ) -> Tensor:
+        backend = get_backend(name)
+        sums_dtype = torch.promote_types(query.dtype, torch.float32)
+        sums = torch.full(
+            (len(branches), *query.shape[:3]), UNCOVERED, dtype=sums_dtype, device=query.device
+        )
+        outputs, rests = [], []
+        for branch, calls in enumerate(branches):
+            for call in calls:
+                output, lse, rest = backend.forward(
+                    call.view(query), call.view(key), call.view(value)
+                )
+                output, lse = _with_zeros(output, lse, call.zeros)
+                call.view(sums[branch]).copy_(lse)
+                outputs.append(output)
+                rests.append(rest)
+        weights = sums.softmax(0)
+        mixed = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        index = 0
+        for branch, calls in enumerate(branches):
+            for call in calls:
+                weight = call.view(weights[branch]).unsqueeze(-1).to(query.dtype)
+                call.view(mixed).addcmul_(outputs[index], weight)
+                index += 1
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, key, value, sums, *outputs)
+            ctx.branches, ctx.backend, ctx.rests = branches, backend, rests
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sums, *outputs = ctx.saved_tensors
+        weights = sums.softmax(0)
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        index = 0
+        for branch, calls in enumerate(ctx.branches):
+            for call in calls:
+                weight = call.view(weights[branch]).unsqueeze(-1).to(grad.dtype)
+                parts = ctx.backend.backward(
+                    call.view(grad) * weight,
+                    *(call.view(tensor) for tensor in (query, key, value)),
+                    outputs[index],
+                    call.view(sums[branch]).contiguous(),
+                    *ctx.rests[index],
+                )
+                for gradient, part in zip(gradients, parts, strict=True):
+                    call.view(gradient).add_(part)
+                index += 1
+        return (*gradients, None, None)
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilated_ratios: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:
+    """Attends in segments of several lengths, the longer the sparser.
+
+    Args:
+        query: `(B, L, H, D)`.
+        key: The same shape.
+        value: The same shape.
+        segment_lengths: Tokens of a segment, by branch.
+        dilated_ratios: Dilation, by branch.
+        backend: A name of `gigapath.attention_backends.BACKENDS`; by default the fastest for the
+            device and dtype.
+
+    Returns:
+        `(B, L, H, D)`; zero where no branch covers a token and head.
+
+    Raises:
+        ValueError: Shapes, or numbers of segment lengths and ratios, differ; one is below 1.
+    """
+    if query.dim() != 4 or query.shape != key.shape or query.shape != value.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"query, key and value: {shapes}: expected one shape (B, L, H, D)")
+    if len(segment_lengths) != len(dilated_ratios) or not segment_lengths:
+        raise ValueError(
+            f"segment_lengths {list(segment_lengths)} and dilated_ratios {list(dilated_ratios)}: "
+            "expected equally many, at least one"
+        )
+    if min(*segment_lengths, *dilated_ratios) < 1:
+        raise ValueError(
+            f"segment_lengths {list(segment_lengths)}, dilated_ratios {list(dilated_ratios)}: "
+            "expected numbers of at least 1"
+        )
+    if not query.numel():
+        return torch.zeros_like(query)
+    query, key, value = (
+        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
+    )
+    num_sequences, length, num_heads, _ = query.shape
+    branches = tuple(
+        branch_calls(num_sequences, length, num_heads, segment, dilation)
+        for segment, dilation in zip(segment_lengths, dilated_ratios, strict=True)
+    )
+    mixed: Tensor = _DilatedAttention.apply(
+        query, key, value, branches, backend or select_backend(query)
+    )
+    return mixed

@@ -1,0 +1,478 @@
+"""The slide encoder: tile embeddings and where they lie, to vectors of the slide.
+
+Prov-GigaPath (doi:10.1038/s41586-024-07441-w), Methods; LongNet over all tiles of a slide. Names of
+functions, arguments and parameters are the published ones; weights load as released.
+
+Shapes: B slides, L tiles of the longest, D width, C channels of a tile embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gigapath.longnet import LongNetConfig, LongNetEncoder
+from gigapath.pos_embed import (
+    OutOfGrid,
+    axis_table,
+    check_coords,
+    embed_positions,
+    segment_lengths,
+)
+from gigapath.slide_weights import find_weights, load_weights
+
+FINAL_NORM_EPS = 1e-6
+"""Of the norm after pooling, as in the released configuration."""
+
+Padding = Literal["masked", "ignored"]
+Pooling = Literal["cls", "mean"]
+Layer = int | Literal["final"]
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gigapath_slide_enc12l768d": {"embed_dim": 768, "depth": 12},
+    "gigapath_slide_enc24l1024d": {"embed_dim": 1024, "depth": 24},
+    "gigapath_slide_enc12l1536d": {"embed_dim": 1536, "depth": 12},
+    "gigapath_slide_enc12l384d": {"embed_dim": 384, "depth": 12},
+}
+"""Settings of `LongNetViT` by name: the published sizes (the last is GigaPath-Flash's, over its
+ViT-S/16 tile encoder with `in_chans` 384), and those registered."""
+
+
+def register_architecture(name: str, **settings: Any) -> None:
+    """Makes a size known to `create_model`.
+
+    Args:
+        name: Its name.
+        **settings: Arguments of `LongNetViT`, at least `embed_dim` and `depth`.
+
+    Raises:
+        ValueError: The name is taken by other settings.
+    """
+    if ARCHITECTURES.get(name, settings) != settings:
+        raise ValueError(f"architecture {name!r} is registered with {ARCHITECTURES[name]}")
+    ARCHITECTURES[name] = dict(settings)
+
+
+class _PatchEmbed(nn.Module):
+    """Maps tile embeddings to the encoder's width: `proj` in the released weights."""
+
+    def __init__(self, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_chans, embed_dim)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        projected: Tensor = self.proj(tiles)
+        return projected
+
+
+class LongNetViT(nn.Module):
+    """A class token and the tiles of a slide, with positions, through LongNet.
+
+    Args:
+        in_chans: C.
+        embed_dim: D.
+        depth: Number of layers.
+        slide_ngrids: Cells of the grid along an axis.
+        tile_size: Side of a cell in pixels at level 0; an attribute that may be set later.
+        max_wsi_size: Longer side of the largest slide in pixels at level 0; with `tile_size` it
+            sets the segment lengths.
+        global_pool: Mean of the tiles instead of the class token.
+        dropout: Of the embedding and of each layer's two outputs.
+        drop_path_rate: Chance that the last layer is left out in training.
+        num_heads: Heads of each layer.
+        mlp_ratio: Width of the feed-forward part in widths.
+        segment_lengths: Tokens of a segment by branch; by default from `max_wsi_size`.
+        dilated_ratios: Dilation by branch.
+        padding: `"masked"`: the tiles of a slide see no padding, and its vector is the same alone
+            and in a batch. `"ignored"`: padding is taken for tiles, as the original does.
+        out_of_grid: `"error"`: coordinates beyond the grid are refused. `"original"`: they take
+            the position of another cell, unseen.
+        check_inputs: Look for values that are not finite and coordinates that cannot be right.
+
+    Attributes:
+        embed_dim: D.
+        in_chans: C.
+    """
+
+    pos_axis: Tensor
+
+    def __init__(
+        self,
+        in_chans: int = 1536,
+        embed_dim: int = 768,
+        depth: int = 12,
+        slide_ngrids: int = 1000,
+        tile_size: int = 256,
+        max_wsi_size: int = 262144,
+        global_pool: bool = False,
+        dropout: float = 0.25,
+        drop_path_rate: float = 0.1,
+        *,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        segment_lengths: Sequence[int] | None = None,
+        dilated_ratios: Sequence[int] = (1, 2, 4, 8, 16),
+        padding: Padding = "masked",
+        out_of_grid: OutOfGrid = "error",
+        check_inputs: bool = True,
+    ) -> None:
+        super().__init__()
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim {embed_dim}: expected a multiple of 4")
+        for name, value, choices in (
+            ("padding", padding, ("masked", "ignored")),
+            ("out_of_grid", out_of_grid, ("error", "original")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.tile_size, self.slide_ngrids = tile_size, slide_ngrids
+        self.global_pool, self.check_inputs = global_pool, check_inputs
+        self.padding, self.out_of_grid = padding, out_of_grid
+        config = LongNetConfig(
+            embed_dim=embed_dim,
+            depth=depth,
+            segment_lengths=tuple(segment_lengths or _segments(max_wsi_size, tile_size)),
+            dilated_ratios=tuple(dilated_ratios),
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            drop_path_rate=drop_path_rate,
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = _PatchEmbed(in_chans, embed_dim)
+        self.encoder = LongNetEncoder(config)
+        self.norm = nn.LayerNorm(embed_dim, eps=FINAL_NORM_EPS)
+        table = axis_table(slide_ngrids, embed_dim // 2)
+        self.register_buffer("pos_axis", table, persistent=False)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.encoder.config.depth
+
+    def init_weights(self) -> None:
+        """Fills the parameters at random: Xavier's uniform (Glorot and Bengio 2010), biases 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each layer in the backward pass instead of keeping its activations."""
+        self.encoder.grad_checkpointing = enable
+
+    def forward(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        all_layer_embed: bool = False,
+        padding_mask: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Vectors of slides.
+
+        Args:
+            x: `(B, L, C)`, tile embeddings; `(L, C)` is a batch of one.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
+            all_layer_embed: Give the vector of every layer.
+            padding_mask: `(B, L)`, true where there is no tile: at the end of a slide.
+            lengths: Number of tiles of each slide, instead of a mask.
+
+        Returns:
+            `(1, B, D)`, so that `[0]` is the vectors as in the original's list of one and
+            `.squeeze()` works as published. With `all_layer_embed`, a list of depth + 1: `(B, D)`
+            of the embedding and after each layer. These skip the encoder's own norm, so the last
+            is not the default output.
+
+        Raises:
+            ValueError: The inputs do not fit each other, the model or the grid.
+        """
+        tokens, sizes = self._embed(x, coords, padding_mask, lengths)
+        pooling: Pooling = "mean" if self.global_pool else "cls"
+        vectors = []
+        state = tokens
+        for state in self.encoder.hidden_states(tokens, sizes):
+            if all_layer_embed:
+                vectors.append(self.norm(pool(state, sizes, pooling)))
+        if all_layer_embed:
+            return vectors
+        return self._pooled("final", state, sizes, pooling).unsqueeze(0)
+
+    def embed(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        layer: Layer = "final",
+        pooling: Pooling = "mean",
+        padding_mask: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Vectors of slides from a layer and with a pooling of choice; later layers are not run.
+
+        Args:
+            x: `(B, L, C)` or `(L, C)`.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
+            layer: 0 is the embedding, i the state after layer i, without the encoder's norm;
+                `"final"` is the last one with it. The last norm follows the pooling in any case.
+            pooling: The class token, or the mean of the tiles.
+            padding_mask: As in `forward`.
+            lengths: As in `forward`.
+
+        Returns:
+            `(B, D)`.
+
+        Raises:
+            ValueError: As in `forward`; or there is no such layer or pooling.
+        """
+        state, sizes = self._state(x, coords, layer, padding_mask, lengths)
+        return self._pooled(layer, state, sizes, pooling)
+
+    def tokens(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        layer: Layer = "final",
+        padding_mask: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        with_cls: bool = False,
+    ) -> Tensor:
+        """Tiles after a layer, as seen in their slide.
+
+        Args:
+            x: `(B, L, C)` or `(L, C)`.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
+            layer: As in `embed`.
+            padding_mask: As in `forward`.
+            lengths: As in `forward`.
+            with_cls: Put the class token in front.
+
+        Returns:
+            `(B, L, D)`, or `(B, 1 + L, D)`; zero where there is no tile. Not normed, except for
+            `"final"` by the encoder's norm.
+
+        Raises:
+            ValueError: As in `embed`.
+        """
+        state, sizes = self._state(x, coords, layer, padding_mask, lengths)
+        if layer == "final":
+            state = self.encoder.layer_norm(state)
+        sequences = [part if with_cls else part[1:] for part in state.split(sizes)]
+        padded = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        missing = x.shape[-2] + with_cls - padded.shape[1]
+        return nn.functional.pad(padded, (0, 0, 0, missing))
+
+    def _pooled(self, layer: Layer, state: Tensor, sizes: list[int], pooling: Pooling) -> Tensor:
+        if layer != "final":
+            vectors = pool(state, sizes, pooling)
+        elif pooling == "cls":
+            vectors = self.encoder.layer_norm(pool(state, sizes, pooling))
+        else:
+            vectors = pool(self.encoder.layer_norm(state), sizes, pooling)
+        normed: Tensor = self.norm(vectors)
+        return normed
+
+    def _state(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        layer: Layer,
+        padding_mask: Tensor | None,
+        lengths: Sequence[int] | Tensor | None,
+    ) -> tuple[Tensor, list[int]]:
+        """State after a layer, `(T, D)`, and the number of tokens of each slide."""
+        index = self.depth if layer == "final" else layer
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index <= self.depth:
+            raise ValueError(f"layer {layer!r}: expected 0 to {self.depth} or 'final'")
+        tokens, sizes = self._embed(x, coords, padding_mask, lengths)
+        states = self.encoder.hidden_states(tokens, sizes)
+        for _ in range(index + 1):
+            state = next(states)
+        return state, sizes
+
+    def _embed(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        padding_mask: Tensor | None,
+        lengths: Sequence[int] | Tensor | None,
+    ) -> tuple[Tensor, list[int]]:
+        """Class token and embedded tiles of all slides, `(T, D)`, and their numbers of tokens."""
+        x, coords = _batched(x, coords, self.in_chans)
+        tiles = slide_lengths(x, padding_mask, lengths)
+        if self.check_inputs:
+            self._check(x, coords, tiles)
+        if self.padding == "ignored":
+            tiles = [x.shape[1]] * len(x)
+        if all(count == x.shape[1] for count in tiles):
+            packed, places = x.flatten(0, 1), coords.flatten(0, 1)
+        else:
+            packed = torch.cat([slide[:count] for slide, count in zip(x, tiles, strict=True)])
+            places = torch.cat([slide[:count] for slide, count in zip(coords, tiles, strict=True)])
+        weight = self.patch_embed.proj.weight
+        embedded = self.patch_embed(packed.to(weight.dtype))
+        positions = embed_positions(places, self.pos_axis, self.tile_size, self.out_of_grid)  # type: ignore[arg-type]
+        embedded = embedded + positions.to(embedded.dtype)
+        cls_token = self.cls_token[0].to(embedded.dtype)
+        pieces = [piece for slide in embedded.split(tiles) for piece in (cls_token, slide)]
+        return torch.cat(pieces), [count + 1 for count in tiles]
+
+    def _check(self, x: Tensor, coords: Tensor, tiles: list[int]) -> None:
+        for number, count in enumerate(tiles):
+            slide = f" of slide {number}" if len(tiles) > 1 else ""
+            finite = torch.isfinite(x[number, :count]).all(-1)
+            if not bool(finite.all()):
+                index = int((~finite).nonzero()[0, 0])
+                raise ValueError(
+                    f"x{slide}: the embedding of tile {index} holds values that are not finite "
+                    f"({int((~finite).sum())} of {count} tiles do)"
+                )
+            if self.out_of_grid == "error":
+                check_coords(
+                    coords[number, :count], self.tile_size, self.slide_ngrids, f"coords{slide}"
+                )
+
+
+def _segments(max_wsi_size: int, tile_size: int) -> tuple[int, ...]:
+    return segment_lengths(max_wsi_size, tile_size)
+
+
+def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:
+    """Inputs with a batch axis, their shapes checked."""
+    if x.dim() not in (2, 3) or x.shape[-1] != in_chans:
+        raise ValueError(f"x {tuple(x.shape)}: expected (B, L, {in_chans}) or (L, {in_chans})")
+    if coords.shape != (*x.shape[:-1], 2):
+        expected = (*x.shape[:-1], 2)
+        raise ValueError(
+            f"coords {tuple(coords.shape)}: expected {expected} for x {tuple(x.shape)}"
+        )
+    if not x.shape[:-1].numel():
+        raise ValueError(f"x {tuple(x.shape)}: no tiles; leave slides without tissue out")
+    return (x, coords) if x.dim() == 3 else (x.unsqueeze(0), coords.unsqueeze(0))
+
+
+def slide_lengths(
+    x: Tensor, padding_mask: Tensor | None, lengths: Sequence[int] | Tensor | None
+) -> list[int]:
+    """Number of tiles of each slide of a batch.
+
+    Args:
+        x: `(B, L, C)`.
+        padding_mask: `(B, L)`, true where there is no tile.
+        lengths: B numbers.
+
+    Raises:
+        ValueError: Both are given, shapes differ, tiles follow padding, or a slide has no tile.
+    """
+    batch, longest = x.shape[:2]
+    if padding_mask is not None and lengths is not None:
+        raise ValueError("padding_mask and lengths: give one of them")
+    if padding_mask is not None:
+        if padding_mask.shape not in {(batch, longest), (longest,)} or (
+            padding_mask.dim() == 1 and batch != 1
+        ):
+            raise ValueError(
+                f"padding_mask {tuple(padding_mask.shape)}: expected {(batch, longest)}"
+            )
+        real = ~padding_mask.bool().reshape(batch, longest)
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise ValueError(
+                "padding_mask: tiles follow padding; it must be true where there is no tile, at "
+                "the end of a slide"
+            )
+        lengths = real.sum(1)
+    if lengths is None:
+        return [longest] * batch
+    counts = [int(count) for count in lengths]
+    if len(counts) != batch:
+        raise ValueError(f"lengths: {len(counts)} numbers for {batch} slides")
+    for number, count in enumerate(counts):
+        if not 1 <= count <= longest:
+            raise ValueError(f"slide {number} has {count} tiles: expected 1 to {longest}")
+    return counts
+
+
+def pool(state: Tensor, sizes: Sequence[int], pooling: Pooling) -> Tensor:
+    """One vector of each slide.
+
+    Args:
+        state: `(T, D)`, class token and tiles of the slides one after the other.
+        sizes: Number of tokens of each slide.
+        pooling: `"cls"`, the class token; `"mean"`, the mean of the tiles.
+
+    Returns:
+        `(B, D)`.
+
+    Raises:
+        ValueError: There is no such pooling.
+    """
+    if pooling == "cls":
+        return torch.stack([slide[0] for slide in state.split(list(sizes))])
+    if pooling == "mean":
+        return torch.stack([slide[1:].mean(0) for slide in state.split(list(sizes))])
+    raise ValueError(f"pooling {pooling!r}: expected 'cls' or 'mean'")
+
+
+def create_model(
+    pretrained: str | os.PathLike[str],
+    model_arch: str,
+    in_chans: int,
+    local_dir: str | None = None,
+    **kwargs: Any,
+) -> LongNetViT:
+    """Makes a slide encoder, in evaluation mode.
+
+    The original returns models in training mode, where dropout makes every output different; call
+    `.train()` for fine-tuning.
+
+    Args:
+        pretrained: `hf_hub:prov-gigapath/prov-gigapath`, a file or folder of weights, or `""` for
+            random ones.
+        model_arch: A name of `ARCHITECTURES`.
+        in_chans: Width of the tile embeddings.
+        local_dir: The hub's cache folder; by default the usual one.
+        **kwargs: Further arguments of `LongNetViT`.
+
+    Raises:
+        ValueError: There is no such architecture, or the weights do not all fit it.
+        FileNotFoundError: There are no weights.
+    """
+    if model_arch not in ARCHITECTURES:
+        raise ValueError(f"model_arch {model_arch!r}: expected one of {', '.join(ARCHITECTURES)}")
+    settings = {**ARCHITECTURES[model_arch], **kwargs}
+    path = find_weights(pretrained, local_dir) if os.fspath(pretrained) else None
+    # Not filled twice: PyTorch's own initialisation takes longer than reading the weights.
+    with torch.device("meta"):
+        model = LongNetViT(in_chans=in_chans, **settings)
+    if path is None:
+        empty = {name: torch.empty(old.shape) for name, old in model.state_dict().items()}
+        model.load_state_dict(empty, assign=True)
+        model.init_weights()
+        return model.eval()
+    load_weights(model, path, lambda state: _hint(state, model_arch, in_chans))
+    return model.eval()
+
+
+def _hint(state: Mapping[str, Tensor], model_arch: str, in_chans: int) -> str:
+    """Names the architecture whose shapes a file has."""
+    projection = state.get("patch_embed.proj.weight")
+    if projection is None or projection.dim() != 2:
+        return ""
+    width, channels = projection.shape
+    prefix = "encoder.layers."
+    layers = {name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
+    names = [
+        name
+        for name, settings in ARCHITECTURES.items()
+        if (settings["embed_dim"], settings["depth"]) == (width, len(layers))
+    ]
+    if not names or (model_arch in names and channels == in_chans):
+        return ""
+    return f" Its shapes are those of {' or '.join(names)} with in_chans {channels}"
