@@ -15,7 +15,7 @@ QUICK = {
 }
 """Arguments with which a benchmark takes seconds; the others are left out of a quick run."""
 
-HELPERS = {"straightforward", "cite_histology"}
+HELPERS = {"straightforward", "cite_histology", "slide_cohort"}
 
 
 def names() -> list[str]:

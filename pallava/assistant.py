@@ -57,7 +57,7 @@ class Assistant:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.anyres = anyres
+        self.anyres: Any = anyres
         self.prompt_template = prompt_template
         self.bos = bos
         self.fingerprint = fingerprint
@@ -181,12 +181,11 @@ class Assistant:
         """Token ids of a conversation up to its next answer; see `pallava.conversation`."""
         return encode_turns(self.tokenizer, self._template, turns, self.bos)
 
-    def pixel_values(
-        self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag
-    ) -> Tensor | SlideBag:
-        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first; or a slide.
+    def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag) -> Any:
+        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
 
-        What was prepared before is returned as it is.
+        A model of whole slides reads a file of tile features and gives a `SlideBag`. What was
+        prepared before is returned as it is.
         """
         if isinstance(image, Tensor | SlideBag):
             return image

@@ -213,10 +213,11 @@ class LLaVAModel(MultimodalMixin, BaseModel):
 
     def _load_pretrained(self, pretrained: Mapping[str, Tensor], source: str) -> None:
         expected = self.state_dict()
-        if hasattr(self.visual_encoder, "visual_tokens"):
-            # Stages on images know no slides: their LoRA and connector are a start without it.
-            if not any(name.startswith("visual_encoder.") for name in pretrained):
-                expected = {n: t for n, t in expected.items() if not n.startswith("visual_encoder.")}
+        encoder = "visual_encoder."
+        is_of_images = not any(name.startswith(encoder) for name in pretrained)
+        if is_of_images and hasattr(self.visual_encoder, "visual_tokens"):
+            # LoRA and connector of stages on images are a start for slides.
+            expected = {n: t for n, t in expected.items() if not n.startswith(encoder)}
         check_names(expected, pretrained, what="trained part of the model", source=source)
         self.load_state_dict(dict(pretrained), strict=False)
         print_log(f"Loaded {len(expected)} tensors from {source}", "current")

@@ -204,6 +204,8 @@ def answer(
 ) -> None:
     """Ask questions about images: files, or folders of them.
 
+    A model of whole slides is asked about files of tile features, or folders of them.
+
     LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
     folder, which holds all of them.
     """
@@ -253,8 +255,9 @@ def _image_files(images: Iterable[Path]) -> Iterable[Path]:
 
     for path in images:
         found = image_files(path) if path.is_dir() else [path]
+        found = found or sorted(set(path.glob("*.h5")) - set(path.glob("*.embedding.h5")))
         if not found:
-            raise FileNotFoundError(f"{path}: no images in this folder")
+            raise FileNotFoundError(f"{path}: no images and no tile features in this folder")
         yield from found
 
 

@@ -161,11 +161,17 @@ def _load(
     options: dict[str, Any], name: str | None, max_waiting: int, slides: Path | None
 ) -> tuple[Any, Any]:
     from pallava.serving.service import ModelService
+    from pallava.slide_bags import SlidePreparation
     from xtuner_add.slide_folder import SlideFolder
 
     try:
         source = SlideFolder(slides) if slides is not None else None
         assistant = load_from_options(options)
+        if isinstance(assistant.anyres, SlidePreparation):
+            raise ValueError(
+                f"{options['llm']}: reads slide features, and the page shows images; use "
+                "`xtuner-add answer` or `xtuner-add chat`"
+            )
     except _EXPECTED_ERRORS as error:
         raise click.ClickException(str(error)) from error
     name = name or Path(options["llm"]).resolve().name

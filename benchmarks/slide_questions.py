@@ -1,0 +1,276 @@
+"""Questions about whole slides: does the model learn them, and from what.
+
+Run by ``python -m benchmarks.slide_questions``. Slides are made up as bags of tile features
+(`slide_cohort.py`), a small language model learns the words from reports in text, and
+`pallava_slide_questions_tiny` trains connector, projection and LoRA on them through ``xtuner-add
+train``. Held-out questions are then asked with the slide itself, with the slide of another question
+of the same words, and with the slide's own tiles exchanged among their places. ``--sizes`` instead
+measures one full-size step on slides of 1,000 to 100,000 tiles.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.slide_cohort import Answers, Cohort
+
+CONFIG = "demo_slide_questions"
+WAYS = ("itself", "exchanged", "displaced")
+"""With its own slide, with another question's, with its own tiles in exchanged places."""
+
+SIZES = (1_000, 10_000, 100_000)
+_BATCH = 64
+_ASKED = 3  # questions of a training conversation
+
+
+def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> None:
+    """Writes bags, `conversations.jsonl` and `held_out.jsonl`."""
+    from pallava.files import write_text
+
+    cohort = Cohort(seed)
+    names = [f"train_{number:05d}" for number in range(num_train)]
+    rng = np.random.default_rng([seed, 9])
+    rows = []
+    truths = cohort.write(folder / "features", names, part=0)
+    for name, answers in zip(names, tqdm(truths, "training slides", num_train), strict=True):
+        asked = answers.questions()
+        turns = []
+        for place, number in enumerate(rng.permutation(len(asked))[:_ASKED]):
+            mark = "" if place else "<image>\n"
+            turns.append({"from": "human", "value": mark + asked[number].text})
+            turns.append({"from": "gpt", "value": asked[number].answer})
+        rows.append({"id": name, "slide": name, "conversations": turns})
+    names = [f"held_out_{number:05d}" for number in range(num_held_out)]
+    truths = cohort.write(folder / "features", names, part=1)
+    questions = [
+        {"slide": name, "kind": question.kind, "question": question.text, "answer": question.answer}
+        for name, answers in zip(names, tqdm(truths, "held-out slides", num_held_out), strict=True)
+        for question in answers.questions()
+    ]
+    write_text(folder / "held_out.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
+    write_text(folder / "conversations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train_language_model(folder: Path, seed: int, steps: int) -> None:
+    """Trains a small Llama on reports and questions about them: the words, no slide."""
+    from xtuner_add.demo.language_model import LanguageModelSizes, train
+
+    rng = np.random.default_rng([seed, 8])
+    corpus = []
+    for _ in range(6000):
+        answers = Answers.draw(rng)
+        asked = answers.questions()
+        turns = [("Describe the slide.", answers.report())]
+        turns += [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))[:_ASKED]]
+        corpus.append(turns)
+    sizes = LanguageModelSizes(hidden_size=96, intermediate_size=192, num_layers=3, steps=steps)
+    train(corpus, folder, sizes, seed)
+
+
+def train(folder: Path, steps: int | None) -> str:
+    """Trains and converts in the folder; returns the log."""
+    arguments = ["train", CONFIG, "--seed", "0", "--work-dir", "training"]
+    if steps is not None:
+        changes = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
+        changes += ["warmup_iters=2", "param_scheduler.0.end=2", "param_scheduler.1.begin=2"]
+        arguments += ["--cfg-options", *changes]
+    log = _run(folder, arguments)
+    last = (folder / "training" / "last_checkpoint").read_text().strip()
+    _run(folder, ["convert", "pth_to_hf", CONFIG, last, "model", "--fp32"])
+    return log
+
+
+def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Asks every held-out question in all ways; returns the rows with the answers."""
+    import torch
+
+    from pallava import load_model
+    from pallava.slide_bags import read_bag
+
+    model = load_model(folder / "llm", folder / "model")
+    lines = (folder / "data" / "held_out.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rng = np.random.default_rng([seed, 7])
+    slides = {"itself": [row["slide"] for row in rows], "exchanged": exchange(rows, rng)}
+    names = sorted(set(slides["itself"]))
+    bags = {name: read_bag(folder / "data" / "features" / f"{name}.h5") for name in names}
+    displaced = {
+        name: bag._replace(positions=bag.positions[torch.from_numpy(rng.permutation(len(bag[0])))])
+        for name, bag in bags.items()
+    }
+    for way in WAYS:
+        for start in tqdm(range(0, len(rows), _BATCH), way, leave=False):
+            part = range(start, min(start + _BATCH, len(rows)))
+            shown = displaced if way == "displaced" else bags
+            replies = model.answer_encoded(
+                [model.encode(rows[i]["question"], has_image=True) for i in part],
+                [shown[slides.get(way, slides["itself"])[i]] for i in part],
+                max_new_tokens=8,
+            )
+            for i, reply in zip(part, replies, strict=True):
+                rows[i][way] = reply
+    return rows
+
+
+def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
+    """Gives every question the slide of another question with the same words."""
+    by_text: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_text[row["question"]].append(index)
+    slides = [""] * len(rows)
+    for indices in by_text.values():
+        order = rng.permutation(indices)
+        for giver, taker in zip(order, np.roll(order, 1), strict=True):
+            slides[taker] = rows[giver]["slide"]
+    return slides
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Accuracy with its 95 % Wilson interval for every kind of question and every way."""
+    from scipy.stats import binomtest
+
+    summary: dict[str, dict[str, Any]] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        part = [row for row in rows if row["kind"] == kind]
+        by_text: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in part:
+            by_text[row["question"]][row["answer"]] += 1
+        most = sum(counts.most_common(1)[0][1] for counts in by_text.values())
+        summary[kind] = {"questions": len(part), "majority": most / len(part)}
+        for way in WAYS:
+            right = sum(row[way].strip().lower() == row["answer"] for row in part)
+            interval = binomtest(right, len(part)).proportion_ci(method="wilson")
+            summary[kind][way] = [right / len(part), float(interval.low), float(interval.high)]
+    return summary
+
+
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        "| question | n | slide itself | slides exchanged | tiles displaced | majority |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, row in summary.items():
+        cells = [f"{a:.3f} ({low:.3f} to {high:.3f})" for a, low, high in (row[w] for w in WAYS)]
+        lines.append(
+            f"| {kind} | {row['questions']} | {' | '.join(cells)} | {row['majority']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def measure(num_tiles: int, *, learning: bool) -> dict[str, float]:
+    """Seconds and peak memory of one slide at full size: 1536 wide, six layers, for Llama-3 8B."""
+    import torch
+
+    from pallava.modeling.connector_config import ConnectorConfig
+    from pallava.modeling.qformer import ScaleInvariantConnector
+    from pallava.modeling.slide_tokens import SlideTokenEncoder
+    from pallava.slide_bags import SlideBag
+
+    torch.manual_seed(0)
+    encoder, connector = SlideTokenEncoder(), ScaleInvariantConnector(ConnectorConfig())
+    connector.gradient_checkpointing_enable()
+    side = int(np.ceil(np.sqrt(num_tiles)))
+    places = torch.arange(num_tiles)
+    bag = SlideBag(
+        torch.randn(num_tiles, 1536, dtype=torch.float16),
+        torch.stack([places % side, places // side], dim=1).float(),
+    )
+    before = _peak_gib()
+    start = time.perf_counter()
+    with torch.set_grad_enabled(learning):
+        tokens = connector(*encoder.visual_tokens([bag]))
+        if learning:
+            tokens.sum().backward()
+    return {"seconds": time.perf_counter() - start, "gib": _peak_gib() - before}
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _run(folder: Path, arguments: Sequence[str]) -> str:
+    command = [sys.executable, "-m", "xtuner_add.cli", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    if result.returncode:
+        raise click.ClickException(f"{' '.join(command)}: {output[-3000:]}")
+    return output
+
+
+@click.command()
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default="work_dirs/slide_questions",
+    show_default=True,
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--slides", default=3000, show_default=True, help="For training.")
+@click.option("--held-out", default=400, show_default=True, help="Slides for questions.")
+@click.option("--steps", type=int, help="Of training.  [default: the config's]")
+@click.option("--words", default=400, show_default=True, help="Steps of the language model.")
+@click.option("--sizes", is_flag=True, help="Measure time and memory by number of tiles instead.")
+@click.option("--one-size", type=int, hidden=True)
+def main(
+    work_dir: Path,
+    seed: int,
+    slides: int,
+    held_out: int,
+    steps: int | None,
+    words: int,
+    sizes: bool,
+    one_size: int | None,
+) -> None:
+    """Make slides, train, ask, print the table; what is there already is kept."""
+    if one_size:
+        rows = {name: measure(one_size, learning=name == "step") for name in ("answer", "step")}
+        click.echo(json.dumps(rows))
+        return
+    if sizes:
+        _print_sizes()
+        return
+    from pallava.files import write_json, write_text
+
+    work_dir = work_dir.resolve()
+    if not (work_dir / "data" / "conversations.jsonl").is_file():
+        make_data(work_dir / "data", seed, slides, held_out)
+    if not (work_dir / "llm" / "config.json").is_file():
+        train_language_model(work_dir / "llm", seed, words)
+    if not (work_dir / "model" / "projector").is_dir():
+        start = time.perf_counter()
+        train(work_dir, steps)
+        click.echo(f"Trained in {time.perf_counter() - start:.0f} s")
+    rows = ask(work_dir, seed)
+    summary = summarise(rows)
+    write_text(work_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(work_dir / "summary.json", summary)
+    click.echo(table(summary))
+
+
+def _print_sizes() -> None:
+    """Each size in a process of its own, whose peak is that size's."""
+    click.echo("| tiles | answer, s | peak, GiB | training step, s | peak, GiB |")
+    click.echo("|---|---|---|---|---|")
+    for size in SIZES:
+        command = [sys.executable, "-m", "benchmarks.slide_questions", "--one-size", str(size)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(result.stdout.splitlines()[-1])
+        cells = [f"{row['seconds']:.2f} | {row['gib']:.2f}" for row in found.values()]
+        click.echo(f"| {size:,} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
