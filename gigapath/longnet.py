@@ -10,6 +10,7 @@ Shapes: T tokens of all sequences together, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,6 +28,29 @@ LAYER_NORM_EPS = 1e-5
 CHUNK = 512
 """Tokens that go through the feed-forward part at once without gradients: they stay in the cache
 and no hidden state of all tokens is ever held."""
+
+
+def default_segment_lengths(
+    max_wsi_size: int = 262144, tile_size: int = 256, count: int = 5
+) -> tuple[int, ...]:
+    """Segment lengths of the branches for slides of up to a size, as the original derives them.
+
+    Powers of 2 at equal distances from 1024 tokens to the whole grid, rounded down: Prov-GigaPath,
+    Methods, "LongNet". 1024, 5792, 32768, 185363 and 1048576 for the released weights.
+
+    Args:
+        max_wsi_size: Longer side of the largest slide in pixels at level 0.
+        tile_size: Side of a tile in pixels at level 0.
+        count: Number of branches.
+
+    Raises:
+        ValueError: The slide is smaller than a tile.
+    """
+    if max_wsi_size < tile_size or tile_size < 1:
+        raise ValueError(f"max_wsi_size {max_wsi_size}: expected at least tile_size {tile_size}")
+    last = int(math.log2((max_wsi_size // tile_size) ** 2))
+    exponents = [10 + (last - 10) * step / max(1, count - 1) for step in range(count)]
+    return tuple(int(2**exponent) for exponent in exponents)
 
 
 @dataclass(frozen=True)
@@ -91,16 +115,20 @@ class DilatedSelfAttention(nn.Module):
         for length, run in groupby(lengths):
             count = len(list(run))
             stop = start + count * length
-            parts = [tensor[start:stop].unflatten(0, (count, length)) for tensor in projected]
+            query, key, value = (
+                tensor[start:stop].unflatten(0, (count, length)) for tensor in projected
+            )
             attended = dilated_attention(
-                *parts,
-                segment_lengths=self.config.segment_lengths,
-                dilated_ratios=self.config.dilated_ratios,
-                backend=self.backend,
+                query,
+                key,
+                value,
+                self.config.segment_lengths,
+                self.config.dilated_ratios,
+                self.backend,
             )
             mixed.append(attended.flatten(2).flatten(0, 1))
             start = stop
-        del projected, parts
+        del projected, query, key, value
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         output: Tensor = self.out_proj(self.inner_attn_ln(joined))
         return output
@@ -187,8 +215,9 @@ class LongNetEncoder(nn.Module):
 
     def set_attention_backend(self, name: str | None) -> None:
         """Sets the backend of all layers, a name of `attention_backends.BACKENDS`."""
-        for layer in self.layers:
-            layer.self_attn.backend = name
+        for module in self.modules():
+            if isinstance(module, DilatedSelfAttention):
+                module.backend = name
 
     def hidden_states(self, tokens: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         """Yields `(T, D)` before the first layer and after each.
