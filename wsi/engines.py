@@ -44,6 +44,7 @@ def run_tasks(
     workers: int,
     engine: Engine = "process",
     address: str | None = None,
+    gpus_per_task: float = 0,
 ) -> Iterator[Result]:
     """Applies a function of a module to tasks, in any order.
 
@@ -56,6 +57,8 @@ def run_tasks(
         workers: How many run at a time; 1 runs in this process.
         engine: `process`, or `ray`.
         address: Of a Ray cluster; None starts one on this machine.
+        gpus_per_task: GPUs that Ray is to set aside for each task. Processes are not forked then:
+            a forked one cannot use a GPU that this one has looked at.
 
     Yields:
         Results as they arrive.
@@ -68,18 +71,19 @@ def run_tasks(
     if address and engine != "ray":
         raise ValueError(f"--address {address}: only Ray has one; add --engine ray")
     if engine == "ray":
-        yield from _run_on_ray(function, tasks, workers, address)
+        yield from _run_on_ray(function, tasks, workers, address, gpus_per_task)
     elif workers == 1:
         yield from map(function, tasks)
     else:
-        yield from _run_in_processes(function, tasks, workers)
+        yield from _run_in_processes(function, tasks, workers, can_fork=not gpus_per_task)
 
 
 def _run_in_processes(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, *, can_fork: bool
 ) -> Iterator[Result]:
     queue = iter(tasks)
-    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_end_with_parent)
+    context = _context() if can_fork else multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     pending: set[Future[Result]] = set()
     try:
         while True:
@@ -118,7 +122,11 @@ def _end_with_parent() -> None:
 
 
 def _run_on_ray(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, address: str | None
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    address: str | None,
+    gpus_per_task: float,
 ) -> Iterator[Result]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -132,7 +140,10 @@ def _run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(**options)
-    remote = ray.remote(max_retries=3)(function)
+    resources: dict[str, Any] = {}
+    if gpus_per_task:  # workers stay alive, with the model that they have loaded
+        resources = {"num_gpus": gpus_per_task, "max_calls": 0}
+    remote = ray.remote(max_retries=3, **resources)(function)
     queue = iter(tasks)
     pending: list[Any] = []
     try:

@@ -99,7 +99,7 @@ def tile_slides(
         tasks = (
             SlideTask(slide_id, path, job.out, settings)
             for slide_id, path in found.items()
-            if _unit_name(slide_id) not in done
+            if unit_name(slide_id) not in done
         )
         with ProgressBar(
             total=len(found), initial=len(done), unit="slide", disable=not progress
@@ -125,7 +125,7 @@ def tile_one_slide(task: SlideTask) -> dict[str, Any]:
         row |= {"state": WRITTEN, **_tile(task)}
     except ValueError as error:  # the slide, its resolution or its mask; not the output
         row |= {"state": SKIPPED, "reason": _reason(error), "detail": str(error)}
-    return write_record(task.out, _unit_name(task.slide_id), [row])
+    return write_record(task.out, unit_name(task.slide_id), [row])
 
 
 def _tile(task: SlideTask) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _tile(task: SlideTask) -> dict[str, Any]:
     name = check_name(task.slide_id, room_bytes=_NAME_ROOM_BYTES)
     settings = task.settings
     with Slide(task.path, mpp=settings.mpp) as slide:
-        mask = None if settings.whole_slide else _mask(slide, settings)
+        mask = None if settings.whole_slide else slide_mask(slide, settings.masks)
         tiling = tile(slide, settings.spec, mask)
         picture = draw_patches(slide, tiling.coords, tiling.size_level0, mask=mask)
         save_jpeg(picture, task.out / OVERLAYS_FOLDER / f"{name}.jpg")
@@ -151,10 +151,20 @@ def _tile(task: SlideTask) -> dict[str, Any]:
         }
 
 
-def _mask(slide: Slide, settings: TileSettings) -> TissueMask:
-    if settings.masks is None:
+def slide_mask(slide: Slide, masks: str | None = None) -> TissueMask:
+    """The tissue of a slide.
+
+    Args:
+        slide: The slide.
+        masks: Folder with a mask per slide: an image or GeoJSON of the slide's name; None finds
+            tissue by Otsu's threshold.
+
+    Raises:
+        MaskMissingError: The folder has none for the slide.
+    """
+    if masks is None:
         return otsu_mask(slide, max_side_px=MASK_SIDE_PX)
-    folder, stem = Path(settings.masks), slide.path.stem
+    folder, stem = Path(masks), slide.path.stem
     for suffix in (".geojson", ".json"):
         if (folder / f"{stem}{suffix}").is_file():
             return geojson_mask(folder / f"{stem}{suffix}", slide)
@@ -183,7 +193,8 @@ def _reason(error: ValueError) -> str:
     return reasons.get(type(error), "cannot be tiled")
 
 
-def _unit_name(slide_id: str) -> str:
+def unit_name(slide_id: str) -> str:
+    """The name of a slide's record in a job."""
     # The id puts records into order; its digest tells apart what is alike once cut to a length.
     head = slide_id.encode(errors="replace")[:100].decode(errors="ignore")
     return f"{head}-{zlib.crc32(slide_id.encode(errors='surrogateescape')):08x}"

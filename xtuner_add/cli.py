@@ -58,6 +58,10 @@ COMMANDS = {
         "xtuner_add.caption_commands:describe",
         "Write captions of patches by a vision-language model.",
     ),
+    "embed": (
+        "xtuner_add.embed_command:embed",
+        "Embed the tiles of slides, and slides as wholes, by Prov-GigaPath.",
+    ),
     "revise": (
         "xtuner_add.caption_commands:revise",
         "Check captions against their images, correct or reject them.",

@@ -103,7 +103,7 @@ def tile(
             slides,
             output,
             settings,
-            workers=workers or _num_cores(),
+            workers=workers or num_cores(),
             retry_skipped=retry_skipped,
             progress=not quiet,
             **engine,
@@ -182,7 +182,7 @@ def extract(
             settings=OutputSettings(layout, image_format, quality, part_size),  # type: ignore[arg-type]
             source={"sha256": sha256_of(annotations), "patch_px": patch_px},
             mpp=slide_mpp,
-            workers=workers or _num_cores(),
+            workers=workers or num_cores(),
             retry_skipped=retry_skipped,
             progress=not quiet,
             **engine,
@@ -221,7 +221,8 @@ def gdc_manifest(
         )
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """CPU cores that this process may use."""
     import os
 
     if hasattr(os, "sched_getaffinity"):

@@ -1,0 +1,395 @@
+"""The original's pipeline by its own names: tile a slide, load both encoders, run them.
+
+`tile_one_slide` writes tiles as images, `run_inference_with_tile_encoder` reads such a folder. To
+embed many slides without images in between, use `xtuner-add embed` (`gigapath.embedding_job`).
+Arguments after the original's are ours; where the original is wrong, its behaviour has a name.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gigapath import slide_encoder as slide_encoders
+from gigapath import tile_encoder as tile_encoders
+from gigapath.tile_encoder import resize_px, tile_transform
+from gigapath.tile_images import FolderTiles, read_tiles
+from gigapath.tile_inference import (
+    Precision,
+    TileEncoder,
+    autocast,
+    choose_device,
+    choose_precision,
+)
+from gigapath.tiling_compat import (
+    MIN_OCCUPANCY,
+    Arithmetic,
+    GridTile,
+    Origin,
+    Tissue,
+    find_tissue,
+    tissue_tiles,
+)
+from wsi.engines import ProgressBar
+from wsi.files import atomic_file, check_name, fsync_path, write_json
+from wsi.image_codecs import encode_png
+from wsi.reader import Slide, SlideError
+
+SLIDE_ARCHITECTURE = "gigapath_slide_enc12l768d"
+TILE_WIDTH = 1536
+"""Sizes of the released slide encoder, which is the only one that the original loads here."""
+
+_COLUMNS = ("slide_id", "tile_id", "image", "label", "tile_x", "tile_y", "occupancy")
+_TABLE, _FAILED, _SETTINGS = "dataset.csv", "failed_tiles.csv", "tiling.json"
+_THUMBNAIL_PX = 1024
+
+Order = Literal["row-major", "given"]
+
+
+def tile_one_slide(
+    slide_file: str | os.PathLike[str] = "",
+    save_dir: str | os.PathLike[str] = "",
+    level: int = 0,
+    tile_size: int = 256,
+    *,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+    occupancy_threshold: float = MIN_OCCUPANCY,
+    coordinates: Origin = "level0",
+    arithmetic: Arithmetic = "exact",
+    progress: bool = True,
+) -> Path:
+    """Writes the tiles of a slide that hold tissue as images, with a table and thumbnails.
+
+    Args:
+        slide_file: The slide.
+        save_dir: Gets `output/SLIDE/01581x_25327y.png`, `output/SLIDE/dataset.csv`,
+            `output/SLIDE/failed_tiles.csv` and `thumbnails/`.
+        level: Of the slide that tiles are cut from. The encoders expect 0.5 micrometres a pixel.
+        tile_size: Side of a tile in pixels of that level.
+        mpp: Micrometres per pixel of the tiles, instead of a level.
+        slide_mpp: Micrometres per pixel of the slide, in place of what it says.
+        occupancy_threshold: A tile needs a larger share of tissue.
+        coordinates: How names and table count: level-0 pixels, or `published` with x and y of the
+            tissue's corner swapped, as the original writes them.
+        arithmetic: `published` computes luminance and occupancy in the original's 16-bit floats.
+        progress: Show a bar.
+
+    Returns:
+        The folder of the tiles. It is whole or absent; one that is there is left as it is.
+
+    Raises:
+        SlideError: The slide cannot be opened.
+        ValueError: No such level, no tissue, no tile with enough of it, or something else lies in
+            the place of the tiles.
+    """
+    if not os.fspath(slide_file) or not os.fspath(save_dir):
+        raise ValueError("tile_one_slide: slide_file and save_dir are needed")
+    slide_file, save_dir = Path(slide_file), Path(save_dir)
+    slide_id = check_name(slide_file.name, room_bytes=40)
+    output, thumbnails = save_dir / "output", save_dir / "thumbnails"
+    out = output / slide_id
+    settings: dict[str, Any] = {
+        "level": level,
+        "tile_size": tile_size,
+        "mpp": mpp,
+        "slide_mpp": slide_mpp,
+    }
+    settings |= {"occupancy_threshold": occupancy_threshold}
+    settings |= {"coordinates": coordinates, "arithmetic": arithmetic}
+    if _is_whole(out, settings):
+        return out
+    with Slide(slide_file, mpp=slide_mpp) as slide:
+        scale = _scale(slide, level, mpp)
+        tissue = find_tissue(slide, arithmetic)
+        for folder in (output, thumbnails):
+            folder.mkdir(parents=True, exist_ok=True)
+        found = tissue_tiles(
+            slide,
+            tile_size,
+            scale,
+            tissue,
+            min_occupancy=occupancy_threshold,
+            arithmetic=arithmetic,
+            origin=coordinates,
+        )
+        partial = output / f".{slide_id[:100]}.{os.getpid()}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            bar = ProgressBar(found, desc="tiles", unit="tile", disable=not progress)
+            places = _write_tiles(bar, partial, slide_id)
+            write_json(partial / _SETTINGS, settings)
+            if not places:
+                raise ValueError(
+                    f"{slide_file}: no tile of {tile_size} px holds more tissue than "
+                    f"{occupancy_threshold:g} of its pixels"
+                )
+            os.replace(partial, out)
+            fsync_path(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _draw(slide, thumbnails, slide_id, tissue, places, round(tile_size * scale))
+    return out
+
+
+def load_tile_encoder_transforms() -> Callable[[Any], Tensor]:
+    """The published transform; see `tile_encoder.tile_transform`."""
+    return tile_transform()
+
+
+def load_tile_slide_encoder(
+    local_tile_encoder_path: str = "",
+    local_slide_encoder_path: str = "",
+    global_pool: bool = False,
+) -> tuple[nn.Module, nn.Module]:
+    """Loads both encoders of Prov-GigaPath, in evaluation mode.
+
+    Args:
+        local_tile_encoder_path: File or folder of weights; by default the hub or its cache.
+        local_slide_encoder_path: The same for the slide encoder.
+        global_pool: Mean of the tiles instead of the class token.
+
+    Raises:
+        FileNotFoundError: There are no weights.
+        ValueError: Weights that do not fit.
+    """
+    tile_model = tile_encoders.create_model(local_tile_encoder_path or tile_encoders.HUB_NAME)
+    slide_model = slide_encoders.create_model(
+        local_slide_encoder_path or tile_encoders.HUB_NAME,
+        SLIDE_ARCHITECTURE,
+        TILE_WIDTH,
+        global_pool=global_pool,
+    )
+    return tile_model, slide_model
+
+
+def run_inference_with_tile_encoder(
+    image_paths: Sequence[str | os.PathLike[str]],
+    tile_encoder: nn.Module,
+    batch_size: int = 128,
+    *,
+    device: str | None = None,
+    precision: Precision = "auto",
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Embeds images of tiles, named by their coordinates.
+
+    Args:
+        image_paths: The images, of one folder or several.
+        tile_encoder: The model; it is moved to the device, and in low precision converted.
+        batch_size: Images embedded at once.
+        device: By default a GPU where there is one.
+        precision: `auto` is fp16 on a GPU, as in the original, else fp32.
+        workers: Processes that read; 0 reads ahead in a thread.
+        progress: Show a bar.
+
+    Returns:
+        `tile_embeds` float32 `(N, embed_dim)` and `coords` float32 `(N, 2)`, in the order given.
+
+    Raises:
+        ValueError: No images, a name without coordinates, or an image that cannot be read.
+    """
+    where = choose_device(device)
+    encoder = TileEncoder(tile_encoder, device=where, precision=choose_precision(precision, where))
+    tiles = FolderTiles.of_files(image_paths)
+    total = len(tiles.files)
+    found = read_tiles(
+        tiles,
+        [range(total)],
+        crop_px=encoder.crop_px,
+        resize_px=resize_px(encoder.crop_px),
+        workers=workers,
+    )
+    embeds: list[Tensor] = []
+    batch: list[Any] = []
+    bar = ProgressBar(
+        found, total=len(tiles.files), desc="tiles", unit="tile", disable=not progress
+    )
+    for index, pixels in bar:
+        if isinstance(pixels, str):
+            raise SlideError(pixels)
+        batch.append(pixels)
+        if len(batch) == batch_size or index + 1 == total:
+            embeds.append(encoder.encode(np.stack(batch)))
+            batch = []
+    return {
+        "tile_embeds": torch.cat(embeds).cpu(),
+        "coords": torch.from_numpy(tiles.coords).float(),
+    }
+
+
+@torch.inference_mode()
+def run_inference_with_slide_encoder(
+    tile_embeds: Tensor,
+    coords: Tensor,
+    slide_encoder_model: nn.Module,
+    *,
+    order: Order = "row-major",
+    device: str | None = None,
+    precision: Precision = "auto",
+) -> dict[str, Tensor]:
+    """Embeds one slide, or a batch of slides with as many tiles.
+
+    Args:
+        tile_embeds: `(N, embed_dim)` or `(batch, N, embed_dim)`.
+        coords: `(N, 2)` or `(batch, N, 2)`, level-0 pixels.
+        slide_encoder_model: The model; it is moved to the device.
+        order: LongNet's vectors depend on the order of the tiles. `row-major` sorts them, as they
+            were in training; `given` leaves them, as the original does with whatever order a
+            folder is listed in.
+        device: By default a GPU where there is one.
+        precision: `auto` is fp16 on a GPU, as in the original, else fp32.
+
+    Returns:
+        `layer_0_embed` (before the first layer) to `layer_DEPTH_embed`, and `last_layer_embed`,
+        float32 `(batch, dim)` each.
+
+    Raises:
+        ValueError: No tiles, other lengths or width, values that are not finite, coordinates off
+            the grid or in another unit, or no such order.
+    """
+    if order not in ("row-major", "given"):
+        raise ValueError(f"order {order!r}: row-major or given expected")
+    if tile_embeds.dim() == 2:
+        tile_embeds, coords = tile_embeds[None], coords[None]
+    if coords.shape != (*tile_embeds.shape[:2], 2):
+        raise ValueError(
+            f"coords {tuple(coords.shape)}: {(*tile_embeds.shape[:2], 2)} expected, one per tile"
+        )
+    if order == "row-major":
+        rows = torch.stack([row_major(places) for places in coords])[..., None]
+        tile_embeds = tile_embeds.take_along_dim(rows.to(tile_embeds.device), 1)
+        coords = coords.take_along_dim(rows.to(coords.device), 1)
+    where = choose_device(device)
+    model = slide_encoder_model.to(where).eval()
+    with autocast(choose_precision(precision, where), where):
+        layers = model(tile_embeds.to(where), coords.to(where), all_layer_embed=True)
+    outputs = {f"layer_{n}_embed": layer.float().cpu() for n, layer in enumerate(layers)}
+    outputs["last_layer_embed"] = outputs[f"layer_{len(layers) - 1}_embed"]
+    return outputs
+
+
+def row_major(coords: Tensor) -> Tensor:
+    """The order of tiles `(N, 2)` row by row, from left to right."""
+    places = coords.detach().cpu().numpy()
+    return torch.from_numpy(np.lexsort((places[:, 0], places[:, 1])))
+
+
+def _scale(slide: Slide, level: int, mpp: float | None) -> float:
+    if mpp is not None:
+        if level:
+            raise ValueError(f"level {level} and mpp {mpp:g}: give one of them")
+        return mpp / slide.mpp
+    if not 0 <= level < len(slide.level_downsamples):
+        raise ValueError(
+            f"{slide.path.name}: level {level}; it has 0 to {len(slide.level_downsamples) - 1}"
+        )
+    return slide.level_downsamples[level]
+
+
+def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings has finished the folder.
+
+    Raises:
+        ValueError: Something else lies there.
+    """
+    if not folder.exists():
+        return False
+    way_out = "remove it, or name another save_dir"
+    try:
+        with (folder / _TABLE).open(newline="", encoding="utf-8") as file:
+            names = [Path(row["image"]).name for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no whole {_TABLE} in it; {way_out}") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(names)} images of {_TABLE} are not there; {way_out}"
+        )
+    if not (folder / _SETTINGS).is_file():
+        raise ValueError(
+            f"{folder}: tiles of the original, whose coordinates have x and y of the tissue's "
+            f"corner swapped; {way_out}"
+        )
+    found = json.loads((folder / _SETTINGS).read_bytes())
+    changed = {name: found.get(name) for name in settings if found.get(name) != settings[name]}
+    if changed:
+        raise ValueError(f"{folder}: was tiled with other settings, {changed}; {way_out}")
+    return True
+
+
+def _write_tiles(found: Any, folder: Path, slide_id: str) -> list[tuple[int, int]]:
+    """Writes images and tables; returns where the tiles lie at level 0."""
+    places: list[tuple[int, int]] = []
+    failed = 0
+    with (
+        (folder / _TABLE).open("w", newline="", encoding="utf-8") as table,
+        (folder / _FAILED).open("w", newline="", encoding="utf-8") as failures,
+    ):
+        rows, failed_rows = csv.writer(table, lineterminator="\n"), csv.writer(failures)
+        rows.writerow(_COLUMNS)
+        failed_rows.writerow(["tile_id"])
+        for tile in found:
+            if isinstance(tile, SlideError):
+                failed_rows.writerow([str(tile)])
+                failed += 1
+                continue
+            places.append((tile.x_level0, tile.y_level0))
+            rows.writerow(_row(tile, slide_id))
+            name = _descriptor(tile)
+            (folder / f"{name}.png").write_bytes(encode_png(tile.pixels))
+    if failed and not places:
+        raise SlideError(f"{slide_id}: none of {failed} tiles can be read")
+    if failed:
+        warnings.warn(f"{slide_id}: {failed} tiles cannot be read; see {_FAILED}", stacklevel=3)
+    return places
+
+
+def _row(tile: GridTile, slide_id: str) -> list[Any]:
+    name, occupancy = _descriptor(tile), tile.occupancy
+    shown = str(occupancy) if occupancy.dtype == np.float16 else f"{float(occupancy):.6f}"
+    place = (tile.x_named, tile.y_named)
+    return [slide_id, f"{slide_id}.{name}", f"{slide_id}/{name}.png", None, *place, shown]
+
+
+def _descriptor(tile: GridTile) -> str:
+    return f"{tile.x_named:05d}x_{tile.y_named:05d}y"
+
+
+def _draw(
+    slide: Slide,
+    folder: Path,
+    slide_id: str,
+    tissue: Tissue,
+    places: list[tuple[int, int]],
+    size_level0: int,
+) -> None:
+    """The slide, its box of tissue, and the tiles in it."""
+    from wsi.report import draw_patches
+
+    thumbnail = slide.thumbnail(_THUMBNAIL_PX)
+    overlay = draw_patches(
+        slide, np.array(places, np.int64), size_level0, max_side_px=_THUMBNAIL_PX
+    )
+    box, scale = tissue.box, thumbnail.width / slide.dimensions[0]
+    corners = (box.x, box.y, box.x + box.width, box.y + box.height)
+    region = tuple(round(edge * scale) for edge in corners)
+    for image, name in (
+        (thumbnail, "original"),
+        (thumbnail.crop(region), "roi"),  # type: ignore[arg-type]
+        (overlay.crop(region), "roi_tiles"),  # type: ignore[arg-type]
+    ):
+        with atomic_file(folder / f"{slide_id}_{name}.png") as partial:
+            image.save(partial, "PNG")

@@ -1,0 +1,215 @@
+"""Vectors of slides out of tile embeddings: which encoder, which vector, and the file of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gigapath import slide_encoder
+from gigapath.pos_embed import check_coords
+from gigapath.slide_encoder import ARCHITECTURES, LongNetViT
+from gigapath.slide_presets import SlideVector, get_preset
+from gigapath.slide_weights import find_weights
+from gigapath.tile_embedding import EmbeddingError, check_features
+from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
+from gigapath.tile_inference import autocast
+from wsi.files import atomic_file, sha256_of
+
+NUM_GRIDS = 1000
+"""Cells of the released encoders along an axis."""
+
+_ARCHITECTURE_OF = {1536: "gigapath_slide_enc12l768d", 384: "gigapath_slide_enc12l384d"}
+"""By the width of the released tile encoders' embeddings."""
+
+_DIGEST_CHARS = 8
+
+
+@dataclass(frozen=True)
+class SlideEncoderSpec:
+    """Which slide encoder to open and which vector to take; a plain value.
+
+    Attributes:
+        pretrained: See `slide_encoder.create_model`.
+        model_arch: See there.
+        in_chans: Width of the tile embeddings.
+        preset: See `slide_presets`.
+        grid_px: Side of a cell of the position grid in level-0 pixels, `tile` for that of the
+            slide's tiles, or None for the preset's own.
+        precision: fp32, bf16 or fp16.
+        name: Of the folder of its vectors, before the preset's.
+        digest: SHA-256 of the weights; empty for random ones.
+        seed: Of random weights.
+    """
+
+    pretrained: str
+    model_arch: str
+    in_chans: int
+    preset: str
+    grid_px: int | Literal["tile"] | None
+    precision: str
+    name: str
+    digest: str = ""
+    seed: int = 0
+
+    def vector(self) -> SlideVector:
+        """The preset, with the grid asked for."""
+        preset = get_preset(self.preset)
+        if self.grid_px is None:
+            return preset
+        return replace(preset, tile_size="patch" if self.grid_px == "tile" else self.grid_px)
+
+    def cell_px(self, size_level0: int) -> int:
+        """Side of a cell of the position grid in level-0 pixels."""
+        tile_size = self.vector().tile_size
+        return size_level0 if tile_size == "patch" else tile_size
+
+
+def describe_slide_encoder(
+    pretrained: str,
+    in_chans: int,
+    *,
+    model_arch: str | None = None,
+    preset: str = "mean",
+    grid_px: int | Literal["tile"] | None = None,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> SlideEncoderSpec:
+    """Finds the weights of a slide encoder and gives them a name that no others have.
+
+    Args:
+        pretrained: `hf_hub:OWNER/NAME`, a file or folder of weights, or `random`.
+        in_chans: Width of the tile embeddings.
+        model_arch: Name of its architecture; by default the released one for that width.
+        preset: See `slide_presets`.
+        grid_px: See `SlideEncoderSpec`.
+        precision: fp32, bf16 or fp16.
+        seed: Of random weights.
+
+    Raises:
+        FileNotFoundError: There are no weights.
+        ValueError: No such preset or architecture, or none is released for the width.
+    """
+    arch = model_arch or _ARCHITECTURE_OF.get(in_chans)
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"slide encoder: no architecture {model_arch!r} for tile embeddings of width "
+            f"{in_chans}; one of {', '.join(ARCHITECTURES)} expected"
+        )
+    layer, depth = get_preset(preset).layer, int(ARCHITECTURES[arch]["depth"])
+    if isinstance(layer, int) and layer > depth:
+        raise ValueError(f"preset {preset}: takes layer {layer}, {arch} has {depth}")
+    if pretrained in ("", RANDOM):
+        name, pretrained, digest = f"random-{arch}-{seed}", "", ""
+    else:
+        path = find_weights(pretrained)
+        digest = sha256_of(path)
+        published = {HUB_NAME: "prov-gigapath", FLASH_HUB_NAME: "prov-gigapath-flash"}
+        stem = path.stem if Path(pretrained).is_file() else Path(pretrained).name
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60] or "encoder"
+        name = published.get(pretrained, f"{stem}-{digest[:_DIGEST_CHARS]}")
+    return SlideEncoderSpec(
+        pretrained, arch, in_chans, preset, grid_px, precision, name, digest, seed
+    )
+
+
+def open_slide_encoder(spec: SlideEncoderSpec, device: torch.device | str = "cpu") -> LongNetViT:
+    """Builds the slide encoder that a description names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = slide_encoder.create_model(spec.pretrained, spec.model_arch, spec.in_chans)
+    return model.to(device).eval()
+
+
+def check_slide(
+    coords: NDArray[np.int64], size_level0: int, spec: SlideEncoderSpec, where: str
+) -> None:
+    """Checks that tiles lie on the grid of a slide encoder, in the right unit.
+
+    Raises:
+        EmbeddingError: They do not.
+    """
+    cell = spec.cell_px(size_level0)
+    try:
+        check_coords(torch.from_numpy(coords), cell, NUM_GRIDS, f"{where}: coords")
+    except ValueError as error:
+        raise EmbeddingError(str(error)) from error
+
+
+@torch.inference_mode()
+def slide_vector(
+    model: LongNetViT,
+    features: NDArray[Any],
+    coords: NDArray[np.int64],
+    size_level0: int,
+    spec: SlideEncoderSpec,
+    where: str,
+) -> NDArray[np.float32]:
+    """Embeds a slide.
+
+    Args:
+        model: The slide encoder.
+        features: `(N, in_chans)`.
+        coords: `(N, 2)`: left and top in level-0 pixels; they are sorted row by row.
+        size_level0: Side of a tile in level-0 pixels.
+        spec: Which vector to take.
+        where: Name of the slide, for errors.
+
+    Returns:
+        `(dim,)`.
+
+    Raises:
+        EmbeddingError: No tiles, another width or length, values that are not finite, or tiles
+            off the grid.
+    """
+    check_features(features, coords, where, width=spec.in_chans)
+    check_slide(coords, size_level0, spec, where)
+    order = np.lexsort((coords[:, 0], coords[:, 1]))
+    device = model.cls_token.device
+    x = torch.from_numpy(np.asarray(features, np.float32)[order]).to(device)
+    places = torch.from_numpy(coords[order]).to(device)
+    with autocast(spec.precision, device):
+        vector = spec.vector().embed(model, x, places, patch_size_level0=size_level0)
+    found: NDArray[np.float32] = vector[0].float().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise EmbeddingError(
+            f"{where}: its vector holds values that are not finite; computed in {spec.precision}, "
+            "try bf16 or fp32"
+        )
+    return found
+
+
+def write_slide_vector(
+    path: str | os.PathLike[str],
+    vector: NDArray[np.float32],
+    spec: SlideEncoderSpec,
+    details: Mapping[str, Any],
+) -> None:
+    """Writes the vector of a slide as dataset `features` `(dim,)`, as TRIDENT does.
+
+    Its attributes say which vector it is.
+    """
+    import h5py
+
+    path, chosen = Path(path), spec.vector()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attributes = {
+        "encoder": spec.name,
+        "model_arch": spec.model_arch,
+        "weights_sha256": spec.digest,
+        "precision": spec.precision,
+        "preset": spec.preset,
+        "layer": chosen.layer,
+        "pooling": chosen.pooling,
+        "tile_size": spec.cell_px(int(details["size_level0"])),
+        **details,
+    }
+    with atomic_file(path) as partial, h5py.File(partial, "w") as file:
+        file.create_dataset("features", data=vector).attrs.update(attributes)

@@ -1,0 +1,346 @@
+"""The tile encoders: Prov-GigaPath's ViT-g/16 and GigaPath-Flash's ViT-S/16, both models of timm.
+
+Architectures are known here by name, so that building one needs no network. Weights come from the
+hub, a folder in timm's layout (`config.json` beside `model.safetensors` or `pytorch_model.bin`),
+or one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gigapath.slide_weights import describe_mismatch
+
+HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
+FLASH_HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath-flash"
+RANDOM = "random"
+"""In place of weights where a name is needed; `create_model("")` means the same."""
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+RESIZE_PX, CROP_PX = 256, 224
+"""Of the published transform, as are mean and deviation:
+https://github.com/prov-gigapath/prov-gigapath#inference-with-the-tile-encoder."""
+
+_HUB_PREFIXES = ("hf_hub:", "hf-hub:")
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WRAPPERS = ("state_dict", "model")
+
+
+@dataclass(frozen=True)
+class TileArchitecture:
+    """A model of timm.
+
+    Attributes:
+        timm_name: Name under which timm knows it.
+        model_args: Arguments of `timm.create_model`, as JSON values; layers by name.
+    """
+
+    timm_name: str
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, TileArchitecture] = {
+    # Published config.json of prov-gigapath/prov-gigapath.
+    "gigapath_tile_enc_vitg16": TileArchitecture(
+        "vit_giant_patch14_dinov2",
+        {
+            "img_size": 224,
+            "in_chans": 3,
+            "patch_size": 16,
+            "embed_dim": 1536,
+            "depth": 40,
+            "num_heads": 24,
+            "init_values": 1e-05,
+            "mlp_ratio": 5.33334,
+            "num_classes": 0,
+        },
+    ),
+    # GigaPath-Flash (https://github.com/prov-gigapath/prov-gigapath): SwiGLU of 2 x 1024.
+    "gigapath_tile_enc_dinov2s": TileArchitecture(
+        "vit_small_patch14_dinov2",
+        {
+            "img_size": 224,
+            "in_chans": 3,
+            "patch_size": 16,
+            "embed_dim": 384,
+            "depth": 12,
+            "num_heads": 6,
+            "init_values": 1e-05,
+            "mlp_ratio": 2048 / 384,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "silu",
+            "num_classes": 0,
+        },
+    ),
+}
+DEFAULT_ARCHITECTURE = "gigapath_tile_enc_vitg16"
+
+
+class TileWeightsError(ValueError):
+    """Weights that are damaged, or do not belong to the model."""
+
+
+@dataclass(frozen=True)
+class TileWeights:
+    """Where a tile encoder lies.
+
+    Attributes:
+        path: Its weights.
+        config: The `config.json` that lies beside them, if any.
+    """
+
+    path: Path
+    config: Path | None
+
+
+def create_model(
+    pretrained: str | os.PathLike[str], model_arch: str | None = None, **model_args: Any
+) -> nn.Module:
+    """Builds a tile encoder and loads its weights, all of them or none.
+
+    Args:
+        pretrained: `hf_hub:OWNER/NAME`, a folder in timm's layout, a file of weights, or the empty
+            string for random weights.
+        model_arch: Name from `ARCHITECTURES`, or any ViT of timm. By default what `config.json`
+            says, else what the width of the weights tells, else the ViT-g.
+        **model_args: Arguments of `timm.create_model` in place of the architecture's.
+
+    Returns:
+        The model in evaluation mode; it maps `(batch, 3, height, width)` to `(batch, embed_dim)`.
+
+    Raises:
+        FileNotFoundError: No such file, or it cannot be had from the hub.
+        TileWeightsError: Names or shapes differ from the model's; lists them.
+        ValueError: No such architecture.
+    """
+    if str(pretrained) in ("", RANDOM):
+        return _build(_architecture(model_arch or DEFAULT_ARCHITECTURE), model_args).eval()
+    source = find_weights(pretrained)
+    state_dict = read_weights(source.path)
+    architecture = _choose(source, state_dict, model_arch)
+    # On no device at first: a billion random numbers would take half a minute, and twice the room.
+    with torch.device("meta"):
+        model = _build(architecture, model_args)
+    _load_strict(model, state_dict, source.path)
+    return model.eval()
+
+
+def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None = None) -> int:
+    """The width of the embeddings of the encoder that `create_model` would build.
+
+    Raises:
+        FileNotFoundError: As `create_model`.
+        ValueError: As `create_model`.
+    """
+    if str(pretrained) in ("", RANDOM):
+        architecture = _architecture(model_arch or DEFAULT_ARCHITECTURE)
+    else:
+        source = find_weights(pretrained)
+        architecture = _choose(source, read_weights(source.path), model_arch)
+    with torch.device("meta"):
+        return int(cast(Any, _build(architecture, {})).num_features)
+
+
+def tile_transform(crop_px: int = CROP_PX) -> Callable[[Any], Tensor]:
+    """Gives the published transform: bicubic to 256 px, the middle 224 px, normalised.
+
+    Args:
+        crop_px: Side of the encoder's images; the shorter side becomes 8/7 of it.
+
+    Returns:
+        Maps an RGB image of Pillow to `(3, crop_px, crop_px)`.
+    """
+    from torchvision import transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return transforms.Compose(
+        [
+            transforms.Resize(resize_px(crop_px), interpolation=bicubic),
+            transforms.CenterCrop(crop_px),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=IMAGE_MEAN, std=IMAGE_STD),
+        ]
+    )
+
+
+def resize_px(crop_px: int) -> int:
+    """The shorter side before cropping, in the published ratio."""
+    return round(crop_px * RESIZE_PX / CROP_PX)
+
+
+def find_weights(pretrained: str | os.PathLike[str]) -> TileWeights:
+    """Finds the files of a tile encoder; those of the hub are fetched, or taken from its cache.
+
+    Raises:
+        FileNotFoundError: There are none; the message says what would help.
+    """
+    name = os.fspath(pretrained)
+    if name.startswith(_HUB_PREFIXES):
+        return _from_hub(name.split(":", 1)[1], name)
+    path = Path(name)
+    if path.is_dir():
+        found = next((path / weights for weights in _WEIGHTS if (path / weights).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"tile encoder {path}: neither {' nor '.join(_WEIGHTS)} in this folder"
+            )
+        path = found
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tile encoder {path}: no such file or folder; hub names begin with {_HUB_PREFIXES[0]}"
+        )
+    config = path.with_name(_CONFIG)
+    return TileWeights(path, config if config.is_file() else None)
+
+
+def read_config(path: Path) -> TileArchitecture:
+    """Reads timm's `config.json`.
+
+    Raises:
+        ValueError: No JSON, or no architecture in it.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name, model_args = config["architecture"], config.get("model_args", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: JSON with `architecture`, as timm writes it, expected: {error!r}"
+        ) from error
+    known = _architecture(name, source=f"{path}: ")
+    defaults = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
+    return TileArchitecture(known.timm_name, {**known.model_args, **defaults, **model_args})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads tensors without running code; files stay on disk until a tensor is used.
+
+    Raises:
+        TileWeightsError: It cannot be read, or holds no tensors.
+    """
+    from safetensors import SafetensorError
+
+    damaged = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError)
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except damaged as error:
+        raise TileWeightsError(f"{path}: cannot be read as tensors alone: {error}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = (
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise TileWeightsError(f"{path}: holds no tensors by name")
+    return tensors
+
+
+def _from_hub(repository: str, name: str) -> TileWeights:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    repository, _, revision = repository.partition("@")
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+
+    try:
+        config = fetch(_CONFIG)
+        try:
+            return TileWeights(fetch(_WEIGHTS[0]), config)
+        except EntryNotFoundError:
+            return TileWeights(fetch(_WEIGHTS[1]), config)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"tile encoder {name}: not in the hub's cache, and cannot be fetched "
+            f"({type(error).__name__}). Accept the terms at https://huggingface.co/{repository} "
+            "and set HF_TOKEN, or give the path of a folder with config.json and "
+            f"{' or '.join(_WEIGHTS)}"
+        ) from error
+
+
+def _architecture(name: str, *, source: str = "") -> TileArchitecture:
+    import timm
+
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if isinstance(name, str) and timm.is_model(name):
+        return TileArchitecture(name, {"num_classes": 0})
+    raise ValueError(
+        f"{source}architecture {name!r}: one of {', '.join(ARCHITECTURES)} or a model of timm "
+        "expected"
+    )
+
+
+def _build(architecture: TileArchitecture, model_args: Mapping[str, Any]) -> nn.Module:
+    import timm
+    from timm import layers
+
+    arguments = {**architecture.model_args, **model_args}
+    if isinstance(arguments.get("mlp_layer"), str):
+        arguments["mlp_layer"] = getattr(layers, arguments["mlp_layer"])
+    if isinstance(arguments.get("act_layer"), str):
+        arguments["act_layer"] = layers.get_act_layer(arguments["act_layer"])
+    model: nn.Module = timm.create_model(architecture.timm_name, pretrained=False, **arguments)
+    return model
+
+
+def _choose(
+    source: TileWeights, state_dict: Mapping[str, Tensor], model_arch: str | None
+) -> TileArchitecture:
+    if model_arch is not None:
+        return _architecture(model_arch)
+    if source.config is not None:
+        return read_config(source.config)
+    return _architecture(_recognise(state_dict, source.path))
+
+
+def _recognise(state_dict: Mapping[str, Tensor], path: Path) -> str:
+    """The architecture with the width of the weights."""
+    weight = state_dict.get("patch_embed.proj.weight")
+    widths = {arch.model_args["embed_dim"]: name for name, arch in ARCHITECTURES.items()}
+    if weight is not None and weight.shape[0] in widths:
+        return widths[weight.shape[0]]
+    if any(name.startswith("encoder.layers.") for name in state_dict):
+        raise TileWeightsError(f"{path}: these are weights of a slide encoder")
+    raise TileWeightsError(
+        f"{path}: neither {' nor '.join(ARCHITECTURES)} by their width; put the config.json of "
+        "the model beside them, or name the architecture"
+    )
+
+
+def _load_strict(model: nn.Module, state_dict: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    if problems := describe_mismatch(state_dict, own):
+        raise TileWeightsError(
+            f"{path}: not the weights of this model: {'; '.join(problems)}. The model has "
+            f"{len(own)} tensors, the file {len(state_dict)}"
+        )
+    tensors = {name: state_dict[name].to(own[name].dtype) for name in own}
+    model.load_state_dict(tensors, assign=True)
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether `torch.save` wrote it in the format that can stay on disk."""
+    import zipfile
+
+    return zipfile.is_zipfile(path)
