@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--slides", type=Path, default=Path("work_dirs/bench_extraction/slides"))
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/bench_extraction/out"))
     parser.add_argument("--num-slides", type=int, default=3)
-    parser.add_argument("--num-patches", type=int, default=1500)
+    parser.add_argument("--num-patches", type=int, default=2000)
     parser.add_argument("--script-patches", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side-px", type=int, default=24_000)

@@ -106,6 +106,14 @@ class LLaVADataset(ConversationDataset):
         Raises:
             ImageError: It cannot be read, or is too large.
         """
+        return self.anyres(self.load_image(name))
+
+    def load_image(self, name: str) -> Any:
+        """Decodes an image to RGB, and pads it if that was asked for.
+
+        Raises:
+            ImageError: It cannot be read, or is too large.
+        """
         image = load_image(path_inside(self.image_folder, name), max_pixels=self.max_pixels)
         if self.pad_image_to_square:
             if max(image.size) ** 2 > self.max_pixels:
@@ -114,7 +122,7 @@ class LLaVADataset(ConversationDataset):
                     f"the {self.max_pixels:,} pixels allowed"
                 )
             image = _pad_to_square(image, self.anyres.image_mean)
-        return self.anyres(image)
+        return image
 
     def count_sub_images(self, name: str) -> int:
         """Sub-images of an image whose header was read."""

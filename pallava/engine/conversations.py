@@ -101,7 +101,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Raises:
             ImageError: Many rows in a row are unreadable: the storage is gone.
+            IndexError: There is no such row.
         """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         error: ImageError | None = None
         for step in range(min(_REPLACEMENTS, len(self))):
             row = self.text_data[(index + step) % len(self)]

@@ -16,7 +16,6 @@ from mmengine.optim import CosineAnnealingLR, LinearLR
 from mmengine.visualization import TensorboardVisBackend, Visualizer
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
-from xtuner.dataset import LLaVADataset
 from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.dataset.map_fns import llava_image_only_map_fn, llava_map_fn, template_map_fn_factory
 from xtuner.dataset.samplers import LengthGroupedSampler
@@ -25,7 +24,8 @@ from xtuner.engine.runner import TrainLoop
 from xtuner.model import LLaVAModel
 from xtuner.utils import PROMPT_TEMPLATE
 
-from pallava.engine.hooks import IterationSeedHook
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
+from pallava.engine.single_images import SingleImageDataset
 
 runtime = __import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()
 
@@ -62,7 +62,7 @@ train_dataloader = dict(
     num_workers=4,
     pin_memory=True,
     dataset=dict(
-        type=LLaVADataset,
+        type=SingleImageDataset,
         data_path="data/pathgen/captions.jsonl",
         image_folder="data/pathgen/images",
         tokenizer=tokenizer,
@@ -108,6 +108,7 @@ train_cfg = dict(type=TrainLoop, max_epochs=1)
 custom_hooks = [
     dict(type=IterationSeedHook),
     dict(type=DatasetInfoHook, tokenizer=tokenizer),
+    dict(type=SkippedSamplesHook),
 ]
 default_hooks = dict(
     timer=dict(type=IterTimerHook),
