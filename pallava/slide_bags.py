@@ -229,7 +229,7 @@ def read_slide_embedding(path: str | os.PathLike[str]) -> Tensor:
         SlideBagError: No such file, or not one finite vector in it.
     """
     with _opened(Path(path)) as file:
-        if "features" not in file:
+        if not hasattr(file.get("features"), "shape"):
             raise SlideBagError(f"slide embedding {path}: no dataset 'features', {_listed(file)}")
         values = np.asarray(file["features"], dtype=np.float32)
     if values.ndim == 0 or values.size != values.shape[-1] or not values.size:
@@ -262,7 +262,7 @@ def _opened(path: Path) -> Any:
 def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> tuple[int, int]:
     """Returns number of tiles and width, from the header alone."""
     path = file.filename
-    absent = [name for name in ("features", "coords") if name not in file]
+    absent = [name for name in ("features", "coords") if not hasattr(file.get(name), "shape")]
     if absent:
         raise SlideBagError(
             f"slide features {path}: no dataset {' and '.join(absent)}, {_listed(file)}"
@@ -275,6 +275,8 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
             f"slide features {path}: features {shape} and coords {places}, (N, D) and (N, 2) of "
             "equally many tiles expected"
         )
+    if any(file[name].dtype.kind not in "fiu" for name in ("features", "coords")):
+        raise SlideBagError(f"slide features {path}: features or coords are no numbers")
     if shape[0] == 0:
         raise SlideBagError(f"slide features {path}: no tile; was no tissue found?")
     if shape[0] > max_tiles:

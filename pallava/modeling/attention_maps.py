@@ -1,4 +1,4 @@
-"""Where the connector looks: cross-attention over an image's sub-images, for people to see."""
+"""Where the connector looks: cross-attention over sub-images or tiles, for people to see."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.slide_bags import SlideBag
 
 
 @torch.no_grad()
@@ -35,8 +36,31 @@ def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
         or num_sub_images == 0
     ):
         return None
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
+    tokens = _cross_attention(model, pixel_values)
+    side = math.isqrt(tokens.numel() // num_sub_images)
+    return tokens.view(num_sub_images, side, side)
+
+
+@torch.no_grad()
+def tile_attention(model: Any, bag: SlideBag) -> Tensor | None:
+    """Attention of a slide's map to its tiles, averaged as in `sub_image_attention`.
+
+    Args:
+        model: With a `SlideTokenEncoder`.
+        bag: The slide.
+
+    Returns:
+        `(num_tiles,)` with sum 1; None where the connector does not look at tiles.
+    """
+    connector = model.projector
+    if not isinstance(connector, ScaleInvariantConnector) or not connector.uses_sub_images:
+        return None
+    return _cross_attention(model, bag)
+
+
+def _cross_attention(model: Any, image: Any) -> Tensor:
+    """Mean attention to every sub-image token of one image, from queries and keys as they pass."""
+    connector, queries, keys = model.projector, list[Tensor](), list[Tensor]()
     handles = []
     for name, module in connector.named_modules():
         for part, outputs in (("query", queries), ("key", keys)):
@@ -45,16 +69,14 @@ def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
     was_training = model.training
     model.eval()
     try:
-        model.encode_images([pixel_values])
+        model.encode_images([image])
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     heads = connector.config.num_attention_heads
     maps = [_average(query, key, heads) for query, key in zip(queries, keys, strict=True)]
-    tokens = torch.stack(maps).mean(dim=0)
-    side = math.isqrt(tokens.numel() // num_sub_images)
-    return tokens.view(num_sub_images, side, side)
+    return torch.stack(maps).mean(dim=0)
 
 
 def _collect(outputs: list[Tensor]) -> Any:
@@ -66,10 +88,13 @@ def _collect(outputs: list[Tensor]) -> Any:
 
 
 def _average(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Mean attention to every key `(num_sub_images * T,)`; query `(1, T, D)`, key `(n, T, D)`."""
+    """Mean attention to every key `(n * t,)`; query `(1, T, D)`, key `(n, t, D)`."""
     query, key = (
         tensor.flatten(0, 1).float().unflatten(-1, (heads, -1)).transpose(0, 1)
         for tensor in (query, key)
     )
-    scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
-    return scores.softmax(dim=-1).mean(dim=(0, 1))
+    means = [  # head by head: the scores of 100,000 tiles are large
+        (queries @ keys.T / math.sqrt(query.shape[-1])).softmax(dim=-1).mean(dim=0)
+        for queries, keys in zip(query, key, strict=True)
+    ]
+    return torch.stack(means).mean(dim=0)
