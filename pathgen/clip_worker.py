@@ -11,8 +11,9 @@ import inspect
 import json
 import logging
 import os
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,69 @@ def shards_without_end_marks() -> Iterator[None]:
         data.tar_file_expander = original
 
 
+class SeededShuffle:
+    """Stage of a pipeline that shuffles as webdataset's does, from a seed instead of the clock.
+
+    Args:
+        buffer_size: Samples among which one is drawn.
+        initial: Samples that are read before the first is given.
+        seed: Of the run.
+        rank: Of the process.
+        epoch: Returns the number of the epoch.
+    """
+
+    def __init__(
+        self, buffer_size: int, initial: int, seed: int, rank: int, epoch: Callable[[], int]
+    ) -> None:
+        self._sizes = (buffer_size, initial)
+        self._seed = (seed, rank)
+        self._epoch = epoch
+
+    def __call__(self, source: Iterator[Any]) -> Iterator[Any]:
+        """Shuffles one epoch, of one data worker."""
+        from torch.utils.data import get_worker_info
+        from webdataset.filters import _shuffle
+
+        worker = get_worker_info()
+        drawn_by = (*self._seed, self._epoch(), worker.id if worker else 0)
+        return _shuffle(source, *self._sizes, random.Random(repr(drawn_by)))
+
+
+@contextmanager
+def samples_in_seeded_order() -> Iterator[None]:
+    """Makes the order of samples depend on the trainer's seed and the epoch.
+
+    The trainer shuffles shards by its seed, but samples by webdataset's default: the clock and the
+    number of the process, so that no two runs are alike.
+    """
+    from open_clip_train import data
+
+    original, clock_shuffle, shared = data.get_wds_dataset, data.wds.shuffle, data.SharedEpoch
+
+    def get_wds_dataset(args: Any, *given: Any, **named: Any) -> Any:
+        epochs: list[Any] = []
+
+        def shared_epoch(*given: Any, **named: Any) -> Any:
+            epochs.append(shared(*given, **named))
+            return epochs[-1]
+
+        def shuffle(bufsize: int, initial: int) -> SeededShuffle:
+            epoch = epochs[-1].get_value
+            return SeededShuffle(bufsize, initial, args.seed, args.rank, epoch)
+
+        data.SharedEpoch, data.wds.shuffle = shared_epoch, shuffle
+        try:
+            return original(args, *given, **named)
+        finally:
+            data.SharedEpoch, data.wds.shuffle = shared, clock_shuffle
+
+    data.get_wds_dataset = get_wds_dataset
+    try:
+        yield
+    finally:
+        data.get_wds_dataset = original
+
+
 def main(job_file: str) -> int:
     """Trains; returns the exit code."""
     import open_clip
@@ -101,7 +165,8 @@ def main(job_file: str) -> int:
     logging.getLogger().addHandler(SkippedSamples(Path(job["skipped"])))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = job["device"] == "cpu" or not torch.cuda.is_available()
-    with cpu_data_parallel(several and on_cpu), shards_without_end_marks():
+    bridges = (cpu_data_parallel(several and on_cpu), shards_without_end_marks())
+    with bridges[0], bridges[1], samples_in_seeded_order():
         code = train(job["arguments"])
     if several and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -54,6 +54,10 @@ COMMANDS = {
         "xtuner_add.demo_command:command",
         "Train a small PA-LLaVA on data made here and answer held-out questions.",
     ),
+    "demo-pathgen": (
+        "xtuner_add.demo_pathgen_command:command",
+        "Caption made-up slides, train a CLIP on the captions and score it.",
+    ),
     "describe": (
         "xtuner_add.caption_commands:describe",
         "Write captions of patches by a vision-language model.",
@@ -93,6 +97,10 @@ COMMANDS = {
     "evaluate": (
         "xtuner_add.evaluation_commands:evaluate",
         "Evaluate on any benchmark by name, those of other packages included.",
+    ),
+    "finetune-slides": (
+        "xtuner_add.gigapath_commands:finetune_slides",
+        "Fine-tune the slide encoder on tile embeddings of labelled slides, and test it.",
     ),
     "gdc-manifest": (
         "xtuner_add.slide_commands:gdc_manifest",
@@ -137,6 +145,10 @@ COMMANDS = {
     "pth-to-hf": (
         "xtuner_add.release_commands:pth_to_hf",
         "Convert a training checkpoint without building the language model.",
+    ),
+    "probe-tiles": (
+        "xtuner_add.gigapath_commands:probe_tiles",
+        "Train a linear probe on labelled tile embeddings, read from their zip, and test it.",
     ),
     "push": (
         "xtuner_add.release_commands:push",

@@ -145,7 +145,7 @@ def train(
     )
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     checkpoint = folder / "checkpoint.pt"
-    history = _resume(checkpoint, parts)
+    history = restore_parts(checkpoint, parts)
     done = int(history[-1]["step"]) if history else 0
     batches = _batches(encoded, sizes.batch_size, np.random.default_rng([seed, 3]))
     progress = tqdm(range(1, sizes.steps + 1), "language model", leave=False)
@@ -169,7 +169,7 @@ def train(
             history.append(row)
             progress.set_postfix(row)
             if step % _SAVE_EVERY == 0:
-                _save(checkpoint, parts, history)
+                save_parts(checkpoint, parts, history)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return history
@@ -195,7 +195,8 @@ def _make_model(tokenizer: Any, sizes: LanguageModelSizes) -> Any:
     return LlamaForCausalLM(config)
 
 
-def _save(file: Path, parts: Mapping[str, Any], history: list[dict[str, float]]) -> None:
+def save_parts(file: Path, parts: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
+    """Writes the states of model, optimizer and schedule, whole or not at all."""
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def _save(file: Path, parts: Mapping[str, Any], history: list[dict[str, float]])
         torch.save(states | {"history": history}, partial)
 
 
-def _resume(file: Path, parts: Mapping[str, Any]) -> list[dict[str, float]]:
+def restore_parts(file: Path, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Puts the states of a checkpoint back, if there is one; returns the history so far."""
     if not file.is_file():
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +32,6 @@ from xtuner_add.demo.stages import (
     Stage,
     only_run_in,
     run_command,
-    stop_all,
     stopped,
     threads,
 )
@@ -105,14 +103,7 @@ def _run(work_dir: Path, plan: Plan, seed: int) -> dict[str, Any]:
     def do(stages: Sequence[Stage], before: Sequence[str]) -> None:
         rounds.append([stage.name for stage in stages])
         click.echo(f"{_clock(start)}  {' and '.join(stage.name for stage in stages)}")
-        with ThreadPoolExecutor(len(stages)) as pool:  # side by side: one core each
-            done = [pool.submit(manifest.run, stage, before) for stage in stages]
-            try:
-                for outcome in as_completed(done):
-                    outcome.result()
-            except BaseException:
-                stop_all()  # one stage failed, or the user had enough: the others need not go on
-                raise
+        manifest.run_all(stages, before)
 
     do([road.data()], before=[])
     do([road.language_model(), road.plip()], before=["data"])

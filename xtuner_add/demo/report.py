@@ -17,7 +17,7 @@ from pallava.anyres import AnyRes, choose_grid, fit_to_canvas
 from pallava.files import write_text
 from xtuner_add.demo import answers, dataset, wording
 
-_BLUE, _GREY, _ORANGE, _GREEN = "#2b5c8a", "#9aa5b1", "#c8722a", "#4a8c5f"
+BLUE, GREY, ORANGE, GREEN = "#2b5c8a", "#9aa5b1", "#c8722a", "#4a8c5f"
 _SHOWN_WIDTH_PX = 320
 
 
@@ -36,9 +36,10 @@ def write_report(work_dir: Path, summary: Mapping[str, Any]) -> Path:
     source = files("xtuner_add.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
     page = template.render(
+        css=stylesheet(),
         summary=summary,
-        bars=_figure(_draw_bars, summary),
-        curves=_figure(_draw_curves, work_dir),
+        bars=svg_figure(_draw_bars(summary)),
+        curves=svg_figure(_draw_curves(work_dir)),
         slides=_slides(work_dir),
         detail_kinds=answers.DETAIL_KINDS,
     )
@@ -57,17 +58,28 @@ def read_losses(work_dir: Path) -> list[tuple[float, float]]:
     return sorted(losses.items())
 
 
-def _figure(draw: Any, source: Any) -> str:
-    """An SVG drawn by matplotlib, as text."""
+def stylesheet() -> str:
+    """The look of the demos' pages."""
+    return files("xtuner_add.demo").joinpath("report.css").read_text(encoding="utf-8")
+
+
+def svg_figure(figure: Any) -> str:
+    """A figure of matplotlib as SVG text; the same figure gives the same text."""
     import matplotlib
 
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    figure = draw(source)
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo"}):
+        figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
     svg = stream.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    """An image as an address that holds it."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"
 
 
 def _draw_bars(summary: Mapping[str, Any]) -> Any:
@@ -76,12 +88,12 @@ def _draw_bars(summary: Mapping[str, Any]) -> Any:
     intervals = summary["intervals_95"]
     sub, sub_intervals = summary["subimage_accuracy"], intervals["subimage_accuracy"]
     rows: list[Any] = [
-        ("model", summary["closed_accuracy"], intervals["closed_accuracy"], _BLUE),
-        ("images exchanged", summary["shuffled_accuracy"], intervals["shuffled_accuracy"], _GREY),
-        ("majority answer", summary["majority_accuracy"], None, _GREY),
+        ("model", summary["closed_accuracy"], intervals["closed_accuracy"], BLUE),
+        ("images exchanged", summary["shuffled_accuracy"], intervals["shuffled_accuracy"], GREY),
+        ("majority answer", summary["majority_accuracy"], None, GREY),
         (),
-        ("scale-invariant", sub["scale_invariant"], sub_intervals["scale_invariant"], _GREEN),
-        ("released mode", sub["released"], sub_intervals["released"], _ORANGE),
+        ("scale-invariant", sub["scale_invariant"], sub_intervals["scale_invariant"], GREEN),
+        ("released mode", sub["released"], sub_intervals["released"], ORANGE),
     ]
     figure = Figure(figsize=(7.2, 2.9))
     axes = figure.add_subplot()
@@ -108,13 +120,13 @@ def _draw_curves(work_dir: Path) -> Any:
 
     history = json.loads((work_dir / "llm" / "history.json").read_text(encoding="utf-8"))
     panels: list[tuple[str, list[tuple[str, list[tuple[float, float]], str]]]] = [
-        ("language model", [("", [(row["step"], row["loss"]) for row in history], _BLUE)]),
-        ("PLIP", [("", read_losses(work_dir / "plip"), _BLUE)]),
+        ("language model", [("", [(row["step"], row["loss"]) for row in history], BLUE)]),
+        ("PLIP", [("", read_losses(work_dir / "plip"), BLUE)]),
     ]
     for step in ("domain_alignment", "instruction_tuning"):
         lines = [
             (mode.replace("_", "-"), read_losses(work_dir / mode / step), colour)
-            for mode, colour in (("scale_invariant", _GREEN), ("released", _ORANGE))
+            for mode, colour in (("scale_invariant", GREEN), ("released", ORANGE))
         ]
         panels.append((step.replace("_", " "), lines))
     figure = Figure(figsize=(11, 2.4), layout="constrained")
@@ -158,9 +170,9 @@ def _slides(work_dir: Path) -> list[dict[str, Any]]:
             {
                 "name": Path(entry["image"]).stem,
                 "size_px": image.size,
-                "image": _data_url(_enlarged(image)),
-                "thumbnail": _data_url(_enlarged(image.resize((tile_px, tile_px)))),
-                "tiles": _data_url(_tiles(image, tile_px, entry["attention"])),
+                "image": data_url(_enlarged(image)),
+                "thumbnail": data_url(_enlarged(image.resize((tile_px, tile_px)))),
+                "tiles": data_url(_tiles(image, tile_px, entry["attention"])),
                 "questions": questions,
             }
         )
@@ -194,9 +206,3 @@ def _tiles(image: Image.Image, tile_px: int, attention: Sequence[Any] | None) ->
 def _enlarged(image: Image.Image) -> Image.Image:
     scale = max(1, round(_SHOWN_WIDTH_PX / max(image.size)))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def _data_url(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -24,7 +24,7 @@ from xtuner_add.demo.tissue import (
 
 GLASS = -1
 
-_CHROMATIN = 2.2
+CHROMATIN = 2.2
 """Haematoxylin of the darkest chromatin over that of the real section, which is stained weakly."""
 
 
@@ -77,7 +77,7 @@ def draw_slide(plan: SlidePlan, thumbnail_px: int) -> Slide:
     strength = rng.uniform(0.85, 1.2, 2).astype(np.float32)
     tissue = regions != GLASS
     covered, *looks = (tissue * density for density in nuclear_densities(nuclei, shape))
-    dark = _CHROMATIN * texture.haematoxylin
+    dark = CHROMATIN * texture.haematoxylin
     solid, vesicular = (
         to_rgb(
             strength[0] * (haematoxylin * (1 - 0.6 * covered) + dark * nuclear),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,11 @@ from pallava.files import write_json
 from xtuner_add.launch import EXIT_SAMPLES_SKIPPED, die_with_parent
 
 MANIFEST = "manifest.json"
-_PROGRESS = re.compile(r"(?:Iter|Epoch)\(train\)\s+(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\]")
+# MMEngine's log, and open_clip's.
+_PROGRESS = re.compile(
+    r"(?:Iter|Epoch)\(train\)\s+(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\]"
+    r"|Train Epoch: (\d+) \[\s*(\d+)/(\d+) \("
+)
 _TAIL_LINES = 30
 _COMMAND = (sys.executable, "-m", "xtuner_add.cli")
 _running: set[subprocess.Popen[str]] = set()
@@ -98,6 +103,28 @@ class Manifest:
         if not self._has(stage.outputs):
             raise StageError(f"{stage.name}: ended without {', '.join(stage.outputs)}")
         self._note(stage.name, row | {"done": True})
+
+    def run_all(self, stages: Sequence[Stage], before: Sequence[str]) -> None:
+        """Runs stages side by side, one core each; a single one in this thread.
+
+        Args:
+            stages: The stages.
+            before: See `run`.
+
+        Raises:
+            StageError: One of them failed; the others are stopped.
+        """
+        if len(stages) == 1:
+            self.run(stages[0], before)
+            return
+        with ThreadPoolExecutor(len(stages)) as pool:
+            done = [pool.submit(self.run, stage, before) for stage in stages]
+            try:
+                for outcome in as_completed(done):
+                    outcome.result()
+            except BaseException:
+                stop_all()  # one stage failed, or the user had enough: the others need not go on
+                raise
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage took, failed attempts included."""
@@ -211,7 +238,7 @@ def _show_progress(bar: Any, line: str) -> None:
     found = _PROGRESS.search(line)
     if found is None:
         return
-    epoch, step, total = found.groups()
+    epoch, step, total = found.groups()[:3] if found[2] else found.groups()[3:]
     bar.total = int(total)
     if epoch is not None:
         bar.set_postfix_str(f"epoch {epoch}", refresh=False)

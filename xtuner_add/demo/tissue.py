@@ -88,7 +88,7 @@ def stroma(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patt
     theta = rng.uniform(0, np.pi)
     rows, columns = np.indices(shape, dtype=np.float32)
     across = columns * np.cos(theta) + rows * np.sin(theta)
-    wave = across + 5 * _noise(shape, 30, rng)
+    wave = across + 5 * smooth_noise(shape, 30, rng)
     fibre = np.abs(np.sin(np.pi * wave / 8.0)) ** 0.7
     real = texture.sample("stroma", shape, rng)
     eosin = 0.022 + 0.040 * fibre + 0.006 * real
@@ -122,7 +122,7 @@ def mucin(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patte
     """Pale blue pools with fine streaks and a few floating clusters of cells."""
     rows, columns = np.indices(shape, dtype=np.float32)
     theta = rng.uniform(0, np.pi)
-    wave = columns * np.cos(theta) + rows * np.sin(theta) + 9 * _noise(shape, 26, rng)
+    wave = columns * np.cos(theta) + rows * np.sin(theta) + 9 * smooth_noise(shape, 26, rng)
     streak = np.clip(np.sin(2 * np.pi * wave / 11), 0, None) ** 2
     real = texture.sample("epithelium", shape, rng)
     haematoxylin = 0.010 + 0.013 * streak + 0.002 * real
@@ -139,7 +139,7 @@ def necrosis(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pa
     """Structureless pink debris with cracks; cells are gone but for a few."""
     real = texture.sample("epithelium", shape, rng)
     grain = ndimage.gaussian_filter(rng.standard_normal(shape).astype(np.float32), 1.0) * 3.5
-    crack = _step(0.16 - np.abs(_noise(shape, 10, rng)), 0.05)
+    crack = _step(0.16 - np.abs(smooth_noise(shape, 10, rng)), 0.05)
     eosin = (0.062 + 0.010 * real + 0.008 * grain) * (1 - 0.75 * crack)
     haematoxylin = 0.007 + 0.002 * real
     nuclei = _lattice(shape, 20, (3.0, 3.6), rng)
@@ -192,7 +192,7 @@ def _step(value: NDArray[np.floating], width: float) -> FloatMap:
     return np.clip(0.5 + value / (2 * width), 0, 1).astype(np.float32)
 
 
-def _noise(shape: Shape, scale_px: float, rng: np.random.Generator) -> FloatMap:
+def smooth_noise(shape: Shape, scale_px: float, rng: np.random.Generator) -> FloatMap:
     """Smooth random field of unit variance."""
     coarse = rng.standard_normal((int(shape[0] / scale_px) + 4, int(shape[1] / scale_px) + 4))
     rows = np.linspace(1, coarse.shape[0] - 3, shape[0])
@@ -203,7 +203,7 @@ def _noise(shape: Shape, scale_px: float, rng: np.random.Generator) -> FloatMap:
 
 def _warp(shape: Shape, scale_px: float, amount_px: float, rng: np.random.Generator) -> FloatMap:
     """Random displacement `(2, rows, columns)` in px."""
-    return amount_px * np.stack([_noise(shape, scale_px, rng) for _ in range(2)])
+    return amount_px * np.stack([smooth_noise(shape, scale_px, rng) for _ in range(2)])
 
 
 def _scattered(

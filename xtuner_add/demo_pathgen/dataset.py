@@ -1,0 +1,295 @@
+"""Slides on disk with their truth, and what is made of it: lessons and held-out classes.
+
+| file | content |
+|---|---|
+| `slides/GROUP/*.tif` | what the commands read |
+| `truth/*.png` | tissue and artefact of every painted pixel; for teaching and for scores alone |
+| `slides/plans.json` | what every slide shows |
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from wsi.files import write_json
+from xtuner_add.demo.dataset import read_jsonl, write_jsonl
+from xtuner_add.demo.wording import look
+from xtuner_add.demo_pathgen import wording
+from xtuner_add.demo_pathgen.painting import (
+    BLUR,
+    CELLULAR,
+    CLEAN,
+    INK,
+    SCALE,
+    TISSUES,
+    SlidePlan,
+    paint_slide,
+    plan_slides,
+    write_slide,
+)
+
+GROUPS = ("teaching", "archive", "held_out")
+PATCH_PX = 64
+"""Side of a patch, at `painting.PAINTED_MPP`."""
+
+_ARTEFACT_STEP = 16
+_NAMED_SHARE = 0.2
+"""Of a patch's tissue, from which a kind of tissue is named."""
+_JUDGED_SHARE = 0.25
+"""Of a patch, from which tissue rich in nuclei lets their look be named."""
+_PURE_SHARE = 0.85
+"""Of a patch, from which one kind of tissue is its class."""
+_FAULT_SHARE = 0.35
+"""Of a patch, from which ink or blur spoils it."""
+_DOUBTFUL_SHARE = 0.03
+"""Of a patch, from which ink or blur keeps it from being a test."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many slides of each group, and how large they are painted."""
+
+    teaching: int = 12
+    archive: int = 24
+    held_out: int = 8
+    width_px: int = 1024
+    height_px: int = 768
+
+
+@dataclass(frozen=True)
+class PatchTruth:
+    """What the painter knows about a patch.
+
+    Attributes:
+        field: What can be said about it.
+        tissue: Its only kind of tissue, or None if it has several or much glass.
+        clean: Whether it is free of ink and blur.
+    """
+
+    field: wording.Field
+    tissue: str | None
+    clean: bool
+
+
+def plan_all(sizes: Sizes, seed: int) -> dict[str, list[SlidePlan]]:
+    """Plans of all groups; one slide of the archive does not say its resolution."""
+    rng = np.random.default_rng([seed, 1])
+    size_px = (sizes.width_px, sizes.height_px)
+    plans = {
+        group: plan_slides(
+            group,
+            getattr(sizes, group),
+            size_px,
+            "held_out" if group == "held_out" else "train",
+            rng,
+        )
+        for group in GROUPS
+    }
+    plans["archive"][-1] = replace(plans["archive"][-1], has_mpp=False)
+    return plans
+
+
+def paint_all(folder: Path, sizes: Sizes, seed: int, workers: int = 2) -> None:
+    """Paints every slide into `folder/slides` and its truth into `folder/truth`."""
+    plans = plan_all(sizes, seed)
+    jobs = [(folder, group, plan) for group in GROUPS for plan in plans[group]]
+    # spawn: a fork of a process that has run torch can hang.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for _ in tqdm(pool.map(_paint, jobs), "slides", len(jobs), leave=False):
+            pass
+    rows = [{"group": group, **asdict(plan)} for group in GROUPS for plan in plans[group]]
+    write_json(folder / "slides" / "plans.json", rows)
+
+
+def patch_truth(folder: Path, name: str, x: int, y: int) -> PatchTruth:
+    """The truth of one patch.
+
+    Args:
+        folder: The demo's.
+        name: Of the slide.
+        x: Left, in level-0 pixels.
+        y: Top.
+    """
+    regions, artefacts = _truth(folder / "truth" / f"{name}.png")
+    left, top = x // SCALE, y // SCALE
+    window = (slice(top, top + PATCH_PX), slice(left, left + PATCH_PX))
+    plan_vesicular = _looks(folder)[name]
+    tissue = regions[window]
+    shares = {kind: float(np.mean(tissue == index)) for index, kind in enumerate(TISSUES)}
+    whole = max(sum(shares.values()), 1e-9)
+    named = tuple(kind for kind in TISSUES if shares[kind] >= _NAMED_SHARE * whole)
+    cellular = sum(shares[kind] for kind in CELLULAR)
+    blur, ink = (float(np.mean(artefacts[window] == kind)) for kind in (BLUR, INK))
+    fault: wording.Fault | None = None
+    if max(blur, ink) >= _FAULT_SHARE:
+        fault = "ink" if ink >= blur else "out of focus"
+    field = wording.Field(named, plan_vesicular if cellular >= _JUDGED_SHARE else None, fault)
+    first = max(shares, key=lambda kind: shares[kind])
+    return PatchTruth(
+        field,
+        tissue=first if shares[first] >= _PURE_SHARE else None,
+        clean=float(np.mean(artefacts[window] != CLEAN)) < _DOUBTFUL_SHARE,
+    )
+
+
+def parse_patch_name(name: str) -> tuple[str, int, int]:
+    """Slide, left and top out of `SLIDE_X_Y`, the name that `xtuner-add extract` gives."""
+    slide, x, y = name.rsplit("_", 2)
+    return slide, int(x), int(y)
+
+
+def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
+    """Writes what the first CLIP and the describer learn from: `lessons.jsonl`, `pairs.jsonl`.
+
+    Args:
+        folder: The demo's.
+        patches: Patches of the teaching slides; takes both files.
+        seed: Of the wordings.
+
+    Returns:
+        Numbers of patches.
+    """
+    rng = np.random.default_rng([seed, 2])
+    lessons, pairs = [], []
+    for name in _patch_names(patches):
+        truth = patch_truth(folder, *parse_patch_name(name))
+        if not truth.field.tissues:
+            continue
+        image = f"{name}.png"
+        lessons.append({"id": name, "image": image, "field": asdict(truth.field)})
+        form = int(rng.integers(wording.NUM_SUMMARIES))
+        pairs.append({"id": name, "image": image, "caption": wording.summary(truth.field, form)})
+    write_jsonl(patches / "lessons.jsonl", lessons)
+    write_jsonl(patches / "pairs.jsonl", pairs)
+    return {"patches": len(lessons)}
+
+
+def read_lessons(patches: Path) -> list[tuple[Path, wording.Field]]:
+    """Image and truth of the teaching patches."""
+    return [
+        (patches / row["image"], _field(row["field"]))
+        for row in read_jsonl(patches / "lessons.jsonl")
+    ]
+
+
+def exchange_captions(pairs: Path, out: Path, seed: int) -> None:
+    """Writes the same pairs with the captions dealt to other images: the control."""
+    rows = read_jsonl(pairs)
+    order = np.random.default_rng([seed, 3]).permutation(len(rows))
+    captions = [rows[index]["caption"] for index in order]
+    write_jsonl(out, [r | {"caption": c} for r, c in zip(rows, captions, strict=True)])
+
+
+def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:
+    """Sorts the held-out patches by their truth: class folders, and pairs for retrieval.
+
+    Args:
+        folder: The demo's.
+        patches: Patches of the held-out slides.
+        out: Takes `tissue/CLASS/`, `look/CLASS/` and `pairs.jsonl` with `images/`.
+
+    Returns:
+        Numbers of patches by what became of them.
+    """
+    counts: Counter[str] = Counter()
+    shutil.rmtree(out, ignore_errors=True)
+    pairs = []
+    for name in _patch_names(patches):
+        truth = patch_truth(folder, *parse_patch_name(name))
+        field, file = truth.field, patches / f"{name}.png"
+        counts["patches"] += 1
+        if not truth.clean or not field.tissues:
+            counts["with ink or blur"] += 1
+            continue
+        _copy(file, out / "images" / file.name)
+        image = f"images/{file.name}"
+        pairs.append({"id": name, "image": image, "caption": wording.summary(field)})
+        if truth.tissue is None:
+            counts["of several tissues"] += 1
+            continue
+        counts["of one tissue"] += 1
+        _copy(file, out / "tissue" / truth.tissue / file.name)
+        if field.vesicular is not None:
+            _copy(file, out / "look" / look(field.vesicular) / file.name)
+    write_jsonl(out / "pairs.jsonl", pairs)
+    return dict(counts)
+
+
+def write_benchmarks(out: Path) -> None:
+    """Writes the two zero-shot tasks, in the form that `clip-zero-shot --benchmark` reads."""
+    tissue: dict[str, Any] = {
+        "name": "tissue",
+        "layout": {"kind": "folders"},
+        "templates": ["{}.", "A field of {}.", "A field of {} with nuclei."],
+        "classes": [{"name": n, "folders": [f"tissue/{n}"], "prompts": [n]} for n in TISSUES],
+    }
+    looks = [look(vesicular) for vesicular in (True, False)]
+    nuclei: dict[str, Any] = {
+        "name": "nuclear look",
+        "layout": {"kind": "folders"},
+        "templates": [f"A field of {kind} with {{}}." for kind in CELLULAR],
+        "classes": [
+            {"name": name, "folders": [f"look/{name}"], "prompts": [f"{name} nuclei"]}
+            for name in looks
+        ],
+    }
+    write_json(out / "tissue.json", tissue)
+    write_json(out / "look.json", nuclei)
+
+
+def caption_truth(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[PatchTruth]:
+    """The truth about the patches of some rows, for scores."""
+    return [patch_truth(folder, *parse_patch_name(row["id"])) for row in rows]
+
+
+def _paint(job: tuple[Path, str, SlidePlan]) -> None:
+    folder, group, plan = job
+    slide = paint_slide(plan)
+    write_slide(slide.image, folder / "slides" / group / f"{plan.name}.tif", has_mpp=plan.has_mpp)
+    truth = (slide.regions + 1 + _ARTEFACT_STEP * slide.artefacts).astype(np.uint8)
+    file = folder / "truth" / f"{plan.name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(truth).save(file)
+
+
+@functools.lru_cache(maxsize=2)
+def _truth(file: Path) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Regions and artefacts of a slide."""
+    values = np.asarray(Image.open(file))
+    regions, artefacts = values % _ARTEFACT_STEP, values // _ARTEFACT_STEP
+    return regions.astype(np.int8) - np.int8(1), artefacts.astype(np.int8)
+
+
+@functools.lru_cache(maxsize=2)
+def _looks(folder: Path) -> dict[str, bool]:
+    import json
+
+    rows = json.loads((folder / "slides" / "plans.json").read_text(encoding="utf-8"))
+    return {row["name"]: row["vesicular"] for row in rows}
+
+
+def _field(row: Mapping[str, Any]) -> wording.Field:
+    return wording.Field(tuple(row["tissues"]), row["vesicular"], row["fault"])
+
+
+def _patch_names(patches: Path) -> Sequence[str]:
+    return sorted(file.stem for file in patches.glob("*.png"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

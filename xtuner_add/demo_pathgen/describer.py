@@ -1,0 +1,280 @@
+"""The demo's describer: a small LLaVA, trained here, that the agents load with `--local`.
+
+Its eyes are the image encoder of the first CLIP, its words a Llama of a few layers. It learns three
+things from the teaching slides alone: to describe a patch, to check a draft against a patch, and to
+shorten a caption (the agents of PathGen-1.6M, arXiv:2407.00203, section 3.2, where each is a large
+model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from pathgen.agents.backends import Request
+from pathgen.agents.prompts import Prompt, load_prompt
+from xtuner_add.demo.language_model import (
+    END_TURN,
+    make_tokenizer,
+    restore_parts,
+    save_parts,
+)
+from xtuner_add.demo_pathgen import wording
+
+Task = Literal["describe", "revise", "summarise"]
+Lesson = tuple[Path, wording.Field]
+
+TASKS: tuple[Task, ...] = ("describe", "revise", "summarise")
+IMAGE = "<image>"
+
+# Messages are texts, or lists of an image and a text.
+CHAT_TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
+)
+
+_TURNS: tuple[Task, ...] = ("describe", "revise", "describe", "revise", "summarise")
+_NUM_TEXTS = 1500  # from which the vocabulary is made
+_IGNORED = -100
+_LOG_EVERY, _SAVE_EVERY = 10, 100
+
+
+@dataclass(frozen=True)
+class DescriberSizes:
+    """Sizes and training of the describer."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_layers: int = 3
+    num_heads: int = 4
+    vocab_size: int = 640
+    steps: int = 240
+    batch_size: int = 20
+    learning_rate: float = 3e-3
+
+
+def prompt_file(task: Task) -> Path:
+    """The file with what is asked, for `--prompt-file`."""
+    return Path(str(files("xtuner_add.demo_pathgen") / "prompts" / f"{task}.txt"))
+
+
+def train_describer(
+    clip: Path,
+    lessons: Sequence[Lesson],
+    folder: Path,
+    sizes: DescriberSizes,
+    seed: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Trains the describer and saves it to `folder`, as transformers loads a LLaVA.
+
+    A run that was stopped continues from its last checkpoint, to the same result.
+
+    Args:
+        clip: The first CLIP, as transformers loads it.
+        lessons: Patches with what they show.
+        folder: Receives model and processor; checkpoints lie beside it.
+        sizes: Of the model and its training.
+        seed: Of weights, wordings and order.
+        stopped: Asked before every step; True ends the training.
+
+    Returns:
+        Loss by step, with the task.
+
+    Raises:
+        InterruptedError: `stopped` said so.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    model, processor = _make(clip, lessons, sizes, seed)
+    teacher = _Teacher(lessons, processor, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, sizes.learning_rate, total_steps=sizes.steps, pct_start=0.1
+    )
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    checkpoint = folder.with_name(f"{folder.name}_checkpoint.pt")
+    history = restore_parts(checkpoint, parts)
+    done = int(history[-1]["step"]) if history else 0
+    model.train()
+    for step in tqdm(range(done + 1, sizes.steps + 1), "describer", leave=False):
+        if stopped():
+            raise InterruptedError(f"describer: stopped before step {step}")
+        task = _TURNS[step % len(_TURNS)]
+        loss = model(**teacher.batch(step, task, sizes.batch_size)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append({"step": step, "task": task, "loss": round(loss.item(), 5)})
+        if step % _SAVE_EVERY == 0 and step < sizes.steps:
+            save_parts(checkpoint, parts, history)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
+    return history
+
+
+class _Teacher:
+    """Makes batches of questions with answers; each step has its own random numbers."""
+
+    def __init__(self, lessons: Sequence[Lesson], processor: Any, seed: int) -> None:
+        from PIL import Image
+
+        self._fields = [field for _, field in lessons]
+        self._processor = processor
+        self._seed = seed
+        self._prompts = {task: load_prompt(prompt_file(task)) for task in TASKS}
+        images = [Image.open(file).convert("RGB") for file, _ in lessons]
+        self._pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        crop = processor.image_processor.crop_size["height"]
+        self._num_tokens = (crop // processor.patch_size) ** 2
+
+    def batch(self, step: int, task: Task, size: int) -> dict[str, Any]:
+        """Inputs of the model for one step, the labels of all but the answers ignored."""
+        import torch
+
+        rng = np.random.default_rng([self._seed, 6, step])
+        picked = rng.integers(len(self._fields), size=size)
+        chats = []
+        for index in picked:
+            row, answer = _question(task, self._fields[index], rng)
+            prompt = self._prompts[task].fill(row)
+            chats.append((self._chat(task, prompt), f"{answer}{END_TURN}"))
+        inputs = _encode(self._processor.tokenizer, chats)
+        if task != "summarise":
+            pixels = self._pixels[torch.from_numpy(picked)]
+            inputs["pixel_values"] = _turned(pixels, rng)
+        return inputs
+
+    def _chat(self, task: Task, prompt: str) -> str:
+        image = None if task == "summarise" else {"type": "image"}
+        text: str = self._processor.apply_chat_template(
+            Request("", prompt).messages(image), tokenize=False, add_generation_prompt=True
+        )
+        return text.replace(IMAGE, IMAGE * self._num_tokens)
+
+
+def _question(
+    task: Task, field: wording.Field, rng: np.random.Generator
+) -> tuple[dict[str, str], str]:
+    """The row that is asked about, and the right reply."""
+    if task == "describe":
+        return {}, wording.paragraph(field, rng)
+    if task == "revise":
+        draft, reply = wording.revision(field, rng)
+        return {"caption": draft}, reply
+    form = int(rng.integers(wording.NUM_SUMMARIES))
+    return {"caption": wording.paragraph(field, rng)}, wording.summary(field, form)
+
+
+def _encode(tokenizer: Any, chats: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    import torch
+
+    rows = []
+    for question, answer in chats:
+        asked = tokenizer.encode(question, add_special_tokens=False)
+        replied = tokenizer.encode(answer, add_special_tokens=False)
+        rows.append((asked + replied, [_IGNORED] * len(asked) + replied))
+    length = max(len(ids) for ids, _ in rows)
+    shape = (len(rows), length)
+    inputs = torch.full(shape, tokenizer.pad_token_id)
+    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, _IGNORED)
+    for index, (ids, targets) in enumerate(rows):
+        inputs[index, : len(ids)] = torch.tensor(ids)
+        labels[index, : len(ids)] = torch.tensor(targets)
+        mask[index, : len(ids)] = 1
+    return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+
+def _turned(pixels: Any, rng: np.random.Generator) -> Any:
+    """Mirrored and turned patches: tissue has no up."""
+    import torch
+
+    turned = [
+        torch.rot90(image, int(rng.integers(4)), (1, 2)) if rng.random() < 0.5
+        else torch.rot90(image.flip(2), int(rng.integers(4)), (1, 2))
+        for image in pixels
+    ]  # fmt: skip
+    return torch.stack(turned)
+
+
+def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: int) -> Any:
+    """The untrained LLaVA on the CLIP's image encoder, and its processor."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPModel,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    eyes = CLIPModel.from_pretrained(clip)
+    tokenizer = make_tokenizer(_texts(lessons, seed), sizes.vocab_size)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    marks = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    words = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_heads,
+        max_position_embeddings=512,
+        initializer_range=sizes.hidden_size**-0.5,
+        tie_word_embeddings=False,
+        **marks,
+    )
+    config = LlavaConfig(
+        eyes.config.vision_config,
+        words,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(**marks)
+    tower = model.vision_tower if hasattr(model, "vision_tower") else model.model.vision_tower
+    tower.vision_model.load_state_dict(eyes.vision_model.state_dict())
+    processor = LlavaProcessor(
+        CLIPImageProcessor.from_pretrained(clip),
+        tokenizer,
+        patch_size=eyes.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, processor
+
+
+def _texts(lessons: Sequence[Lesson], seed: int) -> list[str]:
+    """What the vocabulary is made from: questions and replies of every task."""
+    rng = np.random.default_rng([seed, 5])
+    prompts: dict[Task, Prompt] = {task: load_prompt(prompt_file(task)) for task in TASKS}
+    texts = []
+    for number in range(_NUM_TEXTS):
+        task = TASKS[number % len(TASKS)]
+        row, answer = _question(task, lessons[int(rng.integers(len(lessons)))][1], rng)
+        texts += [prompts[task].fill(row), answer]
+    return texts

@@ -1,0 +1,372 @@
+"""The road of PathGen-1.6M: slides, patches, selection, captions, shards, a CLIP, its scores.
+
+Each stage is one or a few commands of `xtuner-add`, called as a user types them; `logs/` has every
+command line with its output. Three groups of slides are kept apart: `teaching`, on which the first
+CLIP and the describer learn from the painter's truth; `archive`, of which only the files are known;
+`held_out`, for the scores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+
+from wsi.files import sha256_of, write_json
+from xtuner_add.demo import histology, tissue
+from xtuner_add.demo import slides as other_slides
+from xtuner_add.demo.stages import (
+    MANIFEST,
+    Manifest,
+    Stage,
+    StageError,
+    only_run_in,
+    run_command,
+    stopped,
+)
+from xtuner_add.demo_pathgen import dataset, describer, painting, scores, wording
+from xtuner_add.demo_pathgen.commands import call_command
+from xtuner_add.demo_pathgen.report import write_report
+
+_DATA_CODE = (dataset, histology, other_slides, painting, tissue, wording)
+"""What the data are made by: they are made anew when it changes."""
+_RECIPE = "demo_clip"
+_MIN_TISSUE = 0.12  # Otsu's mask leaves out the pale inside of fat and mucin
+_BATCH_SIZE = 48
+_ONE_WORKER = ("--workers", 1)  # starting processes takes longer than a few small slides
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: the defaults are the demo, `quick` is for tests of the road.
+
+    Attributes:
+        sizes: Slides.
+        first_epochs: Of the first CLIP.
+        describer: Sizes and steps of the describer.
+        quota: Patches chosen of each slide.
+        similarity: Cosine from which two patches are the same; a CLIP this small finds tissue of
+            a kind much alike.
+        clip_epochs: Of the CLIP of the describer's captions, and of its control.
+        batch_size: Of all three CLIPs.
+    """
+
+    sizes: dataset.Sizes = field(default_factory=dataset.Sizes)
+    first_epochs: int = 8
+    describer: describer.DescriberSizes = field(default_factory=describer.DescriberSizes)
+    quota: int = 72
+    similarity: float = 0.99
+    clip_epochs: int = 12
+    batch_size: int = 64
+
+    @classmethod
+    def quick(cls) -> Plan:
+        """Less than a minute's worth: every stage runs, little is learned."""
+        return cls(
+            sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
+            first_epochs=4,
+            describer=describer.DescriberSizes(
+                num_layers=2, steps=120, batch_size=8, learning_rate=4e-3
+            ),
+            quota=32,
+            similarity=0.9995,
+            clip_epochs=6,
+            batch_size=16,
+        )
+
+
+def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]:
+    """Runs what is not done yet of the demo, and prints what came out.
+
+    Args:
+        work_dir: Receives everything; `summary.json` and `report.html` at the end.
+        seed: Of slides, trainings and draws.
+        quick: Tiny amounts, to see that the road is open.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        StageError: A stage failed, or the folder holds something else.
+    """
+    work_dir = Path(work_dir).resolve()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    # Stages clear folders with names such as `slides`: those must be the demo's own.
+    if not (work_dir / MANIFEST).is_file() and any(work_dir.iterdir()):
+        raise StageError(
+            f"{work_dir}: holds other files, and no {MANIFEST} of a demo; name a new folder"
+        )
+    with only_run_in(work_dir):
+        return _run(work_dir, Plan.quick() if quick else Plan(), seed)
+
+
+def _run(work_dir: Path, plan: Plan, seed: int) -> dict[str, Any]:
+    start = time.monotonic()
+    manifest = Manifest(work_dir)
+    stages = _Road(work_dir, plan, seed)
+    before: list[str] = []
+    rounds: list[list[str]] = []
+    for group in stages.rounds():
+        names = [stage.name for stage in group]
+        click.echo(f"{_clock(start)}  {' and '.join(names)}")
+        manifest.run_all(group, before)
+        before += names
+        rounds.append(names)
+
+    summary = scores.summarise(work_dir)
+    seconds = summary["stage_seconds"] = manifest.seconds()
+    # Stages of one round run side by side; interrupted runs count too.
+    summary["seconds"] = round(sum(max(seconds[name] for name in row) for row in rounds), 1)
+    summary |= {"seed": seed, "quick": plan == Plan.quick()}
+    write_json(work_dir / "summary.json", summary)
+    report = write_report(work_dir, summary)
+    click.echo(scores.table(summary))
+    click.echo(f"{_clock(start)}  {report}")
+    return summary
+
+
+@dataclass(frozen=True)
+class _Road:
+    """The stages, each inside the work folder."""
+
+    work_dir: Path
+    plan: Plan
+    seed: int
+
+    def rounds(self) -> list[list[Stage]]:
+        """Stages in order; those of one round run side by side."""
+        pair = [self.train(name, row) for row, name in enumerate(("clip", "clip_exchanged"))]
+        return [
+            [self.slides()],
+            [self.patches()],
+            [self.first_clip()],
+            [self.describer()],
+            [self.selection()],
+            [self.captions()],
+            [self.shards()],
+            pair,
+            [self.scores()],
+        ]
+
+    def slides(self) -> Stage:
+        sizes = self.plan.sizes
+        return Stage(
+            "slides",
+            lambda: dataset.paint_all(self.work_dir, sizes, self.seed),
+            outputs=("slides/plans.json",),
+            settings={"sizes": asdict(sizes), "seed": self.seed, "code": _digests(_DATA_CODE)},
+            owned=("slides", "truth"),
+        )
+
+    def patches(self) -> Stage:
+        """Tiles every slide; cuts out the patches whose truth is used."""
+
+        def run() -> None:
+            for group in dataset.GROUPS:
+                self._call(
+                    "patches",
+                    *("tile", f"slides/{group}", "--output", f"tiles/{group}"),
+                    *("--patch-px", dataset.PATCH_PX, "--mpp", painting.PAINTED_MPP),
+                    *("--min-tissue", _MIN_TISSUE, *_ONE_WORKER),
+                    may_leave_out=group == "archive",
+                )
+            for group in ("teaching", "held_out"):
+                self._call(
+                    "patches",
+                    *("extract", f"tiles/{group}/coords", "--slides", f"slides/{group}"),
+                    *("--output", f"patches/{group}", *_ONE_WORKER),
+                )
+            patches = self.work_dir / "patches"
+            dataset.write_lessons(self.work_dir, patches / "teaching", self.seed)
+            tests = self.work_dir / "tests"
+            counts = dataset.write_tests(self.work_dir, patches / "held_out", tests)
+            dataset.write_benchmarks(tests)
+            write_json(tests / "counts.json", counts)
+
+        return Stage(
+            "patches",
+            run,
+            outputs=("tests/counts.json", "patches/teaching/pairs.jsonl"),
+            settings={"min_tissue": _MIN_TISSUE},
+            owned=("tiles", "patches", "tests"),
+        )
+
+    def first_clip(self) -> Stage:
+        pairs = "patches/teaching/pairs.jsonl"
+        arguments = self._training("first_clip", pairs, self.plan.first_epochs)
+        return Stage(
+            "first CLIP",
+            lambda: self._call("first_clip", *arguments),
+            outputs=("first_clip/pairs/stage.json", "first_clip/pairs/hf"),
+            settings=self._recipe(self.plan.first_epochs),
+            owned=("first_clip",),
+        )
+
+    def describer(self) -> Stage:
+        def train() -> None:
+            history = describer.train_describer(
+                self.work_dir / "first_clip" / "pairs" / "hf",
+                dataset.read_lessons(self.work_dir / "patches" / "teaching"),
+                self.work_dir / "describer" / "model",
+                self.plan.describer,
+                self.seed,
+                stopped,
+            )
+            write_json(self.work_dir / "describer" / "history.json", history)
+
+        return Stage(
+            "describer",
+            train,
+            outputs=("describer/history.json", "describer/model/model.safetensors"),
+            settings={"sizes": asdict(self.plan.describer), "code": _digests((describer, wording))},
+            owned=("describer",),
+        )
+
+    def selection(self) -> Stage:
+        def run() -> None:
+            classes = self.work_dir / "selection_classes.json"
+            write_json(classes, {"any": wording.retrieval_texts(painting.TISSUES)})
+            self._call(
+                "selection",
+                *("select-patches", "tiles/archive/coords", "--slides", "slides/archive"),
+                *("--output", "selection", "--classes", classes.name, "--device", "cpu"),
+                *("--encoder", "open_clip:local-dir:first_clip/pairs/open_clip"),
+                *("--quota", self.plan.quota, "--shares", "prompt=1,cluster=1"),
+                *("--similarity", self.plan.similarity, "--seed", self.seed),
+            )
+            self._call(
+                "selection",
+                *("extract", "selection/coords", "--slides", "slides/archive"),
+                *("--output", "patches/archive", *_ONE_WORKER),
+            )
+
+        return Stage(
+            "selection",
+            run,
+            outputs=("selection/selection.jsonl", "patches/archive/report.json"),
+            settings={"quota": self.plan.quota, "similarity": self.plan.similarity},
+            owned=("selection", "patches/archive"),
+        )
+
+    def captions(self) -> Stage:
+        def run() -> None:
+            drawn = ("--temperature", 0.7, "--seed", self.seed)
+            self._ask("describe", "selection/selection.jsonl", "captions/long.jsonl", 110, *drawn)
+            self._ask("revise", "captions/long.jsonl", "captions/revised.jsonl", 170)
+            self._call(
+                "captions",
+                *("filter-captions", "captions/revised.jsonl", "captions/clean.jsonl"),
+                *("--within", "wsi_id"),
+            )
+            self._ask("summarise", "captions/clean.jsonl", "captions/pairs.jsonl", 40)
+
+        return Stage(
+            "captions",
+            run,
+            outputs=("captions/pairs.jsonl",),
+            settings={},
+            owned=("captions",),
+        )
+
+    def shards(self) -> Stage:
+        """Cuts the captioned patches out of the slides again, as one does with PathGen-1.6M."""
+
+        def run() -> None:
+            captions = self.work_dir / "captions"
+            dataset.exchange_captions(
+                captions / "pairs.jsonl", captions / "exchanged.jsonl", self.seed
+            )
+            for name, pairs in (("clip", "pairs"), ("clip_exchanged", "exchanged")):
+                self._call(
+                    "shards",
+                    *("extract", f"captions/{pairs}.jsonl", "--slides", "slides/archive"),
+                    *("--patch-px", dataset.PATCH_PX * painting.SCALE, "--layout", "shards"),
+                    *("--output", f"shards/{name}", *_ONE_WORKER),
+                )
+
+        return Stage(
+            "shards",
+            run,
+            outputs=("shards/clip/report.json", "shards/clip_exchanged/report.json"),
+            settings={},
+            owned=("shards",),
+        )
+
+    def train(self, name: str, row: int) -> Stage:
+        """Trains one of two CLIPs side by side, each in its own process."""
+        arguments = self._training(name, f"shards/{name}", self.plan.clip_epochs)
+        log = self.work_dir / "logs" / f"{name}.log"
+        title = name.replace("_", " ")
+        return Stage(
+            title,
+            lambda: run_command(arguments, self.work_dir, log, title, row),
+            outputs=(f"{name}/pairs/stage.json",),
+            settings=self._recipe(self.plan.clip_epochs),
+            owned=(name,),
+        )
+
+    def scores(self) -> Stage:
+        def run() -> None:
+            for name in scores.MODELS:
+                model = f"{name}/pairs/open_clip"
+                common = ("--device", "cpu", "--seed", self.seed)
+                for task in scores.TASKS:
+                    self._call(
+                        "scores",
+                        *("clip-zero-shot", model, "--benchmark", f"tests/{task}.json"),
+                        *("--data-path", "tests", "--output", f"scores/{name}/{task}", *common),
+                    )
+                self._call(
+                    "scores",
+                    *("clip-retrieval", model, "--pairs", "tests/pairs.jsonl"),
+                    *("--output", f"scores/{name}/retrieval", *common),
+                    *(word for k in scores.KS for word in ("--k", k)),
+                )
+
+        outputs = [f"scores/{name}/retrieval/metrics.json" for name in scores.MODELS]
+        return Stage("scores", run, tuple(outputs), settings={}, owned=("scores",))
+
+    def _ask(self, command: str, rows: str, out: str, most_tokens: int, *options: object) -> None:
+        task: Any = command
+        images = () if command == "summarise" else ("--images", "patches/archive")
+        self._call(
+            "captions",
+            *(command, rows, out, *images, "--local", "describer/model", "--device", "cpu"),
+            *("--prompt-file", describer.prompt_file(task), "--batch-size", _BATCH_SIZE),
+            *("--max-reply-tokens", most_tokens, *options),
+            may_leave_out=True,
+        )
+
+    def _call(self, log: str, *arguments: object, may_leave_out: bool = False) -> None:
+        log_file = self.work_dir / "logs" / f"{log}.log"
+        call_command(arguments, log_file, self.work_dir, may_leave_out=may_leave_out)
+
+    def _training(self, name: str, data: str, epochs: int) -> list[object]:
+        settings = {"epochs": epochs, "batch_size": self.plan.batch_size, "seed": self.seed}
+        return [
+            *("train-clip", _RECIPE, "--output", name, "--data", f"pairs={data}"),
+            *(word for key, value in settings.items() for word in ("--option", f"{key}={value}")),
+            *("--device", "cpu"),
+        ]
+
+    def _recipe(self, epochs: int) -> dict[str, Any]:
+        from xtuner_add.paths import configs_dir
+
+        folder = configs_dir() / "pathgen"
+        names = (f"{_RECIPE}.yml", f"{_RECIPE}.json", "pathgen_clip.yml")
+        settings = {"epochs": epochs, "batch_size": self.plan.batch_size}
+        return {**settings, "recipe": {name: sha256_of(folder / name) for name in names}}
+
+
+def _digests(modules: Sequence[ModuleType]) -> dict[str, str]:
+    return {module.__name__: sha256_of(Path(str(module.__file__))) for module in modules}
+
+
+def _clock(start: float) -> str:
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    return f"{minutes:2d}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""What the demo asks its small describer: one line each, since it has read nothing else."""

@@ -1,0 +1,272 @@
+"""`report.html`: the road from slides to a CLIP, with pictures of every step; one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pallava.files import write_text
+from xtuner_add.demo.dataset import read_jsonl
+from xtuner_add.demo.report import BLUE, GREEN, GREY, ORANGE, data_url, stylesheet, svg_figure
+from xtuner_add.demo_pathgen import dataset, scores, wording
+
+_SHOWN_SLIDES = 2
+_SHOWN_CAPTIONS = 6
+_SLIDE_WIDTH_PX = 1000
+_PATCH_SIDE_PX = 150
+_MODEL_NAMES = {
+    "clip": "describer's captions",
+    "clip_exchanged": "the same, exchanged",
+    "first_clip": "first CLIP (teacher)",
+}
+_COLOURS = {"clip": BLUE, "clip_exchanged": GREY, "first_clip": GREEN}
+
+
+def write_report(work_dir: Path, summary: Mapping[str, Any]) -> Path:
+    """Writes a page that needs no other file.
+
+    Args:
+        work_dir: The demo's folder, all stages done.
+        summary: Content of `summary.json`.
+
+    Returns:
+        The page.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    source = files("xtuner_add.demo_pathgen").joinpath("report.html.j2")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        source.read_text(encoding="utf-8")
+    )
+    page = template.render(
+        css=stylesheet(),
+        summary=summary,
+        model_names=_MODEL_NAMES,
+        tests=json.loads((work_dir / "tests" / "counts.json").read_text(encoding="utf-8")),
+        bars=svg_figure(_draw_bars(summary)),
+        curves=svg_figure(_draw_curves(work_dir)),
+        confusion=svg_figure(_draw_confusion(summary["zero_shot"]["tissue"]["clip"])),
+        recall=svg_figure(_draw_recall(summary)),
+        slides=_slides(work_dir),
+        captions=_captions(work_dir),
+        rejected=_rejected(work_dir),
+    )
+    target = work_dir / "report.html"
+    write_text(target, page)
+    return target
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_bars(summary: Mapping[str, Any]) -> Any:
+    figure = _figure(9.6, 2.3)
+    titles = {"tissue": "kind of tissue", "look": "look of the nuclei"}
+    for axes, task in zip(figure.subplots(1, 2), scores.TASKS, strict=True):
+        found = summary["zero_shot"][task]
+        for place, model in enumerate(scores.MODELS):
+            score = found[model]["balanced_accuracy"]
+            value = score["value"]
+            error = np.clip([[value - score["low"]], [score["high"] - value]], 0, None)
+            axes.barh(
+                -place, value, xerr=error, color=_COLOURS[model], height=0.66, ecolor="#333333"
+            )
+            axes.text(1.02, -place, f"{value:.2f}", va="center", fontsize=9)
+        chance = summary["chance"][task]
+        axes.axvline(chance, color="#555555", linewidth=0.9, linestyle=":")
+        axes.text(chance, 0.52, "chance", fontsize=8, ha="center", va="bottom", color="#555555")
+        labels = [_MODEL_NAMES[model] for model in scores.MODELS]
+        axes.set_yticks([-place for place in range(len(labels))], labels, fontsize=9)
+        axes.set_xlim(0, 1)
+        images, classes = found["clip"]["num_images"], len(found["clip"]["classes"])
+        title = f"{titles[task]}: {classes} classes, {images} patches"
+        axes.set_title(title, fontsize=10, pad=14)
+        axes.set_xlabel("balanced accuracy, zero-shot", fontsize=9)
+        axes.tick_params(labelsize=8.5, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def _draw_curves(work_dir: Path) -> Any:
+    history = json.loads((work_dir / "describer" / "history.json").read_text(encoding="utf-8"))
+    by_task = {
+        task: [(row["step"], row["loss"]) for row in history if row["task"] == task]
+        for task in scores.STEPS
+    }
+    logs = {name: scores.read_losses(work_dir / name / "pairs" / "out.log") for name in _COLOURS}
+    task_colours = (BLUE, ORANGE, GREEN)
+    panels: list[tuple[str, str, list[tuple[str, Any, str]]]] = [
+        ("first CLIP", "epoch", [("", logs["first_clip"], GREEN)]),
+        (
+            "describer",
+            "step",
+            [(t, by_task[t], c) for t, c in zip(scores.STEPS, task_colours, strict=True)],
+        ),
+        (
+            "CLIP of the captions",
+            "epoch",
+            [("captions", logs["clip"], BLUE), ("exchanged", logs["clip_exchanged"], GREY)],
+        ),
+    ]
+    figure = _figure(10.4, 2.4)
+    for axes, (title, unit, lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for label, points, colour in lines:
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(unit, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if any(label for label, _, _ in lines):
+            axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_confusion(found: Mapping[str, Any]) -> Any:
+    matrix = np.array(found["confusion_matrix"], dtype=float)
+    shares = matrix / matrix.sum(axis=1, keepdims=True)
+    figure = _figure(4.9, 4.0)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(matrix > 0):
+        axes.text(
+            *(column, row, f"{int(matrix[row, column])}"),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if shares[row, column] > 0.55 else "#1d2733",
+        )
+    places = range(len(matrix))
+    axes.set_xticks(places, found["classes"], rotation=40, ha="right", fontsize=8.5)
+    axes.set_yticks(places, found["classes"], fontsize=8.5)
+    axes.set_xlabel("predicted", fontsize=9)
+    axes.set_ylabel("true", fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _draw_recall(summary: Mapping[str, Any]) -> Any:
+    figure = _figure(5.4, 4.0)
+    ks = list(scores.KS)
+    for axes, name in zip(figure.subplots(2, 1, sharex=True), scores.DIRECTIONS, strict=True):
+        for model in scores.MODELS:
+            rows = [summary["retrieval"][model][name][f"recall@{k}"] for k in ks]
+            values = np.array([row["value"] for row in rows])
+            error = np.clip(
+                [values - [r["low"] for r in rows], [r["high"] for r in rows] - values], 0, None
+            )
+            label = _MODEL_NAMES[model]
+            axes.errorbar(
+                *(range(len(ks)), values, error),
+                *("o-",),
+                color=_COLOURS[model],
+                label=label,
+                linewidth=1.2,
+                markersize=3.5,
+                capsize=2,
+            )
+        chance = [summary["retrieval_chance"][name][f"recall@{k}"] for k in ks]
+        axes.plot(range(len(ks)), chance, ":", color="#555555", linewidth=1, label="chance")
+        axes.set_xticks(range(len(ks)), [f"@{k}" for k in ks])
+        axes.set_ylim(0, 1)
+        axes.set_title(f"{name.replace('_', ' ')}: recall", fontsize=9.5, loc="left")
+        axes.tick_params(labelsize=8.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
+    return figure
+
+
+def _slides(work_dir: Path) -> list[dict[str, str]]:
+    """Slides of the archive with tissue and patches, clusters and choice."""
+    chosen = read_jsonl(work_dir / "selection" / "selection.jsonl")
+    shown = []
+    for name in list(dict.fromkeys(row["wsi_id"] for row in chosen))[:_SHOWN_SLIDES]:
+        overlay = Image.open(work_dir / "tiles" / "archive" / "overlays" / f"{name}.jpg")
+        picture = Image.open(work_dir / "selection" / "pictures" / f"{name}.jpg")
+        count = sum(row["wsi_id"] == name for row in chosen)
+        shown.append(
+            {
+                "name": name,
+                "overlay": _photo(overlay, _SLIDE_WIDTH_PX // 2),
+                "picture": _photo(picture, _SLIDE_WIDTH_PX),
+                "note": f"{count} patches chosen",
+            }
+        )
+    return shown
+
+
+def _captions(work_dir: Path) -> list[dict[str, Any]]:
+    """Patches with their captions as they came from each step, corrected ones first."""
+    rows = read_jsonl(work_dir / "captions" / "pairs.jsonl")
+    corrected = [row for row in rows if row.get("problems")]
+    half = _SHOWN_CAPTIONS // 2
+    picked = _spread(corrected, half)
+    ids = {row["id"] for row in picked}
+    others = [row for row in rows if row["id"] not in ids and not row.get("problems")]
+    shown = []
+    for row in [*picked, *_spread(others, _SHOWN_CAPTIONS - len(picked))]:
+        truth = dataset.patch_truth(work_dir, *dataset.parse_patch_name(row["id"])).field
+        versions = [
+            {
+                "step": step,
+                "text": row["versions"][step],
+                "right": _is_right(row["versions"][step], truth),
+            }
+            for step in scores.STEPS
+        ]
+        source = row["chosen_for"] + (f": {row['label']}" if row.get("label") else "")
+        shown.append(
+            {
+                "id": row["id"],
+                "image": _patch(work_dir, row["id"]),
+                "chosen_for": source,
+                "problems": row.get("problems") or [],
+                "versions": versions,
+                "truth": wording.summary(truth),
+            }
+        )
+    return shown
+
+
+def _rejected(work_dir: Path) -> list[dict[str, str]]:
+    """Patches that the check found of no use."""
+    rows = read_jsonl(work_dir / "captions" / "revised.left_out.jsonl")
+    rejected = [row for row in rows if row["kind"] == "rejected"]
+    return [
+        {"id": row["id"], "image": _patch(work_dir, row["id"]), "reason": row["reason"]}
+        for row in _spread(rejected, _SHOWN_CAPTIONS)
+    ]
+
+
+def _is_right(caption: str, truth: wording.Field) -> bool:
+    look = wording.named_look(caption)
+    return wording.says(caption, truth) and look == truth.vesicular
+
+
+def _patch(work_dir: Path, name: str) -> str:
+    image = Image.open(work_dir / "patches" / "archive" / f"{name}.png").convert("RGB")
+    large = image.resize((_PATCH_SIDE_PX, _PATCH_SIDE_PX), Image.Resampling.BICUBIC)
+    return data_url(large, "JPEG", quality=88)
+
+
+def _photo(image: Image.Image, width_px: int) -> str:
+    height_px = round(image.height * width_px / image.width)
+    small = image.convert("RGB").resize((width_px, height_px), Image.Resampling.LANCZOS)
+    return data_url(small, "JPEG", quality=82)
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Some rows at even distances."""
+    step = max(1, len(rows) // max(1, count))
+    return list(rows[::step][:count])
