@@ -125,14 +125,12 @@ class Cohort:
     def _write_bag(self, path: Path, kinds: NDArray[np.int64], rng: np.random.Generator) -> None:
         import h5py
 
-        from pallava.files import atomic_file
-
         rows, columns = np.nonzero(kinds >= 0)
         noise = rng.standard_normal((len(rows), IN_FEATURES)) * _NOISE
         features = self.means[kinds[rows, columns]] + noise
         corner = rng.integers(0, _GLASS_TILES - np.array(kinds.shape[::-1]) + 1)
         coords = (np.stack([columns, rows], axis=1) + corner) * TILE_LEVEL0_PX
-        with atomic_file(path) as partial, h5py.File(partial, "w") as file:
+        with h5py.File(path, "w") as file:
             file.create_dataset("features", data=features.astype(np.float16))
             dataset = file.create_dataset("coords", data=coords.astype(np.int64))
             dataset.attrs["patch_size_level0"] = TILE_LEVEL0_PX

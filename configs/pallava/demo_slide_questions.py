@@ -8,7 +8,7 @@ with read_base():
 tokenizer.update(pretrained_model_name_or_path="llm")
 model["llm"].update(pretrained_model_name_or_path="llm")
 model["llm_lora"].update(r=16, lora_alpha=32, lora_dropout=0.0)
-model["visual_encoder"].update(hidden_size=96, map_size=6)
+model["visual_encoder"].update(hidden_size=96, map_size=8)
 model.update(
     num_hidden_layers=3,
     connector=dict(hidden_dropout_prob=0.0),  # too few steps to need it
