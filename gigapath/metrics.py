@@ -90,6 +90,17 @@ def score_predictions(
     return scores
 
 
+def score_names(setting: str) -> tuple[str, ...]:
+    """Names of the scores of a setting, without those of single classes."""
+    curves = {
+        "multi_class": ("auroc", "auprc"),
+        "binary": ("auroc", "auprc", "macro_auprc"),
+        "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc"),
+    }
+    hits = _LABEL_HITS if setting == "multi_label" else _CLASS_HITS
+    return (*(name for name, _ in hits), *curves[setting])
+
+
 def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
     """The values of `score_predictions` without intervals and classes."""
     return {name: s["value"] for name, s in scores.items() if isinstance(s, dict) and "value" in s}

@@ -55,7 +55,7 @@ def read_settings(
 
 
 def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Builds a dataclass of numbers, text, flags and lists from values, checked by field.
+    """Builds a dataclass of numbers, text, flags and mappings from values, checked by field.
 
     Raises:
         ValueError: A field that there is not, or a value of another type; names it.
@@ -82,10 +82,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return str(value)  # feat_layer: 11
     if hint in (int, float, bool, str) and type(value) is not hint:
         raise ValueError(f"{name}: {hint.__name__} expected, got {value!r}")
-    if hint not in (int, float, bool, str):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: a list expected, got {value!r}")
-        return tuple(value)
+    if hint not in (int, float, bool, str) and not isinstance(value, Mapping):
+        raise ValueError(f"{name}: a mapping expected, got {value!r}")
     return value
 
 

@@ -1,0 +1,430 @@
+"""Slide classification over tile embeddings: fine-tuned slide encoder, and comparisons beside it.
+
+For each method and fold a folder `METHOD/fold_K/` with weights, predictions, scores and curves;
+over all of them `results.json`, `results.md` and `summary.csv`. All methods see the same slides in
+the same splits. A killed run continues when it is called again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gigapath.baselines import METHODS, VectorSplit, check_methods
+from gigapath.classification_head import ClassificationHead
+from gigapath.finetune_settings import FinetuneSettings
+from gigapath.finetune_trainer import Trainer, check_inputs
+from gigapath.metrics import plain_values, score_names, score_predictions
+from gigapath.ranks import Ranks
+from gigapath.result_files import (
+    RESULTS_NAME,
+    TABLE_NAME,
+    results_table,
+    spread,
+    write_predictions,
+    write_skipped,
+)
+from gigapath.slide_dataset import (
+    SlideBags,
+    SlideFolder,
+    SlideScan,
+    derived_seed,
+    pooled_vectors,
+    stored_vectors,
+)
+from gigapath.slide_encoder import ARCHITECTURES
+from gigapath.slide_splits import (
+    PARTS,
+    Split,
+    check_parts,
+    make_splits,
+    read_splits,
+    write_splits,
+)
+from gigapath.slide_tasks import LabelledSlides, SlideTask, read_labels, read_task
+from wsi.files import folder_lock, write_json, write_text
+
+SLIDE_ENCODER = "slide_encoder"
+
+_WEIGHTS = 3  # tells the seed of the weights from those of the trainer
+
+
+@dataclass(frozen=True)
+class BagModel:
+    """A further model that is trained as the slide encoder is.
+
+    Attributes:
+        build: From the width of the tile embeddings and the number of classes to a module that is
+            called as `module(features, coords, lengths=...)` and returns logits.
+        settings: Fields of `FinetuneSettings` that differ.
+    """
+
+    build: Callable[[int, int], nn.Module]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def finetune_slides(
+    features: str | os.PathLike[str],
+    table: str | os.PathLike[str],
+    task: SlideTask | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    splits: str | os.PathLike[str] | None = None,
+    settings: FinetuneSettings | None = None,
+    methods: Sequence[str] = (SLIDE_ENCODER,),
+    models: Mapping[str, BagModel] | None = None,
+    vectors: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains and tests slide classifiers on each fold.
+
+    Run by torchrun, the processes share the work; effective batch and result stay the same.
+
+    Args:
+        features: Folder with `SLIDE.h5` or `SLIDE.pt` per slide.
+        table: csv with `slide_id`, labels and, where patients are known, `pat_id`.
+        task: What is predicted, or a file that says so.
+        out: Output folder.
+        splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` and so on; by default made
+            from the table.
+        settings: Of the training.
+        methods: `slide_encoder`, names of `models`, `knn`, `logistic`.
+        models: Further models by name.
+        vectors: Folder of slide embeddings for `knn` and `logistic`; by default they take the mean
+            over a slide's tiles.
+        device: `cuda` or `cpu`; by default a GPU where there is one.
+        progress: Show progress bars.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        FileNotFoundError: Tables, tasks, splits or features that are not there.
+        ValueError: Tables that contradict themselves, a fold without usable slides, or a folder of
+            another run.
+    """
+    settings, out, models = settings or FinetuneSettings(), Path(out), dict(models or {})
+    methods = check_methods(methods, (SLIDE_ENCODER, *models))
+    task = task if isinstance(task, SlideTask) else read_task(task)
+    if settings.monitor not in (known := ("loss", *score_names(task.setting))):
+        raise ValueError(f"monitor {settings.monitor!r}: one of {', '.join(known)} expected")
+    folder = SlideFolder(Path(features), needs_coords=SLIDE_ENCODER in methods)
+    if not folder.path.is_dir():
+        raise FileNotFoundError(f"features {folder.path}: no such folder")
+    with Ranks(device) as ranks, ExitStack() as stack:
+        if SLIDE_ENCODER in methods:  # missing weights are found before a day of reading slides
+            _head(settings, settings.input_dim, len(task.classes))
+        if ranks.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(out / ".lock"))
+        cohort = ranks.first(
+            lambda: _cohort(folder, table, task, out, splits, settings, methods, progress)
+        )
+        runs = Runs(cohort, task, settings, folder, out, models, ranks, progress, vectors)
+        found = {method: runs.finish(method) for method in methods}
+        results = {
+            "task": asdict(task),
+            "features": str(features),
+            "settings": asdict(settings),
+            "num_slides": len(cohort.num_tiles),
+            "num_tiles": sum(cohort.num_tiles.values()),
+            "num_skipped": len(cohort.skipped) + len(runs.skipped),
+            "num_without_row": cohort.num_without_row,
+            "methods": found,
+        }
+        if ranks.is_first:
+            write_skipped(out, [*cohort.skipped, *runs.skipped])
+            write_text(out / TABLE_NAME, _table(results, task))
+            write_text(out / "summary.csv", _summary(results))
+            write_json(out / RESULTS_NAME, results)
+        ranks.barrier()
+    return results
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The slides of a run.
+
+    Attributes:
+        labels: Slide -> label.
+        splits: Fold -> slides that can be used.
+        num_tiles: Slide -> number of tiles.
+        skipped: `id`, `reason` of rows and slides that are left out.
+        num_without_row: Files of features that the table does not name.
+    """
+
+    labels: Mapping[str, Any]
+    splits: Mapping[int, Split]
+    num_tiles: Mapping[str, int]
+    skipped: tuple[dict[str, str], ...]
+    num_without_row: int
+
+
+def _cohort(
+    folder: SlideFolder,
+    table: str | os.PathLike[str],
+    task: SlideTask,
+    out: Path,
+    splits: str | os.PathLike[str] | None,
+    settings: FinetuneSettings,
+    methods: Sequence[str],
+    progress: bool,
+) -> Cohort:
+    """Reads tables and looks at every slide."""
+    labelled = read_labels(table, task)
+    made, unknown = _splits(labelled, splits, settings)
+    slides = sorted(
+        {slide for split in made.values() for p in PARTS for slide in getattr(split, p)}
+    )
+    grid = _grid(settings) if SLIDE_ENCODER in methods else None
+    num_tiles, bad = SlideScan(folder, slides, settings.input_dim, grid).run(
+        out / "slides.json", num_workers=settings.num_workers, progress=progress
+    )
+    if not num_tiles:
+        raise ValueError(f"features {folder.path}: no slide can be used: {bad[0]['reason']}")
+    usable = {fold: split.only(num_tiles) for fold, split in made.items()}
+    for fold, split in usable.items():
+        check_parts(split, fold, with_val=settings.needs_val)
+    write_splits(out / "splits", usable)
+    rows = {row["id"]: row for row in (*labelled.skipped, *unknown, *bad)}
+    named = {slide.removesuffix(".svs") for slide in (*labelled.labels, *rows)}
+    labels = {slide: labelled.labels[slide] for slide in num_tiles}
+    return Cohort(
+        labels, usable, num_tiles, tuple(rows.values()), len(set(folder.slides()) - named)
+    )
+
+
+def _grid(settings: FinetuneSettings) -> tuple[int, int] | None:
+    """Side and number of the encoder's cells, or None if it takes coordinates beyond them."""
+    options = {**ARCHITECTURES[settings.model_arch], **settings.encoder}
+    if options.get("out_of_grid") == "original":
+        return None
+    return settings.tile_size, int(options.get("slide_ngrids", 1000))
+
+
+def _splits(
+    labelled: LabelledSlides,
+    splits: str | os.PathLike[str] | None,
+    settings: FinetuneSettings,
+) -> tuple[dict[int, Split], list[dict[str, str]]]:
+    if splits is not None:
+        return read_splits(splits, labelled, folds=settings.folds, split_key=settings.split_key)
+    made = make_splits(
+        labelled,
+        method=settings.split_method,
+        folds=settings.folds,
+        val_r=settings.val_r,
+        test_r=settings.test_r,
+        split_key=settings.split_key,
+        seed=settings.seed,
+    )
+    return made, []
+
+
+class Runs:
+    """All folds of all methods.
+
+    Args:
+        cohort: The slides.
+        task: What is predicted.
+        settings: Of the training.
+        folder: Tile embeddings.
+        out: Output folder.
+        models: Further models by name.
+        ranks: The processes.
+        progress: Show progress bars.
+        vectors: Folder of slide embeddings, or None for the mean over tiles.
+
+    Attributes:
+        skipped: `id`, `reason` of slides without a usable slide embedding.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        task: SlideTask,
+        settings: FinetuneSettings,
+        folder: SlideFolder,
+        out: Path,
+        models: Mapping[str, BagModel],
+        ranks: Ranks,
+        progress: bool,
+        vectors: str | os.PathLike[str] | None,
+    ) -> None:
+        self.cohort, self.task, self.settings, self.folder = cohort, task, settings, folder
+        self.out, self.models, self.ranks, self.progress = out, models, ranks, progress
+        self.vectors_folder = vectors
+        self.skipped: list[dict[str, str]] = []
+        self._vectors: dict[str, Any] | None = None
+
+    def finish(self, method: str) -> dict[str, Any]:
+        """Trains and tests a method on all folds."""
+        folds = []
+        for fold, split in self.cohort.splits.items():
+            folder = self.out / method / f"fold_{fold}"
+            if method in METHODS:
+                scores = self.ranks.first(
+                    lambda s=split, f=folder: self._compare(method, s, f)  # type: ignore[misc]
+                )
+            else:
+                scores = self._train(method, fold, split, folder)
+            folds.append({"fold": fold, **scores})
+        tests = [scores["test"] for scores in folds]
+        return {"folds": folds, "mean": spread(tests, self.task.setting)}
+
+    def _train(self, method: str, fold: int, split: Split, folder: Path) -> dict[str, Any]:
+        settings, build = self.settings, partial(_head, self.settings)
+        if method in self.models:
+            settings = replace(settings, **self.models[method].settings)
+            build = self.models[method].build  # type: ignore[assignment]
+            if not split.val:
+                settings = replace(settings, model_select="last_epoch", patience=0)
+        parts = {
+            part: SlideBags(
+                self.folder,
+                getattr(split, part),
+                self.cohort.labels,
+                max_tiles=settings.max_tiles or self.task.max_tiles,
+                tile_order="published" if settings.protocol == "published" else "row_major",
+                shuffle=self.task.shuffle_tiles,
+            )
+            for part in PARTS
+            if getattr(split, part)
+        }
+        torch.manual_seed(derived_seed(settings.seed, _WEIGHTS, fold))
+        model = build(settings.input_dim, len(self.task.classes))
+        trainer = Trainer(
+            model, self.task, settings, parts, folder, self.ranks, progress=self.progress
+        )
+        inputs = {
+            "method": method,
+            "task": asdict(self.task),
+            "settings": settings.of_training(),
+            "features": str(self.folder.path.absolute()),
+            "slides": asdict(split),
+        }
+        return trainer.finish(inputs)
+
+    def _compare(self, method: str, split: Split, folder: Path) -> dict[str, Any]:
+        if self._vectors is None:
+            self._vectors = self._read_vectors()
+        vectors, labels = self._vectors, self.cohort.labels
+        split = split.only(vectors)
+        check_parts(split, int(folder.name.removeprefix("fold_")), with_val=False)
+        parts = {
+            part: VectorSplit(
+                getattr(split, part),
+                np.stack([vectors[slide] for slide in getattr(split, part)]),
+                np.stack([labels[slide] for slide in getattr(split, part)]),
+            )
+            for part in PARTS
+            if getattr(split, part)
+        }
+        source = self.vectors_folder or self.folder.path
+        check_inputs(folder, {"method": method, "vectors": str(source), "slides": asdict(split)})
+        predict = METHODS[method](parts["train"], parts.get("val"), len(self.task.classes))
+        scores: dict[str, Any] = {}
+        for part in ("val", "test"):
+            if part in parts:
+                own = parts[part]
+                probabilities = predict(own.vectors)
+                scores[part] = score_predictions(
+                    own.labels,
+                    probabilities,
+                    self.task.classes,
+                    setting=self.task.setting,
+                    num_resamples=self.settings.num_resamples,
+                    seed=self.settings.seed,
+                )
+                write_predictions(
+                    folder / f"predictions_{part}.csv",
+                    own.ids, own.labels, probabilities, self.task.classes,
+                )  # fmt: skip
+        write_json(folder / "metrics.json", scores)
+        return scores
+
+    def _read_vectors(self) -> dict[str, Any]:
+        slides = list(self.cohort.num_tiles)
+        if self.vectors_folder is None:
+            return pooled_vectors(self.folder, slides, progress=self.progress)
+        vectors, self.skipped = stored_vectors(self.vectors_folder, slides)
+        return vectors
+
+
+def _head(settings: FinetuneSettings, input_dim: int, num_classes: int) -> ClassificationHead:
+    options = {
+        "global_pool": settings.global_pool,
+        "tile_size": settings.tile_size,
+        "max_wsi_size": settings.max_wsi_size,
+        "dropout": settings.dropout,
+        "drop_path_rate": settings.drop_path_rate,
+        **settings.encoder,
+    }
+    head = ClassificationHead(
+        input_dim,
+        feat_layer=settings.feat_layer,
+        n_classes=num_classes,
+        model_arch=settings.model_arch,
+        pretrained=settings.pretrained,
+        freeze=settings.freeze,
+        **options,
+    )
+    head.slide_encoder.set_grad_checkpointing(settings.grad_checkpointing)
+    return head
+
+
+def _table(results: Mapping[str, Any], task: SlideTask) -> str:
+    rows: list[tuple[tuple[str, str], Mapping[str, Any]]] = []
+    for method, found in results["methods"].items():
+        rows += [((method, str(fold["fold"])), fold["test"]) for fold in found["folds"]]
+        if len(found["folds"]) > 1:
+            rows.append(((method, "mean ± std"), found["mean"]))
+    undefined = sorted(
+        {
+            f"fold {fold['fold']}: {name}"
+            for found in results["methods"].values()
+            for fold in found["folds"]
+            for name in fold["test"]["undefined"]
+        }
+    )
+    notes = []
+    if undefined:
+        notes.append(
+            "Classes that no test slide or every test slide has, left out of the means of AUROC "
+            f"and AUPRC: {'; '.join(undefined)}."
+        )
+    if results["num_skipped"]:
+        notes.append(f"{results['num_skipped']} slides or rows left out: see skipped.jsonl.")
+    if results["num_without_row"]:
+        notes.append(f"{results['num_without_row']} files of features have no row in the table.")
+    title = f"{task.name}: slides of {results['features']}"
+    return results_table(title, task.setting, rows, ("method", "fold"), notes)
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    text = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for method, found in results["methods"].items():
+        for fold in found["folds"]:
+            row: dict[str, Any] = {"method": method, "fold": fold["fold"]}
+            for part in ("val", "test"):
+                values = plain_values(fold.get(part) or fold["test"])
+                shown = values if part in fold else dict.fromkeys(values)
+                row |= {f"{part}_{name}": value for name, value in shown.items()}
+            if writer is None:
+                writer = csv.DictWriter(text, list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+    return text.getvalue()

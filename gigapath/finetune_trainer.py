@@ -1,0 +1,390 @@
+"""Training of a slide classifier on one fold, in one process or several, resumable.
+
+The gradients of `gc` batches make a step. Batches are dealt to the processes in turn and their
+gradients are added up, so several processes compute what one does, up to the order of additions.
+Every random number derives from the seed, the epoch and the batch or slide, so a continued run, or
+one in another number of processes, draws the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gigapath.finetune_settings import FinetuneSettings
+from gigapath.layer_decay import (
+    learning_rate,
+    parameter_groups,
+    scale_and_decay,
+    set_learning_rate,
+)
+from gigapath.metrics import plain_values, score_predictions
+from gigapath.ranks import Ranks
+from gigapath.result_files import SHOWN, draw_curves, write_predictions
+from gigapath.slide_dataset import Batch, SlideBags, derived_seed
+from gigapath.slide_tasks import SlideTask
+from wsi.files import atomic_file, write_json
+
+STATE_NAME, WEIGHTS_NAME = "state.pt", "model.safetensors"
+
+_ORDER, _TILES, _NOISE = range(3)
+
+Order = Callable[[int], Sequence[int]]
+"""Epoch -> numbers of the training slides, in the order they are taken."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the optimiser.
+
+    Attributes:
+        first: Number of its first batch in the epoch.
+        batches: Numbers of slides of each batch.
+        whole: Whether there are as many batches as steps have.
+    """
+
+    first: int
+    batches: tuple[tuple[int, ...], ...]
+    whole: bool
+
+
+class Trainer:
+    """A model that is trained on one fold.
+
+    Args:
+        model: Called as `model(features, coords, lengths=...)`, returns logits.
+        task: What the outputs mean.
+        settings: Of the training.
+        parts: `train`, `val`, `test`; `val` may be missing.
+        folder: Takes weights, state, figures and scores.
+        ranks: The processes.
+        order: Of the training slides; by default by the seed.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: SlideTask,
+        settings: FinetuneSettings,
+        parts: Mapping[str, SlideBags],
+        folder: Path,
+        ranks: Ranks,
+        *,
+        order: Order | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.model = model.to(ranks.device)
+        self.task, self.settings, self.parts = task, settings, parts
+        self.folder, self.ranks, self.progress = folder, ranks, progress
+        self.order = order or self._order
+        depth = int(getattr(getattr(model, "slide_encoder", None), "depth", 0))
+        groups = parameter_groups(
+            model,
+            scale_and_decay(
+                model,
+                depth,
+                weight_decay=settings.optim_wd,
+                layer_decay=settings.layer_decay,
+                protocol=settings.protocol,
+            ),
+        )
+        kind = torch.optim.AdamW if settings.optim == "adamw" else torch.optim.Adam
+        self.optimizer: torch.optim.Optimizer = kind(groups, lr=settings.peak_lr)
+        self.history: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.epoch, self.step = 0, 0
+        ranks.share_parameters(model)
+
+    def finish(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Trains what is left to train, tests, and returns the scores.
+
+        Args:
+            inputs: What the run is made from; a folder of another run is refused.
+        """
+        self.ranks.first(lambda: check_inputs(self.folder, inputs))
+        done = self.folder / "metrics.json"
+        if self.ranks.first(done.is_file):
+            scores: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            return scores
+        self.train()
+        return self.test()
+
+    def train(self) -> None:
+        """Trains from where the folder's state stands to the last epoch, or the patience's end."""
+        self._resume()
+        while self.epoch < self.settings.epochs and not self._out_of_patience():
+            self.train_epoch()
+            entry = self._validate()
+            self.history.append(entry)
+            if self._keeps(entry):
+                self._save_weights()
+            self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+            self._save_state()
+
+    def train_epoch(self) -> list[float]:
+        """Trains one epoch, from the current step; returns the loss of each batch here."""
+        plan = self.plan(self.epoch)
+        num_batches = sum(len(step.batches) for step in plan)
+        mine = [
+            (step.first + place, batch)
+            for step in plan[self.step :]
+            for place, batch in enumerate(step.batches)
+            if place % self.ranks.world == self.ranks.rank
+        ]
+        tiles_seed = derived_seed(self.settings.seed, _TILES, self.epoch)
+        keys = [(batch, tiles_seed) for _, batch in mine]
+        batches = iter(self.parts["train"].loader(keys, self.settings.num_workers))
+        numbers = iter([number for number, _ in mine])
+        self.model.train()
+        shown = tqdm(plan[self.step :], desc=f"{self.folder.name} epoch {self.epoch}",
+                     unit="step", disable=not (self.progress and self.ranks.is_first))  # fmt: skip
+        for step in shown:
+            self._set_rate(self.epoch + step.first / num_batches)
+            own = len(step.batches[self.ranks.rank :: self.ranks.world])
+            num_slides = sum(map(len, step.batches))
+            for _ in range(own):
+                self._accumulate(next(batches), next(numbers), num_slides)
+            if step.whole or self.settings.protocol == "corrected":
+                self.ranks.add_gradients(self.model.parameters())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.step += 1
+            if self.settings.save_steps and self.step % self.settings.save_steps == 0:
+                self._save_state()
+        return self.losses
+
+    def plan(self, epoch: int) -> list[Step]:
+        """The steps of an epoch."""
+        order, size, count = list(self.order(epoch)), self.settings.batch_size, self.settings.gc
+        batches = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+        steps = []
+        for first in range(0, len(batches), count):
+            chunk = tuple(batches[first : first + count])
+            steps.append(Step(first, chunk, len(chunk) == count))
+        return steps
+
+    def predict(self, bags: SlideBags) -> tuple[NDArray[np.float64], float]:
+        """Probabilities `(num_slides, num_classes)` and the mean loss, in every process."""
+        self.model.eval()
+        numbers = range(self.ranks.rank, len(bags), self.ranks.world)
+        seed = derived_seed(self.settings.seed, _TILES)
+        loader = bags.loader([((n,), seed) for n in numbers], self.settings.num_workers)
+        found: dict[int, tuple[NDArray[Any], float]] = {}
+        with torch.inference_mode():
+            for batch in loader:
+                logits = self._logits(batch)
+                loss = self._loss(logits, batch.labels.to(logits.device)).item()
+                several = self.task.several_labels
+                probabilities = logits.sigmoid() if several else logits.softmax(-1)
+                found[batch.indices[0]] = probabilities[0].cpu().numpy(), loss
+        merged = {k: v for part in self.ranks.gather(found) for k, v in part.items()}
+        rows = [merged[number] for number in range(len(bags))]
+        return np.stack([row[0] for row in rows]), float(np.mean([row[1] for row in rows]))
+
+    def test(self) -> dict[str, Any]:
+        """Scores the kept weights on validation and test slides, and writes the predictions."""
+        from safetensors.torch import load_file
+
+        weights = load_file(self.folder / WEIGHTS_NAME)
+        self.model.load_state_dict(weights)
+        scores: dict[str, Any] = {"epoch": self._best()["epoch"], "num_epochs": len(self.history)}
+        for part in ("val", "test"):
+            if part not in self.parts:
+                continue
+            bags = self.parts[part]
+            probabilities, loss = self.predict(bags)
+            if self.ranks.is_first:
+                scores[part] = score_predictions(
+                    bags.labels,
+                    probabilities,
+                    self.task.classes,
+                    setting=self.task.setting,
+                    num_resamples=self.settings.num_resamples,
+                    seed=self.settings.seed,
+                )
+                scores[part]["loss"] = loss
+                write_predictions(
+                    self.folder / f"predictions_{part}.csv",
+                    bags.slides, bags.labels, probabilities, self.task.classes,
+                )  # fmt: skip
+        return self.ranks.first(lambda: self._write_scores(scores))
+
+    def _accumulate(self, batch: Batch, number: int, num_slides: int) -> None:
+        torch.manual_seed(derived_seed(self.settings.seed, _NOISE, self.epoch, number))
+        logits = self._logits(batch)
+        loss = self._loss(logits, batch.labels.to(logits.device))
+        share = len(batch.indices) / num_slides
+        if self.settings.protocol == "published":
+            share = 1 / self.settings.gc
+        (loss * share).backward()
+        value = loss.item()
+        if not np.isfinite(value):
+            names = ", ".join(self.parts["train"].slides[i] for i in batch.indices)
+            raise ValueError(f"epoch {self.epoch}, {names}: the loss is {value}; lower blr or lr")
+        self.losses.append(value)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        device = self.ranks.device
+        features, coords = batch.features.to(device), batch.coords.to(device)
+        with self._autocast():
+            logits = self.model(features, coords, lengths=batch.lengths)
+        return logits.float()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.task.several_labels:
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        half = self.settings.precision == "bf16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=half)
+
+    def _set_rate(self, epoch: float) -> None:
+        settings, rate = self.settings, self.settings.peak_lr
+        if settings.lr_scheduler == "cosine":
+            rate = learning_rate(
+                epoch,
+                lr=rate,
+                min_lr=settings.min_lr,
+                warmup_epochs=settings.warmup_epochs,
+                epochs=settings.epochs,
+            )
+        self.rate = rate
+        set_learning_rate(self.optimizer, rate)
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        seed = derived_seed(self.settings.seed, _ORDER, epoch)
+        generator = torch.Generator().manual_seed(seed)
+        labels = self.parts["train"].labels
+        if self.settings.weighted_sample and labels.ndim == 1:
+            weights = torch.from_numpy(1 / np.bincount(labels)[labels])
+            drawn = torch.multinomial(weights, len(labels), True, generator=generator)
+            return [int(number) for number in drawn]
+        return [int(number) for number in torch.randperm(len(labels), generator=generator)]
+
+    def _validate(self) -> dict[str, Any]:
+        losses = [value for part in self.ranks.gather(self.losses) for value in part]
+        entry: dict[str, Any] = {
+            "epoch": self.epoch,
+            "lr": self.rate,
+            "train_loss": float(np.mean(losses)),
+        }
+        if "val" in self.parts:
+            bags = self.parts["val"]
+            probabilities, loss = self.predict(bags)
+            scores = score_predictions(
+                bags.labels, probabilities, self.task.classes, setting=self.task.setting,
+                num_resamples=0,
+            )  # fmt: skip
+            entry |= {"val_loss": loss, **plain_values(scores)}
+        return entry
+
+    def _goodness(self, entry: Mapping[str, Any]) -> tuple[float, float]:
+        """By the monitor, where it is defined, then by loss."""
+        if "val_loss" not in entry:
+            return 0.0, 0.0
+        value = entry.get(self.settings.monitor) if self.settings.monitor != "loss" else 0.0
+        return (-1.0 if value is None else value), -entry["val_loss"]
+
+    def _best(self) -> dict[str, Any]:
+        """The epoch whose weights are kept."""
+        if self.settings.model_select == "last_epoch":
+            return self.history[-1]
+        return max(self.history, key=self._goodness)  # of equals the first
+
+    def _keeps(self, entry: Mapping[str, Any]) -> bool:
+        return self._best() is entry
+
+    def _out_of_patience(self) -> bool:
+        if not self.settings.patience or not self.history:
+            return False
+        best = max(self.history, key=self._goodness)
+        return self.epoch - 1 - int(best["epoch"]) >= self.settings.patience
+
+    def _save_weights(self) -> None:
+        from safetensors.torch import save_file
+
+        if self.ranks.is_first:
+            weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
+            with atomic_file(self.folder / WEIGHTS_NAME) as partial:
+                save_file(weights, partial)
+
+    def _save_state(self) -> None:
+        """Keeps what a continued run needs."""
+        losses = [value for part in self.ranks.gather(self.losses) for value in part]
+        if self.settings.protocol == "published":  # what leaks into the next epoch is kept too
+            self.ranks.add_gradients(self.model.parameters())
+            if not self.ranks.is_first:
+                self.optimizer.zero_grad()
+        if self.ranks.is_first:
+            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            state = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "losses": losses,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "gradients": gradients,
+                "history": self.history,
+            }
+            with atomic_file(self.folder / STATE_NAME) as partial:
+                torch.save(state, partial)
+        self.losses = losses if self.ranks.is_first else []
+        self.ranks.barrier()
+
+    def _resume(self) -> None:
+        file = self.folder / STATE_NAME
+        if not self.ranks.first(file.is_file):
+            return
+        state = torch.load(file, map_location=self.ranks.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        if self.ranks.is_first:
+            self.losses = state["losses"]
+            for name, parameter in self.model.named_parameters():
+                parameter.grad = state["gradients"].get(name)
+
+    def _write_scores(self, scores: dict[str, Any]) -> dict[str, Any]:
+        write_json(self.folder / "history.json", self.history)
+        draw_curves(
+            self.folder / "curves.png",
+            self.history,
+            step="epoch",
+            losses=("train_loss", "val_loss"),
+            scores=SHOWN[self.task.setting],
+            chosen=scores["epoch"],
+        )
+        write_json(self.folder / "metrics.json", scores)
+        return scores
+
+
+def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Writes what a run is made from, or compares it with what is written.
+
+    Raises:
+        ValueError: The folder holds a run of other inputs; names them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, wanted = folder / "config.json", json.loads(json.dumps(inputs))
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found != wanted:
+            names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            raise ValueError(
+                f"{folder}: holds a run with other {', '.join(names)}; name a new output folder"
+            )
+        return
+    write_json(file, wanted)

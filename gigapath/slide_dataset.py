@@ -1,0 +1,351 @@
+"""Slides as bags of tile embeddings, read from `.h5` or `.pt` when they are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gigapath.embedding_zip import load_tensors
+from gigapath.pos_embed import check_coords
+from gigapath.tile_embedding import check_features
+from wsi.files import check_name, write_json
+from wsi.store import read_features
+
+SUFFIXES = (".h5", ".pt")
+
+PT_LIMIT_BYTES = 64 << 30
+"""Of a slide's `.pt`: a million tiles of 1536 values take 6 GB."""
+
+TILE_ORDERS = ("row_major", "published")
+
+
+@dataclass(frozen=True)
+class Bag:
+    """A slide.
+
+    Attributes:
+        slide: Its id.
+        features: float32 `(num_tiles, in_chans)`.
+        coords: int64 `(num_tiles, 2)`: x and y in pixels at level 0; zeros where the file has none.
+    """
+
+    slide: str
+    features: Tensor
+    coords: Tensor
+
+
+@dataclass(frozen=True)
+class SlideFolder:
+    """Tile embeddings of slides, a file each.
+
+    `SLIDE.h5` holds `features` and `coords`; `SLIDE.pt` a mapping of both, or features alone, which
+    do for models that need no places. An id may end in `.svs`, as in published tables.
+
+    Attributes:
+        path: The folder.
+        needs_coords: Whether files without coordinates are refused.
+    """
+
+    path: Path
+    needs_coords: bool = True
+
+    def file(self, slide: str) -> Path:
+        """Where a slide's embeddings lie.
+
+        Raises:
+            FileNotFoundError: Neither `.h5` nor `.pt`.
+            UnsafeNameError: An id that is no file name.
+        """
+        stem = check_name(slide.removesuffix(".svs"), room_bytes=len(SUFFIXES[0]))
+        for suffix in SUFFIXES:
+            if (self.path / f"{stem}{suffix}").is_file():
+                return self.path / f"{stem}{suffix}"
+        raise FileNotFoundError(f"{self.path}: no {stem}.h5 or {stem}.pt")
+
+    def read(self, slide: str) -> Bag:
+        """Reads a slide.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Damaged, no tiles, infinities or NaN, or no coordinates.
+        """
+        file = self.file(slide)
+        features, coords = read_features(file) if file.suffix == ".h5" else self._read_pt(file)
+        check_features(features, coords, str(file))
+        values = np.ascontiguousarray(features, dtype=np.float32)
+        return Bag(slide, torch.from_numpy(values), torch.from_numpy(coords))
+
+    def slides(self) -> list[str]:
+        """Ids of all files, without suffix."""
+        return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
+
+    def _read_pt(self, file: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        value = load_tensors(file.read_bytes(), PT_LIMIT_BYTES)
+        features, coords = value, None
+        if isinstance(value, Mapping):
+            features, coords = value.get("features"), value.get("coords")
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise ValueError(f"{file}: a tensor (num_tiles, dim), or features and coords, expected")
+        if coords is None:
+            if self.needs_coords:
+                raise ValueError(f"{file}: no coords; the slide encoder needs to know the places")
+            coords = torch.zeros(len(features), 2)
+        if not isinstance(coords, Tensor) or coords.shape != (len(features), 2):
+            raise ValueError(f"{file}: coords {getattr(coords, 'shape', coords)!s:.40}")
+        return features.float().numpy(), coords.numpy().astype(np.int64)
+
+
+class SlideScan(Dataset[dict[str, Any]]):
+    """Looks at every slide once, before training: what is wrong, how many tiles.
+
+    Args:
+        folder: The embeddings.
+        slides: Ids.
+        in_chans: Width that is expected.
+        grid: Side of a cell in pixels at level 0 and number of cells, to check coordinates.
+    """
+
+    def __init__(
+        self,
+        folder: SlideFolder,
+        slides: Sequence[str],
+        in_chans: int,
+        grid: tuple[int, int] | None,
+    ) -> None:
+        self.folder, self.all_slides, self.in_chans = folder, tuple(slides), in_chans
+        self.grid, self.slides = grid, tuple(slides)
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        slide = self.slides[index]
+        try:
+            bag = self.folder.read(slide)
+            if bag.features.shape[1] != self.in_chans:
+                raise ValueError(
+                    f"features of width {bag.features.shape[1]}; input_dim is {self.in_chans}"
+                )
+            if self.grid is not None:
+                check_coords(bag.coords, *self.grid)
+        except (ValueError, TypeError, OSError) as error:
+            return {"id": slide, "reason": str(error)}
+        return {"id": slide, "num_tiles": len(bag.features)}
+
+    def run(
+        self, cache: Path | None = None, *, num_workers: int = 0, progress: bool = False
+    ) -> tuple[dict[str, int], list[dict[str, str]]]:
+        """Scans.
+
+        Args:
+            cache: JSON file that keeps what was found for files that do not change.
+            num_workers: Processes that read.
+            progress: Show a progress bar.
+
+        Returns:
+            Slide -> number of tiles, and `id`, `reason` of slides that cannot be used.
+        """
+        from tqdm import tqdm
+
+        known = self._known(cache)
+        found = {s: known[s] for s in self.all_slides if known.get(s, {}).get("as") == self._as(s)}
+        self.slides = tuple(slide for slide in self.all_slides if slide not in found)
+        loader = DataLoader(self, batch_size=None, num_workers=num_workers)
+        with tqdm(loader, desc="checking slides", disable=not progress) as rows:
+            for row in rows:
+                found[row["id"]] = {**row, "as": self._as(row["id"])}
+        self.slides = self.all_slides
+        if cache is not None:
+            write_json(cache, list(found.values()))
+        rows = [found[slide] for slide in self.all_slides]
+        good = {row["id"]: int(row["num_tiles"]) for row in rows if "num_tiles" in row}
+        bad = [{"id": row["id"], "reason": row["reason"]} for row in rows if "reason" in row]
+        return good, bad
+
+    def _known(self, cache: Path | None) -> dict[str, dict[str, Any]]:
+        if cache is None or not cache.is_file():
+            return {}
+        return {row["id"]: row for row in json.loads(cache.read_text(encoding="utf-8"))}
+
+    def _as(self, slide: str) -> list[Any]:
+        """Size and time of the file, and what was asked of it."""
+        asked = [self.in_chans, list(self.grid or ()), self.folder.needs_coords]
+        try:
+            status = os.stat(self.folder.file(slide))
+        except (OSError, ValueError):
+            return asked
+        return [status.st_size, status.st_mtime_ns, *asked]
+
+
+def choose_tiles(
+    bag: Bag, max_tiles: int, tile_order: str, *, shuffle: bool = False, seed: int = 0
+) -> Bag:
+    """The tiles of a slide that a model sees, in the order in which it sees them.
+
+    Args:
+        bag: The slide.
+        max_tiles: At most so many; 0 for all.
+        tile_order: `row_major`: of too many tiles a random choice, then by row and column, as the
+            slide encoder was trained. `published`: the first ones in the file's order, or if
+            `shuffle` in random order.
+        shuffle: The task's `shuffle_tiles`.
+        seed: Of choice and order.
+    """
+    count = len(bag.features)
+    generator = torch.Generator().manual_seed(seed)
+    if tile_order == "published":
+        order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+        order = order[: max_tiles or count]
+    else:
+        places = bag.coords.numpy()
+        order = torch.from_numpy(np.lexsort((places[:, 0], places[:, 1])))
+        if 0 < max_tiles < count:
+            kept = torch.randperm(count, generator=generator)[:max_tiles].sort().values
+            order = order[kept]
+    return Bag(bag.slide, bag.features[order], bag.coords[order])
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed that is another one for other parts: run, epoch, slide."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Slides that go through a model at once.
+
+    Attributes:
+        indices: Numbers of the slides.
+        features: float32 `(num_slides, most_tiles, in_chans)`, zeros at the end of shorter ones.
+        coords: int64 `(num_slides, most_tiles, 2)`.
+        lengths: Tiles of each.
+        labels: int64 `(num_slides,)`, or `(num_slides, num_classes)`.
+    """
+
+    indices: tuple[int, ...]
+    features: Tensor
+    coords: Tensor
+    lengths: tuple[int, ...]
+    labels: Tensor
+
+
+class SlideBags(Dataset[Batch]):
+    """Batches of slides by `(numbers, seed)`.
+
+    Args:
+        folder: The embeddings.
+        slides: Ids.
+        labels: Slide -> label.
+        max_tiles: As in `choose_tiles`.
+        tile_order: As in `choose_tiles`.
+        shuffle: As in `choose_tiles`.
+    """
+
+    def __init__(
+        self,
+        folder: SlideFolder,
+        slides: Sequence[str],
+        labels: Mapping[str, NDArray[np.int64]],
+        *,
+        max_tiles: int = 0,
+        tile_order: str = "row_major",
+        shuffle: bool = False,
+    ) -> None:
+        self.folder, self.slides = folder, tuple(slides)
+        self.labels = np.stack([labels[slide] for slide in slides])
+        self.max_tiles, self.tile_order, self.shuffle = max_tiles, tile_order, shuffle
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __getitem__(self, key: tuple[Sequence[int], int]) -> Batch:
+        numbers, seed = key
+        bags = []
+        for number in numbers:
+            bags.append(
+                choose_tiles(
+                    self.folder.read(self.slides[number]),
+                    self.max_tiles,
+                    self.tile_order,
+                    shuffle=self.shuffle,
+                    seed=derived_seed(seed, number),
+                )
+            )
+        pad = torch.nn.utils.rnn.pad_sequence
+        return Batch(
+            tuple(numbers),
+            pad([bag.features for bag in bags], batch_first=True),
+            pad([bag.coords for bag in bags], batch_first=True),
+            tuple(len(bag.features) for bag in bags),
+            torch.from_numpy(self.labels[list(numbers)]),
+        )
+
+    def loader(
+        self, keys: Sequence[tuple[Sequence[int], int]], num_workers: int = 0
+    ) -> DataLoader[Batch]:
+        """Reads batches ahead, in the order of the keys."""
+        return DataLoader(self, batch_size=None, sampler=keys, num_workers=num_workers)  # type: ignore[arg-type]
+
+
+def pooled_vectors(
+    folder: SlideFolder, slides: Sequence[str], *, progress: bool = False
+) -> dict[str, NDArray[np.float32]]:
+    """Mean over the tiles of each slide, `(in_chans,)`."""
+    from tqdm import tqdm
+
+    shown = tqdm(slides, desc="mean over tiles", disable=not progress)
+    return {slide: folder.read(slide).features.mean(dim=0).numpy() for slide in shown}
+
+
+def stored_vectors(
+    folder: str | os.PathLike[str], slides: Sequence[str]
+) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, str]]]:
+    """Slide embeddings, a file each: `.h5` with `features`, or a tensor in a `.pt`.
+
+    Returns:
+        Slide -> `(embed_dim,)`, and `id`, `reason` of slides without a usable one.
+
+    Raises:
+        ValueError: No slide has one, or widths differ.
+    """
+    found, bad = {}, []
+    for slide in slides:
+        try:
+            found[slide] = _read_vector(SlideFolder(Path(folder)).file(slide))
+        except (ValueError, OSError) as error:
+            bad.append({"id": slide, "reason": str(error)})
+    if not found:
+        raise ValueError(f"slide embeddings {folder}: none can be used: {bad[:1]}")
+    if len(widths := {len(vector) for vector in found.values()}) > 1:
+        raise ValueError(f"slide embeddings {folder}: of several widths: {sorted(widths)}")
+    return found, bad
+
+
+def _read_vector(file: Path) -> NDArray[np.float32]:
+    import h5py
+
+    if file.suffix == ".h5":
+        try:
+            with h5py.File(file, "r") as opened:
+                value = np.asarray(opened["features"])
+        except KeyError as error:
+            raise ValueError(f"{file}: {error}") from error
+    else:
+        loaded = load_tensors(file.read_bytes())
+        if not isinstance(loaded, Tensor):
+            raise ValueError(f"{file}: a tensor expected, got {type(loaded).__name__}")
+        value = loaded.float().numpy()
+    vector = np.asarray(value, dtype=np.float32).squeeze()
+    if vector.ndim != 1 or not np.isfinite(vector).all():
+        raise ValueError(f"{file}: one finite vector expected, got shape {value.shape}")
+    return vector

@@ -1,0 +1,177 @@
+"""What slides are classified into: task files as published, and tables of labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigapath.metrics import SETTINGS
+from gigapath.recipes import read_yaml
+from wsi.files import UnsafeNameError, check_name
+
+SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"
+"""Columns of the published tables."""
+
+_FIELDS = {"name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_metrics"}
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """A task.
+
+    Attributes:
+        name: Of the task.
+        setting: `multi_class` or `binary`: column `label` holds one of the classes. `multi_label`:
+            each class is a column of 0 and 1.
+        classes: Values of the labels, or names of the columns, in the order of the model's outputs.
+        max_tiles: Tiles of a slide that are used at most; 0 for all.
+        shuffle_tiles: Take tiles in random order; only `protocol: published` does so, since the
+            encoder depends on the order.
+    """
+
+    name: str
+    setting: str
+    classes: tuple[str, ...]
+    max_tiles: int = 0
+    shuffle_tiles: bool = False
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether a slide may have several classes or none."""
+        return self.setting == "multi_label"
+
+    def columns(self) -> tuple[str, ...]:
+        """Columns of labels in a table."""
+        return self.classes if self.several_labels else ("label",)
+
+    def encode(self, row: Mapping[str, str]) -> NDArray[np.int64]:
+        """A table's row as class number `()`, or as 0 and 1 `(num_classes,)`.
+
+        Raises:
+            ValueError: A label that is not of the task.
+        """
+        if self.several_labels:
+            values = [_as_text(row[name]) for name in self.classes]
+            for name, value in zip(self.classes, values, strict=True):
+                if value not in ("0", "1"):
+                    raise ValueError(f"label {name}: 0 or 1 expected, got {value!r}")
+            return np.array(values, dtype=np.int64)
+        value = _as_text(row["label"])
+        if value not in self.classes:
+            raise ValueError(f"label {value!r}: one of {', '.join(self.classes)} expected")
+        return np.array(self.classes.index(value))
+
+
+@dataclass(frozen=True)
+class LabelledSlides:
+    """Slides of a table.
+
+    Attributes:
+        labels: Slide -> what `SlideTask.encode` returned.
+        patients: Slide -> patient; empty where the table has no such column.
+        skipped: Rows that cannot be used: `id`, `reason`.
+    """
+
+    labels: Mapping[str, NDArray[np.int64]]
+    patients: Mapping[str, str]
+    skipped: tuple[dict[str, str], ...]
+
+
+def read_task(path: str | os.PathLike[str]) -> SlideTask:
+    """Reads a task file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A field that is missing, unknown or of the wrong kind; names it.
+    """
+    content = read_yaml(path)
+    if unknown := sorted(set(content) - _FIELDS):
+        raise ValueError(f"task {path}: no field {unknown[0]!r}; known: {sorted(_FIELDS)}")
+    setting = content.get("setting", "multi_class")
+    if setting not in SETTINGS:
+        raise ValueError(f"task {path}: setting {setting!r}: one of {', '.join(SETTINGS)} expected")
+    numbers = content.get("label_dict")
+    if not isinstance(numbers, dict) or len(numbers) < (1 if setting == "multi_label" else 2):
+        raise ValueError(f"task {path}: label_dict: labels and their numbers expected")
+    if sorted(map(str, numbers.values())) != sorted(map(str, range(len(numbers)))):
+        raise ValueError(
+            f"task {path}: label_dict: numbers 0 to {len(numbers) - 1}, each once, expected, got "
+            f"{list(numbers.values())}"
+        )
+    if setting == "binary" and len(numbers) != 2:
+        raise ValueError(f"task {path}: binary: 2 labels expected, got {len(numbers)}")
+    max_tiles = content.get("max_tiles", 0)
+    if not isinstance(max_tiles, int) or max_tiles < 0:
+        raise ValueError(f"task {path}: max_tiles {max_tiles!r}: a whole number expected")
+    classes = sorted(numbers, key=lambda name: int(numbers[name]))
+    return SlideTask(
+        str(content.get("name", Path(path).stem)),
+        setting,
+        tuple(_as_text(str(name)) for name in classes),
+        max_tiles,
+        bool(content.get("shuffle_tiles", False)),
+    )
+
+
+def read_labels(
+    path: str | os.PathLike[str], task: SlideTask, *, slide_key: str = SLIDE_KEY
+) -> LabelledSlides:
+    """Reads a csv of slides: ids, labels and, where there is `pat_id`, patients.
+
+    Raises:
+        FileNotFoundError: No such table.
+        ValueError: Columns that are missing, one slide with two labels, or no row that can be used.
+    """
+    labels: dict[str, NDArray[np.int64]] = {}
+    patients: dict[str, str] = {}
+    skipped = []
+    for row in read_table(path, (slide_key, *task.columns())):
+        slide = row[slide_key]
+        try:
+            check_name(slide, room_bytes=len(".h5"))
+            label = task.encode(row)
+        except (UnsafeNameError, ValueError) as error:
+            skipped.append({"id": slide, "reason": str(error)})
+            continue
+        if slide in labels and not np.array_equal(labels[slide], label):
+            raise ValueError(f"table {path}: slide {slide} has two labels")
+        labels[slide] = label
+        if row.get(PATIENT_KEY):
+            patients[slide] = row[PATIENT_KEY]
+    if not labels:
+        first = skipped[0] if skipped else "it is empty"
+        raise ValueError(f"table {path}: no row can be used: {first}")
+    return LabelledSlides(labels, patients, tuple(skipped))
+
+
+def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> list[dict[str, str]]:
+    """Reads a csv as text, so that ids keep their zeros.
+
+    Raises:
+        FileNotFoundError: No such table.
+        ValueError: No csv, or columns that are missing.
+    """
+    import pandas as pd
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"table {path}: no such file")
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"table {path}: cannot be read: {error}") from error
+    if absent := [name for name in columns if name not in frame.columns]:
+        raise ValueError(f"table {path}: no columns {absent}, only {list(frame.columns)}")
+    records: list[dict[str, Any]] = frame.to_dict("records")
+    return [{str(k): str(v).strip() for k, v in row.items()} for row in records]
+
+
+def _as_text(value: str) -> str:
+    """A label as text; pandas and Excel write whole numbers as 1.0 where others are missing."""
+    value = value.strip()
+    return value[:-2] if value.endswith(".0") and value[:-2].lstrip("-").isdigit() else value

@@ -1,0 +1,189 @@
+"""Both commands and both scripts as a user types them, on made-up data and tiny recipes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from tests.gigapath.slide_cohort import write_cohort, write_published_split, write_table
+from xtuner_add.cli import main
+from xtuner_add.gigapath_commands import find_recipe, find_task, read_options
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--device", "cpu", "--option", "num_resamples=20")
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """Thirty slides of three classes of the PANDA task, with the table and a split."""
+    _, table = write_cohort(tmp_path, 30)
+    write_published_split(tmp_path / "splits", table)
+    return tmp_path
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """A zip in the published layout, and its table."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    with zipfile.ZipFile(tmp_path / "tiles.zip", "w") as archive:
+        for number in range(100):
+            vector = torch.randn(8, generator=generator)
+            vector[number % 2] += 4
+            stream = io.BytesIO()
+            torch.save(vector, stream)
+            split = ("train", "train", "train", "val", "test")[number % 5]
+            archive.writestr(f"pcam/{split}/t{number}.pt", stream.getvalue())
+            rows.append({"input": f"t{number}", "label": number % 2, "split": split})
+    write_table(tmp_path / "tiles.csv", rows)
+    return tmp_path
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def finetune(folder: Path, out: str, *more: Any) -> Result:
+    return invoke(
+        "finetune-slides", folder / "features", "--labels", folder / "labels.csv", "--recipe",
+        "panda_tiny", "--output", folder / out, *SMALL, *more,
+    )  # fmt: skip
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """Without the processes of whoever runs the tests, our programs first, outputs in a folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OUTPUT": str(folder / "out"), **more}
+
+
+def test_finetune_with_every_method(slides: Path) -> None:
+    (slides / "features/S001.h5").unlink()
+    methods = [
+        part
+        for name in ("slide_encoder", "abmil", "knn", "logistic")
+        for part in ("--method", name)
+    ]
+    found = finetune(slides, "out", "--splits", slides / "splits", *methods)
+    assert found.exit_code == 3, found.output
+    assert "1 left out" in found.output and "S001" in (slides / "out/skipped.jsonl").read_text()
+    results = json.loads((slides / "out/results.json").read_text())
+    assert list(results["methods"]) == ["slide_encoder", "abmil", "knn", "logistic"]
+    for method in results["methods"]:
+        assert f"| {method} | 0 | 4 |" in found.output
+        assert (slides / f"out/{method}/fold_0/predictions_test.csv").is_file()
+    abmil = results["methods"]["abmil"]["folds"][0]
+    assert abmil["test"]["accuracy"]["value"] > 0.7
+
+
+def test_finetune_refuses_what_there_is_not(slides: Path) -> None:
+    for more, message in (
+        (("--recipe", "pando"), "neither a file nor one of"),
+        (("--task", "pando"), "task pando"),
+        (("--recipe", "cohort_tiny"), "names no task"),
+        (("--option", "epoch=3"), "near: epochs"),
+        (("--option", "epochs"), "NAME=VALUE"),
+        (("--method", "forest"), "forest"),
+        (("--splits", slides), "train_0.csv"),
+    ):
+        found = finetune(slides, "out", *more)
+        assert found.exit_code == 1 and message in found.output, (more, found.output)
+        assert "Traceback" not in found.output
+
+
+def test_recipes_tasks_and_options() -> None:
+    panda = find_recipe("panda")
+    assert find_task(None, panda) == panda.parent / "tasks/panda.yml"
+    assert find_task("mutation_5_gene", panda).is_file()
+    assert read_options(["a-b=3", "c=1e-3", "d=", "e=[1, 2]"]) == {
+        "a_b": 3, "c": "1e-3", "d": "", "e": [1, 2],
+    }  # fmt: skip
+
+
+@pytest.mark.multiproc
+def test_two_processes_learn_what_one_learns(slides: Path) -> None:
+    same = ("--splits", slides / "splits", "--option", "epochs=2", "--option", "dropout=0.2")
+    one = finetune(slides, "one", *same)
+    assert one.exit_code == 0, one.output
+    command = [
+        sys.executable, "-m", "xtuner_add.cli", "finetune-slides", slides / "features", "--labels",
+        slides / "labels.csv", "--recipe", "panda_tiny", "--output", slides / "two", *SMALL, *same,
+    ]  # fmt: skip
+    two = subprocess.run(
+        list(map(str, command)), env=environment(slides, NPROC_PER_NODE="2"), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert "| slide_encoder | 0 | 5 |" in two.stdout
+    left, right = (
+        load_file(slides / name / "slide_encoder/fold_0/model.safetensors")
+        for name in ("one", "two")
+    )
+    for key, value in left.items():
+        if not key.endswith("k_proj.bias"):  # softmax takes no notice: its gradient is rounding
+            torch.testing.assert_close(value, right[key], atol=1e-5, rtol=1e-3)
+    history = [
+        json.loads((slides / name / "slide_encoder/fold_0/history.json").read_text())
+        for name in ("one", "two")
+    ]
+    for single, double in zip(*history, strict=True):
+        assert single["train_loss"] == pytest.approx(double["train_loss"], abs=1e-5)
+        assert single["val_loss"] == pytest.approx(double["val_loss"], abs=1e-5)
+
+
+def test_probe(tiles: Path) -> None:
+    with zipfile.ZipFile(tiles / "tiles.zip", "a") as archive:
+        archive.writestr("pcam/train/broken.pt", b"nothing")
+    with (tiles / "tiles.csv").open("a") as file:
+        file.write("broken,0,train\n")
+    arguments = ("probe-tiles", tiles / "tiles.zip", "--labels", tiles / "tiles.csv", "--recipe",
+                 "pcam_tiny", "--method", "linear_probe", "--method", "knn", *SMALL)  # fmt: skip
+    found = invoke(*arguments, "--output", tiles / "out")
+    assert found.exit_code == 3, found.output
+    assert "| linear_probe | 20 |" in found.output and "| knn | 20 |" in found.output
+    assert "broken" in (tiles / "out/skipped.jsonl").read_text()
+    rows = list(csv.DictReader((tiles / "out/linear_probe/predictions_test.csv").open()))
+    assert sum(row["true"] == row["predicted"] for row in rows) > 16
+    found = invoke(*arguments, "--output", tiles / "out", "--option", "lr=0.5")
+    assert found.exit_code == 1 and "other settings" in found.output
+
+
+def test_script_of_pcam(tiles: Path) -> None:
+    """The published command; only the number of steps is made smaller."""
+    result = subprocess.run(
+        ["bash", "scripts/run_pcam.sh", str(tiles / "tiles.zip"), *SMALL,
+         "--option", "train_iters=200"],
+        cwd=ROOT, env=environment(tiles, DATASETCSV=str(tiles / "tiles.csv")), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    settings = json.loads((tiles / "out/results.json").read_text())["settings"]
+    assert (settings["lr"], settings["weight_decay"], settings["batch_size"]) == (0.02, 0.01, 128)
+    assert "| linear_probe | 20 |" in result.stdout
+
+
+def test_script_of_panda(slides: Path) -> None:
+    """The published command; only the size of the encoder is made smaller."""
+    result = subprocess.run(
+        ["bash", "scripts/run_panda.sh", str(slides / "features"), *SMALL],
+        cwd=ROOT,
+        env=environment(slides, DATASETCSV=str(slides / "labels.csv"), RECIPE="panda_tiny",
+                        PRESPLITDIR=str(slides / "splits")),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((slides / "out/results.json").read_text())
+    assert results["task"]["name"] == "panda" and len(results["task"]["classes"]) == 6
+    assert results["methods"]["slide_encoder"]["folds"][0]["test"]["undefined"] == ["3", "4", "5"]
