@@ -22,7 +22,7 @@ from gigapath.slide_vectors import (
     slide_vector,
     write_slide_vector,
 )
-from gigapath.tile_embedding import EmbeddingError, TileEmbeddings, embed_tiles
+from gigapath.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
 from gigapath.tile_images import FolderTiles, SlideTiles, Tiles, is_tile_folder
 from gigapath.tile_inference import TileEncoderSpec
 from wsi.engines import Engine, ProgressBar, run_tasks
@@ -288,6 +288,7 @@ def _embed_tiles(
         weights_sha256=spec.digest,
         attributes=attributes,
         batch_size=settings.batch_size,
+        part_tiles=PART_TILES,
         workers=placement.read_workers,
     )
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from gigapath.device_claims import claim
 from gigapath.slide_encoder import LongNetViT
 from gigapath.slide_vectors import SlideEncoderSpec, open_slide_encoder
 from gigapath.tile_inference import TileEncoder, TileEncoderSpec, choose_device
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
-
-_claims: list[int] = []
-"""Descriptors of the locks that this process holds as long as it lives."""
 
 
 @lru_cache
@@ -35,30 +26,9 @@ def worker_device(device: str | None, claims: Path | None) -> torch.device:
         RuntimeError: There are more processes than GPUs.
     """
     chosen = choose_device(device)
-    if claims is None or chosen.type != "cuda" or chosen.index is not None or fcntl is None:
+    if claims is None or chosen.type != "cuda" or chosen.index is not None:
         return chosen
     return torch.device("cuda", claim(claims, torch.cuda.device_count()))
-
-
-def claim(folder: Path, number: int) -> int:
-    """Takes one of so many places for the life of this process; the system gives it back.
-
-    Raises:
-        RuntimeError: All are taken.
-    """
-    locks = folder / ".job" / "devices"
-    locks.mkdir(parents=True, exist_ok=True)
-    for index in range(number):
-        path = locks / f"{socket.gethostname()}-{index}"
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        _claims.append(descriptor)
-        return index
-    raise RuntimeError(f"{number} GPUs, all taken by other workers: ask for fewer --workers")
 
 
 @lru_cache(maxsize=1)

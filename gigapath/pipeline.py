@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gigapath import slide_encoder as slide_encoders
 from gigapath import tile_encoder as tile_encoders
+from gigapath.slide_vectors import onto_slide
 from gigapath.tile_encoder import resize_px, tile_transform
 from gigapath.tile_images import FolderTiles, read_tiles
 from gigapath.tile_inference import (
@@ -244,7 +245,8 @@ def run_inference_with_slide_encoder(
 
     Args:
         tile_embeds: `(N, embed_dim)` or `(batch, N, embed_dim)`.
-        coords: `(N, 2)` or `(batch, N, 2)`, level-0 pixels.
+        coords: `(N, 2)` or `(batch, N, 2)`, level-0 pixels; see `slide_vectors.onto_slide` for
+            tiles that begin outside the slide.
         slide_encoder_model: The model; it is moved to the device.
         order: LongNet's vectors depend on the order of the tiles. `row-major` sorts them, as they
             were in training; `given` leaves them, as the original does with whatever order a
@@ -274,6 +276,8 @@ def run_inference_with_slide_encoder(
         coords = coords.take_along_dim(rows.to(coords.device), 1)
     where = choose_device(device)
     model = slide_encoder_model.to(where).eval()
+    if getattr(model, "out_of_grid", "error") == "error" and coords.numel():
+        coords = onto_slide(coords, int(cast(Any, model).tile_size))
     with autocast(choose_precision(precision, where), where):
         layers = model(tile_embeds.to(where), coords.to(where), all_layer_embed=True)
     outputs = {f"layer_{n}_embed": layer.float().cpu() for n, layer in enumerate(layers)}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gigapath import slide_encoder
 from gigapath.pos_embed import check_coords
@@ -137,10 +138,27 @@ def check_slide(
         EmbeddingError: They do not.
     """
     cell = spec.cell_px(size_level0)
+    places = onto_slide(torch.from_numpy(coords), cell)
     try:
-        check_coords(torch.from_numpy(coords), cell, NUM_GRIDS, f"{where}: coords")
+        check_coords(places, cell, NUM_GRIDS, f"{where}: coords")
     except ValueError as error:
         raise EmbeddingError(str(error)) from error
+
+
+def onto_slide(coords: Tensor, cell_px: int) -> Tensor:
+    """Shifts the tiles of a slide so that those over its left and upper edge begin at 0.
+
+    The original's tiler centres its grid on the tissue, so that the first row or column may begin
+    up to half a tile outside; its slide encoder then takes the position of a cell at the opposite
+    end. All tiles are shifted alike, which keeps rows and columns apart.
+
+    Args:
+        coords: `(..., N, 2)`: left and top in level-0 pixels.
+        cell_px: Side of a cell; tiles further outside are left to be refused.
+    """
+    low = coords.amin(dim=-2, keepdim=True)
+    over_edge = (low < 0) & (low > -cell_px)
+    return torch.where(over_edge, coords - low, coords)
 
 
 @torch.inference_mode()
@@ -174,7 +192,7 @@ def slide_vector(
     order = np.lexsort((coords[:, 0], coords[:, 1]))
     device = model.cls_token.device
     x = torch.from_numpy(np.asarray(features, np.float32)[order]).to(device)
-    places = torch.from_numpy(coords[order]).to(device)
+    places = onto_slide(torch.from_numpy(coords[order]), spec.cell_px(size_level0)).to(device)
     with autocast(spec.precision, device):
         vector = spec.vector().embed(model, x, places, patch_size_level0=size_level0)
     found: NDArray[np.float32] = vector[0].float().cpu().numpy()

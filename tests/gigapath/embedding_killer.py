@@ -1,0 +1,104 @@
+"""Starts an embedding job again and again, kills it at random moments, and looks at what it left.
+
+Usage: python embedding_killer.py JOB_JSON. A process that has imported everything forks one child
+a run, so that dozens of kills cost no imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm  # noqa: F401
+
+from gigapath import embedding_job
+from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
+from gigapath.slide_encoder import register_architecture
+from gigapath.slide_vectors import describe_slide_encoder
+from gigapath.tile_inference import describe_encoder
+from wsi.files import folder_lock, sha256_of
+from wsi.tiling import PatchSpec
+
+SLIDE_ARCH = "tiny_killed"
+
+
+def settings_of(job: dict[str, Any]) -> EmbeddingSettings:
+    tile_encoder = describe_encoder(job["tile_encoder"])
+    slide_encoder = describe_slide_encoder("random", 48, model_arch=SLIDE_ARCH, grid_px="tile")
+    spec = PatchSpec(32, 0.5, min_tissue=0.1)
+    return EmbeddingSettings(tile_encoder, slide_encoder, spec, batch_size=4, pictures=False)
+
+
+def run(job: dict[str, Any], out: Path, kill_after_s: float | None) -> bool:
+    """Embeds in a child; returns whether it finished."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            embed_slides(
+                job["slides"],
+                out,
+                settings_of(job),
+                Placement("cpu"),
+                workers=job["workers"],
+                progress=False,
+            )
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the job failed by itself"
+    return not os.WIFSIGNALED(status)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """What a user sees; files under construction have names that begin with a dot."""
+    return {
+        path.relative_to(out).as_posix(): sha256_of(path)
+        for path in out.rglob("*")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(out).parts)
+    }
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    register_architecture(
+        SLIDE_ARCH, embed_dim=32, depth=2, num_heads=4, segment_lengths=(8, 16, 32, 64, 128)
+    )
+    # Parts of a few batches, so that many fall into a short run.
+    embedding_job.PART_TILES = 8
+    root = Path(job["root"])
+    start = time.perf_counter()
+    assert run(job, root / "whole", None)
+    seconds = time.perf_counter() - start
+    whole = digests(root / "whole")
+    generator, kills, with_parts = random.Random(job["seed"]), 0, 0
+    out = root / "out"
+    while kills < job["kills"]:
+        kills += not run(job, out, generator.uniform(0.05, 1.0) * seconds)
+        if (out / ".job").is_dir():
+            with folder_lock(out / ".job" / "lock"):  # until the workers have noticed, too
+                found = digests(out)
+                assert found.items() <= whole.items(), "a file that is not whole, or another"
+                with_parts += any((out / ".job").rglob("*.npz"))
+        if (out / "report.json").is_file():
+            assert digests(out) == whole, "a continued run gives other files"
+            shutil.rmtree(out)
+    assert run(job, out, None)
+    assert digests(out) == whole, "a continued run gives other files"
+    assert not list((out / ".job").rglob("*.npz")), "parts are left"
+    print("KILLS", kills, "WITH_PARTS", with_parts, "FILES", len(whole))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Many slides: what comes out, and what killing, workers and Ray do not change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from gigapath.device_claims import claim
+from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
+from gigapath.slide_encoder import register_architecture
+from gigapath.slide_vectors import describe_slide_encoder, open_slide_encoder
+from gigapath.tile_embedding import EmbeddingError
+from gigapath.tile_inference import describe_encoder
+from tests.gigapath.tiny_encoders import write_tile_encoder
+from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.files import sha256_of
+from wsi.store import read_features
+from wsi.tiling import PatchSpec
+
+ROOT = Path(__file__).parents[2]
+ARCH = "tiny_job_slide_enc12l"
+register_architecture(
+    ARCH, embed_dim=32, depth=12, num_heads=4, segment_lengths=(8, 16, 32, 64, 128)
+)
+PLACEMENT = Placement("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedding")
+    write_svs(folder / "slides" / "a.svs", tissue_pixels(500, 420, blank=0.3), mpp=0.25)
+    write_svs(folder / "slides" / "b.svs", tissue_pixels(330, 300, seed=1), mpp=0.5)
+    write_tile_encoder(folder / "enc")
+    return folder
+
+
+def settings_of(folder: Path, preset: str = "mean", **changes: Any) -> EmbeddingSettings:
+    slide_encoder = describe_slide_encoder(
+        "random", 48, model_arch=ARCH, preset=preset, grid_px=changes.pop("grid_px", None)
+    )
+    return EmbeddingSettings(
+        describe_encoder(str(folder / "enc")),
+        slide_encoder,
+        PatchSpec(32, 0.5, min_tissue=0.1),
+        **{"batch_size": 8, "pictures": False, **changes},
+    )
+
+
+def vector_of(out: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    (path,) = out.glob(f"slide_features/*/{name}.h5")
+    with h5py.File(path, "r") as file:
+        return np.asarray(file["features"]), dict(file["features"].attrs)
+
+
+def digests(out: Path) -> dict[str, str]:
+    kept = (p for p in out.rglob("*") if p.is_file() and ".job" not in p.parts)
+    return {path.relative_to(out).as_posix(): sha256_of(path) for path in kept}
+
+
+@pytest.mark.parametrize(
+    ("preset", "layer", "pooling", "cell"),
+    [
+        ("gigapath", 12, "cls", 256),
+        ("trident", 11, "mean", 64),
+        ("lazyslide", "final", "cls", 256),
+        ("mean", "final", "mean", 256),
+    ],
+)
+def test_vectors_say_what_they_are(
+    folder: Path, tmp_path: Path, preset: str, layer: Any, pooling: str, cell: int
+) -> None:
+    settings = settings_of(folder, preset)
+    slide = folder / "slides" / "a.svs"
+    assert embed_slides(slide, tmp_path / "out", settings, PLACEMENT, progress=False).written == 1
+    (path,) = (tmp_path / "out" / "features").glob("enc-*/a.h5")
+    features, coords = read_features(path)
+    assert np.array_equal(coords, coords[np.lexsort(coords.T)])
+    assert settings.slide_encoder is not None
+    model = open_slide_encoder(settings.slide_encoder)
+    model.tile_size = cell
+    with torch.no_grad():
+        x, places = torch.from_numpy(features)[None], torch.from_numpy(coords)[None]
+        expected = model.embed(x, places, layer, pooling)[0].numpy()  # type: ignore[arg-type]
+    vector, attributes = vector_of(tmp_path / "out", "a")
+    np.testing.assert_allclose(vector, expected, atol=1e-6)
+    found = {name: attributes[name] for name in ("preset", "layer", "pooling", "tile_size")}
+    assert found == {"preset": preset, "layer": layer, "pooling": pooling, "tile_size": cell}
+    assert attributes["num_tiles"] == len(coords) and attributes["size_level0"] == 64
+    with np.load(tmp_path / "out" / "slide_embeddings.npz") as table:
+        assert table["slides"].tolist() == ["a"]
+        assert np.array_equal(table["features"], vector[None])
+
+
+def test_grid_of_choice(folder: Path, tmp_path: Path) -> None:
+    settings = settings_of(folder, grid_px="tile")
+    embed_slides(folder / "slides", tmp_path / "out", settings, PLACEMENT, progress=False)
+    cells = {name: vector_of(tmp_path / "out", name)[1]["tile_size"] for name in ("a", "b")}
+    assert cells == {"a": 64, "b": 32}
+
+
+@pytest.mark.multiproc
+def test_processes_and_pictures_change_nothing(folder: Path, tmp_path: Path) -> None:
+    def run(name: str, workers: int, pictures: bool, placement: Placement = PLACEMENT) -> Any:
+        settings = settings_of(folder, pictures=pictures)
+        embed_slides(
+            folder / "slides",
+            tmp_path / name,
+            settings,
+            placement,
+            workers=workers,
+            progress=False,
+        )
+        return digests(tmp_path / name)
+
+    one = run("one", 1, False)
+    assert {Path(name).parts[0] for name in one} == {
+        *("coords", "features", "slide_features", "slide_embeddings.npz"),
+        *("manifest.jsonl", "skipped.jsonl", "report.json"),
+    }
+    two = run("two", 2, True)
+    assert one.items() <= two.items()
+    pictures = {name for name in two if name not in one}
+    assert pictures == {
+        f"{kind}/{name}.jpg"
+        for kind in ("overlays", "pictures", "thumbnails")
+        for name in ("a", "b")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_ray_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    settings = EmbeddingSettings(
+        describe_encoder(str(folder / "enc")), None, PatchSpec(32, 0.5), pictures=False
+    )
+    for engine in ("process", "ray"):
+        embed_slides(
+            folder / "slides",
+            tmp_path / engine,
+            settings,
+            PLACEMENT,
+            workers=1,
+            engine=engine,  # type: ignore[arg-type]
+            progress=False,
+        )
+    assert digests(tmp_path / "ray") == digests(tmp_path / "process")
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize(("workers", "kills"), [(1, 6), (2, 3)])
+def test_killed_again_and_again(tmp_path: Path, workers: int, kills: int) -> None:
+    for number in range(3):
+        path = tmp_path / "slides" / f"s{number}.svs"
+        write_svs(path, tissue_pixels(420, 330, seed=number), mpp=0.5)
+    job = {
+        "slides": str(tmp_path / "slides"),
+        "tile_encoder": str(write_tile_encoder(tmp_path / "enc", depth=1)),
+        "root": str(tmp_path),
+        "workers": workers,
+        "kills": kills,
+        "seed": kills,
+    }
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("embedding_killer.py")), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    words = result.stdout.split()
+    assert words[words.index("KILLS") + 1] == str(kills)
+    assert int(words[words.index("WITH_PARTS") + 1]) > 0  # some kills fell between parts
+
+
+def test_coordinates_are_checked_before_the_tiles_are_embedded(
+    folder: Path, tmp_path: Path
+) -> None:
+    from gigapath.slide_vectors import check_slide, slide_vector
+
+    settings = settings_of(folder)
+    spec = settings.slide_encoder
+    assert spec is not None
+    far = np.array([[0, 0], [256_000, 0]], np.int64)
+    with pytest.raises(EmbeddingError, match="s: coords: tile 1 lies at x=256000"):
+        check_slide(far, 64, spec, "s")
+    x, y = np.meshgrid(np.arange(12), np.arange(12))
+    numbers = np.stack([x.ravel(), y.ravel()], 1).astype(np.int64)  # of tiles, not of pixels
+    with pytest.raises(EmbeddingError, match="expected pixels at level 0"):
+        check_slide(numbers, 64, spec, "s")
+    model = open_slide_encoder(spec)
+    for features, coords, message in (
+        (np.zeros((2, 40)), far[:1].repeat(2, 0), "of width 40; the slide encoder takes 48"),
+        (np.zeros((2, 48)), far[:1], "2 features, 1 coordinates"),
+        (np.zeros((0, 48)), far[:0], "no tiles"),
+        (np.full((1, 48), np.nan), far[:1], "not finite"),
+    ):
+        with pytest.raises(EmbeddingError, match=message):
+            slide_vector(model, features, coords, 64, spec, "s")
+
+
+def test_encoders_that_do_not_go_together(folder: Path) -> None:
+    with pytest.raises(ValueError, match="tile embeddings of width 48"):
+        describe_slide_encoder("random", 48)
+    with pytest.raises(ValueError, match="preset 'median'"):
+        describe_slide_encoder("random", 48, model_arch=ARCH, preset="median")
+    register_architecture("tiny_job_2", embed_dim=32, depth=2, num_heads=4)
+    with pytest.raises(ValueError, match="takes layer 12, tiny_job_2 has 2"):
+        describe_slide_encoder("random", 48, model_arch="tiny_job_2", preset="gigapath")
+    with pytest.raises(FileNotFoundError, match="none"):
+        describe_slide_encoder(str(folder / "none"), 1536)
+    assert describe_slide_encoder("random", 384).model_arch == "gigapath_slide_enc12l384d"
+
+
+@pytest.mark.multiproc
+def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from gigapath.device_claims import claim\n"
+        "try: print(claim(Path(sys.argv[1]), 2), flush=True)\n"
+        "except RuntimeError as error: print(error, flush=True)\n"
+        "sys.stdin.read()"
+    )
+    assert claim(tmp_path, 2) == 0
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipe = subprocess.PIPE
+    first = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+    assert first.stdout is not None and first.stdout.readline() == "1\n"
+    second = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert second.stdout == "2 GPUs, all taken by other workers: ask for fewer --workers\n"
+    first.kill()
+    first.communicate()
+    third = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert third.stdout == "1\n"  # given back by the one that was killed
