@@ -29,7 +29,8 @@ class LLaVAModel(MultimodalMixin, BaseModel):
     Args:
         llm: Config or module of a causal language model.
         visual_encoder: A PLIP or CLIP folder, `name:folder` for an encoder registered under that
-            name, a config, or a module with `features` and `config`.
+            name, a config, or a module with `features` and `config`; or one for whole slides, as
+            `pallava.modeling.slide_tokens.SlideTokenEncoder`.
         freeze_llm: Keep the base language model as it is.
         freeze_visual_encoder: Keep the encoder as it is.
         visual_select_layer: Hidden state of the encoder that is used.

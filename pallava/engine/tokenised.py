@@ -34,6 +34,7 @@ class TextSettings:
         template_map_fn: The prompt template, XTuner's `template_map_fn_factory`.
         max_length: Longer token sequences are cut.
         description: All of it as JSON values, by which two runs are told apart.
+        image_field: Where rows name their images.
     """
 
     tokenizer: Any
@@ -41,6 +42,7 @@ class TextSettings:
     template_map_fn: Any
     max_length: int
     description: dict[str, Any]
+    image_field: str = "image"
 
 
 def settings_from_names(
@@ -111,6 +113,7 @@ def settings_from_config(config_file: str | os.PathLike[str]) -> TextSettings:
                 },
             }
         },
+        "slide" if "features_folder" in dataset else "image",
     )
 
 
@@ -195,6 +198,7 @@ def _write(
         max_dataset_length=None,
         num_proc=num_proc,
         skip_log=log,
+        image_field=settings.image_field,
     )
     images = data["image"]
     if all(len(files or ()) <= 1 for files in images):  # XTuner's own class knows one name only

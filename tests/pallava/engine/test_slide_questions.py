@@ -107,6 +107,24 @@ def test_a_wrong_folder_stops_the_run(tmp_path: Path) -> None:
         dataset(tmp_path, [row("case1")], features_folder=tmp_path / "nowhere")
 
 
+def test_texts_tokenised_before_keep_their_slides(tmp_path: Path) -> None:
+    from pallava.engine.tokenised import settings_from_config, tokenise
+
+    shutil.copytree(goldens.TINY_LLAMA, tmp_path / "llama")
+    text = CONFIG.read_text().replace("data/tiny/llama", str(tmp_path / "llama"))
+    config = tmp_path / "configs" / CONFIG.name
+    shutil.copytree(CONFIG.parent, config.parent)
+    config.write_text(text)
+    write_bag(tmp_path / "features" / "case1.h5")
+    rows = [row("case1"), row(None)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = tokenise(tmp_path / "rows.jsonl", tmp_path / "text", settings_from_config(config))
+    assert (report["num_rows"], report["num_skipped"]) == (2, 0)
+    offline = {"offline_processed_text_folder": tmp_path / "text", "data_path": None}
+    data = dataset(tmp_path, rows, **offline)
+    assert [len(data[index]["pixel_values"]) for index in range(2)] == [1, 0]
+
+
 def test_slide_embeddings_come_with_the_tiles(tmp_path: Path) -> None:
     write_bag(tmp_path / "features" / "a.h5")
     write_bag(tmp_path / "slides" / "a.h5", features=np.ones(8), coords=None)
