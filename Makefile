@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 UV_VERSION := 0.13.8
 WORK_DIR ?= work_dirs/demo
+PATHGEN_WORK_DIR ?= work_dirs/demo_pathgen
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -20,10 +21,10 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 unexport PYTHONHOME PYTHONPATH CONDA_PREFIX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-fast check format bench clean distclean
+.PHONY: help setup lock demo demo-pathgen test test-fast check format bench clean distclean
 
 help: ## Show the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything in requirements/lock.txt
 
@@ -56,6 +57,9 @@ lock: ## Write requirements/lock.txt anew from the ranges and the overrides
 
 demo: setup ## Train PA-LLaVA on data made here and answer held-out questions (CPU, about ten minutes)
 	xtuner-add demo --work-dir $(WORK_DIR)
+
+demo-pathgen: setup ## Caption slides made here and train a CLIP on the captions (CPU, a few minutes)
+	xtuner-add demo-pathgen --work-dir $(PATHGEN_WORK_DIR)
 
 test: export PALLAVA_TRANSFORMERS_PYTHONS := $(subst $(eval ) ,:,$(foreach folder,$(ALONE),$(abspath $(folder))/bin/python))
 test: setup $(addsuffix /.setup-complete,$(ALONE)) ## Run every test

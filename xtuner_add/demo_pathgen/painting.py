@@ -34,6 +34,7 @@ CLEAN, BLUR, INK = 0, 1, 2
 
 _REGION_PX = 190.0
 _MARGIN_PX = 48
+_SMALLEST_PX = 64
 _BLUR_SIGMA_PX = 3.0
 _INKS = ((30, 110, 60), (35, 60, 150), (40, 40, 45))
 _TILE_PX = 256
@@ -235,11 +236,15 @@ def _stain(
         if window is None:
             continue
         mask = ndimage.gaussian_filter((pieces[window] == number).astype(np.float32), 0.8)
-        pattern = PATTERNS[kinds[number]](mask.shape, texture, rng)
-        covered, solid, vesicular = nuclear_densities(pattern.nuclei, mask.shape)
+        # Patterns are undefined on a canvas of a few px: a sliver is cut out of a larger one.
+        shape = (max(mask.shape[0], _SMALLEST_PX), max(mask.shape[1], _SMALLEST_PX))
+        cut = (slice(mask.shape[0]), slice(mask.shape[1]))
+        pattern = PATTERNS[kinds[number]](shape, texture, rng)
+        covered, solid, vesicular = nuclear_densities(pattern.nuclei, shape)
         nuclear = vesicular if plan.vesicular else solid
-        haematoxylin[window] += mask * (pattern.haematoxylin * (1 - 0.6 * covered) + dark * nuclear)
-        eosin[window] += mask * pattern.eosin * (1 - 0.8 * covered)
+        stained = pattern.haematoxylin * (1 - 0.6 * covered) + dark * nuclear
+        haematoxylin[window] += mask * stained[cut]
+        eosin[window] += mask * (pattern.eosin * (1 - 0.8 * covered))[cut]
     return strength[0] * haematoxylin, strength[1] * eosin
 
 

@@ -54,6 +54,8 @@ class Plan:
             a kind much alike.
         clip_epochs: Of the CLIP of the describer's captions, and of its control.
         batch_size: Of all three CLIPs.
+        side_by_side: Train the CLIP and its control at once, each in a process of its own. For
+            trainings of seconds that is not worth importing everything twice more.
     """
 
     sizes: dataset.Sizes = field(default_factory=dataset.Sizes)
@@ -63,6 +65,7 @@ class Plan:
     similarity: float = 0.99
     clip_epochs: int = 12
     batch_size: int = 64
+    side_by_side: bool = True
 
     @classmethod
     def quick(cls) -> Plan:
@@ -77,6 +80,7 @@ class Plan:
             similarity=0.9995,
             clip_epochs=6,
             batch_size=16,
+            side_by_side=False,
         )
 
 
@@ -141,6 +145,7 @@ class _Road:
     def rounds(self) -> list[list[Stage]]:
         """Stages in order; those of one round run side by side."""
         pair = [self.train(name, row) for row, name in enumerate(("clip", "clip_exchanged"))]
+        trainings = [pair] if self.plan.side_by_side else [[stage] for stage in pair]
         return [
             [self.slides()],
             [self.patches()],
@@ -149,7 +154,7 @@ class _Road:
             [self.selection()],
             [self.captions()],
             [self.shards()],
-            pair,
+            *trainings,
             [self.scores()],
         ]
 
@@ -298,13 +303,19 @@ class _Road:
         )
 
     def train(self, name: str, row: int) -> Stage:
-        """Trains one of two CLIPs side by side, each in its own process."""
         arguments = self._training(name, f"shards/{name}", self.plan.clip_epochs)
-        log = self.work_dir / "logs" / f"{name}.log"
         title = name.replace("_", " ")
+
+        def run() -> None:
+            if self.plan.side_by_side:
+                log = self.work_dir / "logs" / f"{name}.log"
+                run_command(arguments, self.work_dir, log, title, row)
+            else:
+                self._call(name, *arguments)
+
         return Stage(
             title,
-            lambda: run_command(arguments, self.work_dir, log, title, row),
+            run,
             outputs=(f"{name}/pairs/stage.json",),
             settings=self._recipe(self.plan.clip_epochs),
             owned=(name,),

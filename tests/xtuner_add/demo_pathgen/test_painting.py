@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from wsi.reader import Region, ResolutionError, Slide
+from xtuner_add.demo_pathgen import painting
 from xtuner_add.demo_pathgen.dataset import Sizes, plan_all
 from xtuner_add.demo_pathgen.painting import (
     BLUR,
@@ -49,6 +50,16 @@ def test_the_same_plan_gives_the_same_file(painted: PaintedSlide, tmp_path: Path
     for name in ("a", "b"):
         write_slide((painted if name == "a" else again).image, tmp_path / f"{name}.tif")
     assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
+
+
+def test_slivers_of_tissue_can_be_painted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = np.full((96, 96), -1)
+    pieces[10:80, 10:80], pieces[5, 5], pieces[90:92, 3:60] = 0, 1, 2
+    monkeypatch.setattr(painting, "_pieces", lambda *_: (pieces, ["fat", "glands", "mucin"]))
+    for seed in range(3):
+        plan = SlidePlan("s", 96, 96, ("fat",), True, False, False, True, "train", seed)
+        slide = paint_slide(plan)
+        assert (slide.regions != GLASS).sum() == 70 * 70 + 1 + 2 * 57
 
 
 def test_truth_says_what_is_painted(painted: PaintedSlide) -> None:
