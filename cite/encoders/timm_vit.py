@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cite.blocks import Block, Packed, normalise
 from cite.encoders.base import Encoder, fit_positions
+from cite.files import read_json
 
 
 class TimmEncoder(Encoder):
@@ -76,6 +79,27 @@ class TimmEncoder(Encoder):
             prefix = 0 if model.no_embed_class else self.num_prefix
             fit_positions(adapted, "pos_embed", model.pos_embed, prefix)
         return adapted
+
+
+def read_timm_folder(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Reads which model lies in a folder of the hub's layout, as timm writes it.
+
+    Args:
+        folder: Holds `config.json` and weights, for instance Prov-GigaPath's tile encoder.
+
+    Returns:
+        Name and arguments of the model, for `TimmEncoder`.
+
+    Raises:
+        FileNotFoundError: No `config.json` in it.
+        ValueError: It names no architecture.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path, what="folder with config.json and weights")
+    if not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{path}: `architecture`, as timm writes it, expected; {sorted(config)}")
+    pooling = {"global_pool": config["global_pool"]} if config.get("global_pool") else {}
+    return config["architecture"], {**pooling, **config.get("model_args", {}), "num_classes": 0}
 
 
 def _create(name: str, arguments: Mapping[str, Any]) -> nn.Module:

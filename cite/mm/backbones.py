@@ -16,6 +16,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from cite.encoders import build_encoder
+from cite.encoders.timm_vit import read_timm_folder
 from cite.prompted import PromptedEncoder
 
 
@@ -93,12 +94,27 @@ class PromptedTimm(_Backbone):
     Args:
         model: Name that timm knows.
         model_args: Arguments of `timm.create_model`.
+        folder: Instead of both: a folder with `config.json` and weights, as timm's models lie on
+            the hub.
         **arguments: Those of `PromptedEncoder`.
+
+    Raises:
+        ValueError: Both or none of folder and model.
     """
 
     def __init__(
-        self, model: str, model_args: Mapping[str, Any] | None = None, **arguments: Any
+        self,
+        model: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+        **arguments: Any,
     ) -> None:
+        if (folder is None) == (model is None):
+            raise ValueError(f"{type(self).__name__}: either `folder` or `model` expected")
+        if folder is not None:
+            model, own = read_timm_folder(folder)
+            model_args = {**own, **(model_args or {})}
+            arguments.setdefault("checkpoint", folder)
         super().__init__(build_encoder("timm", model=model, model_args=model_args), **arguments)
 
 
