@@ -11,6 +11,7 @@ import click
 QUICK = {
     "cite_step": ["--quick"],
     "extraction": ["--quick"],
+    "gigapath_slide_encoder": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
 }
 """Arguments with which a benchmark takes seconds; the others are left out of a quick run."""

@@ -20,7 +20,7 @@ CROWD = 64
 wrong: tiles that overlap by 7/8 of their side reach it, indices of tiles exceed it by far."""
 
 FEW = 5
-"""Different coordinates in one single cell from which on the unit is taken to be wrong."""
+"""Different coordinates in one single cell, next to each other, from which on it is as well."""
 
 
 def axis_table(ngrids: int, dim: int) -> Tensor:
@@ -102,6 +102,8 @@ def check_coords(
         raise ValueError(
             f"{what}: {coords.dtype} cannot hold pixels at level 0; give integers or float32"
         )
+    if not coords.is_floating_point():
+        coords = coords.long()
     bad = ~torch.isfinite(coords) | (coords < 0) | (coords >= tile_size * ngrids)
     if bool(bad.any()):
         index = int(bad.any(-1).nonzero()[0, 0])
@@ -112,11 +114,12 @@ def check_coords(
         )
     different = _count_different(coords)
     cells = _count_different(grid_cells(coords, tile_size))
-    if different > CROWD * cells or (cells == 1 and different >= FEW):
+    crowded = different > CROWD * cells
+    if crowded or (cells == 1 and different >= FEW and _smallest_gap(coords) <= 1):
         raise ValueError(
             f"{what}: {different} different coordinates up to {float(coords.max()):g} lie in "
             f"{cells} cell{'s' * (cells > 1)} of {tile_size} px: expected pixels at level 0. "
-            f"Multiply indices of tiles by the tile size, and coordinates of another level by its "
+            "Multiply indices of tiles by the tile size, and coordinates of another level by its "
             "downsampling"
         )
 
@@ -125,6 +128,11 @@ def _count_different(pairs: Tensor) -> int:
     # As one number each: sorting rows takes a hundred times longer.
     numbers = pairs.to(torch.float64)
     return len((numbers[:, 0] * 2.0**31 + numbers[:, 1]).unique())
+
+
+def _smallest_gap(coords: Tensor) -> float:
+    gaps = [axis.unique().diff() for axis in coords.to(torch.float64).unbind(-1)]
+    return min((float(gap.min()) for gap in gaps if len(gap)), default=0.0)
 
 
 def embed_positions(

@@ -71,7 +71,8 @@ class SlideVector:
         else:
             tile_size = self.tile_size
         if self.coords_unit == "tile":
-            coords = coords * tile_size
+            # Numbers of tiles may be stored in integers too short for pixels.
+            coords = (coords if coords.is_floating_point() else coords.long()) * tile_size
         before = model.tile_size
         model.tile_size = tile_size
         try:

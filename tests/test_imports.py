@@ -25,6 +25,7 @@ PURE = {
     "cite": "cite.files",
     "wsi": "wsi.reader",
     "pathgen": "pathgen.annotations",
+    "gigapath": "gigapath.slide_encoder",
 }
 """By package, a module that must be among the pure ones."""
 

@@ -1,0 +1,309 @@
+"""The slide encoder beside a straightforward implementation of the published one.
+
+    python -m benchmarks.gigapath_slide_encoder
+
+The *straightforward* side restates what the published code computes where flash-attn is missing:
+the sequence padded to whole segments, groups of heads gathered into dense copies, a softmax over
+materialised scores, results scattered back into zeros for each branch. The *floor* is the time of
+the matrix products alone: the linear maps, run as they are, and the attention's operations at the
+speed measured of those maps. The cases take turns in one process; memory is measured in processes
+of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks._memory import peak_resident_mib
+from gigapath.dilated_attention import branch_calls
+from gigapath.longnet import DilatedSelfAttention, EncoderLayer
+from gigapath.slide_encoder import LongNetViT
+
+STRAIGHTFORWARD, OURS, BF16, FLOOR = "straightforward", "ours", "ours, bf16", "floor"
+
+
+def dense_branch(
+    query: Tensor, key: Tensor, value: Tensor, segment: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """One branch with everything padded: output `(B, L, H, D)`, log-sum-exp `(B, L, H)`."""
+    batch, length, heads, width = query.shape
+    segment = min(segment, length)
+    count = -(-length // segment)
+    per_group = -(-heads // dilation)
+    inner = -(-segment // dilation) * dilation
+
+    def gather(tensor: Tensor) -> Tensor:
+        tensor = F.pad(tensor, (0, 0, 0, 0, 0, count * segment - length))
+        tensor = tensor.reshape(batch * count, segment, heads, width)
+        tensor = F.pad(tensor, (0, 0, 0, per_group * dilation - heads, 0, inner - segment))
+        tensor = tensor.reshape(-1, inner // dilation, dilation, dilation, per_group, width)
+        # Place p of a stride goes with group p of the heads.
+        return tensor.diagonal(dim1=2, dim2=3).permute(0, 4, 2, 1, 3).contiguous()
+
+    queries, keys, values = gather(query), gather(key), gather(value)
+    scores = queries @ keys.transpose(-1, -2) / width**0.5
+    lse = scores.logsumexp(-1)
+    outputs = scores.softmax(-1) @ values
+
+    shape = (batch * count, inner // dilation, dilation, dilation, per_group)
+    spread = query.new_zeros(*shape, width)
+    spread.diagonal(dim1=2, dim2=3).copy_(outputs.permute(0, 3, 2, 4, 1))
+    sums = query.new_full(shape, -1e8)
+    sums.diagonal(dim1=2, dim2=3).copy_(lse.permute(0, 3, 2, 1))
+    spread = spread.reshape(batch * count, inner, -1, width)[:, :segment, :heads]
+    sums = sums.reshape(batch * count, inner, -1)[:, :segment, :heads]
+    return (
+        spread.reshape(batch, count * segment, heads, width)[:, :length],
+        sums.reshape(batch, count * segment, heads)[:, :length],
+    )
+
+
+def dense_attention(module: DilatedSelfAttention, tokens: Tensor) -> Tensor:
+    """Self-attention of `(B, L, D)` with every branch in full."""
+    config = module.config
+    query, key, value = (
+        projection(tokens).unflatten(-1, (config.num_heads, -1))
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    branches = [
+        dense_branch(query, key, value, segment, dilation)
+        for segment, dilation in zip(config.segment_lengths, config.dilated_ratios, strict=True)
+    ]
+    weights = torch.stack([sums for _, sums in branches]).softmax(0).detach()
+    mixed = sum(
+        output * weight.unsqueeze(-1) for (output, _), weight in zip(branches, weights, strict=True)
+    )
+    assert isinstance(mixed, Tensor)
+    projected: Tensor = module.out_proj(module.inner_attn_ln(mixed.flatten(2)))
+    return projected
+
+
+def straightforward(model: LongNetViT, table: Tensor, x: Tensor, coords: Tensor) -> Tensor:
+    """The slide's vector, `(B, D)`, with the weights of ours."""
+    cells = torch.floor(coords / model.tile_size).long()
+    index = cells[..., 0] * model.slide_ngrids + cells[..., 1]
+    tokens = model.patch_embed(x) + table[index]
+    tokens = torch.cat([model.cls_token.expand(len(x), 1, -1), tokens], dim=1)
+    for layer in model.encoder.layers:
+        assert isinstance(layer, EncoderLayer)
+        tokens = tokens + dense_attention(layer.self_attn, layer.self_attn_layer_norm(tokens))
+        hidden = F.gelu(layer.ffn.fc1(layer.final_layer_norm(tokens)))
+        tokens = tokens + layer.ffn.fc2(layer.ffn.ffn_layernorm(hidden))
+    vector: Tensor = model.norm(model.encoder.layer_norm(tokens))[:, 0]
+    return vector
+
+
+def attention_flops(model: LongNetViT, num_tokens: int) -> int:
+    """Operations of the scores and of their products with the values, one layer, no padding."""
+    config = model.encoder.config
+    calls = (
+        call
+        for segment, dilation in zip(config.segment_lengths, config.dilated_ratios, strict=True)
+        for call in branch_calls(1, num_tokens, config.num_heads, segment, dilation)
+    )
+    width = config.embed_dim // config.num_heads
+    return sum(4 * call.sizes[0] * call.sizes[1] * call.sizes[2] ** 2 * width for call in calls)
+
+
+class Bench:
+    """The encoder and inputs of a number of tiles.
+
+    Args:
+        layers: Number of layers.
+        quick: Tiny sizes.
+        with_table: Make the whole grid's table of positions for the straightforward side.
+    """
+
+    def __init__(self, layers: int, quick: bool, with_table: bool = True) -> None:
+        torch.manual_seed(0)
+        sizes = {"embed_dim": 64, "in_chans": 32} if quick else {}
+        self.ngrids = 40 if quick else 400
+        self.model = LongNetViT(depth=layers, slide_ngrids=self.ngrids, **sizes)  # type: ignore[arg-type]
+        self.model.init_weights()
+        self.model.eval().requires_grad_(False)
+        if with_table:
+            axis = self.model.pos_axis
+            rows = axis.expand(self.ngrids, -1, -1)
+            self.table = torch.cat([rows, rows.transpose(0, 1)], dim=-1).flatten(0, 1)
+
+    def inputs(self, num_tiles: int) -> tuple[Tensor, Tensor]:
+        """Tiles of a square of tissue, `(1, L, C)`, and their coordinates."""
+        side = int(num_tiles**0.5) + 1
+        places = torch.arange(num_tiles)
+        coords = torch.stack([places % side, places // side], dim=-1) * self.model.tile_size
+        return torch.randn(1, num_tiles, self.model.in_chans), coords.float().unsqueeze(0)
+
+    def ours(self, x: Tensor, coords: Tensor) -> Tensor:
+        """The vector as users get it."""
+        vector = self.model(x, coords)
+        assert isinstance(vector, Tensor)
+        return vector[0]
+
+    def bf16(self, x: Tensor, coords: Tensor) -> Tensor:
+        """The same under autocast."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.ours(x, coords)
+
+    def straightforward(self, x: Tensor, coords: Tensor) -> Tensor:
+        """The other side's vector."""
+        return straightforward(self.model, self.table, x, coords)
+
+    def floor(self, x: Tensor, coords: Tensor) -> float:
+        """Seconds of the matrix products alone, on one processor."""
+        config, layer = self.model.encoder.config, self.model.encoder.layers[0]
+        assert isinstance(layer, EncoderLayer)
+        tokens = torch.randn(x.shape[1] + 1, config.embed_dim)
+        start = time.process_time()
+        self.model.patch_embed(x)
+        embedding = time.process_time() - start
+        start = time.process_time()
+        for _ in range(4):
+            layer.self_attn.out_proj(tokens)
+        layer.ffn.fc2(layer.ffn.fc1(tokens))
+        linear = time.process_time() - start
+        flops = 2 * len(tokens) * config.embed_dim**2 * (4 + 2 * config.mlp_ratio)
+        attention = attention_flops(self.model, len(tokens)) * linear / flops
+        return embedding + config.depth * (linear + attention)
+
+
+def peak_of(case: str, num_tiles: int, layers: int, quick: bool) -> float:
+    """Peak MiB of one forward pass above the model and its inputs, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gigapath_slide_encoder", "--peak", case]
+    command += ["--tiles", str(num_tiles), "--layers", str(layers), *["--quick"] * quick]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(result.stdout.split()[-1])
+
+
+@dataclass
+class Result:
+    """What was measured of a case at a number of tiles.
+
+    Attributes:
+        num_tiles: Tiles of the slide.
+        name: The case.
+        cpu_s: Median processor time of a forward pass.
+        ratio: Median over the rounds of the straightforward side's time by this one's.
+        over_floor: Median over the rounds of this one's time by the floor's.
+        peak_kib: Peak memory of a tile, model and inputs left out.
+    """
+
+    num_tiles: int
+    name: str
+    cpu_s: float
+    ratio: float | None
+    over_floor: float | None
+    peak_kib: float | None = None
+
+
+def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list[Result]:
+    """Lets the cases take turns, and gives medians."""
+    x, coords = bench.inputs(num_tiles)
+    cases: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        STRAIGHTFORWARD: bench.straightforward,
+        OURS: bench.ours,
+        BF16: bench.bf16,
+    }
+    if STRAIGHTFORWARD in names:
+        ours, theirs = bench.ours(x, coords), bench.straightforward(x, coords)
+        difference = float((ours - theirs).abs().max())
+        if not difference < 1e-4:
+            raise RuntimeError(f"{num_tiles} tiles: the two sides differ by {difference}")
+    seconds: dict[str, list[float]] = {name: [] for name in (*names, FLOOR)}
+    for _ in range(rounds):
+        for name in names:
+            start = time.process_time()
+            cases[name](x, coords)
+            seconds[name].append(time.process_time() - start)
+        seconds[FLOOR].append(bench.floor(x, coords))
+
+    def ratio(above: str, below: str) -> float | None:
+        if above == below or not seconds.get(above):
+            return None
+        pairs = zip(seconds[above], seconds[below], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    return [
+        Result(
+            num_tiles,
+            name,
+            statistics.median(seconds[name]),
+            ratio(STRAIGHTFORWARD, name) if name != FLOOR else None,
+            ratio(name, FLOOR),
+        )
+        for name in seconds
+    ]
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--layers", default=12, show_default=True)
+@click.option("--tiles", multiple=True, type=int, default=[256, 1024, 4096, 16384])
+@click.option("--curve", multiple=True, type=int, default=[16384, 32768, 65536, 131072])
+@click.option("--threads", default=1, show_default=True)
+@click.option("--quick", is_flag=True, help="Tiny sizes: shows that it runs, measures nothing.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.option("--peak", type=click.Choice([STRAIGHTFORWARD, OURS]), hidden=True)
+@torch.inference_mode()
+def main(
+    rounds: int,
+    layers: int,
+    tiles: tuple[int, ...],
+    curve: tuple[int, ...],
+    threads: int,
+    quick: bool,
+    json_file: Path | None,
+    peak: str | None,
+) -> None:
+    """Measure the slide encoder, `--tiles` beside the straightforward one, `--curve` one layer."""
+    torch.set_num_threads(threads)
+    if peak:
+        bench = Bench(layers, quick, with_table=peak == STRAIGHTFORWARD)
+        x, coords = bench.inputs(tiles[0])
+        case = bench.ours if peak == OURS else bench.straightforward
+        case(x[:, :64], coords[:, :64])
+        with peak_resident_mib() as mib:
+            case(x, coords)
+        click.echo(mib[0])
+        return
+    if quick:
+        rounds, layers, tiles, curve = 1, 2, (300,), (500,)
+    click.echo(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    bench = Bench(layers, quick)
+    results = []
+    for num_tiles in tiles:
+        results += measure(bench, num_tiles, rounds, [STRAIGHTFORWARD, OURS, BF16])
+    for result in results:
+        if result.name in (STRAIGHTFORWARD, OURS):
+            mib = peak_of(result.name, result.num_tiles, min(layers, 2), quick)
+            result.peak_kib = mib * 1024 / result.num_tiles
+    header = ["tiles", "case", "cpu s", "times less", "over floor", "peak KiB/tile"]
+    rows = [list(asdict(result).values()) for result in results]
+    click.echo(tabulate(rows, header, floatfmt=".4g"))
+    single, lines = Bench(1, quick, with_table=False), []
+    for num_tiles in curve:
+        ours = measure(single, num_tiles, 1, [OURS])[0]
+        ours.peak_kib = peak_of(OURS, num_tiles, 1, quick) * 1024 / num_tiles
+        results.append(ours)
+        lines.append([num_tiles, ours.cpu_s, 1e3 * ours.cpu_s / num_tiles, ours.peak_kib])
+    click.echo(tabulate(lines, ["tiles", "cpu s", "ms/tile", "peak KiB/tile"], floatfmt=".4g"))
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The benchmark of the slide encoder runs, and compares what computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.__main__ import QUICK, names
+from benchmarks.gigapath_slide_encoder import (
+    FLOOR,
+    OURS,
+    STRAIGHTFORWARD,
+    Bench,
+    attention_flops,
+    main,
+    measure,
+)
+
+
+def test_every_case_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    threads = torch.get_num_threads()
+    path = tmp_path / "figures.json"
+    result = CliRunner().invoke(main, ["--quick", "--json", str(path)])
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())
+    assert {row["num_tiles"] for row in rows} == {300, 500}
+    assert all(row["cpu_s"] > 0 for row in rows)
+    assert all((row["ratio"] is None) == (row["name"] in (STRAIGHTFORWARD, FLOOR))
+               for row in rows if row["num_tiles"] < 500)  # fmt: skip
+
+
+@torch.no_grad()
+def test_sides_that_differ_are_not_compared() -> None:
+    bench = Bench(1, quick=True)
+    measure(bench, 1100, 1, [STRAIGHTFORWARD, OURS])
+    bench.table.neg_()
+    with pytest.raises(RuntimeError, match="the two sides differ"):
+        measure(bench, 100, 1, [STRAIGHTFORWARD, OURS])
+
+
+def test_operations_of_attention_are_those_of_real_tokens() -> None:
+    bench = Bench(1, quick=True, with_table=False)
+    # 64 wide in 16 heads of 4; every token with every other in the first branch alone.
+    pairs = 16 * sum(
+        sum(len(range(group, 100, ratio)) ** 2 for group in range(ratio)) / ratio
+        for ratio in (1, 2, 4, 8, 16)
+    )
+    assert attention_flops(bench.model, 100) == 4 * 4 * pairs
+
+
+def test_it_is_listed_and_quick() -> None:
+    assert "gigapath_slide_encoder" in names()
+    assert "gigapath_slide_encoder" in QUICK
