@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 STROMA, TUMOUR, NECROSIS, FAT, LYMPH, MUCIN = range(6)
 NAMES = ("stroma", "tumour", "necrosis", "fat", "lymphoid tissue", "mucin")
+COLOURS = ("#f2c6d6", "#8e3a78", "#b9aab0", "#f7efd9", "#3b4f9e", "#a9cfe0")
 IN_FEATURES = 32
 TILE_LEVEL0_PX = 512
 
@@ -116,11 +117,17 @@ class Cohort:
         """
         folder.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names):
-            rng = np.random.default_rng([self.seed, 1 + part, number])
-            answers = Answers.draw(rng)
-            kinds = draw(answers, rng)
+            answers, kinds, rng = self.slide(part, number)
             self._write_bag(folder / f"{name}.h5", kinds, rng)
             yield answers
+
+    def slide(
+        self, part: int, number: int
+    ) -> tuple[Answers, NDArray[np.int64], np.random.Generator]:
+        """What is true of a slide, its kinds `(rows, columns)`, and what its noise comes from."""
+        rng = np.random.default_rng([self.seed, 1 + part, number])
+        answers = Answers.draw(rng)
+        return answers, draw(answers, rng), rng
 
     def _write_bag(self, path: Path, kinds: NDArray[np.int64], rng: np.random.Generator) -> None:
         import h5py

@@ -24,7 +24,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.slide_cohort import Answers, Cohort
+from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
 
 CONFIG = "demo_slide_questions"
 WAYS = ("itself", "exchanged", "displaced")
@@ -32,6 +32,7 @@ WAYS = ("itself", "exchanged", "displaced")
 
 SIZES = (1_000, 10_000, 100_000)
 _BATCH = 64
+_MOST_ASKED = 8  # questions about a held-out slide with necrosis
 _ASKED = 3  # questions of a training conversation
 
 
@@ -122,6 +123,46 @@ def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
             for i, reply in zip(part, replies, strict=True):
                 rows[i][way] = reply
     return rows
+
+
+def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) -> None:
+    """Draws `examples.png`: held-out slides, where the connector looks, questions and answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    from pallava import load_model
+    from pallava.modeling.attention_maps import tile_attention
+    from pallava.slide_bags import read_bag
+
+    model, cohort = load_model(folder / "llm", folder / "model"), Cohort(seed)
+    names = list(dict.fromkeys(row["slide"] for row in rows))
+    names = [n for n in names if sum(row["slide"] == n for row in rows) == _MOST_ASKED][:3]
+    figure, axes = plt.subplots(3, len(names), figsize=(4 * len(names), 8), height_ratios=(3, 3, 2))
+    colours = ListedColormap(["white", *COLOURS])
+    for name, column in zip(names, axes.T, strict=True):
+        _, kinds, _ = cohort.slide(1, int(name.rpartition("_")[2]))
+        attention = tile_attention(model.model, read_bag(folder / "data/features" / f"{name}.h5"))
+        seen = np.full(kinds.shape, np.nan)
+        seen[kinds >= 0] = 0 if attention is None else attention.numpy() * len(attention)
+        column[0].imshow(kinds, cmap=colours, vmin=-1, vmax=len(NAMES) - 1)
+        column[1].imshow(seen, cmap="viridis")
+        lines = [
+            f"{row['question']} {row['itself']}"
+            + ("" if row["itself"] == row["answer"] else f"  (is: {row['answer']})")
+            for row in rows
+            if row["slide"] == name
+        ]
+        column[2].text(0, 1, "\n".join(lines), va="top", fontsize=9)
+        for axis in column:
+            axis.axis("off")
+    axes[0, 0].set_title("kinds of tiles", loc="left", fontsize=9)
+    axes[1, 0].set_title("attention to the tiles", loc="left", fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
+    figure.legend(handles, NAMES, loc="upper center", ncol=len(NAMES), fontsize=9, frameon=False)
+    figure.savefig(folder / "examples.png", dpi=100, bbox_inches="tight")
 
 
 def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
@@ -258,6 +299,7 @@ def main(
     summary = summarise(rows)
     write_text(work_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(work_dir / "summary.json", summary)
+    draw_examples(work_dir, rows, seed)
     click.echo(table(summary))
 
 
