@@ -128,7 +128,7 @@ def create_model(
         return _build(_architecture(model_arch or DEFAULT_ARCHITECTURE), model_args).eval()
     source = find_weights(pretrained)
     state_dict = read_weights(source.path)
-    architecture = _choose(source, state_dict, model_arch)
+    architecture = _choose(source, model_arch, state_dict)
     # On no device at first: a billion random numbers would take half a minute, and twice the room.
     with torch.device("meta"):
         model = _build(architecture, model_args)
@@ -147,7 +147,7 @@ def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None =
         architecture = _architecture(model_arch or DEFAULT_ARCHITECTURE)
     else:
         source = find_weights(pretrained)
-        architecture = _choose(source, read_weights(source.path), model_arch)
+        architecture = _choose(source, model_arch)
     with torch.device("meta"):
         return int(cast(Any, _build(architecture, {})).num_features)
 
@@ -305,13 +305,13 @@ def _build(architecture: TileArchitecture, model_args: Mapping[str, Any]) -> nn.
 
 
 def _choose(
-    source: TileWeights, state_dict: Mapping[str, Tensor], model_arch: str | None
+    source: TileWeights, model_arch: str | None, state_dict: Mapping[str, Tensor] | None = None
 ) -> TileArchitecture:
     if model_arch is not None:
         return _architecture(model_arch)
     if source.config is not None:
         return read_config(source.config)
-    return _architecture(_recognise(state_dict, source.path))
+    return _architecture(_recognise(state_dict or read_weights(source.path), source.path))
 
 
 def _recognise(state_dict: Mapping[str, Tensor], path: Path) -> str:
