@@ -80,11 +80,13 @@ class Placement:
         device: None for a GPU where there is one.
         read_workers: Processes that read ahead for each slide under way; 0 is a thread.
         own_gpu: Whether each process is to take a GPU of its own.
+        tile_bar: Whether to show a bar of each slide's tiles.
     """
 
     device: str | None = None
     read_workers: int = 0
     own_gpu: bool = False
+    tile_bar: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,11 @@ def embed_slides(
     found = find_slides(Path(slides))
     placement = placement or Placement()
     on_gpu = (placement.device or "").startswith("cuda")
-    placement = replace(placement, own_gpu=placement.device == "cuda" and engine == "process")
+    placement = replace(
+        placement,
+        own_gpu=placement.device == "cuda" and engine == "process",
+        tile_bar=progress and workers == 1 and engine == "process",
+    )
     inputs = {"operation": "embed", **asdict(settings)}
     with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
         for name in _FOLDERS if settings.pictures else _FOLDERS[:1]:
@@ -290,6 +296,7 @@ def _embed_tiles(
         batch_size=settings.batch_size,
         part_tiles=PART_TILES,
         workers=placement.read_workers,
+        progress=placement.tile_bar,
     )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from gigapath.tile_encoder import resize_px
 from gigapath.tile_images import Tiles, read_tiles
 from gigapath.tile_inference import TileEncoder
+from wsi.engines import ProgressBar
 from wsi.files import atomic_file
 from wsi.reader import SlideError
 from wsi.store import read_attributes, read_features, write_features
@@ -66,6 +67,7 @@ def embed_tiles(
     batch_size: int = 64,
     part_tiles: int = PART_TILES,
     workers: int = 0,
+    progress: bool = False,
 ) -> TileEmbeddings:
     """Writes the embeddings of a slide's tiles as `features` and `coords`; see `wsi.store`.
 
@@ -82,6 +84,7 @@ def embed_tiles(
         batch_size: Tiles embedded at once.
         part_tiles: Tiles of a part, rounded up to whole batches.
         workers: Processes that read; see `read_tiles`.
+        progress: Show a bar of the tiles.
 
     Raises:
         SlideError: None of the tiles can be read.
@@ -107,8 +110,17 @@ def embed_tiles(
         resize_px=resize_px(encoder.crop_px),
         workers=workers,
     )
-    for number, items in groupby(stream, key=lambda item: item[0] // size):
-        _write_part(_part(folder, number), items, tiles, encoder, batch_size)
+    total = len(tiles.coords)
+    with ProgressBar(
+        total=total,
+        initial=total - sum(map(len, ranges)),
+        desc=tiles.name,
+        unit="tile",
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        for number, items in groupby(stream, key=lambda item: item[0] // size):
+            _write_part(_part(folder, number), items, tiles, encoder, batch_size, bar)
     result = _join(folder, number_of, tiles)
     attributes = {**(attributes or {}), _SOURCE: source, _DAMAGED: result.num_damaged}
     attributes |= {"weights_sha256": weights_sha256, "precision": encoder.precision}
@@ -157,6 +169,7 @@ def _write_part(
     tiles: Tiles,
     encoder: TileEncoder,
     batch_size: int,
+    bar: ProgressBar,
 ) -> None:
     faults: dict[int, str] = {}
     good: list[int] = []
@@ -169,6 +182,7 @@ def _write_part(
             else:
                 good.append(index)
                 pixels.append(found)
+        bar.update(len(pixels))
         if pixels:  # left on the device: the next batch is read while this one is computed
             features.append(encoder.encode(np.stack(pixels)))
     width = encoder.embed_dim

@@ -282,6 +282,18 @@ def test_any_vit_of_timm(tmp_path: Path) -> None:
     assert found(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
 
 
+@pytest.mark.gpu
+def test_gpu_gives_what_the_cpu_gives() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    tiles = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    expected = TileEncoder(tiny_model()).encode(tiles)
+    for precision in ("fp32", "bf16", "fp16"):
+        encoder = TileEncoder(tiny_model(), device="cuda", precision=precision)
+        found = encoder.encode(tiles).cpu()
+        assert (torch.nn.functional.cosine_similarity(found, expected) > 0.98).all()
+
+
 @pytest.mark.slow
 def test_released_weights_give_the_released_embedding() -> None:
     if not os.environ.get(WEIGHTS_VARIABLE):
