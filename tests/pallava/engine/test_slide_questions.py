@@ -181,7 +181,7 @@ def make_folder(root: Path) -> None:
     data.mkdir(parents=True)
     shutil.copytree(goldens.TINY_LLAMA, data / "llama")
     rows = []
-    for number in range(160):
+    for number in range(120):
         name, answer = f"case{number}", number % 2
         write_slide(data / "features" / f"{name}.h5", number, on_left=bool(answer))
         rows.append(row(name, "yes" if answer else "no"))
