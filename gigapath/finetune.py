@@ -23,6 +23,7 @@ from torch import nn
 
 from gigapath.baselines import METHODS, VectorSplit, check_methods
 from gigapath.classification_head import ClassificationHead
+from gigapath.finetune_cohort import Cohort, read_cohort, slide_folder
 from gigapath.finetune_settings import FinetuneSettings
 from gigapath.finetune_trainer import Trainer, check_inputs
 from gigapath.metrics import plain_values, score_names, score_predictions
@@ -36,23 +37,19 @@ from gigapath.result_files import (
     write_skipped,
 )
 from gigapath.slide_dataset import (
+    CELL_PX,
     SlideBags,
     SlideFolder,
-    SlideScan,
     derived_seed,
     pooled_vectors,
     stored_vectors,
 )
-from gigapath.slide_encoder import ARCHITECTURES
 from gigapath.slide_splits import (
     PARTS,
     Split,
     check_parts,
-    make_splits,
-    read_splits,
-    write_splits,
 )
-from gigapath.slide_tasks import LabelledSlides, SlideTask, read_labels, read_task
+from gigapath.slide_tasks import SlideTask, read_task
 from wsi.files import folder_lock, write_json, write_text
 
 SLIDE_ENCODER = "slide_encoder"
@@ -120,9 +117,7 @@ def finetune_slides(
     task = task if isinstance(task, SlideTask) else read_task(task)
     if settings.monitor not in (known := ("loss", *score_names(task.setting))):
         raise ValueError(f"monitor {settings.monitor!r}: one of {', '.join(known)} expected")
-    folder = SlideFolder(Path(features), needs_coords=SLIDE_ENCODER in methods)
-    if not folder.path.is_dir():
-        raise FileNotFoundError(f"features {folder.path}: no such folder")
+    folder = slide_folder(features, settings, with_places=SLIDE_ENCODER in methods)
     with Ranks(device) as ranks, ExitStack() as stack:
         if SLIDE_ENCODER in methods:  # missing weights are found before a day of reading slides
             _head(settings, settings.input_dim, len(task.classes))
@@ -130,7 +125,7 @@ def finetune_slides(
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(folder_lock(out / ".lock"))
         cohort = ranks.first(
-            lambda: _cohort(folder, table, task, out, splits, settings, methods, progress)
+            lambda: read_cohort(folder, table, task, out, splits, settings, progress)
         )
         runs = Runs(cohort, task, settings, folder, out, models, ranks, progress, vectors)
         found = {method: runs.finish(method) for method in methods}
@@ -151,86 +146,6 @@ def finetune_slides(
             write_json(out / RESULTS_NAME, results)
         ranks.barrier()
     return results
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The slides of a run.
-
-    Attributes:
-        labels: Slide -> label.
-        splits: Fold -> slides that can be used.
-        num_tiles: Slide -> number of tiles.
-        skipped: `id`, `reason` of rows and slides that are left out.
-        num_without_row: Files of features that the table does not name.
-    """
-
-    labels: Mapping[str, Any]
-    splits: Mapping[int, Split]
-    num_tiles: Mapping[str, int]
-    skipped: tuple[dict[str, str], ...]
-    num_without_row: int
-
-
-def _cohort(
-    folder: SlideFolder,
-    table: str | os.PathLike[str],
-    task: SlideTask,
-    out: Path,
-    splits: str | os.PathLike[str] | None,
-    settings: FinetuneSettings,
-    methods: Sequence[str],
-    progress: bool,
-) -> Cohort:
-    """Reads tables and looks at every slide."""
-    labelled = read_labels(table, task)
-    made, unknown = _splits(labelled, splits, settings)
-    slides = sorted(
-        {slide for split in made.values() for p in PARTS for slide in getattr(split, p)}
-    )
-    grid = _grid(settings) if SLIDE_ENCODER in methods else None
-    num_tiles, bad = SlideScan(folder, slides, settings.input_dim, grid).run(
-        out / "slides.json", num_workers=settings.num_workers, progress=progress
-    )
-    if not num_tiles:
-        raise ValueError(f"features {folder.path}: no slide can be used: {bad[0]['reason']}")
-    usable = {fold: split.only(num_tiles) for fold, split in made.items()}
-    for fold, split in usable.items():
-        check_parts(split, fold, with_val=settings.needs_val)
-    write_splits(out / "splits", usable)
-    rows = {row["id"]: row for row in (*labelled.skipped, *unknown, *bad)}
-    named = {slide.removesuffix(".svs") for slide in (*labelled.labels, *rows)}
-    labels = {slide: labelled.labels[slide] for slide in num_tiles}
-    return Cohort(
-        labels, usable, num_tiles, tuple(rows.values()), len(set(folder.slides()) - named)
-    )
-
-
-def _grid(settings: FinetuneSettings) -> tuple[int, int] | None:
-    """Side and number of the encoder's cells, or None if it takes coordinates beyond them."""
-    options = {**ARCHITECTURES[settings.model_arch], **settings.encoder}
-    if options.get("out_of_grid") == "original":
-        return None
-    return settings.tile_size, int(options.get("slide_ngrids", 1000))
-
-
-def _splits(
-    labelled: LabelledSlides,
-    splits: str | os.PathLike[str] | None,
-    settings: FinetuneSettings,
-) -> tuple[dict[int, Split], list[dict[str, str]]]:
-    if splits is not None:
-        return read_splits(splits, labelled, folds=settings.folds, split_key=settings.split_key)
-    made = make_splits(
-        labelled,
-        method=settings.split_method,
-        folds=settings.folds,
-        val_r=settings.val_r,
-        test_r=settings.test_r,
-        split_key=settings.split_key,
-        seed=settings.seed,
-    )
-    return made, []
 
 
 class Runs:
@@ -366,7 +281,7 @@ class Runs:
 def _head(settings: FinetuneSettings, input_dim: int, num_classes: int) -> ClassificationHead:
     options = {
         "global_pool": settings.global_pool,
-        "tile_size": settings.tile_size,
+        "tile_size": settings.tile_size or CELL_PX,
         "max_wsi_size": settings.max_wsi_size,
         "dropout": settings.dropout,
         "drop_path_rate": settings.drop_path_rate,
@@ -391,19 +306,16 @@ def _table(results: Mapping[str, Any], task: SlideTask) -> str:
         rows += [((method, str(fold["fold"])), fold["test"]) for fold in found["folds"]]
         if len(found["folds"]) > 1:
             rows.append(((method, "mean ± std"), found["mean"]))
-    undefined = sorted(
-        {
-            f"fold {fold['fold']}: {name}"
-            for found in results["methods"].values()
-            for fold in found["folds"]
-            for name in fold["test"]["undefined"]
-        }
-    )
+    undefined: dict[int, dict[str, None]] = {}
+    for found in results["methods"].values():
+        for fold in found["folds"]:
+            undefined.setdefault(fold["fold"], {}).update(dict.fromkeys(fold["test"]["undefined"]))
+    listed = [f"fold {fold}: {', '.join(names)}" for fold, names in undefined.items() if names]
     notes = []
-    if undefined:
+    if listed:
         notes.append(
             "Classes that no test slide or every test slide has, left out of the means of AUROC "
-            f"and AUPRC: {'; '.join(undefined)}."
+            f"and AUPRC: {'; '.join(listed)}."
         )
     if results["num_skipped"]:
         notes.append(f"{results['num_skipped']} slides or rows left out: see skipped.jsonl.")

@@ -19,10 +19,10 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
 }
 _AT_LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "gc", "input_dim", "tile_size", "max_wsi_size"), 1),
+    **dict.fromkeys(("epochs", "batch_size", "gc", "input_dim", "max_wsi_size"), 1),
     **dict.fromkeys(("warmup_epochs", "patience", "folds", "num_workers", "save_steps"), 0),
     **dict.fromkeys(("max_tiles", "optim_wd", "min_lr", "lr", "dropout", "drop_path_rate"), 0),
-    "num_resamples": 0,
+    **dict.fromkeys(("num_resamples", "tile_size"), 0),
 }
 _LR_BATCH = 256
 """Slides per step at which the rate is `blr`."""
@@ -43,7 +43,8 @@ class FinetuneSettings:
         feat_layer: Layers whose vectors are joined: 0 the embedding, 12 the last of 12.
         global_pool: Mean of the tiles instead of the class token.
         freeze: Train the classifier alone.
-        tile_size: Side of a tile in pixels at level 0.
+        tile_size: Side of a cell of the encoder's grid in pixels at level 0; 0 for the side that
+            the tiles of each file have there, 256 being what the original takes for any slide.
         max_wsi_size: Longest side of a slide in pixels at level 0; sets the segment lengths.
         dropout: Of the encoder.
         drop_path_rate: Of the encoder's last layer.

@@ -118,6 +118,9 @@ def draw_curves(
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
                 drawn = True
         axes.set(xlabel=step, ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if names is scores and drawn:
+            axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.05)
         axes.grid(alpha=0.3)
         if chosen is not None:
             axes.axvline(chosen, color="grey", linestyle=":", label="model kept")

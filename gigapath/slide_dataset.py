@@ -17,16 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from gigapath.embedding_zip import load_tensors
 from gigapath.pos_embed import check_coords
+from gigapath.slide_vectors import onto_slide
 from gigapath.tile_embedding import check_features
 from wsi.files import check_name, write_json
-from wsi.store import read_features
+from wsi.store import read_attributes, read_features
 
 SUFFIXES = (".h5", ".pt")
 
 PT_LIMIT_BYTES = 64 << 30
 """Of a slide's `.pt`: a million tiles of 1536 values take 6 GB."""
 
-TILE_ORDERS = ("row_major", "published")
+CELL_PX = 256
+"""Side of a cell of the grid where each file's tiles say how large they are."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,14 @@ class SlideFolder:
     Attributes:
         path: The folder.
         needs_coords: Whether files without coordinates are refused.
+        cell_px: Side of a cell of the encoder's grid in pixels at level 0; tiles over the slide's
+            edge by less are shifted onto it. 0: the side that the tiles of each file have; cells
+            then become `CELL_PX` wide. None: coordinates stay as they are.
     """
 
     path: Path
     needs_coords: bool = True
+    cell_px: int | None = None
 
     def file(self, slide: str) -> Path:
         """Where a slide's embeddings lie.
@@ -82,12 +88,23 @@ class SlideFolder:
         file = self.file(slide)
         features, coords = read_features(file) if file.suffix == ".h5" else self._read_pt(file)
         check_features(features, coords, str(file))
-        values = np.ascontiguousarray(features, dtype=np.float32)
-        return Bag(slide, torch.from_numpy(values), torch.from_numpy(coords))
+        values = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+        return Bag(slide, values, self._onto_grid(torch.from_numpy(coords), file))
 
     def slides(self) -> list[str]:
         """Ids of all files, without suffix."""
         return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
+
+    def _onto_grid(self, coords: Tensor, file: Path) -> Tensor:
+        if self.cell_px is None:
+            return coords
+        if self.cell_px:
+            return onto_slide(coords, self.cell_px)
+        side = read_attributes(file).get("patch_size_level0") if file.suffix == ".h5" else None
+        if not side:
+            raise ValueError(f"{file}: no patch_size_level0 at coords, which tile_size 0 needs")
+        cells = onto_slide(coords, int(side)).div(int(side), rounding_mode="floor")
+        return cells * CELL_PX
 
     def _read_pt(self, file: Path) -> tuple[NDArray[Any], NDArray[np.int64]]:
         value = load_tensors(file.read_bytes(), PT_LIMIT_BYTES)
@@ -179,9 +196,10 @@ class SlideScan(Dataset[dict[str, Any]]):
 
     def _as(self, slide: str) -> list[Any]:
         """Size and time of the file, and what was asked of it."""
-        asked = [self.in_chans, list(self.grid or ()), self.folder.needs_coords]
+        folder = self.folder
+        asked = [self.in_chans, list(self.grid or ()), folder.needs_coords, folder.cell_px]
         try:
-            status = os.stat(self.folder.file(slide))
+            status = os.stat(folder.file(slide))
         except (OSError, ValueError):
             return asked
         return [status.st_size, status.st_mtime_ns, *asked]

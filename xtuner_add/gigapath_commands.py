@@ -84,8 +84,8 @@ def probe_tiles(
     is 3.
     """
     from gigapath.linear_probe import ProbeSettings
-    from gigapath.linear_probe import probe_tiles as probe
     from gigapath.recipes import read_settings
+    from gigapath.tile_probe import probe_tiles as probe
 
     with user_errors():
         settings = read_settings(

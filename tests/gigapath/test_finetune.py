@@ -336,7 +336,7 @@ def test_several_labels_and_half_precision(tmp_path: Path) -> None:
             for n in range(30)]  # fmt: skip
     table = write_table(tmp_path / "several.csv", rows)
     task = SlideTask("several", "multi_label", ("a", "b"))
-    results = run(tmp_path, features, table, "out", task=task, folds=3, epochs=6, precision="bf16",
+    results = run(tmp_path, features, table, "out", task=task, folds=3, epochs=5, precision="bf16",
                   methods=("slide_encoder", "logistic"))  # fmt: skip
     for method, found in results["methods"].items():
         assert found["mean"]["auroc"]["mean"] > 0.85, method
@@ -368,7 +368,7 @@ def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
         ("S002", np.zeros((3, DIM + 1)), places),
         ("S003", np.full((3, DIM), np.nan), places),
         ("S004", np.zeros((0, DIM)), places[:0]),
-        ("S005", np.zeros((3, DIM)), places - 5),
+        ("S005", np.zeros((3, DIM)), places - 500),
         ("S006", np.zeros((3, DIM)), places + 256 * 1000),
     ):
         write_features(features / f"{slide}.h5", values, coords, encoder="x")
@@ -385,7 +385,7 @@ def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
     assert results["num_skipped"] == len(reasons) == 12
     for slide, words in {
         "S000": "no S000.h5 or S000.pt", "S001": "S001.h5", "S002": "width 17",
-        "S003": "not finite", "S004": "no tiles", "S005": "x=-5", "S006": "x=256000",
+        "S003": "not finite", "S004": "no tiles", "S005": "x=-500", "S006": "x=256000",
         "S008": "no coords", "S009": "S009.h5", "../../etc/passwd": "'/'",
         "S040": "label '9'", "S041": "label ''",
     }.items():  # fmt: skip
@@ -395,6 +395,23 @@ def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
     # What is not needed is not asked for: the mean over tiles does without places.
     pooled = run(tmp_path, features, table, "pooled", folds=3, methods=("knn",))
     assert pooled["num_slides"] == 34
+
+
+def test_places_on_the_grid(tmp_path: Path) -> None:
+    """Tiles of 512 px at level 0, the first column over the slide's edge."""
+    places = np.array([[x * 512 - 100, y * 512] for y in range(2) for x in range(3)])
+    values = np.zeros((6, DIM))
+    write_features(
+        tmp_path / "s.h5", values, places, encoder="x", attributes={"patch_size_level0": 512}
+    )
+    write_features(tmp_path / "t.h5", values, places, encoder="x")
+    shifted = SlideFolder(tmp_path, cell_px=256).read("s").coords
+    assert shifted.tolist() == (places + np.array([100, 0])).tolist()
+    own = SlideFolder(tmp_path, cell_px=0).read("s").coords // 256
+    assert own.tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    assert SlideFolder(tmp_path).read("s").coords.tolist() == places.tolist()
+    with pytest.raises(ValueError, match="patch_size_level0"):
+        SlideFolder(tmp_path, cell_px=0).read("t")
 
 
 def test_a_second_look_reads_only_what_changed(

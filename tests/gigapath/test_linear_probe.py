@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from gigapath import embedding_zip
 from gigapath.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
-from gigapath.linear_probe import LinearProbe, ProbeRun, ProbeSettings, probe_tiles
+from gigapath.linear_probe import LinearProbe, ProbeRun, ProbeSettings
+from gigapath.tile_probe import probe_tiles, standardised
 
 GOLDEN = Path(__file__).parents[1] / "golden/gigapath/linear_probe"
 RECORDS = json.loads((GOLDEN / "linear_probe.json").read_text())
@@ -37,9 +38,7 @@ def golden_data(z_score: bool) -> EmbeddingData:
         x, y = TENSORS[f"{name}.x"], TENSORS[f"{name}.y"].numpy()
         splits[name] = EmbeddingSplit(tuple(map(str, range(len(y)))), x, y)
     data = EmbeddingData(("0", "1"), splits, (), 0)
-    from gigapath.linear_probe import _standardised
-
-    return _standardised(data) if z_score else data
+    return standardised(data) if z_score else data
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -172,7 +171,7 @@ def test_faults_are_recorded_and_the_rest_is_used(
     good = write_cohort(tmp_path)
     vector = torch.randn(12)
     bad = {
-        "evil": pickle.dumps(Evil()),
+        "evil": pickle.dumps(Evil(), protocol=2),
         "evil_zip": saved(Evil()),
         "text": b"not a tensor",
         "empty": b"",

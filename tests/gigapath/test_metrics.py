@@ -51,7 +51,7 @@ def test_published_values(case: str, setting: str, classes: Any) -> None:
     assert set(plain_values(scores)) == set(score_names(setting))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), setting=st.sampled_from(SETTINGS), num_cases=st.integers(1, 25))
 def test_draws_are_scored_as_scikit_learn_scores_them(
     seed: int, setting: str, num_cases: int
