@@ -234,7 +234,7 @@ def write_benchmarks(out: Path) -> None:
     tissue: dict[str, Any] = {
         "name": "tissue",
         "layout": {"kind": "folders"},
-        "templates": ["{}.", "A field of {}.", "A field of {} with nuclei."],
+        "templates": ["{}.", "A field of {}.", "An area of {} in the section."],
         "classes": [{"name": n, "folders": [f"tissue/{n}"], "prompts": [n]} for n in TISSUES],
     }
     looks = [look(vesicular) for vesicular in (True, False)]

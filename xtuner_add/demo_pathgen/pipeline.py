@@ -74,7 +74,7 @@ class Plan:
             sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
             first_epochs=4,
             describer=describer.DescriberSizes(
-                num_layers=2, steps=120, batch_size=8, learning_rate=4e-3
+                num_layers=2, steps=150, batch_size=8, learning_rate=4e-3
             ),
             quota=32,
             similarity=0.9995,

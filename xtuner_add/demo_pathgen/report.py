@@ -169,7 +169,7 @@ def _draw_recall(summary: Mapping[str, Any]) -> Any:
             label = _MODEL_NAMES[model]
             axes.errorbar(
                 *(range(len(ks)), values, error),
-                *("o-",),
+                fmt="o-",
                 color=_COLOURS[model],
                 label=label,
                 linewidth=1.2,

@@ -83,7 +83,7 @@ _UNUSABLE: dict[Fault, tuple[str, ...]] = {
         "it can be judged with confidence.",
     ),
 }
-_SUMMARIES = ("{tissues}{nuclei}.", "A field of {tissues}{nuclei}.")
+_SUMMARIES = ("A field of {tissues}{nuclei}.", "{tissues}{nuclei} fill the field.")
 _BORDER = ("Beside it begins another tissue.", "A second tissue begins at its border.")
 
 

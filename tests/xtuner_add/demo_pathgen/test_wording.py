@@ -41,6 +41,7 @@ def test_summaries_fit_clip_and_say_what_is_there() -> None:
     for field, form in itertools.product(CLEAN, range(wording.NUM_SUMMARIES)):
         text = wording.summary(field, form)
         assert count(text) <= 32 < CLIP_TOKENS
+        check_caption(text, min_words=3, max_words=60)
         assert (wording.named_tissues(text), wording.named_look(text)) == (
             field.tissues,
             field.vesicular,
