@@ -11,6 +11,8 @@ import click
 QUICK = {
     "cite_step": ["--quick"],
     "extraction": ["--quick"],
+    "gigapath_embedding": ["--quick"],
+    "gigapath_position": ["--quick"],
     "gigapath_slide_encoder": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
 }
