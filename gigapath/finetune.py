@@ -50,7 +50,7 @@ from gigapath.slide_splits import (
     check_parts,
 )
 from gigapath.slide_tasks import SlideTask, read_task
-from wsi.files import folder_lock, write_json, write_text
+from wsi.files import folder_lock, remove_partials, write_json, write_text
 
 SLIDE_ENCODER = "slide_encoder"
 
@@ -124,6 +124,7 @@ def finetune_slides(
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(folder_lock(out / ".lock"))
+            remove_partials(out)
         cohort = ranks.first(
             lambda: read_cohort(folder, table, task, out, splits, settings, progress)
         )

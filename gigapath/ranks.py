@@ -1,4 +1,4 @@
-"""The processes of a training: one, or those that torchrun or Slurm started."""
+"""The processes of a training: one, or those that torchrun started."""
 
 from __future__ import annotations
 

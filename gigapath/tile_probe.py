@@ -20,7 +20,7 @@ from gigapath.result_files import (
     write_predictions,
     write_skipped,
 )
-from wsi.files import folder_lock, write_json, write_text
+from wsi.files import folder_lock, remove_partials, write_json, write_text
 
 
 def probe_tiles(
@@ -61,6 +61,7 @@ def probe_tiles(
     setting = "binary" if len(data.classes) == 2 else "multi_class"
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out / ".lock"):
+        remove_partials(out)
         found = {}
         for method in methods:
             folder = out / method

@@ -24,6 +24,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ANY = click.Path(exists=True, path_type=Path)
 _OUT = click.Path(file_okay=False, path_type=Path)
 
+_STARTED_HERE = "XTUNER_ADD_STARTED_HERE"
+"""Environment variable of processes whose results the one that started them will show."""
+
 _OPTION = click.option(
     "--option",
     "options",
@@ -166,7 +169,7 @@ def finetune_slides(
     except LaunchError as error:
         raise click.UsageError(str(error), ctx) from error
     if command is not None:
-        if code := run_child(command, child_environ(os.environ)):
+        if code := run_child(command, {**child_environ(os.environ), _STARTED_HERE: "1"}):
             ctx.exit(code)
         results = json.loads((output / "results.json").read_text(encoding="utf-8"))
         _end(ctx, output, results)
@@ -189,8 +192,11 @@ def finetune_slides(
             vectors=slide_embeddings,
             device=device,
         )
-    if "RANK" not in os.environ:  # the process that started the others says the rest
+    if "RANK" not in os.environ:
         _end(ctx, output, results)
+    elif os.environ["RANK"] == "0" and _STARTED_HERE not in os.environ:
+        # torchrun takes any other exit code than 0 for a crash, so 3 is not given here.
+        _show(output, results)
 
 
 def bag_models() -> dict[str, Any]:
@@ -286,8 +292,13 @@ def _find(what: str, name: str, folder: str) -> Path:
     return known[name]
 
 
-def _end(ctx: click.Context, output: Path, results: dict[str, Any]) -> None:
+def _show(output: Path, results: dict[str, Any]) -> None:
     click.echo((output / "results.md").read_text(encoding="utf-8"))
     if results["num_skipped"]:
         click.echo(f"{results['num_skipped']} left out: see {output / 'skipped.jsonl'}", err=True)
+
+
+def _end(ctx: click.Context, output: Path, results: dict[str, Any]) -> None:
+    _show(output, results)
+    if results["num_skipped"]:
         ctx.exit(EXIT_SAMPLES_SKIPPED)
