@@ -241,7 +241,8 @@ class FolderBuild:
     def _start_reading(self, name: str, path: Path) -> None:
         """Reads a file again in the background, unless it has been read since it last changed."""
         identity = file_identity(path) if path.is_file() else []
-        if identity and self._read_back.get(name, ([], None))[0] != identity:
+        known = self._read_back.get(name)
+        if identity and (known is None or known[0] != identity):
             self._read_back[name] = identity, self._readers.submit(sha256_of, path)
 
     def _verify(self, folder: Path) -> None:
