@@ -195,9 +195,10 @@ class FolderBuild:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             yield partial
+        num_bytes = path.stat().st_size
         row = {
             "file": name,
-            "bytes": path.stat().st_size,
+            "bytes": num_bytes,
             "sha256": digest() if digest else sha256_of(path),
         }
         self._rows[name] = row
@@ -205,7 +206,7 @@ class FolderBuild:
             manifest.write(json.dumps(row) + "\n")
             manifest.flush()
             os.fsync(manifest.fileno())
-        if row["bytes"] >= _LARGE_BYTES:
+        if num_bytes >= _LARGE_BYTES:
             self._start_reading(name, path)
 
     def finish(self) -> dict[str, str]:
