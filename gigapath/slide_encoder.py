@@ -320,7 +320,10 @@ class LongNetViT(nn.Module):
         weight = self.patch_embed.proj.weight
         embedded = self.patch_embed(packed.to(weight.dtype))
         positions = embed_positions(places, self.pos_axis, self.tile_size, self.out_of_grid)  # type: ignore[arg-type]
-        embedded = embedded + positions.to(embedded.dtype)
+        if not torch.is_autocast_enabled(embedded.device.type):
+            positions = positions.to(embedded.dtype)
+        # Under autocast the sum, and with it the residual stream, is in float32.
+        embedded = embedded + positions
         cls_token = self.cls_token[0].to(embedded.dtype)
         pieces = [piece for slide in embedded.split(tiles) for piece in (cls_token, slide)]
         return torch.cat(pieces), [count + 1 for count in tiles]

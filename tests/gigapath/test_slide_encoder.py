@@ -369,6 +369,16 @@ def test_dropout_acts_in_training_only() -> None:
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_residual_stream_stays_wide_under_autocast(dtype: torch.dtype) -> None:
+    x, coords = recipe_inputs("residual", 1, 30, 32, 64)
+    model = tiny_encoder("tinyA")
+    with torch.autocast("cpu", dtype):
+        assert model.tokens(x, coords, 3).dtype is torch.float32
+    assert model.to(dtype).tokens(x, coords, 3).dtype is dtype
+
+
 @torch.no_grad()
 def test_features_stored_in_half_precision() -> None:
     x, coords = recipe_inputs("half", 1, 30, 32, 64)
