@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,17 @@ assert "mmengine" not in sys.modules
 """
 
 
+@pytest.fixture
+def nothing_allowed() -> Iterator[None]:
+    """As in a new process: other tests prepare this one for training."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+@pytest.mark.usefixtures("nothing_allowed")
 def test_a_checkpoint_of_mmengine_loads_without_mmengine(tmp_path: Path) -> None:
     mmengine_checkpoint(tmp_path / "iter_2.pth")
     with pytest.raises(pickle.UnpicklingError):  # torch alone refuses it
