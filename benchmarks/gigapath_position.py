@@ -162,8 +162,10 @@ def draw(figures: dict[str, list[float]], image: Path) -> None:
 
     generator = torch.Generator().manual_seed(1)
     colours = ("#f3d9e5", "#8b3a8f", "#2f5fb3")
-    figure, axes = plt.subplots(1, 4, figsize=(10.5, 2.7), width_ratios=(1, 1, 0.75, 1.7))
-    titles = (("lymphocytes around the tumour", True), ("lymphocytes apart", False))
+    figure, axes = plt.subplots(
+        1, 4, figsize=(9.5, 2.5), width_ratios=(1, 1, 0.55, 1.6), layout="constrained"
+    )
+    titles = (("lymphocytes\naround the tumour", True), ("lymphocytes\napart from it", False))
     for axis, (title, touching) in zip(axes[:2], titles, strict=True):
         kinds = draw_kinds(touching, generator).reshape(SIDE, SIDE)
         axis.imshow(kinds.numpy(), cmap=ListedColormap(colours), vmin=0, vmax=2)
@@ -174,9 +176,7 @@ def draw(figures: dict[str, list[float]], image: Path) -> None:
         axis.tick_params(length=0)
     axes[2].axis("off")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    axes[1].legend(
-        handles, KINDS, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False
-    )
+    axes[2].legend(handles, KINDS, loc="center", fontsize=8, frameon=False)
     for row, values in enumerate(figures.values()):
         low, high = interval(values)
         mean = float(np.mean(values))
@@ -190,7 +190,6 @@ def draw(figures: dict[str, list[float]], image: Path) -> None:
     axes[3].set_yticks(range(len(figures)), [name.replace(", ", ",\n") for name in figures])
     axes[3].tick_params(labelsize=8)
     axes[3].spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(image, dpi=150)
     plt.close(figure)
 
