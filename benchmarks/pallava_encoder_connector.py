@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks._memory import peak_resident_mib
 from benchmarks.straightforward import (
     StraightforwardConnector,
     StraightforwardEncoder,
@@ -294,26 +295,6 @@ def kept_storages(bench: Bench) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
-
-
-@contextmanager
-def peak_resident_mib() -> Iterator[list[float]]:
-    """Largest resident memory inside above that at the start; NaN where /proc has no such file."""
-    result = [float("nan")]
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's peak anew
-        before = _status_mib("VmRSS")
-    except OSError:
-        yield result
-        return
-    yield result
-    result[0] = _status_mib("VmHWM") - before
-
-
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) / 1024
 
 
 def measure_in_child(name: str) -> dict[str, float]:
