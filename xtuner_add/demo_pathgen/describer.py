@@ -27,7 +27,7 @@ from xtuner_add.demo.language_model import (
 )
 from xtuner_add.demo_pathgen import wording
 
-Task = Literal["describe", "revise", "summarise"]
+Task = Literal["name", "describe", "revise", "summarise"]
 Lesson = tuple[Path, wording.Field]
 
 TASKS: tuple[Task, ...] = ("describe", "revise", "summarise")
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
 )
 
-_TURNS: tuple[Task, ...] = ("describe", "revise", "describe", "revise", "summarise")
+_TURNS: tuple[Task, ...] = ("describe", "revise", "name", "describe", "revise", "summarise")
 _NUM_TEXTS = 1500  # from which the vocabulary is made
 _IGNORED = -100
 _LOG_EVERY, _SAVE_EVERY = 10, 100
@@ -56,11 +56,12 @@ class DescriberSizes:
 
     hidden_size: int = 128
     intermediate_size: int = 256
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
-    vocab_size: int = 640
-    steps: int = 240
-    batch_size: int = 20
+    vocab_size: int = 2000  # more than the words there are: each is one token
+    naming_steps: int = 120
+    steps: int = 380
+    batch_size: int = 16
     learning_rate: float = 3e-3
 
 
@@ -114,7 +115,7 @@ def train_describer(
     for step in tqdm(range(done + 1, sizes.steps + 1), "describer", leave=False):
         if stopped():
             raise InterruptedError(f"describer: stopped before step {step}")
-        task = _TURNS[step % len(_TURNS)]
+        task = _task(step, sizes)
         loss = model(**teacher.batch(step, task, sizes.batch_size)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,6 +131,14 @@ def train_describer(
     return history
 
 
+def _task(step: int, sizes: DescriberSizes) -> Task:
+    """At first how descriptions begin, so that words are tied to images; then all in turn.
+
+    A first phase of short captions is LLaVA's too (arXiv:2304.08485, section 4.2).
+    """
+    return "name" if step <= sizes.naming_steps else _TURNS[step % len(_TURNS)]
+
+
 class _Teacher:
     """Makes batches of questions with answers; each step has its own random numbers."""
 
@@ -143,19 +152,21 @@ class _Teacher:
         images = [Image.open(file).convert("RGB") for file, _ in lessons]
         self._pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         crop = processor.image_processor.crop_size["height"]
-        self._num_tokens = (crop // processor.patch_size) ** 2
+        self._num_tokens = (crop // processor.patch_size) ** 2 + 1
 
     def batch(self, step: int, task: Task, size: int) -> dict[str, Any]:
         """Inputs of the model for one step, the labels of all but the answers ignored."""
         import torch
 
         rng = np.random.default_rng([self._seed, 6, step])
-        picked = rng.integers(len(self._fields), size=size)
+        short = 2 if task == "name" else 1  # as many tokens in less than half the time
+        picked = rng.integers(len(self._fields), size=short * size)
         chats = []
+        end = "" if task == "name" else END_TURN  # a beginning does not end
         for index in picked:
             row, answer = _question(task, self._fields[index], rng)
-            prompt = self._prompts[task].fill(row)
-            chats.append((self._chat(task, prompt), f"{answer}{END_TURN}"))
+            prompt = self._prompts["describe" if task == "name" else task].fill(row)
+            chats.append((self._chat(task, prompt), f"{answer}{end}"))
         inputs = _encode(self._processor.tokenizer, chats)
         if task != "summarise":
             pixels = self._pixels[torch.from_numpy(picked)]
@@ -174,6 +185,8 @@ def _question(
     task: Task, field: wording.Field, rng: np.random.Generator
 ) -> tuple[dict[str, str], str]:
     """The row that is asked about, and the right reply."""
+    if task == "name":
+        return {}, wording.summary(field)
     if task == "describe":
         return {}, wording.paragraph(field, rng)
     if task == "revise":
@@ -250,8 +263,9 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
         eyes.config.vision_config,
         words,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        # The CLS token of the last layer too: what the contrastive loss has formed.
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(**marks)
@@ -261,7 +275,7 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
         CLIPImageProcessor.from_pretrained(clip),
         tokenizer,
         patch_size=eyes.config.vision_config.patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="full",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )

@@ -74,7 +74,7 @@ class Plan:
             sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
             first_epochs=4,
             describer=describer.DescriberSizes(
-                num_layers=2, steps=150, batch_size=8, learning_rate=4e-3
+                naming_steps=60, steps=190, batch_size=8, learning_rate=4e-3
             ),
             quota=32,
             similarity=0.9995,
@@ -260,9 +260,9 @@ class _Road:
 
     def captions(self) -> Stage:
         def run() -> None:
-            drawn = ("--temperature", 0.7, "--seed", self.seed)
-            self._ask("describe", "selection/selection.jsonl", "captions/long.jsonl", 110, *drawn)
-            self._ask("revise", "captions/long.jsonl", "captions/revised.jsonl", 170)
+            drawn = ("--temperature", 0.5, "--seed", self.seed)
+            self._ask("describe", "selection/selection.jsonl", "captions/long.jsonl", 120, *drawn)
+            self._ask("revise", "captions/long.jsonl", "captions/revised.jsonl", 190)
             self._call(
                 "captions",
                 *("filter-captions", "captions/revised.jsonl", "captions/clean.jsonl"),

@@ -20,6 +20,7 @@ _SHOWN_SLIDES = 2
 _SHOWN_CAPTIONS = 6
 _SLIDE_WIDTH_PX = 1000
 _PATCH_SIDE_PX = 150
+_TOP_LOSS = 4.5  # just above the logarithm of the batch, which a CLIP of random weights has
 _MODEL_NAMES = {
     "clip": "describer's captions",
     "clip_exchanged": "the same, exchanged",
@@ -100,16 +101,16 @@ def _draw_curves(work_dir: Path) -> Any:
     history = json.loads((work_dir / "describer" / "history.json").read_text(encoding="utf-8"))
     by_task = {
         task: [(row["step"], row["loss"]) for row in history if row["task"] == task]
-        for task in scores.STEPS
+        for task in ("name", *scores.STEPS)
     }
     logs = {name: scores.read_losses(work_dir / name / "pairs" / "out.log") for name in _COLOURS}
-    task_colours = (BLUE, ORANGE, GREEN)
+    colours = {"name": GREY, "describe": BLUE, "revise": ORANGE, "summarise": GREEN}
     panels: list[tuple[str, str, list[tuple[str, Any, str]]]] = [
         ("first CLIP", "epoch", [("", logs["first_clip"], GREEN)]),
         (
             "describer",
             "step",
-            [(t, by_task[t], c) for t, c in zip(scores.STEPS, task_colours, strict=True)],
+            [(task, by_task[task], colour) for task, colour in colours.items()],
         ),
         (
             "CLIP of the captions",
@@ -124,7 +125,7 @@ def _draw_curves(work_dir: Path) -> Any:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(unit, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, _TOP_LOSS)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         if any(label for label, _, _ in lines):
@@ -183,7 +184,8 @@ def _draw_recall(summary: Mapping[str, Any]) -> Any:
         axes.set_title(f"{name.replace('_', ' ')}: recall", fontsize=9.5, loc="left")
         axes.tick_params(labelsize=8.5)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=7.5, frameon=False, loc="upper left", ncols=2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 

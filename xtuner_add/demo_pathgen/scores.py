@@ -25,6 +25,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 KS = (1, 5, 10)
 STEPS = ("describe", "revise", "summarise")
 
+_LENGTH = re.compile(r"\d+ (words|tokens)\b")
 _LOSS = re.compile(r"Train Epoch: (\d+) \[\s*(\d+)/(\d+) .* Loss: ([\d.]+)")
 
 
@@ -187,8 +188,9 @@ def _agent(command: str, out: Path, before: int) -> dict[str, Any]:
 def _short(row: Mapping[str, Any]) -> str:
     """A reason without what differs from row to row."""
     if row["kind"] == "rejected":
-        return f"rejected: {row['reason']}"
-    return f"{row['kind']}: {row['reason'].partition(';')[0]:.60}"
+        return "rejected"
+    reason = row["reason"].partition(";")[0]
+    return "too short or too long" if _LENGTH.match(reason) else f"{row['kind']}: {reason:.60}"
 
 
 def _step(

@@ -84,7 +84,6 @@ _UNUSABLE: dict[Fault, tuple[str, ...]] = {
     ),
 }
 _SUMMARIES = ("A field of {tissues}{nuclei}.", "{tissues}{nuclei} fill the field.")
-_BORDER = ("Beside it begins another tissue.", "A second tissue begins at its border.")
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,11 @@ class Field:
 
 
 def paragraph(field: Field, rng: np.random.Generator) -> str:
-    """A detailed caption in one of many wordings, 20 to 60 words."""
+    """A detailed caption in one of many wordings, 20 to 80 words; `summary` is how it begins."""
     if field.fault is not None:
-        return _one_of(_UNUSABLE[field.fault], rng)
+        return f"{summary(field)} {_one_of(_UNUSABLE[field.fault], rng)}"
     sentences = [_one_of(_ARCHITECTURE[name], rng) for name in field.tissues]
-    for place in range(1, len(field.tissues)):
-        sentences.insert(2 * place - 1, _one_of(_BORDER, rng))
-    return " ".join([*sentences, _one_of(_NUCLEI[field.vesicular], rng)])
+    return " ".join([summary(field), *sentences, _one_of(_NUCLEI[field.vesicular], rng)])
 
 
 def summary(field: Field, form: int = 0) -> str:

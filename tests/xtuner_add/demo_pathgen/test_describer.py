@@ -15,7 +15,13 @@ from xtuner_add.demo_pathgen.describer import DescriberSizes, Lesson, train_desc
 from xtuner_add.demo_pathgen.wording import Field
 
 SIZES = DescriberSizes(
-    hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, steps=5, batch_size=2
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    naming_steps=2,
+    steps=5,
+    batch_size=2,
 )
 FIELDS = [Field(("glands",), True), Field(("fat", "mucin"), None), Field(("fat",), None, "ink")]
 
