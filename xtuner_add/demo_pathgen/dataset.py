@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -186,12 +187,25 @@ def read_lessons(patches: Path) -> list[tuple[Path, wording.Field]]:
     ]
 
 
-def exchange_captions(pairs: Path, out: Path, seed: int) -> None:
-    """Writes the same pairs with the captions dealt to other images: the control."""
-    rows = read_jsonl(pairs)
-    order = np.random.default_rng([seed, 3]).permutation(len(rows))
-    captions = [rows[index]["caption"] for index in order]
-    write_jsonl(out, [r | {"caption": c} for r, c in zip(rows, captions, strict=True)])
+def exchange_captions(pairs: Path, out: Path) -> None:
+    """Writes the same pairs with the captions dealt to other images: the control.
+
+    Pairs of equal captions get captions out of all others in equal shares. A random order would
+    leave some caption a little more frequent at images of one kind, and a CLIP finds that out.
+    """
+    rows = sorted(read_jsonl(pairs), key=lambda row: (row["caption"], row["id"]))
+    captions = [row["caption"] for row in rows]
+    step = _even_step(len(rows))
+    dealt = [row | {"caption": captions[i * step % len(rows)]} for i, row in enumerate(rows)]
+    write_jsonl(out, sorted(dealt, key=lambda row: row["id"]))
+
+
+def _even_step(count: int) -> int:
+    """A step that visits all of `count` places, neighbours far apart: near the golden section."""
+    step = max(1, round(0.618034 * count))
+    while math.gcd(step, count) != 1:
+        step += 1
+    return step
 
 
 def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:

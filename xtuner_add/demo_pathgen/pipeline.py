@@ -54,6 +54,7 @@ class Plan:
             a kind much alike.
         clip_epochs: Of the CLIP of the describer's captions, and of its control.
         batch_size: Of all three CLIPs.
+        warmup: Steps, likewise.
         side_by_side: Train the CLIP and its control at once, each in a process of its own. For
             trainings of seconds that is not worth importing everything twice more.
     """
@@ -63,8 +64,9 @@ class Plan:
     describer: describer.DescriberSizes = field(default_factory=describer.DescriberSizes)
     quota: int = 72
     similarity: float = 0.99
-    clip_epochs: int = 12
+    clip_epochs: int = 18
     batch_size: int = 64
+    warmup: int = 20
     side_by_side: bool = True
 
     @classmethod
@@ -72,14 +74,15 @@ class Plan:
         """Less than a minute's worth: every stage runs, little is learned."""
         return cls(
             sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
-            first_epochs=4,
+            first_epochs=3,
             describer=describer.DescriberSizes(
-                naming_steps=60, steps=190, batch_size=8, learning_rate=4e-3
+                naming_steps=50, steps=170, batch_size=8, learning_rate=4e-3
             ),
             quota=32,
             similarity=0.9995,
-            clip_epochs=6,
+            clip_epochs=4,
             batch_size=16,
+            warmup=5,
             side_by_side=False,
         )
 
@@ -260,7 +263,7 @@ class _Road:
 
     def captions(self) -> Stage:
         def run() -> None:
-            drawn = ("--temperature", 0.5, "--seed", self.seed)
+            drawn = ("--temperature", 0.7, "--seed", self.seed)
             self._ask("describe", "selection/selection.jsonl", "captions/long.jsonl", 120, *drawn)
             self._ask("revise", "captions/long.jsonl", "captions/revised.jsonl", 190)
             self._call(
@@ -283,9 +286,7 @@ class _Road:
 
         def run() -> None:
             captions = self.work_dir / "captions"
-            dataset.exchange_captions(
-                captions / "pairs.jsonl", captions / "exchanged.jsonl", self.seed
-            )
+            dataset.exchange_captions(captions / "pairs.jsonl", captions / "exchanged.jsonl")
             for name, pairs in (("clip", "pairs"), ("clip_exchanged", "exchanged")):
                 self._call(
                     "shards",
@@ -358,20 +359,26 @@ class _Road:
         call_command(arguments, log_file, self.work_dir, may_leave_out=may_leave_out)
 
     def _training(self, name: str, data: str, epochs: int) -> list[object]:
-        settings = {"epochs": epochs, "batch_size": self.plan.batch_size, "seed": self.seed}
+        settings = self._lengths(epochs) | {"seed": self.seed}
         return [
             *("train-clip", _RECIPE, "--output", name, "--data", f"pairs={data}"),
             *(word for key, value in settings.items() for word in ("--option", f"{key}={value}")),
             *("--device", "cpu"),
         ]
 
+    def _lengths(self, epochs: int) -> dict[str, int]:
+        plan = self.plan
+        return {"epochs": epochs, "batch_size": plan.batch_size, "warmup": plan.warmup}
+
     def _recipe(self, epochs: int) -> dict[str, Any]:
         from xtuner_add.paths import configs_dir
 
         folder = configs_dir() / "pathgen"
         names = (f"{_RECIPE}.yml", f"{_RECIPE}.json", "pathgen_clip.yml")
-        settings = {"epochs": epochs, "batch_size": self.plan.batch_size}
-        return {**settings, "recipe": {name: sha256_of(folder / name) for name in names}}
+        return {
+            **self._lengths(epochs),
+            "recipe": {name: sha256_of(folder / name) for name in names},
+        }
 
 
 def _digests(modules: Sequence[ModuleType]) -> dict[str, str]:
