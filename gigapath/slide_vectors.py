@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ class SlideEncoderSpec:
         name: Of the folder of its vectors, before the preset's.
         digest: SHA-256 of the weights; empty for random ones.
         seed: Of random weights.
+        architecture: Settings of `model_arch` as JSON, for processes that do not know the name.
     """
 
     pretrained: str
@@ -59,6 +61,7 @@ class SlideEncoderSpec:
     name: str
     digest: str = ""
     seed: int = 0
+    architecture: str = ""
 
     def vector(self) -> SlideVector:
         """The preset, with the grid asked for."""
@@ -117,12 +120,15 @@ def describe_slide_encoder(
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60] or "encoder"
         name = published.get(pretrained, f"{stem}-{digest[:_DIGEST_CHARS]}")
     return SlideEncoderSpec(
-        pretrained, arch, in_chans, preset, grid_px, precision, name, digest, seed
+        *(pretrained, arch, in_chans, preset, grid_px, precision, name, digest, seed),
+        architecture=json.dumps(ARCHITECTURES[arch]),
     )
 
 
 def open_slide_encoder(spec: SlideEncoderSpec, device: torch.device | str = "cpu") -> LongNetViT:
     """Builds the slide encoder that a description names."""
+    if spec.architecture:
+        ARCHITECTURES.setdefault(spec.model_arch, json.loads(spec.architecture))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = slide_encoder.create_model(spec.pretrained, spec.model_arch, spec.in_chans)

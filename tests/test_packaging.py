@@ -82,6 +82,7 @@ def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
         "pathgen",
         "ray",
         "cite",
+        "gigapath",
         "demo",
         "serve",
         "dev",

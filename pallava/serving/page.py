@@ -352,7 +352,8 @@ class Page:
         if not question:
             return
         images = (session.pixels,) if session.pixels is not None and session.is_new else ()
-        turns = [*session.turns, Turn("user", question, images)]
+        earlier = session.turns
+        turns = [*earlier, Turn("user", question, images)]
         history = [*history, {"role": "user", "content": question}]
         try:
             sampling = Sampling(int(length), float(temperature), seed=int(seed or 0))
@@ -370,7 +371,7 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
         finally:  # also when it is stopped, or the page closed
             answers.cancel()
-            if text:
+            if text and session.turns is earlier:  # no new conversation was begun meanwhile
                 session.turns, session.is_new = [*turns, Turn("assistant", text)], False
         if not text:
             yield [*history, {"role": "assistant", "content": "(no answer)"}], session

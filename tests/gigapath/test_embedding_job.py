@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,13 @@ def test_grid_of_choice(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.multiproc
-def test_processes_and_pictures_change_nothing(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_processes_and_pictures_change_nothing(
+    folder: Path, tmp_path: Path, start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context(start_method)
+    monkeypatch.setattr("wsi.engines._context", lambda: context)
+
     def run(name: str, workers: int, pictures: bool, placement: Placement = PLACEMENT) -> Any:
         settings = settings_of(folder, pictures=pictures)
         embed_slides(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from pallava.assistant import Assistant
 from pallava.serving.app import create_app, delete_older
+from pallava.serving.page import Page, Session, _start_over
 from pallava.serving.service import ModelService
 from tests.pallava.browser import chromium
 from tests.pallava.serving.conftest import NAME, serving
@@ -40,6 +42,22 @@ def test_stopping_and_leaving_end_the_answer(
         assert service._jobs == 1
         page.close()
         wait_until_free(service)
+
+
+def test_a_new_conversation_stays_new_when_the_old_answer_ends_late(assistant: Assistant) -> None:
+    service = ModelService(SlowAssistant.like(assistant, 0.01), NAME)
+    page, session = Page(service, None, 10_000), Session()
+
+    async def begin_and_start_over() -> None:
+        answering = page.answer("What?", [], session, 400, 0, 0)
+        async for history, _ in answering:
+            if history[-1]["role"] == "assistant":
+                break
+        _start_over(session)
+        await answering.aclose()  # what Gradio does, some time after the click
+
+    asyncio.run(begin_and_start_over())
+    assert session.turns == []
 
 
 def wait_until_free(service: ModelService) -> None:
