@@ -9,7 +9,7 @@ from pathgen.clip_export import model_config
 from pathgen.clip_recipe import read_recipe, trainer_arguments
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs/pathgen"
-RECIPES = sorted(FOLDER.glob("*clip*.yml"))
+RECIPES = sorted(FOLDER.glob("pathgen_clip*.yml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -22,6 +22,16 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
         assert path.with_name(path.name.replace("_tiny", "")) in RECIPES
     else:
         assert (recipe.model, recipe.pretrained) in open_clip.list_pretrained()
+
+
+def test_the_demos_recipe_is_given_its_data(tmp_path: Path) -> None:
+    path = FOLDER / "demo_clip.yml"
+    with pytest.raises(ValueError, match="stage pairs: data expected"):
+        read_recipe(path)
+    recipe = read_recipe(path, data={"pairs": tmp_path})
+    assert [stage.name for stage in recipe.stages] == ["pairs"]
+    assert model_config(recipe.model)["embed_dim"]
+    assert trainer_arguments(recipe.stages[0].options)
 
 
 def recipe(tmp_path: Path, text: str) -> Path:
