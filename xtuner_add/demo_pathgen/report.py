@@ -81,6 +81,8 @@ def _draw_bars(summary: Mapping[str, Any]) -> Any:
             axes.barh(
                 -place, value, xerr=error, color=_COLOURS[model], height=0.66, ecolor="#333333"
             )
+            wide = found[model]["over_classes"]
+            axes.plot([wide["low"], wide["high"]], [-place - 0.22] * 2, color=ORANGE, linewidth=2)
             axes.text(1.02, -place, f"{value:.2f}", va="center", fontsize=9)
         chance = summary["chance"][task]
         axes.axvline(chance, color="#555555", linewidth=0.9, linestyle=":")

@@ -165,13 +165,32 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _line(label: str, scores: Mapping[str, Any]) -> str:
     score = scores["balanced_accuracy"]
-    return f"  {label:<52} {score['value']:.3f}  ({score['low']:.3f} to {score['high']:.3f})"
+    line = f"  {label:<52} {score['value']:.3f}  ({score['low']:.3f} to {score['high']:.3f})"
+    if wide := scores.get("over_classes"):
+        line += f"  over classes ({wide['low']:.2f} to {wide['high']:.2f})"
+    return line
 
 
 def _zero_shot(work_dir: Path, model: str, task: str) -> dict[str, Any]:
     found = _read(work_dir / "scores" / model / task / "metrics.json")
     names = ("classes", "num_images", "balanced_accuracy", "weighted_f1", "accuracy")
-    return {name: found[name] for name in (*names, "recall_per_class", "confusion_matrix")}
+    scores = {name: found[name] for name in (*names, "recall_per_class", "confusion_matrix")}
+    return scores | {"over_classes": interval_over_classes(found["recall_per_class"])}
+
+
+def interval_over_classes(recalls: Sequence[float]) -> dict[str, float]:
+    """95 % interval of the balanced accuracy if the classes had been drawn, by bootstrap.
+
+    A CLIP that no caption has told which name belongs to which class still groups like images, and
+    gets whole classes right by luck; an interval over images knows nothing of that.
+    """
+    from scipy.stats import bootstrap
+
+    if len(set(recalls)) == 1:
+        return {"low": recalls[0], "high": recalls[0]}
+    found = bootstrap((recalls,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return {"low": float(low), "high": float(high)}
 
 
 def _retrieval(work_dir: Path, model: str) -> dict[str, Any]:
