@@ -16,7 +16,7 @@ import torch
 
 from gigapath.device_claims import claim
 from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
-from gigapath.slide_encoder import register_architecture
+from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from gigapath.slide_vectors import describe_slide_encoder, open_slide_encoder
 from gigapath.tile_embedding import EmbeddingError
 from gigapath.tile_inference import describe_encoder
@@ -217,12 +217,12 @@ def test_coordinates_are_checked_before_the_tiles_are_embedded(
             slide_vector(model, features, coords, 64, spec, "s")
 
 
-def test_encoders_that_do_not_go_together(folder: Path) -> None:
+def test_encoders_that_do_not_go_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="tile embeddings of width 48"):
         describe_slide_encoder("random", 48)
     with pytest.raises(ValueError, match="preset 'median'"):
         describe_slide_encoder("random", 48, model_arch=ARCH, preset="median")
-    register_architecture("tiny_job_2", embed_dim=32, depth=2, num_heads=4)
+    monkeypatch.setitem(ARCHITECTURES, "tiny_job_2", {"embed_dim": 32, "depth": 2, "num_heads": 4})
     with pytest.raises(ValueError, match="takes layer 12, tiny_job_2 has 2"):
         describe_slide_encoder("random", 48, model_arch="tiny_job_2", preset="gigapath")
     with pytest.raises(FileNotFoundError, match="none"):
