@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 
 def _stream(tag: str) -> np.random.RandomState:
+    # The legacy generator: its numbers are the same on every version of numpy.
     return np.random.RandomState(zlib.crc32(tag.encode()))
 
 
@@ -32,10 +33,12 @@ def parameter(name: str, shape: tuple[int, ...], salt: str) -> NDArray[np.float3
     return value.astype(np.float32)
 
 
-def tiles(tag: str, length: int, dim: int) -> NDArray[np.float32]:
-    return _unit(f"x:{tag}", (length, dim)).astype(np.float32)
+def tiles(tag: str, *shape: int) -> NDArray[np.float32]:
+    """Tile embeddings, `(L, C)` or `(B, L, C)`."""
+    return _unit(f"x:{tag}", shape).astype(np.float32)
 
 
-def coords(tag: str, length: int, ngrids: int, tile: int) -> NDArray[np.int64]:
-    places = _stream(f"c:{tag}").random_sample(2 * length).reshape(length, 2)
+def coords(tag: str, *shape: int, ngrids: int, tile: int) -> NDArray[np.int64]:
+    """Coordinates, `(L, 2)` or `(B, L, 2)`, of tiles `(L,)` or `(B, L)`."""
+    places = _stream(f"c:{tag}").random_sample((*shape, 2))
     return np.floor(places * (ngrids * tile)).astype(np.int64)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gigapath.slide_encoder import LongNetViT
+from tests.gigapath import golden_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gigapath"
 
@@ -26,44 +25,21 @@ def golden_json(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _random(tag: str) -> np.random.RandomState:
-    # The legacy generator: its numbers are the same on every version of numpy.
-    return np.random.RandomState(zlib.crc32(tag.encode("utf-8")))
-
-
-def _unit(tag: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform noise of mean 0 and variance 1."""
-    noise = _random(tag).random_sample(int(np.prod(shape)))
-    return ((2.0 * noise - 1.0) * 3.0**0.5).reshape(shape)
-
-
 def recipe_state(model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of any slide encoder, by the names and shapes of its parameters."""
-    state = {}
-    for name, tensor in model_state.items():
-        shape = tuple(tensor.shape)
-        values = _unit(f"w0:{name}", shape)
-        if len(shape) == 3:
-            values = 0.5 * values
-        elif len(shape) == 2:
-            gain = 2.0 if ".q_proj." in name or ".k_proj." in name else 1.0
-            values = gain * values / np.sqrt(shape[1])
-        elif name.endswith(".weight"):
-            values = 1.0 + 0.1 * values
-        else:
-            values = 0.1 * values
-        state[name] = torch.from_numpy(values.astype(np.float32))
-    return state
+    return {
+        name: torch.from_numpy(golden_recipe.parameter(name, tuple(tensor.shape), "w0"))
+        for name, tensor in model_state.items()
+    }
 
 
 def recipe_inputs(
     tag: str, batch: int, length: int, in_chans: int, ngrids: int = 1000
 ) -> tuple[Tensor, Tensor]:
     """Tile embeddings `(B, L, C)` and coordinates `(B, L, 2)` on cells of 256 px."""
-    x = _unit(f"x:{tag}", (batch, length, in_chans)).astype(np.float32)
-    places = _random(f"c:{tag}").random_sample(batch * length * 2).reshape(batch, length, 2)
-    coords = np.floor(places * (ngrids * 256)).astype(np.float32)
-    return torch.from_numpy(x), torch.from_numpy(coords)
+    x = golden_recipe.tiles(tag, batch, length, in_chans)
+    coords = golden_recipe.coords(tag, batch, length, ngrids=ngrids, tile=256)
+    return torch.from_numpy(x), torch.from_numpy(coords).float()
 
 
 TINY: dict[str, dict[str, Any]] = {

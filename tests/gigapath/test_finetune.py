@@ -157,7 +157,9 @@ def golden_trainer(name: str, folder: Path, **changes: Any) -> Trainer:
         write_features(
             folder / f"s{number}.h5",
             golden_recipe.tiles(f"ft{number}", length, config["in"]),
-            golden_recipe.coords(f"ft{number}", length, config["ngrids"], config["tile"]),
+            golden_recipe.coords(
+                f"ft{number}", length, ngrids=config["ngrids"], tile=config["tile"]
+            ),
             encoder="golden",
         )
         row = TENSORS[f"{name}.epoch0.label"][number].numpy().astype(int)
