@@ -6,6 +6,9 @@ import os
 
 from hypothesis import settings
 
+# Before huggingface_hub is imported: where there is no network, it would wait for one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # The same examples in every run, so that a change is judged by what it changes. For new ones:
 # HYPOTHESIS_PROFILE=explore
 settings.register_profile("repeatable", derandomize=True, deadline=None)
