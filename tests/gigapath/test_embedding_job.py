@@ -187,7 +187,7 @@ def test_killed_again_and_again(tmp_path: Path, workers: int, kills: int) -> Non
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     words = result.stdout.split()
-    assert words[words.index("KILLS") + 1] == str(kills)
+    assert int(words[words.index("KILLS") + 1]) >= kills
     assert int(words[words.index("WITH_PARTS") + 1]) > 0  # some kills fell between parts
 
 
