@@ -23,6 +23,7 @@ from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
 from gigapath.slide_encoder import register_architecture
 from gigapath.slide_vectors import describe_slide_encoder
 from gigapath.tile_inference import describe_encoder
+from wsi import files
 from wsi.files import folder_lock, sha256_of
 from wsi.tiling import PatchSpec
 
@@ -76,6 +77,7 @@ def main() -> None:
     register_architecture(
         SLIDE_ARCH, embed_dim=32, depth=2, num_heads=4, segment_lengths=(8, 16, 32, 64, 128)
     )
+    files._LOCK_PATIENCE_S = 60.0  # workers of a killed run may notice late on a busy machine
     # Parts of a few batches, so that many fall into a short run.
     embedding_job.PART_TILES = 8
     root = Path(job["root"])
