@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,24 @@ def test_deepspeed_alone_gets_a_launchers_variables(monkeypatch: pytest.MonkeyPa
     prepare_host.__wrapped__()
     assert [os.environ.get(name) for name in names[:4]] == ["0", "0", "1", "127.0.0.1"]
     assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+
+
+def test_a_process_closes_its_group_before_it_ends() -> None:
+    run = (
+        "import atexit, torch.distributed as dist\n"
+        "atexit.register(lambda: print('open' if dist.is_initialized() else 'closed'))\n"
+        "from pallava.engine.runtime import prepare_host\n"
+        "prepare_host()\n"
+        "assert dist.is_initialized()\n"
+    )
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", run],
+        env={**os.environ, **launched, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.stdout.split()[-1:], ended.returncode) == (["closed"], 0), ended.stderr
 
 
 def test_an_iteration_draws_the_same_after_a_resume() -> None:
