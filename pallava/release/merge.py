@@ -2,7 +2,7 @@
 
 Every weight is read, changed and written in blocks of rows: memory is bounded by a few blocks (in
 fp32 by a few copies of one weight), whatever the size of the model. A killed merge continues at the
-shard where it stopped; at the end every file is read again and compared with its digest.
+shards where it stopped; at the end every file is read again and compared with what was written.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pallava.files import FolderBuild
-from pallava.release.merge_plan import MergePlan, Merger
+from pallava.files import FileDigest, FolderBuild
+from pallava.release.merge_plan import MergePlan, Merger, OutputTensor
 from pallava.release.weights import INDEX_NAME, SafetensorsWriter, TensorInfo, write_index
+
+_SHARDS_AT_A_TIME = 4
+"""On the CPU; each holds a few blocks in memory, or a few copies of one weight in fp32."""
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -98,24 +104,27 @@ def write_shards(
         progress: Show a progress bar.
     """
     total = len(plan.shards) + bool(extra)
-    bar = tqdm(
-        total=plan.num_bytes, unit="B", unit_scale=True, disable=not progress, desc="Writing"
-    )
     weight_map: dict[str, str] = {}
     num_bytes = plan.num_bytes
+    due: list[tuple[str, list[TensorInfo], list[OutputTensor]]] = []
+    done_bytes = 0
     for number, shard in enumerate(plan.shards, 1):
         name = _shard_name(number, total)
         infos = [replace(t.info, name=prefix + t.info.name) for t in shard]
         weight_map |= dict.fromkeys((info.name for info in infos), name)
         if build.has(name):
-            bar.update(sum(info.num_bytes for info in infos))
-            continue
-        with new_shard(build, name, infos) as writer:
-            for info, tensor in zip(infos, shard, strict=True):
-                for rows in merger.blocks(tensor):
-                    writer.write(info.name, rows)
-                    bar.update(rows.numel() * rows.dtype.itemsize)
-    bar.close()
+            done_bytes += sum(info.num_bytes for info in infos)
+        else:
+            due.append((name, infos, shard))
+    with tqdm(
+        total=num_bytes,
+        initial=done_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        desc="Writing",
+    ) as bar:
+        _write_due(merger, due, build, bar)
     if extra:
         name = _shard_name(total, total)
         infos = [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in extra.items()]
@@ -131,17 +140,54 @@ def write_shards(
             write_index(partial, weight_map, num_bytes)
 
 
+def _write_due(
+    merger: Merger,
+    due: Sequence[tuple[str, list[TensorInfo], list[OutputTensor]]],
+    build: FolderBuild,
+    bar: tqdm,
+) -> None:
+    """Writes several shards at a time on the CPU, since reading, hashing and writing do not scale.
+
+    The first error stops the others at their next block.
+    """
+    stopped = Event()
+
+    def write(name: str, infos: list[TensorInfo], shard: list[OutputTensor]) -> None:
+        with new_shard(build, name, infos) as writer:
+            for info, tensor in zip(infos, shard, strict=True):
+                for rows in merger.blocks(tensor):
+                    if stopped.is_set():
+                        raise CancelledError
+                    writer.write(info.name, rows)
+                    bar.update(rows.numel() * rows.dtype.itemsize)
+
+    num_threads = torch.get_num_threads()
+    at_a_time = 1 if merger.device.startswith("cuda") else min(_SHARDS_AT_A_TIME, num_threads)
+    at_a_time = max(1, min(at_a_time, len(due)))
+    torch.set_num_threads(max(1, num_threads // at_a_time))
+    try:
+        with ThreadPoolExecutor(at_a_time) as pool:
+            try:
+                for step in as_completed([pool.submit(write, *shard) for shard in due]):
+                    step.result()
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @contextmanager
 def new_shard(
     build: FolderBuild, name: str, infos: Sequence[TensorInfo]
 ) -> Iterator[SafetensorsWriter]:
     """Gives a writer for one shard of a folder that is being built."""
-    writers: list[SafetensorsWriter] = []
+    digest = FileDigest()
     with (
-        build.file(name, digest=lambda: writers[0].sha256) as partial,
-        SafetensorsWriter(partial, infos) as writer,
+        build.file(name, digest) as partial,
+        SafetensorsWriter(partial, infos, digest) as writer,
     ):
-        writers.append(writer)
         yield writer
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from pallava.release.weights import TensorInfo, TorchFile, WeightFolder, row_blo
 
 BLOCK_NUMEL = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Elements merged at a time: on the CPU 4 MiB in fp32, which stay in its caches."""
+
+_BLOCKS_AT_A_TIME = 2
+"""One is read while another is merged."""
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _OUTPUT_EMBEDDINGS = "lm_head.weight"
@@ -116,12 +120,23 @@ class Merger:
         bias_parts = self._bias_parts(tensor)
         whole = bool(parts) and needs_whole_weight(info, parts)
         blocks = [(0, None)] if whole else row_blocks(info, block)
-        for (start, stop), rows in self._read_ahead(tensor, blocks):
+
+        def merged(start: int, stop: int | None) -> Tensor:
+            rows = self._read(tensor, start, stop)
             if parts:
                 rows = merge_rows(rows.to(self.device), parts, start, stop).cpu()
             for bias, scaling in bias_parts:
                 rows = (rows + bias * scaling).to(rows.dtype)
-            yield rows.to(tensor.info.dtype)
+            return rows.to(tensor.info.dtype)
+
+        with ThreadPoolExecutor(_BLOCKS_AT_A_TIME) as pool:
+            ahead: deque[Future[Tensor]] = deque()
+            for span in blocks:
+                ahead.append(pool.submit(merged, *span))
+                if len(ahead) > _BLOCKS_AT_A_TIME:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def identity(self) -> dict[str, Any]:
         """What the output depends on, to recognise a build of the same inputs."""
@@ -145,20 +160,6 @@ class Merger:
             return self.base.info(tensor.source)
         info = self.adapters[tensor.adapter].weights.info(tensor.source)
         return replace(info, name=tensor.info.name, dtype=tensor.info.dtype)
-
-    def _read_ahead(
-        self, tensor: OutputTensor, blocks: Iterable[tuple[int, int | None]]
-    ) -> Iterator[tuple[tuple[int, int | None], Tensor]]:
-        """Reads each block while the one before it is merged."""
-        with ThreadPoolExecutor(1) as reader:
-            ahead: tuple[tuple[int, int | None], Future[Tensor]] | None = None
-            for block in blocks:
-                reading = reader.submit(self._read, tensor, *block)
-                if ahead is not None:
-                    yield ahead[0], ahead[1].result()
-                ahead = block, reading
-            if ahead is not None:
-                yield ahead[0], ahead[1].result()
 
     def _read(self, tensor: OutputTensor, start: int, stop: int | None) -> Tensor:
         if tensor.adapter is None:

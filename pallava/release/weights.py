@@ -7,7 +7,6 @@ their own and not through a map of the file, whose pages would count as the proc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,11 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pallava.files import FileDigest
 from pallava.modeling.checkpoint import (
     CheckpointError,
     check_plain,
@@ -159,6 +160,7 @@ class TorchFile:
         self.path = path
         self._read_bytes = 0
         self._mapped = open_torch_file(path)
+        self._lock = Lock()  # several shards may be made of one file
         self.tensors = {
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._mapped.items()
@@ -166,15 +168,16 @@ class TorchFile:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads the rows `start:stop` of a tensor into memory of their own."""
-        if self._read_bytes > _MAPPED_BYTES:
-            self._mapped, self._read_bytes = {}, 0  # first: two maps would count twice
-            self._mapped = open_torch_file(self.path)
-        tensor = self._mapped[name]
-        tensor = (tensor[start:stop] if tensor.dim() else tensor).clone(
-            memory_format=torch.contiguous_format
-        )
-        self._read_bytes += tensor.numel() * tensor.dtype.itemsize
-        return tensor
+        with self._lock:
+            if self._read_bytes > _MAPPED_BYTES:
+                self._mapped, self._read_bytes = {}, 0  # first: two maps would count twice
+                self._mapped = open_torch_file(self.path)
+            tensor = self._mapped[name]
+            tensor = (tensor[start:stop] if tensor.dim() else tensor).clone(
+                memory_format=torch.contiguous_format
+            )
+            self._read_bytes += tensor.numel() * tensor.dtype.itemsize
+            return tensor
 
     def shared_names(self) -> list[list[str]]:
         """Groups of names that are one tensor in memory, as tied weights are."""
@@ -278,6 +281,7 @@ class SafetensorsWriter:
     Args:
         path: The file to write.
         infos: Every tensor of the file, in the order in which they will be written.
+        digest: Fed with every byte of the file; complete once the file is closed.
 
     Example:
         >>> import tempfile
@@ -291,9 +295,11 @@ class SafetensorsWriter:
         tensor(3.)
     """
 
-    def __init__(self, path: Path, infos: Iterable[TensorInfo]) -> None:
+    def __init__(
+        self, path: Path, infos: Iterable[TensorInfo], digest: FileDigest | None = None
+    ) -> None:
         self._remaining = deque((info.name, info.dtype, info.num_bytes) for info in infos)
-        self._digest = hashlib.sha256()
+        self._digest = digest or FileDigest()
         self._pending: deque[Future[None]] = deque()
         self._header = _header(infos)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
@@ -317,11 +323,6 @@ class SafetensorsWriter:
             for thread in self._threads:
                 thread.shutdown(cancel_futures=True)
             self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the file, once it is closed."""
-        return self._digest.hexdigest()
 
     def write(self, name: str, rows: Tensor) -> None:
         """Appends the next rows of a tensor, which must be on the CPU.

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pallava.files import read_manifest, sha256_of
 from pallava.release.export import export
 from pallava.release.merge import merge
@@ -37,6 +39,7 @@ def run(convert: Callable[[Path], None], out: Path, kill_after_s: float | None) 
     child = os.fork()
     if child == 0:
         code = 1
+        torch.set_num_threads(2)  # two shards at a time
         try:
             convert(out)
             code = 0

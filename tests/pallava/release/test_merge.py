@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pallava.files import read_manifest, sha256_of
 from pallava.modeling.checkpoint import CheckpointError
 from pallava.release import merge_plan
+from pallava.release.adapters import AdapterError
 from pallava.release.merge import merge
+from pallava.release.merge_plan import Merger, OutputTensor
 from tests.pallava.release.models import load, merged_by_peft, save_adapter, save_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -207,6 +210,48 @@ def test_split_and_digests(tmp_path: Path) -> None:
     load(tmp_path / "out")
     assert digests == {name: sha256_of(tmp_path / "out" / name) for name in digests}
     assert read_manifest(tmp_path / "out")[1].keys() == digests.keys()
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_shards_at_a_time_give_the_same_files(
+    dtype: torch.dtype, tmp_path: Path, four_threads: None
+) -> None:
+    base = save_llama(tmp_path / "base", dtype, num_hidden_layers=8)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    at_a_time = merge(base, [adapter], tmp_path / "several", progress=False)
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(1)
+    assert merge(base, [adapter], tmp_path / "one", progress=False) == at_a_time
+    assert len(at_a_time) > 8
+
+
+def test_one_bad_shard_stops_the_others(
+    tmp_path: Path, four_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_llama(tmp_path / "base", torch.float16, num_hidden_layers=24)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    message = broken("overflow", base, adapter)
+    begun: list[str] = []
+
+    def blocks(self: Merger, tensor: OutputTensor) -> Iterator[torch.Tensor]:
+        begun.append(tensor.info.name)
+        yield from original(self, tensor)
+
+    original = Merger.blocks
+    monkeypatch.setattr(Merger, "blocks", blocks)
+    with pytest.raises(AdapterError, match=message):
+        merge(base, [adapter], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    assert torch.get_num_threads() == 4
+    assert len(begun) < len(read(base))
 
 
 def broken(kind: str, base: Path, adapter: Path) -> str:
