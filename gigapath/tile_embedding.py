@@ -97,6 +97,7 @@ def embed_tiles(
     out, size = Path(out), -(-part_tiles // batch_size) * batch_size
     source = _source(tiles, weights_sha256, encoder.precision, batch_size, size)
     if (kept := _kept(out, source)) is not None:
+        shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before this
         return kept
     folder = Path(parts) / source[:16]
     folder.mkdir(parents=True, exist_ok=True)

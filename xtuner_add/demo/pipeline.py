@@ -86,10 +86,9 @@ def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]
         The content of `summary.json`.
 
     Raises:
-        StageError: A stage failed.
+        StageError: A stage failed, or the folder holds something else.
     """
     work_dir = Path(work_dir).resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
     with only_run_in(work_dir):
         return _run(work_dir, Plan.quick() if quick else Plan(), seed)
 

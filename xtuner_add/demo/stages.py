@@ -25,6 +25,7 @@ from pallava.files import write_json
 from xtuner_add.launch import EXIT_SAMPLES_SKIPPED, die_with_parent
 
 MANIFEST = "manifest.json"
+_LOCK = ".demo.lock"
 # MMEngine's log, and open_clip's.
 _PROGRESS = re.compile(
     r"(?:Iter|Epoch)\(train\)\s+(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\]"
@@ -208,17 +209,23 @@ def stopped() -> bool:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds a folder for one run at a time.
+    """Makes a folder, or takes one that a demo made, and holds it for one run at a time.
 
     Raises:
-        StageError: Another run holds it.
+        StageError: Another run holds it, or it holds something else.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Stages clear folders with names such as `data`: those must be the demo's own.
+    if not any((folder / name).is_file() for name in (MANIFEST, _LOCK)) and any(folder.iterdir()):
+        raise StageError(
+            f"{folder}: holds other files, and no {MANIFEST} of a demo; name a new folder"
+        )
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
         yield
         return
-    with (folder / ".lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

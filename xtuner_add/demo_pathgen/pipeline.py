@@ -21,7 +21,6 @@ from wsi.files import sha256_of, write_json
 from xtuner_add.demo import histology, tissue
 from xtuner_add.demo import slides as other_slides
 from xtuner_add.demo.stages import (
-    MANIFEST,
     Manifest,
     Stage,
     StageError,
@@ -102,12 +101,6 @@ def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]
         StageError: A stage failed, or the folder holds something else.
     """
     work_dir = Path(work_dir).resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    # Stages clear folders with names such as `slides`: those must be the demo's own.
-    if not (work_dir / MANIFEST).is_file() and any(work_dir.iterdir()):
-        raise StageError(
-            f"{work_dir}: holds other files, and no {MANIFEST} of a demo; name a new folder"
-        )
     with only_run_in(work_dir):
         return _run(work_dir, Plan.quick() if quick else Plan(), seed)
 

@@ -90,8 +90,16 @@ def test_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
         only_run_in(tmp_path),
     ):
         pass
-    with only_run_in(tmp_path):
+    with only_run_in(tmp_path):  # left by a run that was killed before its first stage ended
         assert not stopped()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "theirs.txt").write_text("mine")
+    with pytest.raises(StageError, match="holds other files"), only_run_in(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "theirs.txt"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
