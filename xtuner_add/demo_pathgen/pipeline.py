@@ -23,7 +23,6 @@ from xtuner_add.demo import slides as other_slides
 from xtuner_add.demo.stages import (
     Manifest,
     Stage,
-    StageError,
     only_run_in,
     run_command,
     stopped,
