@@ -1,6 +1,10 @@
-"""Tensors of all ranks; in a single process every function gives back what it got."""
+"""Processes that work together, and tensors of all of them; a single process needs no group."""
 
 from __future__ import annotations
+
+import atexit
+import sys
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -14,11 +18,30 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def open_gloo_group(timeout: timedelta | None = None) -> None:
+    """Opens the process group that a launcher's variables describe, and closes it at the end.
+
+    Args:
+        timeout: How long a process waits for the others; by default as long as torch thinks fit.
+    """
+    dist.init_process_group("gloo", timeout=timeout)
+    atexit.register(_close_group)
+
+
+def _close_group() -> None:
+    """Closes the group while Python still runs: gloo's threads would abort a process that ends.
+
+    A process that failed leaves it open, since others may not come to what it waits for.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
     """Joins the tensors of all ranks, which have one shape, in rank order along the first axis.
 
-    No gradient flows back.
+    No gradient flows back. A single process gets its own back.
     """
     _, world_size = rank_and_world_size()
     if world_size == 1:

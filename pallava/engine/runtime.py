@@ -7,7 +7,6 @@ torch and DeepSpeed versions. Nothing here runs at import.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import os
 import sys
@@ -180,20 +179,10 @@ def _open_gloo_group() -> None:
     """Opens the process group before MMEngine does, which would call CUDA even for gloo."""
     import torch.distributed as dist
 
+    from pallava.distributed import open_gloo_group
+
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
-        atexit.register(_close_gloo_group)
-
-
-def _close_gloo_group() -> None:
-    """Closes the group while Python still runs: gloo's threads would abort a process that ends.
-
-    A process that failed leaves it open, since others may not come to what it waits for.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
+        open_gloo_group()
 
 
 def _free_port() -> int:

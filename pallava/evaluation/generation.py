@@ -22,6 +22,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from pallava.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.distributed import open_gloo_group
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.questions import Question
 from pallava.images import ImageError
@@ -185,7 +186,7 @@ def _processes() -> tuple[int, int]:
     if world_size == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_WAIT)  # only text is exchanged
+        open_gloo_group(_WAIT)  # only text is exchanged
     return dist.get_rank(), world_size
 
 
