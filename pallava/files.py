@@ -1,7 +1,6 @@
 """Output that is whole or absent, whatever moment the process is killed at.
 
-A file is written beside its place, forced to disk and renamed. A folder of weights is built in
-`NAME.partial`, where a later run continues, and renamed when every file in it has been verified.
+A file is written beside its place, forced to disk and renamed.
 """
 
 from __future__ import annotations
@@ -10,29 +9,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST_NAME = "release.manifest.jsonl"
-"""In a built folder: what it was made from, then one row per file with digest and checksum."""
-
-_ROW_KEYS = {"file", "bytes", "sha256", "xxh3_128"}
 _STAGE = ".staged.partial"
-_LOCK = ".lock"
 _READ_BYTES = 4 << 20
-
-_LARGE_BYTES = 16 << 20
-"""Files of this size are read back while the next is made, smaller ones at the end."""
 
 
 class OutputExistsError(ValueError):
@@ -118,205 +106,17 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Returns the SHA-256 digest of a file, as the hub's file pages show it."""
     digest = hashlib.sha256()
-    _feed(path, digest.update)
+    for chunk in read_chunks(path):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-def checksum_of(path: str | os.PathLike[str]) -> str:
-    """Returns the XXH3 checksum (128 bits) of a file, ten times faster than its SHA-256 digest."""
-    checksum = xxhash.xxh3_128()
-    _feed(path, checksum.update)
-    return checksum.hexdigest()
-
-
-class FileDigest:
-    """What a file is recognised by, computed as it is written.
-
-    The SHA-256 digest is for others, who may want proof; the XXH3 checksum is for reading the file
-    back on the spot, where only the disk can err.
-    """
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-        self._checksum = xxhash.xxh3_128()
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Appends bytes of the file."""
-        self._sha256.update(data)
-        self._checksum.update(data)
-
-    def row(self) -> dict[str, str]:
-        """Both, by name, in lower-case hexadecimal digits."""
-        return {"sha256": self._sha256.hexdigest(), "xxh3_128": self._checksum.hexdigest()}
-
-
-def _feed(path: str | os.PathLike[str], update: Callable[[memoryview], None]) -> None:
+def read_chunks(path: str | os.PathLike[str]) -> Iterator[memoryview]:
+    """Reads a file in chunks, each of which holds until the next is asked for."""
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(_READ_BYTES)
         while count := file.readinto(buffer):
-            update(memoryview(buffer)[:count])
-
-
-class FolderBuild:
-    """A folder that is built file by file, continued after a kill, and verified at the end.
-
-    Files are made in `OUT.partial`. Each is recorded with its digest once it is whole, so that a
-    later build from the same inputs continues behind it. Every file is read again, while the next
-    is made if it is large; `finish` compares checksums, and only then gives the folder its name.
-    Several threads may each make a file.
-
-    Args:
-        out: The folder to build.
-        inputs: What it is made from, as JSON values; a build from other inputs starts anew.
-
-    Raises:
-        OutputExistsError: `out` holds something else, or another process is building it.
-
-    Example:
-        >>> import tempfile
-        >>> out = Path(tempfile.mkdtemp()) / "model"
-        >>> with FolderBuild(out, {"version": 1}) as build:
-        ...     with build.file("config.json") as path:
-        ...         _ = path.write_text("{}")
-        ...     _ = build.finish()
-        >>> sorted(path.name for path in out.iterdir())
-        ['config.json', 'release.manifest.jsonl']
-    """
-
-    def __init__(self, out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
-        self.out = Path(os.path.abspath(out))
-        self.folder = self.out.with_name(f"{self.out.name}.partial")
-        self.inputs = json.loads(json.dumps(inputs))
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._readers = ThreadPoolExecutor(2)
-        self._read_back: dict[str, tuple[list[Any], Future[str]]] = {}
-        self._lock: int | None = None
-        self.complete = False
-
-    def __enter__(self) -> FolderBuild:
-        if self.out.is_dir() and any(self.out.iterdir()):
-            self._check_finished()
-            return self
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputExistsError(f"{self.out}: a file lies there; name a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        inputs, rows = read_manifest(self.folder)
-        if inputs == self.inputs:
-            self._rows = {name: row for name, row in rows.items() if self._is_there(row)}
-        else:
-            self._clear()
-        self._write_manifest()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._readers.shutdown(cancel_futures=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def has(self, name: str) -> bool:
-        """Whether a file was made by an earlier run and needs no second making."""
-        return name in self._rows
-
-    @contextmanager
-    def file(self, name: str, digest: FileDigest | None = None) -> Iterator[Path]:
-        """Gives the path to write one file to, and records it when the body ends.
-
-        Args:
-            name: File name inside the folder; `/` makes sub-folders.
-            digest: Fed by the body with what it writes; without one the file is read.
-        """
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
-            yield partial
-        num_bytes = path.stat().st_size
-        if digest is None:
-            digest = FileDigest()
-            _feed(path, digest.update)
-        row = {"file": name, "bytes": num_bytes, **digest.row()}
-        self._rows[name] = row
-        with open(self.folder / MANIFEST_NAME, "a", encoding="utf-8") as manifest:
-            manifest.write(json.dumps(row) + "\n")
-            manifest.flush()
-            os.fsync(manifest.fileno())
-        if num_bytes >= _LARGE_BYTES:
-            self._start_reading(name, path)
-
-    def finish(self) -> dict[str, str]:
-        """Verifies every file and gives the folder its name.
-
-        Returns:
-            SHA-256 digest by file name.
-
-        Raises:
-            OSError: A file reads back differently from what was written.
-        """
-        if not self.complete:
-            self._verify(self.folder)
-            self._drop_strays()
-            self._write_manifest()
-            if self.out.is_dir():
-                self.out.rmdir()
-            os.replace(self.folder, self.out)
-            fsync_path(self.out.parent)
-            (self.out / _LOCK).unlink(missing_ok=True)
-            self.complete = True
-        return {name: str(row["sha256"]) for name, row in self._rows.items()}
-
-    def _check_finished(self) -> None:
-        inputs, rows = read_manifest(self.out)
-        if inputs != self.inputs:
-            raise OutputExistsError(
-                f"{self.out}: holds something else already; name a new folder, or remove it"
-            )
-        self._rows, self.complete = rows, True
-        self._verify(self.out)
-
-    def _start_reading(self, name: str, path: Path) -> None:
-        """Reads a file again in the background, unless it has been read since it last changed."""
-        identity = file_identity(path) if path.is_file() else []
-        known = self._read_back.get(name)
-        if identity and (known is None or known[0] != identity):
-            self._read_back[name] = identity, self._readers.submit(checksum_of, path)
-
-    def _verify(self, folder: Path) -> None:
-        for name in self._rows:
-            self._start_reading(name, folder / name)
-        for name, row in self._rows.items():
-            path = folder / name
-            checksum = self._read_back[name][1].result() if path.is_file() else ""
-            if checksum != row["xxh3_128"]:
-                raise OSError(
-                    f"{path}: reads back differently from what was written; check the disk, remove "
-                    f"{folder} and run again"
-                )
-
-    def _is_there(self, row: Mapping[str, Any]) -> bool:
-        path = self.folder / str(row["file"])
-        return path.is_file() and path.stat().st_size == row["bytes"]
-
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name == _LOCK:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _drop_strays(self) -> None:
-        """Removes what killed runs left half-written, so that reruns give the same folder."""
-        keep = {self.folder / name for name in (*self._rows, MANIFEST_NAME, _LOCK)}
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path not in keep:
-                path.unlink()
-
-    def _write_manifest(self) -> None:
-        rows = [self._rows[name] for name in sorted(self._rows)]
-        lines = [json.dumps({"inputs": self.inputs}), *map(json.dumps, rows)]
-        write_text(self.folder / MANIFEST_NAME, "\n".join(lines) + "\n")
-
-    def _take_lock(self) -> None:
-        self._lock = take_lock(self.folder / _LOCK)
+            yield memoryview(buffer)[:count]
 
 
 def take_lock(path: str | os.PathLike[str], *, shared: bool = False) -> int | None:
@@ -343,30 +143,6 @@ def take_lock(path: str | os.PathLike[str], *, shared: bool = False) -> int | No
             f"{Path(path).parent}: another process is building this folder; wait for it"
         ) from error
     return descriptor
-
-
-def read_manifest(
-    folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """Reads a built folder's inputs and its rows by file name; `(None, {})` without a manifest.
-
-    A last line that was cut off by a kill is left out.
-    """
-    file = Path(folder) / MANIFEST_NAME
-    if not file.is_file():
-        return None, {}
-    inputs: dict[str, Any] | None = None
-    rows: dict[str, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "inputs" in row:
-            inputs = row["inputs"]
-        elif isinstance(row, dict) and set(row) >= _ROW_KEYS:
-            rows[str(row["file"])] = row
-    return inputs, rows
 
 
 def file_identity(path: str | os.PathLike[str]) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pallava.files import FolderBuild
+from pallava.folder_build import FolderBuild
 from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pallava.files import FileDigest, FolderBuild
+from pallava.folder_build import FileDigest, FolderBuild
 from pallava.release.merge_plan import MergePlan, Merger, OutputTensor
 from pallava.release.weights import INDEX_NAME, SafetensorsWriter, TensorInfo, write_index
 

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
-from pallava.files import FolderBuild, file_identity
+from pallava.files import file_identity
+from pallava.folder_build import FolderBuild
 from pallava.modeling.checkpoint import CheckpointError, StateDict, load_strict
 from pallava.modeling.connector_config import ConnectorConfig
 from pallava.modeling.plip import PLIPVisionEncoder, published_names, read_vision_config

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pallava.files import FileDigest
+from pallava.folder_build import FileDigest
 from pallava.modeling.checkpoint import (
     CheckpointError,
     check_plain,

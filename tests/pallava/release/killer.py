@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pallava.files import read_manifest, sha256_of
+from pallava.files import sha256_of
+from pallava.folder_build import read_manifest
 from pallava.release.export import export
 from pallava.release.merge import merge
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint

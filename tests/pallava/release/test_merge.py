@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pallava.files import read_manifest, sha256_of
+from pallava.files import sha256_of
+from pallava.folder_build import read_manifest
 from pallava.modeling.checkpoint import CheckpointError
 from pallava.release import merge_plan
 from pallava.release.adapters import AdapterError
