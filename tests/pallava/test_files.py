@@ -1,3 +1,5 @@
+"""Files that are whole or absent, alone and several together."""
+
 from __future__ import annotations
 
 import json
