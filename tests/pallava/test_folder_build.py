@@ -65,7 +65,9 @@ def test_a_file_that_changed_is_found(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_build_one_folder(tmp_path: Path) -> None:
     out = tmp_path / "model"
-    code = f"from pallava.folder_build import FolderBuild\nwith FolderBuild({str(out)!r}, {{}}): pass"
+    code = (
+        f"from pallava.folder_build import FolderBuild\nwith FolderBuild({str(out)!r}, {{}}): pass"
+    )
     with FolderBuild(out, {}):
         child = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
