@@ -1,14 +1,14 @@
 """Merging LoRA into a made-up Llama of Llama-3-8B's shapes, beside `xtuner convert merge`.
 
-    python -m benchmarks.merge --work-dir /scratch/merge --layers 8
+    python -m benchmarks.merge [--work-dir /scratch/merge] [--layers 8]
 
 Writes a base model in bf16 (random weights, real shapes: width 4096, feed-forward 14336, 32 heads,
 8 key-value heads, vocabulary 128,256) and a LoRA adapter of rank 128 on its seven linear kinds, as
 PA-LLaVA trains it; merges with both programs in turn; then doubles the layers and merges with ours
-again, to show that memory does not grow. With a --work-dir in memory (/dev/shm) the disk's speed
-does not count. Wall time is that of the whole command, imports included. Peak memory is the
-process's largest resident set (`VmHWM`), which the child reports itself: file pages that a program
-maps count, the system's own cache does not.
+again, to show that memory does not grow. Without --work-dir everything lies in memory (/dev/shm)
+where there is room, so that the disk's speed does not count. Wall time is that of the whole
+command, imports included. Peak memory is the process's largest resident set (`VmHWM`), which the
+child reports itself: file pages that a program maps count, the system's own cache does not.
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ _MEASURE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/bench_merge"))
+    parser.add_argument(
+        "--work-dir", type=Path, help="a new folder; default: in memory, if there is room"
+    )
     parser.add_argument("--layers", type=int, default=8, help="of 32; doubled for the last run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-xtuner", action="store_true")
     arguments = parser.parse_args()
-    work_dir, rows = arguments.work_dir, []
+    work_dir, rows = arguments.work_dir or choose_work_dir(arguments.layers), []
+    if work_dir.exists():
+        parser.error(f"--work-dir {work_dir}: exists; name a new folder, it is removed at the end")
+    print(f"work_dir={work_dir}")
     try:
         base, adapter = make_model(work_dir, arguments.layers)
         for _ in range(arguments.rounds):
@@ -83,6 +88,20 @@ def main() -> None:
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
     print_summary(rows, double)
+
+
+def choose_work_dir(layers: int) -> Path:
+    """A folder in memory if base and output fit there beside XTuner's own peak, else on disk."""
+    in_memory, model_bytes = Path("/dev/shm"), 2.1e9 + 0.44e9 * layers
+    # Twice the layers, read and written; or one model, read and written, and XTuner's 1.6 of it.
+    needed_bytes = max(2 * (2.1e9 + 0.44e9 * 2 * layers), 3.6 * model_bytes)
+    if in_memory.is_dir():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("MemAvailable:")]
+        free_bytes = min(int(line.split()[1]) * 1024, shutil.disk_usage(in_memory).free)
+        if free_bytes > 1.05 * needed_bytes:
+            return in_memory / "bench_merge"
+    return Path("work_dirs/bench_merge")
 
 
 def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
