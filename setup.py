@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+PACKAGES = ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore")
 EXTRAS = (
     "train",
     "evaluate",
@@ -50,11 +51,7 @@ setup(
     python_requires=">=3.10,<3.13",  # xtuner 0.2.0 stops below 3.13
     packages=[
         *find_packages(
-            include=[
-                f"{package}{suffix}"
-                for package in ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath")
-                for suffix in ("", ".*")
-            ]
+            include=[f"{package}{suffix}" for package in PACKAGES for suffix in ("", ".*")]
         ),
         "xtuner_add.configs",
     ],

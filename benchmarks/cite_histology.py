@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from cite.files import write_json
 from cite.splits import write_patches
+from pathcore.files import write_json
 from xtuner_add.demo.histology import FloatMap, real_texture, to_rgb
 from xtuner_add.demo.tissue import PATTERNS, Nuclei, nuclear_densities
 from xtuner_add.demo.wording import field_caption

@@ -50,9 +50,9 @@ def pretrain(folder: Path, out: Path, *, steps: int, batch: int = 64, seed: int 
     from safetensors.torch import save_file
     from torch.nn import functional as F
 
-    from cite.files import atomic_file
     from cite.mm.backbones import PromptedOpenCLIP
     from cite.text_encoder import build_text_encoder
+    from pathcore.files import atomic_file
 
     torch.manual_seed(seed)
     pixels, captions = read_fields(folder)
@@ -199,8 +199,8 @@ def main(work_dir: Path, jobs: int, seeds: int, steps: int, iters: int) -> None:
     """
     import torch
 
-    from cite.files import write_text
     from cite.mm.sweep import SweepPlan, collect, run_sweep
+    from pathcore.files import write_text
 
     work_dir = work_dir.resolve()
     torch.set_num_threads(1)  # matrices this small gain nothing from more

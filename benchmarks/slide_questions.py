@@ -38,7 +38,7 @@ _ASKED = 3  # questions of a training conversation
 
 def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> None:
     """Writes bags, `conversations.jsonl` and `held_out.jsonl`."""
-    from pallava.files import write_text
+    from pathcore.files import write_text
 
     cohort = Cohort(seed)
     names = [f"train_{number:05d}" for number in range(num_train)]
@@ -284,7 +284,7 @@ def main(
     if sizes:
         _print_sizes()
         return
-    from pallava.files import write_json, write_text
+    from pathcore.files import write_json, write_text
 
     work_dir = work_dir.resolve()
     if not (work_dir / "data" / "conversations.jsonl").is_file():

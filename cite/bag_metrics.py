@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cite.files import atomic_file
+from pathcore.files import atomic_file
 
 Voting = Literal["soft", "hard"]
 Array = NDArray[Any]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cite.files import atomic_file, read_json
+from pathcore.files import atomic_file, read_json
 
 _WRAPPERS = ("state_dict", "model", "teacher", "model_state_dict")
 _SHOWN = 5

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cite.files import atomic_file, read_json, write_json
+from pathcore.files import atomic_file, read_json, write_json
 
 _KEY = "cite"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cite.files import write_text
+from pathcore.files import write_text
 
 PUBLISHED_SUBTYPES = {
     "Well differentiated tubular adenocarcinoma": 0,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cite.files import atomic_file
+from pathcore.files import atomic_file
 
 _KEY = "cite"
 _SHOWN = 60

@@ -25,8 +25,8 @@ from gigapath.slide_vectors import (
 from gigapath.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
 from gigapath.tile_images import FolderTiles, SlideTiles, Tiles, is_tile_folder
 from gigapath.tile_inference import TileEncoderSpec
+from pathcore.files import UnsafeNameError, atomic_file, check_name
 from wsi.engines import Engine, ProgressBar, run_tasks
-from wsi.files import UnsafeNameError, atomic_file, check_name
 from wsi.manifest import SKIPPED, WRITTEN, JobFolder, Report, write_record
 from wsi.reader import ResolutionError, Slide, SlideError
 from wsi.report import draw_patches, save_jpeg

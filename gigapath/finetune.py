@@ -50,7 +50,7 @@ from gigapath.slide_splits import (
     check_parts,
 )
 from gigapath.slide_tasks import SlideTask, read_task
-from wsi.files import folder_lock, remove_partials, write_json, write_text
+from pathcore.files import folder_lock, remove_partials, write_json, write_text
 
 SLIDE_ENCODER = "slide_encoder"
 

@@ -34,7 +34,7 @@ from gigapath.ranks import Ranks
 from gigapath.result_files import SHOWN, draw_curves, write_predictions
 from gigapath.slide_dataset import Batch, SlideBags, derived_seed
 from gigapath.slide_tasks import SlideTask
-from wsi.files import atomic_file, write_json
+from pathcore.files import atomic_file, write_json
 
 STATE_NAME, WEIGHTS_NAME = "state.pt", "model.safetensors"
 

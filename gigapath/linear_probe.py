@@ -26,7 +26,7 @@ from gigapath.result_files import (
     draw_curves,
     write_predictions,
 )
-from wsi.files import atomic_file, write_json
+from pathcore.files import atomic_file, write_json
 
 LINEAR_PROBE = "linear_probe"
 

@@ -41,8 +41,8 @@ from gigapath.tiling_compat import (
     find_tissue,
     tissue_tiles,
 )
+from pathcore.files import atomic_file, check_name, fsync_path, write_json
 from wsi.engines import ProgressBar
-from wsi.files import atomic_file, check_name, fsync_path, write_json
 from wsi.image_codecs import encode_png
 from wsi.reader import Slide, SlideError
 

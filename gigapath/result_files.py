@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import atomic_file, write_text
+from pathcore.files import atomic_file, write_text
 
 SKIPPED_NAME = "skipped.jsonl"
 RESULTS_NAME, TABLE_NAME = "results.json", "results.md"

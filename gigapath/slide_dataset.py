@@ -19,7 +19,7 @@ from gigapath.embedding_zip import load_tensors
 from gigapath.pos_embed import check_coords
 from gigapath.slide_vectors import onto_slide
 from gigapath.tile_embedding import check_features
-from wsi.files import check_name, write_json
+from pathcore.files import check_name, write_json
 from wsi.store import read_attributes, read_features
 
 SUFFIXES = (".h5", ".pt")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gigapath.slide_tasks import PATIENT_KEY, SLIDE_KEY, LabelledSlides, read_table
-from wsi.files import write_text
+from pathcore.files import write_text
 
 PARTS = ("train", "val", "test")
 METHODS = ("k_fold", "published")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gigapath.metrics import SETTINGS
 from gigapath.recipes import read_yaml
-from wsi.files import UnsafeNameError, check_name
+from pathcore.files import UnsafeNameError, check_name
 
 SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"
 """Columns of the published tables."""

@@ -23,7 +23,7 @@ from gigapath.slide_weights import find_weights
 from gigapath.tile_embedding import EmbeddingError, check_features
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
 from gigapath.tile_inference import autocast
-from wsi.files import atomic_file, sha256_of
+from pathcore.files import atomic_file, sha256_of
 
 NUM_GRIDS = 1000
 """Cells of the released encoders along an axis."""

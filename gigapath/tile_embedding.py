@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from gigapath.tile_encoder import resize_px
 from gigapath.tile_images import Tiles, read_tiles
 from gigapath.tile_inference import TileEncoder
+from pathcore.files import atomic_file
 from wsi.engines import ProgressBar
-from wsi.files import atomic_file
 from wsi.reader import SlideError
 from wsi.store import read_attributes, read_features, write_features
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gigapath import tile_encoder
 from gigapath.tile_encoder import CROP_PX, IMAGE_MEAN, IMAGE_STD
-from wsi.files import sha256_of
+from pathcore.files import sha256_of
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

@@ -20,7 +20,7 @@ from gigapath.result_files import (
     write_predictions,
     write_skipped,
 )
-from wsi.files import folder_lock, remove_partials, write_json, write_text
+from pathcore.files import folder_lock, remove_partials, write_json, write_text
 
 
 def probe_tiles(

@@ -12,19 +12,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from pallava.files import (
+from pathcore.files import (
     OutputExistsError,
     atomic_file,
     file_identity,
+    folder_lock,
     fsync_path,
     read_chunks,
-    take_lock,
     write_text,
 )
 
@@ -100,7 +100,7 @@ class FolderBuild:
         self._rows: dict[str, dict[str, Any]] = {}
         self._readers = ThreadPoolExecutor(2)
         self._read_back: dict[str, tuple[list[Any], Future[str]]] = {}
-        self._lock: int | None = None
+        self._stack = ExitStack()
         self.complete = False
 
     def __enter__(self) -> FolderBuild:
@@ -110,7 +110,7 @@ class FolderBuild:
         if self.out.exists() and not self.out.is_dir():
             raise OutputExistsError(f"{self.out}: a file lies there; name a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._stack.enter_context(folder_lock(self.folder / _LOCK, folder=self.out))
         inputs, rows = read_manifest(self.folder)
         if inputs == self.inputs:
             self._rows = {name: row for name, row in rows.items() if self._is_there(row)}
@@ -121,9 +121,7 @@ class FolderBuild:
 
     def __exit__(self, *error: object) -> None:
         self._readers.shutdown(cancel_futures=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._stack.close()
 
     def has(self, name: str) -> bool:
         """Whether a file was made by an earlier run and needs no second making."""
@@ -225,9 +223,6 @@ class FolderBuild:
         rows = [self._rows[name] for name in sorted(self._rows)]
         lines = [json.dumps({"inputs": self.inputs}), *map(json.dumps, rows)]
         write_text(self.folder / MANIFEST_NAME, "\n".join(lines) + "\n")
-
-    def _take_lock(self) -> None:
-        self._lock = take_lock(self.folder / _LOCK)
 
 
 def read_manifest(

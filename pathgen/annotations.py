@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from wsi.files import UnsafeNameError, check_name
+from pathcore.files import UnsafeNameError, check_name
 from wsi.request_table import PatchRequest, RejectedRow
 
 PATCH_PX = 672

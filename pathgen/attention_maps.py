@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import atomic_file
+from pathcore.files import atomic_file
 from wsi.store import read_attributes
 
 CELL_PX = 8

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wsi.files import fsync_path
+from pathcore.files import fsync_path
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"

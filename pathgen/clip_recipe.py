@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wsi.files import check_name
+from pathcore.files import check_name
 
 SET_HERE = frozenset(
     {

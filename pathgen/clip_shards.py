@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pathcore.files import atomic_file, folder_lock, write_json
 from pathgen.rows import path_inside
-from wsi.files import atomic_file, folder_lock, write_json
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 """What open_clip's pipeline takes for an image in a shard."""

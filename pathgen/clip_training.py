@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pathcore.files import write_json
 from pathgen.clip_export import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -27,7 +28,6 @@ from pathgen.clip_export import (
 )
 from pathgen.clip_recipe import Recipe, Stage, trainer_arguments
 from pathgen.clip_shards import ShardSet, prepare_shards
-from wsi.files import write_json
 
 CHECKPOINT_NAME = "epoch_latest.pt"  # the one that open_clip's trainer writes beside and renames
 SKIPPED_NAME = "skipped.jsonl"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import sha256_of
+from pathcore.files import sha256_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pathcore.files import write_json
 from pathgen.rows import read_rows, row_files, write_row
-from wsi.files import write_json
 
 _REFUSAL = re.compile(
     r"\b(?:i['\u2019]?m|i am|we are) (?:very |so |really )?(?:sorry|afraid|unable)\b"

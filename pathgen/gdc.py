@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from pathcore.files import write_text
 from pathgen.annotations import read_annotations
-from wsi.files import write_text
 from wsi.request_table import PatchRequest
 
 GDC_URL = "https://api.gdc.cancer.gov"

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pathcore.files import atomic_file, folder_lock
 from pathgen.clip_encoder import ClipEncoder
-from wsi.files import atomic_file, folder_lock
 
 PART_SIZE = 2048
 """Images whose features are stored together: what a kill can cost."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from pathcore.files import atomic_file, folder_lock, write_json, write_text
 from pathgen.attention_maps import draw_attention
 from pathgen.intervals import (
     accuracy,
@@ -32,7 +33,6 @@ from pathgen.intervals import (
 )
 from pathgen.mil_data import FeatureFolder, SlideLabels, Split, find_splits, read_labels, read_split
 from pathgen.mil_models import MODELS
-from wsi.files import atomic_file, folder_lock, write_json, write_text
 
 SCORES = ("auroc", "f1", "balanced_accuracy", "accuracy")
 """AUROC of two classes, or the mean of one against the rest; F1 as the mean over classes."""

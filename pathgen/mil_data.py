@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi.files import check_name
+from pathcore.files import check_name
 from wsi.store import read_features
 
 PARTS = ("train", "val", "test")

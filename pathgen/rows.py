@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from wsi.files import FolderInUseError, check_name, folder_lock, fsync_path
+from pathcore.files import FolderInUseError, check_name, folder_lock, fsync_path
 
 _SUFFIXES = (".png", ".jpg", ".webp")
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pathcore.files import check_name
 from pathgen.encoders import PairEncoder
 from pathgen.features import SlideFeatures, slide_features
 from pathgen.rows import row_files, write_row
 from pathgen.selection import SHARES, Choice, Source, Texts, load_classes, select, split_report
 from pathgen.selection_picture import draw_selection
-from wsi.files import check_name
 from wsi.reader import Slide
 from wsi.report import save_jpeg
 from wsi.slide_listing import SlideListing

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pathcore.files import write_json, write_text
 from pathgen.class_benchmarks import ClassBenchmark, FileImage, read_images
 from pathgen.clip_encoder import ClipEncoder
 from pathgen.image_features import image_features
 from pathgen.intervals import classification_scores, count_interval
 from pathgen.rows import path_inside, read_rows
-from wsi.files import write_json, write_text
 
 METRICS_NAME = "metrics.json"
 TABLES_NAME = "metrics.md"

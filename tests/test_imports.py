@@ -21,8 +21,9 @@ EDGES = (
     "cite.mm",
 )
 PURE = {
+    "pathcore": "pathcore.files",
     "pallava": "pallava.modeling.qformer",
-    "cite": "cite.files",
+    "cite": "cite.prompts",
     "wsi": "wsi.reader",
     "pathgen": "pathgen.annotations",
     "gigapath": "gigapath.slide_encoder",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath"}
+OURS = {"xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore"}
 
 pytestmark = pytest.mark.slow
 

@@ -72,8 +72,8 @@ def main(
 
 
 def _draw(model, patches: Path, out: Path, slide: str, layout) -> None:  # type: ignore[no-untyped-def]
-    from cite.files import write_text
     from cite.score_maps import draw_score_maps
+    from pathcore.files import write_text
 
     scores = model.predict(patches / name for name in layout.names).numpy()
     rows = ["name,x,y," + ",".join(f"score_{i}" for i in range(len(model.classes)))]

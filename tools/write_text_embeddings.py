@@ -40,9 +40,9 @@ def main(
     template: tuple[str, ...],
 ) -> None:
     """Write the embeddings of the classes' descriptions to the safetensors file OUT."""
-    from cite.files import read_json
     from cite.text_embeddings import texts_by_class, write_text_embeddings
     from cite.text_encoder import build_text_encoder
+    from pathcore.files import read_json
 
     needed = (
         {"arch": arch, "checkpoint": checkpoint} if encoder == "open_clip" else {"model": model}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsi.files import UnsafeNameError, check_name
+from pathcore.files import UnsafeNameError, check_name
 from wsi.request_table import PatchRequest, RejectedRow
 from wsi.store import read_coordinates
 

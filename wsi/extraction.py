@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from pathcore.files import atomic_file
 from wsi.engines import Engine, ProgressBar, run_tasks
 from wsi.extraction_part import OutputSettings, Part, pair_lines, write_part
-from wsi.files import atomic_file
 from wsi.manifest import SKIPPED, JobFolder, Report
 from wsi.request_table import PatchRequest, RejectedRow, RequestTable
 from wsi.slide_listing import SlideListing

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import fsync_path
+from pathcore.files import fsync_path
 from wsi.image_codecs import encoder
 from wsi.manifest import SKIPPED, WRITTEN, encode_row, staging_folder, write_record
 from wsi.reader import Region, Slide, SlideError

@@ -19,16 +19,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wsi.files import atomic_file, folder_lock, remove_partials, write_json, write_text
+from pathcore.files import (
+    OutputExistsError,
+    atomic_file,
+    folder_lock,
+    remove_partials,
+    write_json,
+    write_text,
+)
 
 WRITTEN, SKIPPED = "written", "skipped"
 MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME = "manifest.jsonl", "skipped.jsonl", "report.json"
 
 _JOB, _LOCK = ".job", "lock"
-
-
-class OutputExistsError(ValueError):
-    """The place of an output is taken by something else."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ class JobFolder:
             raise OutputExistsError(f"{self.out}: holds something else already; name a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._stack.enter_context(folder_lock(self.folder / _LOCK))
+            self._stack.enter_context(folder_lock(self.folder / _LOCK, folder=self.out))
             self._check_inputs()
             shutil.rmtree(staging_folder(self.out), ignore_errors=True)
             remove_partials(self.out)

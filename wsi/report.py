@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import atomic_file
+from pathcore.files import atomic_file
 from wsi.reader import Slide
 
 if TYPE_CHECKING:

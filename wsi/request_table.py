@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from wsi.files import fsync_path
+from pathcore.files import fsync_path
 
 _BATCH = 1000
 _CACHE_KIB = 8192

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.files import atomic_file
+from pathcore.files import atomic_file
 from wsi.reader import Slide
 from wsi.tiling import Tiling
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pathcore.files import UnsafeNameError, check_name
 from wsi.engines import Engine, ProgressBar, run_tasks
-from wsi.files import UnsafeNameError, check_name
 from wsi.manifest import SKIPPED, WRITTEN, JobFolder, Report, write_record
 from wsi.reader import ResolutionError, Slide, SlideError
 from wsi.report import draw_patches, save_jpeg

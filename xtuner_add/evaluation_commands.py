@@ -243,7 +243,7 @@ def answer(
     if asked:
         flush()
     if output is not None:
-        from pallava.files import write_text
+        from pathcore.files import write_text
 
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(output, "".join(lines))
@@ -320,7 +320,7 @@ def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
     import torch
     import transformers
 
-    from pallava.files import write_json
+    from pathcore.files import write_json
 
     arguments = {
         key: str(value) if isinstance(value, Path) else value for key, value in options.items()

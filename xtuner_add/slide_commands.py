@@ -155,9 +155,9 @@ def extract(
     that `xtuner-add tile`, TRIDENT or CLAM wrote. Run the same command again after a kill: it
     continues. Exit code 1 if anything was left out; skipped.jsonl says what and why.
     """
+    from pathcore.files import sha256_of
     from wsi.extraction import extract as extract_patches
     from wsi.extraction_part import OutputSettings
-    from wsi.files import sha256_of
 
     def rows() -> Iterable[PatchRequest | RejectedRow]:
         if annotations.is_dir():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cite.blocks import Block, Packed, normalise
 from cite.encoders.base import Encoder, fit_positions
-from cite.files import read_json
+from pathcore.files import read_json
 
 
 class TimmEncoder(Encoder):

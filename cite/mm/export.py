@@ -8,12 +8,12 @@ from typing import Any
 from mmengine.config import Config
 
 from cite.classifier import Classifier, LinearScores
-from cite.files import sha256_of
 from cite.mm.feature_extraction import build_classifier
 from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder, merge_lora
 from cite.text_scores import TextScores
+from pathcore.files import sha256_of
 
 _WITHOUT_PIXELS = ("LoadPatch", "PackPatch", "PackClsInputs", "PackInputs")
 

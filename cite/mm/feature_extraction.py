@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cite.checkpoints import read_state_dict
 from cite.features import FeatureWriter
-from cite.files import sha256_of
+from pathcore.files import sha256_of
 
 SPLITS = ("train", "val", "test")
 

@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
-from cite.files import write_text
 from cite.mm.samplers import DrawSampler
+from pathcore.files import write_text
 
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 """What `torch.load(weights_only=True)` reads; exactly these types."""

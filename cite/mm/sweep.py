@@ -18,9 +18,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from cite.files import write_json
 from cite.splits import Patch, draw_slides, write_patches
 from cite.sweep import Cell, Sweep
+from pathcore.files import write_json
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pallava.evaluation.class_folders import ClassSet, read_class_folders
 from pallava.evaluation.questions import FileImage
-from pallava.files import file_identity
 from pallava.folder_build import FolderBuild
 from pallava.skipping import SKIP_LOG_NAME, SkipLog, SkippedSample
+from pathcore.files import file_identity
 
 CONFIG_NAME = "classes.json"
 REPORT_NAME = "conversion.json"

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pallava.files import OutputExistsError, atomic_file, staged_files, take_lock, write_json
+from pathcore.files import OutputExistsError, atomic_file, folder_lock, staged_files, write_json
 
 PARTS_NAME = ".parts"
 _INPUTS = "inputs.json"
@@ -144,17 +144,12 @@ def run_in_parts(
 @contextmanager
 def _locked(parts: Path, shard: Shard | None) -> Iterator[None]:
     with ExitStack() as stack:
-        locks = [take_lock(parts / ".lock", shared=shard is not None)]
-        stack.callback(_release, locks)
+        out = parts.parent
+        stack.enter_context(folder_lock(parts / ".lock", folder=out, shared=shard is not None))
         if shard is not None:
-            locks.append(take_lock(parts / f".lock-{shard.index}-of-{shard.count}"))
+            own = parts / f".lock-{shard.index}-of-{shard.count}"
+            stack.enter_context(folder_lock(own, folder=out))
         yield
-
-
-def _release(locks: list[int | None]) -> None:
-    for lock in locks:
-        if lock is not None:
-            os.close(lock)
 
 
 def _finished(out: Path, report_name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,8 +18,8 @@ from mmengine.config import Config
 
 from pallava.engine.conversations import process_text
 from pallava.engine.runtime import prepare_host
-from pallava.files import OutputExistsError, file_identity, fsync_path, take_lock, write_json
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
+from pathcore.files import OutputExistsError, file_identity, folder_lock, fsync_path, write_json
 
 REPORT_NAME = "tokenised.json"
 
@@ -157,8 +157,9 @@ def tokenise(
     partial = out.with_name(f"{out.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock_file = out.with_name(f"{out.name}.lock")
-    lock = take_lock(lock_file)
-    try:
+    with folder_lock(lock_file, folder=out):
+        if out.exists():  # written by the process that held the lock until now
+            return _finished(out, inputs)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         report = _write(data_path, partial, settings, num_proc)
@@ -168,9 +169,6 @@ def tokenise(
         os.replace(partial, out)
         fsync_path(out.parent)
         lock_file.unlink()
-    finally:
-        if lock is not None:
-            os.close(lock)
     return report
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pallava.evaluation.benchmarks import Benchmark
-from pallava.files import atomic_file, write_json, write_text
 from pallava.skipping import SKIP_LOG_NAME, SkippedSample
+from pathcore.files import atomic_file, write_json, write_text
 
 Compat = Literal["none", "original"]
 

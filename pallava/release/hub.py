@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pallava.files import sha256_of
 from pallava.folder_build import MANIFEST_NAME, read_manifest
+from pathcore.files import sha256_of
 
 
 @dataclass(frozen=True)

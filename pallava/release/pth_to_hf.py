@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
-from pallava.files import file_identity
 from pallava.folder_build import FolderBuild
 from pallava.modeling.checkpoint import CheckpointError, StateDict, load_strict
 from pallava.modeling.connector_config import ConnectorConfig
@@ -30,6 +29,7 @@ from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_di
 from pallava.release.adapters import CONFIG_NAME
 from pallava.release.chat_template import chat_template
 from pallava.release.zero import load_checkpoint
+from pathcore.files import file_identity
 
 CONVERSION_NAME = "conversion.json"
 _LLM = "llm."

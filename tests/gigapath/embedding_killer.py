@@ -23,8 +23,8 @@ from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
 from gigapath.slide_encoder import register_architecture
 from gigapath.slide_vectors import describe_slide_encoder
 from gigapath.tile_inference import describe_encoder
-from wsi import files
-from wsi.files import folder_lock, sha256_of
+from pathcore import files
+from pathcore.files import folder_lock, sha256_of
 from wsi.tiling import PatchSpec
 
 SLIDE_ARCH = "tiny_killed"

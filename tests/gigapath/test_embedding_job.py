@@ -20,9 +20,9 @@ from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from gigapath.slide_vectors import describe_slide_encoder, open_slide_encoder
 from gigapath.tile_embedding import EmbeddingError
 from gigapath.tile_inference import describe_encoder
+from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
 from tests.wsi.slides import tissue_pixels, write_svs
-from wsi.files import sha256_of
 from wsi.store import read_features
 from wsi.tiling import PatchSpec
 

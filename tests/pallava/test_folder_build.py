@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pallava.files import OutputExistsError, sha256_of
 from pallava.folder_build import MANIFEST_NAME, FolderBuild, read_manifest
+from pathcore.files import OutputExistsError, sha256_of
 
 
 def build(out: Path, names: str, inputs: dict[str, object], fail_at: str = "") -> list[str]:
@@ -72,4 +72,4 @@ def test_two_processes_do_not_build_one_folder(tmp_path: Path) -> None:
         child = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )
-    assert child.returncode != 0 and "another process is building" in child.stderr
+    assert child.returncode != 0 and "another process is working" in child.stderr

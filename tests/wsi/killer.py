@@ -20,9 +20,9 @@ import imagecodecs  # noqa: F401
 import openslide  # noqa: F401
 import tifffile  # noqa: F401
 
+from pathcore.files import folder_lock, sha256_of
 from wsi.extraction import extract
 from wsi.extraction_part import OutputSettings
-from wsi.files import folder_lock, sha256_of
 from wsi.request_table import PatchRequest
 
 

@@ -18,13 +18,13 @@ import tifffile
 import webdataset
 from PIL import Image
 
+from pathcore import files
+from pathcore.files import FolderInUseError, folder_lock, sha256_of
 from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
-from wsi import files
 from wsi.engines import WorkerDiedError, run_tasks
 from wsi.extraction import extract
 from wsi.extraction_part import OutputSettings
-from wsi.files import FolderInUseError, folder_lock, sha256_of
 from wsi.manifest import OutputExistsError, Report
 from wsi.reader import Region, Slide
 from wsi.request_table import PatchRequest, RejectedRow

@@ -21,7 +21,7 @@ import torch  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import pallava.evaluation.runs
-from pallava.files import sha256_of
+from pathcore.files import sha256_of
 from xtuner_add.cli import main
 
 _COUNTED = ("write", "fsync", "replace")

@@ -70,8 +70,8 @@ def main(
     Cells that have their scores are not run again. Ends with exit code 1 if cells failed; their
     folders hold error.txt.
     """
-    from cite.files import write_text
     from cite.mm.sweep import SweepPlan, collect, run_sweep
+    from pathcore.files import write_text
 
     try:
         plan = SweepPlan(

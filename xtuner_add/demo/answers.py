@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pallava.files import write_json
+from pathcore.files import write_json
 from xtuner_add.demo import dataset, wording
 
 MAX_NEW_TOKENS = 32

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from pallava.files import atomic_file
+from pathcore.files import atomic_file
 from xtuner_add.demo import wording
 from xtuner_add.demo.slides import Slide, SlidePlan, draw_slide
 from xtuner_add.demo.tissue import CELLULAR, PATTERNS

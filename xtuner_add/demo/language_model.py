@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pallava.files import atomic_file
+from pathcore.files import atomic_file
 
 Turns = Sequence[tuple[str, str]]
 

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from pallava.files import sha256_of, write_json
+from pathcore.files import sha256_of, write_json
 from xtuner_add.demo import (
     answers,
     dataset,

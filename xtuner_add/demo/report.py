@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pallava.anyres import AnyRes, choose_grid, fit_to_canvas
-from pallava.files import write_text
+from pathcore.files import write_text
 from xtuner_add.demo import answers, dataset, wording
 
 BLUE, GREY, ORANGE, GREEN = "#2b5c8a", "#9aa5b1", "#c8722a", "#4a8c5f"

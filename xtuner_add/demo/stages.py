@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pallava.files import write_json
+from pathcore.files import write_json
 from xtuner_add.launch import EXIT_SAMPLES_SKIPPED, die_with_parent
 
 MANIFEST = "manifest.json"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wsi.files import write_json
+from pathcore.files import write_json
 from xtuner_add.demo.dataset import read_jsonl, write_jsonl
 from xtuner_add.demo.wording import look
 from xtuner_add.demo_pathgen import wording

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from wsi.files import atomic_file
+from pathcore.files import atomic_file
 from xtuner_add.demo.histology import FloatMap, real_texture, to_rgb
 from xtuner_add.demo.slides import CHROMATIN, GLASS
 from xtuner_add.demo.tissue import CELLULAR, PATTERNS, nuclear_densities, smooth_noise

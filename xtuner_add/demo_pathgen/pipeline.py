@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from wsi.files import sha256_of, write_json
+from pathcore.files import sha256_of, write_json
 from xtuner_add.demo import histology, tissue
 from xtuner_add.demo import slides as other_slides
 from xtuner_add.demo.stages import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pallava.files import write_text
+from pathcore.files import write_text
 from xtuner_add.demo.dataset import read_jsonl
 from xtuner_add.demo.report import BLUE, GREEN, GREY, ORANGE, data_url, stylesheet, svg_figure
 from xtuner_add.demo_pathgen import dataset, scores, wording

@@ -15,12 +15,12 @@ from pallava.converters.cleaning.report import write_page, write_tables
 from pallava.converters.cleaning.steps import Candidate, Step, index_keys, index_step
 from pallava.converters.parts import Joined, Part, Shard, run_in_parts
 from pallava.converters.sources import read_json_rows
-from pallava.files import file_identity
 from pallava.image_index import path_inside
 from pallava.images import ImageError
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text import check_row, image_files
+from pathcore.files import file_identity
 
 REPORT_NAME = "cleaning.json"
 TABLES_NAME = "cleaning.md"

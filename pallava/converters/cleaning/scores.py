@@ -230,7 +230,7 @@ def _unit(features: Tensor) -> Tensor:
 
 def _identity(name: str) -> str:
     """Name, with size and time where it is a file, so that other weights are other inputs."""
-    from pallava.files import file_identity
+    from pathcore.files import file_identity
 
     path = Path(name)
     files = (

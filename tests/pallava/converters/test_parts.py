@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallava.converters.parts import Joined, Part, Shard, run_in_parts
-from pallava.files import OutputExistsError, take_lock
+from pathcore.files import OutputExistsError, folder_lock
 
 
 class Killed(BaseException):
@@ -101,12 +100,11 @@ def test_parts_of_other_inputs_are_not_used(tmp_path: Path) -> None:
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         job([1, 2], tmp_path, stop_at=1)
-    lock = take_lock(tmp_path / ".parts" / ".lock", shared=True)
-    assert lock is not None, "as another machine's shard holds it"
-    with pytest.raises(OutputExistsError, match="another process"):
-        job([1, 2], tmp_path)
-    assert job([1, 2], tmp_path, shard=Shard(0, 2)) is None
-    os.close(lock)
+    # Held as the shard of another machine holds it.
+    with folder_lock(tmp_path / ".parts" / ".lock", shared=True):
+        with pytest.raises(OutputExistsError, match="another process"):
+            job([1, 2], tmp_path)
+        assert job([1, 2], tmp_path, shard=Shard(0, 2)) is None
     assert job([1, 2], tmp_path) is not None
 
 

@@ -16,7 +16,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.dataset import LLaVADataset
 from pallava.engine.tokenised import settings_from_config, settings_from_names, tokenise
-from pallava.files import OutputExistsError
+from pathcore.files import OutputExistsError
 from tests.pallava import goldens
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pallava"

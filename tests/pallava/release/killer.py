@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from pallava.files import sha256_of
 from pallava.folder_build import read_manifest
 from pallava.release.export import export
 from pallava.release.merge import merge
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint
+from pathcore.files import sha256_of
 
 
 def converter(job: dict[str, object]) -> Callable[[Path], None]:

@@ -251,7 +251,7 @@ def test_patches_are_found_by_their_ids(
     report = run_step(describe(), backend, source, out, images=patches, progress=False)
     assert [row["image"] for row in read_rows(out)] == ["slide_10_20.webp"]
     left = [row["reason"] for row in read_rows(report.left_out)]
-    assert "no slide_1_2.png" in left[0] and "cannot stand in a file name" in left[1]
+    assert "no slide_1_2.png" in left[0] and "is not allowed in a file name" in left[1]
 
 
 REVISED = {"usable": True, "problems": ["no necrosis"], "caption": WORDS}

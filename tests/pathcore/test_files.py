@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi import files
-from wsi.files import FolderInUseError, UnsafeNameError, atomic_file, check_name, folder_lock
+from pathcore import files
+from pathcore.files import (
+    FolderInUseError,
+    UnsafeNameError,
+    atomic_file,
+    check_name,
+    folder_lock,
+    staged_files,
+    write_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,7 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(
 ) -> None:
     monkeypatch.setattr(files, "_LOCK_PATIENCE_S", 0.1)
     code = (
-        "import sys, time; from pathlib import Path; from wsi.files import folder_lock\n"
+        "import sys, time; from pathlib import Path; from pathcore.files import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     lock = tmp_path / "job" / "lock"
@@ -68,9 +78,54 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(
     command = [sys.executable, "-c", code, str(lock)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(FolderInUseError, match="another run"), folder_lock(lock):
+        with pytest.raises(FolderInUseError, match="another process"), folder_lock(lock):
             pass
         other.kill()
         other.wait()
         with folder_lock(lock):
             pass
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "scores.json"
+    write_json(target, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_file(target) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert json.loads(target.read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_staged_files_never_mix_old_and_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops at every rename in turn: what is left never has the old weights beside a new config."""
+    with staged_files(tmp_path, last="weights") as stage:
+        (stage / "config").write_text("old")
+        (stage / "weights").write_text("old")
+    (tmp_path / "tokenizer").write_text("kept")
+    replace, stop_at = os.replace, 0
+
+    def stopping(source: object, target: object) -> None:
+        nonlocal stop_at
+        if stop_at == 0:
+            raise KeyboardInterrupt
+        stop_at -= 1
+        replace(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", stopping)
+    for number in range(2):
+        stop_at = number
+        with pytest.raises(KeyboardInterrupt), staged_files(tmp_path, last="weights") as stage:
+            (stage / "config").write_text("new")
+            (stage / "weights").write_text("new")
+        assert not (tmp_path / "weights").exists()
+    stop_at = 2
+    with staged_files(tmp_path, last="weights") as stage:
+        (stage / "config").write_text("new")
+        (stage / "weights").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config": "new",
+        "weights": "new",
+        "tokenizer": "kept",
+    }
