@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from pallava.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.distributed import open_gloo_group
 from pallava.evaluation.answers import AnswerLog
+from pallava.evaluation.image_digests import ImageDigests
 from pallava.evaluation.questions import Question
 from pallava.images import ImageError
 from pallava.skipping import SkippedSample
 
-_FORMAT = 1  # of the digests: raise it when an answer comes to depend on something else
+_FORMAT = 2  # of the digests: raise it when an answer comes to depend on something else
 _WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks
 _THREADS = 4
 
@@ -56,6 +58,7 @@ def generate_answers(
     *,
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    digests_path: str | os.PathLike[str] | None = None,
 ) -> Outcome | None:
     """Answers every question once, over all runs and processes that share a folder.
 
@@ -69,6 +72,7 @@ def generate_answers(
             not asked again.
         batch_size: Questions at a time; more need more memory.
         max_new_tokens: Longest answer.
+        digests_path: JSON file that keeps the digests of images for the next run.
 
     Returns:
         The outcome of all processes on the first one, None on the others.
@@ -79,7 +83,8 @@ def generate_answers(
     if batch_size < 1:
         raise ValueError(f"batch size: at least 1 expected, got {batch_size}")
     rank, world_size = _processes()
-    digests = answer_digests(assistant, questions, max_new_tokens)
+    images = _image_identities(questions, digests_path, rank, world_size)
+    digests = answer_digests(assistant, questions, max_new_tokens, images)
     batches = make_batches(questions, batch_size)[rank::world_size]
     outcome = Outcome()
     with AnswerLog(folder, rank) as log:
@@ -101,9 +106,19 @@ def generate_answers(
 
 
 def answer_digests(
-    assistant: Assistant, questions: Sequence[Question], max_new_tokens: int
+    assistant: Assistant,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    images: Mapping[str, str],
 ) -> dict[str, str]:
-    """Digest of all that each answer depends on: weights, prompt, image, options."""
+    """Returns the digest of all that each answer depends on: weights, prompt, image, options.
+
+    Args:
+        assistant: The model.
+        questions: Questions whose answers are wanted.
+        max_new_tokens: Longest answer.
+        images: Question id -> identity of its image.
+    """
     common = [
         _FORMAT,
         assistant.fingerprint,
@@ -114,10 +129,44 @@ def answer_digests(
     ]
     digests = {}
     for question in questions:
-        image = question.image.identity() if question.image is not None else None
-        content = json.dumps([*common, question.id, question.text, image])
+        content = json.dumps([*common, question.id, question.text, images.get(question.id)])
         digests[question.id] = hashlib.sha256(content.encode()).hexdigest()
     return digests
+
+
+def image_identities(
+    questions: Sequence[Question], digest: Callable[[Path], str]
+) -> dict[str, str]:
+    """Returns question id -> identity of its image; questions without an image are absent."""
+    identities = {}
+    for question in questions:
+        if question.image is not None:
+            try:
+                identities[question.id] = question.image.identity(digest)
+            except OSError as error:
+                # Asking reports it as a skipped question, unless the file is back by then.
+                identities[question.id] = f"unreadable: {error.strerror}"
+    return identities
+
+
+def _image_identities(
+    questions: Sequence[Question],
+    digests_path: str | os.PathLike[str] | None,
+    rank: int,
+    world_size: int,
+) -> dict[str, str]:
+    # Every process needs all identities, but each file is read once: the processes divide them.
+    digests = ImageDigests(digests_path)
+    identities = image_identities(questions[rank::world_size], digests)
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, (identities, digests.durable))
+        identities = {key: value for part, _ in parts for key, value in part.items()}
+        for _, durable in parts:
+            digests.durable.update(durable)
+    if rank == 0:
+        digests.save()
+    return identities
 
 
 def make_batches(questions: Sequence[Question], batch_size: int) -> list[Batch]:

@@ -30,8 +30,15 @@ class ImageSource(Protocol):
     def load(self) -> Image.Image:
         """Returns the image as RGB; raises `ImageError`."""
 
-    def identity(self) -> str:
-        """Tells this image from others without decoding it."""
+    def identity(self, digest: Callable[[Path], str]) -> str:
+        """Returns what tells this image's content from any other.
+
+        Args:
+            digest: Returns the content digest of a file.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,9 @@ class FileImage:
         """Returns the image as RGB; raises `ImageError`."""
         return load_image(self.path)
 
-    def identity(self) -> str:
-        """Name and size of the file."""
-        return f"{self.name}:{os.path.getsize(self.path)}"
+    def identity(self, digest: Callable[[Path], str]) -> str:
+        """Returns the content digest of the file."""
+        return digest(self.path)
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,9 @@ class ParquetImage:
         except Exception as error:  # as in load_image: decoders raise a dozen types
             raise ImageError(f"{self.name}: cannot be decoded ({error})") from error
 
-    def identity(self) -> str:
-        """File, its size, and place."""
-        return f"{self.name}:{os.path.getsize(self.path)}"
+    def identity(self, digest: Callable[[Path], str]) -> str:
+        """Returns the content digest of the parquet file, and the image's position in it."""
+        return f"{digest(self.path)}[{self.row_group}, {self.row}, {self.column}]"
 
 
 @lru_cache(maxsize=2)  # questions come in any order, but neighbours share a row group

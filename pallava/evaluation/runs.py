@@ -14,6 +14,9 @@ from pallava.evaluation.report import Compat, write_report
 ANSWERS_FOLDER = "answers"
 """In the work folder: what was answered so far."""
 
+DIGESTS_PATH = "images/digests.json"
+"""In the work folder: digests of the images, so that a resumed run does not read them again."""
+
 
 def evaluate(
     benchmark: Benchmark,
@@ -44,6 +47,7 @@ def evaluate(
         work_dir / ANSWERS_FOLDER,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        digests_path=work_dir / DIGESTS_PATH,
     )
     if outcome is None:
         return None

@@ -22,6 +22,7 @@ from pallava.evaluation.class_folders import (
     read_class_records,
 )
 from pallava.evaluation.containers import read_plain_pickle
+from pallava.evaluation.image_digests import content_digest
 from pallava.evaluation.metrics.classes import parse_class
 from pallava.evaluation.readers import read_choices, read_vqa
 
@@ -95,7 +96,7 @@ def test_pathvqa_parquet_keeps_images_in_the_file(tmp_path: Path, as_folder: boo
     check_vqa(found)
     pixels = [question.image.load().getpixel((0, 0))[0] for question in found.questions]  # type: ignore
     assert pixels == [0, 1]
-    assert len({question.image.identity() for question in found.questions}) == 2  # type: ignore
+    assert len({question.image.identity(content_digest) for question in found.questions}) == 2  # type: ignore
 
 
 def test_conversations_are_questions(tmp_path: Path) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pallava import load_model
 from pallava.assistant import Assistant
-from pallava.evaluation import generation
+from pallava.evaluation import generation, image_digests
 from pallava.evaluation.answers import AnswerLog, read_answers
 from pallava.evaluation.benchmarks import pathvqa, pmcvqa, zero_shot
-from pallava.evaluation.generation import answer_digests, generate_answers, make_batches
+from pallava.evaluation.generation import (
+    answer_digests,
+    generate_answers,
+    image_identities,
+    make_batches,
+)
+from pallava.evaluation.image_digests import ImageDigests, content_digest
 from pallava.evaluation.questions import NO_IMAGES
 from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
@@ -143,16 +154,127 @@ def test_another_prompt_or_picture_is_asked_anew(
     assert sum(counted.batches) == 11
 
 
+def bitmaps(root: Path, num_images: int = 6, side_px: int = 40) -> Path:
+    """Uncompressed pictures: all files have one size, whatever is in them."""
+    (root / "images").mkdir(parents=True)
+    rows = {}
+    for number in range(num_images):
+        pixels = np.random.default_rng(number).integers(0, 256, (side_px, side_px, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.bmp")
+        rows[f"q{number}"] = {"question": "What?", "image": f"{number}.bmp", "answer": "liver"}
+    path = root / "test.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def swap_by_content(first: Path, second: Path) -> None:
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+
+
+def swap_by_content_keeping_times(first: Path, second: Path) -> None:
+    times = [(path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (first, second)]
+    swap_by_content(first, second)
+    for path, both in zip((first, second), times, strict=True):
+        os.utime(path, ns=both)
+
+
+def swap_by_name(first: Path, second: Path) -> None:
+    first.rename(first.with_suffix(".tmp"))
+    second.rename(first)
+    first.with_suffix(".tmp").rename(second)
+
+
+@pytest.mark.parametrize(
+    "swap", [swap_by_content, swap_by_content_keeping_times, swap_by_name], ids=lambda f: f.__name__
+)
+def test_swapped_pictures_of_one_size_are_asked_anew(
+    assistant: Assistant,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    swap: Callable[[Path, Path], None],
+) -> None:
+    data = bitmaps(tmp_path / "data")
+    images = sorted((data.parent / "images").iterdir())
+    assert len({path.stat().st_size for path in images}) == 1
+    for path in images:  # as archives are unpacked: one time for all
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    run(assistant, data, tmp_path / "run", batch_size=1)
+    counted = Counted(assistant, monkeypatch)
+    swap(images[1], images[4])
+    run(assistant, data, tmp_path / "run", batch_size=1)
+    assert counted.batches == [1, 1]
+    run(assistant, data, tmp_path / "fresh", batch_size=1)
+    assert report(tmp_path / "run") == report(tmp_path / "fresh")
+    # The same picture under another name, or touched, is still the same picture.
+    counted.batches.clear()
+    images[2].touch()
+    rows = json.loads(data.read_text())
+    images[3].rename(images[3].with_name("moved.bmp"))
+    rows["q3"]["image"] = "moved.bmp"
+    data.write_text(json.dumps(rows))
+    run(assistant, data, tmp_path / "run", batch_size=1)
+    assert counted.batches == []
+
+
+def test_pictures_are_digested_once_while_they_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, cache = tmp_path / "a.bmp", tmp_path / "cache" / "digests.json"
+    picture.write_bytes(b"one")
+    read: list[Path] = []
+    original = image_digests.content_digest
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(image_digests, "content_digest", counted)
+    now = time.time()
+    monkeypatch.setattr(image_digests.time, "time", lambda: now + 3600)  # long after the change
+    digests = ImageDigests(cache)
+    first = digests(picture)
+    assert digests(picture) == first
+    digests.save()
+    assert ImageDigests(cache)(picture) == first
+    assert len(read) == 1
+    cache.write_text('{"cut off by')
+    assert ImageDigests(cache)(picture) == first
+    assert len(read) == 2
+
+
+def test_a_digest_taken_within_the_clock_of_a_change_is_not_kept(tmp_path: Path) -> None:
+    """A second change in the same tick of the file system's clock would not be seen."""
+    picture, cache = tmp_path / "a.bmp", tmp_path / "digests.json"
+    picture.write_bytes(b"one")
+    digests = ImageDigests(cache)
+    digests(picture)
+    digests.save()
+    assert json.loads(cache.read_text()) == {}
+
+
+def test_a_picture_that_vanished_is_skipped_and_the_others_answered(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    benchmark = pathvqa(data)
+    (data.parent / "images" / "tall_3.png").unlink()  # after the questions were read
+    metrics = evaluate(benchmark, assistant, tmp_path / "run", max_new_tokens=TOKENS)
+    assert metrics is not None
+    assert (metrics["num_answers"], metrics["num_skipped"]) == (8, 3)
+
+
 def test_digests_depend_on_all_that_answers_depend_on(assistant: Assistant, data: Path) -> None:
     questions = pathvqa(data).questions.questions
-    first = answer_digests(assistant, questions, 6)
-    assert answer_digests(assistant, questions, 6) == first
-    assert not set(answer_digests(assistant, questions, 7).values()) & set(first.values())
+    images = image_identities(questions, content_digest)
+    first = answer_digests(assistant, questions, 6, images)
+    assert answer_digests(assistant, questions, 6, images) == first
+    assert not set(answer_digests(assistant, questions, 7, images).values()) & set(first.values())
     double = Assistant(
         assistant.model, assistant.tokenizer, assistant.anyres, bos="double",
         fingerprint=assistant.fingerprint,
     )  # fmt: skip
-    assert not set(answer_digests(double, questions, 6).values()) & set(first.values())
+    assert not set(answer_digests(double, questions, 6, images).values()) & set(first.values())
 
 
 def test_a_damaged_picture_is_skipped_and_said(
