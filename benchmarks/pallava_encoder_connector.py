@@ -38,9 +38,8 @@ from benchmarks.straightforward import (
     visible_sub_images,
 )
 from pallava.anyres import AnyRes
-from pallava.modeling.connector_config import ConnectorConfig
 from pallava.modeling.plip import PLIPVisionEncoder
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 
 IMAGE_SIZES_PX = ((1280, 720), (640, 480), (1000, 600), (512, 512), (600, 1200), (1024, 768))
 """A batch of usual sizes: 8, 6, 8, 4, 8 and 6 sub-images. Half of the samples get copies as

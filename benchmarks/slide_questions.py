@@ -215,8 +215,7 @@ def measure(num_tiles: int, *, learning: bool) -> dict[str, float]:
     """CPU seconds and peak memory of one slide at full size: 1536 wide, six layers, Llama-3 8B."""
     import torch
 
-    from pallava.modeling.connector_config import ConnectorConfig
-    from pallava.modeling.qformer import ScaleInvariantConnector
+    from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
     from pallava.modeling.slide_tokens import SlideTokenEncoder
     from pallava.slide_bags import SlideBag
 

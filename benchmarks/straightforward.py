@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.bert.modeling_bert import BertLayer
 
-from pallava.modeling.connector_config import ConnectorConfig
 from pallava.modeling.plip import PUBLISHED_TO_HF, PLIPVisionEncoder
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 
 
 class StraightforwardEncoder(nn.Module):

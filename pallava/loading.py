@@ -75,8 +75,8 @@ def load_model(
 
     from pallava.assistant import Assistant
     from pallava.modeling.checkpoint import CheckpointError
+    from pallava.modeling.folders import load_connector
     from pallava.modeling.llava import PALLaVA
-    from pallava.modeling.qformer import ScaleInvariantConnector
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(dtype, place)
@@ -86,7 +86,7 @@ def load_model(
         return _load_exported(Path(llm), precision, place, prompt_template, bos)
     folder = _llava_folder(llava if llava is not None else llm)
     encoder_folder = _encoder_folder(folder, visual_encoder)
-    connector = ScaleInvariantConnector.from_folder(folder / "projector")
+    connector = load_connector(folder / "projector")
     encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
@@ -325,16 +325,22 @@ def _add_adapter(model: Any, folder: Path) -> Any:
 
 def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
     """The encoder of a folder, and what prepares its inputs."""
-    from pallava.modeling.plip import PLIPVisionEncoder
-    from pallava.modeling.slide_tokens import MODEL_TYPE, SlideTokenEncoder
+    from pallava.modeling.folders import (
+        SLIDE_TOKENS_MODEL_TYPE,
+        load_slide_encoder,
+        load_vision_encoder,
+    )
     from pallava.slide_bags import SlidePreparation
 
     file = folder / "config.json"
-    if file.is_file() and json.loads(file.read_bytes()).get("model_type") == MODEL_TYPE:
-        slides = SlideTokenEncoder.from_folder(folder)
+    if (
+        file.is_file()
+        and json.loads(file.read_bytes()).get("model_type") == SLIDE_TOKENS_MODEL_TYPE
+    ):
+        slides = load_slide_encoder(folder)
         config = slides.config
         return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
-    images = PLIPVisionEncoder.from_folder(folder)
+    images = load_vision_encoder(folder)
     return images, _image_preparation(folder, images.config.image_size, sub_images)
 
 

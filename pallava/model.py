@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
 from pallava.modeling.checkpoint import CheckpointError, check_names, load_state_dict_file
+from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import MultimodalMixin, SubImageMask
-from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
 
@@ -239,7 +239,7 @@ def build_encoder(value: Any) -> nn.Module:
     name, separator, folder = str(value).partition(":")
     if separator and not Path(str(value)).exists():
         return ENCODERS.get(name)(folder)
-    return PLIPVisionEncoder.from_folder(value)
+    return load_vision_encoder(value)
 
 
 def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
@@ -294,7 +294,7 @@ def _from_checkpoint(
     tensors = connector_state_dict(pretrained or {})
     if not tensors:
         return {"cross_attention": asked is not False, "intermediate_size": 4 * width}
-    found = ConnectorConfig.from_state_dict(tensors)
+    found = connector_config_of(tensors)
     if asked is not None and asked != found.cross_attention:
         raise CheckpointError(
             f"{source} holds a connector {'with' if found.cross_attention else 'without'} "

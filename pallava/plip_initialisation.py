@@ -11,6 +11,7 @@ from typing import Any
 from transformers import BertConfig, BertTokenizerFast, CLIPVisionConfig
 
 from pallava.modeling.checkpoint import load_strict
+from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.plip_text import PLIPTextEncoder
 
@@ -92,7 +93,7 @@ def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PL
         return PLIPVisionEncoder(CLIPVisionConfig(**spec))
     _check_name_or_path("visual_encoder", spec)
     if Path(spec).is_dir():
-        return PLIPVisionEncoder.from_folder(spec)
+        return load_vision_encoder(spec)
     from transformers import CLIPVisionModel
 
     clip = CLIPVisionModel.from_pretrained(spec)

@@ -199,18 +199,16 @@ def _origin(target: Any) -> str:
     return f"{getattr(target, '__module__', '?')}:{name}"
 
 
-ENCODERS = Registry(
-    "encoder", builtin_modules=("pallava.modeling.plip", "pallava.modeling.slide_tokens")
-)
+ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.folders",))
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
 ``features(pixel_values, select_layer)``; or, for inputs other than pixels, with ``visual_tokens``
 and ``blank`` as `pallava.modeling.slide_tokens.SlideTokenEncoder` has them. In configs:
 ``visual_encoder="name:folder"``."""
 
-CONNECTORS = Registry("connector", builtin_modules=("pallava.modeling.qformer",))
+CONNECTORS = Registry("connector", builtin_modules=("pallava.modeling.folders",))
 """Modules that turn the features of thumbnails and sub-images into LLM embeddings: classes built
 from a `pallava.modeling.qformer.ConnectorConfig`, called as `ScaleInvariantConnector` is, with its
-properties ``uses_sub_images`` and ``dtype`` and, for export, its ``save_folder``. In configs:
+properties ``uses_sub_images`` and ``dtype``. In configs:
 ``projector_type="name"``."""
 
 TEXT_ENCODERS = Registry("text encoder")

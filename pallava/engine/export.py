@@ -9,7 +9,12 @@ from mmengine import print_log
 from torch import Tensor
 
 from pallava.modeling.checkpoint import load_strict
-from pallava.modeling.qformer import ConnectorConfig
+from pallava.modeling.folders import (
+    connector_config_of,
+    save_connector,
+    save_slide_encoder,
+    save_vision_encoder,
+)
 
 
 def save_trained_parts(
@@ -40,15 +45,18 @@ def save_trained_parts(
         BUILDER.build(cfg.tokenizer).save_pretrained(save_dir)
         model.llm.save_pretrained(save_dir, **save_pretrained_kwargs)
     _say("connector", save_dir / "projector")
-    _filled_connector(model.projector).save_folder(save_dir / "projector")
+    save_connector(_filled_connector(model.projector), save_dir / "projector")
     if hasattr(model.visual_encoder, "visual_tokens"):  # knows no image processor
         _say("slide token encoder", save_dir / "visual_encoder")
-        model.visual_encoder.save_folder(save_dir / "visual_encoder")
+        save_slide_encoder(model.visual_encoder, save_dir / "visual_encoder")
     elif not model.freeze_visual_encoder:
         _say("visual encoder", save_dir / "visual_encoder")
         processor = BUILDER.build(cfg.image_processor)
-        model.visual_encoder.save_folder(
-            save_dir / "visual_encoder", processor.image_mean, processor.image_std
+        save_vision_encoder(
+            model.visual_encoder,
+            save_dir / "visual_encoder",
+            processor.image_mean,
+            processor.image_std,
         )
 
 
@@ -58,9 +66,7 @@ def _filled_connector(projector: Any) -> Any:
     filled = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     if len(filled) == len(tensors):
         return projector
-    config = ConnectorConfig.from_state_dict(
-        filled, num_attention_heads=projector.config.num_attention_heads
-    )
+    config = connector_config_of(filled, num_attention_heads=projector.config.num_attention_heads)
     connector = type(projector)(config)
     load_strict(connector, filled, what="connector", source="checkpoint")
     return connector

@@ -20,6 +20,7 @@ from torch.optim import AdamW
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.skipping import default_skip_log
 from pallava.modeling.checkpoint import load_state_dict_file, load_strict
+from pallava.modeling.folders import save_vision_encoder
 from pallava.pairs import PairDataset, collate_pairs
 from pallava.plip_initialisation import (
     ENC_TOKEN,
@@ -154,9 +155,12 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def save_encoder(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the image encoder as `PLIPVisionEncoder.from_folder` and Hugging Face read it."""
-        self.visual_encoder.save_folder(
-            folder, self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+        """Writes the image encoder as `load_vision_encoder` and Hugging Face read it."""
+        save_vision_encoder(
+            self.visual_encoder,
+            folder,
+            self.image_mean.flatten().tolist(),
+            self.image_std.flatten().tolist(),
         )
 
 

@@ -7,11 +7,8 @@ parameter names as in the published `plip` weights, which differ from Hugging Fa
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +18,10 @@ from transformers import CLIPVisionConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pallava.anyres import CLIP_MEAN, CLIP_STD
-from pallava.files import staged_files
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file, load_strict
 from pallava.modeling.linear import Linear
-from pallava.registry import ENCODERS
 
 PUBLISHED_TO_HF = {"vision_model.post_layrnorm.": "vision_model.post_layernorm."}
-_POSITION_IDS = "vision_model.embeddings.position_ids"
+POSITION_IDS = "vision_model.embeddings.position_ids"
 
 _CPU_BATCH = 4
 """Tiles that a frozen encoder takes at once on a CPU: their activations stay in its caches, which
@@ -231,55 +224,6 @@ class PLIPVisionEncoder(nn.Module):
         """Keeps the activations of every layer."""
         self.gradient_checkpointing = False
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> PLIPVisionEncoder:
-        """Loads a CLIP, PLIP or PathGen-CLIP folder: vision tower alone or the whole CLIP.
-
-        Args:
-            folder: `config.json` and the weights, in Hugging Face's or the published names.
-
-        Raises:
-            FileNotFoundError: No folder, or no `config.json` in it.
-            CheckpointError: Weights that do not belong to the config.
-        """
-        folder = Path(folder)
-        config = read_vision_config(folder)
-        encoder = cls(config)
-        state_dict = published_names(load_state_dict_file(folder))
-        if not state_dict:
-            raise CheckpointError(f"{folder}: the weights hold no vision_model.*")
-        load_strict(encoder, state_dict, what="vision encoder", source=str(folder))
-        return encoder
-
-    def save_folder(
-        self,
-        folder: str | os.PathLike[str],
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
-    ) -> None:
-        """Writes a folder that `from_folder` and Hugging Face's `CLIPVisionModel` both load."""
-        from safetensors.torch import save_file
-        from transformers import CLIPImageProcessor
-
-        size = self.config.image_size
-        processor = CLIPImageProcessor(
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            image_mean=list(image_mean),
-            image_std=list(image_std),
-        )
-        config = CLIPVisionConfig(**self.config.to_dict())
-        config.architectures = ["CLIPVisionModel"]
-        tensors = {
-            _rename(name, PUBLISHED_TO_HF): tensor.detach().cpu().contiguous()
-            for name, tensor in self.state_dict().items()
-            if name != _POSITION_IDS
-        }
-        with staged_files(folder, last="model.safetensors") as stage:
-            processor.save_pretrained(stage)
-            config.save_pretrained(stage)
-            save_file(tensors, str(stage / "model.safetensors"), metadata={"format": "pt"})
-
     def _embed(self, pixel_values: Tensor) -> Tensor:
         size = self.config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
@@ -316,32 +260,6 @@ class PLIPVisionEncoder(nn.Module):
             nn.init.zeros_(module.fc2.bias)
 
 
-ENCODERS.register("plip")(PLIPVisionEncoder.from_folder)
-
-
-def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
-    """Reads the vision part of a CLIP folder's `config.json`.
-
-    Raises:
-        FileNotFoundError: No folder, or no `config.json` in it.
-        ValueError: The config describes something other than a CLIP vision tower.
-    """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"visual encoder {folder}: a folder with config.json and weights expected (download "
-            "the released plip.tar.gz, or train one with configs/pallava/plip_pretraining.py)"
-        )
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: no JSON: {error}") from error
-    config = config.get("vision_config", config) if isinstance(config, dict) else {}
-    if "patch_size" not in config or "image_size" not in config:
-        raise ValueError(f"{file}: no CLIP vision config; image_size and patch_size expected")
-    return CLIPVisionConfig(**config)
-
-
 def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keeps the vision tower of a CLIP-like state dict, in the published names."""
     hf_to_published = {hf: published for published, hf in PUBLISHED_TO_HF.items()}
@@ -349,16 +267,17 @@ def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         name = name.removeprefix("visual_encoder.")
         if name.startswith("vision_model."):
-            kept[_rename(name, hf_to_published)] = tensor
-    if kept and _POSITION_IDS not in kept:
+            kept[rename_prefixes(name, hf_to_published)] = tensor
+    if kept and POSITION_IDS not in kept:
         # A constant that newer Hugging Face versions no longer store.
         positions = kept.get("vision_model.embeddings.position_embedding.weight")
         if positions is not None:
-            kept[_POSITION_IDS] = torch.arange(len(positions)).expand(1, -1)
+            kept[POSITION_IDS] = torch.arange(len(positions)).expand(1, -1)
     return kept
 
 
-def _rename(name: str, prefixes: Mapping[str, str]) -> str:
+def rename_prefixes(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replaces the first of `prefixes` (old: new) that `name` starts with."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name[len(old) :]

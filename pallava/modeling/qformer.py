@@ -12,25 +12,61 @@ N sub-images of all B images together.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pallava.files import staged_files
-from pallava.modeling.checkpoint import StateDict, load_state_dict_file, load_strict
-from pallava.modeling.connector_config import ConnectorConfig
-from pallava.registry import CONNECTORS
 
-MODEL_TYPE = "q_former_projector"
-"""`model_type` of the published `projector/config.json`."""
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Sizes of the connector; the defaults are those of the released weights.
+
+    Args:
+        visual_hidden_size: Width D of the visual tokens.
+        llm_hidden_size: Width L of the language model.
+        num_hidden_layers: Depth of the stack.
+        num_attention_heads: Heads of every attention; not visible in a checkpoint's shapes.
+        intermediate_size: Width of the feed-forward part.
+        cross_attention: True for the connector of the paper, False for released mode.
+        cross_attention_freq: Every how many layers the sub-images are attended to.
+        depth: Linear layers of the final projection, GELU between them.
+        hidden_dropout_prob: Dropout behind every dense layer.
+        attention_probs_dropout_prob: Dropout of attention weights. The original trains with 0.1;
+            0 lets SDPA run without keeping the weights (a third of the memory on CPU).
+        layer_norm_eps: Epsilon of every LayerNorm, BERT's.
+
+    Raises:
+        ValueError: Sizes that do not fit each other.
+    """
+
+    visual_hidden_size: int = 768
+    llm_hidden_size: int = 4096
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    cross_attention: bool = True
+    cross_attention_freq: int = 1
+    depth: int = 1
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        for name in ("num_hidden_layers", "num_attention_heads", "cross_attention_freq", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"connector {name}: at least 1 expected, got {getattr(self, name)}"
+                )
+        if self.visual_hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"connector visual_hidden_size {self.visual_hidden_size} is no multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
 
 
 class _AttentionWeights(nn.Module):
@@ -194,7 +230,6 @@ class _Connector(nn.Module):
         self.mlp = _Projection(config)
 
 
-@CONNECTORS.register("qformer_mlp")
 class ScaleInvariantConnector(nn.Module):
     """Thumbnail and sub-images of any number in, T language-model tokens an image out.
 
@@ -281,42 +316,6 @@ class ScaleInvariantConnector(nn.Module):
         """Keeps the activations of every layer."""
         self.gradient_checkpointing = False
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
-        """Loads a `projector/` folder, published or written by `save_folder`.
-
-        Raises:
-            FileNotFoundError: There is no such folder.
-            CheckpointError: Its tensors are not those of a connector.
-        """
-        folder = Path(folder)
-        state_dict = load_state_dict_file(folder)
-        sizes: dict[str, object] = {}
-        if (folder / "config.json").is_file():
-            sizes = json.loads((folder / "config.json").read_text())
-        known = {field.name for field in fields(ConnectorConfig)}
-        heads = sizes.get("num_attention_heads")
-        config = ConnectorConfig.from_state_dict(
-            state_dict, num_attention_heads=int(str(heads)) if heads else None
-        )
-        dropouts = {
-            name: value for name, value in sizes.items() if name in known and "_prob" in name
-        }
-        connector = cls(ConnectorConfig(**(asdict(config) | dropouts)))
-        load_strict(connector, state_dict, what="connector", source=str(folder))
-        return connector
-
-    def save_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json (heads and FFN width included) and model.safetensors."""
-        from safetensors.torch import save_file
-
-        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
-        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        with staged_files(folder, last="model.safetensors") as stage:
-            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_file(tensors, str(stage / "model.safetensors"), metadata={"format": "pt"})
-
     def _check_counts(
         self, thumbnails: Tensor, sub_images: Tensor | None, num_sub_images: Sequence[int] | None
     ) -> list[int]:
@@ -334,7 +333,7 @@ class ScaleInvariantConnector(nn.Module):
         return counts
 
 
-def connector_state_dict(state_dict: Mapping[str, Tensor]) -> StateDict:
+def connector_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Takes the connector's tensors out of a training checkpoint, prefix stripped."""
     prefix = "projector."
     return {

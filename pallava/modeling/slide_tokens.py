@@ -11,23 +11,14 @@ Shapes: B bags, N tiles of all bags together, D hidden size, G cells a side of t
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pallava.files import staged_files
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file, load_strict
-from pallava.registry import ENCODERS
 from pallava.slide_bags import SlideBag
-
-MODEL_TYPE = "slide_tokens"
-"""`model_type` in `visual_encoder/config.json`."""
 
 _LONGEST_WAVE = 10_000.0  # Vaswani et al. 2017, arXiv:1706.03762, section 3.5
 
@@ -153,39 +144,6 @@ class SlideTokenEncoder(nn.Module):
         features = weight.new_zeros(1, self.config.in_features)
         return SlideBag(features, weight.new_zeros(1, 2, dtype=torch.float32), embedding)
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> SlideTokenEncoder:
-        """Loads a folder written by `save_folder`.
-
-        Raises:
-            FileNotFoundError: There is no such folder, or no config.json in it.
-            CheckpointError: The folder holds something else.
-        """
-        folder = Path(folder)
-        file = folder / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"slide token encoder {folder}: no config.json there")
-        values = json.loads(file.read_text())
-        if values.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(
-                f"{file}: model_type {MODEL_TYPE!r} expected, got {values.get('model_type')!r}"
-            )
-        known = {field.name for field in fields(SlideTokenConfig)}
-        encoder = cls(**{name: value for name, value in values.items() if name in known})
-        state_dict = load_state_dict_file(folder)
-        load_strict(encoder, state_dict, what="slide token encoder", source=str(folder))
-        return encoder
-
-    def save_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors."""
-        from safetensors.torch import save_file
-
-        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
-        with staged_files(folder, last="model.safetensors") as stage:
-            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_file(tensors, str(stage / "model.safetensors"), metadata={"format": "pt"})
-
     def _check(self, bags: Sequence[SlideBag]) -> None:
         width, embedding_width = self.config.in_features, self.config.slide_embedding_features
         for number, bag in enumerate(bags):
@@ -234,9 +192,6 @@ class SlideTokenEncoder(nn.Module):
         rows, columns = torch.meshgrid(steps, steps, indexing="ij")
         centres = torch.stack([columns, rows], dim=-1).view(1, -1, 2) * extents[:, None] - 0.5
         return (tokens + encode_positions(centres, content.shape[1])).to(content.dtype)
-
-
-ENCODERS.register("slide_tokens")(SlideTokenEncoder.from_folder)
 
 
 def encode_positions(positions: Tensor, width: int) -> Tensor:

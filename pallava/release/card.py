@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pallava.modeling.connector_config import ConnectorConfig
+from pallava.modeling.qformer import ConnectorConfig
 from pallava.release.pth_to_hf import Recipe
 
 _PAPER = "https://doi.org/10.1109/BIBM62325.2024.10821785"

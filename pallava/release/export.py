@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pallava.folder_build import FolderBuild
 from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
+from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
 from pallava.release.card import write_card
@@ -66,8 +67,8 @@ def export(
         refuse_llava(converted / "projector")
     adapter = converted / "llm_adapter"
     merger = Merger(base, [adapter] if adapter.is_dir() else [], device)
-    connector = ScaleInvariantConnector.from_folder(converted / "projector")
-    encoder = PLIPVisionEncoder.from_folder(converted / "visual_encoder")
+    connector = load_connector(converted / "projector")
+    encoder = load_vision_encoder(converted / "visual_encoder")
     _check_widths(merger.config, connector, encoder)
     parts = [converted, converted / "projector", converted / "visual_encoder"]
     inputs = {"operation": "export", "scores": scores, **merger.identity()}

@@ -23,9 +23,15 @@ from safetensors.torch import save_file
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.folder_build import FolderBuild
 from pallava.modeling.checkpoint import CheckpointError, StateDict, load_strict
-from pallava.modeling.connector_config import ConnectorConfig
-from pallava.modeling.plip import PLIPVisionEncoder, published_names, read_vision_config
-from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
+from pallava.modeling.folders import (
+    connector_config_of,
+    load_vision_encoder,
+    read_vision_config,
+    save_connector,
+    save_vision_encoder,
+)
+from pallava.modeling.plip import published_names
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector, connector_state_dict
 from pallava.release.adapters import CONFIG_NAME
 from pallava.release.chat_template import chat_template
 from pallava.release.zero import load_checkpoint
@@ -107,7 +113,7 @@ def convert_checkpoint(
         _adopt(build, "llm_adapter", lambda folder: _save_adapter(state_dict, recipe, folder, fp32))
         _adopt(build, "visual_encoder", lambda folder: _save_encoder(state_dict, recipe, folder))
         connector = _connector(state_dict, recipe)
-        _adopt(build, "projector", connector.save_folder)
+        _adopt(build, "projector", lambda folder: save_connector(connector, folder))
         if save_tokenizer is not None:
             _adopt(build, "", lambda folder: _save_tokenizer(save_tokenizer, recipe, folder))
         tile_px = read_vision_config(build.folder / "visual_encoder").image_size
@@ -194,7 +200,7 @@ def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector
     if not tensors:
         raise CheckpointError("the checkpoint holds no connector (no projector.*)")
     heads = read_vision_config(recipe.visual_encoder).num_attention_heads
-    config = ConnectorConfig.from_state_dict(tensors, num_attention_heads=heads)
+    config = connector_config_of(tensors, num_attention_heads=heads)
     with torch.device("meta"):
         connector = ScaleInvariantConnector(config)
     load_strict(connector, tensors, what="connector", source="checkpoint")
@@ -209,10 +215,10 @@ def _save_encoder(state_dict: StateDict, recipe: Recipe, folder: Path) -> None:
         raise CheckpointError(
             "the encoder was trained, but the checkpoint holds no visual_encoder.*"
         )
-    encoder = PLIPVisionEncoder.from_folder(recipe.visual_encoder)
+    encoder = load_vision_encoder(recipe.visual_encoder)
     if trained:
         load_strict(encoder, trained, what="vision encoder", source="checkpoint")
-    encoder.save_folder(folder, recipe.image_mean, recipe.image_std)
+    save_vision_encoder(encoder, folder, recipe.image_mean, recipe.image_std)
 
 
 def _save_tokenizer(save: Callable[[Path], None], recipe: Recipe, folder: Path) -> None:

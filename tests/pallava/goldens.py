@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig
 
 from pallava.modeling.checkpoint import load_state_dict_file, load_strict
-from pallava.modeling.connector_config import ConnectorConfig
+from pallava.modeling.folders import connector_config_of
 from pallava.modeling.llava import PALLaVA, SubImageMask
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
@@ -58,7 +58,7 @@ def connector(kind: str) -> ScaleInvariantConnector:
 
 
 def connector_with(state_dict: dict[str, Tensor]) -> ScaleInvariantConnector:
-    config = ConnectorConfig.from_state_dict(state_dict, num_attention_heads=4)
+    config = connector_config_of(state_dict, num_attention_heads=4)
     module = ScaleInvariantConnector(config)
     load_strict(module, state_dict, what="connector")
     return module.eval()

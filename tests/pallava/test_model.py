@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pallava.default_collate_fn import default_collate_fn
 from pallava.model import LLaVAModel
 from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
+from pallava.modeling.folders import load_connector, load_vision_encoder, save_vision_encoder
 from pallava.registry import ENCODERS
 from tests.pallava import goldens
 
@@ -23,7 +24,7 @@ from tests.pallava import goldens
 @pytest.fixture(scope="module")
 def plip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder") / "plip"
-    goldens.encoder().save_folder(folder)
+    save_vision_encoder(goldens.encoder(), folder)
     return folder
 
 
@@ -278,17 +279,15 @@ def test_what_is_exported_loads_again(plip: Path, tmp_path: Path, kind: str) -> 
     from peft import PeftModel
 
     from pallava.modeling.llava import PALLaVA
-    from pallava.modeling.plip import PLIPVisionEncoder
-    from pallava.modeling.qformer import ScaleInvariantConnector
 
     checkpoint = goldens.RELEASED_PTH if kind == "released" else goldens.CROSSATTN_STATE
     trained = build(plip, pretrained_pth=checkpoint, freeze_visual_encoder=True)
     trained.to_hf(None, str(tmp_path), fp32=True)
     assert {path.name for path in tmp_path.iterdir()} == {"llm_adapter", "projector"}
-    connector = ScaleInvariantConnector.from_folder(tmp_path / "projector")
+    connector = load_connector(tmp_path / "projector")
     assert connector.config.num_attention_heads == 4
     llm = PeftModel.from_pretrained(goldens.llm(r=0), tmp_path / "llm_adapter")
-    model = PALLaVA(llm, PLIPVisionEncoder.from_folder(plip), connector, sub_image_mask="published")
+    model = PALLaVA(llm, load_vision_encoder(plip), connector, sub_image_mask="published")
     data, recorded = recorded_batch(kind)
     data.pop("position_ids")
     with torch.no_grad():
@@ -300,7 +299,7 @@ def test_what_is_exported_loads_again(plip: Path, tmp_path: Path, kind: str) -> 
 def test_a_model_without_memory_is_exported_in_the_mode_of_its_checkpoint(
     plip: Path, tmp_path: Path, kind: str
 ) -> None:
-    from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
+    from pallava.modeling.qformer import connector_state_dict
 
     checkpoint = goldens.RELEASED_PTH if kind == "released" else goldens.CROSSATTN_STATE
     state_dict = load_state_dict_file(checkpoint)
@@ -309,7 +308,7 @@ def test_a_model_without_memory_is_exported_in_the_mode_of_its_checkpoint(
     for name, tensor in state_dict.items():
         set_module_tensor_to_device(empty, name, "cpu", tensor)
     empty.to_hf(None, str(tmp_path), fp32=True)
-    connector = ScaleInvariantConnector.from_folder(tmp_path / "projector")
+    connector = load_connector(tmp_path / "projector")
     assert connector.uses_sub_images == (kind == "crossattn")
     expected = connector_state_dict(state_dict)
     assert connector.state_dict().keys() == expected.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pallava.modeling.folders import save_connector
 from tests.pallava import goldens
 from tests.pallava.engine.tiny_run import save_encoder
 
@@ -15,5 +16,5 @@ def make_folders(root: Path, checkpoint: Path = goldens.RELEASED_PTH) -> Path:
     save_encoder(root / "plip")
     model = goldens.model(checkpoint)
     model.llm.save_pretrained(root / "llava" / "llm_adapter")
-    model.projector.save_folder(root / "llava" / "projector")
+    save_connector(model.projector, root / "llava" / "projector")
     return root

@@ -38,7 +38,7 @@ CLI = ("-m", "xtuner_add.cli")
 def test_listing_shows_what_the_package_adds(environ: dict[str, str]) -> None:
     result = run(environ, *CLI, "plugins")
     assert result.returncode == 0, result.stderr
-    assert "acme_pathology.parts:ShallowEncoder.from_folder" in result.stdout
+    assert "acme_pathology.parts:load_shallow_encoder" in result.stdout
     assert "acme_pathology.parts:MeanConnector" in result.stdout
     assert "acme_mean_again" in result.stdout
     assert "acme_pathology.commands:count (acme-pathology)" in result.stdout
@@ -53,10 +53,12 @@ import sys
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 from pallava.model import LLaVAModel
+from pallava.modeling.folders import save_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
 
 sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-PLIPVisionEncoder(CLIPVisionConfig(image_size=28, patch_size=14, **sizes)).save_folder(sys.argv[1])
+encoder = PLIPVisionEncoder(CLIPVisionConfig(image_size=28, patch_size=14, **sizes))
+save_vision_encoder(encoder, sys.argv[1])
 model = LLaVAModel(
     llm=LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)),
     visual_encoder=f"acme_shallow:{sys.argv[1]}",

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pallava.modeling.connector_config import ConnectorConfig
 from pallava.modeling.hf.configuration_pallava import PALLaVAConfig
 from pallava.modeling.llava import MultimodalMixin
 from pallava.modeling.plip import PLIPVisionEncoder
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.text import IMAGE_TOKEN_INDEX
 
 

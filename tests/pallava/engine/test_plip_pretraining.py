@@ -19,7 +19,7 @@ from pallava.engine.plip_pretraining import (
     collate_pairs,
 )
 from pallava.modeling.checkpoint import CheckpointError
-from pallava.modeling.plip import PLIPVisionEncoder
+from pallava.modeling.folders import load_vision_encoder
 
 VISION = {
     "hidden_size": 32,
@@ -162,7 +162,7 @@ def test_the_encoder_is_saved_with_its_normalisation(make_model, tmp_path):
     processor = json.loads((tmp_path / "plip_encoder" / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == pytest.approx([0.7, 0.6, 0.8])
     assert processor["image_std"] == pytest.approx([0.1, 0.2, 0.3])
-    loaded = PLIPVisionEncoder.from_folder(tmp_path / "plip_encoder")
+    loaded = load_vision_encoder(tmp_path / "plip_encoder")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.visual_encoder.state_dict()[name])
 

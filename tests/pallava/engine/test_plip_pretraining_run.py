@@ -15,7 +15,8 @@ from transformers import CLIPVisionModel
 
 from pallava.images import load_image
 from pallava.modeling.checkpoint import load_state_dict_file, load_strict
-from pallava.modeling.plip import PLIPVisionEncoder, published_names
+from pallava.modeling.folders import load_vision_encoder
+from pallava.modeling.plip import published_names
 from pallava.pairs import plain_resize
 from pallava.skipping import SkipLog
 from xtuner_add.launch import EXIT_SAMPLES_SKIPPED
@@ -140,7 +141,7 @@ def test_images_find_their_captions(trained, data):
 
 def test_the_encoder_folder_is_what_stage_one_and_transformers_load(trained):
     folder = trained[0] / "plip_encoder"
-    encoder = PLIPVisionEncoder.from_folder(folder).eval()
+    encoder = load_vision_encoder(folder).eval()
     clip = CLIPVisionModel.from_pretrained(folder).eval()
     assert json.loads((folder / "preprocessor_config.json").read_text())["crop_size"] == {
         "height": 64,

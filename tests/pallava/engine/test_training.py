@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pallava.modeling.checkpoint import load_state_dict_file
+from pallava.modeling.folders import load_connector, load_vision_encoder
 from tests.pallava.engine.tiny_run import (
     CONFIGS,
     STAGE1,
@@ -144,16 +145,14 @@ def answers(folder: Path, out: Path) -> list[str]:
     from pallava.anyres import AnyRes
     from pallava.images import load_image
     from pallava.modeling.llava import PALLaVA
-    from pallava.modeling.plip import PLIPVisionEncoder
-    from pallava.modeling.qformer import ScaleInvariantConnector
     from pallava.text import encode_prompt
     from tests.pallava.engine.tiny_run import save_image
 
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     model = PALLaVA(
         AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32),
-        PLIPVisionEncoder.from_folder(folder / "data/tiny/plip"),
-        ScaleInvariantConnector.from_folder(out / "projector").float(),
+        load_vision_encoder(folder / "data/tiny/plip"),
+        load_connector(out / "projector").float(),
     ).eval()
     prompt = encode_prompt(
         tokenizer,

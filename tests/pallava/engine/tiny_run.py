@@ -26,13 +26,14 @@ def save_encoder(folder: Path) -> None:
     from transformers import CLIPVisionConfig
 
     from pallava.modeling.checkpoint import load_state_dict_file, load_strict
+    from pallava.modeling.folders import save_vision_encoder
     from pallava.modeling.plip import PLIPVisionEncoder, published_names
 
     config = json.loads((GOLDEN / "visual_encoder/img32_config.json").read_text())
     encoder = PLIPVisionEncoder(CLIPVisionConfig(**config))
     weights = load_state_dict_file(GOLDEN / "visual_encoder/img32_weights.safetensors")
     load_strict(encoder, published_names(weights), what="encoder")
-    encoder.save_folder(folder)
+    save_vision_encoder(encoder, folder)
 
 
 def save_image(path: Path, index: int) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from pallava.modeling.checkpoint import CheckpointError
-from pallava.modeling.plip import PLIPVisionEncoder, read_vision_config
+from pallava.modeling.folders import load_vision_encoder, read_vision_config, save_vision_encoder
+from pallava.modeling.plip import PLIPVisionEncoder
 from tests.pallava import goldens
 
 SIZES = ("img32", "img64")
@@ -132,13 +133,13 @@ def test_sizes_that_do_not_fit_are_an_error(changes: dict[str, int], message: st
 
 def test_a_saved_folder_is_a_clip_vision_model(tmp_path: Path) -> None:
     encoder, pixels = goldens.encoder("img64"), goldens.noise(2, 3, 64, 64)
-    encoder.save_folder(tmp_path / "plip")
+    save_vision_encoder(encoder, tmp_path / "plip")
     reference, info = CLIPVisionModel.from_pretrained(
         tmp_path / "plip", output_loading_info=True, attn_implementation="eager"
     )
     assert not any(info.values())
     assert_same_states(encoder, reference.eval(), pixels)
-    again = PLIPVisionEncoder.from_folder(tmp_path / "plip").eval()
+    again = load_vision_encoder(tmp_path / "plip").eval()
     assert torch.equal(again.features(pixels), encoder.features(pixels))
     assert not list((tmp_path / "plip").glob("*.partial"))
 
@@ -146,7 +147,9 @@ def test_a_saved_folder_is_a_clip_vision_model(tmp_path: Path) -> None:
 def test_a_saved_folder_keeps_the_image_statistics(tmp_path: Path) -> None:
     from transformers import CLIPImageProcessor
 
-    goldens.encoder().save_folder(tmp_path, image_mean=(0.7, 0.5, 0.6), image_std=(0.1, 0.2, 0.3))
+    save_vision_encoder(
+        goldens.encoder(), tmp_path, image_mean=(0.7, 0.5, 0.6), image_std=(0.1, 0.2, 0.3)
+    )
     processor = CLIPImageProcessor.from_pretrained(tmp_path)
     assert processor.crop_size == {"height": 32, "width": 32}
     assert (processor.image_mean, processor.image_std) == ([0.7, 0.5, 0.6], [0.1, 0.2, 0.3])
@@ -156,7 +159,7 @@ def test_a_saved_folder_keeps_the_image_statistics(tmp_path: Path) -> None:
 def test_a_clip_vision_folder_loads(tmp_path: Path, safe: bool) -> None:
     reference = noisy(CLIPVisionModel(tiny_config(attn_implementation="eager")))
     reference.save_pretrained(tmp_path, safe_serialization=safe)
-    encoder = PLIPVisionEncoder.from_folder(tmp_path).eval()
+    encoder = load_vision_encoder(tmp_path).eval()
     assert_same_states(encoder, reference, goldens.noise(2, 3, 32, 32))
 
 
@@ -168,13 +171,13 @@ def test_the_vision_tower_of_a_whole_clip_folder_loads(tmp_path: Path) -> None:
     )
     reference = noisy(CLIPModel(config))
     reference.save_pretrained(tmp_path)
-    encoder = PLIPVisionEncoder.from_folder(tmp_path).eval()
+    encoder = load_vision_encoder(tmp_path).eval()
     assert_same_states(encoder, reference, goldens.noise(2, 3, 32, 32))
 
 
 def test_an_absent_folder_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"visual encoder .*plip.*config\.json and weights"):
-        PLIPVisionEncoder.from_folder(tmp_path / "plip")
+        load_vision_encoder(tmp_path / "plip")
 
 
 @pytest.mark.parametrize(
@@ -194,14 +197,14 @@ def test_a_folder_of_something_else_is_an_error(tmp_path: Path, content: str, me
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
-        PLIPVisionEncoder.from_folder(tmp_path)
+        load_vision_encoder(tmp_path)
 
 
 def test_weights_of_another_size_are_an_error(tmp_path: Path) -> None:
     CLIPVisionModel(tiny_config()).save_pretrained(tmp_path)
     tiny_config(intermediate_size=48, num_hidden_layers=4).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        PLIPVisionEncoder.from_folder(tmp_path)
+        load_vision_encoder(tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
     assert "missing: vision_model.encoder.layers.3.self_attn.q_proj.weight" in message
@@ -212,7 +215,7 @@ def test_weights_without_a_vision_tower_are_an_error(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
     torch.save({"text_model.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"hold no vision_model\.\*"):
-        PLIPVisionEncoder.from_folder(tmp_path)
+        load_vision_encoder(tmp_path)
 
 
 def noisy(module: nn.Module) -> nn.Module:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pallava.modeling.checkpoint import CheckpointError
-from pallava.modeling.connector_config import ConnectorConfig
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.folders import connector_config_of, load_connector, save_connector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from tests.pallava import goldens
 
 TOKENS, WIDTH = 4, 64
@@ -237,8 +237,8 @@ def test_wrong_numbers_of_sub_images_are_an_error(counts: list[int] | None, mess
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_folder_loads_as_it_was(tmp_path: Path, kind: str) -> None:
     connector = goldens.connector(kind)
-    connector.save_folder(tmp_path / "projector")
-    again = ScaleInvariantConnector.from_folder(tmp_path / "projector").eval()
+    save_connector(connector, tmp_path / "projector")
+    again = load_connector(tmp_path / "projector").eval()
     assert again.config == connector.config
     inputs = goldens.noise(1, TOKENS, WIDTH), goldens.noise(2, TOKENS, WIDTH), [2]
     assert torch.equal(again(*inputs), connector(*inputs))
@@ -252,17 +252,17 @@ def test_a_published_folder_says_neither_heads_nor_sizes(tmp_path: Path) -> None
     )
     save_file(ScaleInvariantConnector(config).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "q_former_projector"}')
-    assert ScaleInvariantConnector.from_folder(tmp_path).config == config
+    assert load_connector(tmp_path).config == config
 
 
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="projector: no such file or folder"):
-        ScaleInvariantConnector.from_folder(tmp_path / "projector")
+        load_connector(tmp_path / "projector")
 
 
 def test_tensors_of_something_else_are_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"no connector checkpoint.*lm_head\.weight"):
-        ConnectorConfig.from_state_dict({"lm_head.weight": torch.zeros(2, 2)})
+        connector_config_of({"lm_head.weight": torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_frequency_is_read_from_the_names(layers: int, frequency: int, crossed: 
     connector = ScaleInvariantConnector(config)
     has = [layer.has_cross_attention for layer in connector.model.bert.encoder.layer]
     assert [index for index, crosses in enumerate(has) if crosses] == crossed
-    read = ConnectorConfig.from_state_dict(connector.state_dict(), num_attention_heads=2)
+    read = connector_config_of(connector.state_dict(), num_attention_heads=2)
     assert read == config
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pallava.modeling.attention_maps import tile_attention
 from pallava.modeling.checkpoint import CheckpointError
-from pallava.modeling.connector_config import ConnectorConfig
+from pallava.modeling.folders import load_slide_encoder, save_connector, save_slide_encoder
 from pallava.modeling.llava import PALLaVA
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.modeling.slide_tokens import SlideTokenEncoder, encode_positions
 from pallava.registry import ENCODERS
 from pallava.slide_bags import SlideBag
@@ -175,16 +175,16 @@ def test_sizes_that_cannot_be() -> None:
 
 def test_a_folder_is_the_encoder_and_nothing_else(tmp_path: Path) -> None:
     module = encoder(slide_embedding_features=8)
-    module.save_folder(tmp_path / "visual_encoder")
+    save_slide_encoder(module, tmp_path / "visual_encoder")
     again = ENCODERS.get("slide_tokens")(tmp_path / "visual_encoder")
     assert again.config == module.config
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     with pytest.raises(FileNotFoundError, match=r"no config.json"):
-        SlideTokenEncoder.from_folder(tmp_path)
-    connector().save_folder(tmp_path / "projector")
+        load_slide_encoder(tmp_path)
+    save_connector(connector(), tmp_path / "projector")
     with pytest.raises(CheckpointError, match="model_type 'slide_tokens' expected"):
-        SlideTokenEncoder.from_folder(tmp_path / "projector")
+        load_slide_encoder(tmp_path / "projector")
 
 
 def model(**changes: Any) -> PALLaVA:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
 from pallava.model import LLaVAModel
 from pallava.modeling.checkpoint import CheckpointError, load_strict
-from pallava.modeling.connector_config import ConnectorConfig
+from pallava.modeling.folders import connector_config_of
 from pallava.modeling.plip import PUBLISHED_TO_HF, PLIPVisionEncoder
-from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from tests.pallava import goldens
 
 CONNECTOR_FILES = {
@@ -94,9 +94,7 @@ def test_connector_has_the_published_tensors(cross_attention: bool, count: int) 
 def test_sizes_and_mode_are_read_from_the_names(cross_attention: bool) -> None:
     names = contract(CONNECTOR_FILES[cross_attention])
     tensors = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
-    assert ConnectorConfig.from_state_dict(tensors) == ConnectorConfig(
-        cross_attention=cross_attention
-    )
+    assert connector_config_of(tensors) == ConnectorConfig(cross_attention=cross_attention)
 
 
 def test_a_training_checkpoint_has_the_published_tensors(whole: LLaVAModel) -> None:

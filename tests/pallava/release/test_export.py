@@ -122,7 +122,12 @@ def test_with_transformers_alone(
 
 def test_travelling_code_imports_itself_alone() -> None:
     files = travelling_files()
-    assert {"modeling_pallava.py", "plip.py", "qformer.py"} <= set(files)
+    # Each of these is read by whoever runs `trust_remote_code=True`: no file handling, no
+    # registry, no checkpoint reader.
+    assert [name.removesuffix(".py") for name in files] == [
+        *("anyres", "configuration_pallava", "images", "linear", "llava", "modeling_pallava"),
+        *("plip", "processing_pallava", "qformer", "text"),
+    ]
     for name, source in files.items():
         for node in ast.walk(ast.parse(source, name)):
             if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
-from pallava.modeling.plip import PLIPVisionEncoder
-from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
+from pallava.modeling.folders import load_connector, load_vision_encoder
+from pallava.modeling.qformer import connector_state_dict
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint, read_conversion
 from tests.pallava.engine.tiny_run import CONFIGS, make_folder, run, save_encoder
 from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2, TINY_LLAMA, tokenizer
@@ -42,11 +42,11 @@ def test_parts_load(checkpoint: Path, tmp_path: Path) -> None:
         checkpoint, recipe(tmp_path), out, save_tokenizer=tokenizer().save_pretrained, fp32=True
     )
     state_dict = load_state_dict_file(checkpoint)
-    connector = ScaleInvariantConnector.from_folder(out / "projector")
+    connector = load_connector(out / "projector")
     assert connector.config.num_attention_heads == 4 and not connector.uses_sub_images
     for name, tensor in connector_state_dict(state_dict).items():
         assert torch.equal(connector.state_dict()[name], tensor)
-    PLIPVisionEncoder.from_folder(out / "visual_encoder")
+    load_vision_encoder(out / "visual_encoder")
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(TINY_LLAMA), out / "llm_adapter"
     )
