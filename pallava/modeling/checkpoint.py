@@ -280,12 +280,20 @@ def _statistics_getattr(owner: object, name: str) -> object:
     raise CheckpointError(f"getattr({owner!r}, {name!r}) is not allowed in a checkpoint")
 
 
+def _empty_bytes() -> bytes:
+    """Takes the place of `builtins.bytes`, by whose call pickle protocol 2 writes an empty array.
+
+    Without arguments only: `bytes(10**12)` would fill the memory.
+    """
+    return b""
+
+
 def numpy_safe_types() -> list[Any]:
     """The pieces of numpy arrays and scalars, as numpy 1 and 2 name them."""
     multiarray = importlib.import_module(
         "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
     )
-    pieces: list[Any] = [np.ndarray, np.dtype]
+    pieces: list[Any] = [np.ndarray, np.dtype, (_empty_bytes, "builtins.bytes")]
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
         pieces.append((multiarray._reconstruct, f"{module}._reconstruct"))
         pieces.append((multiarray.scalar, f"{module}.scalar"))
@@ -300,16 +308,17 @@ def safe_types(history_type: type = _History) -> list[Any]:
         history_type: What to build for MMEngine's `HistoryBuffer`; the real class when a run is
             resumed, a stand-in when only the tensors are wanted.
     """
-    opaque: Iterable[tuple[type, str]] = (
+    stand_ins: Iterable[tuple[type, str]] = (
         (_OpaqueDict, "mmengine.config.config.ConfigDict"),
         (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
         (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-        (_Opaque, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+        # An IntEnum: the stage says how the optimizer files are cut, so its value is needed.
+        (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
         (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
     )
     return [
         *numpy_safe_types(),
         (history_type, _HISTORY),
         (_statistics_getattr, "builtins.getattr"),
-        *opaque,
+        *stand_ins,
     ]

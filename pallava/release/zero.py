@@ -69,7 +69,9 @@ def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDi
         _mapping(_mapping(load_torch_file(file), file).get("optimizer_state_dict"), file)
         for file in optimizers
     ]
-    stage = int(states[0].get("zero_stage", 2))
+    stage = states[0].get("zero_stage", 2)
+    if stage not in (1, 2, 3):
+        raise CheckpointError(f"{optimizers[0]}: zero_stage is {stage!r}; 1, 2 or 3 expected")
     count = states[0].get("partition_count", len(states))
     expected = max(count) if isinstance(count, Sequence) else int(count)
     if expected != len(states):

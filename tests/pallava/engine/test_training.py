@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pallava.modeling.checkpoint import load_state_dict_file
 from pallava.modeling.folders import load_connector, load_vision_encoder
@@ -111,6 +112,16 @@ def test_deepspeed_zero2(folder: Path) -> None:
     assert (whole / "iter_20.pth").is_dir()
     again = resumed(folder, whole, *options, processes=2)
     assert_equal_weights(whole / "iter_24.pth", again / "iter_24.pth")
+    # The folder that DeepSpeed wrote is what `pth-to-hf` reads: fp32 masters of both ranks.
+    result = run(folder, "pth-to-hf", STAGE1, whole / "iter_24.pth", folder / "parts", "--fp32")
+    assert result.returncode == 0, result.stdout[-3000:]
+    adapter = load_file(folder / "parts" / "llm_adapter" / "adapter_model.safetensors")
+    trained = load_state_dict_file(whole / "iter_24.pth")
+    copies = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
+    assert len(adapter) == len(copies) > 0
+    for name, copy in copies.items():
+        master = adapter[name.removeprefix("llm.").replace(".default", "")]
+        assert master.dtype == torch.float32 and torch.equal(master.to(copy.dtype), copy), name
     # The folder is a starting point for stage 2 as it is, with its own learning rates kept.
     pretrained = f"model.pretrained_pth={whole / 'iter_24.pth'}"
     work_dir = folder / "zero2_stage2"

@@ -1,104 +1,116 @@
-"""Gathered parameters held to DeepSpeed's own reader of the same folders."""
+"""Reads folders that DeepSpeed wrote, and compares with DeepSpeed's own reader."""
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.zero import load_checkpoint
 from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2
+from tests.pallava.release.deepspeed_writer import TAG
+
+WRITER = Path(__file__).with_name("deepspeed_writer.py")
+REPOSITORY = WRITER.parents[3]
 
 
-def write_folder(folder: Path, stage: int, ranks: int) -> dict[str, Tensor]:
-    """A folder as DeepSpeed writes it, for two parameter groups with sizes no rank divides."""
-    generator = torch.Generator().manual_seed(0)
-    names = [["projector.a", "projector.b"], ["llm.c"]]
-    sizes = {"projector.a": (3, 5), "projector.b": (7,), "llm.c": (4, 9)}
-    truth = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-    folder.mkdir(parents=True)
-    parts: list[list[Tensor]] = [[] for _ in range(ranks)]
-    for group in names:
-        if stage == 3:
-            pieces: list[list[Tensor]] = [[] for _ in range(ranks)]
-            for name in group:
-                part = math.ceil(truth[name].numel() / ranks)
-                flat = torch.zeros(part * ranks)
-                flat[: truth[name].numel()] = truth[name].flatten()
-                for rank in range(ranks):
-                    pieces[rank].append(flat[rank * part : (rank + 1) * part])
-            for rank in range(ranks):
-                parts[rank].append(torch.cat(pieces[rank]))
-        else:
-            flat = torch.cat([truth[name].flatten() for name in group])
-            align = 2 * ranks
-            flat = torch.cat([flat, torch.zeros(-len(flat) % align)])
-            for rank, piece in enumerate(flat.chunk(ranks)):
-                parts[rank].append(piece.clone())
-    buffer = torch.arange(6)
-    model = {
-        "module": {"projector.position_ids": buffer},
-        "buffer_names": ["projector.position_ids"],
-        "param_shapes": [OrderedDict((n, truth[n].shape) for n in group) for group in names],
-        "shared_params": {},
-        "ds_version": "0.19.8",
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `zero{1,2,3}_ranksN`, written by DeepSpeed in N processes on the CPU."""
+    root = tmp_path_factory.mktemp("deepspeed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={request.param}", str(WRITER), str(root)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "CUDA_VISIBLE_DEVICES": "",
     }
-    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    count: int | list[int] = ranks if stage == 3 else [ranks, ranks]
-    for rank in range(ranks):
-        if stage == 3:
-            torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"zero_stage": stage, "partition_count": count, key: parts[rank]}
-        torch.save(
-            {"optimizer_state_dict": optimizer, "ds_version": "0.19.8"},
-            folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-        )
-    if stage != 3:
-        torch.save(model, folder / "mp_rank_00_model_states.pt")
-    return truth | {"projector.position_ids": buffer}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+def folder_of(written: Path, stage: int) -> Path:
+    (folder,) = written.glob(f"zero{stage}_ranks*")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_equals_deepspeeds_reader(stage: int, ranks: int, tmp_path: Path) -> None:
+def test_equals_deepspeeds_reader(stage: int, written: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    truth = write_folder(tmp_path / "run" / "iter_4.pth", stage, ranks)
-    theirs = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "run"), "iter_4.pth")
-    ours = load_checkpoint(tmp_path / "run" / "iter_4.pth")
-    assert ours.keys() == theirs.keys() == truth.keys()
-    for name, tensor in truth.items():
-        assert torch.equal(ours[name], tensor) and torch.equal(
-            theirs[name].to(tensor.dtype), tensor
-        )
+    folder = folder_of(written, stage)
+    theirs = get_fp32_state_dict_from_zero_checkpoint(
+        str(folder), TAG, exclude_frozen_parameters=True
+    )
+    masters = torch.load(folder / "expected.pt", weights_only=True)
+    ours = load_checkpoint(folder / TAG)
+    assert ours.keys() == theirs.keys() == {*masters, "projector.position_ids"}
+    for name, tensor in theirs.items():
+        assert ours[name].shape == tensor.shape
+        # Bit for bit: the fp32 masters, not the bf16 copy that the model computes with.
+        assert torch.equal(ours[name].to(tensor.dtype), tensor)
+    for name, master in masters.items():
+        assert torch.equal(ours[name].flatten(), master) and ours[name].dtype == torch.float32
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.values())
+    # `latest` leads from the run's folder to the checkpoint.
+    assert load_checkpoint(folder).keys() == ours.keys()
 
 
-def test_a_missing_rank_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "iter", 3, 3)
-    (tmp_path / "iter" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match="written by 3 processes, but 2"):
-        load_checkpoint(tmp_path / "iter")
-
-
-def test_zero3_without_optimizer_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "iter", 3, 2)
-    for file in (tmp_path / "iter").glob("*optim_states.pt"):
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_half_precision_copy_where_the_optimizer_was_deleted(
+    stage: int, written: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folder_of(written, stage) / TAG, tmp_path / TAG)
+    masters = load_checkpoint(folder)
+    for file in folder.glob("*optim_states.pt"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="without"):
-        load_checkpoint(tmp_path / "iter")
+    if stage == 3:
+        with pytest.raises(CheckpointError, match="without"):
+            load_checkpoint(folder)
+        return
+    copies = load_checkpoint(folder)
+    for name, master in masters.items():
+        assert torch.equal(copies[name], master.to(copies[name].dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_missing_rank_is_refused(stage: int, written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of(written, stage) / TAG, tmp_path / TAG)
+    files = sorted(folder.glob("*optim_states.pt"))
+    if len(files) == 1:
+        pytest.skip("one rank has no other")
+    files[-1].unlink()
+    with pytest.raises(CheckpointError, match="written by 2 processes, but 1"):
+        load_checkpoint(folder)
 
 
 def test_code_in_an_optimizer_file_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path / "iter", 2, 1)
-    file = next((tmp_path / "iter").glob("*optim_states.pt"))
+    torch.save({"param_shapes": [], "module": {}}, tmp_path / "mp_rank_00_model_states.pt")
+    file = tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": {"zero_stage": 2, "evil": Path("/etc")}}, file)
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        load_checkpoint(tmp_path / "iter")
+        load_checkpoint(tmp_path)
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    torch.save({"param_shapes": [], "module": {}}, tmp_path / "mp_rank_00_model_states.pt")
+    file = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {"zero_stage": "two"}}, file)
+    with pytest.raises(CheckpointError, match="zero_stage is 'two'; 1, 2 or 3 expected"):
+        load_checkpoint(tmp_path)
 
 
 def test_released_forms_agree() -> None:
