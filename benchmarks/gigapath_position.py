@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gigapath.baselines import VectorSplit, fit_logistic
+from gigapath.finetune.baselines import VectorSplit, fit_logistic
 from gigapath.slide_encoder import create_model, register_architecture
 
 SIDE, BLOB, GAP = 10, 14, 2

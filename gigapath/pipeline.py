@@ -22,6 +22,15 @@ from torch import Tensor, nn
 
 from gigapath import slide_encoder as slide_encoders
 from gigapath import tile_encoder as tile_encoders
+from gigapath.published.tiling import (
+    MIN_OCCUPANCY,
+    Arithmetic,
+    GridTile,
+    Origin,
+    Tissue,
+    find_tissue,
+    tissue_tiles,
+)
 from gigapath.slide_vectors import onto_slide
 from gigapath.tile_encoder import resize_px, tile_transform
 from gigapath.tile_images import FolderTiles, read_tiles
@@ -31,15 +40,6 @@ from gigapath.tile_inference import (
     autocast,
     choose_device,
     choose_precision,
-)
-from gigapath.tiling_compat import (
-    MIN_OCCUPANCY,
-    Arithmetic,
-    GridTile,
-    Origin,
-    Tissue,
-    find_tissue,
-    tissue_tiles,
 )
 from pathcore.files import atomic_file, check_name, fsync_path, write_json
 from wsi.engines import ProgressBar

@@ -3,7 +3,8 @@
 Prov-GigaPath (doi:10.1038/s41586-024-07441-w), Methods; LongNet over all tiles of a slide. Names of
 functions, arguments and parameters are the published ones; weights load as released.
 
-Shapes: B slides, L tiles of the longest, D width, C channels of a tile embedding.
+Shapes: B slides, L tiles of the longest, D width, C channels of a tile embedding, T tokens of all
+slides together, each slide's class token before its tiles.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from gigapath.pos_embed import (
     check_coords,
     embed_positions,
 )
-from gigapath.slide_batch import Pooling, batched, pool, slide_lengths
 from gigapath.slide_weights import find_weights, load_weights
 
 FINAL_NORM_EPS = 1e-6
 """Of the norm after pooling, as in the released configuration."""
 
 Padding = Literal["masked", "ignored"]
+Pooling = Literal["cls", "mean"]
 Layer = int | Literal["final"]
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -202,7 +203,7 @@ class LongNetViT(nn.Module):
         state = tokens
         for state in self.encoder.hidden_states(tokens, sizes):
             if all_layer_embed:
-                vectors.append(self.norm(pool(state, sizes, pooling)))
+                vectors.append(self.norm(_pool(state, sizes, pooling)))
         if all_layer_embed:
             return vectors
         return self._pooled("final", state, sizes, pooling).unsqueeze(0)
@@ -272,11 +273,11 @@ class LongNetViT(nn.Module):
 
     def _pooled(self, layer: Layer, state: Tensor, sizes: list[int], pooling: Pooling) -> Tensor:
         if layer != "final":
-            vectors = pool(state, sizes, pooling)
+            vectors = _pool(state, sizes, pooling)
         elif pooling == "cls":
-            vectors = self.encoder.layer_norm(pool(state, sizes, pooling))
+            vectors = self.encoder.layer_norm(_pool(state, sizes, pooling))
         else:
-            vectors = pool(self.encoder.layer_norm(state), sizes, pooling)
+            vectors = _pool(self.encoder.layer_norm(state), sizes, pooling)
         normed: Tensor = self.norm(vectors)
         return normed
 
@@ -306,8 +307,8 @@ class LongNetViT(nn.Module):
         lengths: Sequence[int] | Tensor | None,
     ) -> tuple[Tensor, list[int]]:
         """Class token and embedded tiles of all slides, `(T, D)`, and their numbers of tokens."""
-        x, coords = batched(x, coords, self.in_chans)
-        tiles = slide_lengths(x, padding_mask, lengths)
+        x, coords = _batched(x, coords, self.in_chans)
+        tiles = _slide_lengths(x, padding_mask, lengths)
         if self.check_inputs:
             self._check(x, coords, tiles)
         if self.padding == "ignored":
@@ -345,6 +346,91 @@ class LongNetViT(nn.Module):
                 check_coords(
                     coords[number, :count], self.tile_size, self.slide_ngrids, f"coords{slide}"
                 )
+
+
+def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:
+    """Checks shapes, and makes one slide a batch of one.
+
+    Args:
+        x: `(B, L, C)` or `(L, C)`, tile embeddings.
+        coords: `(B, L, 2)` or `(L, 2)`.
+        in_chans: C.
+
+    Raises:
+        ValueError: The shapes do not fit, or there are no tiles.
+    """
+    if x.dim() not in (2, 3) or x.shape[-1] != in_chans:
+        raise ValueError(f"x {tuple(x.shape)}: expected (B, L, {in_chans}) or (L, {in_chans})")
+    if coords.shape != (*x.shape[:-1], 2):
+        expected = (*x.shape[:-1], 2)
+        raise ValueError(
+            f"coords {tuple(coords.shape)}: expected {expected} for x {tuple(x.shape)}"
+        )
+    if not x.shape[:-1].numel():
+        raise ValueError(f"x {tuple(x.shape)}: no tiles; leave slides without tissue out")
+    return (x, coords) if x.dim() == 3 else (x.unsqueeze(0), coords.unsqueeze(0))
+
+
+def _slide_lengths(
+    x: Tensor, padding_mask: Tensor | None, lengths: Sequence[int] | Tensor | None
+) -> list[int]:
+    """Number of tiles of each slide of a batch.
+
+    Args:
+        x: `(B, L, C)`.
+        padding_mask: `(B, L)`, true where there is no tile.
+        lengths: B numbers.
+
+    Raises:
+        ValueError: Both are given, shapes differ, tiles follow padding, or a slide has no tile.
+    """
+    batch, longest = x.shape[:2]
+    if padding_mask is not None and lengths is not None:
+        raise ValueError("padding_mask and lengths: give one of them")
+    if padding_mask is not None:
+        if padding_mask.shape not in {(batch, longest), (longest,)} or (
+            padding_mask.dim() == 1 and batch != 1
+        ):
+            raise ValueError(
+                f"padding_mask {tuple(padding_mask.shape)}: expected {(batch, longest)}"
+            )
+        real = ~padding_mask.bool().reshape(batch, longest)
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise ValueError(
+                "padding_mask: tiles follow padding; it must be true where there is no tile, at "
+                "the end of a slide"
+            )
+        lengths = real.sum(1)
+    if lengths is None:
+        return [longest] * batch
+    counts = [int(count) for count in lengths]
+    if len(counts) != batch:
+        raise ValueError(f"lengths: {len(counts)} numbers for {batch} slides")
+    for number, count in enumerate(counts):
+        if not 1 <= count <= longest:
+            raise ValueError(f"slide {number} has {count} tiles: expected 1 to {longest}")
+    return counts
+
+
+def _pool(state: Tensor, sizes: Sequence[int], pooling: Pooling) -> Tensor:
+    """One vector of each slide.
+
+    Args:
+        state: `(T, D)`, class token and tiles of the slides one after the other.
+        sizes: Number of tokens of each slide.
+        pooling: `"cls"`, the class token; `"mean"`, the mean of the tiles.
+
+    Returns:
+        `(B, D)`.
+
+    Raises:
+        ValueError: There is no such pooling.
+    """
+    if pooling == "cls":
+        return torch.stack([slide[0] for slide in state.split(list(sizes))])
+    if pooling == "mean":
+        return torch.stack([slide[1:].mean(0) for slide in state.split(list(sizes))])
+    raise ValueError(f"pooling {pooling!r}: expected 'cls' or 'mean'")
 
 
 def create_model(

@@ -86,9 +86,9 @@ def probe_tiles(
     a stop: it continues. Tiles that cannot be used are listed in skipped.jsonl, and the exit code
     is 3.
     """
-    from gigapath.linear_probe import ProbeSettings
-    from gigapath.recipes import read_settings
-    from gigapath.tile_probe import probe_tiles as probe
+    from gigapath.finetune.probe import ProbeSettings
+    from gigapath.finetune.probe import probe_tiles as probe
+    from gigapath.finetune.recipes import read_settings
 
     with user_errors():
         settings = read_settings(
@@ -174,9 +174,9 @@ def finetune_slides(
         results = json.loads((output / "results.json").read_text(encoding="utf-8"))
         _end(ctx, output, results)
         return
-    from gigapath.finetune import finetune_slides as finetune
-    from gigapath.finetune_settings import FinetuneSettings
-    from gigapath.recipes import read_settings
+    from gigapath.finetune.recipes import read_settings
+    from gigapath.finetune.run import finetune_slides as finetune
+    from gigapath.finetune.settings import FinetuneSettings
 
     with user_errors():
         file = find_recipe(recipe)
@@ -204,7 +204,7 @@ def bag_models() -> dict[str, Any]:
     import torch
     from torch import Tensor, nn
 
-    from gigapath.finetune import BagModel
+    from gigapath.finetune.run import BagModel
     from pathgen.mil import MILSettings
     from pathgen.mil_models import ABMIL
 
@@ -251,7 +251,7 @@ def find_task(name: str | None, recipe: Path) -> Path:
         FileNotFoundError: No such task.
         ValueError: Neither names one.
     """
-    from gigapath.recipes import read_yaml
+    from gigapath.finetune.recipes import read_yaml
 
     if name is not None:
         return _find("task", name, "gigapath/tasks")

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath import metrics, score_draws
-from gigapath.metrics import SETTINGS, plain_values, score_names, score_predictions
+from gigapath.finetune import metrics, score_draws
+from gigapath.finetune.metrics import SETTINGS, plain_values, score_names, score_predictions
 
 GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden/gigapath/finetune/finetune.json").read_text()
+    (Path(__file__).parents[2] / "golden/gigapath/finetune/finetune.json").read_text()
 )
 NAMES = {"bacc": "balanced_accuracy", "acc": "accuracy", "qwk": "quadratic_kappa",
          "macro_auroc": "auroc", "macro_auprc": "auprc"}  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.metrics import SETTINGS
-from gigapath.recipes import read_yaml
+from gigapath.finetune.metrics import SETTINGS
+from gigapath.finetune.recipes import read_yaml
 from pathcore.files import UnsafeNameError, check_name
 
 SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath import score_draws
+from gigapath.finetune import score_draws
 
 Array = NDArray[Any]
 

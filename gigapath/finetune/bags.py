@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gigapath.embedding_zip import load_tensors
 from gigapath.pos_embed import check_coords
+from gigapath.published.embedding_zip import load_tensors
 from gigapath.slide_vectors import onto_slide
 from gigapath.tile_embedding import check_features
 from pathcore.files import check_name, write_json

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gigapath.slide_tasks import PATIENT_KEY, SLIDE_KEY, LabelledSlides, read_table
+from gigapath.finetune.tasks import PATIENT_KEY, SLIDE_KEY, LabelledSlides, read_table
 from pathcore.files import write_text
 
 PARTS = ("train", "val", "test")

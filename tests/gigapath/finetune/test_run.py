@@ -11,16 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gigapath import finetune, slide_encoder
+from gigapath import slide_encoder
 from gigapath.classification_head import ClassificationHead, get_model, parse_layers
-from gigapath.finetune import finetune_slides
-from gigapath.finetune_settings import FinetuneSettings
-from gigapath.finetune_trainer import Trainer
-from gigapath.layer_decay import learning_rate, parameter_groups, scale_and_decay
+from gigapath.finetune.bags import Bag, SlideBags, SlideFolder, SlideScan, choose_tiles
+from gigapath.finetune.recipes import read_settings
+from gigapath.finetune.run import BagModel, finetune_slides
+from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.tasks import SlideTask
+from gigapath.finetune.trainer import Trainer, learning_rate, parameter_groups, scale_and_decay
 from gigapath.ranks import Ranks
-from gigapath.recipes import read_settings
-from gigapath.slide_dataset import Bag, SlideBags, SlideFolder, SlideScan, choose_tiles
-from gigapath.slide_tasks import SlideTask
 from tests.gigapath import golden_recipe
 from tests.gigapath.slide_cohort import (
     DIM,
@@ -33,7 +32,7 @@ from tests.gigapath.slide_cohort import (
 from wsi.store import write_features
 from xtuner_add.paths import configs_dir
 
-GOLDEN = Path(__file__).parents[1] / "golden/gigapath/finetune"
+GOLDEN = Path(__file__).parents[2] / "golden/gigapath/finetune"
 RECORDS = json.loads((GOLDEN / "finetune.json").read_text())
 TENSORS = load_file(GOLDEN / "finetune.safetensors")
 ARCH = "finetune_test_3l64d"
@@ -487,7 +486,7 @@ def test_settings_are_checked(values: dict[str, Any]) -> None:
 class TestRecipes:
     @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yml")), ids=lambda path: path.stem)
     def test_every_recipe_is_read(self, path: Path) -> None:
-        from gigapath.linear_probe import ProbeSettings
+        from gigapath.finetune.probe import ProbeSettings
 
         probe = path.stem.startswith("pcam")
         settings = read_settings(
@@ -557,7 +556,7 @@ def test_models_of_others_train_as_the_encoder_does(tmp_path: Path) -> None:
 
     features, table = write_cohort(tmp_path, 30)
     splits = write_published_split(tmp_path / "splits", table)
-    model = finetune.BagModel(Mean, {"epochs": 8, "lr": 0.1, "gc": 2, "model_select": "val"})
+    model = BagModel(Mean, {"epochs": 8, "lr": 0.1, "gc": 2, "model_select": "val"})
     results = run(tmp_path, features, table, "out", splits=splits, methods=("mean",),
                   models={"mean": model}, weighted_sample=True)  # fmt: skip
     assert results["methods"]["mean"]["mean"]["auroc"]["mean"] > 0.9

@@ -4,12 +4,18 @@ The gradients of `gc` batches make a step. Batches are dealt to the processes in
 gradients are added up, so several processes compute what one does, up to the order of additions.
 Every random number derives from the seed, the epoch and the batch or slide, so a continued run, or
 one in another number of processes, draws the same.
+
+Learning rates follow the published code. Layer-wise decay: the classifier learns at the full rate,
+each layer below at `layer_decay` times the rate of the one above (BEiT,
+https://arxiv.org/abs/2106.08254, appendix). Schedule: linear warm-up, then half a cosine, updated
+at each optimizer step (MAE, https://arxiv.org/abs/2111.06377).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +28,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gigapath.finetune_settings import FinetuneSettings
-from gigapath.layer_decay import (
-    learning_rate,
-    parameter_groups,
-    scale_and_decay,
-    set_learning_rate,
-)
-from gigapath.metrics import plain_values, score_predictions
+from gigapath.finetune.bags import Batch, SlideBags, derived_seed
+from gigapath.finetune.metrics import plain_values, score_predictions
+from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
+from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.tasks import SlideTask
 from gigapath.ranks import Ranks
-from gigapath.result_files import SHOWN, draw_curves, write_predictions
-from gigapath.slide_dataset import Batch, SlideBags, derived_seed
-from gigapath.slide_tasks import SlideTask
 from pathcore.files import atomic_file, write_json
 
 STATE_NAME, WEIGHTS_NAME = "state.pt", "model.safetensors"
 
 _ORDER, _TILES, _NOISE = range(3)
+
+_ENCODER = "slide_encoder."
+_LAYERS = f"{_ENCODER}encoder.layers."
 
 Order = Callable[[int], Sequence[int]]
 """Epoch -> numbers of the training slides, in the order they are taken."""
@@ -369,6 +372,92 @@ class Trainer:
         )
         write_json(self.folder / "metrics.json", scores)
         return scores
+
+
+def layer_id(name: str, depth: int, *, protocol: str = "corrected") -> int:
+    """Number of the layer that a parameter counts to: 0 the embedding, depth + 1 the top.
+
+    The original compares with a prefix that the parameter's name does not have, so that the
+    embedding's projection learns at the full rate; `protocol="published"` does that too.
+
+    Args:
+        name: Of the parameter, from the classifier down.
+        depth: Layers of the slide encoder.
+        protocol: `corrected` or `published`.
+    """
+    if "cls_token" in name or "pos_embed" in name:
+        return 0
+    if name.startswith(f"{_ENCODER}patch_embed.") and protocol == "corrected":
+        return 0
+    if name.startswith(_LAYERS):
+        return int(name.removeprefix(_LAYERS).split(".")[0]) + 1
+    return depth + 1
+
+
+def scale_and_decay(
+    model: nn.Module,
+    depth: int,
+    *,
+    weight_decay: float,
+    layer_decay: float,
+    protocol: str = "corrected",
+) -> dict[str, tuple[float, float]]:
+    """Factor of the learning rate and weight decay of each trained parameter.
+
+    The factor is `layer_decay ** (depth + 1 - layer)`; vectors (norms and biases) do not decay.
+    """
+    return {
+        name: (
+            layer_decay ** (depth + 1 - layer_id(name, depth, protocol=protocol)),
+            0.0 if parameter.ndim == 1 else weight_decay,
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def parameter_groups(
+    model: nn.Module, settings: dict[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser, one per pair of factor (`lr_scale`) and weight decay.
+
+    Args:
+        model: The model.
+        settings: What `scale_and_decay` returned.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in settings:
+            groups.setdefault(settings[name], []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def learning_rate(
+    epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int
+) -> float:
+    """The rate at a point in time, `epoch` counting from 0 with fractions; the first step has 0.
+
+    Args:
+        epoch: Batches that were seen, in epochs.
+        lr: At the end of the warm-up.
+        min_lr: At the end.
+        warmup_epochs: Length of the warm-up.
+        epochs: Length of the training.
+    """
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    share = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives each group its share of a rate."""
+    groups: Iterable[dict[str, Any]] = optimizer.param_groups
+    for group in groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data
 
 from gigapath.pipeline import tile_one_slide
-from gigapath.tiling_compat import (
+from gigapath.published.tiling import (
     Box,
     assemble,
     bounding_box,
@@ -31,7 +31,7 @@ from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.reader import SlideError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "gigapath" / "tiling"
+GOLDEN = Path(__file__).parents[2] / "golden" / "gigapath" / "tiling"
 TILING = json.loads((GOLDEN / "tiling.json").read_text())
 END_TO_END = json.loads((GOLDEN / "end_to_end.json").read_text())
 OTSU_STEP = 0.125  # float16's, at 184; numpy 1.26 and 2 round Otsu's threshold differently

@@ -1,4 +1,4 @@
-"""The scores of `gigapath.metrics` over many bootstrap draws at once.
+"""The scores of `gigapath.finetune.metrics` over many bootstrap draws at once.
 
 scikit-learn's metrics take milliseconds a call, a thousand draws of seven classes a minute. Here
 `counts` `(num_draws, num_cases)` says how often each case occurs in each draw. Where a draw does

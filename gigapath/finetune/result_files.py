@@ -59,9 +59,9 @@ def results_table(
 
     Args:
         title: Above it.
-        setting: One of `gigapath.metrics.SETTINGS`.
-        rows: First cells, and what `gigapath.metrics.score_predictions` or `spread` returned.
-        head: Names of the first cells.
+        setting: One of `gigapath.finetune.metrics.SETTINGS`.
+        rows: First cells of each row, and the result of `score_predictions` or `spread`.
+        head: Titles of the first cells.
         notes: Paragraphs below.
     """
     names = SHOWN[setting]

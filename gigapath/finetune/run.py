@@ -21,22 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gigapath.baselines import METHODS, VectorSplit, check_methods
 from gigapath.classification_head import ClassificationHead
-from gigapath.finetune_cohort import Cohort, read_cohort, slide_folder
-from gigapath.finetune_settings import FinetuneSettings
-from gigapath.finetune_trainer import Trainer, check_inputs
-from gigapath.metrics import plain_values, score_names, score_predictions
-from gigapath.ranks import Ranks
-from gigapath.result_files import (
-    RESULTS_NAME,
-    TABLE_NAME,
-    results_table,
-    spread,
-    write_predictions,
-    write_skipped,
-)
-from gigapath.slide_dataset import (
+from gigapath.finetune.bags import (
     CELL_PX,
     SlideBags,
     SlideFolder,
@@ -44,12 +30,26 @@ from gigapath.slide_dataset import (
     pooled_vectors,
     stored_vectors,
 )
-from gigapath.slide_splits import (
+from gigapath.finetune.baselines import METHODS, VectorSplit, check_methods
+from gigapath.finetune.cohort import Cohort, read_cohort, slide_folder
+from gigapath.finetune.metrics import plain_values, score_names, score_predictions
+from gigapath.finetune.result_files import (
+    RESULTS_NAME,
+    TABLE_NAME,
+    results_table,
+    spread,
+    write_predictions,
+    write_skipped,
+)
+from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.splits import (
     PARTS,
     Split,
     check_parts,
 )
-from gigapath.slide_tasks import SlideTask, read_task
+from gigapath.finetune.tasks import SlideTask, read_task
+from gigapath.finetune.trainer import Trainer, check_inputs
+from gigapath.ranks import Ranks
 from pathcore.files import folder_lock, remove_partials, write_json, write_text
 
 SLIDE_ENCODER = "slide_encoder"

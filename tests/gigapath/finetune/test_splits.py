@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigapath.slide_splits import make_splits, published_split, read_splits, write_splits
-from gigapath.slide_tasks import LabelledSlides, SlideTask, read_labels, read_task
+from gigapath.finetune.splits import make_splits, published_split, read_splits, write_splits
+from gigapath.finetune.tasks import LabelledSlides, SlideTask, read_labels, read_task
 from tests.gigapath.slide_cohort import write_published_split, write_table, write_task
 from xtuner_add.paths import configs_dir
 
 GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden/gigapath/finetune/finetune.json").read_text()
+    (Path(__file__).parents[2] / "golden/gigapath/finetune/finetune.json").read_text()
 )
 TASK = SlideTask("made_up", "multi_class", ("0", "1", "2"))
 REAL = os.environ.get("XTUNER_ADD_TEST_DATA")

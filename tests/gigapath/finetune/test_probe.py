@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gigapath import embedding_zip
-from gigapath.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
-from gigapath.linear_probe import LinearProbe, ProbeRun, ProbeSettings
-from gigapath.tile_probe import probe_tiles, standardised
+from gigapath.finetune.probe import LinearProbe, ProbeRun, ProbeSettings, probe_tiles, standardised
+from gigapath.published import embedding_zip
+from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
 
-GOLDEN = Path(__file__).parents[1] / "golden/gigapath/linear_probe"
+GOLDEN = Path(__file__).parents[2] / "golden/gigapath/linear_probe"
 RECORDS = json.loads((GOLDEN / "linear_probe.json").read_text())
 TENSORS = load_file(GOLDEN / "linear_probe.safetensors")
 SETTINGS = {

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from gigapath.layer_decay import PROTOCOLS
-from gigapath.metrics import NUM_RESAMPLES
-from gigapath.slide_splits import METHODS as SPLIT_METHODS
+from gigapath.finetune.metrics import NUM_RESAMPLES
+from gigapath.finetune.splits import METHODS as SPLIT_METHODS
 
 _CHOICES = {
-    "protocol": PROTOCOLS,
+    "protocol": ("corrected", "published"),
     "optim": ("adamw", "adam"),
     "lr_scheduler": ("cosine", "fixed"),
     "model_select": ("last_epoch", "val"),

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gigapath.finetune_settings import FinetuneSettings
-from gigapath.slide_dataset import CELL_PX, SlideFolder, SlideScan
+from gigapath.finetune.bags import CELL_PX, SlideFolder, SlideScan
+from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.splits import (
+    PARTS,
+    Split,
+    check_parts,
+    make_splits,
+    read_splits,
+    write_splits,
+)
+from gigapath.finetune.tasks import LabelledSlides, SlideTask, read_labels
 from gigapath.slide_encoder import ARCHITECTURES
-from gigapath.slide_splits import PARTS, Split, check_parts, make_splits, read_splits, write_splits
-from gigapath.slide_tasks import LabelledSlides, SlideTask, read_labels
 from gigapath.slide_vectors import NUM_GRIDS
 
 

@@ -1,0 +1,1 @@
+"""Classifiers over stored embeddings: tile probes, fine-tuned slide encoder, bag models."""

@@ -1,0 +1,1 @@
+"""Formats and tiling of the published Prov-GigaPath code."""
