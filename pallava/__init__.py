@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pallava.loading import load_model
+    from pallava.inference.loading import load_model
 
 __all__ = ["load_model"]
 
@@ -13,7 +13,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     """Imports `load_model` when it is asked for: importing the package stays cheap."""
     if name == "load_model":
-        from pallava.loading import load_model
+        from pallava.inference.loading import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ class LLaVADataset(ConversationDataset):
             `input_ids`, `labels` and `image`; used instead of `data_path`.
         max_dataset_length: Take this many rows at random.
         dataset_map_fn: Row -> `{"conversation": [...]}`; XTuner's `llava_map_fn` (one image, moved
-            to the front, as published) or `pallava.text.interleaved_map_fn` (the default).
+            to the front, as published) or `pallava.text.encoding.interleaved_map_fn` (the default).
         template_map_fn: The prompt template, XTuner's `template_map_fn_factory`.
         max_length: Longer token sequences are cut.
         pad_image_to_square: Pad with the mean colour before tiling.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pallava.text import IGNORE_INDEX
+from pallava.text.encoding import IGNORE_INDEX
 
 PAD_INDEX = 0
 """XTuner's `DEFAULT_PAD_TOKEN_INDEX`; padding is masked, so that its value does not matter."""

@@ -12,7 +12,7 @@ from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
 from pallava.anyres import AnyRes, GridTies
 from pallava.images import load_image
-from pallava.text import IMAGE_TOKEN, encode_prompt
+from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
 
 
 class EvaluateChatHook(XTunerEvaluateChatHook):

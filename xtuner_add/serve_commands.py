@@ -56,7 +56,7 @@ def chat(
     folder, which holds all of them. Lines of a pipe are questions too; `/help` lists the commands.
     Ends with exit code 1 if a line could not be answered.
     """
-    from pallava.streaming import Sampling
+    from pallava.inference.streaming import Sampling
     from xtuner_add.terminal_chat import TerminalChat
 
     try:

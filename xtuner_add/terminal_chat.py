@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from pallava.assistant import Assistant
-    from pallava.streaming import Sampling
+    from pallava.inference.assistant import Assistant
+    from pallava.inference.streaming import Sampling
 
 HELP = """\
 /image PATH   show an image with the next question; may be given several times
@@ -30,7 +30,7 @@ class TerminalChat:
     """
 
     def __init__(self, assistant: Assistant, sampling: Sampling, system: str | None = None) -> None:
-        from pallava.conversation import Turn
+        from pallava.text.turns import Turn
 
         self.assistant = assistant
         self.sampling = sampling
@@ -88,8 +88,8 @@ class TerminalChat:
             raise ValueError(f"{text!r:.80}: no such command\n{HELP}")
 
     def _answer(self, question: str) -> None:
-        from pallava.conversation import Turn
-        from pallava.streaming import converse
+        from pallava.inference.streaming import converse
+        from pallava.text.turns import Turn
 
         pieces: list[str] = []
 

@@ -20,8 +20,8 @@ from pallava.image_index import path_inside
 from pallava.images import NETWORK_FORMATS, ImageError
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
-from pallava.text import IMAGE_TOKEN, check_row
-from pallava.text import image_files as image_names
+from pallava.text.encoding import IMAGE_TOKEN, check_row
+from pallava.text.encoding import image_files as image_names
 from pathcore.files import atomic_file, file_identity
 
 REPORT_NAME = "conversion.json"

@@ -20,7 +20,7 @@ from pallava.evaluation.questions import RowError, text_field
 from pallava.image_index import path_inside
 from pallava.images import image_size
 from pallava.rows import MAX_SKIPPED_SHARE
-from pallava.text import IMAGE_TOKEN
+from pallava.text.encoding import IMAGE_TOKEN
 
 MAX_AREA_PX = 4096 * 4096
 """Larger images are left out, as by the published script (dataformat.py of PA-LLaVA)."""

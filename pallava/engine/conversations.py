@@ -17,7 +17,7 @@ from pallava.engine.skipping import default_skip_log
 from pallava.images import ImageError
 from pallava.rows import check_share, read_rows
 from pallava.skipping import SkipLog
-from pallava.text import (
+from pallava.text.encoding import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
     Tokenizer,

@@ -22,14 +22,14 @@ from pallava.engine.skipping import default_skip_log
 from pallava.modeling.checkpoint import load_state_dict_file, load_strict
 from pallava.modeling.folders import save_vision_encoder
 from pallava.pairs import PairDataset, collate_pairs
-from pallava.plip_initialisation import (
+from pallava.plip.initialisation import (
     ENC_TOKEN,
     build_caption_tokenizer,
     build_text_encoder,
     build_vision_encoder,
 )
-from pallava.plip_losses import ramped_alpha
-from pallava.plip_pretraining import PLIPPretrainingModel
+from pallava.plip.losses import ramped_alpha
+from pallava.plip.pretraining import PLIPPretrainingModel
 from pallava.skipping import SkipLog
 
 ENCODER_FOLDER = "plip_encoder"

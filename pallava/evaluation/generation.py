@@ -22,12 +22,12 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
-from pallava.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.distributed import open_gloo_group
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.image_digests import ImageDigests
 from pallava.evaluation.questions import Question
 from pallava.images import ImageError
+from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.skipping import SkippedSample
 
 _FORMAT = 2  # of the digests: raise it when an answer comes to depend on something else

@@ -21,7 +21,7 @@ from pallava.evaluation.questions import (
     find_image,
     text_field,
 )
-from pallava.text import IMAGE_TOKEN, check_row
+from pallava.text.encoding import IMAGE_TOKEN, check_row
 
 Path_ = str | os.PathLike[str]
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]

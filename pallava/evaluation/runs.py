@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pallava.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.evaluation.benchmarks import Benchmark
 from pallava.evaluation.generation import generate_answers
 from pallava.evaluation.report import Compat, write_report
+from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 
 ANSWERS_FOLDER = "answers"
 """In the work folder: what was answered so far."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pallava.text import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 SubImageMask = Literal["exact", "published"]
 PaddingSide = Literal["left", "right"]

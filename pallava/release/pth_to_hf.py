@@ -33,8 +33,8 @@ from pallava.modeling.folders import (
 from pallava.modeling.plip import published_names
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector, connector_state_dict
 from pallava.release.adapters import CONFIG_NAME
-from pallava.release.chat_template import chat_template
 from pallava.release.zero import load_checkpoint
+from pallava.text.chat_template import chat_template
 from pathcore.files import file_identity
 
 CONVERSION_NAME = "conversion.json"

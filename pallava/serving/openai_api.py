@@ -15,9 +15,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from pallava.inference.streaming import Completion, ContextError
 from pallava.serving.openai_messages import MAX_PIXELS, ChatRequest, RequestError, read_request
 from pallava.serving.service import Answers, BusyError, ModelService
-from pallava.streaming import Completion, ContextError
 
 _logger = logging.getLogger(__name__)
 

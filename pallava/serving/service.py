@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pallava.assistant import Assistant
-from pallava.conversation import Turn
-from pallava.streaming import Completion, Sampling, converse
+from pallava.inference.assistant import Assistant
+from pallava.inference.streaming import Completion, Sampling, converse
+from pallava.text.turns import Turn
 
 MAX_WAITING = 8
 """Questions that wait by default; the next is refused, since its asker would wait for minutes."""
@@ -104,7 +104,7 @@ class ModelService:
         """Puts a conversation into the queue; call `cancel` of what is returned in the end.
 
         Args:
-            turns: See `pallava.conversation.check_turns`.
+            turns: See `pallava.text.turns.check_turns`.
             sampling: A further answer has the seed plus its index.
             num_answers: How many answers, one after the other.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pallava.default_collate_fn import default_collate_fn
-from pallava.text import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.pallava import goldens
 
 

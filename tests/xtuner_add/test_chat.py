@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from pallava import load_model
-from pallava.assistant import Assistant
-from pallava.conversation import Turn
-from pallava.streaming import Sampling, converse
+from pallava.inference.assistant import Assistant
+from pallava.inference.streaming import Sampling, converse
+from pallava.text.turns import Turn
 from tests.pallava import goldens
 from tests.pallava.tiny_folders import make_folders
 from xtuner_add import cli

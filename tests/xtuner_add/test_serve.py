@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from pallava import load_model
-from pallava.assistant import Assistant
-from pallava.conversation import Turn
+from pallava.inference.assistant import Assistant
+from pallava.inference.streaming import Sampling, converse
 from pallava.serving.file_guard import folder_bytes
-from pallava.streaming import Sampling, converse
+from pallava.text.turns import Turn
 from tests.pallava import goldens
 from tests.pallava.browser import chromium
 from tests.pallava.tiny_folders import make_folders

@@ -19,7 +19,7 @@ from pallava.image_index import path_inside
 from pallava.images import ImageError
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
-from pallava.text import check_row, image_files
+from pallava.text.encoding import check_row, image_files
 from pathcore.files import file_identity
 
 REPORT_NAME = "cleaning.json"

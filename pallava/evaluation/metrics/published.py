@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallava.text import Tokenizer
+from pallava.text.encoding import Tokenizer
 
 _DELETED = str.maketrans("", "", ",.'!?\"()*#:;~")
 _DIGITS = 2

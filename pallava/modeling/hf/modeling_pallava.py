@@ -13,7 +13,7 @@ from pallava.modeling.hf.configuration_pallava import PALLaVAConfig
 from pallava.modeling.llava import MultimodalMixin
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
-from pallava.text import IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IMAGE_TOKEN_INDEX
 
 
 class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, GenerationMixin):

@@ -11,7 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, GridTies
 from pallava.images import to_rgb
-from pallava.text import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
+from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
 
 
 class PALLaVAProcessor(ProcessorMixin):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallava.converters.dataformat import choose, dataformat, load_instructions
-from pallava.text import check_row
+from pallava.text.encoding import check_row
 from tests.pallava.converters.published import read_lines, save_image, write_lines
 
 

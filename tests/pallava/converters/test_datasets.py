@@ -10,7 +10,7 @@ from pallava.converters.conversion import convert
 from pallava.evaluation.class_folders import load_class_set, read_class_folders
 from pallava.registry import CONVERTERS
 from pallava.rows import pair_fault
-from pallava.text import check_row
+from pallava.text.encoding import check_row
 from tests.pallava.converters import published
 from tests.pallava.converters.published import read_lines, save_image, write_lines
 

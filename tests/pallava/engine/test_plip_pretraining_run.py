@@ -159,13 +159,13 @@ def test_the_encoder_folder_is_what_stage_one_and_transformers_load(trained):
 
 
 def test_the_checkpoint_loads_without_mmengine(trained, data):
-    from pallava.plip_initialisation import (
+    from pallava.plip.initialisation import (
         ENC_TOKEN,
         build_caption_tokenizer,
         build_text_encoder,
         build_vision_encoder,
     )
-    from pallava.plip_pretraining import PLIPPretrainingModel
+    from pallava.plip.pretraining import PLIPPretrainingModel
 
     options = build_model(data, None)
     tokenizer = build_caption_tokenizer({"pairs_file": data / "pairs.jsonl", "vocab_size": 2000})
@@ -218,7 +218,7 @@ def test_two_processes(data, tmp_path):
 def test_the_full_recipe_starts_from_clip_and_bert_folders(data, tmp_path):
     from transformers import BertConfig, BertModel, CLIPVisionConfig
 
-    from pallava.plip_initialisation import build_caption_tokenizer
+    from pallava.plip.initialisation import build_caption_tokenizer
 
     torch.manual_seed(0)
     sizes = {

@@ -54,7 +54,7 @@ def skipped(root: Path) -> dict[str, str]:
 
 def test_rows_with_one_slide_none_and_two(tmp_path: Path) -> None:
     from pallava.default_collate_fn import default_collate_fn
-    from pallava.text import IMAGE_TOKEN_INDEX
+    from pallava.text.encoding import IMAGE_TOKEN_INDEX
 
     for number in (5, 9):
         write_bag(tmp_path / "features" / f"case{number}.h5", num_tiles=number)

@@ -156,7 +156,7 @@ def answers(folder: Path, out: Path) -> list[str]:
     from pallava.anyres import AnyRes
     from pallava.images import load_image
     from pallava.modeling.llava import PALLaVA
-    from pallava.text import encode_prompt
+    from pallava.text.encoding import encode_prompt
     from tests.pallava.engine.tiny_run import save_image
 
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")

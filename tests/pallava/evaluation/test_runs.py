@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from pallava import load_model
-from pallava.assistant import Assistant
 from pallava.evaluation import generation, image_digests
 from pallava.evaluation.answers import AnswerLog, read_answers
 from pallava.evaluation.benchmarks import pathvqa, pmcvqa, zero_shot
@@ -30,6 +29,7 @@ from pallava.evaluation.image_digests import ImageDigests, content_digest
 from pallava.evaluation.questions import NO_IMAGES
 from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
+from pallava.inference.assistant import Assistant
 from pallava.registry import EVALUATIONS
 from tests.pallava import goldens
 from tests.pallava.evaluation.tiny_benchmark import make_data

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pallava.anyres import AnyRes
 from pallava.modeling.llava import PALLaVA
-from pallava.text import encode_prompt
+from pallava.text.encoding import encode_prompt
 from tests.pallava import goldens
 
 RECORDED = goldens.read_json("generate/cases.json")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pallava.modeling.llava import PALLaVA, SubImageMask, splice
-from pallava.text import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.pallava import goldens
 
 # (checkpoint, which sub-images are visible, recorded tensors, recorded gradients)

@@ -19,7 +19,7 @@ from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.modeling.slide_tokens import SlideTokenEncoder, encode_positions
 from pallava.registry import ENCODERS
 from pallava.slide_bags import SlideBag
-from pallava.text import IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IMAGE_TOKEN_INDEX
 from tests.pallava import goldens
 
 WIDTH, FEATURES, MAP = 64, 24, 3

@@ -21,7 +21,7 @@ from pallava.release.export import export
 from pallava.release.hub import plan_push, push
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.release.remote_code import travelling_files
-from pallava.text import encode_prompt
+from pallava.text.encoding import encode_prompt
 from tests.pallava.engine.tiny_run import save_image
 from tests.pallava.goldens import CROSSATTN_STATE, RELEASED_PTH, TINY_LLAMA, model, tokenizer
 from tests.pallava.release.exported import QUESTIONS, answer

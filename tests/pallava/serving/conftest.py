@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from pallava import load_model
-from pallava.assistant import Assistant
+from pallava.inference.assistant import Assistant
 from pallava.serving.app import create_app
 from pallava.serving.guard import GuardSettings
 from pallava.serving.service import ModelService

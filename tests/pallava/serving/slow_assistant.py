@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pallava.assistant import Assistant
+from pallava.inference.assistant import Assistant
 
 
 class SlowAssistant(Assistant):

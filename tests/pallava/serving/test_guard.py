@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pallava.assistant import Assistant
+from pallava.inference.assistant import Assistant
 from pallava.serving.app import create_app
 from pallava.serving.guard import SECURITY_HEADERS, GuardSettings
 from pallava.serving.service import ModelService

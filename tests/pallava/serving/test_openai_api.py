@@ -15,11 +15,11 @@ import openai
 import pytest
 from PIL import Image
 
-from pallava.assistant import Assistant
-from pallava.conversation import Turn
+from pallava.inference.assistant import Assistant
+from pallava.inference.streaming import Completion, Sampling, converse
 from pallava.serving.app import create_app
 from pallava.serving.service import BusyError, ModelService
-from pallava.streaming import Completion, Sampling, converse
+from pallava.text.turns import Turn
 from tests.pallava.serving.conftest import NAME, picture, serving
 from tests.pallava.serving.slow_assistant import SlowAssistant
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pallava.assistant import Assistant
+from pallava.inference.assistant import Assistant
 from pallava.serving.app import create_app, delete_older
 from pallava.serving.page import Page, Session, _start_over
 from pallava.serving.service import ModelService

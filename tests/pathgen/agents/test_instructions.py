@@ -105,7 +105,7 @@ def test_wrong_questions_are_not_taken(
 
 
 def test_training_takes_the_rows(server: DescriberServer, tmp_path: Path) -> None:
-    from pallava.text import check_row
+    from pallava.text.encoding import check_row
 
     server.write = write
     _, rows = make(server, tmp_path, 3, every_kind=True)

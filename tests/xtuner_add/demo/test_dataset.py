@@ -59,7 +59,7 @@ def test_pairs_name_images_of_training_slides(folder: Path) -> None:
 
 @pytest.mark.parametrize("table", ["captions", "conversations"])
 def test_conversations_follow_the_llava_schema(folder: Path, table: str) -> None:
-    from pallava.text import check_row
+    from pallava.text.encoding import check_row
 
     rows = read_jsonl(folder / f"{table}.jsonl")
     assert {row["id"] for row in rows} == {n for n in plans_of(folder) if n.startswith("train")}

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pallava import load_model
-from pallava.assistant import Assistant
-from pallava.conversation import Turn
+from pallava.inference.assistant import Assistant
+from pallava.inference.streaming import Completion, ContextError, Sampling, _settled, converse
 from pallava.modeling.hf import (
     PALLaVAConfig,
     PALLaVAForConditionalGeneration,
     PALLaVAProcessor,
 )
-from pallava.streaming import Completion, ContextError, Sampling, _settled, converse
+from pallava.text.turns import Turn
 from tests.pallava import goldens
 from tests.pallava.tiny_folders import make_folders
 

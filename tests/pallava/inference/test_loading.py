@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pallava import load_model
-from pallava.assistant import Assistant
-from pallava.loading import fingerprint
+from pallava.inference.assistant import Assistant
+from pallava.inference.loading import fingerprint
 from pallava.modeling.checkpoint import CheckpointError
-from pallava.prompt_templates import PROMPT_TEMPLATES, find_template
+from pallava.text.templates import PROMPT_TEMPLATES, find_template
 from tests.pallava import goldens
 from tests.pallava.tiny_folders import make_folders
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
-from pallava.text import (
+from pallava.text.encoding import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from xtuner.utils import PROMPT_TEMPLATE
 
-from pallava.release.chat_template import chat_template
+from pallava.text.chat_template import chat_template
 from tests.pallava.goldens import tokenizer
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pallava.plip_losses import contrastive_loss, hard_negatives, ramped_alpha
+from pallava.plip.losses import contrastive_loss, hard_negatives, ramped_alpha
 
 
 def _features(*shape):

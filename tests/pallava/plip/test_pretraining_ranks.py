@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pallava" / "plip_pretrain"
-SCRIPT = Path(__file__).with_name("plip_ranks.py")
+GOLDEN = Path(__file__).parents[2] / "golden" / "pallava" / "plip_pretrain"
+SCRIPT = Path(__file__).with_name("pretraining_ranks.py")
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from pallava.anyres import AnyRes
-from pallava.conversation import Turn, encode_turns
 from pallava.images import load_image, to_rgb
 from pallava.modeling.llava import PALLaVA
-from pallava.prompt_templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 from pallava.slide_bags import SlideBag, SlidePreparation
-from pallava.text import IMAGE_TOKEN, Bos, encode_prompt
+from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
+from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
+from pallava.text.turns import Turn, encode_turns
 
 MAX_NEW_TOKENS = 1200
 """Longest answer, as in the published evaluation tools."""
@@ -178,7 +178,7 @@ class Assistant:
         return encode_prompt(self.tokenizer, self.prompt(question, has_image=has_image), self.bos)
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of a conversation up to its next answer; see `pallava.conversation`."""
+        """Token ids of a conversation up to its next answer; see `pallava.text.turns`."""
         return encode_turns(self.tokenizer, self._template, turns, self.bos)
 
     def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPVisionConfig, CLIPVisionModel
 
-from pallava.plip_initialisation import (
+from pallava.plip.initialisation import (
     build_caption_tokenizer,
     build_text_encoder,
     build_vision_encoder,

@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pallava.text import Bos
+from pallava.text.encoding import Bos
 
 if TYPE_CHECKING:
     import torch
 
-    from pallava.assistant import Assistant
+    from pallava.inference.assistant import Assistant
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def load_model(
     """
     import torch
 
-    from pallava.assistant import Assistant
+    from pallava.inference.assistant import Assistant
     from pallava.modeling.checkpoint import CheckpointError
     from pallava.modeling.folders import load_connector
     from pallava.modeling.llava import PALLaVA
@@ -247,9 +247,9 @@ def _load_exported(
     from transformers import AutoProcessor
 
     from pallava.anyres import AnyRes
-    from pallava.assistant import Assistant
+    from pallava.inference.assistant import Assistant
     from pallava.modeling.hf import PALLaVAForConditionalGeneration
-    from pallava.prompt_templates import TOKENIZER_TEMPLATE
+    from pallava.text.templates import TOKENIZER_TEMPLATE
 
     try:
         model = PALLaVAForConditionalGeneration.from_pretrained(

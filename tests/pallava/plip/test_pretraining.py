@@ -13,9 +13,9 @@ from transformers import BertConfig, CLIPVisionConfig
 
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.plip_text import PLIPTextEncoder
-from pallava.plip_pretraining import EMPTY_SLOT, PLIPPretrainingModel
+from pallava.plip.pretraining import EMPTY_SLOT, PLIPPretrainingModel
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pallava" / "plip_pretrain"
+GOLDEN = Path(__file__).parents[2] / "golden" / "pallava" / "plip_pretrain"
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 ORIGINAL = {"positives": "same_sample", "empty_slots": "negatives"}
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from pallava.prompt_templates import PROMPT_TEMPLATES, PromptTemplate
-from pallava.release.chat_template import chat_template
-from pallava.text import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
+from pallava.text.chat_template import chat_template
+from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
+from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
 
 Role = Literal["system", "user", "assistant"]
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from pallava.distributed import all_gather, all_gather_with_grad, rank_and_world_size
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.plip_text import PLIPTextEncoder
-from pallava.plip_losses import contrastive_loss, hard_negatives
+from pallava.plip.losses import contrastive_loss, hard_negatives
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 """Limits of the learned temperature (ALBEF, github.com/salesforce/ALBEF)."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from pallava.assistant import MAX_NEW_TOKENS, Assistant
-from pallava.conversation import Turn
+from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.text.turns import Turn
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -1,6 +1,6 @@
-"""One PLIP step in several gloo processes; `test_plip_pretraining_ranks.py` starts it by torchrun.
+"""One PLIP step in several gloo processes; `test_pretraining_ranks.py` starts it by torchrun.
 
-Usage: plip_ranks.py GOLDEN OUTPUT GATHER_NEGATIVES(0|1)
+Usage: pretraining_ranks.py GOLDEN OUTPUT GATHER_NEGATIVES(0|1)
 
 Every rank takes one sample of the golden step. Rank 0 writes losses and gradient norms averaged
 over the ranks; every rank writes its queues.
@@ -18,7 +18,7 @@ from transformers import BertConfig, CLIPVisionConfig
 
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.plip_text import PLIPTextEncoder
-from pallava.plip_pretraining import PLIPPretrainingModel
+from pallava.plip.pretraining import PLIPPretrainingModel
 
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 

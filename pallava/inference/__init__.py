@@ -1,0 +1,1 @@
+"""Trained models that answer: loading folders, single and batched questions, streamed chat."""

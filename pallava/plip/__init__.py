@@ -1,0 +1,1 @@
+"""PLIP pretraining: image-text contrast and matching with momentum queues."""
