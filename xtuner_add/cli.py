@@ -15,107 +15,107 @@ from xtuner_add.plugins import distribution_name, load_command, load_target, plu
 
 COMMANDS = {
     "answer": (
-        "xtuner_add.evaluation_commands:answer",
+        "xtuner_add.commands.evaluate:answer",
         "Ask a trained model about images.",
     ),
     "chat": (
-        "xtuner_add.serve_commands:chat",
+        "xtuner_add.commands.serve:chat",
         "Talk to a trained model in the terminal.",
     ),
     "check-merge": (
-        "xtuner_add.release_commands:check_merge",
+        "xtuner_add.commands.release:check_merge",
         "Check that a model is a base model with adapters merged in.",
     ),
     "clean-pairs": (
-        "xtuner_add.cleaning_command:clean_pairs",
+        "xtuner_add.commands.datasets:clean_pairs",
         "Keep the rows that show human pathology, by named steps, with a report.",
     ),
     "convert-dataset": (
-        "xtuner_add.dataset_commands:convert_dataset",
+        "xtuner_add.commands.datasets:convert_dataset",
         "Turn a public dataset into pairs, conversations or folders of classes.",
     ),
     "clip-retrieval": (
-        "xtuner_add.clip_commands:clip_retrieval",
+        "xtuner_add.commands.clip:clip_retrieval",
         "Find captions for images and images for captions by a CLIP: recall at k.",
     ),
     "clip-zero-shot": (
-        "xtuner_add.clip_commands:clip_zero_shot",
+        "xtuner_add.commands.clip:clip_zero_shot",
         "Classify the images of public data sets by a CLIP and prompts.",
     ),
     "copy-cfg": (
-        "xtuner_add.config_commands:copy_cfg",
+        "xtuner_add.commands.configs:copy_cfg",
         "Copy a config known by name, with the files it inherits from.",
     ),
     "dataformat": (
-        "xtuner_add.dataset_commands:dataformat",
+        "xtuner_add.commands.datasets:dataformat",
         "Turn image-caption pairs into conversations for training.",
     ),
     "demo": (
-        "xtuner_add.demo_command:command",
+        "xtuner_add.commands.demos:demo",
         "Train a small PA-LLaVA on data made here and answer held-out questions.",
     ),
     "demo-pathgen": (
-        "xtuner_add.demo_pathgen_command:command",
+        "xtuner_add.commands.demos:demo_pathgen",
         "Caption made-up slides, train a CLIP on the captions and score it.",
     ),
     "describe": (
-        "xtuner_add.caption_commands:describe",
+        "xtuner_add.commands.captions:describe",
         "Write captions of patches by a vision-language model.",
     ),
     "embed": (
-        "xtuner_add.embed_command:embed",
+        "xtuner_add.commands.gigapath:embed",
         "Embed the tiles of slides, and slides as wholes, by Prov-GigaPath.",
     ),
     "revise": (
-        "xtuner_add.caption_commands:revise",
+        "xtuner_add.commands.captions:revise",
         "Check captions against their images, correct or reject them.",
     ),
     "summarise": (
-        "xtuner_add.caption_commands:summarise",
+        "xtuner_add.commands.captions:summarise",
         "Shorten captions to what CLIP reads.",
     ),
     "filter-captions": (
-        "xtuner_add.caption_commands:filter_captions",
+        "xtuner_add.commands.captions:filter_captions",
         "Drop captions by length, refusals, leaks and duplicates.",
     ),
     "make-instructions": (
-        "xtuner_add.caption_commands:make_instructions",
+        "xtuner_add.commands.captions:make_instructions",
         "Make conversations and questions from captions.",
     ),
     "export": (
-        "xtuner_add.release_commands:export",
+        "xtuner_add.commands.release:export",
         "Write one folder that transformers loads.",
     ),
     "extract": (
-        "xtuner_add.slide_commands:extract",
+        "xtuner_add.commands.slides:extract",
         "Cut patches with captions out of slides: PathGen's JSON, or coordinates.",
     ),
     "extract-adapter": (
-        "xtuner_add.release_commands:extract_adapter",
+        "xtuner_add.commands.release:extract_adapter",
         "Write the LoRA adapter that leads from one model to another.",
     ),
     "evaluate": (
-        "xtuner_add.evaluation_commands:evaluate",
+        "xtuner_add.commands.evaluate:evaluate",
         "Evaluate on any benchmark by name, those of other packages included.",
     ),
     "finetune-slides": (
-        "xtuner_add.gigapath_commands:finetune_slides",
+        "xtuner_add.commands.gigapath:finetune_slides",
         "Fine-tune the slide encoder on tile embeddings of labelled slides, and test it.",
     ),
     "gdc-manifest": (
-        "xtuner_add.slide_commands:gdc_manifest",
+        "xtuner_add.commands.slides:gdc_manifest",
         "Write the manifest to fetch the slides of annotations with gdc-client.",
     ),
     "list-cfg": (
-        "xtuner_add.config_commands:list_cfg",
+        "xtuner_add.commands.configs:list_cfg",
         "List the configs known by name: this project's, then XTuner's.",
     ),
     "merge": (
-        "xtuner_add.release_commands:merge",
+        "xtuner_add.commands.release:merge",
         "Merge LoRA adapters into a base model, in little memory.",
     ),
     "pathvqa": (
-        "xtuner_add.evaluation_commands:pathvqa",
+        "xtuner_add.commands.evaluate:pathvqa",
         "Evaluate on PathVQA, or other open and yes/no questions.",
     ),
     "plugins": (
@@ -123,55 +123,55 @@ COMMANDS = {
         "List the encoders, connectors and sub-commands that can be used by name.",
     ),
     "pmcvqa": (
-        "xtuner_add.evaluation_commands:pmcvqa",
+        "xtuner_add.commands.evaluate:pmcvqa",
         "Evaluate on PMC-VQA, or other multiple choice.",
     ),
     "score": (
-        "xtuner_add.score_command:score",
+        "xtuner_add.commands.evaluate:score",
         "Score answers that are there already, also by a judge.",
     ),
     "select-patches": (
-        "xtuner_add.selection_commands:select_patches",
+        "xtuner_add.commands.slides:select_patches",
         "Choose representative patches of slides by prompts, report and clusters.",
     ),
     "serve": (
-        "xtuner_add.serve_commands:serve",
+        "xtuner_add.commands.serve:serve",
         "Serve a trained model: web page and OpenAI-compatible endpoint.",
     ),
     "zero-shot": (
-        "xtuner_add.evaluation_commands:zero_shot",
+        "xtuner_add.commands.evaluate:zero_shot",
         "Classify images by asking, and score the classes.",
     ),
     "pth-to-hf": (
-        "xtuner_add.release_commands:pth_to_hf",
+        "xtuner_add.commands.release:pth_to_hf",
         "Convert a training checkpoint without building the language model.",
     ),
     "probe-tiles": (
-        "xtuner_add.gigapath_commands:probe_tiles",
+        "xtuner_add.commands.gigapath:probe_tiles",
         "Train a linear probe on labelled tile embeddings, read from their zip, and test it.",
     ),
     "push": (
-        "xtuner_add.release_commands:push",
+        "xtuner_add.commands.release:push",
         "Publish a folder on the hub; shows what it would send first.",
     ),
     "split": (
-        "xtuner_add.release_commands:split",
+        "xtuner_add.commands.release:split",
         "Write a model with one tensor per shard.",
     ),
     "tile": (
-        "xtuner_add.slide_commands:tile",
+        "xtuner_add.commands.slides:tile",
         "Find the patches of slides: tissue, size, resolution, overlap.",
     ),
     "tokenise": (
-        "xtuner_add.tokenise_command:tokenise",
+        "xtuner_add.commands.datasets:tokenise",
         "Tokenise conversations once, so that training starts at once.",
     ),
     "train-clip": (
-        "xtuner_add.clip_commands:train_clip",
+        "xtuner_add.commands.clip:train_clip",
         "Train a pathology CLIP on image-caption pairs, in stages, by open_clip.",
     ),
     "train-mil": (
-        "xtuner_add.mil_commands:train_mil",
+        "xtuner_add.commands.gigapath:train_mil",
         "Classify slides by attention over stored features: train, test, draw.",
     ),
 }

@@ -23,11 +23,9 @@ from pathlib import Path
 import click
 
 from pallava.skipping import SkipLog
+from pathcore.exit_codes import EXIT_SKIPPED
 from xtuner_add.modes import Mode
 from xtuner_add.paths import find_config
-
-EXIT_SAMPLES_SKIPPED = 3
-"""Exit code of a training that finished but left samples out."""
 
 OUTCOME_VARIABLE = "XTUNER_ADD_OUTCOME"
 """Environment variable naming the file in which a finished training says where
@@ -96,7 +94,7 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
 
     Returns:
         0 on success; the child's own code on failure (128 + n if signal n ended it);
-        `EXIT_SAMPLES_SKIPPED` if a training finished but left samples out.
+        `EXIT_SKIPPED` if a training finished but left samples out.
 
     Raises:
         FileNotFoundError: if the config exists neither as a file nor by name.
@@ -217,7 +215,7 @@ def report_skipped_samples(outcome: Path) -> int:
         return 0
     noun = "sample was" if count == 1 else "samples were"
     click.echo(f"Training finished, but {count} {noun} skipped: see {skip_log.path}", err=True)
-    return EXIT_SAMPLES_SKIPPED
+    return EXIT_SKIPPED
 
 
 def _launcher(arguments: Sequence[str]) -> str | None:

@@ -13,12 +13,12 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from cite.mm.samplers import DrawSampler
+from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import write_text
 
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 """What `torch.load(weights_only=True)` reads; exactly these types."""
 _LAST = "last_checkpoint"
-LEFT_OUT_EXIT_CODE = 3
 
 
 @HOOKS.register_module()
@@ -138,7 +138,7 @@ class MissingPatchesHook(Hook):
             runner.logger.error(
                 f"{len(missing)} patch(es) were left out, for instance {missing[0]}. All: {file}"
             )
-        raise SystemExit(LEFT_OUT_EXIT_CODE)
+        raise SystemExit(EXIT_SKIPPED)
 
 
 @HOOKS.register_module()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pathcore.exit_codes import EXIT_SKIPPED
 from tests.pallava.engine.tiny_run import GOLDEN, losses, run, save_image
-from xtuner_add.launch import EXIT_SAMPLES_SKIPPED
 from xtuner_add.paths import own_configs
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_both_phases(tmp_path: Path) -> None:
     folder, configs = make_folder(tmp_path, num_images=21), own_configs()
     (folder / "data/tiny/images/20.png").write_bytes(b"no image")
     first = run(folder, "train", configs["pathgen_llava_pretrain_tiny"], "--seed", 0)
-    assert first.returncode == EXIT_SAMPLES_SKIPPED, first.stdout[-3000:]
+    assert first.returncode == EXIT_SKIPPED, first.stdout[-3000:]
     assert "1 sample(s) were left out" in first.stdout and "20.png" in first.stdout
     found = losses(first.stdout)
     assert found[-1] < found[0]
@@ -56,7 +56,7 @@ def test_both_phases(tmp_path: Path) -> None:
     )
     assert phase1["state_dict"] and all(n.startswith("projector.") for n in phase1["state_dict"])
     second = run(folder, "train", configs["pathgen_llava_finetune_tiny"], "--seed", 0)
-    assert second.returncode == EXIT_SAMPLES_SKIPPED, second.stdout[-3000:]
+    assert second.returncode == EXIT_SKIPPED, second.stdout[-3000:]
     assert "Load pretrained weight from" in second.stdout
     found = losses(second.stdout)
     assert found[-1] < found[0]

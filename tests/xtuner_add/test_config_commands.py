@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from xtuner_add import cli
-from xtuner_add.config_commands import inherited_files
+from xtuner_add.commands.configs import inherited_files
 from xtuner_add.paths import configs_dir, own_configs
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pallava.skipping import SkipLog
+from pathcore.exit_codes import EXIT_SKIPPED
 from xtuner_add import launch
 from xtuner_add.launch import Processes, build_command, child_environ, run_child
 from xtuner_add.modes import MODES
@@ -208,7 +209,7 @@ def test_skipped_samples_are_counted_once_and_change_the_exit_code(
     assert launch.report_skipped_samples(outcome) == 0
     for _ in range(2):  # two data-loader workers met the same broken file
         SkipLog(log).record("slide_7", "7.png", "truncated")
-    assert launch.report_skipped_samples(outcome) == launch.EXIT_SAMPLES_SKIPPED == 3
+    assert launch.report_skipped_samples(outcome) == EXIT_SKIPPED == 3
     assert f"1 sample was skipped: see {log}" in capsys.readouterr().err
     SkipLog(log).record("slide_8", "8.png", "missing")
     assert launch.report_skipped_samples(outcome) == 3

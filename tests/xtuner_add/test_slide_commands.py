@@ -65,8 +65,8 @@ def test_tile_leaves_out_what_it_cannot_tile_and_says_so(slides: Path, tmp_path:
     write_svs(some / "coarse.svs", tissue_pixels(500, 500), mpp=2.0)
     out = tmp_path / "out"
     result = invoke("tile", some, "--output", out, "--workers", 2)
-    assert result.exit_code == 1
-    assert "3 slides were left out" in result.output
+    assert result.exit_code == 3
+    assert "3 slides were skipped" in result.output
     rows = {row["slide"]: row for row in map(json.loads, (out / "manifest.jsonl").open())}
     assert len(rows) == 5
     assert rows["broken"]["reason"] == "slide unreadable"
@@ -100,7 +100,7 @@ def test_tile_with_masks_and_styles(slides: Path, tmp_path: Path) -> None:
     assert len(read_coordinates(out / "coords" / "TCGA.B.h5").coords) == 6 * 4
     (masks / "TCGA.B.png").unlink()
     result = invoke("tile", slides, "--masks", masks, "--output", tmp_path / "o2", "--workers", 1)
-    assert result.exit_code == 1 and "Left out 1: mask missing" in result.output
+    assert result.exit_code == 3 and "Skipped 1: mask missing" in result.output
     result = invoke("tile", slides, "--masks", masks, "--whole-slide", "--output", tmp_path / "o3")
     assert result.exit_code == 2
 
@@ -134,11 +134,11 @@ def test_extract_pathgen(slides: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     arguments = ("extract", annotations, "--slides", slides, "--output", out, "--workers", 1)
     result = invoke(*arguments, "--quiet")
-    assert result.exit_code == 1
-    assert "Wrote 2 patches" in result.output and "6 patches were left out" in result.output
+    assert result.exit_code == 3
+    assert "Wrote 2 patches" in result.output and "6 patches were skipped" in result.output
     for count, reason in ((2, "bad id"), (1, "bad position"), (1, "duplicate"),
                           (1, "outside the slide"), (1, "slide missing")):  # fmt: skip
-        assert f"Left out {count}: {reason}" in result.output
+        assert f"Skipped {count}: {reason}" in result.output
     patch = np.asarray(Image.open(out / "TCGA.A_100_200.png"))
     assert patch.shape == (672, 672, 3)
     assert (out / "TCGA.A_100_200.txt").read_bytes().decode() == "first\r\nsecond 🔬"
@@ -178,7 +178,7 @@ def test_gdc_manifest(slides: Path, tmp_path: Path) -> None:
     listing = tmp_path / "listing.txt"
     listing.write_text("id\tfilename\tmd5\tsize\tstate\nu\tTCGA.A.svs\tm\t1\treleased\n")
     result = invoke("gdc-manifest", annotations, tmp_path / "m.txt", "--listing", listing)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "1 of 2 slides" in result.output and "not found: TCGA.C" in result.output
     assert len((tmp_path / "m.txt").read_text().splitlines()) == 2
     assert invoke("gdc-manifest", annotations, tmp_path / "m.txt").exit_code == 2
@@ -196,7 +196,7 @@ def test_the_published_rows_stream_through(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("extract", annotations, "--slides", slides, "--output", out, "--workers", 2)
     result = invoke(*arguments, "--layout", "shards", "--format", "jpg", "--quiet")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     inside = sum(
         row["wsi_id"] != names[-1]
         and int(row["position"][0]) < 1500

@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import write_json
-from xtuner_add.launch import EXIT_SAMPLES_SKIPPED, die_with_parent
+from xtuner_add.launch import die_with_parent
 
 MANIFEST = "manifest.json"
 _LOCK = ".demo.lock"
@@ -191,7 +192,7 @@ def run_command(arguments: Sequence[object], folder: Path, log: Path, title: str
             _running.discard(process)
             process.terminate()  # nothing to do unless this process was interrupted
             bar.close()
-    if code not in (0, EXIT_SAMPLES_SKIPPED):
+    if code not in (0, EXIT_SKIPPED):
         raise StageError(f"{title}: exit code {code}; all of its output: {log}\n{''.join(tail)}")
 
 

@@ -14,15 +14,14 @@ from typing import TextIO
 
 import click
 
-from xtuner_add.caption_commands import INCOMPLETE
+from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
 from xtuner_add.demo.stages import StageError
 
 _TAIL_CHARS = 1500
-_LEFT_OUT = 1  # of the slide commands: what was left out stands in skipped.jsonl
 
 
 def call_command(
-    arguments: Sequence[object], log: Path, folder: Path, *, may_leave_out: bool = False
+    arguments: Sequence[object], log: Path, folder: Path, *, may_skip: bool = False
 ) -> None:
     """Runs one command in this process, its output in a log.
 
@@ -30,7 +29,7 @@ def call_command(
         arguments: After `xtuner-add`.
         log: Receives the command line and the output.
         folder: Where it runs.
-        may_leave_out: Rows or slides that cannot be used are no failure.
+        may_skip: Rows or slides that cannot be used are no failure.
 
     Raises:
         StageError: The command failed.
@@ -44,10 +43,7 @@ def call_command(
             code = _call(words, stream)
         stream.seek(start)
         said = stream.read()
-    harmless = {0}
-    if may_leave_out:
-        harmless |= {INCOMPLETE} | ({_LEFT_OUT} if "were left out" in said else set())
-    if code not in harmless:
+    if code != EXIT_OK and not (may_skip and code == EXIT_SKIPPED):
         raise StageError(
             f"xtuner-add {words[0]}: exit code {code}; all of its output: {log}\n"
             f"{said[-_TAIL_CHARS:]}"

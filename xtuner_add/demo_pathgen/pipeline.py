@@ -173,7 +173,7 @@ class _Road:
                     *("tile", f"slides/{group}", "--output", f"tiles/{group}"),
                     *("--patch-px", dataset.PATCH_PX, "--mpp", painting.PAINTED_MPP),
                     *("--min-tissue", _MIN_TISSUE, *_ONE_WORKER),
-                    may_leave_out=group == "archive",
+                    may_skip=group == "archive",
                 )
             for group in ("teaching", "held_out"):
                 self._call(
@@ -343,12 +343,12 @@ class _Road:
             *(command, rows, out, *images, "--local", "describer/model", "--device", "cpu"),
             *("--prompt-file", describer.prompt_file(task), "--batch-size", _BATCH_SIZE),
             *("--max-reply-tokens", most_tokens, *options),
-            may_leave_out=True,
+            may_skip=True,
         )
 
-    def _call(self, log: str, *arguments: object, may_leave_out: bool = False) -> None:
+    def _call(self, log: str, *arguments: object, may_skip: bool = False) -> None:
         log_file = self.work_dir / "logs" / f"{log}.log"
-        call_command(arguments, log_file, self.work_dir, may_leave_out=may_leave_out)
+        call_command(arguments, log_file, self.work_dir, may_skip=may_skip)
 
     def _training(self, name: str, data: str, epochs: int) -> list[object]:
         settings = self._lengths(epochs) | {"seed": self.seed}

@@ -19,7 +19,7 @@ from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import published_names
 from pallava.pairs import plain_resize
 from pallava.skipping import SkipLog
-from xtuner_add.launch import EXIT_SAMPLES_SKIPPED
+from pathcore.exit_codes import EXIT_SKIPPED
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pallava"
 CONFIG = CONFIGS / "plip_pretraining_tiny.py"
@@ -90,7 +90,7 @@ def scalars(work_dir):
 def trained(data, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp("run")
     code, output = train(data, work_dir)
-    assert code == EXIT_SAMPLES_SKIPPED, output[-4000:]
+    assert code == EXIT_SKIPPED, output[-4000:]
     return work_dir, output
 
 
@@ -188,7 +188,7 @@ def test_resume_goes_on_where_it_stopped(trained, data, tmp_path):
     code, output = train(
         data, tmp_path, "--resume", str(checkpoint), options=["train_cfg.max_epochs=61"]
     )
-    assert code in (0, EXIT_SAMPLES_SKIPPED), output[-4000:]
+    assert code in (0, EXIT_SKIPPED), output[-4000:]
     rows = scalars(tmp_path)
     assert rows[-1]["epoch"] == 61
     assert rows[-1]["loss_ita"] < 1.2 * scalars(trained[0])[-1]["loss_ita"]
@@ -206,7 +206,7 @@ def test_two_processes(data, tmp_path):
     code, output = train(
         data, tmp_path, options=[*options, "model.gather_negatives=True"], processes=2
     )
-    assert code in (0, EXIT_SAMPLES_SKIPPED), output[-4000:]
+    assert code in (0, EXIT_SKIPPED), output[-4000:]
     assert [row["epoch"] for row in scalars(tmp_path)] == [1, 2]
     weights = load_state_dict_file(tmp_path / "epoch_2.pth")
     # 2 epochs of 6 steps of 16 pairs of both ranks.
@@ -248,7 +248,7 @@ def test_the_full_recipe_starts_from_clip_and_bert_folders(data, tmp_path):
             "train_cfg.max_epochs=1",
         ],
     )
-    assert code in (0, EXIT_SAMPLES_SKIPPED), output[-4000:]
+    assert code in (0, EXIT_SKIPPED), output[-4000:]
     weights = load_state_dict_file(tmp_path / "run" / "epoch_1.pth")
     assert weights["image_queue"].shape == (256, 50)
     trained = load_file(tmp_path / "run" / "plip_encoder" / "model.safetensors")

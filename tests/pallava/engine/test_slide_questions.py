@@ -234,7 +234,7 @@ def ask(root: Path, folder: Path) -> list[str]:
     """Answers about every slide of a folder, through the command line."""
     from click.testing import CliRunner
 
-    from xtuner_add.evaluation_commands import answer
+    from xtuner_add.commands.evaluate import answer
 
     arguments = [root / "data/tiny/llama", "--llava", root / "hf", folder, "-q", "Is it red?"]
     arguments += ["--max-new-tokens", 4, "--output", root / "answers.jsonl", "--device", "cpu"]

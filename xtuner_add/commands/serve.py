@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from xtuner_add.evaluation_commands import load_from_options, model_options
+from xtuner_add.commands.evaluate import load_from_options, model_options
 
 API_KEY_VARIABLE = "XTUNER_ADD_API_KEY"
 
@@ -57,7 +57,7 @@ def chat(
     Ends with exit code 1 if a line could not be answered.
     """
     from pallava.inference.streaming import Sampling
-    from xtuner_add.terminal_chat import TerminalChat
+    from xtuner_add.commands.terminal_chat import TerminalChat
 
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

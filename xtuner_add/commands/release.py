@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_OUT = click.Path(path_type=Path)
-_DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU where there is one."
+from xtuner_add.commands.options import (
+    ANY_PATH,
+    FILE,
+    FILE_OR_FOLDER,
+    FOLDER,
+    device_option,
+    user_errors,
 )
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns the errors that a user can mend into one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+from xtuner_add.paths import find_config
 
 
 @click.command("merge")
-@click.argument("base", type=_FOLDER)
-@click.argument("adapters", type=_FOLDER, nargs=-1, required=True)
-@click.argument("out", type=_OUT)
-@_DEVICE
+@click.argument("base", type=FOLDER)
+@click.argument("adapters", type=FOLDER, nargs=-1, required=True)
+@click.argument("out", type=ANY_PATH)
+@device_option
 def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None) -> None:
     """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
 
@@ -43,8 +36,8 @@ def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None)
 
 
 @click.command("split")
-@click.argument("model", type=_FOLDER)
-@click.argument("out", type=_OUT)
+@click.argument("model", type=FOLDER)
+@click.argument("out", type=ANY_PATH)
 def split(model: Path, out: Path) -> None:
     """Write MODEL to OUT with one tensor per shard."""
     from pallava.release.merge import merge as merge_folders
@@ -55,9 +48,9 @@ def split(model: Path, out: Path) -> None:
 
 
 @click.command("check-merge")
-@click.argument("base", type=_FOLDER)
-@click.argument("adapters", type=_FOLDER, nargs=-1, required=True)
-@click.argument("merged", type=_FOLDER)
+@click.argument("base", type=FOLDER)
+@click.argument("adapters", type=FOLDER, nargs=-1, required=True)
+@click.argument("merged", type=FOLDER)
 def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
     """Check that MERGED is BASE with ADAPTERS, to one rounding.
 
@@ -75,9 +68,9 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
 
 
 @click.command("extract-adapter")
-@click.argument("base", type=_FOLDER)
-@click.argument("tuned", type=_FOLDER)
-@click.argument("out", type=_OUT)
+@click.argument("base", type=FOLDER)
+@click.argument("tuned", type=FOLDER)
+@click.argument("out", type=ANY_PATH)
 @click.option("--rank", default=128, show_default=True, help="Rank of the adapter.")
 def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
     """Write the LoRA adapter that leads from the model BASE to the model TUNED."""
@@ -90,9 +83,9 @@ def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
 
 @click.command("pth-to-hf")
 @click.argument("config")
-@click.argument("pth", type=click.Path(exists=True, path_type=Path))
-@click.argument("out", type=_OUT)
-@click.option("--visual-encoder", type=_FOLDER, help="By default the config's.")
+@click.argument("pth", type=FILE_OR_FOLDER)
+@click.argument("out", type=ANY_PATH)
+@click.option("--visual-encoder", type=FOLDER, help="By default the config's.")
 @click.option("--fp32", is_flag=True, help="Keep the adapter's fp32; by default half precision.")
 def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp32: bool) -> None:
     """Write adapter, connector, encoder, processor and tokenizer of the checkpoint PTH to OUT.
@@ -102,7 +95,6 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
     """
     from pallava.engine.recipe import read_recipe
     from pallava.release.pth_to_hf import convert_checkpoint
-    from xtuner_add.paths import find_config
 
     with user_errors():
         file = find_config(config)
@@ -115,9 +107,9 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
 
 
 @click.command("export")
-@click.argument("base", type=_FOLDER)
-@click.argument("converted", type=_FOLDER)
-@click.argument("out", type=_OUT)
+@click.argument("base", type=FOLDER)
+@click.argument("converted", type=FOLDER)
+@click.argument("out", type=ANY_PATH)
 @click.option(
     "--layout",
     type=click.Choice(["pallava", "llava"]),
@@ -127,11 +119,11 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
 )
 @click.option(
     "--scores",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     multiple=True,
     help="metrics.json of an evaluation, for the model card; may be given again.",
 )
-@_DEVICE
+@device_option
 def export(
     base: Path,
     converted: Path,
@@ -160,7 +152,7 @@ def export(
 
 
 @click.command("push")
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.argument("repository")
 @click.option("--yes", is_flag=True, help="Really send; without it nothing leaves this machine.")
 @click.option("--public", is_flag=True, help="Make the repository public.")

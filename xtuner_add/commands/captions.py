@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xtuner_add.release_commands import user_errors
+from pathcore.exit_codes import EXIT_SKIPPED
+from xtuner_add.commands.options import (
+    FILE,
+    FOLDER,
+    OUT_FILE,
+    add_options,
+    user_errors,
+    weight_values,
+)
 
 if TYPE_CHECKING:
     from pathgen.agents.steps import Step
 
-INCOMPLETE = 3
-"""Exit code when rows were left out that should not have been."""
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_OUT = click.Path(dir_okay=False, path_type=Path)
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _STEPS = ("length", "refusal", "leak", "exact", "near")
 
 _WHOM = (
@@ -47,7 +49,7 @@ _HOW = (
     click.option("--max-reply-tokens", default=700, show_default=True, help="Of one reply."),
     click.option("--temperature", default=0.0, show_default=True),
     click.option("--seed", type=int, help="Of the model, where it takes one."),
-    click.option("--cache", type=_OUT, help="Replies; by default OUT's name, .cache.sqlite."),
+    click.option("--cache", type=OUT_FILE, help="Replies; by default OUT's name, .cache.sqlite."),
 )  # fmt: skip
 _COST = (
     click.option("--price-in", default=0.0, help="US dollars for a million tokens of prompt."),
@@ -57,15 +59,14 @@ _COST = (
     click.option("--image-tokens", default=3000, show_default=True,
                  help="The most that one image can count."),
 )  # fmt: skip
-_IMAGES = click.option("--images", type=_FOLDER, help="Folder of the images; by default ROWS's.")
-_PROMPT = click.option("--prompt-file", type=_FILE, help=".json or .txt instead of our prompt.")
+_IMAGES = click.option("--images", type=FOLDER, help="Folder of the images; by default ROWS's.")
+_PROMPT = click.option("--prompt-file", type=FILE, help=".json or .txt instead of our prompt.")
 
 
 def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of every command that asks a model."""
-    for option in reversed((*_WHOM, *_HOW, *_COST)):
-        command = option(command)
-    return click.argument("rows", type=_FILE)(click.argument("out", type=_OUT)(command))
+    rows, out = click.argument("rows", type=FILE), click.argument("out", type=OUT_FILE)
+    return add_options(command, (rows, out, *_WHOM, *_HOW, *_COST))
 
 
 @click.command("describe")
@@ -143,7 +144,7 @@ def make_instructions(
 
     with user_errors():
         step = instructions_step(
-            parse_weights(kinds, "--kinds"),
+            weight_values(kinds, "--kinds"),
             every_kind=every_kind,
             with_image=with_image,
             seed=draw_seed,
@@ -152,8 +153,8 @@ def make_instructions(
 
 
 @click.command("filter-captions")
-@click.argument("rows", type=_FILE)
-@click.argument("out", type=_OUT)
+@click.argument("rows", type=FILE)
+@click.argument("out", type=OUT_FILE)
 @click.option("--steps", default=",".join(_STEPS), show_default=True, help="Which, in order.")
 @click.option("--min-words", default=20, show_default=True)
 @click.option("--max-words", default=250, show_default=True)
@@ -204,7 +205,7 @@ def filter_captions(
         click.echo(f"{count.name:>10}: {count.dropped:,} of {count.seen:,} dropped")
     click.echo(f"Wrote {out}: {counts[-1].seen - counts[-1].dropped:,} rows")
     if counts[0].dropped:
-        raise SystemExit(INCOMPLETE)
+        raise SystemExit(EXIT_SKIPPED)
 
 
 def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **options: Any) -> None:
@@ -237,7 +238,7 @@ def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **opt
         for example in report.examples:
             click.echo(f"  {example}", err=True)
         click.echo(f"All reasons: {report.left_out}; to try again, run this again", err=True)
-        raise SystemExit(INCOMPLETE)
+        raise SystemExit(EXIT_SKIPPED)
 
 
 def _backend(options: dict[str, Any]) -> Any:
@@ -268,19 +269,3 @@ def _backend(options: dict[str, Any]) -> Any:
         structured=options["structured"],
         token_field=options["token_field"],
     )
-
-
-def parse_weights(text: str, option: str) -> dict[str, float]:
-    """Reads `NAME=WEIGHT,...`; a name alone weighs 1.
-
-    Raises:
-        ValueError: A weight that is no number.
-    """
-    weights = {}
-    for part in text.split(","):
-        name, separator, number = part.partition("=")
-        try:
-            weights[name.strip()] = float(number) if separator else 1.0
-        except ValueError as error:
-            raise ValueError(f"{option} {part!r}: NAME=WEIGHT expected") from error
-    return weights

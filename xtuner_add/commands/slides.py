@@ -1,4 +1,4 @@
-"""``xtuner-add tile``, ``extract`` and ``gdc-manifest``: from slides to patches."""
+"""``xtuner-add tile``, ``extract``, ``select-patches`` and ``gdc-manifest``: slides to patches."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xtuner_add.release_commands import user_errors
+from pathcore.exit_codes import EXIT_SKIPPED
+from xtuner_add.commands.options import (
+    ANY_PATH,
+    FILE,
+    FOLDER,
+    add_options,
+    end_of_job,
+    num_cores,
+    user_errors,
+    weight_values,
+)
 
 if TYPE_CHECKING:
-    from wsi.manifest import Report
     from wsi.request_table import PatchRequest, RejectedRow
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_PATH = click.Path(path_type=Path)
 
 
 def _job_options(function: _Function) -> _Function:
     """Options of every command that works through many slides."""
     options = [
-        click.option("--output", type=_PATH, required=True, help="Folder to write."),
+        click.option("--output", type=ANY_PATH, required=True, help="Folder to write."),
         click.option(
             "--slide-mpp",
             type=float,
@@ -35,13 +43,11 @@ def _job_options(function: _Function) -> _Function:
         click.option("--retry-skipped", is_flag=True, help="Try again what was left out before."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return add_options(function, options)
 
 
 @click.command("tile")
-@click.argument("slides", type=_PATH)
+@click.argument("slides", type=ANY_PATH)
 @_job_options
 @click.option("--patch-px", default=256, show_default=True, help="Side of a patch, at --mpp.")
 @click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the patches.")
@@ -52,7 +58,7 @@ def _job_options(function: _Function) -> _Function:
 @click.option("--over-edge", is_flag=True, help="Also patches over the edge, white outside.")
 @click.option(
     "--masks",
-    type=_PATH,
+    type=ANY_PATH,
     help="Folder with tissue masks: SLIDE.geojson in level-0 pixels, or SLIDE.png; by default "
     "tissue is found by Otsu's threshold.",
 )
@@ -84,7 +90,7 @@ def tile(
     """Find the patches of the SLIDES in a folder, or of one slide.
 
     Writes coords/SLIDE.h5 (TRIDENT and CLAM read them), overlays/ and thumbnails/ to look at.
-    Run the same command again after a kill: it continues. Exit code 1 if a slide was left out.
+    Run the same command again after a kill: it continues. Exit code 3 if a slide was skipped.
     """
     from wsi.tile_job import TileSettings, tile_slides
     from wsi.tiling import PatchSpec
@@ -108,13 +114,13 @@ def tile(
             progress=not quiet,
             **engine,
         )
-    _tell(report, "slides", output)
+    end_of_job(report, "slides", output)
 
 
 @click.command("extract")
-@click.argument("annotations", type=_PATH)
+@click.argument("annotations", type=ANY_PATH)
 @_job_options
-@click.option("--slides", type=_PATH, required=True, help="Folder of the slides.")
+@click.option("--slides", type=ANY_PATH, required=True, help="Folder of the slides.")
 @click.option(
     "--patch-px",
     type=click.IntRange(1, 65536),
@@ -153,7 +159,7 @@ def extract(
 
     ANNOTATIONS is PathGen's JSON (an array, or one object a line), or a folder of coordinate files
     that `xtuner-add tile`, TRIDENT or CLAM wrote. Run the same command again after a kill: it
-    continues. Exit code 1 if anything was left out; skipped.jsonl says what and why.
+    continues. Exit code 3 if anything was skipped; skipped.jsonl says what and why.
     """
     from pathcore.files import sha256_of
     from wsi.extraction import extract as extract_patches
@@ -187,14 +193,16 @@ def extract(
             progress=not quiet,
             **engine,
         )
-    _tell(report, "patches", output)
+    end_of_job(report, "patches", output)
 
 
 @click.command("gdc-manifest")
-@click.argument("annotations", type=_PATH)
-@click.argument("output", type=_PATH)
+@click.argument("annotations", type=ANY_PATH)
+@click.argument("output", type=ANY_PATH)
 @click.option(
-    "--listing", type=_PATH, help="A manifest of (more than) the slides, saved from the GDC portal."
+    "--listing",
+    type=ANY_PATH,
+    help="Manifest saved from the GDC portal; may name other slides too.",
 )
 @click.option("--online", is_flag=True, help="Ask the GDC for what it calls the slides.")
 @click.option("--gdc-url", default="https://api.gdc.cancer.gov", show_default=True)
@@ -204,7 +212,7 @@ def gdc_manifest(
     """Write OUTPUT, the manifest with which gdc-client fetches the slides of ANNOTATIONS.
 
     The GDC knows slides by ids that annotations do not have: take them from a --listing, or
-    --online from the GDC. Exit code 1 if a slide was not found.
+    --online from the GDC. Exit code 3 if a slide was not found.
     """
     from pathgen.gdc import ask_gdc, needed_slides, read_listing, write_manifest
 
@@ -216,29 +224,112 @@ def gdc_manifest(
         missing = write_manifest(output, slide_ids, files)
     click.echo(f"Wrote {output}: {len(slide_ids) - len(missing)} of {len(slide_ids)} slides")
     if missing:
-        raise click.ClickException(
-            f"not found: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        click.echo(f"not found: {names}", err=True)
+        raise SystemExit(EXIT_SKIPPED)
+
+
+@click.command("select-patches")
+@click.argument("coords", type=FOLDER)
+@click.option("--slides", type=FOLDER, required=True, help="Folder of the slides.")
+@click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
+@click.option(
+    "--encoder",
+    required=True,
+    metavar="SPEC",
+    help="open_clip:MODEL@WEIGHTS, open_clip:local-dir:FOLDER or hf:MODEL.",
+)
+@click.option("--device", help="By default a GPU where there is one.")
+@click.option("--batch-size", default=64, show_default=True, help="Patches encoded at once.")
+@click.option("--quota", default=256, show_default=True, help="Most patches of a slide.")
+@click.option(
+    "--shares",
+    default="prompt=0.25,report=0.25,cluster=0.5",
+    show_default=True,
+    help="Of the quota.",
+)
+@click.option(
+    "--clusters",
+    default="sqrt",
+    show_default=True,
+    help="A number, sqrt, or published:BATCH for PathGen's formula.",
+)
+@click.option(
+    "--similarity",
+    default=0.95,
+    show_default=True,
+    help="Cosine from which two patches are the same.",
+)
+@click.option("--cancer-type", metavar="CODE", help="TCGA's code, BRCA for instance.")
+@click.option(
+    "--cancer-types",
+    type=FILE,
+    help="By slide: JSON object, or lines with wsi_id and cancer_type.",
+)
+@click.option("--reports", type=FILE, help="By slide: JSON object, or lines with wsi_id, report.")
+@click.option("--classes", type=FILE, help="JSON {type: {class: [texts]}} instead of ours.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--no-pictures", is_flag=True, help="Draw none.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def select_patches(
+    coords: Path,
+    slides: Path,
+    output: Path,
+    encoder: str,
+    device: str | None,
+    batch_size: int,
+    quota: int,
+    shares: str,
+    clusters: str,
+    similarity: float,
+    cancer_type: str | None,
+    cancer_types: Path | None,
+    reports: Path | None,
+    classes: Path | None,
+    seed: int,
+    no_pictures: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Choose representative patches of the slides whose coordinates are in the folder COORDS.
+
+    Patches that match descriptions of findings, patches that match the report, and patches from
+    every cluster; near-duplicates go. Features are kept in the output folder and reused. Writes
+    selection.jsonl, coords/ for `xtuner-add extract`, and pictures/. Exit code 3 if a slide or a
+    patch could not be read.
+    """
+    from pathgen.encoders import open_encoder
+    from pathgen.selection_job import SelectionSettings, read_table
+    from pathgen.selection_job import select_patches as select
+
+    with user_errors():
+        settings = SelectionSettings(
+            quota,
+            weight_values(shares, "--shares"),  # type: ignore[arg-type]
+            clusters,
+            similarity,
+            seed,
+            str(classes) if classes else None,
+            cancer_type,
+            batch_size,
+            not no_pictures,
         )
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    import os
-
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _tell(report: Report, things: str, output: Path) -> None:
-    """Prints what became of a job; ends with exit code 1 if anything was left out."""
-    click.echo(f"Wrote {report.written:,} {things} to {output}")
-    for note, count in report.notes.items():
-        click.echo(f"  of which {count:,}: {note}")
-    if report.skipped:
-        for reason, count in report.reasons.items():
-            click.echo(f"Left out {count:,}: {reason}", err=True)
-        raise click.ClickException(
-            f"{report.skipped:,} {things} were left out; {output / 'skipped.jsonl'} says which and "
-            "why. Mend the cause and add --retry-skipped to try them again"
+        report = select(
+            coords,
+            slides,
+            output,
+            open_encoder(encoder, device=device),
+            settings,
+            cancer_types=read_table(cancer_types, "cancer_type") if cancer_types else None,
+            reports=read_table(reports, "report") if reports else None,
+            progress=not quiet,
         )
+    click.echo(
+        f"Wrote {output}: {report.num_patches:,} patches of "
+        f"{report.num_slides - len(report.left_out):,} slides; features of {report.num_reused:,} "
+        "slides were there already"
+    )
+    if not report.complete:
+        for name, reason in list(report.left_out.items())[:3]:
+            click.echo(f"  {name}: {reason}", err=True)
+        click.echo(f"All reasons: {output / 'selection.left_out.jsonl'}", err=True)
+        raise SystemExit(EXIT_SKIPPED)

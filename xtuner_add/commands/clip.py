@@ -10,23 +10,22 @@ from typing import Any
 
 import click
 
-from xtuner_add.launch import (
-    EXIT_SAMPLES_SKIPPED,
-    LaunchError,
-    Processes,
-    child_environ,
-    run_child,
-    torchrun_command,
+from pathcore.exit_codes import EXIT_SKIPPED
+from xtuner_add.commands.options import (
+    FOLDER,
+    OUT_FOLDER,
+    add_options,
+    device_option,
+    name_values,
+    user_errors,
+    yaml_values,
 )
-from xtuner_add.release_commands import user_errors
-
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_OUT = click.Path(file_okay=False, path_type=Path)
+from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
 
 
 @click.command("train-clip")
 @click.argument("recipe")
-@click.option("--output", required=True, type=_OUT, help="A folder per stage is made in it.")
+@click.option("--output", required=True, type=OUT_FOLDER, help="A folder per stage is made in it.")
 @click.option(
     "--data",
     "data",
@@ -34,7 +33,7 @@ _OUT = click.Path(file_okay=False, path_type=Path)
     metavar="STAGE=PATH",
     help="Shards or pairs.jsonl of a stage, instead of the recipe's.",
 )
-@click.option("--images", type=_FOLDER, help="Of pairs.jsonl; by default the file's folder.")
+@click.option("--images", type=FOLDER, help="Of pairs.jsonl; by default the file's folder.")
 @click.option("--model", help="Instead of the recipe's: open_clip's name, or a JSON file.")
 @click.option(
     "--pretrained",
@@ -48,7 +47,7 @@ _OUT = click.Path(file_okay=False, path_type=Path)
     metavar="NAME=VALUE",
     help="Of open_clip's trainer, for all stages.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU, if any.")
+@device_option
 @click.option(
     "--packers", default=1, show_default=True, help="Processes that make shards of pairs.jsonl."
 )
@@ -84,9 +83,9 @@ def train_clip(
     with user_errors():
         read = read_recipe(
             find_recipe(recipe),
-            data={name: Path(value) for name, value in _pairs("--data", data)},
+            data={name: Path(value) for name, value in name_values("--data", data).items()},
             images=images,
-            options={n: _value(v) for n, v in _pairs("--option", options)},
+            options=yaml_values(options),
             model=model,
             pretrained=pretrained,
         )
@@ -113,9 +112,9 @@ def train_clip(
 
 
 _ENCODING = (
-    click.option("--output", required=True, type=_OUT, help="Takes scores and what was left out."),
-    click.option("--cache", type=_OUT, help="Takes image features; by default in --output."),
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default a GPU, if any."),
+    click.option("--output", required=True, type=OUT_FOLDER, help="Folder for the scores."),
+    click.option("--cache", type=OUT_FOLDER, help="Folder of image features. [default: --output]"),
+    device_option,
     click.option("--batch-size", default=64, show_default=True, help="Images at a time."),
     click.option("--workers", default=0, show_default=True, help="Processes that read images."),
     click.option("--seed", default=0, show_default=True, help="Of the intervals."),
@@ -124,9 +123,7 @@ _ENCODING = (
 
 def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of every command that computes features of images."""
-    for option in reversed(_ENCODING):
-        command = option(command)
-    return click.argument("model")(command)
+    return add_options(command, (click.argument("model"), *_ENCODING))
 
 
 @click.command("clip-zero-shot")
@@ -138,7 +135,7 @@ def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
     "bach, crc100k, lc25000, mhist, osteo, patch_camelyon, sicapv2, skin_cancer, "
     "wsss4luad.",
 )
-@click.option("--data-path", required=True, type=_FOLDER, help="The data set as published.")
+@click.option("--data-path", required=True, type=FOLDER, help="The data set as published.")
 @click.pass_context
 def clip_zero_shot(
     ctx: click.Context,
@@ -185,7 +182,7 @@ def clip_zero_shot(
     type=click.Path(dir_okay=False, path_type=Path),
     help="pairs.jsonl: image and caption.",
 )
-@click.option("--images", type=_FOLDER, help="By default the folder of the pairs.")
+@click.option("--images", type=FOLDER, help="By default the folder of the pairs.")
 @click.option(
     "--k",
     "ks",
@@ -249,22 +246,6 @@ def _start(arguments: Sequence[str]) -> int:
     return run_child(command, child_environ(os.environ))
 
 
-def _pairs(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = [text.partition("=") for text in texts]
-    if bad := next((text for text, p in zip(texts, pairs, strict=True) if not p[1]), None):
-        raise ValueError(f"{flag} {bad}: NAME=VALUE expected")
-    return [(name.replace("-", "_") if flag == "--option" else name, v) for name, _, v in pairs]
-
-
-def _value(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
 def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
     from pathgen.zero_shot import SKIPPED_NAME, TABLES_NAME
 
@@ -277,4 +258,4 @@ def _end(ctx: click.Context, skipped: dict[Path, int]) -> None:
         if count:
             click.echo(f"{count} left out: see {path}", err=True)
     if any(skipped.values()):
-        ctx.exit(EXIT_SAMPLES_SKIPPED)
+        ctx.exit(EXIT_SKIPPED)

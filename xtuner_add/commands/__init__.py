@@ -1,0 +1,1 @@
+"""Sub-commands of ``xtuner-add``, one module per subject."""

@@ -1,0 +1,356 @@
+"""``xtuner-add convert-dataset``, ``dataformat``, ``clean-pairs`` and ``tokenise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pallava.skipping import SKIP_LOG_NAME
+from xtuner_add.commands.options import (
+    FILE,
+    FILE_OR_FOLDER,
+    FOLDER,
+    OUT_FOLDER,
+    end,
+    keyword_values,
+    progress_bar,
+    user_errors,
+)
+from xtuner_add.paths import find_config
+
+if TYPE_CHECKING:
+    from pallava.converters.cleaning.steps import Step
+
+_IMAGES = click.option(
+    "--image-folder", type=FOLDER, help="What the images' names are relative to."
+)
+_MAX_SKIPPED = click.option(
+    "--max-skipped", default=0.1, show_default=True, help="Unusable share that is an error."
+)
+
+
+@click.command("convert-dataset")
+@click.argument("name")
+@click.argument("data_path", type=FILE_OR_FOLDER)
+@click.argument("out", type=OUT_FOLDER)
+@_IMAGES
+@click.option(
+    "--option",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of the dataset, as split=train; may be given again.",
+)
+@click.option("--licence", help="Written into the rows instead of the one known here.")
+@click.option(
+    "--check-images/--no-check-images",
+    default=True,
+    show_default=True,
+    help="Leave out rows whose image file is not there.",
+)
+@_MAX_SKIPPED
+@click.option(
+    "--link",
+    type=click.Choice(["hard", "symbolic", "copy"]),
+    default="hard",
+    show_default=True,
+    help="How folders of classes hold their images.",
+)
+def convert_dataset(
+    name: str,
+    data_path: Path,
+    out: Path,
+    image_folder: Path | None,
+    settings: tuple[str, ...],
+    licence: str | None,
+    check_images: bool,
+    max_skipped: float,
+    link: Any,
+) -> None:
+    """Turn the public dataset NAME, as published, into training files in the folder OUT.
+
+    `xtuner-add plugins` lists the names, those of other packages included. DATA_PATH is the data
+    file or the dataset's folder. OUT receives pairs.jsonl, conversations.jsonl or one folder per
+    class. Run the same command again after a stop: it continues. Rows that could not be used are
+    in OUT/skipped_samples.jsonl, and the exit code is then 3.
+    """
+    from dataclasses import replace
+
+    from pallava.converters.class_sets import ClassConversion, write_class_folders
+    from pallava.converters.conversion import convert
+    from pallava.registry import CONVERTERS
+
+    options = keyword_values(settings)
+    with user_errors(), progress_bar(name) as advance:
+        try:
+            conversion = CONVERTERS.get(name)(data_path, image_folder, **options)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise click.ClickException(str(error)) from error
+        if licence:
+            conversion = replace(conversion, licence=licence)
+        if isinstance(conversion, ClassConversion):
+            report = write_class_folders(conversion, out, link=link, progress=advance)
+        else:
+            report = convert(
+                conversion,
+                out,
+                check_images=check_images,
+                max_skipped_share=max_skipped,
+                progress=advance,
+            )
+    click.echo(f"Wrote {out}: {_amount(report)}")
+    if report.get("num_left_out"):
+        click.echo(f"{report['num_left_out']:,} records were left out by the options")
+    end(report["num_skipped"], out / SKIP_LOG_NAME)
+
+
+def _amount(report: dict[str, Any]) -> str:
+    if "num_by_class" in report:
+        return f"{report['num_rows']:,} images of {len(report['num_by_class'])} classes"
+    return f"{report['num_rows']:,} {report['kind']}"
+
+
+@click.command("dataformat")
+@click.argument("pairs", type=FILE)
+@click.argument("out", type=OUT_FOLDER)
+@_IMAGES
+@click.option("--seed", default=0, show_default=True, help="Of the choice of requests.")
+@click.option("--instructions", type=FILE, help="Requests of your own: JSON list or text lines.")
+@click.option(
+    "--image-place", type=click.Choice(["front", "random"]), default="front", show_default=True
+)
+@click.option(
+    "--max-area-px",
+    default=4096 * 4096,
+    show_default=True,
+    help="Leave larger images out; 0 opens no image.",
+)
+@_MAX_SKIPPED
+def dataformat(
+    pairs: Path,
+    out: Path,
+    image_folder: Path | None,
+    seed: int,
+    instructions: Path | None,
+    image_place: Any,
+    max_area_px: int,
+    max_skipped: float,
+) -> None:
+    """Turn image-caption PAIRS into OUT/conversations.jsonl for training.
+
+    PAIRS is pairs.jsonl, or a JSON array of {"image", "caption"}. Each caption answers a request
+    to describe the image, chosen by the seed and the pair's id.
+    """
+    from pallava.converters.dataformat import dataformat as write_conversations
+    from pallava.converters.dataformat import load_instructions
+
+    with user_errors(), progress_bar("dataformat") as advance:
+        report = write_conversations(
+            pairs,
+            out,
+            image_folder=image_folder,
+            seed=seed,
+            instructions=load_instructions(instructions),
+            image_place=image_place,
+            max_area_px=max_area_px or None,
+            max_skipped_share=max_skipped,
+            progress=advance,
+        )
+    click.echo(f"Wrote {out}: {_amount(report)}")
+    if report["num_left_out"]:
+        click.echo(f"{report['num_left_out']:,} images are too large and were left out")
+    end(report["num_skipped"], out / SKIP_LOG_NAME)
+
+
+_STEPS = ("words", "pathology", "human", "size", "classifier", "clip-classes", "clip-score")
+_DEFAULT = "words,pathology,human,size"
+
+
+@click.command("clean-pairs")
+@click.argument("rows", type=FILE)
+@click.argument("out", type=OUT_FOLDER)
+@_IMAGES
+@click.option("--steps", help=f"Of {', '.join(_STEPS)}; in order. [default: {_DEFAULT}; with "
+              "--index none]")  # fmt: skip
+@click.option("--index", type=FILE, help="Keep only what this published list names.")
+@click.option("--min-words", default=20, show_default=True)
+@click.option("--max-area-px", default=4096 * 4096, show_default=True)
+@click.option("--min-side-px", default=1, show_default=True)
+@click.option("--pathology-words", default="pathology", help="Word lists of your own, JSON.")
+@click.option("--human-words", default="human", help="Word lists of your own, JSON.")
+@click.option("--classifier", help="Image classifier of transformers, folder or name.")
+@click.option("--label", "labels", multiple=True, help="Of --classifier, to keep; again for more.")
+@click.option("--clip", help="Model of open_clip, or hf:FOLDER of transformers.")
+@click.option("--clip-weights", help="Of open_clip: a file, or a name it knows.")
+@click.option("--clip-classes", type=FILE, help="Descriptions to keep and to drop, JSON.")
+@click.option("--min-probability", default=0.5, show_default=True,
+              help="Of classifier and clip-classes.")  # fmt: skip
+@click.option("--min-score", type=float, help="Of clip-score: cosine of image and caption.")
+@click.option("--device", help="[default: the GPU, or the CPU]")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--shard", metavar="INDEX/COUNT", help="Do a share; a last run without it joins.")
+@click.option("--samples", default=10, show_default=True, help="Dropped rows shown of each step.")
+@_MAX_SKIPPED
+def clean_pairs(
+    rows: Path,
+    out: Path,
+    image_folder: Path | None,
+    index: Path | None,
+    shard: str | None,
+    samples: int,
+    max_skipped: float,
+    **options: Any,
+) -> None:
+    """Copy the rows of ROWS that pass every step to the folder OUT.
+
+    ROWS is pairs.jsonl or conversations.jsonl. OUT receives the rows that are kept, dropped.jsonl
+    with reasons, and a report as JSON, Markdown and HTML with samples of what was dropped. Run the
+    same command again after a stop: it continues. Rows that could not be read are in
+    OUT/skipped_samples.jsonl, and the exit code is then 3.
+    """
+    from pallava.converters.cleaning.run import TABLES_NAME, clean
+    from pallava.converters.cleaning.steps import read_index
+    from pallava.converters.parts import Shard
+
+    with user_errors(), progress_bar("clean-pairs") as advance:
+        report = clean(
+            rows,
+            out,
+            _steps(options, default="" if index else _DEFAULT),
+            image_folder=image_folder,
+            index=read_index(index) if index else None,
+            num_samples=samples,
+            max_skipped_share=max_skipped,
+            shard=Shard.parse(shard) if shard else None,
+            progress=advance,
+        )
+    if report is None:
+        click.echo(f"Shard {shard} is done; when all are, run without --shard")
+        return
+    for step in report["steps"]:
+        click.echo(f"{step['name']:>12}: {step['dropped']:,} of {step['seen']:,} dropped")
+    if missing := report.get("index", {}).get("num_missing"):
+        click.echo(f"{missing:,} entries of {index} name no row of {rows}")
+    click.echo(f"Wrote {out}: {report['num_kept']:,} rows; see {out / TABLES_NAME}")
+    end(report["num_skipped"], out / SKIP_LOG_NAME)
+
+
+def _steps(options: dict[str, Any], default: str) -> list[Step]:
+    from pallava.converters.cleaning import steps
+
+    text = default if options["steps"] is None else options["steps"]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in _STEPS]:
+        raise click.UsageError(f"--steps {', '.join(unknown)}: {', '.join(_STEPS)} expected")
+    clip = _clip(options) if {"clip-classes", "clip-score"} & set(names) else None
+    made: list[Step] = []
+    for name in names:
+        if name == "words":
+            made.append(steps.words_step(options["min_words"]))
+        elif name in ("pathology", "human"):
+            made.append(_keywords(name, options[f"{name}_words"]))
+        elif name == "size":
+            made.append(steps.size_step(options["max_area_px"], options["min_side_px"]))
+        elif name == "classifier":
+            made.append(_classifier(options))
+        else:
+            made.append(_clip_step(name, clip, options))
+    return made
+
+
+def _keywords(name: str, rule: str) -> Step:
+    from pallava.converters.cleaning.keywords import load_rule
+    from pallava.converters.cleaning.steps import keyword_step
+
+    return keyword_step(name, load_rule(rule))
+
+
+def _classifier(options: dict[str, Any]) -> Step:
+    from pallava.converters.cleaning.scores import HFClassifier
+    from pallava.converters.cleaning.steps import classifier_step
+
+    if not options["classifier"] or not options["labels"]:
+        raise click.UsageError("the step classifier needs --classifier and --label")
+    model = HFClassifier(
+        options["classifier"], device=options["device"], batch_size=options["batch_size"]
+    )
+    return classifier_step(model, options["labels"], options["min_probability"])
+
+
+def _clip(options: dict[str, Any]) -> Any:
+    from pallava.converters.cleaning.scores import load_clip
+
+    if not options["clip"]:
+        raise click.UsageError("the steps clip-classes and clip-score need --clip")
+    return load_clip(
+        options["clip"],
+        weights=options["clip_weights"],
+        device=options["device"],
+        batch_size=options["batch_size"],
+    )
+
+
+def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
+    from pallava.converters.cleaning.scores import load_clip_classes
+    from pallava.converters.cleaning.steps import clip_classes_step, clip_score_step
+
+    if name == "clip-classes":
+        keep, drop = load_clip_classes(options["clip_classes"])
+        return clip_classes_step(clip, keep, drop, options["min_probability"])
+    if options["min_score"] is None:
+        raise click.UsageError(
+            "the step clip-score needs --min-score; what is high depends on the model"
+        )
+    return clip_score_step(clip, options["min_score"])
+
+
+@click.command("tokenise")
+@click.argument("conversations", type=FILE)
+@click.argument("out", type=OUT_FOLDER)
+@click.option("--config", help="Training config whose tokenizer, template and length are used.")
+@click.option("--tokenizer", help="Instead: folder or hub name.")
+@click.option("--prompt-template", default="llama3_chat", show_default=True)
+@click.option(
+    "--map-fn",
+    type=click.Choice(["llava", "interleaved"]),
+    default="llava",
+    show_default=True,
+    help="llava moves the image to the front, as published.",
+)
+@click.option("--max-length", default=2048 - 196, show_default=True)
+@click.option("--num-proc", type=int, help="[default: by the number of rows]")
+def tokenise(
+    conversations: Path,
+    out: Path,
+    config: str | None,
+    tokenizer: str | None,
+    prompt_template: str,
+    map_fn: str,
+    max_length: int,
+    num_proc: int | None,
+) -> None:
+    """Tokenise CONVERSATIONS once and write the folder OUT.
+
+    Training reads it as `offline_processed_text_folder` and starts at once. Rows that could not be
+    used are in OUT/skipped_samples.jsonl, and the exit code is then 3.
+    """
+    if (config is None) == (tokenizer is None):
+        raise click.UsageError("either --config or --tokenizer expected")
+    from pallava.engine.tokenised import settings_from_config, settings_from_names
+    from pallava.engine.tokenised import tokenise as write_folder
+
+    with user_errors():
+        if config is not None:
+            settings = settings_from_config(find_config(config))
+        else:
+            assert tokenizer is not None
+            settings = settings_from_names(
+                tokenizer, prompt_template, map_fn=map_fn, max_length=max_length
+            )
+        report = write_folder(conversations, out, settings, num_proc=num_proc)
+    click.echo(f"Wrote {out}: {report['num_rows']:,} rows, {report['num_tokens']:,} tokens")
+    end(report["num_skipped"], out / SKIP_LOG_NAME)

@@ -1,0 +1,386 @@
+"""``xtuner-add pathvqa``, ``pmcvqa``, ``zero-shot``, ``evaluate``, ``score`` and ``answer``.
+
+Options are named as those of the original's tools. Several processes are started as for training:
+``NPROC_PER_NODE=4 xtuner-add pathvqa ...``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pallava.skipping import SKIP_LOG_NAME
+from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
+from pathcore.files import write_json, write_text
+from xtuner_add.commands.options import (
+    ANY_PATH,
+    RelaunchedCommand,
+    add_options,
+    end,
+    keyword_values,
+    relaunch,
+    shows_results,
+    user_errors,
+)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what says which model is loaded and how."""
+    options = (
+        click.argument("llm", metavar="LLM"),
+        click.option("--llava", help="Folder that `convert pth_to_hf` wrote. [default: LLM]"),
+        click.option("--visual-encoder", help="PLIP folder. [default: the one in --llava]"),
+        click.option("--visual-select-layer", default=-2, show_default=True),
+        click.option(
+            "--prompt-template",
+            help="XTuner's name of the template used in training, or `tokenizer`. "
+            "[default: llama3_chat; of an exported folder, the tokenizer's]",
+        ),
+        click.option(
+            "--torch-dtype",
+            type=click.Choice(["fp16", "bf16", "fp32", "auto"]),
+            help="[default: bf16 or fp16 on a GPU, fp32 on a CPU]",
+        ),
+        click.option("--device", help="[default: the GPU of the process, or the CPU]"),
+        click.option(
+            "--adapter/--no-adapter",
+            "use_adapter",
+            default=None,
+            help="Add llm_adapter/ to LLM. [default: unless LLM lies inside --llava]",
+        ),
+        click.option(
+            "--bos",
+            type=click.Choice(["single", "double"]),
+            help="[default: single, as in training; with --compat original double]",
+        ),
+    )
+    return add_options(function, options)
+
+
+def _batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option("--batch-size", default=8, show_default=True)(function)
+    return click.option("--max-new-tokens", default=1200, show_default=True)(function)
+
+
+def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--data-path", required=True, type=ANY_PATH, help="Questions."),
+        click.option("--image-folder", type=ANY_PATH, help="[default: images/ beside the data]"),
+        click.option("--work-dir", type=ANY_PATH, help="[default: work_dirs/NAME_of_the_data]"),
+        click.option(
+            "--compat",
+            type=click.Choice(["none", "original"]),
+            default="none",
+            show_default=True,
+            help="`original`: ask with two BOS and in fp16 on a GPU, as the published tools, "
+            "and put their scores first.",
+        ),
+        click.option(
+            "--launcher",
+            type=click.Choice(["none", "pytorch"]),
+            default="none",
+            help="`pytorch`: through torchrun even for one process.",
+        ),
+        # Of the original's tools; answers are greedy, and images are always cut.
+        click.option("--seed", type=int, hidden=True, expose_value=False),
+        click.option("--anyres-image", is_flag=True, hidden=True, expose_value=False),
+    )
+    return add_options(function, options)
+
+
+@click.command("pathvqa", cls=RelaunchedCommand)
+@model_options
+@_batch_options
+@_run_options
+@click.option("--split", default="test", show_default=True, help="Of a folder of parquet files.")
+@click.pass_context
+def pathvqa(ctx: click.Context, **options: Any) -> None:
+    """Evaluate on PathVQA, or other open and yes/no questions.
+
+    --data-path is the JSON of the original (`id -> {question, image, answer, ...}`), a list of
+    such records, JSON lines, PathVQA's pickle, or parquet files from the hub.
+    """
+    _run(ctx, "pathvqa", ("split",), options)
+
+
+@click.command("pmcvqa", cls=RelaunchedCommand)
+@model_options
+@_batch_options
+@_run_options
+@click.option("--question-template", help="For CSV: text with {question} and {options}.")
+@click.pass_context
+def pmcvqa(ctx: click.Context, **options: Any) -> None:
+    """Evaluate on PMC-VQA, or other multiple choice.
+
+    --data-path is PMC-VQA's CSV, or records whose question holds the options already.
+    """
+    _run(ctx, "pmcvqa", ("question_template",), options)
+
+
+@click.command("zero-shot", cls=RelaunchedCommand)
+@model_options
+@_batch_options
+@_run_options
+@click.option("--classes", help="Config of the classes: a file, or bach, oscc, colonpath.")
+@click.option("--labels", type=ANY_PATH, help="For a file of questions: JSON `id -> class`.")
+@click.pass_context
+def zero_shot(ctx: click.Context, **options: Any) -> None:
+    """Classify images by asking.
+
+    --data-path is a folder of images by class, or a file `id -> {question, image}`.
+    """
+    _run(ctx, "zero-shot", ("classes", "labels"), options)
+
+
+@click.command("evaluate", cls=RelaunchedCommand)
+@click.argument("benchmark")
+@model_options
+@_batch_options
+@_run_options
+@click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of the benchmark.")
+@click.pass_context
+def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
+    """Evaluate on BENCHMARK by name, those of other packages included (`xtuner-add plugins`)."""
+    extra = keyword_values(options.pop("extra"))
+    _run(ctx, benchmark, tuple(extra), {**options, **extra})
+
+
+@click.command("answer")
+@model_options
+@_batch_options
+@click.argument("images", nargs=-1, required=True, type=ANY_PATH)
+@click.option("--question", "-q", required=True, multiple=True, help="May be given repeatedly.")
+@click.option("--output", type=ANY_PATH, help="Also write JSON lines to this file.")
+@click.pass_context
+def answer(
+    ctx: click.Context,
+    images: tuple[Path, ...],
+    question: tuple[str, ...],
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Ask questions about images: files, or folders of them.
+
+    A model of whole slides is asked about files of tile features, or folders of them.
+
+    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
+    folder, which holds all of them.
+    """
+    from pallava.images import ImageError
+
+    batch_size, max_new_tokens = options.pop("batch_size"), options.pop("max_new_tokens")
+    with user_errors(ImportError):
+        files = list(_image_files(images))
+        model = load_from_options(options)
+    asked: list[tuple[Path, Any, str]] = []
+    rows, num_skipped = [], 0
+
+    def flush() -> None:
+        prompts = [model.encode(text, has_image=True) for _, _, text in asked]
+        stacks = [pixels for _, pixels, _ in asked]
+        replies = model.answer_encoded(prompts, stacks, max_new_tokens=max_new_tokens)
+        for (path, _, text), reply in zip(asked, replies, strict=True):
+            click.echo(f"{path}\n  {text}\n  {reply}")
+            rows.append({"image": str(path), "question": text, "answer": reply})
+        asked.clear()
+
+    for path in files:
+        try:
+            pixels = model.pixel_values(path)
+        except ImageError as error:
+            num_skipped += 1
+            click.echo(f"skipped: {error}", err=True)
+            continue
+        for text in question:
+            asked.append((path, pixels, text))
+            if len(asked) >= batch_size:
+                flush()
+    if asked:
+        flush()
+    if output is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_text(output, "".join(lines))
+    ctx.exit(EXIT_SKIPPED if num_skipped else EXIT_OK)
+
+
+def _image_files(images: Iterable[Path]) -> Iterable[Path]:
+    from pallava.evaluation.questions import image_files
+
+    for path in images:
+        found = image_files(path) if path.is_dir() else [path]
+        found = found or sorted(set(path.glob("*.h5")) - set(path.glob("*.embedding.h5")))
+        if not found:
+            raise FileNotFoundError(f"{path}: no images and no tile features in this folder")
+        yield from found
+
+
+def load_from_options(options: dict[str, Any]) -> Any:
+    """Loads the model that `model_options` name; `compat` may be among them."""
+    from pallava import load_model
+    from pallava.evaluation.generation import default_device
+
+    original = options.get("compat") == "original"
+    device = options["device"] or default_device()
+    dtype = options["torch_dtype"]
+    if dtype is None and original and str(device).startswith("cuda"):
+        dtype = "fp16"
+    return load_model(
+        options["llm"],
+        options["llava"],
+        options["visual_encoder"],
+        prompt_template=options["prompt_template"],
+        bos=options["bos"] or ("double" if original else "single"),
+        dtype=dtype,
+        device=device,
+        use_adapter=options["use_adapter"],
+        visual_select_layer=options["visual_select_layer"],
+    )
+
+
+def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[str, Any]) -> None:
+    work_dir = options["work_dir"] or Path("work_dirs", f"{name}_{options['data_path'].stem}")
+    if relaunch(ctx, always=options["launcher"] == "pytorch"):
+        metrics = json.loads((work_dir / "metrics.json").read_text(encoding="utf-8"))
+        _end(metrics["num_skipped"], work_dir)
+        return
+    from pallava.evaluation.runs import evaluate as run_evaluation
+    from pallava.registry import EVALUATIONS
+
+    chosen = {key: options[key] for key in extra if options[key] is not None}
+    try:
+        with user_errors(ImportError):
+            make = EVALUATIONS.get(name)
+            benchmark = make(options["data_path"], options["image_folder"], **chosen)
+            model = load_from_options(options)
+            metrics = run_evaluation(
+                benchmark,
+                model,
+                work_dir,
+                batch_size=options["batch_size"],
+                max_new_tokens=options["max_new_tokens"],
+                compat=options["compat"],
+            )
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise click.ClickException(str(error)) from error
+    if metrics is None:
+        return
+    _write_run(work_dir, options)
+    if shows_results():
+        _end(metrics["num_skipped"], work_dir)
+
+
+def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    arguments = {
+        key: str(value) if isinstance(value, Path) else value for key, value in options.items()
+    }
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    write_json(work_dir / "run.json", {"arguments": arguments, "versions": versions})
+
+
+def _end(num_skipped: int, work_dir: Path) -> None:
+    from pallava.evaluation.report import TABLES_NAME
+
+    click.echo((work_dir / TABLES_NAME).read_text(encoding="utf-8"))
+    click.echo(f"Written to {work_dir}")
+    end(num_skipped, work_dir / SKIP_LOG_NAME, "question")
+
+
+@click.command("score")
+@click.argument("benchmark")
+@click.option("--data-path", required=True, type=ANY_PATH, help="Questions with references.")
+@click.option("--answers", required=True, type=ANY_PATH, help="`[{question_id, answer}]` or JSONL.")
+@click.option("--work-dir", required=True, type=ANY_PATH, help="Receives the report.")
+@click.option("--compat", type=click.Choice(["none", "original"]), default="none")
+@click.option("--tokenizer", help="Folder or name of the LLM, for the published token recall.")
+@click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of the benchmark.")
+@click.option("--judge", metavar="URL", help="OpenAI-compatible endpoint, up to /v1.")
+@click.option("--judge-model", help="Model to ask there. The key: OPENAI_API_KEY.")
+@click.option("--judge-concurrency", default=8, show_default=True)
+@click.option("--judge-timeout", default=60.0, show_default=True, help="Seconds for one reply.")
+@click.option("--judge-retries", default=5, show_default=True)
+@click.option("--judge-price-in", default=0.0, help="US dollars for a million prompt tokens.")
+@click.option("--judge-price-out", default=0.0, help="US dollars for a million reply tokens.")
+@click.option("--max-cost", type=float, help="US dollars; needs the prices.")
+@click.pass_context
+def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
+    """Score answers to BENCHMARK: pathvqa, pmcvqa, zero-shot, ...; needs no model and no image.
+
+    Ends with exit code 3 if the judge left answers without a score; run it again to continue.
+    """
+    from pallava.evaluation.answers import read_answers
+    from pallava.evaluation.questions import NO_IMAGES
+    from pallava.evaluation.report import write_report
+    from pallava.registry import EVALUATIONS
+
+    if bool(options["judge"]) != bool(options["judge_model"]):
+        raise click.UsageError("--judge and --judge-model belong together", ctx)
+    extra = keyword_values(options["extra"])
+    try:
+        made = EVALUATIONS.get(benchmark)(options["data_path"], NO_IMAGES, **extra)
+        answers = read_answers(options["answers"])
+        judged, complete = _judge(made, answers, options) if options["judge"] else (None, True)
+        metrics = write_report(
+            made,
+            answers,
+            made.questions.skipped,
+            options["work_dir"],
+            tokenizer=_tokenizer(options["tokenizer"]),
+            compat=options["compat"],
+            judged=judged,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    from pallava.evaluation.report import markdown
+
+    click.echo(markdown(metrics))
+    click.echo(f"Written to {options['work_dir']}")
+    if not complete:
+        click.echo("The judge left answers without a score: run this again to continue.", err=True)
+    if not complete or metrics["num_skipped"]:
+        ctx.exit(EXIT_SKIPPED)
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _judge(
+    benchmark: Any, answers: dict[str, str], options: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    from pallava.evaluation.judge import Judge, judge_answers, summarise
+
+    judge = Judge(
+        base_url=options["judge"],
+        model=options["judge_model"],
+        concurrency=options["judge_concurrency"],
+        timeout_s=options["judge_timeout"],
+        max_retries=options["judge_retries"],
+        price_in=options["judge_price_in"],
+        price_out=options["judge_price_out"],
+        max_cost=options["max_cost"],
+    )
+    references = {
+        question.id: question.answer
+        for question in benchmark.questions.questions
+        if question.answer is not None
+    }
+    verdicts = judge_answers(judge, answers, references, options["work_dir"] / "judge.sqlite")
+    return {"model": judge.model, **summarise(verdicts)}, verdicts.complete

@@ -1,0 +1,510 @@
+"""``xtuner-add embed``, ``probe-tiles``, ``finetune-slides`` and ``train-mil``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pathcore.exit_codes import EXIT_SKIPPED
+from xtuner_add.commands.options import (
+    ANY_PATH,
+    FILE,
+    FILE_OR_FOLDER,
+    FOLDER,
+    OUT_FOLDER,
+    RelaunchedCommand,
+    device_option,
+    end_of_job,
+    num_cores,
+    relaunch,
+    shows_results,
+    user_errors,
+    yaml_values,
+)
+
+if TYPE_CHECKING:
+    from gigapath.slide_vectors import SlideEncoderSpec
+
+_HUB = "hf_hub:prov-gigapath/prov-gigapath"
+_PRESETS = {"mean": "mean", "pipeline": "gigapath", "trident": "trident", "lazyslide": "lazyslide"}
+
+
+class _GridSize(click.ParamType):
+    name = "PX|tile"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """A number of pixels, or `tile`."""
+        if value == "tile" or isinstance(value, int):
+            return value
+        return click.IntRange(1).convert(value, param, ctx)
+
+
+@click.command("embed")
+@click.argument("slides", type=ANY_PATH)
+@click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
+@click.option(
+    "--tile-encoder",
+    default=_HUB,
+    show_default=True,
+    metavar="WEIGHTS",
+    help="hf_hub:OWNER/NAME, a folder with config.json and weights, a file, or random.",
+)
+@click.option(
+    "--tile-arch", metavar="NAME", help="Of the tile encoder; by default its config.json says it."
+)
+@click.option(
+    "--slide-encoder",
+    default=_HUB,
+    show_default=True,
+    metavar="WEIGHTS",
+    help="hf_hub:OWNER/NAME, a file or folder, random, or none to stop at the tiles.",
+)
+@click.option(
+    "--slide-arch", metavar="NAME", help="Of the slide encoder; by default the one for the tiles."
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(_PRESETS)),
+    default="mean",
+    show_default=True,
+    help="Which vector: the mean of the tiles, or the one that the original's pipeline, TRIDENT "
+    "or LazySlide makes.",
+)
+@click.option(
+    "--grid-px",
+    type=_GridSize(),
+    help="Side of a cell of the position grid in level-0 pixels, or tile; by default the preset's.",
+)
+@click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the tiles.")
+@click.option("--tile-px", default=256, show_default=True, help="Side of a tile, at --mpp.")
+@click.option(
+    "--min-tissue", default=0.1, show_default=True, help="Smallest share of tissue in a tile."
+)
+@click.option(
+    "--slide-mpp", type=float, help="Of the slides, in place of what they say about themselves."
+)
+@click.option("--masks", type=FOLDER, help="Your own tissue: SLIDE.geojson or SLIDE.png.")
+@click.option(
+    "--coords", type=FOLDER, help="Coordinates of `xtuner-add tile`, TRIDENT or CLAM: SLIDE.h5."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Precision; auto is fp16 on a GPU and fp32 without.",
+)
+@click.option("--device", help="By default the GPUs where there are some.")
+@click.option("--batch-size", type=click.IntRange(1), help="By default 128 on a GPU, else 16.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Slides at a time; by default one per GPU, else one."
+)
+@click.option(
+    "--read-workers",
+    type=click.IntRange(0),
+    help="Processes that read ahead for each slide; 0 is a thread. By default the cores that are "
+    "left on a GPU machine.",
+)
+@click.option(
+    "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
+)
+@click.option("--address", help="Of a Ray cluster; by default Ray runs on this machine.")
+@click.option("--seed", default=0, show_default=True, help="Of random weights.")
+@click.option("--no-pictures", is_flag=True, help="Draw none.")
+@click.option("--retry-skipped", is_flag=True, help="Try again what was left out before.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **options: Any) -> None:
+    """Embed the tiles of SLIDES, and SLIDES as wholes.
+
+    SLIDES is a slide, a folder of slides, or a folder with tiles named like 01581x_25327y.png (or
+    with a folder of these for each slide). Writes coords/, features/ENCODER/SLIDE.h5,
+    slide_features/, slide_embeddings.npz, and to look at thumbnails/, overlays/ and pictures/,
+    which show what the tile encoder tells apart as colours. Run the same command again after a
+    kill: it continues. Exit code 3 if a slide or a tile was skipped; skipped.jsonl says why.
+    """
+    from gigapath.embedding_job import embed_slides
+
+    with user_errors():
+        import torch
+
+        from gigapath.tile_inference import choose_device
+
+        device = choose_device(options["device"])
+        num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        workers = workers or (max(1, num_gpus) if device.index is None else 1)
+        settings, placement = _embedding_settings(options, device, workers)
+        report = embed_slides(
+            slides,
+            output,
+            settings,
+            placement,
+            workers=workers,
+            engine=options["engine"],
+            address=options["address"],
+            retry_skipped=options["retry_skipped"],
+            progress=not quiet,
+        )
+    end_of_job(report, "slides", output, notes_count=True)
+
+
+def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:
+    """What to embed and where, from the command line."""
+    from gigapath.embedding_job import EmbeddingSettings, Placement
+    from gigapath.tile_inference import choose_precision, describe_encoder
+    from wsi.tiling import PatchSpec
+
+    on_gpu = device.type == "cuda"
+    precision = choose_precision(options["dtype"], device)
+    tile_encoder = describe_encoder(
+        options["tile_encoder"],
+        model_arch=options["tile_arch"],
+        precision=precision,
+        seed=options["seed"],
+    )
+    settings = EmbeddingSettings(
+        tile_encoder,
+        _slide_encoder(options, tile_encoder, precision),
+        PatchSpec(options["tile_px"], options["mpp"], min_tissue=options["min_tissue"]),
+        slide_mpp=options["slide_mpp"],
+        masks=str(options["masks"].resolve()) if options["masks"] else None,
+        coords=str(options["coords"].resolve()) if options["coords"] else None,
+        batch_size=options["batch_size"] or (128 if on_gpu else 16),
+        pictures=not options["no_pictures"],
+    )
+    read_workers = options["read_workers"]
+    if read_workers is None:
+        read_workers = max(1, num_cores() // workers - 1) if on_gpu else 0
+    return settings, Placement(str(device), read_workers)
+
+
+def _slide_encoder(
+    options: dict[str, Any], tile_encoder: Any, precision: str
+) -> SlideEncoderSpec | None:
+    from gigapath.slide_vectors import describe_slide_encoder
+    from gigapath.tile_inference import embedding_width
+
+    if options["slide_encoder"] == "none":
+        return None
+    return describe_slide_encoder(
+        options["slide_encoder"],
+        embedding_width(tile_encoder),
+        model_arch=options["slide_arch"],
+        preset=_PRESETS[options["preset"]],
+        grid_px=options["grid_px"],
+        precision=precision,
+        seed=options["seed"],
+    )
+
+
+_OPTION = click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting instead of the recipe's; may be given again.",
+)
+
+
+@click.command("probe-tiles")
+@click.argument("embeddings", type=FILE_OR_FOLDER)
+@click.option("--output", required=True, type=OUT_FOLDER)
+@click.option(
+    "--labels",
+    type=FILE,
+    help="csv with input, label, split; by default the one among the embeddings.",
+)
+@click.option("--recipe", help="A YAML file, or the name of one of ours: pcam.")
+@_OPTION
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("linear_probe",),
+    show_default=True,
+    help="linear_probe, knn or logistic; may be given again.",
+)
+@click.option("--embed-dim", type=int, help="By default that of most embeddings.")
+@device_option
+def probe_tiles(
+    embeddings: Path,
+    output: Path,
+    labels: Path | None,
+    recipe: str | None,
+    options: tuple[str, ...],
+    methods: tuple[str, ...],
+    embed_dim: int | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Train a linear probe on EMBEDDINGS, a zip or folder of one .pt per tile, and test it.
+
+    A zip is read as it is. Without a recipe the protocol published for PCam holds. Run again after
+    a stop: it continues. Tiles that cannot be used are listed in skipped.jsonl, and the exit code
+    is 3.
+    """
+    from gigapath.finetune.probe import ProbeSettings
+    from gigapath.finetune.probe import probe_tiles as probe
+    from gigapath.finetune.recipes import read_settings
+
+    with user_errors():
+        settings = read_settings(
+            ProbeSettings, recipe and find_recipe(recipe), yaml_values(options)
+        )
+        results = probe(
+            embeddings,
+            labels,
+            output,
+            settings=settings,
+            methods=methods,
+            embed_dim=embed_dim,
+            device=device,
+        )
+    _end(output, results)
+
+
+@click.command("finetune-slides", cls=RelaunchedCommand)
+@click.argument("features", type=FOLDER)
+@click.option(
+    "--labels",
+    required=True,
+    type=FILE,
+    help="csv with slide_id, label (or a column of 0 and 1 per class) and, for patients, pat_id.",
+)
+@click.option("--output", required=True, type=OUT_FOLDER)
+@click.option(
+    "--splits",
+    type=FOLDER,
+    help="Folder of train_0.csv, val_0.csv, test_0.csv ...; by default made from the labels.",
+)
+@click.option(
+    "--recipe",
+    default="cohort",
+    show_default=True,
+    help="A YAML file, or the name of one of ours: cohort, panda, panda_flash, mutation_5_gene.",
+)
+@click.option("--task", help="A YAML file, or panda or mutation_5_gene, instead of the recipe's.")
+@_OPTION
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("slide_encoder",),
+    show_default=True,
+    help="slide_encoder, abmil, knn or logistic; may be given again.",
+)
+@click.option(
+    "--slide-embeddings",
+    type=FOLDER,
+    help="For knn and logistic: SLIDE.h5 or .pt; by default the mean over the tiles.",
+)
+@device_option
+@click.pass_context
+def finetune_slides(
+    ctx: click.Context,
+    features: Path,
+    labels: Path,
+    output: Path,
+    splits: Path | None,
+    recipe: str,
+    task: str | None,
+    options: tuple[str, ...],
+    methods: tuple[str, ...],
+    slide_embeddings: Path | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Fine-tune the slide encoder on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
+
+    Several processes: NPROC_PER_NODE; several machines: NNODES, NODE_RANK, ADDR, PORT. Effective
+    batch and result stay the same. Run again after a stop: it continues. Slides that cannot be used
+    are listed in skipped.jsonl, and the exit code is 3.
+    """
+    if relaunch(ctx):
+        _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")))
+        return
+    from gigapath.finetune.recipes import read_settings
+    from gigapath.finetune.run import finetune_slides as finetune
+    from gigapath.finetune.settings import FinetuneSettings
+
+    with user_errors():
+        file = find_recipe(recipe)
+        results = finetune(
+            features,
+            labels,
+            find_task(task, file),
+            output,
+            splits=splits,
+            settings=read_settings(FinetuneSettings, file, yaml_values(options), others=("task",)),
+            methods=methods,
+            models=bag_models() if "abmil" in methods else None,
+            vectors=slide_embeddings,
+            device=device,
+        )
+    if shows_results():
+        _end(output, results)
+
+
+def bag_models() -> dict[str, Any]:
+    """Attention MIL, with its own learning rate and epochs, as a model of the fine-tuning."""
+    import torch
+    from torch import Tensor, nn
+
+    from gigapath.finetune.run import BagModel
+    from pathgen.mil import MILSettings
+    from pathgen.mil_models import ABMIL
+
+    class Bags(nn.Module):
+        """`ABMIL`, which takes a slide, over a batch of them."""
+
+        def __init__(self, in_dim: int, num_classes: int) -> None:
+            super().__init__()
+            self.abmil = ABMIL(in_dim, num_classes)
+
+        def forward(self, features: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
+            bags = zip(features, lengths, strict=True)
+            return torch.stack([self.abmil(bag[:length]).logits for bag, length in bags])
+
+    own = MILSettings()
+    settings = {
+        "epochs": own.epochs,
+        "lr": own.lr,
+        "min_lr": 0.0,
+        "warmup_epochs": 0.0,
+        "optim_wd": own.weight_decay,
+        "layer_decay": 1.0,
+        "gc": 1,
+        "batch_size": 1,
+        "model_select": "val",
+        "patience": 0,
+    }
+    return {"abmil": BagModel(Bags, settings)}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a recipe argument means: a path, or the bare name of one of ours.
+
+    Raises:
+        FileNotFoundError: Neither.
+    """
+    return _find("recipe", name, "gigapath")
+
+
+def find_task(name: str | None, recipe: Path) -> Path:
+    """The file of a task: named here, or by the recipe, relative to it.
+
+    Raises:
+        FileNotFoundError: No such task.
+        ValueError: Neither names one.
+    """
+    from gigapath.finetune.recipes import read_yaml
+
+    if name is not None:
+        return _find("task", name, "gigapath/tasks")
+    own = read_yaml(recipe).get("task")
+    if not own:
+        raise ValueError(f"recipe {recipe}: names no task; give one by --task")
+    return recipe.parent / str(own)
+
+
+def _find(what: str, name: str, folder: str) -> Path:
+    from xtuner_add.paths import configs_dir
+
+    known = {path.stem: path for path in sorted((configs_dir() / folder).glob("*.yml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name not in known:
+        raise FileNotFoundError(f"{what} {name}: neither a file nor one of {sorted(known)}")
+    return known[name]
+
+
+def _end(output: Path, results: dict[str, Any]) -> None:
+    click.echo((output / "results.md").read_text(encoding="utf-8"))
+    if results["num_skipped"]:
+        click.echo(f"{results['num_skipped']} left out: see {output / 'skipped.jsonl'}", err=True)
+        if "RANK" not in os.environ:  # torchrun takes every exit code but 0 for a crash
+            raise SystemExit(EXIT_SKIPPED)
+
+
+@click.command("train-mil")
+@click.argument("features", type=FOLDER)
+@click.option(
+    "--labels",
+    required=True,
+    type=FILE,
+    help="CSV with slide_id, a label and, for patients, case_id.",
+)
+@click.option(
+    "--splits",
+    required=True,
+    type=FOLDER,
+    help="Folder of splits_0.csv ... with columns train, val, test, as CLAM's.",
+)
+@click.option("--output", required=True, type=OUT_FOLDER)
+@click.option("--label", default="label", show_default=True, help="Column of the labels.")
+@click.option("--model", type=click.Choice(["abmil", "acmil"]), default="abmil", show_default=True)
+@click.option("--fold", "folds", type=int, multiple=True, help="May be given again; default all.")
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    default=(0,),
+    show_default=True,
+    help="May be given again.",
+)
+@click.option("--epochs", default=50, show_default=True)
+@click.option("--lr", default=2e-4, show_default=True, help="Of AdamW, on a cosine to 0.")
+@click.option("--weight-decay", default=1e-5, show_default=True)
+@click.option("--embed-dim", default=512, show_default=True, help="After projection.")
+@click.option("--hidden-dim", default=256, show_default=True, help="Of the attention.")
+@click.option(
+    "--bag-size",
+    default=0,
+    show_default=True,
+    help="At most so many patches a training step; 0 takes all.",
+)
+@click.option("--heat-maps", is_flag=True, help="Draw the attention over each test slide.")
+@device_option
+@click.pass_context
+def train_mil(
+    ctx: click.Context,
+    features: Path,
+    labels: Path,
+    splits: Path,
+    output: Path,
+    label: str,
+    folds: tuple[int, ...],
+    seeds: tuple[int, ...],
+    heat_maps: bool,
+    device: str | None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Train attention MIL on FEATURES, a folder with SLIDE.h5 per slide, and test it.
+
+    Writes AUROC, F1 and accuracies with intervals per fold and seed. Run again after a stop: it
+    continues at the last whole epoch. Slides without usable features are listed in skipped.jsonl,
+    and the exit code is 3.
+    """
+    from pathgen.mil import MILSettings
+    from pathgen.mil import train_mil as train
+
+    with user_errors():
+        metrics = train(
+            features,
+            labels,
+            splits,
+            output,
+            settings=MILSettings(**settings),
+            label=label,
+            folds=folds,
+            seeds=seeds,
+            heat_maps=heat_maps,
+            device=device,
+        )
+    click.echo((output / "metrics.md").read_text(encoding="utf-8"))
+    if metrics["num_skipped"]:
+        click.echo(f"{metrics['num_skipped']} left out: see {output / 'skipped.jsonl'}", err=True)
+        ctx.exit(EXIT_SKIPPED)

@@ -1,0 +1,214 @@
+"""What several sub-commands share: option types, parsing, errors, progress and exit codes.
+
+Nothing heavy is imported here: every command's ``--help`` loads this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pathcore.exit_codes import EXIT_SKIPPED
+from xtuner_add.launch import LaunchError, child_environ, run_child, torchrun_command
+
+if TYPE_CHECKING:
+    from wsi.manifest import Report
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
+OUT_FILE = click.Path(dir_okay=False, path_type=Path)
+OUT_FOLDER = click.Path(file_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
+"""A path that the command itself looks at, with a better message than click's."""
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device to compute on. [default: a GPU if there is one]",
+)
+
+
+def add_options(
+    function: _Function, options: Sequence[Callable[[_Function], _Function]]
+) -> _Function:
+    """Adds options to a command so that the help shows them in the given order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@contextmanager
+def user_errors(*others: type[Exception]) -> Iterator[None]:
+    """Reports errors that the user can fix as one line, with exit code 1.
+
+    Args:
+        *others: Exceptions to report so besides `ValueError` and `OSError`.
+    """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    try:
+        yield
+    except expected as error:
+        raise click.ClickException(str(error)) from error
+
+
+def name_values(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Parses the NAME=VALUE texts of a repeatable option.
+
+    Names are kept as typed: `keyword_values` also turns hyphens into underscores.
+
+    Raises:
+        click.UsageError: If a text has no `=`, or nothing before it.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"{option} {text}: NAME=VALUE expected")
+        found[name] = value
+    return found
+
+
+def keyword_values(texts: Sequence[str], option: str = "--option") -> dict[str, str]:
+    """Parses NAME=VALUE texts whose names are keyword arguments: `batch-size` is `batch_size`."""
+    return {name.replace("-", "_"): value for name, value in name_values(option, texts).items()}
+
+
+def yaml_values(texts: Sequence[str], option: str = "--option") -> dict[str, Any]:
+    """Parses NAME=VALUE texts as `keyword_values` does, with the values written as in YAML.
+
+    Raises:
+        click.UsageError: If a text has no `=`, or its value is not YAML.
+    """
+    import yaml
+
+    found = {}
+    for name, value in keyword_values(texts, option).items():
+        try:
+            found[name] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"{option} {name}={value}: not a YAML value: {error}") from error
+    return found
+
+
+def weight_values(text: str, option: str) -> dict[str, float]:
+    """Parses `NAME=WEIGHT,...`; a name alone has weight 1.
+
+    Raises:
+        click.UsageError: If a weight is not a number.
+    """
+    found = {}
+    for part in text.split(","):
+        name, equals, number = part.partition("=")
+        try:
+            found[name.strip()] = float(number) if equals else 1.0
+        except ValueError as error:
+            raise click.UsageError(f"{option} {part!r}: NAME=WEIGHT expected") from error
+    return found
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int], Any]]:
+    """Shows a progress bar; yields a function that adds to the number of rows done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" rows", disable=None) as bar:
+        yield bar.update
+
+
+def num_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def end(num_skipped: int, log: Path, noun: str = "row") -> None:
+    """Ends the command: exit code 3 and one line if anything was skipped.
+
+    Args:
+        num_skipped: How many items were skipped.
+        log: File that lists them.
+        noun: What an item is called.
+    """
+    if num_skipped:
+        items = f"{noun} was" if num_skipped == 1 else f"{noun}s were"
+        click.echo(f"Finished, but {num_skipped:,} {items} skipped: see {log}", err=True)
+        # torchrun takes every exit code but 0 for a crash.
+        if "RANK" not in os.environ:
+            click.get_current_context().exit(EXIT_SKIPPED)
+
+
+def end_of_job(report: Report, things: str, output: Path, *, notes_count: bool = False) -> None:
+    """Prints what a job has done, and ends the command with exit code 3 if it skipped anything.
+
+    Args:
+        report: Of the job.
+        things: What its units are called, in the plural.
+        output: Folder of the job, which holds skipped.jsonl.
+        notes_count: Whether a unit that is done in part counts as skipped.
+    """
+    click.echo(f"Wrote {report.written:,} {things} to {output}")
+    for note, count in report.notes.items():
+        click.echo(f"  of which {count:,}: {note}", err=notes_count)
+    for reason, count in report.reasons.items():
+        click.echo(f"Skipped {count:,}: {reason}", err=True)
+    if report.skipped:
+        click.echo(
+            f"{report.skipped:,} {things} were skipped; {output / 'skipped.jsonl'} says which and "
+            "why. Fix the cause and add --retry-skipped to try them again",
+            err=True,
+        )
+    if report.skipped or (notes_count and report.notes):
+        click.get_current_context().exit(EXIT_SKIPPED)
+
+
+RELAUNCHED_VARIABLE = "XTUNER_ADD_RELAUNCHED"
+"""Environment variable of processes that `relaunch` started: their parent shows the results."""
+
+
+class RelaunchedCommand(click.Command):
+    """A command that remembers its arguments, so that `relaunch` can start it in processes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the arguments and keeps what was typed."""
+        ctx.meta[__name__] = list(args)
+        return super().parse_args(ctx, args)
+
+
+def relaunch(ctx: click.Context, *, always: bool = False) -> bool:
+    """Runs a `RelaunchedCommand` in the processes that NPROC_PER_NODE and its like ask for.
+
+    Args:
+        ctx: Context of the command.
+        always: Go through torchrun even for a single process.
+
+    Returns:
+        Whether child processes have done the work. If they failed, their exit code ends the
+        command.
+
+    Raises:
+        click.UsageError: If the environment describes an impossible set of processes.
+    """
+    runner = ["-m", "xtuner_add.cli", str(ctx.command.name), *ctx.meta[__name__]]
+    try:
+        command = torchrun_command(runner, os.environ, always=always)
+    except LaunchError as error:
+        raise click.UsageError(str(error), ctx) from error
+    if command is None:
+        return False
+    if code := run_child(command, {**child_environ(os.environ), RELAUNCHED_VARIABLE: "1"}):
+        ctx.exit(code)
+    return True
+
+
+def shows_results() -> bool:
+    """Returns whether this process prints results: one process of several, and not a child."""
+    return os.environ.get("RANK", "0") == "0" and RELAUNCHED_VARIABLE not in os.environ
