@@ -1,6 +1,6 @@
 """PLIP pretraining, full size: CLIP ViT-B/16 and BERT-base on image-caption pairs.
 
-    xtuner-add train configs/pallava/plip/pretraining.py \
+    xtuner-add train configs/pallava/plip_pretraining.py \
         --cfg-options train_dataloader.dataset.pairs_file=pairs.jsonl \
                       train_dataloader.dataset.image_folder=images
 

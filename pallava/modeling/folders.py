@@ -104,7 +104,7 @@ def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     if not file.is_file():
         raise FileNotFoundError(
             f"visual encoder {folder}: a folder with config.json and weights expected (download "
-            "the released plip.tar.gz, or train one with configs/pallava/plip/pretraining.py)"
+            "the released plip.tar.gz, or train one with configs/pallava/plip_pretraining.py)"
         )
     config = _read_json(file)
     config = config.get("vision_config", config) if isinstance(config, dict) else {}
