@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cite.checkpoints import load_strict, read_state_dict, write_state_dict
 from cite.encoders import build_encoder
 from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder
 from cite.text_scores import TextScores
 from pathcore.files import read_json, write_json
+from pathcore.weights import load_strict, read_state_dict, write_state_dict
 
 WEIGHTS_NAME = "classifier.safetensors"
 CONFIG_NAME = "classifier.json"

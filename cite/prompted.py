@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from cite.blocks import Block
-from cite.checkpoints import load_strict, only_backbone, read_state_dict
 from cite.encoders.base import Encoder
 from cite.prompts import Prompts, PromptSpec
+from pathcore.weights import load_strict, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -195,6 +195,18 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
     load_strict(
         encoder.model, state_dict, what=f"{encoder.spec['kind']} {described}", source=str(path)
     )
+
+
+def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keeps the frozen encoder of a classifier's checkpoint; others stay as they are."""
+    if not any(name.startswith("backbone.") for name in state_dict):
+        return dict(state_dict)
+    ours = ("backbone.prompt", "backbone.prompt_initialised")
+    return {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("backbone.") and name not in ours
+    }
 
 
 def lower_precision(encoder: Encoder, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cite.checkpoints import load_strict, read_state_dict
+from pathcore.weights import load_strict, read_state_dict
 
 POOLINGS = ("pooler", "cls", "mean")
 KINDS = ("bert", "sentence", "open_clip", "hf_clip")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from pathcore.weights import check_finite, check_names, read_state_dict
 
 HUB_PREFIX = "hf_hub:"
 FILE_NAMES = ("slide_encoder.pth", "slide_encoder.safetensors")
 """The released file's name, and the same without pickle."""
-
-_SHOWN = 6
 
 
 def find_weights(pretrained: str | os.PathLike[str], cache_dir: str | None = None) -> Path:
@@ -65,84 +62,24 @@ def _download(name: str, cache_dir: str | None) -> Path:
     return Path(path)
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a file of weights: tensors only, code in it is refused.
-
-    Args:
-        path: A checkpoint with the weights under `model`, as released, or bare; or safetensors.
-
-    Raises:
-        ValueError: It is damaged, or holds something else.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = _torch_load(path)
-    except (
-        SafetensorError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise ValueError(f"{path}: cannot be read as weights: {error}") from error
-    state = content.get("model", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: expected tensors by name, bare or under 'model'")
-    return dict(state)
-
-
-def _torch_load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # Written before torch 1.6: such files cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def describe_mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Says what is missing, unknown or of another shape; empty when all fits."""
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    parts = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-    return [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
-        for what, names in parts
-        if names
-    ]
-
-
 def load_weights(
     model: nn.Module,
     path: str | os.PathLike[str],
-    hint: Callable[[Mapping[str, Tensor]], str] = lambda state: "",
+    hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> None:
-    """Puts the weights of a file into a model whose parameters may still be on `meta`.
+    """Loads a file of weights into a model whose parameters may still be on the meta device.
 
     Args:
         model: Takes copies, in float32, as its parameters.
         path: The file.
-        hint: Says something about tensors that do not fit, for the message.
+        hint: Returns a sentence about tensors that do not fit, for the error.
 
     Raises:
-        ValueError: A tensor is missing, unknown, of another shape or not finite.
+        CheckpointError: If a tensor is missing, unexpected, of another shape or not finite.
     """
-    state = read_weights(path)
-    problems = describe_mismatch(state, model.state_dict())
-    if problems:
-        raise ValueError(f"{path}: does not fit this model: {'; '.join(problems)}.{hint(state)}")
-    copies = {}
-    for name, tensor in state.items():
-        copies[name] = tensor.to(torch.float32, copy=True)
-        if not bool(torch.isfinite(copies[name]).all()):
-            raise ValueError(f"{path}: {name} holds values that are not finite")
+    state = read_state_dict(path, mmap=True)
+    check_names(model.state_dict(), state, what="slide encoder", source=path, hint=hint)
+    check_finite(state, path)
+    # Copies, since the file may change while the model lives.
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     model.load_state_dict(copies, assign=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gigapath.slide_weights import describe_mismatch
+from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
 FLASH_HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath-flash"
@@ -34,7 +33,6 @@ https://github.com/prov-gigapath/prov-gigapath#inference-with-the-tile-encoder."
 _HUB_PREFIXES = ("hf_hub:", "hf-hub:")
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_WRAPPERS = ("state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,6 @@ ARCHITECTURES: dict[str, TileArchitecture] = {
 DEFAULT_ARCHITECTURE = "gigapath_tile_enc_vitg16"
 
 
-class TileWeightsError(ValueError):
-    """Weights that are damaged, or do not belong to the model."""
-
-
 @dataclass(frozen=True)
 class TileWeights:
     """Where a tile encoder lies.
@@ -121,18 +115,21 @@ def create_model(
 
     Raises:
         FileNotFoundError: No such file, or it cannot be had from the hub.
-        TileWeightsError: Names or shapes differ from the model's; lists them.
+        CheckpointError: Names or shapes differ from the model's; lists them.
         ValueError: No such architecture.
     """
     if str(pretrained) in ("", RANDOM):
         return _build(_architecture(model_arch or DEFAULT_ARCHITECTURE), model_args).eval()
     source = find_weights(pretrained)
-    state_dict = read_weights(source.path)
+    state_dict = read_state_dict(source.path, mmap=True)
     architecture = _choose(source, model_arch, state_dict)
     # On no device at first: a billion random numbers would take half a minute, and twice the room.
     with torch.device("meta"):
         model = _build(architecture, model_args)
-    _load_strict(model, state_dict, source.path)
+    own = model.state_dict()
+    check_names(own, state_dict, what=f"tile encoder {architecture.timm_name}", source=source.path)
+    tensors = {name: state_dict[name].to(own[name].dtype) for name in own}
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -222,38 +219,6 @@ def read_config(path: Path) -> TileArchitecture:
     return TileArchitecture(known.timm_name, {**known.model_args, **defaults, **model_args})
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads tensors without running code; files stay on disk until a tensor is used.
-
-    Raises:
-        TileWeightsError: It cannot be read, or holds no tensors.
-    """
-    from safetensors import SafetensorError
-
-    damaged = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError)
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except damaged as error:
-        raise TileWeightsError(f"{path}: cannot be read as tensors alone: {error}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    tensors = (
-        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
-    if not tensors:
-        raise TileWeightsError(f"{path}: holds no tensors by name")
-    return tensors
-
-
 def _from_hub(repository: str, name: str) -> TileWeights:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -311,7 +276,9 @@ def _choose(
         return _architecture(model_arch)
     if source.config is not None:
         return read_config(source.config)
-    return _architecture(_recognise(state_dict or read_weights(source.path), source.path))
+    return _architecture(
+        _recognise(state_dict or read_state_dict(source.path, mmap=True), source.path)
+    )
 
 
 def _recognise(state_dict: Mapping[str, Tensor], path: Path) -> str:
@@ -321,26 +288,8 @@ def _recognise(state_dict: Mapping[str, Tensor], path: Path) -> str:
     if weight is not None and weight.shape[0] in widths:
         return widths[weight.shape[0]]
     if any(name.startswith("encoder.layers.") for name in state_dict):
-        raise TileWeightsError(f"{path}: these are weights of a slide encoder")
-    raise TileWeightsError(
+        raise CheckpointError(f"{path}: these are weights of a slide encoder")
+    raise CheckpointError(
         f"{path}: neither {' nor '.join(ARCHITECTURES)} by their width; put the config.json of "
         "the model beside them, or name the architecture"
     )
-
-
-def _load_strict(model: nn.Module, state_dict: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    if problems := describe_mismatch(state_dict, own):
-        raise TileWeightsError(
-            f"{path}: not the weights of this model: {'; '.join(problems)}. The model has "
-            f"{len(own)} tensors, the file {len(state_dict)}"
-        )
-    tensors = {name: state_dict[name].to(own[name].dtype) for name in own}
-    model.load_state_dict(tensors, assign=True)
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether `torch.save` wrote it in the format that can stay on disk."""
-    import zipfile
-
-    return zipfile.is_zipfile(path)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
-from pallava.modeling.checkpoint import CheckpointError, check_names, load_state_dict_file
 from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import MultimodalMixin, SubImageMask
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
+from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 
 class LLaVAModel(MultimodalMixin, BaseModel):
@@ -80,7 +80,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         self.use_llm_lora = llm_lora is not None
         self.visual_select_layer = visual_select_layer
         self.sub_image_mask = sub_image_mask
-        pretrained = load_state_dict_file(pretrained_pth) if pretrained_pth else None
+        pretrained = read_state_dict(pretrained_pth) if pretrained_pth else None
         self.visual_encoder = build_encoder(visual_encoder)
         self.llm = _build_llm(llm, max_position_embeddings)
         width = self.visual_encoder.config.hidden_size

@@ -20,8 +20,8 @@ from cite.conversions import SOURCES, TARGETS
 @click.option("--to", "target_format", required=True, type=click.Choice(TARGETS))
 def main(source: str, out: str, source_format: str, target_format: str) -> None:
     """Convert the weights SOURCE and write them to OUT, .pth or .safetensors."""
-    from cite.checkpoints import read_state_dict, write_state_dict
     from cite.conversions import convert
+    from pathcore.weights import read_state_dict, write_state_dict
 
     try:
         converted = convert(read_state_dict(source), source_format, target_format)

@@ -16,9 +16,9 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cite.checkpoints import read_state_dict
 from cite.features import FeatureWriter
 from pathcore.files import sha256_of
+from pathcore.weights import read_state_dict
 
 SPLITS = ("train", "val", "test")
 

@@ -8,13 +8,13 @@ from typing import Any
 from mmengine import print_log
 from torch import Tensor
 
-from pallava.modeling.checkpoint import load_strict
 from pallava.modeling.folders import (
     connector_config_of,
     save_connector,
     save_slide_encoder,
     save_vision_encoder,
 )
+from pathcore.weights import load_strict
 
 
 def save_trained_parts(

@@ -19,7 +19,6 @@ from torch.optim import AdamW
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.skipping import default_skip_log
-from pallava.modeling.checkpoint import load_state_dict_file, load_strict
 from pallava.modeling.folders import save_vision_encoder
 from pallava.pairs import PairDataset, collate_pairs
 from pallava.plip.initialisation import (
@@ -31,6 +30,7 @@ from pallava.plip.initialisation import (
 from pallava.plip.losses import ramped_alpha
 from pallava.plip.pretraining import PLIPPretrainingModel
 from pallava.skipping import SkipLog
+from pathcore.weights import load_strict, read_state_dict
 
 ENCODER_FOLDER = "plip_encoder"
 """Folder inside the work directory that `SaveEncoderHook` writes by default."""
@@ -96,7 +96,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         if gradient_checkpointing:
             vision.gradient_checkpointing_enable()
         if pretrained_pth is not None:
-            state_dict = load_state_dict_file(pretrained_pth)
+            state_dict = read_state_dict(pretrained_pth)
             load_strict(self, state_dict, what="PLIP pretraining", source=str(pretrained_pth))
 
     def init_weights(self) -> None:

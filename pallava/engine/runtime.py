@@ -146,7 +146,7 @@ def _allow_training_checkpoints() -> None:
     import torch
     from mmengine.logging import HistoryBuffer
 
-    from pallava.modeling.checkpoint import safe_types
+    from pathcore.weights import safe_types
 
     torch.serialization.add_safe_globals(safe_types(HistoryBuffer))
 

@@ -74,9 +74,9 @@ def load_model(
     import torch
 
     from pallava.inference.assistant import Assistant
-    from pallava.modeling.checkpoint import CheckpointError
     from pallava.modeling.folders import load_connector
     from pallava.modeling.llava import PALLaVA
+    from pathcore.weights import CheckpointError
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(dtype, place)
@@ -308,9 +308,9 @@ def _make_greedy(llm: Any, tokenizer: Any) -> None:
 def _add_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
-    from pallava.modeling.checkpoint import CheckpointError, check_names, load_state_dict_file
+    from pathcore.weights import CheckpointError, check_names, read_state_dict
 
-    tensors = load_state_dict_file(folder)
+    tensors = read_state_dict(folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:

@@ -18,7 +18,6 @@ from transformers import CLIPVisionConfig
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.files import staged_files
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file, load_strict
 from pallava.modeling.plip import (
     POSITION_IDS,
     PUBLISHED_TO_HF,
@@ -29,6 +28,7 @@ from pallava.modeling.plip import (
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.modeling.slide_tokens import SlideTokenConfig, SlideTokenEncoder
 from pallava.registry import CONNECTORS, ENCODERS
+from pathcore.weights import CheckpointError, load_strict, read_state_dict
 
 CONNECTOR_MODEL_TYPE = "q_former_projector"
 """`model_type` in the published `projector/config.json`."""
@@ -57,7 +57,7 @@ def load_vision_encoder(
         CheckpointError: If the weights do not belong to the config.
     """
     encoder = encoder_class(read_vision_config(folder))
-    state_dict = published_names(load_state_dict_file(folder))
+    state_dict = published_names(read_state_dict(folder))
     if not state_dict:
         raise CheckpointError(f"{folder}: the weights hold no vision_model.*")
     load_strict(encoder, state_dict, what="vision encoder", source=str(folder))
@@ -121,7 +121,7 @@ def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
         CheckpointError: If its tensors are not those of a connector.
     """
     folder = Path(folder)
-    state_dict = load_state_dict_file(folder)
+    state_dict = read_state_dict(folder)
     file = folder / "config.json"
     stated = _read_json(file) if file.is_file() else {}
     heads = stated.get("num_attention_heads")
@@ -204,7 +204,7 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
         )
     known = {field.name for field in fields(SlideTokenConfig)}
     encoder = SlideTokenEncoder(**{name: value for name, value in values.items() if name in known})
-    state_dict = load_state_dict_file(folder)
+    state_dict = read_state_dict(folder)
     load_strict(encoder, state_dict, what="slide token encoder", source=str(folder))
     return encoder
 

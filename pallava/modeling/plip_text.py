@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
-from pallava.modeling.checkpoint import load_strict
+from pathcore.weights import load_strict
 
 
 class _Embeddings(nn.Module):

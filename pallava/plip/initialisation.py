@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import BertConfig, BertTokenizerFast, CLIPVisionConfig
 
-from pallava.modeling.checkpoint import load_strict
 from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.plip_text import PLIPTextEncoder
+from pathcore.weights import load_strict
 
 DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
 """Tokens that BLIP adds to BERT's (arXiv:2201.12086): start of decoding, start of matching."""

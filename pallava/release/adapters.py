@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.weights import WeightFolder
+from pathcore.weights import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."

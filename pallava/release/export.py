@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pallava.folder_build import FolderBuild
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
 from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
@@ -22,6 +21,7 @@ from pallava.release.merge import copy_files, write_config, write_shards
 from pallava.release.merge_plan import Merger, folder_identity
 from pallava.release.pth_to_hf import Recipe, processor_config, read_conversion, with_chat_template
 from pallava.release.remote_code import AUTO_MAP, travelling_files
+from pathcore.weights import CheckpointError, read_state_dict
 
 IMAGE_TOKEN = "<image>"
 _TOKENIZER_FILES = (
@@ -97,7 +97,7 @@ def refuse_llava(projector: Path) -> None:
     Raises:
         CheckpointError: Always for a scale-invariant connector; for others with what is missing.
     """
-    names = set(load_state_dict_file(projector))
+    names = set(read_state_dict(projector))
     if any(name.startswith("model.bert.") for name in names):
         raise CheckpointError(
             f"{projector}: the scale-invariant connector is a transformer stack; stock LLaVA holds "

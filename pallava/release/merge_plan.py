@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.adapters import Adapter, AdapterError
 from pallava.release.lora import load_part, merge_rows, needs_whole_weight
 from pallava.release.weights import TensorInfo, TorchFile, WeightFolder, row_blocks
 from pathcore.files import file_identity
+from pathcore.weights import CheckpointError
 
 BLOCK_NUMEL = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Elements merged at a time: on the CPU 4 MiB in fp32, which stay in its caches."""

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.folder_build import FolderBuild
-from pallava.modeling.checkpoint import CheckpointError, StateDict, load_strict
 from pallava.modeling.folders import (
     connector_config_of,
     load_vision_encoder,
@@ -36,6 +35,7 @@ from pallava.release.adapters import CONFIG_NAME
 from pallava.release.zero import load_checkpoint
 from pallava.text.chat_template import chat_template
 from pathcore.files import file_identity
+from pathcore.weights import CheckpointError, StateDict, load_strict
 
 CONVERSION_NAME = "conversion.json"
 _LLM = "llm."

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.adapters import CONFIG_NAME
 from pallava.release.merge_plan import Merger
 from pallava.release.weights import WeightFolder
 from pathcore.files import staged_files
+from pathcore.weights import CheckpointError
 
 
 @dataclass(frozen=True)

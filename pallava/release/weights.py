@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from pallava.folder_build import FileDigest
-from pallava.modeling.checkpoint import (
+from pathcore.weights import (
     CheckpointError,
     check_plain,
-    is_file_name,
-    open_torch_file,
+    read_shard_index,
+    read_state_dict,
 )
 
 DTYPES: dict[str, torch.dtype] = {
@@ -159,7 +159,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_bytes = 0
-        self._mapped = open_torch_file(path)
+        self._mapped = read_state_dict(path, mmap=True)
         self._lock = Lock()  # several shards may be made of one file
         self.tensors = {
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape))
@@ -171,7 +171,7 @@ class TorchFile:
         with self._lock:
             if self._read_bytes > _MAPPED_BYTES:
                 self._mapped, self._read_bytes = {}, 0  # first: two maps would count twice
-                self._mapped = open_torch_file(self.path)
+                self._mapped = read_state_dict(self.path, mmap=True)
             tensor = self._mapped[name]
             tensor = (tensor[start:stop] if tensor.dim() else tensor).clone(
                 memory_format=torch.contiguous_format
@@ -235,29 +235,14 @@ class WeightFolder:
         for name in names:
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                return self._read_index(index)
+                files = read_shard_index(index)
+                self._indexed = set(files)
+                return sorted(set(files.values()))
             if (self.folder / name).is_file():
                 return [self.folder / name]
         raise FileNotFoundError(
             f"{self.folder}: a folder with {' or '.join(names)}, or an index of shards, expected"
         )
-
-    def _read_index(self, index: Path) -> list[Path]:
-        try:
-            weight_map = {
-                str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: no index with a weight_map: {error}") from error
-        self._indexed = set(weight_map)
-        paths = []
-        for shard in sorted(set(weight_map.values())):
-            if not is_file_name(shard):
-                raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder")
-            if not (self.folder / shard).is_file():
-                raise CheckpointError(f"{index}: shard {shard!r} is missing")
-            paths.append(self.folder / shard)
-        return paths
 
 
 def open_weight_file(path: Path) -> WeightFile:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pallava.modeling.checkpoint import (
+from pathcore.weights import (
     ZERO_MODEL_FILE,
     CheckpointError,
     StateDict,
     is_file_name,
-    load_state_dict_file,
-    load_torch_file,
+    read_state_dict,
+    read_torch_file,
 )
 
 _OPTIMIZER_FILES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -45,18 +45,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> StateDict:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return load_state_dict_file(folder)
+        return read_state_dict(folder)
     tag_file = folder / "latest"
     if tag_file.is_file() and not _model_files(folder):
         tag = tag_file.read_text().strip()
         folder = folder / tag if is_file_name(tag) else folder
     models = _model_files(folder)
     if not models:
-        return load_state_dict_file(folder)
+        return read_state_dict(folder)
     optimizers = _ranked(folder, _OPTIMIZER_FILES)
     if not optimizers:
         if models[0].name == ZERO_MODEL_FILE:
-            return load_state_dict_file(folder)
+            return read_state_dict(folder)
         raise CheckpointError(
             f"{folder}: a ZeRO-3 folder without *_optim_states.pt; its parameters lie there"
         )
@@ -64,9 +64,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> StateDict:
 
 
 def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDict:
-    state = _mapping(load_torch_file(models[0]), models[0])
+    state = _mapping(read_torch_file(models[0]), models[0])
     states = [
-        _mapping(_mapping(load_torch_file(file), file).get("optimizer_state_dict"), file)
+        _mapping(_mapping(read_torch_file(file), file).get("optimizer_state_dict"), file)
         for file in optimizers
     ]
     stage = states[0].get("zero_stage", 2)

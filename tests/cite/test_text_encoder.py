@@ -18,8 +18,8 @@ from transformers import (
     CLIPTextModelWithProjection,
 )
 
-from cite.checkpoints import CheckpointError
 from cite.text_encoder import build_text_encoder, find_model
+from pathcore.weights import CheckpointError
 from tests.cite.goldens import CLIP_ARCH, FP32, GOLDEN, read_arrays
 
 TINY_BERT = str(GOLDEN / "tiny_bert")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import gigapath
 from gigapath.slide_encoder import create_model, register_architecture
-from gigapath.slide_weights import find_weights, read_weights
+from gigapath.slide_weights import find_weights
+from pathcore.weights import read_state_dict
 from tests.gigapath.slide_goldens import golden_json, recipe_inputs
 
 ARCH = "gigapath_slide_enc12l768d"
@@ -192,10 +193,10 @@ def changed(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("partial", r"missing: .*, \.\.\."),
-        ("missing", "does not fit this model: 1 missing: encoder.layers.1.ffn.fc1.weight"),
-        ("unknown", "1 unknown: decoder_embed.weight"),
-        ("shape", r"1 of another shape: norm.bias \(33,\) instead of \(32,\)"),
+        ("partial", r"missing: .*, \.\.\. \d+ more"),
+        ("missing", r"(?s)does not fit the .*1 missing.*: encoder.layers.1.ffn.fc1.weight"),
+        ("unknown", r"(?s)1 unexpected.*: decoder_embed.weight"),
+        ("shape", r"(?s)1 of another shape.*: norm.bias: \(33,\) found, \(32,\) expected"),
         ("not finite", "norm.bias holds values that are not finite"),
     ],
 )
@@ -214,7 +215,7 @@ def test_another_size_is_named(tmp_path: Path, state: dict[str, Tensor]) -> None
     torch.save({"model": state}, path)
     with pytest.raises(ValueError, match=f"Its shapes are those of {TINY} with in_chans 8"):
         create_model(path, "gigapath_slide_enc12l384d", 384)
-    with pytest.raises(ValueError, match=f"patch_embed.proj.weight .* {TINY} with in_chans 8"):
+    with pytest.raises(ValueError, match=f"(?s)patch_embed.proj.weight.* {TINY} with in_chans 8"):
         create_model(path, TINY, 9)
 
 
@@ -226,19 +227,19 @@ class Evil:
 def test_code_and_rubbish_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"model": Evil()}, path)
-    with pytest.raises(ValueError, match=r"weights.pth: cannot be read as weights"):
-        read_weights(path)
+    with pytest.raises(ValueError, match=r"weights.pth: cannot be read as a checkpoint"):
+        read_state_dict(path)
     assert not Path("/tmp/must-not-appear").exists()
     torch.save({"model": state}, path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"version https://git-lfs", pickle.dumps(3)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"weights.pth: "):
-            read_weights(path)
+            read_state_dict(path)
     torch.save({"model": {"norm.bias": 3}}, path)
-    with pytest.raises(ValueError, match="expected tensors by name, bare or under 'model'"):
-        read_weights(path)
+    with pytest.raises(ValueError, match=r"holds no named tensors; found \['norm.bias'\]"):
+        read_state_dict(path)
     broken = tmp_path / "weights.safetensors"
     broken.write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"weights.safetensors: cannot be read"):
-        read_weights(broken)
+        read_state_dict(broken)

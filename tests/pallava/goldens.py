@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig
 
-from pallava.modeling.checkpoint import load_state_dict_file, load_strict
 from pallava.modeling.folders import connector_config_of
 from pallava.modeling.llava import PALLaVA, SubImageMask
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.qformer import ScaleInvariantConnector, connector_state_dict
+from pathcore.weights import load_strict, read_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pallava"
 RELEASED_PTH = GOLDEN / "model" / "released" / "tiny_release.pth"
@@ -79,7 +79,7 @@ def lora_config(**changes: Any) -> LoraConfig:
 
 def model(checkpoint: Path, sub_image_mask: SubImageMask = "exact") -> PALLaVA:
     """The whole recorded model, its encoder frozen, in evaluation mode."""
-    state_dict = load_state_dict_file(checkpoint)
+    state_dict = read_state_dict(checkpoint)
     whole = PALLaVA(
         llm(),
         encoder().requires_grad_(False),

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from pallava.default_collate_fn import default_collate_fn
 from pallava.model import LLaVAModel
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
 from pallava.modeling.folders import load_connector, load_vision_encoder, save_vision_encoder
 from pallava.registry import ENCODERS
+from pathcore.weights import CheckpointError, read_state_dict
 from tests.pallava import goldens
 
 
@@ -92,7 +92,7 @@ def test_gradients_with_everything_switched_on_are_the_published_ones(plip: Path
 
 
 def test_only_what_is_trained_is_saved(plip: Path) -> None:
-    released = load_state_dict_file(goldens.RELEASED_PTH)
+    released = read_state_dict(goldens.RELEASED_PTH)
     model = build(plip, pretrained_pth=goldens.RELEASED_PTH)
     assert model.state_dict().keys() == released.keys()
     assert all(torch.equal(tensor, released[name]) for name, tensor in model.state_dict().items())
@@ -129,7 +129,7 @@ def test_the_mode_asked_for_is_built(plip: Path) -> None:
 
 
 def test_a_partial_checkpoint_is_an_error_that_lists_names(plip: Path, tmp_path: Path) -> None:
-    partial = load_state_dict_file(goldens.RELEASED_PTH)
+    partial = read_state_dict(goldens.RELEASED_PTH)
     gone = "llm.base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
     del partial[gone], partial["projector.model.norm.bias"]
     torch.save(partial | {"llm.extra": torch.zeros(1)}, tmp_path / "a.pth")
@@ -302,7 +302,7 @@ def test_a_model_without_memory_is_exported_in_the_mode_of_its_checkpoint(
     from pallava.modeling.qformer import connector_state_dict
 
     checkpoint = goldens.RELEASED_PTH if kind == "released" else goldens.CROSSATTN_STATE
-    state_dict = load_state_dict_file(checkpoint)
+    state_dict = read_state_dict(checkpoint)
     with init_empty_weights():  # as `xtuner convert pth_to_hf` does it
         empty = build(plip, cross_attention=True, connector={"intermediate_size": 128})
     for name, tensor in state_dict.items():

@@ -13,10 +13,10 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
-from cite.checkpoints import CheckpointError
 from cite.encoders import build_encoder
 from cite.encoders.timm_vit import read_timm_folder
 from cite.mm.backbones import PromptedTimm
+from pathcore.weights import CheckpointError
 from tests.gigapath.tiny_encoders import config, tiny_model, write_tile_encoder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +78,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         PromptedTimm(folder=str(folder))
     (folder / "config.json").write_text(json.dumps(config(dict(embed_dim=48, img_size=32))))
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="holds neither"):
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
         PromptedTimm(folder=str(folder), model_args=dict(depth=1))
 
 

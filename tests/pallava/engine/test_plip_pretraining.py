@@ -18,8 +18,8 @@ from pallava.engine.plip_pretraining import (
     SaveEncoderHook,
     collate_pairs,
 )
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.modeling.folders import load_vision_encoder
+from pathcore.weights import CheckpointError
 
 VISION = {
     "hidden_size": 32,

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from pallava.images import load_image
-from pallava.modeling.checkpoint import load_state_dict_file, load_strict
 from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import published_names
 from pallava.pairs import plain_resize
 from pallava.skipping import SkipLog
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.weights import load_strict, read_state_dict
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pallava"
 CONFIG = CONFIGS / "plip_pretraining_tiny.py"
@@ -153,7 +153,7 @@ def test_the_encoder_folder_is_what_stage_one_and_transformers_load(trained):
         expected = clip(pixels, output_hidden_states=True).hidden_states
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    weights = published_names(load_state_dict_file(trained[0] / "epoch_60.pth"))
+    weights = published_names(read_state_dict(trained[0] / "epoch_60.pth"))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(weights[name], tensor), name
 
@@ -178,7 +178,7 @@ def test_the_checkpoint_loads_without_mmengine(trained, data):
         embed_dim=64,
         queue_size=256,
     )
-    weights = load_state_dict_file(trained[0] / "epoch_60.pth")
+    weights = read_state_dict(trained[0] / "epoch_60.pth")
     load_strict(model, weights, what="PLIP")
     assert model.idx_queue.min() >= 0
 
@@ -192,7 +192,7 @@ def test_resume_goes_on_where_it_stopped(trained, data, tmp_path):
     rows = scalars(tmp_path)
     assert rows[-1]["epoch"] == 61
     assert rows[-1]["loss_ita"] < 1.2 * scalars(trained[0])[-1]["loss_ita"]
-    before = load_state_dict_file(checkpoint)
+    before = read_state_dict(checkpoint)
     after = load_file(tmp_path / "plip_encoder" / "model.safetensors")
     name = "vision_model.embeddings.class_embedding"
     moved = (after[name] - before[f"visual_encoder.{name}"]).abs().max()
@@ -208,7 +208,7 @@ def test_two_processes(data, tmp_path):
     )
     assert code in (0, EXIT_SKIPPED), output[-4000:]
     assert [row["epoch"] for row in scalars(tmp_path)] == [1, 2]
-    weights = load_state_dict_file(tmp_path / "epoch_2.pth")
+    weights = read_state_dict(tmp_path / "epoch_2.pth")
     # 2 epochs of 6 steps of 16 pairs of both ranks.
     assert weights["ptr_queue"].item() == 192
     assert (weights["idx_queue"] >= 0).sum() == 192
@@ -249,7 +249,7 @@ def test_the_full_recipe_starts_from_clip_and_bert_folders(data, tmp_path):
         ],
     )
     assert code in (0, EXIT_SKIPPED), output[-4000:]
-    weights = load_state_dict_file(tmp_path / "run" / "epoch_1.pth")
+    weights = read_state_dict(tmp_path / "run" / "epoch_1.pth")
     assert weights["image_queue"].shape == (256, 50)
     trained = load_file(tmp_path / "run" / "plip_encoder" / "model.safetensors")
     start = clip.state_dict()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pallava.modeling.checkpoint import load_state_dict_file
+from pathcore.weights import read_state_dict
 from tests.pallava.engine.tiny_run import GOLDEN, losses, make_folder, run
 
 CONFIG = Path(__file__).with_name("published_style.py")
@@ -52,7 +52,7 @@ def test_trains_released_weights_on_this_machine(folder: Path) -> None:
     assert result.stdout.count("Sample output:") >= 4
     work_dir = folder / "work_dirs" / CONFIG.stem
     (last,) = work_dir.glob("iter_10.pth")
-    before, after = load_state_dict_file(folder / "released.pth"), load_state_dict_file(last)
+    before, after = read_state_dict(folder / "released.pth"), read_state_dict(last)
     assert before.keys() == after.keys(), "released weights stay in released mode"
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(changed) == len(before) - 1, "all but the position ids were trained"

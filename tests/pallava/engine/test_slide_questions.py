@@ -148,8 +148,8 @@ def test_the_hook_asks_about_slides(tmp_path: Path) -> None:
 
 def test_starts_from_a_stage_on_images(tmp_path: Path) -> None:
     from pallava.model import LLaVAModel
-    from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
     from pallava.modeling.slide_tokens import SlideTokenEncoder
+    from pathcore.weights import CheckpointError, read_state_dict
 
     def build(checkpoint: Path) -> LLaVAModel:
         encoder = SlideTokenEncoder(in_features=32, hidden_size=64, num_attention_heads=4)
@@ -162,7 +162,7 @@ def test_starts_from_a_stage_on_images(tmp_path: Path) -> None:
             llm_lora=goldens.lora_config(),
         )
 
-    images = load_state_dict_file(goldens.CROSSATTN_STATE)
+    images = read_state_dict(goldens.CROSSATTN_STATE)
     model = build(goldens.CROSSATTN_STATE)
     state_dict = model.state_dict()
     assert {n for n in state_dict if n not in images} == {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pallava.modeling.checkpoint import load_state_dict_file
 from pallava.modeling.folders import load_connector, load_vision_encoder
+from pathcore.weights import read_state_dict
 from tests.pallava.engine.tiny_run import (
     CONFIGS,
     STAGE1,
@@ -55,7 +55,7 @@ def resumed(folder: Path, whole: Path, *options: object, processes: int = 1) -> 
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:
-    left, right = load_state_dict_file(first), load_state_dict_file(second)
+    left, right = read_state_dict(first), read_state_dict(second)
     assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, f"{len(different)} of {len(left)} tensors differ: {different[:3]}"
@@ -72,7 +72,7 @@ def test_learns_and_says_what_it_left_out(folder: Path, stage1: Path) -> None:
 
 
 def test_checkpoint_holds_what_was_trained(stage1: Path) -> None:
-    names = set(load_state_dict_file(stage1 / "iter_40.pth"))
+    names = set(read_state_dict(stage1 / "iter_40.pth"))
     assert "projector.model.bert.embeddings.position_ids" in names
     assert any(".crossattention." in name for name in names)
     assert any(name.endswith("lora_A.default.weight") for name in names)
@@ -116,7 +116,7 @@ def test_deepspeed_zero2(folder: Path) -> None:
     result = run(folder, "pth-to-hf", STAGE1, whole / "iter_24.pth", folder / "parts", "--fp32")
     assert result.returncode == 0, result.stdout[-3000:]
     adapter = load_file(folder / "parts" / "llm_adapter" / "adapter_model.safetensors")
-    trained = load_state_dict_file(whole / "iter_24.pth")
+    trained = read_state_dict(whole / "iter_24.pth")
     copies = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
     assert len(adapter) == len(copies) > 0
     for name, copy in copies.items():

@@ -25,13 +25,13 @@ def save_encoder(folder: Path) -> None:
     """Writes the golden vision encoder as the folder that configs name."""
     from transformers import CLIPVisionConfig
 
-    from pallava.modeling.checkpoint import load_state_dict_file, load_strict
     from pallava.modeling.folders import save_vision_encoder
     from pallava.modeling.plip import PLIPVisionEncoder, published_names
+    from pathcore.weights import load_strict, read_state_dict
 
     config = json.loads((GOLDEN / "visual_encoder/img32_config.json").read_text())
     encoder = PLIPVisionEncoder(CLIPVisionConfig(**config))
-    weights = load_state_dict_file(GOLDEN / "visual_encoder/img32_weights.safetensors")
+    weights = read_state_dict(GOLDEN / "visual_encoder/img32_weights.safetensors")
     load_strict(encoder, published_names(weights), what="encoder")
     save_vision_encoder(encoder, folder)
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from pallava import load_model
 from pallava.inference.assistant import Assistant
 from pallava.inference.loading import fingerprint
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.text.templates import PROMPT_TEMPLATES, find_template
+from pathcore.weights import CheckpointError
 from tests.pallava import goldens
 from tests.pallava.tiny_folders import make_folders
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.modeling.folders import load_vision_encoder, read_vision_config, save_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
+from pathcore.weights import CheckpointError
 from tests.pallava import goldens
 
 SIZES = ("img32", "img64")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BlipTextConfig, BlipTextModel
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.modeling.plip_text import PLIPTextEncoder
+from pathcore.weights import CheckpointError
 
 SIZES = {
     "vocab_size": 40,

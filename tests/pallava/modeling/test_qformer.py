@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.modeling.folders import connector_config_of, load_connector, save_connector
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
+from pathcore.weights import CheckpointError
 from tests.pallava import goldens
 
 TOKENS, WIDTH = 4, 64

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pallava.modeling.attention_maps import tile_attention
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.modeling.folders import load_slide_encoder, save_connector, save_slide_encoder
 from pallava.modeling.llava import PALLaVA
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
@@ -20,6 +19,7 @@ from pallava.modeling.slide_tokens import SlideTokenEncoder, encode_positions
 from pallava.registry import ENCODERS
 from pallava.slide_bags import SlideBag
 from pallava.text.encoding import IMAGE_TOKEN_INDEX
+from pathcore.weights import CheckpointError
 from tests.pallava import goldens
 
 WIDTH, FEATURES, MAP = 64, 24, 3

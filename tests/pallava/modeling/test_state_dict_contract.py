@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
 from pallava.model import LLaVAModel
-from pallava.modeling.checkpoint import CheckpointError, load_strict
 from pallava.modeling.folders import connector_config_of
 from pallava.modeling.plip import PUBLISHED_TO_HF, PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
+from pathcore.weights import CheckpointError, load_strict
 from tests.pallava import goldens
 
 CONNECTOR_FILES = {

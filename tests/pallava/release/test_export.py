@@ -16,12 +16,12 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.anyres import AnyRes
 from pallava.images import load_image
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.export import export
 from pallava.release.hub import plan_push, push
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.release.remote_code import travelling_files
 from pallava.text.encoding import encode_prompt
+from pathcore.weights import CheckpointError
 from tests.pallava.engine.tiny_run import save_image
 from tests.pallava.goldens import CROSSATTN_STATE, RELEASED_PTH, TINY_LLAMA, model, tokenizer
 from tests.pallava.release.exported import QUESTIONS, answer

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pallava.folder_build import read_manifest
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release import merge_plan
 from pallava.release.adapters import AdapterError
 from pallava.release.merge import merge
 from pallava.release.merge_plan import Merger, OutputTensor
 from pathcore.files import sha256_of
+from pathcore.weights import CheckpointError
 from tests.pallava.release.models import load, merged_by_peft, save_adapter, save_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

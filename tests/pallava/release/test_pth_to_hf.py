@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from xtuner.utils import PROMPT_TEMPLATE
 
-from pallava.modeling.checkpoint import CheckpointError, load_state_dict_file
 from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.modeling.qformer import connector_state_dict
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint, read_conversion
+from pathcore.weights import CheckpointError, read_state_dict
 from tests.pallava.engine.tiny_run import CONFIGS, make_folder, run, save_encoder
 from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2, TINY_LLAMA, tokenizer
 
@@ -41,7 +41,7 @@ def test_parts_load(checkpoint: Path, tmp_path: Path) -> None:
     convert_checkpoint(
         checkpoint, recipe(tmp_path), out, save_tokenizer=tokenizer().save_pretrained, fp32=True
     )
-    state_dict = load_state_dict_file(checkpoint)
+    state_dict = read_state_dict(checkpoint)
     connector = load_connector(out / "projector")
     assert connector.config.num_attention_heads == 4 and not connector.uses_sub_images
     for name, tensor in connector_state_dict(state_dict).items():
@@ -61,7 +61,7 @@ def test_parts_load(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_lora(tmp_path: Path) -> None:
-    state_dict = load_state_dict_file(RELEASED_PTH)
+    state_dict = read_state_dict(RELEASED_PTH)
     torch.save({"llm.model.norm.weight": torch.ones(64)} | state_dict, tmp_path / "whole.pth")
     with pytest.raises(CheckpointError, match="not LoRA"):
         convert_checkpoint(tmp_path / "whole.pth", recipe(tmp_path, lora={}), tmp_path / "out")

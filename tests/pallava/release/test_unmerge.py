@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.merge import merge
 from pallava.release.unmerge import check_merge, extract_adapter
+from pathcore.weights import CheckpointError
 from tests.pallava.release.models import load, save_adapter, save_llama
 
 

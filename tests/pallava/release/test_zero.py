@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pallava.modeling.checkpoint import CheckpointError
 from pallava.release.zero import load_checkpoint
+from pathcore.weights import CheckpointError
 from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2
 from tests.pallava.release.deepspeed_writer import TAG
 

@@ -51,10 +51,10 @@ def test_summary_states_every_figure(finished: Path) -> None:
 
 
 def test_stages_ran_in_their_modes(finished: Path) -> None:
-    from pallava.modeling.checkpoint import load_state_dict_file
+    from pathcore.weights import read_state_dict
 
     for folder in TRAINED:
-        names = load_state_dict_file(finished / folder / "iter_20.pth")
+        names = read_state_dict(finished / folder / "iter_20.pth")
         crossed = any(".crossattention." in name for name in names)
         assert crossed == folder.startswith("scale_invariant")
 

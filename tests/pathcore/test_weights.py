@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import json
 import os
 import pickle
@@ -10,21 +12,28 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pallava.modeling.checkpoint import (
+from pallava.release.weights import open_weight_file
+from pathcore.weights import (
     ZERO_MODEL_FILE,
     CheckpointError,
-    load_state_dict_file,
+    check_finite,
+    check_loading_report,
     load_strict,
+    read_shard_index,
+    read_state_dict,
     safe_types,
+    strip_prefix_to_fit,
+    write_state_dict,
 )
-from pallava.release.weights import open_weight_file
 from tests.pallava import goldens
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([1, 2])}
@@ -42,18 +51,18 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor] = TENSORS)
 def test_a_pickled_file_loads(tmp_path: Path, name: str, wrapper: str | None) -> None:
     content = {wrapper: TENSORS, "meta": {"iter": 3}} if wrapper else TENSORS
     torch.save(content, tmp_path / name)
-    assert_same(load_state_dict_file(tmp_path / name))
-    assert_same(load_state_dict_file(str(tmp_path / name)))
+    assert_same(read_state_dict(tmp_path / name))
+    assert_same(read_state_dict(str(tmp_path / name)))
 
 
 def test_an_old_style_file_loads(tmp_path: Path) -> None:
     torch.save({"state_dict": TENSORS}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    assert_same(load_state_dict_file(tmp_path / "a.pth"))
+    assert_same(read_state_dict(tmp_path / "a.pth"))
 
 
 def test_safetensors_load(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
-    assert_same(load_state_dict_file(tmp_path / "a.safetensors"))
+    assert_same(read_state_dict(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -70,14 +79,14 @@ def test_a_folder_loads(tmp_path: Path, name: str) -> None:
     save = save_file if name.endswith(".safetensors") else torch.save
     content = {"module": TENSORS, "ds_version": "0.19"} if name == ZERO_MODEL_FILE else TENSORS
     save(content, tmp_path / name)
-    assert_same(load_state_dict_file(tmp_path))
+    assert_same(read_state_dict(tmp_path))
 
 
 def test_the_folder_that_deepspeed_writes_above_its_own_loads(tmp_path: Path) -> None:
     (tmp_path / "iter_20.pth").mkdir()
     torch.save({"module": TENSORS}, tmp_path / "iter_20.pth" / ZERO_MODEL_FILE)
     (tmp_path / "latest").write_text("iter_20.pth\n")
-    assert_same(load_state_dict_file(tmp_path))
+    assert_same(read_state_dict(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -91,18 +100,18 @@ def test_a_sharded_folder_loads(tmp_path: Path, suffix: str) -> None:
         weight_map[name] = shard
     index = tmp_path / f"{stem}.{suffix}.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    assert_same(load_state_dict_file(tmp_path))
+    assert_same(read_state_dict(tmp_path))
 
     weight_map["c.weight"] = weight_map["b.bias"]
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=r"the shards lack c\.weight"):
-        load_state_dict_file(tmp_path)
+        read_state_dict(tmp_path)
     weight_map["c.weight"] = f"{stem}-00003-of-00003.{suffix}"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(
         CheckpointError, match=r"index\.json: shard '.*00003-of-00003.*' is missing"
     ):
-        load_state_dict_file(tmp_path)
+        read_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -110,7 +119,7 @@ def test_hugging_faces_own_shards_load(tmp_path: Path, safe: bool) -> None:
     model = goldens.llm(r=0)
     model.save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=safe)
     assert len(list(tmp_path.glob("*-of-*"))) > 2
-    assert_same(load_state_dict_file(tmp_path), model.state_dict())
+    assert_same(read_state_dict(tmp_path), model.state_dict())
 
 
 def test_a_peft_adapter_folder_loads(tmp_path: Path) -> None:
@@ -118,14 +127,14 @@ def test_a_peft_adapter_folder_loads(tmp_path: Path) -> None:
 
     model = goldens.llm()
     model.save_pretrained(tmp_path)
-    found = load_state_dict_file(tmp_path)
+    found = read_state_dict(tmp_path)
     assert_same(found, get_peft_model_state_dict(model))
     assert all(".lora_" in name and ".default" not in name for name in found)
 
 
 def test_both_published_forms_hold_the_same_names() -> None:
-    pth = load_state_dict_file(goldens.RELEASED_PTH)
-    zero2 = load_state_dict_file(goldens.RELEASED_ZERO2)
+    pth = read_state_dict(goldens.RELEASED_PTH)
+    zero2 = read_state_dict(goldens.RELEASED_ZERO2)
     assert pth.keys() == zero2.keys()
     assert len(pth) == 65
     for name, tensor in zero2.items():
@@ -156,8 +165,8 @@ class Blocker:
         if name.split(".")[0] in ("mmengine", "deepspeed", "xtuner"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocker())
-from pallava.modeling.checkpoint import load_state_dict_file
-print({name: tensor.tolist() for name, tensor in load_state_dict_file(sys.argv[1]).items()})
+from pathcore.weights import read_state_dict
+print({name: tensor.tolist() for name, tensor in read_state_dict(sys.argv[1]).items()})
 assert "mmengine" not in sys.modules
 """
 
@@ -227,7 +236,7 @@ def test_a_file_that_runs_a_command_is_refused(tmp_path: Path, name: str) -> Non
     trace.unlink()
     path = tmp_path if name != "a.pth" else tmp_path / name
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as a checkpoint"):
-        load_state_dict_file(path)
+        read_state_dict(path)
     assert not trace.exists()
 
 
@@ -235,14 +244,14 @@ def test_a_raw_pickle_that_runs_a_command_is_refused(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     (tmp_path / "a.pth").write_bytes(pickle.dumps(RunsACommand(f"touch {trace}"), protocol=2))
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        load_state_dict_file(tmp_path / "a.pth")
+        read_state_dict(tmp_path / "a.pth")
     assert not trace.exists()
 
 
 def test_a_getattr_beyond_log_statistics_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": TENSORS, "extra": ReadsAnAttribute()}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        load_state_dict_file(tmp_path / "a.pth")
+        read_state_dict(tmp_path / "a.pth")
 
 
 def test_a_getattr_of_a_history_gives_its_statistics_alone() -> None:
@@ -299,18 +308,18 @@ def test_long_lists_are_cut() -> None:
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"iter_9\.pth: no such file or folder"):
-        load_state_dict_file(tmp_path / "iter_9.pth")
+        read_state_dict(tmp_path / "iter_9.pth")
 
 
 def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"expected {ZERO_MODEL_FILE}.*model\.safetensors"):
-        load_state_dict_file(tmp_path)
+        read_state_dict(tmp_path)
 
 
 def test_a_zero3_folder_says_how_to_gather_it(tmp_path: Path) -> None:
     torch.save({"module": {}}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match=r"ZeRO-3.*zero_to_fp32\.py"):
-        load_state_dict_file(tmp_path)
+        read_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +331,7 @@ def test_a_shard_elsewhere_is_refused(tmp_path: Path, shard: str) -> None:
     index = {"weight_map": {"a.weight": shard}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lies outside the folder"):
-        load_state_dict_file(tmp_path / "hf")
+        read_state_dict(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a..b", "a\\b", "a\nb", ""])
@@ -331,7 +340,7 @@ def test_a_path_as_a_tensors_name_is_refused(tmp_path: Path, name: str) -> None:
     save_file({name: torch.zeros(2)}, tmp_path / "bad.safetensors")
     for file in ("bad.pth", "bad.safetensors"):
         with pytest.raises(CheckpointError, match="under the name"):
-            load_state_dict_file(tmp_path / file)
+            read_state_dict(tmp_path / file)
         with pytest.raises(CheckpointError, match="under the name"):
             open_weight_file(tmp_path / file)
 
@@ -344,14 +353,14 @@ def test_a_tag_elsewhere_is_not_followed(tmp_path: Path, tag: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").write_text(tag)
     with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
-        load_state_dict_file(tmp_path / "run")
+        read_state_dict(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {"state_dict": {}}])
 def test_a_file_without_tensors_says_what_it_found(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"a\.pth: holds no named tensors; found"):
-        load_state_dict_file(tmp_path / "a.pth")
+        read_state_dict(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
@@ -363,21 +372,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
     content = {"text": b"<html>404</html>", "half": whole[: len(whole) // 2], "empty": b""}
     (tmp_path / name).write_bytes(content[damage])
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as a checkpoint"):
-        load_state_dict_file(tmp_path / name)
+        read_state_dict(tmp_path / name)
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"weights": 1}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
-            load_state_dict_file(tmp_path)
+            read_state_dict(tmp_path)
 
 
 def test_an_archive_is_not_a_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("readme", "hello")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        load_state_dict_file(tmp_path / "a.pth")
+        read_state_dict(tmp_path / "a.pth")
 
 
 def test_reading_a_checkpoint_leaves_allowed_what_was_allowed(tmp_path: Path) -> None:
@@ -386,5 +395,214 @@ def test_reading_a_checkpoint_leaves_allowed_what_was_allowed(tmp_path: Path) ->
     allowed = safe_types()
     torch.serialization.add_safe_globals(allowed)
     before = set(torch.serialization.get_safe_globals())
-    load_state_dict_file(file)
+    read_state_dict(file)
     assert set(torch.serialization.get_safe_globals()) == before >= set(allowed)
+
+
+OTHERS = {"a.weight": torch.zeros(2, 3), "b.bias": torch.zeros(2)}
+
+
+def optimizer_state() -> dict[str, Any]:
+    """State of a real optimizer after a step."""
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor] = TENSORS) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": TENSORS, "meta": {"iter": 3}},
+        {"model": TENSORS, "optimizer": "AdamW", "epoch": 3},
+        {"model_state_dict": TENSORS},
+        {"model": {"state_dict": TENSORS}},
+        {"state_dict": {"model": TENSORS}},
+        {"student": OTHERS, "teacher": TENSORS, "dino_loss": {"center": torch.zeros(1)}},
+        {"student": TENSORS},
+        {"model": TENSORS, "model_ema": OTHERS},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        {"state_dict": prefixed("module._orig_mod.")},
+        {**TENSORS, "epoch": 3},
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_trainers_wrap_around_weights(tmp_path: Path, content: Any, zipped: bool) -> None:
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    assert_same(read_state_dict(tmp_path / "a.pth"))
+    assert_same(read_state_dict(tmp_path / "a.pth", mmap=True))
+
+
+@pytest.mark.usefixtures("nothing_allowed")
+def test_settings_beside_the_weights(tmp_path: Path) -> None:
+    """MAE, RETFound, HIPT and DINO store their parsed arguments."""
+    arguments = argparse.Namespace(
+        lr=1e-3,
+        output_dir="/data",
+        betas=(0.9, 0.95),
+        device=torch.device("cpu"),
+    )
+    counts: Any = collections.defaultdict(int, a=1)
+    content = {
+        "model": TENSORS,
+        "optimizer": optimizer_state(),
+        "scaler": {"scale": 65536.0},
+        "args": arguments,
+        "counts": counts,
+        "best": np.float64(0.5),
+    }
+    torch.save(content, tmp_path / "checkpoint-799.pth")
+    with pytest.raises(Exception, match="Namespace"):
+        torch.load(tmp_path / "checkpoint-799.pth", weights_only=True)
+    assert_same(read_state_dict(tmp_path / "checkpoint-799.pth"))
+
+
+class MyTrainer:
+    """A class of some training script."""
+
+
+def test_an_object_that_is_no_data_is_named(tmp_path: Path) -> None:
+    torch.save({"model": TENSORS, "trainer": MyTrainer()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"test_weights\.MyTrainer.*would run code") as caught:
+        read_state_dict(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "pytorch_model.bin")
+    assert_same(read_state_dict(tmp_path / "pytorch_model.bin"))
+    assert_same(read_state_dict(tmp_path))
+    torch.save(TENSORS, tmp_path / "a.safetensors")
+    assert_same(read_state_dict(tmp_path / "a.safetensors"))
+    torch.save(TENSORS, tmp_path / "checkpoint.pth.tar")
+    assert_same(read_state_dict(tmp_path / "checkpoint.pth.tar"))
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 3)
+    torch.jit.script(layer).save(str(tmp_path / "ViT.pt"))
+    assert_same(read_state_dict(tmp_path / "ViT.pt"), layer.state_dict())
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+
+def write_foreign(path: Path, kind: str) -> None:
+    if kind == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, **{"Transformer/encoder": np.zeros(3)})
+    elif kind in ("png", "jpeg", "tiff"):
+        with open(path, "wb") as file:
+            Image.new("RGB", (4, 4)).save(file, kind)
+    elif kind == "h5":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            file["weights"] = np.zeros(3)
+    else:
+        texts = {
+            "lfs": LFS,
+            "html": b"\n<!DOCTYPE html><html>Google Drive can't scan this file</html>",
+            "xml": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            "json": b'{"architecture": "vit"}',
+            "gzip": b"\x1f\x8b\x08\x00" + bytes(9),
+            "empty": b"",
+        }
+        path.write_bytes(texts[kind])
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("lfs", "a Git LFS pointer .*git lfs pull"),
+        ("html", "an HTML page"),
+        ("xml", "an XML document"),
+        ("json", "JSON text"),
+        ("gzip", "a gzip archive; unpack"),
+        ("empty", "empty"),
+        ("png", "a PNG image"),
+        ("jpeg", "a JPEG image"),
+        ("tiff", "a TIFF image"),
+        ("npz", "an archive of NumPy arrays.*timm reads"),
+        ("h5", "an HDF5 file"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path: Path, kind: str, message: str, name: str) -> None:
+    write_foreign(tmp_path / name, kind)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read.*: it is {message}"):
+        read_state_dict(tmp_path / name)
+
+
+def test_written_files_read_back(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    tensors = {"q": whole[:2], "k": whole[2:], "t": whole.t()}  # share one storage
+    for name in ("a.safetensors", "a.pth", "a.pt"):
+        write_state_dict(tmp_path / name, tensors)
+        assert_same(read_state_dict(tmp_path / name), tensors)
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        write_state_dict(tmp_path / "a.bin", tensors)
+
+
+def test_a_hint_ends_the_list_of_what_does_not_fit() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"(?s)1 missing, 2 unexpected.*weight.*Is it a BERT"
+    ) as caught:
+        load_strict(
+            nn.Linear(3, 2, bias=False),
+            TENSORS,
+            what="layer",
+            hint=lambda found: "Is it a BERT?" if "b.bias" in found else "",
+        )
+    assert str(caught.value).endswith("  Is it a BERT?")
+
+
+def test_a_prefix_goes_where_the_names_then_fit() -> None:
+    teacher = {**prefixed("backbone."), "head.mlp.0.weight": torch.zeros(1)}
+    assert_same(strip_prefix_to_fit(teacher, TENSORS))
+    assert_same(strip_prefix_to_fit(TENSORS, TENSORS))
+    unknown = prefixed("tower.")
+    assert_same(strip_prefix_to_fit(unknown, TENSORS), unknown)
+    named_like_a_prefix = {"model.weight": torch.zeros(1)}
+    assert_same(strip_prefix_to_fit(named_like_a_prefix, ["model.weight"]), named_like_a_prefix)
+
+
+def test_values_that_are_not_finite() -> None:
+    check_finite(TENSORS, "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: b\.weight holds values"):
+        check_finite({**TENSORS, "b.weight": torch.tensor([1.0, float("nan")])}, "a.pth")
+
+
+def test_the_loading_report_of_transformers(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    sizes = dict(vocab_size=11, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    for layers, hidden, message in ((1, 8, None), (2, 8, r"16 missing"), (1, 12, "another shape")):
+        config = BertConfig(**{**sizes, "hidden_size": hidden}, num_hidden_layers=layers)
+        _, report = BertModel.from_pretrained(
+            tmp_path,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            add_pooling_layer=False,
+        )
+        if message is None:
+            check_loading_report(report, what="BERT", source=tmp_path)
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                check_loading_report(report, what="BERT", source=tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", ".."])
+def test_an_index_points_into_its_own_folder(tmp_path: Path, shard: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(f'{{"weight_map": {{"a": "{shard}"}}}}')
+    with pytest.raises(CheckpointError, match="lies outside the folder"):
+        read_shard_index(index)

@@ -1,0 +1,601 @@
+"""Reads checkpoints without running code in them, and loads them completely or not at all.
+
+`read_state_dict` takes the containers in which weights are published: safetensors, `torch.save` in
+its zip and its older format, TorchScript (OpenAI's CLIP), Hugging Face folders with or without
+shards and DeepSpeed ZeRO-1/2 folders. `load_strict` copies them into a module and names every
+tensor that is missing, unexpected or of another shape.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pathcore.files import atomic_file
+
+StateDict = dict[str, Tensor]
+
+ZERO_MODEL_FILE = "mp_rank_00_model_states.pt"
+"""Where DeepSpeed ZeRO-1 and ZeRO-2 keep the unpartitioned parameters, under the key `module`."""
+
+_ZERO3_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+_FOLDER_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+    "adapter_model.bin",
+)
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher", "student")
+"""Keys under which trainers store the weights: MMEngine and Lightning, plain torch, MAE and timm,
+DeepSpeed, DINO. DINO evaluates its teacher (an average of the student), so that goes first.
+`model_ema` is missing on purpose: which of two sets of weights is wanted is the caller's choice."""
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
+
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
+_SHOWN_NAMES = 20
+_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]|\.\.")
+_PAGE = "an HTML page, which servers send in place of a file that needs a login or a confirmation"
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer and not the weights themselves; run `git lfs pull`, or download the "
+        "file from its page",
+    ),
+    (b"<!doctype html", f"{_PAGE}; download it with a browser"),
+    (b"<html", f"{_PAGE}; download it with a browser"),
+    (b"<?xml", "an XML document, often the error page of a storage server; download it again"),
+    (b"\x89png", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"ii*\0", "a TIFF image"),
+    (b"mm\0*", "a TIFF image"),
+    (b"%pdf", "a PDF document"),
+    (b"\x89hdf", "an HDF5 file, as Keras writes; convert it to PyTorch first"),
+    (b"\x93numpy", "a single NumPy array"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"{", "JSON text; the weights lie in another file"),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model it is loaded into."""
+
+
+def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
+    """Reads the tensors of a checkpoint into one flat dictionary on the CPU.
+
+    The content decides on the format, not the suffix. Optimizer states, arguments and other
+    entries beside the weights are dropped, as are the prefixes `module.` and `_orig_mod.`.
+
+    Args:
+        path: A file; a Hugging Face folder, sharded or not, model or adapter; or a DeepSpeed
+            ZeRO-1/2 folder.
+        mmap: Whether tensors of a `torch.save` file stay on disk until they are used. The file
+            must then not change as long as the tensors live.
+
+    Raises:
+        FileNotFoundError: If nothing exists at `path`.
+        CheckpointError: If it is no checkpoint, or holds objects that are not allowed.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "epoch_3.pth"
+        >>> torch.save({"state_dict": {"module.fc.weight": torch.zeros(2, 3)}, "epoch": 3}, file)
+        >>> {name: tuple(tensor.shape) for name, tensor in read_state_dict(file).items()}
+        {'fc.weight': (2, 3)}
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, mmap)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file or folder")
+    container = _recognise(path)
+    if container == "safetensors":
+        return _read_safetensors(path)
+    if container == "torchscript":
+        # Only deserialises: the methods of the archive are compiled but not called.
+        tensors = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        check_plain(tensors, path)
+        return tensors
+    return _unwrap(_torch_load(path, mmap=mmap and container == "zip"), path)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+    """Reads everything that a `torch.save` file holds: tensors and a few harmless types.
+
+    Raises:
+        CheckpointError: If it is no such file, or holds objects that are not allowed.
+    """
+    path = Path(path)
+    return _torch_load(path, mmap=_recognise(path) == "zip")
+
+
+def write_state_dict(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
+    """Writes tensors to a `.safetensors` file, or under `state_dict` to a `.pth` or `.pt` file.
+
+    Raises:
+        ValueError: If `path` has another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path}: a name that ends in .safetensors, .pth or .pt expected")
+    # Safetensors refuses tensors that share memory, as the chunks of one tensor do.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with atomic_file(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file(tensors, partial)
+        else:
+            torch.save({"state_dict": tensors}, partial)
+
+
+def load_strict(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    what: str,
+    source: str | os.PathLike[str] = "checkpoint",
+    hint: Callable[[Mapping[str, Tensor]], str] | None = None,
+) -> None:
+    """Copies a state dict into a module; every name and every shape must agree.
+
+    Args:
+        module: Takes the tensors. Parameters on the meta device are replaced.
+        state_dict: Tensors under the names of `module.state_dict()`.
+        what: What the module is, for the error.
+        source: Where the tensors come from, for the error.
+        hint: Returns a sentence that is added to the error, for example which architecture the
+            tensors seem to belong to.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape. The module is
+            then unchanged.
+    """
+    expected = module.state_dict()
+    check_names(expected, state_dict, what=what, source=source, hint=hint)
+    # There is nothing to copy into on the meta device, so those parameters are assigned.
+    assign = any(tensor.is_meta for tensor in expected.values())
+    module.load_state_dict(dict(state_dict), strict=True, assign=assign)
+
+
+def check_names(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    *,
+    what: str,
+    source: str | os.PathLike[str],
+    hint: Callable[[Mapping[str, Tensor]], str] | None = None,
+) -> None:
+    """Compares the names and shapes of two state dicts.
+
+    Raises:
+        CheckpointError: If they differ; lists the missing, unexpected and misshapen tensors.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name}: {tuple(found[name].shape)} found, {tuple(tensor.shape)} expected"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    lines = [
+        f"{source} does not fit the {what}: {len(missing)} missing, {len(unexpected)} unexpected, "
+        f"{len(misshapen)} of another shape (of {len(expected)} expected)"
+    ]
+    for title, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("other shape", misshapen),
+    ):
+        if names:
+            lines.append(f"  {title}: {shorten(names)}")
+    if hint is not None and (advice := hint(found)):
+        lines.append(f"  {advice}")
+    raise CheckpointError("\n".join(lines))
+
+
+def check_finite(state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Refuses weights with NaN or infinite values, which every output would inherit.
+
+    Raises:
+        CheckpointError: If a tensor holds one; names the tensor.
+    """
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{source}: {name} holds values that are not finite")
+
+
+def check_loading_report(
+    report: Mapping[str, Any],
+    *,
+    what: str,
+    source: str | os.PathLike[str],
+    may_be_missing: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Checks what `from_pretrained(..., output_loading_info=True)` of transformers returned.
+
+    transformers draws missing tensors at random and only logs a warning. Unexpected tensors are
+    allowed: a BERT for masked language modelling has a head that an encoder does not need.
+
+    Args:
+        report: The loading info.
+        what: What was loaded, for the error.
+        source: Where it was loaded from, for the error.
+        may_be_missing: Whether a tensor of this name is unused, so that its absence is harmless.
+
+    Raises:
+        CheckpointError: If tensors were missing or of another shape.
+    """
+    missing = sorted(name for name in report.get("missing_keys", ()) if not may_be_missing(name))
+    # Names alone, or names with both shapes: it depends on the version of transformers.
+    misshapen = [
+        entry
+        if isinstance(entry, str)
+        else f"{entry[0]}: {tuple(entry[1])} found, {tuple(entry[2])} expected"
+        for entry in report.get("mismatched_keys", ())
+    ]
+    if not (missing or misshapen):
+        return
+    unexpected = sorted(report.get("unexpected_keys", ()))
+    raise CheckpointError(
+        "\n".join(
+            [
+                f"{source} does not fit the {what}: {len(missing)} missing, {len(unexpected)} "
+                f"unexpected, {len(misshapen)} of another shape",
+                *(
+                    f"  {title}: {shorten(names)}"
+                    for title, names in (
+                        ("missing", missing),
+                        ("unexpected", unexpected),
+                        ("other shape", misshapen),
+                    )
+                    if names
+                ),
+            ]
+        )
+    )
+
+
+def strip_prefix_to_fit(
+    state_dict: Mapping[str, Tensor],
+    expected: Iterable[str],
+    prefixes: Iterable[str] = ("backbone.", "encoder.", "trunk.", "visual.", "model."),
+) -> StateDict:
+    """Removes a prefix of a larger model if the names then fit better, else changes nothing.
+
+    A DINO teacher stores its encoder as `backbone.*` beside `head.*`; with a prefix removed, the
+    tensors outside of it are dropped.
+
+    Args:
+        state_dict: The checkpoint.
+        expected: Names of the model to load into.
+        prefixes: Candidates.
+    """
+    wanted = set(expected)
+    best, best_count = dict(state_dict), sum(name in wanted for name in state_dict)
+    for prefix in prefixes:
+        inner = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(prefix)
+        }
+        if (count := sum(name in wanted for name in inner)) > best_count:
+            best, best_count = inner, count
+    return best
+
+
+def shorten(names: Iterable[str]) -> str:
+    """Joins names with commas and cuts long lists."""
+    names = list(names)
+    more = f", ... {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return f"{', '.join(names[:_SHOWN_NAMES])}{more}"
+
+
+def is_file_name(value: str) -> bool:
+    """Whether a text names an entry of a folder itself and not another place."""
+    return value not in ("", ".", "..") and Path(value).name == value
+
+
+def check_plain(names: Iterable[object], source: str | os.PathLike[str]) -> None:
+    """Refuses tensor names that a tool which writes one file per tensor could follow elsewhere.
+
+    Raises:
+        CheckpointError: If a name is no text, or holds a path separator or control characters.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name or _NOT_IN_NAMES.search(name):
+            raise CheckpointError(
+                f"{source}: holds a tensor under the name {str(name)[:80]!r}; words joined by dots "
+                "expected, such as model.norm.weight. The file is damaged or malicious"
+            )
+
+
+def read_shard_index(index: Path) -> dict[str, Path]:
+    """Reads a Hugging Face index of shards.
+
+    Args:
+        index: `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
+
+    Returns:
+        The file of every tensor, by name.
+
+    Raises:
+        CheckpointError: If it is damaged, or a shard is missing or lies outside the folder.
+    """
+    try:
+        weight_map = {
+            str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index}: no index with a weight_map: {error}") from error
+    for shard in sorted(set(weight_map.values())):
+        if not is_file_name(shard):
+            raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index}: shard {shard!r} is missing")
+    return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def _read_folder(folder: Path, mmap: bool) -> StateDict:
+    tag_file = folder / "latest"
+    if tag_file.is_file() and not (folder / ZERO_MODEL_FILE).is_file():
+        tag = tag_file.read_text().strip()
+        if is_file_name(tag) and (folder / tag).is_dir():
+            folder = folder / tag
+    if (folder / ZERO_MODEL_FILE).is_file():
+        return read_state_dict(folder / ZERO_MODEL_FILE, mmap=mmap)
+    if (folder / _ZERO3_MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: a DeepSpeed ZeRO-3 folder, whose parameters are split over the ranks; "
+            "gather it first with DeepSpeed's zero_to_fp32.py"
+        )
+    for name in _FOLDER_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index, mmap)
+        if (folder / name).is_file():
+            return read_state_dict(folder / name, mmap=mmap)
+    raise CheckpointError(
+        f"{folder}: no checkpoint in this folder; expected {ZERO_MODEL_FILE} (DeepSpeed) or one of "
+        f"{', '.join(_FOLDER_FILES)}"
+    )
+
+
+def _read_shards(index: Path, mmap: bool) -> StateDict:
+    files = read_shard_index(index)
+    state_dict: StateDict = {}
+    for shard in sorted(set(files.values())):
+        state_dict |= read_state_dict(shard, mmap=mmap)
+    if absent := sorted(set(files) - set(state_dict)):
+        raise CheckpointError(f"{index}: the shards lack {shorten(absent)}")
+    return state_dict
+
+
+def _recognise(file: Path) -> str:
+    """Returns `safetensors`, `zip`, `torchscript` or `pickle` (torch before 1.6), by the content.
+
+    Raises:
+        CheckpointError: If the content is something else that is easily named.
+    """
+
+    def refuse(found: str) -> CheckpointError:
+        return CheckpointError(f"{file}: cannot be read as a checkpoint: it is {found}")
+
+    with open(file, "rb") as opened:
+        head = opened.read(64)
+    if not head:
+        raise refuse("empty")
+    if head.startswith(b"PK\x03\x04"):
+        return _recognise_archive(file)
+    header_bytes = int.from_bytes(head[:8], "little")
+    # A safetensors file begins with the length of its JSON header.
+    if head[8:9] == b"{" and 2 <= header_bytes <= file.stat().st_size - 8:
+        return "safetensors"
+    for start, found in _FOREIGN:
+        if head.lstrip().lower().startswith(start):
+            raise refuse(found)
+    return "pickle" if head[:1] == b"\x80" or file.suffix != ".safetensors" else "safetensors"
+
+
+def _recognise_archive(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as a checkpoint: {error}; is the download complete?"
+        ) from error
+    # Archives of TorchScript have data.pkl too, so constants.pkl decides.
+    if any(name.split("/")[1:2] == ["constants.pkl"] for name in names):
+        return "torchscript"
+    if any(name.split("/")[-1] == "data.pkl" for name in names):
+        return "zip"
+    found = "a zip archive without tensors; unpack it first"
+    if names and all(name.endswith(".npy") for name in names):
+        found = (
+            "an archive of NumPy arrays, as JAX models are published. timm reads those of its "
+            "ViTs: timm.create_model(NAME, checkpoint_path=FILE); save its state_dict"
+        )
+    raise CheckpointError(f"{file}: cannot be read as a checkpoint: it is {found}")
+
+
+def _read_safetensors(file: Path) -> StateDict:
+    try:
+        tensors = load_file(str(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as a checkpoint: {error}") from error
+    check_plain(tensors, file)
+    return tensors
+
+
+def _torch_load(file: Path, *, mmap: bool) -> Any:
+    try:
+        with _allowing(safe_types()):
+            if mmap and file.suffix != ".safetensors":
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            with open(file, "rb") as opened:  # given a path, torch.load would go by the suffix
+                return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types here; all mean the same to a user
+        reason = str(error) or type(error).__name__
+        refused = re.search(r"GLOBAL ([\w.]+) was not an allowed", reason)
+        if refused is not None:
+            reason = (
+                f"it holds a {refused[1]}. Objects other than tensors are not loaded, because "
+                "that would run code; save the model's state_dict as safetensors"
+            )
+        raise CheckpointError(f"{file}: cannot be read as a checkpoint: {reason}") from error
+
+
+@contextmanager
+def _allowing(types: list[Any]) -> Iterator[None]:
+    """Like `torch.serialization.safe_globals`, which also forgets what was allowed before."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(types)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _unwrap(loaded: Any, file: Path) -> StateDict:
+    # Wrappers nest: DINOv2 trainers store {"teacher": {...}}, Lightning {"state_dict": {...}}.
+    for _ in range(len(_WRAPPERS)):
+        if not isinstance(loaded, Mapping):
+            break
+        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
+        if key is None:
+            break
+        loaded = loaded[key]
+    tensors = (
+        {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        if isinstance(loaded, Mapping)
+        else {}
+    )
+    if not tensors:
+        found = sorted(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise CheckpointError(f"{file}: holds no named tensors; found {found}")
+    check_plain(tensors, file)
+    for prefix in _WRAPPER_PREFIXES:
+        if all(name.startswith(prefix) and name != prefix for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+class _Opaque:
+    """Stands in for a class whose content is never used, so that it need not be imported."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        del args, kwargs
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _PlainDict:
+    """Stands in for a dict class: torch fills items only into dict and OrderedDict themselves."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        del args, kwargs  # a defaultdict passes its factory, a ConfigDict its entries
+        return OrderedDict()
+
+
+class _History(_Opaque):
+    """MMEngine's log history refers to its four statistics by `getattr(HistoryBuffer, name)`."""
+
+    mean = max = min = current = None
+
+
+def _statistics_getattr(owner: object, name: str) -> object:
+    """Stands in for `builtins.getattr` and answers for MMEngine's four log statistics only."""
+    is_history = owner is _History or (
+        isinstance(owner, type) and f"{owner.__module__}.{owner.__qualname__}" == _HISTORY
+    )
+    if is_history and name in {"mean", "max", "min", "current"}:
+        return getattr(owner, name)
+    raise CheckpointError(f"getattr({owner!r}, {name!r}) is not allowed in a checkpoint")
+
+
+def _empty_bytes() -> bytes:
+    """Stands in for `builtins.bytes`, by whose call pickle protocol 2 writes an empty array.
+
+    Without arguments only: `bytes(10**12)` would fill the memory.
+    """
+    return b""
+
+
+def numpy_safe_types() -> list[Any]:
+    """Returns the pieces of numpy arrays and scalars, as numpy 1 and 2 name them."""
+    multiarray = importlib.import_module(
+        "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
+    )
+    pieces: list[Any] = [np.ndarray, np.dtype, (_empty_bytes, "builtins.bytes")]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        pieces.append((multiarray._reconstruct, f"{module}._reconstruct"))
+        pieces.append((multiarray.scalar, f"{module}.scalar"))
+    pieces += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    return pieces
+
+
+_SETTINGS = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "typing.Any",
+)
+"""Classes of settings that training scripts store beside the weights (MAE, RETFound, HIPT and DINO
+an `argparse.Namespace`). They are read into stand-ins, never imported or called."""
+
+_SETTINGS_DICTS = (
+    "collections.defaultdict",
+    "mmengine.config.config.ConfigDict",
+    "mmcv.utils.config.ConfigDict",
+    "addict.addict.Dict",
+    "easydict.EasyDict",
+    "yacs.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+)
+
+
+def safe_types(history_type: type = _History) -> list[Any]:
+    """Returns what a training checkpoint may hold besides tensors, for `torch.serialization`.
+
+    Args:
+        history_type: Built for MMEngine's `HistoryBuffer`; the real class when a run is resumed,
+            a stand-in when only the tensors are wanted.
+    """
+    return [
+        *numpy_safe_types(),
+        (history_type, _HISTORY),
+        (_statistics_getattr, "builtins.getattr"),
+        *(dict, list, int, float, str, bool),  # factories of a defaultdict, types of a field
+        # An IntEnum: the stage says how the optimizer files are cut, so its value is needed.
+        (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+        *((_Opaque, name) for name in _SETTINGS),
+        *((_PlainDict, name) for name in _SETTINGS_DICTS),
+    ]
