@@ -19,13 +19,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pathcore.chat_replies import find_markup
 from pathcore.files import write_json
 from pathgen.rows import read_rows, row_files, write_row
 
 _REFUSAL = re.compile(
-    r"\b(?:i['\u2019]?m|i am|we are) (?:very |so |really )?(?:sorry|afraid|unable)\b"
-    r"|\b(?:i|we) (?:can ?not|can['\u2019]?t|(?:am|are) not able to|do not have the ability)\b"
-    r"|\b(?:i|we) (?:won['\u2019]?t|will not) be able to\b"
+    r"\b(?:i['\u2019]?m|i am|we are|we['\u2019]?re) (?:very |so |really |truly )?"
+    r"(?:sorry|afraid|unable|not (?:able|qualified|allowed|permitted|comfortable))\b"
+    r"|\b(?:i|we) (?:can ?not|can['\u2019]?t|do(?: not|n['\u2019]?t) (?:have the|have access))\b"
+    r"|\b(?:i|we) (?:won['\u2019]?t|will not|must decline|have to decline|decline to)\b"
+    r"|\b(?:i|we) (?:apologi[sz]e|regret)\b|\bmy apologies\b|\A\W*(?:sorry|unfortunately)\b"
+    r"|\bunable to (?:view|see|open|access|process|assist|help|comply|fulfil|provide)\w*\b"
+    r"|\b(?:content|usage|safety) (?:policy|policies|guidelines)\b"
+    # Chatter around a caption: the model talks to whoever asked.
+    r"|\blet me know if\b|\bi hope this\b|\bfeel free to\b|\bif you (?:have|need) any\b"
     r"|\bas an? (?:\w+ ){0,2}(?:ai|language model|assistant)\b"
     r"|\b(?:no|without an?) image (?:was|is|has been) (?:provided|attached|given)\b"
     r"|\b(?:please|could you) (?:provide|upload|share|attach|supply)\b"
@@ -54,6 +61,12 @@ _LEAK = re.compile(
     r"|\bclinical (?:context|history|symptoms) of\b|\bpatient['\u2019]s (?:history|age)\b",
     re.IGNORECASE,
 )
+# A loop is a sign of a broken generation: one unit of up to this many words, over and over.
+_LOOP_WORDS = 16
+_CHARACTER_RUN = re.compile(r"([^\W_]|[!?])\1{7,}")
+_MIN_WORDS_FOR_VARIETY = 40
+_MIN_VARIETY = 0.4
+"""Distinct words among all words. The lowest of 5,000 captions of PathGen-1.6M is 0.68."""
 _WORD = re.compile(r"\w+(?:[-'\u2019/]\w+)*")
 _SHINGLE_WORDS = 3
 
@@ -107,6 +120,31 @@ def find_leak(text: str) -> str | None:
     return found[0] if found else None
 
 
+def find_loop(text: str) -> str | None:
+    """Returns what a text repeats over and over, as a generation that got stuck does, or None.
+
+    That is one word four times in a row, two to sixteen words three times in a row, one character
+    eight times in a row, or a long text of very few different words.
+
+    Example:
+        >>> find_loop("Pink stroma stroma stroma stroma"), find_loop("A very, very large cell.")
+        ('stroma', None)
+    """
+    if run := _CHARACTER_RUN.search(text):
+        return run[0][:40]
+    words = _words(text)
+    for size in range(1, min(_LOOP_WORDS, len(words) // 3) + 1):
+        # In a loop of units of `size` words each word equals the one `size` before it.
+        most, equal = (4 if size == 1 else 3), 0
+        for index in range(size, len(words)):
+            equal = equal + 1 if words[index] == words[index - size] else 0
+            if equal >= (most - 1) * size:
+                return " ".join(words[index - size + 1 : index + 1])
+    if len(words) >= _MIN_WORDS_FOR_VARIETY and len(set(words)) < _MIN_VARIETY * len(words):
+        return " ".join(words[:8])
+    return None
+
+
 def count_words(text: str) -> int:
     """Number of words; `high-grade` and `N/C` are one each."""
     return len(_WORD.findall(text))
@@ -138,6 +176,16 @@ def refusal_step() -> FilterStep:
 def leak_step() -> FilterStep:
     """Drops captions that mention the text their writer was given."""
     return FilterStep("leak", lambda row: _found(find_leak(row["caption"])))
+
+
+def markup_step() -> FilterStep:
+    """Drops captions with reasoning tags or tokens of a chat template."""
+    return FilterStep("markup", lambda row: _found(find_markup(row["caption"])))
+
+
+def loop_step() -> FilterStep:
+    """Drops captions that repeat the same words over and over."""
+    return FilterStep("loop", lambda row: _found(find_loop(row["caption"])))
 
 
 def exact_step(within: str | None = None) -> FilterStep:

@@ -8,10 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPo
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pathcore.chat_replies import ReplyError
 from pathgen.agents.backends import AgentError, Backend, Reply, Request
 from pathgen.agents.budget import Budget, Spent
 from pathgen.agents.cache import ReplyCache
-from pathgen.agents.replies import ReplyError
 
 MOST_SILENT = 25
 """So many requests one after the other without a word in reply mean that nobody is there."""

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pathcore.chat_replies import ReplyError
 from pathgen.agents.prompts import Prompt, load_prompt
-from pathgen.agents.replies import ReplyError
+from pathgen.agents.replies import read_caption
 from pathgen.agents.steps import Rejected, Step
-from pathgen.filters import count_words, find_leak, find_refusal
+from pathgen.filters import count_words, find_leak, find_loop, find_refusal
 
 CLIP_TOKENS = 77
 """Positions of CLIP's text encoder, those of the start and end marks included (arXiv:2103.00020,
@@ -44,17 +45,18 @@ def revise(
     """The step that checks a caption against image and report, and corrects or rejects it."""
 
     def read(value: Mapping[str, Any] | str) -> dict[str, Any]:
-        if isinstance(value, str):  # a prompt of the user's that asks for text
-            value = {"usable": True, "problems": [], "caption": value}
-        missing = {"usable", "problems", "caption"} - set(value)
-        if missing:
-            raise ReplyError(f"the fields {', '.join(sorted(missing))} are missing")
-        if value["usable"]:
-            check_caption(_caption(value), min_words=min_words, max_words=max_words)
-        return dict(value)
+        if isinstance(value, str):  # the user's own prompt asks for plain text
+            value = {"usable": True, "caption": value}
+        if not isinstance(value.get("usable"), bool):
+            raise ReplyError("usable: true or false expected")
+        if not value["usable"]:
+            return {**value, "caption": ""}  # models leave the caption empty, or repeat it
+        caption = check_caption(_caption(value), min_words=min_words, max_words=max_words)
+        return {**value, "caption": caption}
 
     def finish(row: dict[str, Any], _: str, value: dict[str, Any]) -> dict[str, Any]:
-        problems = [str(problem) for problem in value["problems"]]
+        found = value.get("problems") or []
+        problems = [str(problem) for problem in ([found] if isinstance(found, str) else found)]
         if not value["usable"]:
             raise Rejected("; ".join(problems) or "of no use, without a reason")
         row = _replace(row, "revise", value["caption"])
@@ -110,13 +112,16 @@ def check_caption(text: str, *, min_words: int, max_words: int) -> str:
     """Returns a caption that can be used.
 
     Raises:
-        ReplyError: Of another length, a refusal, or it speaks of the notes that came with it.
+        ReplyError: If its length is outside the bounds, it declines, repeats itself, or mentions
+            the notes that the model was shown.
     """
     count = count_words(text)
     if not min_words <= count <= max_words:
         raise ReplyError(f"{count} words; {min_words} to {max_words} are asked for")
     if words := find_refusal(text):
         raise ReplyError(f"it declines: {words!r}")
+    if words := find_loop(text):
+        raise ReplyError(f"it repeats itself: {words!r}")
     if words := find_leak(text):
         raise ReplyError(f"it speaks of texts that the reader does not know: {words!r}")
     return text
@@ -140,7 +145,7 @@ def _caption(value: Any) -> str:
     caption = value.get("caption") if isinstance(value, Mapping) else value
     if not isinstance(caption, str):
         raise ReplyError("the field caption is missing or no text")
-    return caption
+    return read_caption(caption)
 
 
 def _replace(row: dict[str, Any], step: str, caption: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from pathcore.chat_replies import ReplyError, find_markup
 from pathgen.agents.prompts import load_prompt
-from pathgen.agents.replies import ReplyError
 from pathgen.agents.steps import Step
-from pathgen.filters import count_words, find_leak, find_refusal
+from pathgen.filters import count_words, find_leak, find_loop, find_refusal
 
 KINDS = ("conversation", "detail", "open", "closed")
 """A talk of several turns, one long description, questions with free and with given answers."""
@@ -87,8 +87,10 @@ def _read(value: Any) -> Any:
     for text in texts:
         if not text:
             raise ReplyError("a question or an answer is empty")
-        if IMAGE_MARK in text:
-            raise ReplyError(f"it holds the mark {IMAGE_MARK}")
+        if token := find_markup(text):
+            raise ReplyError(f"it holds the token {token}")
+        if words := find_loop(text):
+            raise ReplyError(f"it repeats itself: {words!r}")
         if words := find_refusal(text) or find_leak(text):
             raise ReplyError(f"it speaks of more than the image: {words!r}")
     if isinstance(value, str) and count_words(value) < 20:

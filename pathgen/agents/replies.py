@@ -1,20 +1,50 @@
-"""Replies of language models, read with distrust: whole, printable, of the asked form."""
+"""Replies of captioning models: plain text or JSON, taken apart by a grammar and checked.
+
+`pathcore.chat_replies` removes what the model and its chat template put around a reply; this
+module removes what models put around a caption, and refuses what is no text at all. The grammar
+is written down in `docs/captions.md`.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-_FENCE = re.compile(r"\s*```[\w-]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+from pathcore.chat_replies import (
+    ReplyError,
+    final_text,
+    find_markup,
+    last_json_object,
+    strip_reasoning,
+)
+
+_FENCE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)\n?\s*```", re.DOTALL)
 _SPACE = re.compile(r"\s+")
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_QUOTES = {'"': '"', "\u201c": "\u201d"}
-
-
-class ReplyError(ValueError):
-    """A reply that cannot be used; the message can be told to the model."""
+_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]")
+# U+FFFD is what a byte-level tokenizer decodes half a character to; at the ends it is harmless.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
+_QUOTES = {'"': '"', "\u201c": "\u201d", "'": "'", "\u00ab": "\u00bb", "`": "`"}
+_EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
+_HEADING = re.compile(r"\A\s*#{1,6}[ \t]+[^\n]{1,80}\n+(?=\s*\S)")
+_INTRODUCTION = re.compile(
+    r"(?:(?:sure|certainly|of course|absolutely|okay|ok)\b[,.!]?\s*)?"
+    r"(?:here(?:['\u2019]s| is)|below is) [^:.\n]{0,60}"
+    r"\b(?:captions?|descriptions?|paragraph|version|summary|text|reply|answer)\b[^:.\n]{0,60}:\s+",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"(?:(?:the|final|revised|corrected|detailed|image|updated|new)\s+)*"
+    r"(?:caption|description|answer|response|output|paragraph|assistant|model)\s*:\s+"
+    r"|(?:assistant|model)[ \t]*\n\s*",
+    re.IGNORECASE,
+)
+_OBJECT = re.compile(r"\{\s*\"\w+\"\s*:")
+_PLACEHOLDER = re.compile(
+    r"\W*(?:nan|none|null|nil|n/?a|<na>|undefined|unknown|empty|tbd"
+    r"|no (?:caption|description|text|reply|response|output|findings?))\W*",
+    re.IGNORECASE,
+)
 
 
 def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
@@ -25,7 +55,7 @@ def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
         schema: JSON schema; None for plain text.
 
     Raises:
-        ReplyError: Empty, unprintable, no JSON, or not as the schema has it.
+        ReplyError: If the reply is empty, unprintable, only reasoning, or does not fit the schema.
 
     Example:
         >>> read_reply('```json\n{"usable": true}\\n```', {"type": "object"})
@@ -33,13 +63,12 @@ def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
         >>> read_reply('"Dense stroma.\nFew nuclei."', None)
         'Dense stroma. Few nuclei.'
     """
-    fenced = _FENCE.fullmatch(text)
-    text = (fenced[1] if fenced else text).strip()
-    if not text:
-        raise ReplyError("the reply is empty")
     if schema is None:
-        return clean_text(_unquoted(text))
-    value = _clean(_first_object(text))
+        return read_caption(text)
+    text = strip_reasoning(text)
+    if not text.strip():
+        raise ReplyError("the reply is empty")
+    value = _clean(last_json_object(text))
     import jsonschema
 
     error = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
@@ -49,37 +78,72 @@ def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
     return value
 
 
+def read_caption(text: str) -> str:
+    """Returns the caption that a plain text holds, on one line.
+
+    Strips fences, quotes, markdown emphasis, headings, labels such as "Caption:" and
+    introductions such as "Here is the description:". An object with a field `caption` or
+    `description` stands for that field.
+
+    Raises:
+        ReplyError: If nothing printable is left, or only a placeholder such as "nan".
+    """
+    while (shorter := _unwrap(text)) != text:
+        text = shorter
+    if _PLACEHOLDER.fullmatch(text) or not any(map(str.isalpha, text)):
+        raise ReplyError(f"the reply {text!r:.80} is a placeholder, no text")
+    if token := find_markup(text):
+        raise ReplyError(f"the reply holds the token {token}")
+    if "```" in text:
+        raise ReplyError("the reply holds a code fence where plain text is expected")
+    return text
+
+
+def _unwrap(text: str) -> str:
+    """Takes off one layer of wrapping; never returns a longer text."""
+    text = strip_reasoning(text)
+    if _OBJECT.search(text):
+        return _caption_field(last_json_object(text))
+    text = final_text(text)
+    if fenced := _FENCE.fullmatch(text):
+        text = fenced[1].strip()
+    text = _EMPHASIS.sub(r"\2", text)
+    for pattern in (_HEADING, _INTRODUCTION, _LABEL):
+        if found := pattern.match(text):
+            text = text[found.end() :]
+    return clean_text(_unquoted(text))
+
+
+def _caption_field(value: Mapping[str, Any]) -> str:
+    for name in ("caption", "description"):
+        if isinstance(value.get(name), str):
+            return str(value[name])
+    raise ReplyError("the reply is JSON where plain text is expected")
+
+
 def clean_text(text: str) -> str:
     """One line of printable text.
 
     Raises:
-        ReplyError: Nothing is left, or there are control characters or half surrogate pairs.
+        ReplyError: If nothing is left, or there are control characters, half surrogate pairs or
+            a U+FFFD inside.
     """
+    text = text.strip("\ufffd \n\t\r")
     bad = _UNPRINTABLE.search(text)
     if bad:
         raise ReplyError(f"the reply holds the character {bad[0]!r}")
-    text = _SPACE.sub(" ", text).strip()
+    text = _SPACE.sub(" ", _INVISIBLE.sub("", text)).strip()
     if not text:
         raise ReplyError("the reply is empty")
     return text
 
 
 def _unquoted(text: str) -> str:
+    text = text.strip()
     inner = text[1:-1]
     if len(text) > 2 and _QUOTES.get(text[0]) == text[-1]:
         return text if text[0] in inner or text[-1] in inner else inner
     return text
-
-
-def _first_object(text: str) -> Any:
-    """The JSON object of a reply, also when words stand around it."""
-    decoder, start = json.JSONDecoder(), text.find("{")
-    while start >= 0:
-        try:
-            return decoder.raw_decode(text, start)[0]
-        except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-    raise ReplyError("the reply holds no JSON object")
 
 
 def _clean(value: Any) -> Any:

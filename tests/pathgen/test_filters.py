@@ -22,6 +22,8 @@ from pathgen.filters import (
     find_refusal,
     leak_step,
     length_step,
+    loop_step,
+    markup_step,
     near_step,
     refusal_step,
 )
@@ -50,6 +52,20 @@ def sift(folder: Path, steps: list[FilterStep], rows: list[Any], **settings: Any
 )
 def test_refusals(text: str) -> None:
     assert find_refusal(text)
+
+
+def test_broken_generations_are_dropped(tmp_path: Path) -> None:
+    rows = patch_rows(
+        "Dense stroma.<|im_end|>",
+        "Is it a gland?</think> Dense stroma.",
+        "Dense stroma [/INST] with vessels.",  # as in PathGen-1.6M
+        "stroma " * 200,
+        "Round nuclei, small cells. " * 5,
+        "Dense, dense, dense stroma with nuclei of 5 µm and < 3 mitoses.",
+    )
+    counts, kept = sift(tmp_path, [markup_step(), loop_step()], rows)
+    assert kept == ["p5"]
+    assert [count.dropped for count in counts] == [0, 3, 2]
 
 
 @pytest.mark.parametrize(

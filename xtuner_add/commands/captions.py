@@ -22,7 +22,7 @@ from xtuner_add.commands.options import (
 if TYPE_CHECKING:
     from pathgen.agents.steps import Step
 
-_STEPS = ("length", "refusal", "leak", "exact", "near")
+_STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
 
 _WHOM = (
     click.option("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1; key in the "
@@ -189,8 +189,10 @@ def filter_captions(
 
     makers: dict[str, Callable[[], filters.FilterStep]] = {
         "length": lambda: filters.length_step(min_words, max_words),
+        "markup": filters.markup_step,
         "refusal": filters.refusal_step,
         "leak": filters.leak_step,
+        "loop": filters.loop_step,
         "exact": lambda: filters.exact_step(within),
         "near": lambda: filters.near_step(within, threshold=similarity),
     }

@@ -288,7 +288,7 @@ def test_replies_against_the_schema_are_not_taken(
 @pytest.mark.usefixtures("patches")
 def test_summarise_counts_clips_tokens(server: DescriberServer, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
-    long_words = "immunohistochemically hyperchromatic pseudostratified " * 15
+    long_words = " ".join(f"immunohistochemistry{n} hyperchromatic{n} zone" for n in range(15))
     server.write = lambda text: long_words if "case 1" in text else "Necrosis in fibrous stroma."
     report, rows = ask(server, tmp_path, "case 1", "case 2", step=summarise())
     assert [row["caption"] for row in rows] == ["Necrosis in fibrous stroma."]
