@@ -8,12 +8,15 @@ from typing import Any
 from mmengine import print_log
 from torch import Tensor
 
+from pallava.engine.prompts import trained_template
+from pallava.inference.loading import CONVERSION_NAME
 from pallava.modeling.folders import (
     connector_config_of,
     save_connector,
     save_slide_encoder,
     save_vision_encoder,
 )
+from pathcore.files import write_json
 from pathcore.weights import load_strict
 
 
@@ -37,6 +40,9 @@ def save_trained_parts(
 
     if not fp32:
         model.llm.half()
+    save_dir.mkdir(parents=True, exist_ok=True)
+    # What asks the model later reads its template here; see `pallava.inference.loading`.
+    write_json(save_dir / CONVERSION_NAME, {"prompt_template": trained_template(cfg).fields()})
     if model.use_llm_lora:
         _say("LLM adapter", save_dir / "llm_adapter")
         model.llm.save_pretrained(save_dir / "llm_adapter", **save_pretrained_kwargs)

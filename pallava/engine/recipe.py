@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,8 +12,11 @@ from typing import Any
 from mmengine.config import Config
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
+from pallava.engine.prompts import disagreeing_templates, trained_template
 from pallava.engine.runtime import prepare_host
 from pallava.release.pth_to_hf import Recipe
+
+_logger = logging.getLogger(__name__)
 
 _LORA_FIELDS = (
     *("r", "lora_alpha", "lora_dropout", "bias", "task_type", "use_rslora", "use_dora"),
@@ -60,6 +64,9 @@ def read_recipe(
     encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
     statistics = _image_statistics(cfg, encoder)
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
+    template = trained_template(cfg)
+    for difference in disagreeing_templates(cfg, template):
+        _logger.warning("%s: %s, which is the one recorded", config_file, difference)
     recipe = Recipe(
         base_model=str(model["llm"]["pretrained_model_name_or_path"]),
         lora=_lora(model.get("llm_lora")),
@@ -67,8 +74,8 @@ def read_recipe(
         freeze_visual_encoder=bool(model.get("freeze_visual_encoder", False)),
         visual_select_layer=int(model.get("visual_select_layer", -2)),
         sub_image_mask=str(model.get("sub_image_mask", "exact")),
-        prompt_template=_prompt_template(cfg, dataset),
-        ties=str(dataset.get("ties", "published")),
+        prompt_template=template.fields(),
+        ties=str(dataset.get("grid_ties", "published")),
         training=_training(cfg, dataset, Path(config_file)),
         **statistics,
     )
@@ -113,11 +120,6 @@ def _image_statistics(cfg: Any, encoder: str) -> dict[str, Any]:
                 "image_std": list(processor.image_std),
             }
     return {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
-
-
-def _prompt_template(cfg: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    template = cfg.get("prompt_template") or (dataset.get("template_map_fn") or {}).get("template")
-    return {name: value for name, value in dict(template or {}).items() if name.isupper()}
 
 
 def _training(cfg: Any, dataset: Mapping[str, Any], config_file: Path) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pallava.engine.conversations import process_text
+from pallava.engine.conversations import build, process_text
+from pallava.engine.prompts import TOKENISED_REPORT, template_of
 from pallava.engine.runtime import prepare_host
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
 from pathcore.files import OutputExistsError, file_identity, folder_lock, fsync_path, write_json
-
-REPORT_NAME = "tokenised.json"
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def tokenise(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         report = _write(data_path, partial, settings, num_proc)
-        write_json(partial / REPORT_NAME, {**report, "inputs": inputs})
+        write_json(partial / TOKENISED_REPORT, {**report, "inputs": inputs})
         for path in partial.iterdir():
             fsync_path(path)
         os.replace(partial, out)
@@ -173,7 +172,7 @@ def tokenise(
 
 
 def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    path = out / REPORT_NAME
+    path = out / TOKENISED_REPORT
     report = json.loads(path.read_bytes()) if path.is_file() else {}
     if report.pop("inputs", None) != json.loads(json.dumps(inputs)):
         raise OutputExistsError(
@@ -207,4 +206,6 @@ def _write(
         "num_rows": len(data),
         "num_tokens": sum(data["length"]),
         "num_skipped": len(log.read()),
+        # The folder is tokens only: what asks the trained model later must know their template.
+        "prompt_template": template_of(build(settings.template_map_fn)).fields(),
     }

@@ -37,11 +37,12 @@ class Assistant:
         tokenizer: Of the language model.
         anyres: Image preparation; `SlidePreparation` for a model of whole slides, whose images are
             files of tile features.
-        prompt_template: Name of a template; `tokenizer` for the one the tokenizer carries.
+        prompt_template: A template or its name; `tokenizer` for the one the tokenizer carries.
         bos: `single`, as in training, or `double`, as in the published evaluation tools.
         fingerprint: Tells these weights from others, for caches of answers.
 
     Attributes:
+        prompt_template: Name of the template; `unnamed` for one that XTuner has no name for.
         stop_ids: Tokens that end an answer.
         stop_strings: Texts that do and are no tokens of the vocabulary.
     """
@@ -51,18 +52,19 @@ class Assistant:
         model: PALLaVA | Any,
         tokenizer: Any,
         anyres: AnyRes | SlidePreparation,
-        prompt_template: str = "llama3_chat",
+        prompt_template: str | PromptTemplate = "llama3_chat",
         bos: Bos = "single",
         fingerprint: str = "",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.anyres: Any = anyres
-        self.prompt_template = prompt_template
         self.bos = bos
         self.fingerprint = fingerprint
         template = None
-        if prompt_template == TOKENIZER_TEMPLATE:
+        if isinstance(prompt_template, PromptTemplate):
+            template = prompt_template
+        elif prompt_template == TOKENIZER_TEMPLATE:
             if not getattr(tokenizer, "chat_template", None):
                 raise ValueError(
                     "prompt template 'tokenizer': this tokenizer carries no chat template; name "
@@ -70,6 +72,9 @@ class Assistant:
                 )
         else:
             template = find_template(prompt_template)
+        self.prompt_template = (
+            prompt_template if isinstance(prompt_template, str) else prompt_template.name
+        )
         self._template: PromptTemplate | None = template
         self.stop_ids, self.stop_strings = self._find_stops(template)
 

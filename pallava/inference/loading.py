@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pallava.text.chat_template import known_template
 from pallava.text.encoding import Bos
+from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,9 @@ _logger = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
 _USUAL_TEMPLATE = "llama3_chat"
+CONVERSION_NAME = "conversion.json"
+"""In a converted folder: what its training config says, the prompt template among it."""
+
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -48,8 +53,8 @@ def load_model(
         llava: Folder that `xtuner convert pth_to_hf` wrote: `projector/`, and where they were
             trained `llm_adapter/` and `visual_encoder/`. By default `llm` itself.
         visual_encoder: PLIP, CLIP or slide token encoder folder; by default the one in `llava`.
-        prompt_template: XTuner's name of the template used in training, or `tokenizer`. By default
-            the tokenizer's for an exported folder that carries one, and llama3_chat otherwise.
+        prompt_template: XTuner's name of a template, or `tokenizer`. By default the one used in
+            training, which both kinds of folder record; another one is used with a warning.
         bos: `double` asks as the published evaluation tools do.
         dtype: A torch type, `fp16`, `bf16`, `fp32` or `auto` (as stored). By default bf16 or fp16
             on a GPU and fp32 on a CPU.
@@ -115,7 +120,7 @@ def load_model(
         parts,
         tokenizer,
         prepare,
-        prompt_template=prompt_template or _USUAL_TEMPLATE,
+        prompt_template=_choose_template(prompt_template, recorded_template(folder), folder),
         bos=bos,
         fingerprint=fingerprint(llm, folder / "projector", encoder_folder, adapter),
     )
@@ -249,7 +254,6 @@ def _load_exported(
     from pallava.anyres import AnyRes
     from pallava.inference.assistant import Assistant
     from pallava.modeling.hf import PALLaVAForConditionalGeneration
-    from pallava.text.templates import TOKENIZER_TEMPLATE
 
     try:
         model = PALLaVAForConditionalGeneration.from_pretrained(
@@ -259,9 +263,10 @@ def _load_exported(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"exported model {folder}: cannot be loaded: {error}") from error
     tokenizer = processor.tokenizer
-    if prompt_template is None:
-        has_own = bool(getattr(tokenizer, "chat_template", None))
-        prompt_template = TOKENIZER_TEMPLATE if has_own else _USUAL_TEMPLATE
+    if getattr(tokenizer, "chat_template", None):
+        template = _choose_exported(prompt_template, tokenizer.chat_template, folder)
+    else:
+        template = _choose_template(prompt_template, None, folder)
     _make_greedy(model.llm, tokenizer)
     anyres = AnyRes(
         tile_px=processor.tile_px,
@@ -271,7 +276,64 @@ def _load_exported(
         ties=processor.ties,
     )
     model.requires_grad_(False).to(device)
-    return Assistant(model, tokenizer, anyres, prompt_template, bos, fingerprint(folder))
+    return Assistant(model, tokenizer, anyres, template, bos, fingerprint(folder))
+
+
+def recorded_template(folder: Path) -> PromptTemplate | None:
+    """The template that training used, as recorded beside its weights; None without a record.
+
+    Raises:
+        ValueError: If the record is damaged.
+    """
+    file = folder / CONVERSION_NAME
+    if not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_bytes()).get("prompt_template")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: JSON object expected: {error}") from error
+    return PromptTemplate.from_fields(fields) if fields else None
+
+
+def _choose_template(
+    asked: str | None, recorded: PromptTemplate | None, folder: Path
+) -> PromptTemplate | str:
+    if asked is None:
+        if recorded is None:
+            _logger.warning(
+                "%s: does not record the prompt template used in training; %s is taken. Name "
+                "another one with prompt_template",
+                folder,
+                _USUAL_TEMPLATE,
+            )
+        return recorded or _USUAL_TEMPLATE
+    if asked == TOKENIZER_TEMPLATE:
+        if recorded is not None:
+            _warn_of_other(folder, "the tokenizer's own chat template", recorded.name)
+        return asked
+    template = find_template(asked)
+    if recorded is not None and not template.same_text(recorded):
+        _warn_of_other(folder, repr(asked), recorded.name)
+    return asked
+
+
+def _choose_exported(asked: str | None, chat_template: str, folder: Path) -> str:
+    """As `_choose_template`, for folders whose tokenizer carries the template of the training."""
+    if asked is None or asked == TOKENIZER_TEMPLATE:
+        return TOKENIZER_TEMPLATE
+    template, recorded = find_template(asked), known_template(chat_template)
+    if recorded is None or not template.same_text(recorded):
+        _warn_of_other(folder, repr(asked), recorded.name if recorded else TOKENIZER_TEMPLATE)
+    return asked
+
+
+def _warn_of_other(folder: Path, asked: str, recorded: str) -> None:
+    _logger.warning(
+        "%s: asked in the prompt template %s as requested; the model was trained with %r",
+        folder,
+        asked,
+        recorded,
+    )
 
 
 def _dtype_argument(precision: torch.dtype | None) -> dict[str, Any]:

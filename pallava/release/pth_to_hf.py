@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.folder_build import FolderBuild
+from pallava.inference.loading import CONVERSION_NAME
 from pallava.modeling.folders import (
     connector_config_of,
     load_vision_encoder,
@@ -37,7 +38,6 @@ from pallava.text.chat_template import chat_template
 from pathcore.files import file_identity
 from pathcore.weights import CheckpointError, StateDict, load_strict
 
-CONVERSION_NAME = "conversion.json"
 _LLM = "llm."
 
 
@@ -152,6 +152,11 @@ def read_conversion(folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, A
             f"{folder}: no {CONVERSION_NAME}; write the folder with `xtuner-add pth-to-hf`"
         )
     values = json.loads(file.read_bytes())
+    if "base_model" not in values:
+        raise FileNotFoundError(
+            f"{file}: holds the prompt template alone, as `xtuner-add convert pth_to_hf` records "
+            "it; write the folder with `xtuner-add pth-to-hf`"
+        )
     known = {name: values[name] for name in Recipe.__dataclass_fields__ if name in values}
     return Recipe(**known), values
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
 
 
 def chat_template(template: Mapping[str, Any]) -> str:
@@ -54,6 +57,18 @@ def chat_template(template: Mapping[str, Any]) -> str:
         "{%- endif -%}"
         "{%- endfor -%}"
     )
+
+
+@functools.lru_cache(maxsize=16)
+def known_template(jinja: str | None) -> PromptTemplate | None:
+    """Returns the prompt template that `chat_template` turned into `jinja`; None if there is none.
+
+    Conversations are then encoded piece by piece, exactly as in training, not as rendered text.
+    """
+    for template in PROMPT_TEMPLATES.values():
+        if chat_template(template.fields()) == jinja:
+            return template
+    return None
 
 
 def _fill(pattern: str, variables: Mapping[str, str]) -> str:

@@ -7,10 +7,16 @@ The formats are those their models were tuned with, and equal XTuner's `PROMPT_T
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 TOKENIZER_TEMPLATE = "tokenizer"
 """Name that stands for the chat template which the tokenizer itself carries."""
+
+
+UNNAMED = "unnamed"
+"""Shown for a format that has no name in `PROMPT_TEMPLATES`, such as one from a user's config."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,45 @@ class PromptTemplate:
     suffix: str = ""
     sep: str = ""
     ends_with_suffix: bool = False
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> PromptTemplate:
+        """Reads a template as XTuner writes it: `INSTRUCTION`, `SYSTEM`, `SUFFIX`, `SEP`, ..."""
+        return cls(
+            instruction=str(fields.get("INSTRUCTION") or "{input}"),
+            stop_words=tuple(map(str, fields.get("STOP_WORDS") or ())),
+            system=fields.get("SYSTEM"),
+            suffix=str(fields.get("SUFFIX") or ""),
+            sep=str(fields.get("SEP") or ""),
+            ends_with_suffix=bool(fields.get("SUFFIX_AS_EOS", False)),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """The template as XTuner writes it; absent parts are absent keys."""
+        fields: dict[str, Any] = {"INSTRUCTION": self.instruction}
+        if self.system is not None:
+            fields["SYSTEM"] = self.system
+        if self.suffix:
+            fields["SUFFIX"] = self.suffix
+        if self.ends_with_suffix:
+            fields["SUFFIX_AS_EOS"] = True
+        if self.sep:
+            fields["SEP"] = self.sep
+        if self.stop_words:
+            fields["STOP_WORDS"] = list(self.stop_words)
+        return fields
+
+    @property
+    def name(self) -> str:
+        """XTuner's name of this format, or `unnamed`."""
+        # Some names share all but the stop words (internlm2_chat and qwen_chat): exact ones first.
+        exact = [name for name, other in PROMPT_TEMPLATES.items() if self == other]
+        alike = [name for name, other in PROMPT_TEMPLATES.items() if self.same_text(other)]
+        return next(iter(exact + alike), UNNAMED)
+
+    def same_text(self, other: PromptTemplate) -> bool:
+        """Whether both write a conversation the same way, whatever their stop words."""
+        return replace(self, stop_words=()) == replace(other, stop_words=())
 
     def render(self, question: str, system: str = "", turn: int = 1) -> str:
         """Puts a question into the format.
@@ -86,6 +131,7 @@ _MISTRAL = PromptTemplate(
     sep="\n",
 )
 
+# Of several names for one format the first is shown (`PromptTemplate.name`).
 PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
     "default": PromptTemplate(
         "<|User|>:{input}\n<|Bot|>:",
@@ -155,6 +201,7 @@ PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
         system="{system}\n",
         sep="\n",
     ),
+    "vicuna": _VICUNA,
     "wizardlm": _VICUNA,
     "wizardcoder": PromptTemplate(
         "### Instruction:\n{input}\n\n### Response:",
@@ -164,9 +211,10 @@ PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
         ),
         sep="\n\n",
     ),
-    "vicuna": _VICUNA,
     "deepseek_coder": _DEEPSEEK_CODER,
     "deepseekcoder": _DEEPSEEK_CODER,
+    "mistral": _MISTRAL,
+    "mixtral": _MISTRAL,
     "deepseek_moe": _MISTRAL,
     "deepseek_v2": PromptTemplate(
         "User: {input}\n\nAssistant: ",
@@ -175,8 +223,6 @@ PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
         suffix="<｜end▁of▁sentence｜>",
         ends_with_suffix=True,
     ),
-    "mistral": _MISTRAL,
-    "mixtral": _MISTRAL,
     "minicpm": PromptTemplate(
         "<用户> {input} <AI>",
         sep="\n",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from pallava.text.chat_template import chat_template
+from pallava.text.chat_template import known_template
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
-from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
+from pallava.text.templates import PromptTemplate
 
 Role = Literal["system", "user", "assistant"]
 
@@ -120,21 +119,6 @@ def encode_turns(
     if template.ends_with_suffix:
         return ids + encode_text(tokenizer, questions[-1])
     return ids + encode_prompt(tokenizer, questions[-1])
-
-
-@functools.lru_cache(maxsize=16)
-def known_template(jinja: str | None) -> PromptTemplate | None:
-    """The prompt template from which an exported tokenizer's chat template was written, or None."""
-    for template in PROMPT_TEMPLATES.values():
-        fields = {
-            "INSTRUCTION": template.instruction,
-            "SYSTEM": template.system,
-            "SUFFIX": template.suffix,
-            "SEP": template.sep,
-        }
-        if chat_template(fields) == jinja:
-            return template
-    return None
 
 
 def _encode_rendered(tokenizer: Any, turns: Sequence[Turn], bos: Bos) -> list[int]:

@@ -38,8 +38,8 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--visual-select-layer", default=-2, show_default=True),
         click.option(
             "--prompt-template",
-            help="XTuner's name of the template used in training, or `tokenizer`. "
-            "[default: llama3_chat; of an exported folder, the tokenizer's]",
+            help="XTuner's name of a prompt template, or `tokenizer`. [default: the one used in "
+            "training, as recorded beside the weights]",
         ),
         click.option(
             "--torch-dtype",

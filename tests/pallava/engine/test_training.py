@@ -143,6 +143,8 @@ def test_stage2_converts_merges_and_answers(folder: Path, stage1: Path) -> None:
         out = folder / f"hf_{program}"
         result = run(folder, "convert", "pth_to_hf", STAGE2, checkpoint, out, program=program)
         assert (out / "projector" / "config.json").is_file(), result.stdout[-3000:]
+        record = json.loads((out / "conversion.json").read_bytes())
+        assert "<|start_header_id|>user" in record["prompt_template"]["INSTRUCTION"]
         arguments = ("data/tiny/llama", out / "llm_adapter", out / "merged")
         result = run(folder, "convert", "merge", *arguments, "--device", "cpu", program=program)
         assert (out / "merged" / "config.json").is_file(), result.stdout[-3000:]

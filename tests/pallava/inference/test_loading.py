@@ -84,6 +84,26 @@ def test_sub_images_are_prepared_only_for_a_connector_that_sees_them(
     assert len(load(crossing).pixel_values(image)) > 1
 
 
+def test_the_recorded_template_is_used_and_another_one_is_reported(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(folders, tmp_path / "recorded")
+    assert load(root).prompt_template == "llama3_chat"
+    assert "does not record the prompt template" in caplog.text
+    caplog.clear()
+    fields = find_template("vicuna").fields()
+    (root / "llava" / "conversion.json").write_text(json.dumps({"prompt_template": fields}))
+    assert load(root).prompt_template == "vicuna"
+    assert load(root, prompt_template="vicuna").prompt_template == "vicuna"
+    assert not caplog.text
+    chosen = load(root, prompt_template="llama3_chat")
+    assert chosen.encode("What?", has_image=False) != load(root).encode("What?", has_image=False)
+    assert "'llama3_chat' as requested; the model was trained with 'vicuna'" in caplog.text
+    (root / "llava" / "conversion.json").write_text("[")
+    with pytest.raises(ValueError, match="JSON object expected"):
+        load(root)
+
+
 def test_a_merged_model_answers_as_base_and_adapter(folders: Path, tmp_path: Path) -> None:
     merged = goldens.model(goldens.RELEASED_PTH).llm.merge_and_unload()  # type: ignore[operator]
     place = tmp_path / "llava" / "merged"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
-from pallava.text.chat_template import chat_template
+from pallava.text.chat_template import chat_template, known_template
 from pallava.text.encoding import IMAGE_TOKEN_INDEX, encode_conversation, interleaved_map_fn
 from pallava.text.templates import find_template
-from pallava.text.turns import Turn, check_turns, encode_turns, known_template
+from pallava.text.turns import Turn, check_turns, encode_turns
 from tests.pallava import goldens
 
 QUESTIONS = ("Is fibrosis shown?", "Where, on the left?", "Red?")

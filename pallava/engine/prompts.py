@@ -1,0 +1,157 @@
+"""Which prompt template a training config uses, found by asking the functions that training calls.
+
+A config can name a template in several positions (a variable `prompt_template`, the chat hook, the
+data set's `template_map_fn`). Only the last one reaches the tokens that the model learns from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pallava.engine.conversations import build
+from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
+
+NO_TEMPLATE = PromptTemplate("{input}")
+"""What a data set without `template_map_fn` trains on: the bare question."""
+
+TOKENISED_REPORT = "tokenised.json"
+"""In a folder of tokenised rows: what `xtuner-add tokenise` recorded about them."""
+
+_QUESTIONS = ("QUESTION-ONE-OF-TWO", "QUESTION-TWO-OF-TWO")
+_ANSWER, _SYSTEM = "ANSWER-TO-IT", "SYSTEM-TEXT"
+
+
+def trained_template(cfg: Mapping[str, Any]) -> PromptTemplate:
+    """Returns the template with which a config's training data is written.
+
+    Rows that were tokenised beforehand by `xtuner-add tokenise` carry the template in their folder;
+    it goes before `template_map_fn`, which such a data set never calls.
+
+    Args:
+        cfg: A training config. Several data sets must agree.
+
+    Raises:
+        ValueError: If the data sets use different templates, or a `template_map_fn` does something
+            that no template describes.
+    """
+    found = {
+        where: template for where, dataset in _datasets(cfg) for template in [_of_dataset(dataset)]
+    }
+    templates = list(found.values())
+    if not templates:
+        return NO_TEMPLATE
+    for where, template in found.items():
+        if not template.same_text(templates[0]):
+            raise ValueError(
+                f"{where} uses the prompt template {template.name!r}, {next(iter(found))} uses "
+                f"{templates[0].name!r}; one model can be asked in one template only: give all "
+                "data sets the same"
+            )
+    return templates[0]
+
+
+def disagreeing_templates(cfg: Mapping[str, Any], trained: PromptTemplate) -> list[str]:
+    """Lists the positions in a config that name another template than the training data uses."""
+    named = {"prompt_template": cfg.get("prompt_template")}
+    for index, hook in enumerate(cfg.get("custom_hooks") or ()):
+        if isinstance(hook, Mapping):
+            named[f"custom_hooks[{index}].prompt_template"] = hook.get("prompt_template")
+    return [
+        f"{where} is {template.name!r}, but the training data uses {trained.name!r}"
+        for where, value in named.items()
+        if (template := _as_template(value)) is not None and not template.same_text(trained)
+    ]
+
+
+def template_of(map_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None) -> PromptTemplate:
+    """Finds out a template by what the function makes of two turns with known texts.
+
+    Args:
+        map_fn: What a built `template_map_fn` is: a row with `conversation` in, the row with the
+            template applied out.
+
+    Raises:
+        ValueError: If the result is not question and answer within fixed texts.
+
+    Example:
+        >>> from functools import partial
+        >>> from xtuner.dataset.map_fns import template_map_fn
+        >>> from xtuner.utils import PROMPT_TEMPLATE
+        >>> template_of(partial(template_map_fn, template=PROMPT_TEMPLATE.qwen_chat)).suffix
+        '<|im_end|>'
+    """
+    if map_fn is None:
+        return NO_TEMPLATE
+    turns = [{"input": question, "output": _ANSWER} for question in _QUESTIONS]
+    first, second = map_fn({"conversation": turns})["conversation"]
+    before, question, after = first["input"].partition(_QUESTIONS[0])
+    answer, _, suffix = first["output"].partition(_ANSWER)
+    again = second["input"].replace(_QUESTIONS[1], _QUESTIONS[0])
+    instruction = f"{before}{{input}}{after}"
+    if again != first["input"]:
+        instruction = instruction.replace("1", "{round}")
+    rendered = PromptTemplate(instruction).render(_QUESTIONS[1], turn=2)
+    if not question or answer or rendered != second["input"]:
+        raise ValueError(
+            "template_map_fn: cannot be written as a prompt template (fixed text, question, fixed "
+            f"text); it made {first['input']!r} and {second['input']!r} of two questions"
+        )
+    template = PromptTemplate(
+        instruction,
+        system=_system_of(map_fn, first["input"]),
+        suffix=suffix,
+        sep=first.get("sep") or "",
+        ends_with_suffix=not first.get("need_eos_token", True),
+    )
+    stated = getattr(map_fn, "keywords", {}).get("template") or {}
+    known = PROMPT_TEMPLATES.get(template.name)
+    stops = stated.get("STOP_WORDS") or (known.stop_words if known else ())
+    return PromptTemplate.from_fields(template.fields() | {"STOP_WORDS": list(stops)})
+
+
+def _system_of(map_fn: Callable[[dict[str, Any]], Any], question: str) -> str | None:
+    turn = {"input": _QUESTIONS[0], "output": _ANSWER, "system": _SYSTEM}
+    try:
+        text = map_fn({"conversation": [turn]})["conversation"][0]["input"]
+    except (AttributeError, KeyError):  # XTuner reads template.SYSTEM, which some templates lack
+        return None
+    if _SYSTEM not in text or not text.endswith(question):
+        return None
+    return str(text[: -len(question)].replace(_SYSTEM, "{system}"))
+
+
+def _of_dataset(dataset: Mapping[str, Any]) -> PromptTemplate:
+    folder = dataset.get("offline_processed_text_folder")
+    report = Path(folder) / TOKENISED_REPORT if folder else None
+    if report is not None and report.is_file():
+        recorded = json.loads(report.read_bytes()).get("prompt_template")
+        if recorded is not None:
+            return PromptTemplate.from_fields(recorded)
+    return template_of(build(dataset.get("template_map_fn")))
+
+
+def _datasets(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The data sets of `train_dataloader`, those joined by a ConcatDataset included."""
+    waiting = [("train_dataloader.dataset", (cfg.get("train_dataloader") or {}).get("dataset"))]
+    while waiting:
+        where, dataset = waiting.pop(0)
+        if not isinstance(dataset, Mapping):
+            continue
+        parts = dataset.get("datasets")
+        if isinstance(parts, list | tuple):
+            waiting += [(f"{where}.datasets[{i}]", part) for i, part in enumerate(parts)]
+        elif isinstance(dataset.get("dataset"), Mapping):  # a wrapper, such as RepeatDataset
+            waiting.append((f"{where}.dataset", dataset["dataset"]))
+        else:
+            yield where, dataset
+
+
+def _as_template(value: Any) -> PromptTemplate | None:
+    if isinstance(value, str):  # a new-style config may hold `xtuner.utils.PROMPT_TEMPLATE.NAME`
+        return PROMPT_TEMPLATES.get(value.rpartition(".")[2])
+    if isinstance(value, Mapping) and value.get("INSTRUCTION"):
+        return PromptTemplate.from_fields(value)
+    return None
