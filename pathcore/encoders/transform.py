@@ -1,0 +1,226 @@
+"""Image transforms as data, so that a transform can be printed, stored and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+class TransformError(ValueError):
+    """A model's own description of its transform is missing or cannot be followed."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, centre crop and normalise an RGB image, as torchvision does on Pillow images.
+
+    Attributes:
+        resize_px: Length of the shorter side, or `(height, width)`, which changes the aspect ratio.
+            None keeps the size.
+        crop_px: Side of the centre crop. None keeps what the resize gave.
+        interpolation: `bilinear`, `bicubic`, `nearest` or `lanczos`, with antialiasing.
+        mean: Subtracted from each channel, on a scale of 0 to 1.
+        std: Divides each channel afterwards.
+
+    Example:
+        >>> from PIL import Image
+        >>> transform = Transform(224, 224, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> tuple(transform(Image.new("RGB", (256, 300))).shape)
+        (3, 224, 224)
+        >>> transform.to_dict()["resize_px"]
+        224
+    """
+
+    resize_px: int | tuple[int, int] | None
+    crop_px: int | None
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _INTERPOLATIONS:
+            raise TransformError(
+                f"transform: interpolation {self.interpolation!r}, expected one of "
+                f"{', '.join(_INTERPOLATIONS)}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise TransformError(
+                f"transform: mean {self.mean} and std {self.std}, expected three numbers each, "
+                "and positive deviations"
+            )
+
+    @property
+    def output_px(self) -> int | None:
+        """Side of the square images that come out; None if it depends on the input."""
+        if self.crop_px is not None:
+            return self.crop_px
+        if isinstance(self.resize_px, tuple):
+            return self.resize_px[0] if self.resize_px[0] == self.resize_px[1] else None
+        return self.resize_px
+
+    def __call__(self, image: Image) -> Tensor:
+        """Returns `(3, height, width)` in float32."""
+        pixels: Tensor = self._compiled(image if image.mode == "RGB" else image.convert("RGB"))
+        return pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        fields = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Transform:
+        """Reads what `to_dict` returned, or the `transform` of a preset.
+
+        Raises:
+            TransformError: If a field is missing, unknown or has a wrong type.
+        """
+        known = {"resize_px", "crop_px", "interpolation", "mean", "std"}
+        if missing := known - set(fields):
+            raise TransformError(f"transform: {', '.join(sorted(missing))} missing")
+        if unknown := set(fields) - known:
+            raise TransformError(f"transform: {', '.join(sorted(unknown))} not known")
+        resize = fields["resize_px"]
+        try:
+            return cls(
+                (int(resize[0]), int(resize[1])) if isinstance(resize, (list, tuple)) else resize,
+                fields["crop_px"],
+                fields["interpolation"],
+                tuple(map(float, fields["mean"])),  # type: ignore[arg-type]
+                tuple(map(float, fields["std"])),  # type: ignore[arg-type]
+            )
+        except (TypeError, IndexError, ValueError) as error:
+            raise TransformError(f"transform {dict(fields)}: {error}") from error
+
+    @classmethod
+    def from_timm(cls, pretrained_cfg: Mapping[str, Any], *, source: str) -> Transform:
+        """Follows timm's `pretrained_cfg`, as `timm.data.create_transform` does in evaluation.
+
+        Args:
+            pretrained_cfg: With `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and
+                perhaps `crop_mode`.
+            source: Where it comes from, for the error.
+
+        Raises:
+            TransformError: If a field is missing, or the crop mode is neither `center` nor
+                `squash`.
+        """
+        needed = ("input_size", "mean", "std", "interpolation")
+        if missing := [name for name in needed if not pretrained_cfg.get(name)]:
+            raise TransformError(
+                f"{source}: pretrained_cfg lacks {', '.join(missing)}, so the images that the "
+                "model expects are not known"
+            )
+        _, height, width = pretrained_cfg["input_size"]
+        mode = pretrained_cfg.get("crop_mode") or "center"
+        if height != width or mode not in ("center", "squash"):
+            raise TransformError(
+                f"{source}: input_size {pretrained_cfg['input_size']} with crop_mode {mode!r}, "
+                "expected square images with crop_mode center or squash"
+            )
+        # timm: scale_size = floor(input size / crop_pct), 0.875 where none is given, and 0 means
+        # that the configuration left it open.
+        crop_pct = float(pretrained_cfg.get("crop_pct") or 0.875)
+        scaled = int(height / crop_pct)
+        return cls.from_dict(
+            {
+                "resize_px": [scaled, scaled] if mode == "squash" else scaled,
+                "crop_px": int(height),
+                "interpolation": pretrained_cfg["interpolation"],
+                "mean": pretrained_cfg["mean"],
+                "std": pretrained_cfg["std"],
+            }
+        )
+
+    @classmethod
+    def from_open_clip(cls, preprocess_cfg: Mapping[str, Any], *, source: str) -> Transform:
+        """Follows open_clip's `preprocess_cfg`, as its `image_transform` does in evaluation.
+
+        Raises:
+            TransformError: If the resize mode is `longest`, which pads, or a field is missing.
+        """
+        size, mode = preprocess_cfg.get("size"), preprocess_cfg.get("resize_mode") or "shortest"
+        side = size[0] if isinstance(size, (tuple, list)) else size
+        square = not isinstance(size, (tuple, list)) or size[0] == size[1]
+        if side is None or not square or mode not in ("shortest", "squash"):
+            raise TransformError(
+                f"{source}: preprocess_cfg with size {size} and resize_mode {mode!r}, expected "
+                "square images with resize_mode shortest or squash"
+            )
+        return cls.from_dict(
+            {
+                "resize_px": [side, side] if mode == "squash" else side,
+                "crop_px": None if mode == "squash" else side,
+                "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
+                "mean": preprocess_cfg.get("mean"),
+                "std": preprocess_cfg.get("std"),
+            }
+        )
+
+    @classmethod
+    def from_hugging_face(cls, processor: Mapping[str, Any], *, source: str) -> Transform:
+        """Follows the fields of a `preprocessor_config.json`.
+
+        Raises:
+            TransformError: If it does not normalise, or describes something else than resize and
+                centre crop.
+        """
+        if not processor.get("do_normalize", True) or not processor.get("image_mean"):
+            raise TransformError(
+                f"{source}: no image_mean and image_std, so the images that the model expects "
+                "are not known"
+            )
+        if not processor.get("do_rescale", True) or not _is_1_of_255(processor):
+            raise TransformError(
+                f"{source}: rescale_factor {processor.get('rescale_factor')}, expected 1/255"
+            )
+        size = processor.get("size") if processor.get("do_resize", True) else None
+        crop = processor.get("crop_size") if processor.get("do_center_crop", False) else None
+        if isinstance(size, Mapping):
+            resize: Any = size.get("shortest_edge") or [size.get("height"), size.get("width")]
+        else:  # before transformers 4.27, a number: the shorter side where images are cropped
+            resize = size if crop is not None or size is None else [size, size]
+        if isinstance(crop, Mapping):
+            if crop.get("height") != crop.get("width"):
+                raise TransformError(f"{source}: crop_size {dict(crop)}, expected a square")
+            crop = crop.get("height")
+        resample = processor.get("resample", 3)
+        if resample not in _PILLOW_FILTERS:
+            raise TransformError(
+                f"{source}: resample {resample}, expected one of {sorted(_PILLOW_FILTERS)}"
+            )
+        return cls.from_dict(
+            {
+                "resize_px": resize,
+                "crop_px": crop,
+                "interpolation": _PILLOW_FILTERS[resample],
+                "mean": processor["image_mean"],
+                "std": processor.get("image_std"),
+            }
+        )
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from torchvision import transforms  # imports torch, which presets do not need
+
+        mode = transforms.InterpolationMode(self.interpolation)
+        steps: list[Any] = []
+        if self.resize_px is not None:
+            steps.append(transforms.Resize(self.resize_px, interpolation=mode))
+        if self.crop_px is not None:
+            steps.append(transforms.CenterCrop(self.crop_px))
+        steps += [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+        return transforms.Compose(steps)
+
+
+def _is_1_of_255(processor: Mapping[str, Any]) -> bool:
+    return abs(float(processor.get("rescale_factor") or 1 / 255) - 1 / 255) < 1e-6
