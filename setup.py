@@ -60,6 +60,7 @@ setup(
     package_dir={"xtuner_add.configs": "configs"},
     package_data={
         "": ["*.css", "*.html", "*.j2", "*.json", "*.txt"],
+        "pathcore.encoders": ["presets/*.json"],
         "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],
     },
     include_package_data=False,

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,7 @@ def _folders() -> Iterator[Path]:
         yield folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(name: str) -> Preset:
     content, origin = _content(name)
     known = {entry.name for entry in fields(Preset)} - {"name", "origin"}
@@ -163,7 +163,9 @@ def _read(name: str) -> Preset:
         transform = None if described == "config" else Transform.from_dict(described)
     except TransformError as error:
         raise PresetError(f"{origin}: {error}") from error
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
     return Preset(**{**values, "name": name, "transform": transform, "origin": str(origin)})
 
 

@@ -1,0 +1,149 @@
+"""Published weights of vision encoders, brought to the names of the network they belong to.
+
+Trainers store more than the encoder: MAE its decoder, DINO its head, a fine-tuned model its
+classifier. `fit_layout` takes the encoder out, renames what the trainer's code calls differently
+and says what it dropped. It never fills anything in: loading stays strict.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pathcore.weights import StateDict, shorten, strip_prefix_to_fit
+
+_TRAINING_ONLY = (
+    "decoder_",  # MAE's decoder: embed, blocks, norm, pred, pos_embed
+    "mask_token",  # MAE's decoder input, DINOv2's and iBOT's masked patches
+    "head.",
+    "head_dist.",
+    "fc.",
+    "classifier.",
+    "dino_head.",
+    "ibot_head.",
+    "dino_loss.",
+    "ibot_patch_loss.",
+    "momentum_encoder.",  # MoCo v3
+    "base_encoder.",
+    "predictor.",
+    "projector.",
+    "queue",
+)
+"""Beginnings of names that only training uses; dropped where the network has no such tensor."""
+
+_RECOMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
+"""Ends of the names of buffers that depend on the image size and are computed when building."""
+
+_CHUNKED_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
+"""DINOv2's FSDP training groups blocks in chunks; the second number counts over all of them."""
+
+_PREFIXES = (
+    "backbone.",
+    "encoder.",
+    "base_encoder.",
+    "image_encoder.",
+    "vision_model.",
+    "trunk.",
+    "visual.",
+    "vit.",
+    "model.",
+)
+
+
+@dataclass(frozen=True)
+class FittedLayout:
+    """Weights under the names of a network.
+
+    Attributes:
+        state_dict: Tensors to load strictly.
+        dropped: Names in the file that only training uses.
+    """
+
+    state_dict: StateDict
+    dropped: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Returns what was dropped as half a sentence, or an empty string."""
+        if not self.dropped:
+            return ""
+        kinds = sorted({name.split(".")[0] for name in self.dropped})
+        return f"{len(self.dropped)} tensors that only training uses ({shorten(kinds)})"
+
+
+def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayout:
+    """Renames the tensors of a published checkpoint to those of a model of timm.
+
+    Handles wrapper prefixes, DINOv2's chunked blocks, register tokens and SwiGLU names, MAE with
+    its decoder, Swin before timm 0.9, and position embeddings of another image size. timm's own
+    filter for the architecture does what it knows.
+
+    Args:
+        state_dict: As `pathcore.weights.read_state_dict` returns it.
+        model: The network, on any device; only its names and shapes are read.
+    """
+    expected = model.state_dict()
+    found = {_CHUNKED_BLOCK.sub(r"\1blocks.\2.", name): t for name, t in state_dict.items()}
+    for _ in range(3):  # prefixes stand before each other, as in `module.backbone.`
+        stripped = strip_prefix_to_fit(found, _aliases(expected), _PREFIXES)
+        if len(stripped) == len(found) and set(stripped) == set(found):
+            break
+        found = stripped
+    dropped = tuple(
+        name
+        for name in found
+        if name not in expected and (name.startswith(_TRAINING_ONLY) or name.endswith(_RECOMPUTED))
+    )
+    # timm recognises DINOv2 by its mask token, so that one stays until its filter has run.
+    kept = {name: t for name, t in found.items() if name not in dropped or name == "mask_token"}
+    fitted = _timm_filter(model)(_layer_scale(kept, expected), model)
+    fitted.pop("mask_token", None)
+    taken = {id(tensor) for tensor in found.values()}
+    outside = tuple(name for name, tensor in state_dict.items() if id(tensor) not in taken)
+    return FittedLayout(fitted, (*outside, *dropped))
+
+
+def pools_patches(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether weights were fine-tuned on the mean of the patch tokens (MAE's `fc_norm`).
+
+    Such a file has no `norm.*`: its class token was never normalised and must not be read.
+    """
+    outer = {name for name in state_dict if "blocks." not in name and "layers." not in name}
+    return any(name.endswith("fc_norm.weight") for name in outer) and not any(
+        name == "norm.weight" or name.endswith(".norm.weight") for name in outer
+    )
+
+
+def _aliases(expected: Mapping[str, Tensor]) -> set[str]:
+    """Returns the names of the network and what other code bases call the same tensors."""
+    names = set(expected)
+    for name in expected:
+        names.add(name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"))
+        names.add(name.replace("reg_token", "register_tokens"))
+        names.add(name.replace("ls1.gamma", "ls1.weight").replace("ls2.gamma", "ls2.weight"))
+    return names
+
+
+def _layer_scale(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Undoes the renaming of LayerScale's `gamma` to `weight` by older transformers."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        gamma = re.sub(r"\.(ls[12])\.weight$", r".\1.gamma", name)
+        renamed[gamma if gamma in expected else name] = tensor
+    return renamed
+
+
+def _timm_filter(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """Returns the function by which timm adapts checkpoints to this kind of model, if any."""
+    for kind in type(model).__mro__:
+        module = sys.modules.get(kind.__module__)
+        found: Any = getattr(module, "checkpoint_filter_fn", None)
+        if found is not None and kind.__module__.startswith("timm."):
+            return found
+    return lambda state_dict, _: state_dict
