@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 
 from pathgen.annotations import read_annotations
-from wsi.extraction import extract
-from wsi.extraction_part import OutputSettings
+from wsi.extraction import OutputSettings, extract
 from wsi.image_codecs import encoder
 from wsi.reader import Region, Slide
 
@@ -49,7 +48,7 @@ _MEMORY = """
 import json, sys
 from pathlib import Path
 from pathgen.annotations import read_annotations
-from wsi.request_table import RequestTable
+from wsi.requests import RequestTable
 def peak_kib():
     lines = open("/proc/self/status").read().splitlines()  # ru_maxrss is the parent's, too
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

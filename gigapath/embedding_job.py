@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from gigapath.embedding_workers import load_slide_encoder, load_tile_encoder, worker_device
+from gigapath.figures import draw_folder, draw_slide, principal_colours
 from gigapath.slide_vectors import (
     SlideEncoderSpec,
     check_slide,
@@ -23,28 +24,28 @@ from gigapath.slide_vectors import (
     write_slide_vector,
 )
 from gigapath.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
-from gigapath.tile_images import FolderTiles, SlideTiles, Tiles, is_tile_folder
+from gigapath.tile_images import FolderTiles, SlideTiles, Tiles
 from gigapath.tile_inference import TileEncoderSpec
-from pathcore.files import UnsafeNameError, atomic_file, check_name
-from wsi.engines import Engine, ProgressBar, run_tasks
-from wsi.manifest import SKIPPED, WRITTEN, JobFolder, Report, write_record
-from wsi.reader import ResolutionError, Slide, SlideError
+from pathcore.files import StrPath, atomic_file
+from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
+from pathcore.pool import Engine
+from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
-from wsi.slide_listing import SlideListing
+from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import read_attributes, read_coordinates, write_coordinates
-from wsi.tile_job import MaskMissingError, slide_mask, unit_name
+from wsi.tile_job import THUMBNAIL_PX, slide_mask
 from wsi.tiling import PatchSpec, tile
 
 TABLE_NAME = "slide_embeddings.npz"
-NO_TILES, DAMAGED = "no tissue", "tiles that cannot be read"
+DAMAGED = "tiles that cannot be read"
 
 _FOLDERS = ("coords", "overlays", "thumbnails", "pictures")
-_THUMBNAIL_PX = 1024
-_NAME_ROOM_BYTES = 40
 
 
-class NoTilesError(ValueError):
+class NoTilesError(UnitError):
     """A slide without tissue."""
+
+    reason = "no tissue"
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,9 @@ class Placement:
     tile_bar: bool = False
 
 
-@dataclass(frozen=True)
-class EmbeddingTask:
-    """One slide, or one folder of tiles."""
-
-    slide_id: str
-    path: Path | str
-    out: Path
-    settings: EmbeddingSettings
-    placement: Placement
-
-
 def embed_slides(
-    slides: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    slides: StrPath,
+    out: StrPath,
     settings: EmbeddingSettings,
     placement: Placement | None = None,
     *,
@@ -112,29 +102,27 @@ def embed_slides(
     retry_skipped: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Embeds every slide of a folder; see the head of this module.
+    """Embeds every slide of a folder; see the head of this module for the output.
 
     Args:
-        slides: A slide, a folder of slides, a folder of tiles (`01581x_25327y.png`), or a folder
-            of such folders.
+        slides: A slide, a folder of tiles (`01581x_25327y.png`), or a folder of both.
         out: Folder to write; a job that was stopped continues in it.
         settings: What to embed and how.
-        placement: Where.
-        workers: Slides at a time.
+        placement: Where to compute.
+        workers: See `wsi.slide_job.process_slides`, as for the arguments below.
         engine: `process` or `ray`.
-        address: Of a Ray cluster; all its machines must see the files under the same paths.
-        retry_skipped: Try again what an earlier run left out.
-        progress: Show rate and time left.
+        address: Address of a Ray cluster.
+        retry_skipped: Whether to process slides again that an earlier run skipped.
+        progress: Whether to show a progress bar.
 
     Returns:
-        How many slides were embedded, and which were left out and why.
+        The report; `incomplete` counts the slides of which tiles could not be read.
 
     Raises:
-        FileNotFoundError: No such folder, or no slide in it.
-        OutputExistsError: `out` holds something else.
-        FolderInUseError: Another run is writing to `out`.
+        FileNotFoundError: If `slides` does not exist or holds neither slides nor tiles.
+        OutputExistsError: If `out` holds something else.
+        FolderInUseError: If another run is writing to `out`.
     """
-    found = find_slides(Path(slides))
     placement = placement or Placement()
     on_gpu = (placement.device or "").startswith("cuda")
     placement = replace(
@@ -142,86 +130,45 @@ def embed_slides(
         own_gpu=placement.device == "cuda" and engine == "process",
         tile_bar=progress and workers == 1 and engine == "process",
     )
-    inputs = {"operation": "embed", **asdict(settings)}
-    with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
-        for name in _FOLDERS if settings.pictures else _FOLDERS[:1]:
-            (job.out / name).mkdir(exist_ok=True)
-        done = job.done()
-        tasks = (
-            EmbeddingTask(slide_id, path, job.out, settings, placement)
-            for slide_id, path in found.items()
-            if unit_name(slide_id) not in done
-        )
-        results = run_tasks(
-            embed_one_slide,
-            tasks,
-            workers=workers,
-            engine=engine,
-            address=address,
-            gpus_per_task=1 if on_gpu else 0,
-        )
-        with ProgressBar(
-            total=len(found), initial=len(done), unit="slide", disable=not progress
-        ) as bar:
-            for _ in results:
-                bar.update()
-        _write_table(job, settings)
-        return job.finish()
+    return process_slides(
+        partial(_embed, settings=settings, placement=placement),
+        slides,
+        out,
+        {"operation": "embed", **asdict(settings)},
+        folders=_FOLDERS if settings.pictures else _FOLDERS[:1],
+        exclude=[settings.masks, settings.coords],
+        tile_folders=True,
+        at_end=None if settings.slide_encoder is None else _write_table,
+        workers=workers,
+        engine=engine,
+        address=address,
+        gpus_per_task=1 if on_gpu else 0,
+        retry_skipped=retry_skipped,
+        progress=progress,
+    )
 
 
-def find_slides(path: Path) -> dict[str, Path | str]:
-    """Finds slides or folders of tiles; by id the path, or why there is none.
+@dataclass(frozen=True)
+class _SlideWork:
+    """A slide and how to embed it."""
 
-    Raises:
-        FileNotFoundError: There is nothing of the kind.
-    """
-    path = Path(os.path.abspath(path))
-    if path.is_file():
-        return {path.stem: path}
-    if not path.is_dir():
-        raise FileNotFoundError(f"slides {path}: no such file or folder")
-    if is_tile_folder(path):
-        return {path.name: path}
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir()]
-    if tiled := {child.name: child for child in folders if is_tile_folder(child)}:
-        return dict(tiled)
-    listing = SlideListing(path)
-    if not len(listing):
-        raise FileNotFoundError(
-            f"slides {path}: neither a slide nor a tile like 01581x_25327y.png in this folder"
-        )
-    return listing.find(listing.ids)
+    name: str
+    record: str
+    path: Path
+    out: Path
+    settings: EmbeddingSettings
+    placement: Placement
 
 
-def embed_one_slide(task: EmbeddingTask) -> dict[str, Any]:
-    """Embeds a slide and records what became of it.
-
-    Returns:
-        The head of its record.
-
-    Raises:
-        OSError: The output cannot be written.
-    """
-    row: dict[str, Any] = {"slide": task.slide_id}
-    try:
-        row |= {"state": WRITTEN, **_embed(task)}
-    except ValueError as error:  # the slide, its resolution or its tiles; not the output
-        row |= {"state": SKIPPED, "reason": _reason(error), "detail": str(error)}
-    return write_record(task.out, unit_name(task.slide_id), [row])
-
-
-def _embed(task: EmbeddingTask) -> dict[str, Any]:
-    if isinstance(task.path, str):
-        raise SlideError(task.path)
-    name, settings = check_name(task.slide_id, room_bytes=_NAME_ROOM_BYTES), task.settings
+def _embed(unit: SlideUnit, settings: EmbeddingSettings, placement: Placement) -> dict[str, Any]:
+    name = unit.slide_id
+    task = _SlideWork(name, unit.record, unit.path, unit.out, settings, placement)
     row: dict[str, Any] = {}
     if task.path.is_dir():
         folder = FolderTiles.find(task.path)
         tiles, attributes = _check(folder, settings), {"name": name}
         embedded = _embed_tiles(tiles, name, attributes, task)
         if settings.pictures:
-            from gigapath.figures import draw_folder, principal_colours
-
             colours = principal_colours(embedded.features)
             picture = draw_folder(folder, embedded.coords, colours)
             save_jpeg(picture, task.out / "pictures" / f"{name}.jpg")
@@ -231,8 +178,6 @@ def _embed(task: EmbeddingTask) -> dict[str, Any]:
             row |= {"mpp_level0": slide.known_mpp}
             embedded = _embed_tiles(_check(tiles, settings), name, attributes, task)
             if settings.pictures:
-                from gigapath.figures import draw_slide, principal_colours
-
                 colours = principal_colours(embedded.features)
                 picture = draw_slide(slide, embedded.coords, tiles.size_level0, colours)
                 save_jpeg(picture, task.out / "pictures" / f"{name}.jpg")
@@ -244,30 +189,30 @@ def _embed(task: EmbeddingTask) -> dict[str, Any]:
         "tiles": len(embedded.coords),
         "size_level0": tiles.size_level0,
         "damaged": embedded.num_damaged,
-        "notes": [DAMAGED] if embedded.num_damaged else [],
+        "incomplete": [DAMAGED] if embedded.num_damaged else [],
     }
 
 
-def _place(slide: Slide, name: str, task: EmbeddingTask) -> tuple[SlideTiles, dict[str, Any]]:
+def _place(slide: Slide, name: str, task: _SlideWork) -> tuple[SlideTiles, dict[str, Any]]:
     """The tiles of a slide; writes their coordinates and pictures."""
     settings, out = task.settings, task.out
     path, mask = out / "coords" / f"{name}.h5", None
     if settings.coords is not None:
-        source = _find_coords(Path(settings.coords), task.slide_id)
+        source = _find_coords(Path(settings.coords), task.name)
         given, attributes = read_coordinates(source), read_attributes(source)
         coords, size, tile_px = given.coords, given.size_level0, given.patch_px
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)
     else:
-        mask = slide_mask(slide, settings.masks)
+        mask = slide_mask(slide, settings.masks, name=name)
         tiling = tile(slide, settings.spec, mask)
         coords, size, tile_px = tiling.coords, tiling.size_level0, settings.spec.patch_px
-        write_coordinates(path, slide, tiling)
+        write_coordinates(path, slide, tiling, name=name)
         attributes = read_attributes(path)
     if settings.pictures:
         save_jpeg(draw_patches(slide, coords, size, mask=mask), out / "overlays" / f"{name}.jpg")
-        save_jpeg(slide.thumbnail(_THUMBNAIL_PX), out / "thumbnails" / f"{name}.jpg")
-    return SlideTiles(slide.path, coords, size, tile_px), attributes
+        save_jpeg(slide.thumbnail(THUMBNAIL_PX), out / "thumbnails" / f"{name}.jpg")
+    return SlideTiles(slide.path, coords, size, tile_px, name), attributes
 
 
 def _check(tiles: Any, settings: EmbeddingSettings) -> Any:
@@ -280,7 +225,7 @@ def _check(tiles: Any, settings: EmbeddingSettings) -> Any:
 
 
 def _embed_tiles(
-    tiles: Tiles, name: str, attributes: dict[str, Any], task: EmbeddingTask
+    tiles: Tiles, name: str, attributes: dict[str, Any], task: _SlideWork
 ) -> TileEmbeddings:
     settings, placement = task.settings, task.placement
     device = worker_device(placement.device, task.out if placement.own_gpu else None)
@@ -289,7 +234,7 @@ def _embed_tiles(
         tiles,
         load_tile_encoder(spec, device),
         task.out / _features_path(name, settings),
-        task.out / ".job" / "parts" / unit_name(task.slide_id),
+        task.out / ".job" / "parts" / task.record,
         name=spec.name,
         weights_sha256=spec.digest,
         attributes=attributes,
@@ -300,7 +245,7 @@ def _embed_tiles(
     )
 
 
-def _embed_slide(embedded: TileEmbeddings, size_level0: int, name: str, task: EmbeddingTask) -> str:
+def _embed_slide(embedded: TileEmbeddings, size_level0: int, name: str, task: _SlideWork) -> str:
     spec = task.settings.slide_encoder
     assert spec is not None
     device = worker_device(task.placement.device, task.out if task.placement.own_gpu else None)
@@ -313,24 +258,17 @@ def _embed_slide(embedded: TileEmbeddings, size_level0: int, name: str, task: Em
     return path
 
 
-def _write_table(job: JobFolder, settings: EmbeddingSettings) -> None:
+def _write_table(job: JobFolder) -> None:
     """Joins the vectors of all slides, in the order of their names."""
-    import h5py
-
-    if settings.slide_encoder is None:
-        return
     names, vectors = [], []
-    for row in sorted(_written(job), key=lambda row: str(row["slide"])):
+    written = (row for row in job.rows() if row["state"] == WRITTEN)
+    for row in sorted(written, key=lambda row: str(row["slide"])):
         with h5py.File(job.out / row["slide_features"], "r") as file:
             vectors.append(np.asarray(file["features"]))
         names.append(row["slide"])
     if vectors:
         with atomic_file(job.out / TABLE_NAME) as partial, partial.open("wb") as file:
             np.savez(file, slides=np.array(names), features=np.stack(vectors))
-
-
-def _written(job: JobFolder) -> Iterator[dict[str, Any]]:
-    return (row for row in job.rows() if row["state"] == WRITTEN)
 
 
 def _find_coords(folder: Path, slide_id: str) -> Path:
@@ -353,15 +291,3 @@ def _check_inside(coords: NDArray[np.int64], size: int, slide: Slide, source: Pa
 
 def _features_path(name: str, settings: EmbeddingSettings) -> str:
     return f"features/{settings.tile_encoder.name}/{name}.h5"
-
-
-def _reason(error: ValueError) -> str:
-    reasons = {
-        NoTilesError: NO_TILES,
-        ResolutionError: "resolution unknown",
-        SlideError: "slide unreadable",
-        UnsafeNameError: "bad id",
-        MaskMissingError: "mask missing",
-        EmbeddingError: "bad embeddings or coordinates",
-    }
-    return reasons.get(type(error), "cannot be embedded")

@@ -42,7 +42,7 @@ from gigapath.tile_inference import (
     choose_precision,
 )
 from pathcore.files import atomic_file, check_name, fsync_path, write_json
-from wsi.engines import ProgressBar
+from pathcore.pool import ProgressBar
 from wsi.image_codecs import encode_png
 from wsi.reader import Slide, SlideError
 

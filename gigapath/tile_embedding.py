@@ -23,7 +23,8 @@ from gigapath.tile_encoder import resize_px
 from gigapath.tile_images import Tiles, read_tiles
 from gigapath.tile_inference import TileEncoder
 from pathcore.files import atomic_file
-from wsi.engines import ProgressBar
+from pathcore.jobs import UnitError
+from pathcore.pool import ProgressBar
 from wsi.reader import SlideError
 from wsi.store import read_attributes, read_features, write_features
 
@@ -34,8 +35,10 @@ _SOURCE = "tiles_sha256"
 _DAMAGED = "num_damaged"
 
 
-class EmbeddingError(ValueError):
-    """Embeddings that cannot be right."""
+class EmbeddingError(UnitError):
+    """Embeddings or coordinates that cannot be right."""
+
+    reason = "bad embeddings or coordinates"
 
 
 @dataclass(frozen=True)

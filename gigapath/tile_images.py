@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +19,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.engines import run_tasks
+from pathcore.pool import WorkerDiedError, run_tasks
 from wsi.reader import Region, Slide, SlideError
+from wsi.slide_listing import TILE_NAME
 
 _Item = TypeVar("_Item")
 
-TILE_NAME = re.compile(r"(-?\d+)x_(-?\d+)y\.(?:png|jpe?g|tiff?|bmp|webp)", re.IGNORECASE)
 READ_TILES = 256
 """Tiles that a reading process hands over at once: 38 MB of 224 px."""
 
@@ -69,17 +68,19 @@ class SlideTiles:
         coords: int64 `(N, 2)`: left and top in level-0 pixels.
         size_level0: Side of a tile in level-0 pixels.
         tile_px: Side of a tile after scaling.
+        slide_id: Id of the slide; by default its file name without suffix.
     """
 
     path: Path
     coords: NDArray[np.int64]
     size_level0: int
     tile_px: int
+    slide_id: str = ""
 
     @property
     def name(self) -> str:
-        """The slide's file name without suffix."""
-        return self.path.stem
+        """Id of the slide."""
+        return self.slide_id or self.path.stem
 
     def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8] | SlideError]:
         """See `Tiles`."""
@@ -186,12 +187,6 @@ class FolderTiles:
         return _digest(head, self.coords)
 
 
-def is_tile_folder(folder: Path) -> bool:
-    """Whether images in the original's naming lie directly in a folder."""
-    with os.scandir(folder) as entries:
-        return any(TILE_NAME.fullmatch(entry.name) for entry in entries)
-
-
 def fit(pixels: NDArray[np.uint8], crop_px: int, resize_px: int) -> NDArray[np.uint8]:
     """Resizes and crops as torchvision's `Resize` (bicubic) and `CenterCrop` do to a Pillow image.
 
@@ -250,8 +245,12 @@ def read_tiles(
     tasks = (_ReadTask(tiles, p, crop_px, resize_px, n) for n, p in enumerate(pieces))
     early: dict[int, list[tuple[int, NDArray[np.uint8] | str]]] = {}
     due = 0
-    # At least two: `run_tasks` runs a single worker's tasks in this process.
-    for number, piece in run_tasks(_read_task, tasks, workers=max(2, workers)):
+
+    def refuse(task: _ReadTask, error: WorkerDiedError) -> Iterable[_ReadTask]:
+        first, last = task.indices[0], task.indices[-1]
+        raise SlideError(f"{tiles.name}: reading tiles {first} to {last} failed: {error}")
+
+    for number, piece in run_tasks(_read_task, tasks, workers=workers, on_death=refuse):
         early[number] = piece
         while due in early:
             yield from early.pop(due)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pathcore.files import write_text
 from pathgen.annotations import read_annotations
-from wsi.request_table import PatchRequest
+from wsi.requests import PatchRequest
 
 GDC_URL = "https://api.gdc.cancer.gov"
 COLUMNS = ("id", "filename", "md5", "size", "state")

@@ -108,7 +108,7 @@ def select_patches(
     files = sorted(Path(coords).glob("*.h5"))
     if not files:
         raise FileNotFoundError(f"coordinates {coords}: no .h5 files")
-    listing = SlideListing(slides)
+    listing = SlideListing(slides, exclude=[output, coords])
     job = _Job(output, encoder, settings, cancer_types or {}, reports or {})
     report = SelectionReport()
     names = (output / "selection.jsonl", output / "selection.left_out.jsonl")
@@ -117,9 +117,7 @@ def select_patches(
             name = file.stem.removesuffix("_patches")
             report.num_slides += 1
             try:
-                path = listing.find([check_name(name)])[name]
-                if isinstance(path, str):
-                    raise ValueError(path)
+                path = listing.find(check_name(name))
                 rows, found = job.select(name, file, path)
             except (ValueError, OSError) as error:
                 report.left_out[name] = str(error)

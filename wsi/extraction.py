@@ -1,33 +1,121 @@
-"""Millions of patches from thousands of slides: sorted, in parallel, resumable.
+"""Cuts millions of patches out of thousands of slides, in parallel and resumable.
 
-Requests are sorted by slide and position into a table on disk and cut into parts of a fixed size.
-A part is written by one worker and recorded when it is in place, so that the same requests give
-the same bytes from any number of workers, and a killed job continues where it was.
+Requests are sorted by slide and position into a table on disk and divided into parts of a fixed
+size. A worker writes a part and records it when it is in place. What a part contains depends on
+its requests alone, so that any number of workers writes the same bytes and a killed job continues
+where it stopped.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
 
-from pathcore.files import atomic_file
-from wsi.engines import Engine, ProgressBar, run_tasks
-from wsi.extraction_part import OutputSettings, Part, pair_lines, write_part
-from wsi.manifest import SKIPPED, JobFolder, Report
-from wsi.request_table import PatchRequest, RejectedRow, RequestTable
-from wsi.slide_listing import SlideListing
+import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
+
+from pathcore.files import StrPath, atomic_file, fsync_path
+from pathcore.jobs import (
+    SKIPPED,
+    WORKER_DIED,
+    WRITTEN,
+    JobFolder,
+    Report,
+    encode_row,
+    staging_folder,
+    write_record,
+)
+from pathcore.pool import Engine, WorkerDiedError
+from wsi.image_codecs import encoder
+from wsi.reader import Region, Slide, SlideError
+from wsi.requests import PatchRequest, RejectedRow, RequestTable
+from wsi.slide_listing import AmbiguousSlideError, SlideListing, SlideNotFoundError
+
+Layout = Literal["files", "shards"]
 
 PAIRS_NAME = "pairs.jsonl"
+SHARDS_FOLDER = "shards"
 
 _TABLE_NAME = "requests.sqlite"
 
 
+@dataclass(frozen=True)
+class OutputSettings:
+    """How patches are written.
+
+    Attributes:
+        layout: `files`: an image and a text file each, in one folder, with PathGen's names;
+            `shards`: WebDataset tar files.
+        image_format: `png`, `jpg` or `webp`.
+        quality: 1 to 100; by default that of the format.
+        part_size: Patches in a shard; in the other layout, patches that are recorded together.
+    """
+
+    layout: Layout = "files"
+    image_format: str = "png"
+    quality: int | None = None
+    part_size: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("files", "shards"):
+            raise ValueError(f"layout {self.layout!r}: expected files or shards")
+        if self.part_size < 1:
+            raise ValueError(f"part_size: expected at least 1, found {self.part_size}")
+        encoder(self.image_format, self.quality)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some hundred patches that a worker reads, encodes and puts in place together.
+
+    Attributes:
+        number: Number of the part, counted from 0.
+        requests: Sorted by slide and position.
+        slides: File of each slide that is there.
+        out: The folder of the job.
+        settings: How to write.
+        mpp: Micrometres per pixel of all slides, overriding what the files say.
+        deadly: Slides that killed a worker, with reason and detail; they are skipped.
+    """
+
+    number: int
+    requests: Sequence[PatchRequest]
+    slides: Mapping[str, Path]
+    out: Path
+    settings: OutputSettings
+    mpp: float | None = None
+    deadly: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the record of the part, and of its shard."""
+        return part_name(self.number)
+
+    @property
+    def slide_note(self) -> Path:
+        """Where a worker notes the slide that it is working on, in case the slide kills it."""
+        return staging_folder(self.out) / f"{self.name}.slide"
+
+
+def part_name(number: int) -> str:
+    """Returns the name of the record of a part."""
+    return f"{number:06d}"
+
+
 def extract(
     rows: Callable[[], Iterable[PatchRequest | RejectedRow]],
-    slides: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    slides: StrPath,
+    out: StrPath,
     *,
     settings: OutputSettings,
     source: Mapping[str, Any],
@@ -38,51 +126,82 @@ def extract(
     retry_skipped: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Extracts patches, and their captions where there are any.
+    """Extracts patches, with their captions where there are any.
 
     Args:
-        rows: Gives the requests in the order of their source, and the rows that are none.
+        rows: Returns the requests, in the order of their source, and the rows that are none.
         slides: Folder of the slides.
         out: Folder to write; a job that was stopped continues in it.
         settings: Layout, image format and size of the parts.
-        source: What identifies the requests, a digest for instance: a folder begun with others is
+        source: Identifies the requests, for instance by a digest; a folder begun with others is
             refused.
-        mpp: Micrometres per pixel of all slides, in place of what they say.
-        workers: Patches are read by so many processes.
+        mpp: Micrometres per pixel of all slides, overriding what the files say.
+        workers: Number of worker processes.
         engine: `process` or `ray`.
-        address: Of a Ray cluster; all its machines must see `slides` and `out`.
-        retry_skipped: Try again what an earlier run left out.
-        progress: Show rate and time left.
+        address: Address of a Ray cluster; all its machines must see `slides` and `out`.
+        retry_skipped: Whether to try again what an earlier run skipped.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What was written and what was left out; `out` has it row by row in `manifest.jsonl`.
+        The report. `out` has it row by row in `manifest.jsonl`, with one row per missing slide.
 
     Raises:
-        OutputExistsError: `out` holds something else.
-        FolderInUseError: Another run is writing to `out`.
-        OSError: The disk is full, for instance; run again to continue.
+        OutputExistsError: If `out` holds something else.
+        FolderInUseError: If another run is writing to `out`.
+        OSError: If the output cannot be written; run again to continue.
     """
-    listing = SlideListing(slides)
+    listing = SlideListing(slides, exclude=[out])
     inputs = {"operation": "extract", "source": dict(source), **asdict(settings), "mpp": mpp}
     with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
         table_path = job.folder / _TABLE_NAME
         if not table_path.is_file():
-            RequestTable.build(table_path, rows())
+            RequestTable.build(table_path, rows(), lambda name: _why_missing(listing, name))
+        elif retry_skipped:
+            _add_slides(job, listing, settings.part_size, rows)
         with RequestTable(table_path) as table:
-            done = job.done()
-            num_done = sum(head["written"] + head["skipped"] for head in done.values())
-            parts = _parts(job, table, listing, settings, mpp, done)
-            with ProgressBar(
-                total=len(table), initial=num_done, unit="patch", disable=not progress
-            ) as bar:
-                for head in run_tasks(
-                    write_part, parts, workers=workers, engine=engine, address=address
-                ):
-                    bar.update(head["written"] + head["skipped"])
-            report = job.finish(_rejected_rows(table))
+            job.run(
+                write_part,
+                _parts(job, table, listing, settings, mpp),
+                on_death=_without_deadly_slide,
+                num_inputs=len(table),
+                noun="patch",
+                workers=workers,
+                engine=engine,
+                address=address,
+                progress=progress,
+            )
+            passed_over = (found.row() for found in listing.passed_over)
+            report = job.finish(_rows_without_part(table), passed_over)
         if settings.layout == "files":
-            _write_pairs(job)
+            with atomic_file(job.out / PAIRS_NAME) as partial, partial.open("wb") as file:
+                file.writelines(_pair_lines(job.rows(), job.out))
         return report
+
+
+def _why_missing(listing: SlideListing, slide_id: str) -> tuple[str, str] | None:
+    try:
+        listing.find(slide_id)
+    except (SlideNotFoundError, AmbiguousSlideError) as error:
+        return SlideNotFoundError.reason, str(error)
+    return None
+
+
+def _add_slides(
+    job: JobFolder,
+    listing: SlideListing,
+    part_size: int,
+    rows: Callable[[], Iterable[PatchRequest | RejectedRow]],
+) -> None:
+    """Adds slides that were missing in an earlier run and are there now."""
+    with RequestTable(job.folder / _TABLE_NAME) as table:
+        names = [slide.slide_id for slide in table.missing()]
+        added = [name for name in names if _why_missing(listing, name) is None]
+        if not added:
+            return
+        # Before the table is changed: a part whose record is gone is only done once more.
+        for number in table.parts_of(added, part_size):
+            job.forget(part_name(number))
+        table.add_slides(added, rows())
 
 
 def _parts(
@@ -91,26 +210,263 @@ def _parts(
     listing: SlideListing,
     settings: OutputSettings,
     mpp: float | None,
-    done: Mapping[str, Any],
 ) -> Iterator[Part]:
-    for number in range(-(-len(table) // settings.part_size)):
-        part = Part(number, (), {}, job.out, settings, mpp)
-        if part.name not in done:
+    done = job.done()
+    for number in table.parts_with_requests(settings.part_size):
+        if part_name(number) not in done:
             requests = table.part(number, settings.part_size)
-            slides = listing.find({request.slide_id for request in requests})
+            names = {request.slide_id for request in requests}
+            slides = {
+                name: listing.find(name) for name in names if _why_missing(listing, name) is None
+            }
             yield Part(number, requests, slides, job.out, settings, mpp)
 
 
-def _rejected_rows(table: RequestTable) -> Iterator[dict[str, Any]]:
+def _without_deadly_slide(part: Part, error: WorkerDiedError) -> list[Part]:
+    """Returns the part without the slide on which its worker died."""
+    try:
+        slide_id = part.slide_note.read_text(encoding="utf-8")
+    except OSError:
+        slide_id = ""
+    if slide_id not in part.slides or slide_id in part.deadly:
+        raise error  # it did not die of a slide, so it would die again
+    fault = WORKER_DIED, f"{part.slides[slide_id]}: {error}"
+    return [replace(part, deadly={**part.deadly, slide_id: fault})]
+
+
+def _rows_without_part(table: RequestTable) -> Iterator[dict[str, Any]]:
     for row in table.rejected():
+        yield {"row": row.number, "state": SKIPPED, "reason": row.reason, "detail": row.detail}
+    for slide in table.missing():
         yield {
-            "row": row.number,
+            "wsi_id": slide.slide_id,
             "state": SKIPPED,
-            "reason": row.reason,
-            "detail": row.detail,
+            "reason": slide.reason,
+            "detail": slide.detail,
+            "count": len(slide.rows),
+            "rows": slide.rows,
         }
 
 
-def _write_pairs(job: JobFolder) -> None:
-    with atomic_file(job.out / PAIRS_NAME) as partial, partial.open("wb") as file:
-        file.writelines(pair_lines(job.rows(), job.out))
+def write_part(part: Part) -> dict[str, Any]:
+    """Extracts the patches of a part and writes its record.
+
+    Returns:
+        The head of the record.
+
+    Raises:
+        OSError: If the output cannot be written.
+    """
+    encode = encoder(part.settings.image_format, part.settings.quality)
+    sink_type = ShardSink if part.settings.layout == "shards" else FileSink
+    rows: list[dict[str, Any]] = []
+    deadly: dict[str, tuple[str, str]] = {}
+    with sink_type(part) as sink:
+        for slide_id, group in groupby(part.requests, key=lambda request: request.slide_id):
+            requests = list(group)
+            path = part.slides.get(slide_id)
+            if path is None:  # it was there when the job began
+                reason = SlideNotFoundError.reason, f"no slide named {slide_id!r} any more"
+            elif slide_id in part.deadly:
+                reason = part.deadly[slide_id]
+            else:
+                part.slide_note.write_text(slide_id, encoding="utf-8")
+                try:
+                    rows += _extract_slide(part, path, requests, encode, sink)
+                    continue
+                except SlideError as error:
+                    reason = error.reason, str(error)
+                except (OSError, RuntimeError):
+                    raise  # a full disk concerns every slide
+                except Exception as error:  # a fault that one file provoked concerns this file
+                    what = "out of memory" if isinstance(error, MemoryError) else "unexpected error"
+                    deadly[slide_id] = what, f"{path}: {type(error).__name__}: {error}"
+                    break
+            rows += [_skipped(request, *reason) for request in requests]
+        else:
+            sink.finish()
+    part.slide_note.unlink(missing_ok=True)
+    if deadly:  # the sink may hold patches of this slide, so begin again without it
+        return write_part(replace(part, deadly={**part.deadly, **deadly}))
+    return write_record(part.out, part.name, rows)
+
+
+def _extract_slide(
+    part: Part,
+    path: Path,
+    requests: list[PatchRequest],
+    encode: Callable[[NDArray[np.uint8]], bytes],
+    sink: FileSink | ShardSink,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with Slide(path, mpp=part.mpp) as slide:
+        regions = [Region(r.x_level0, r.y_level0, r.size_level0, r.size_px) for r in requests]
+        places = [slide.overlap(region) for region in regions]
+        wanted = [
+            region for region, place in zip(regions, places, strict=True) if place != "outside"
+        ]
+        pixels = slide.read_many(wanted)
+        for request, place in zip(requests, places, strict=True):
+            if place == "outside":
+                width, height = slide.dimensions
+                detail = (
+                    f"position ({request.x_level0}, {request.y_level0}); the slide has "
+                    f"{width} x {height} pixels"
+                )
+                rows.append(_skipped(request, "outside the slide", detail))
+                continue
+            image = next(pixels)
+            if isinstance(image, SlideError):
+                rows.append(_skipped(request, "damaged region", str(image)))
+                continue
+            row = sink.add(request, encode(image), slide.known_mpp)
+            if place == "partial":
+                row["notes"] = ["over the edge"]
+            rows.append(row)
+    return rows
+
+
+class FileSink:
+    """Writes an image file and a text file per patch, with the names of PathGen's script.
+
+    The files are written to a staging folder and moved to their places when the part is complete.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._names: list[str] = []
+
+    def __enter__(self) -> FileSink:
+        prefix = f"{self._part.name}-"
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=staging_folder(self._part.out)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, request: PatchRequest, image: bytes, mpp: float | None) -> dict[str, Any]:
+        """Adds a patch and returns its row of the manifest."""
+        stem = patch_stem(request)
+        name = f"{stem}.{self._part.settings.image_format}"
+        self._write(name, image)
+        if request.caption is not None:
+            self._write(f"{stem}.txt", request.caption.encode())
+        return _written(request, name, image, mpp)
+
+    def finish(self) -> None:
+        """Moves all files to their places."""
+        for name in self._names:
+            fsync_path(self._folder / name)
+        for name in self._names:
+            os.replace(self._folder / name, self._part.out / name)
+        fsync_path(self._part.out)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with open(self._folder / name, "wb", buffering=0) as file:
+            _write_all(file, content)
+        self._names.append(name)
+
+
+class ShardSink:
+    """Writes a WebDataset shard: image, text and JSON of a patch share a key.
+
+    Keys are numbers, because WebDataset cuts keys at the first dot and ids of slides contain dots.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._num_samples = 0
+
+    def __enter__(self) -> ShardSink:
+        folder = staging_folder(self._part.out)
+        descriptor, path = tempfile.mkstemp(prefix=f"{self._part.name}-", dir=folder)
+        self._path = Path(path)
+        self._file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._file.close()
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    def add(self, request: PatchRequest, image: bytes, mpp: float | None) -> dict[str, Any]:
+        """Adds a patch and returns its row of the manifest."""
+        key = f"{self._part.name}{self._num_samples:06d}"
+        self._num_samples += 1
+        image_format = self._part.settings.image_format
+        row = _written(request, f"{SHARDS_FOLDER}/{self._part.name}.tar", image, mpp)
+        row["key"] = key
+        described = {name: row[name] for name in ("id", "wsi_id", "position", "size_level0", "mpp")}
+        self._write(f"{key}.{image_format}", image)
+        if request.caption is not None:
+            self._write(f"{key}.txt", request.caption.encode())
+        self._write(f"{key}.json", json.dumps(described, ensure_ascii=False).encode())
+        return row
+
+    def finish(self) -> None:
+        """Moves the shard to its place; a part without any patch leaves no shard."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        shard = self._part.out / SHARDS_FOLDER / f"{self._part.name}.tar"
+        if not self._num_samples:
+            shard.unlink(missing_ok=True)
+            return
+        shard.parent.mkdir(exist_ok=True)
+        os.chmod(self._path, 0o644)
+        os.replace(self._path, shard)
+        fsync_path(shard.parent)
+
+    def _write(self, name: str, content: bytes) -> None:
+        # Time, owner and mode stay at TarInfo's constants, so that equal patches give equal shards.
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._tar.addfile(info, io.BytesIO(content))
+
+
+def patch_stem(request: PatchRequest) -> str:
+    """Returns the name of a patch's files without suffix, as PathGen's script forms it."""
+    return f"{request.slide_id}_{request.x_level0}_{request.y_level0}"
+
+
+def _pair_lines(rows: Iterator[dict[str, Any]], out: Path) -> Iterator[bytes]:
+    """Yields the lines of `pairs.jsonl`: one per patch that has a caption beside it."""
+    for row in rows:
+        caption = (out / row["file"]).with_suffix(".txt") if row["state"] == WRITTEN else None
+        if caption and caption.is_file():
+            pair = {"id": row["id"], "image": row["file"], "caption": caption.read_bytes().decode()}
+            yield encode_row(pair | {name: row[name] for name in ("wsi_id", "position", "mpp")})
+
+
+def _written(request: PatchRequest, file: str, image: bytes, mpp: float | None) -> dict[str, Any]:
+    scale = request.size_level0 / request.size_px
+    return {
+        **_described(request),
+        "state": WRITTEN,
+        "file": file,
+        "bytes": len(image),
+        "crc32": isal_zlib.crc32(image),
+        "size_level0": request.size_level0,
+        "mpp": None if mpp is None else round(mpp * scale, 6),
+    }
+
+
+def _skipped(request: PatchRequest, reason: str, detail: str) -> dict[str, Any]:
+    return {**_described(request), "state": SKIPPED, "reason": reason, "detail": detail}
+
+
+def _described(request: PatchRequest) -> dict[str, Any]:
+    return {
+        "id": patch_stem(request),
+        "row": request.number,
+        "wsi_id": request.slide_id,
+        "position": [request.x_level0, request.y_level0],
+    }
+
+
+def _write_all(file: Any, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]

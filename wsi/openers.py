@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcore.jobs import UnitError
 from wsi.diagnosis import explain
 
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -21,8 +22,10 @@ SLIDE_SUFFIXES = (
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
-class SlideError(ValueError):
+class SlideError(UnitError):
     """A slide that cannot be opened, or a region that cannot be read; the message says why."""
+
+    reason = "slide unreadable"
 
 
 class Backend(Protocol):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcore.jobs import UnitError
 from wsi.diagnosis import is_tiff
 from wsi.openers import PLAIN_SUFFIXES, Backend, OpenSlideBackend, SlideError, open_backend
 from wsi.tiff_tiles import Box, TiffTiles, TiledLevel, TileError
@@ -49,8 +50,10 @@ _PROOF_TILES = 3
 _BAND_PX = 1 << 24
 
 
-class ResolutionError(ValueError):
+class ResolutionError(UnitError):
     """A slide whose resolution is needed and not known."""
+
+    reason = "resolution unknown"
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,295 @@
-"""The slides in a folder, by id: a name from data is looked up here and never becomes a path."""
+"""Finds the slides in a folder, for every command that reads slides.
+
+What counts as a slide and what does not is decided here, once: a DICOM series is one slide, the
+part files of a multi-file format are none, a thumbnail beside a slide is not a second slide. Ids
+from data are looked up in the listing and never become paths.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pathcore.files import StrPath
+from pathcore.jobs import UnitError, is_job_output
 from wsi.openers import PLAIN_SUFFIXES, SLIDE_SUFFIXES
+
+TILE_NAME = re.compile(r"(-?\d+)x_(-?\d+)y\.(?:png|jpe?g|tiff?|bmp|webp)", re.IGNORECASE)
+"""Names that Prov-GigaPath's tiler gives to the images of tiles, after their position: its output,
+a folder of such images, is an input of `embed`."""
+
+_MULTI_FILE_SUFFIXES = (".vms", ".vmu")
+"""Hamamatsu's formats of which the slide file is a text that names JPEG or NGR files beside it."""
+
+_MAX_KEY_FILE_BYTES = 1 << 20
+
+
+class SlideNotFoundError(UnitError):
+    """No slide has the id that is asked for."""
+
+    reason = "slide missing"
+
+
+class AmbiguousSlideError(UnitError):
+    """Several slides have the id that is asked for."""
+
+    reason = "ambiguous slide name"
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A file or folder that a listing found and does not count as a slide.
+
+    Attributes:
+        path: The file or folder.
+        reason: A few words, the same for all files of this kind.
+        detail: What gave it away.
+    """
+
+    path: Path
+    reason: str
+    detail: str = ""
+
+    def row(self) -> dict[str, str]:
+        """Returns a JSON row for the report of a job."""
+        detail = {"detail": self.detail} if self.detail else {}
+        return {"file": str(self.path), "reason": self.reason, **detail}
 
 
 class SlideListing:
-    """Slides under a folder; the id of a slide is its file name without suffix.
+    """Slides under a folder, by id.
 
-    Sub-folders count: the GDC's transfer tool puts every slide into one of its own.
+    The id of a slide is its file name without suffix. A DICOM series that is stored in several
+    files has its SeriesInstanceUID as id, and is found by the names of its files too. Subfolders
+    are searched, since the GDC's transfer tool puts every slide into one of its own, and links to
+    folders are followed. The output of earlier jobs is not searched.
 
     Args:
-        folder: The folder.
+        folder: The folder, or a single slide.
+        exclude: Folders that are not searched, for instance masks or the output of this job.
+        tile_folders: Whether a folder of tiles named like `01581x_25327y.png` is an input with the
+            name of the folder as id; otherwise such folders are passed over.
+        inside_only: Whether links that lead out of `folder` are passed over.
+
+    Attributes:
+        slides: Path of every slide, or of every folder of tiles, by id; sorted by id.
+        ambiguous: For every id that several slides have, which ones.
+        passed_over: Files that were found and do not count as slides.
 
     Raises:
-        FileNotFoundError: No such folder.
+        FileNotFoundError: If `folder` does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("a.svs", "a.png", "._a.svs"):
+        ...     (folder / name).touch()
+        >>> listing = SlideListing(folder)
+        >>> [path.name for path in listing.slides.values()]
+        ['a.svs']
+        >>> [(found.path.name, found.reason) for found in listing.passed_over]
+        [('._a.svs', 'macOS metadata'), ('a.png', 'picture of a slide')]
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        folder: StrPath,
+        *,
+        exclude: Iterable[StrPath] = (),
+        tile_folders: bool = False,
+        inside_only: bool = False,
+    ) -> None:
         self.folder = Path(os.path.abspath(folder))
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"slides {folder}: no such folder")
-        self._paths: dict[str, list[Path]] = {}
-        for root, folders, names in os.walk(self.folder):
-            folders.sort()
-            for name in sorted(names):
-                path = Path(root, name)
-                if path.suffix.lower() in (*SLIDE_SUFFIXES, *PLAIN_SUFFIXES):
-                    self._paths.setdefault(path.stem, []).append(path)
+        self.passed_over: list[PassedOver] = []
+        self._aliases: dict[str, str] = {}
+        self._found: dict[str, list[Path]] = {}
+        self._excluded = {os.path.realpath(path) for path in exclude}
+        self._tile_folders = tile_folders
+        self._inside_only = inside_only
+        if self.folder.is_dir():
+            self._walk()
+            self._pass_over_pictures()
+        elif self.folder.exists():
+            self._found[self.folder.stem] = [self.folder]
+        else:
+            raise FileNotFoundError(f"slides {folder}: no such file or folder")
+        self.slides: dict[str, Path] = {}
+        self.ambiguous: dict[str, str] = {}
+        for slide_id, paths in sorted(self._found.items()):
+            if len(distinct := _distinct(paths)) == 1:
+                self.slides[slide_id] = distinct[0]
+            else:
+                shown = ", ".join(map(str, distinct[:3])) + (", ..." if len(distinct) > 3 else "")
+                self.ambiguous[slide_id] = (
+                    f"{len(distinct)} slides have this name: {shown}; rename one, or give the path "
+                    "of the one to take"
+                )
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._found)
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids, sorted."""
-        return sorted(self._paths)
+    def find(self, slide_id: str) -> Path:
+        """Returns the path of a slide.
 
-    def find(self, slide_ids: Iterable[str]) -> dict[str, Path | str]:
-        """Looks ids up.
-
-        Returns:
-            By id the slide's file, or why there is none.
+        Raises:
+            SlideNotFoundError: If no slide has this id.
+            AmbiguousSlideError: If several slides have it.
         """
-        return {slide_id: self._find(slide_id) for slide_id in slide_ids}
+        slide_id = slide_id if slide_id in self._found else self._aliases.get(slide_id, slide_id)
+        if slide_id in self.slides:
+            return self.slides[slide_id]
+        if slide_id in self.ambiguous:
+            raise AmbiguousSlideError(self.ambiguous[slide_id])
+        raise SlideNotFoundError(f"no slide of this name under {self.folder}: {slide_id!r:.80}")
 
-    def _find(self, slide_id: str) -> Path | str:
-        paths = self._paths.get(slide_id, [])
-        if len(paths) == 1:
-            return paths[0]
-        if not paths:
-            return f"no slide of this name under {self.folder}"
-        return f"{len(paths)} slides have this name: {', '.join(map(str, paths[:3]))}"
+    def _walk(self) -> None:
+        """Lists all folders; links come last, so that a slide is found under its own path."""
+        seen: set[str] = set()
+        links: list[Path] = []
+        queue = [self.folder]
+        while queue or links:
+            folder = queue.pop() if queue else links.pop(0)
+            real = os.path.realpath(folder)
+            if real in seen:
+                self._pass(folder, "link to a folder that is searched already", real)
+                continue
+            seen.add(real)
+            for child in self._list_folder(folder):
+                (links if child.is_symlink() else queue).append(child)
+
+    def _list_folder(self, folder: Path) -> list[Path]:
+        """Adds the slides of a folder; returns the subfolders to search."""
+        entries = sorted(folder.iterdir())
+        multi_file = [e for e in entries if e.suffix.lower() in _MULTI_FILE_SUFFIXES]
+        parts = {name: path for path in multi_file for name in _files_named_in(path)}
+        folders, dicom, has_tiles = [], [], False
+        for path in entries:
+            suffix = path.suffix.lower()
+            if path.is_dir():
+                if self._is_searched(path):
+                    folders.append(path)
+            elif suffix not in (*SLIDE_SUFFIXES, *PLAIN_SUFFIXES):
+                continue
+            elif path.name.startswith("._"):
+                self._pass(path, "macOS metadata")
+            elif path.name.startswith("."):
+                self._pass(path, "hidden file")
+            elif path.name in parts and path not in multi_file:
+                self._pass(path, "part of a slide", f"named in {parts[path.name].name}")
+            elif self._inside_only and not self._is_inside(path):
+                self._pass(path, "link that leads out of the folder")
+            elif TILE_NAME.fullmatch(path.name):
+                has_tiles = True
+            elif suffix == ".dcm":
+                dicom.append(path)
+            else:
+                self._found.setdefault(path.stem, []).append(path)
+        self._add_dicom(dicom)
+        if has_tiles and self._tile_folders:
+            self._found.setdefault(folder.name, []).append(folder)
+            for path in entries:  # an index of the tiles, for instance
+                if path.suffix.lower() in PLAIN_SUFFIXES and path in self._found.get(path.stem, ()):
+                    self._drop(path, "picture in a folder of tiles")
+        elif has_tiles:
+            self._pass(folder, "folder of tiles", "`embed` takes such folders")
+        return folders
+
+    def _is_searched(self, folder: Path) -> bool:
+        if os.path.realpath(folder) in self._excluded:
+            pass  # named by the command itself: its output, masks or coordinates
+        elif is_job_output(folder):
+            self._pass(folder, "output of a job", "it contains .job")
+        elif folder.name.startswith("."):
+            self._pass(folder, "hidden folder")
+        elif self._inside_only and not self._is_inside(folder):
+            self._pass(folder, "link that leads out of the folder")
+        elif (folder / "Slidedat.ini").is_file() and folder.with_suffix(".mrxs").is_file():
+            pass  # the data of a MIRAX slide; nothing in it has the suffix of a slide
+        else:
+            return True
+        return False
+
+    def _is_inside(self, path: Path) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
+
+    def _add_dicom(self, paths: list[Path]) -> None:
+        """Groups the DICOM files of a folder by series.
+
+        OpenSlide finds the other files of a series by itself, in the same folder.
+        """
+        series: dict[str, list[tuple[int, Path]]] = {}
+        for path in paths:
+            header = _dicom_header(path)
+            uid = str(header.get("SeriesInstanceUID", "")) if header is not None else ""
+            # Without a series the file stands alone; opening it will say what is wrong.
+            columns = int(header.get("TotalPixelMatrixColumns", 0) or 0) if header else 0
+            series.setdefault(uid or str(path), []).append((columns, path))
+        for uid, members in series.items():
+            if len(members) == 1:
+                self._found.setdefault(members[0][1].stem, []).append(members[0][1])
+                continue
+            # The widest instance is level 0; by name where two are as wide.
+            best = min(members, key=lambda member: (-member[0], member[1].name))[1]
+            self._found.setdefault(uid, []).append(best)
+            for _, path in members:
+                self._aliases[path.stem] = uid
+
+    def _pass_over_pictures(self) -> None:
+        """Passes over ordinary pictures that show a slide of the listing.
+
+        Thumbnails, masks and overlays lie beside slides, under the name of the slide or one that
+        begins with it: `a.png`, `a_thumbnail.jpg`, `a-mask.png`.
+        """
+        slides = {
+            slide_id
+            for slide_id, paths in self._found.items()
+            if any(path.suffix.lower() in SLIDE_SUFFIXES for path in paths)
+        }
+        for stem, paths in list(self._found.items()):
+            heads = (stem[: match.start()] for match in re.finditer(r"[^A-Za-z0-9]", stem))
+            slide = stem if stem in slides else next((h for h in heads if h in slides), None)
+            for path in list(paths):
+                if slide is not None and path.suffix.lower() in PLAIN_SUFFIXES:
+                    self._drop(path, "picture of a slide", f"of {self._found[slide][0].name}")
+
+    def _pass(self, path: Path, reason: str, detail: str = "") -> None:
+        self.passed_over.append(PassedOver(path, reason, detail))
+
+    def _drop(self, path: Path, reason: str, detail: str = "") -> None:
+        self._found[path.stem].remove(path)
+        if not self._found[path.stem]:
+            del self._found[path.stem]
+        self._pass(path, reason, detail)
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """Drops further links to a file that is listed already."""
+    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+
+
+def _files_named_in(path: Path) -> Iterator[str]:
+    """Yields the file names that the key file of a multi-file slide gives as values."""
+    with path.open("rb") as file:
+        text = file.read(_MAX_KEY_FILE_BYTES).decode("utf-8", "replace")
+    for line in text.splitlines():
+        _, separator, value = line.partition("=")
+        if separator and value.strip():
+            yield value.strip()
+
+
+def _dicom_header(path: Path) -> Any:
+    """Returns the header of a DICOM file as a data set of pydicom; None if it is not DICOM."""
+    import pydicom  # takes a tenth of a second, and few folders hold DICOM
+
+    try:
+        return pydicom.dcmread(
+            path,
+            stop_before_pixels=True,
+            specific_tags=["SeriesInstanceUID", "TotalPixelMatrixColumns"],
+        )
+    except (OSError, pydicom.errors.InvalidDicomError, ValueError, EOFError):
+        return None

@@ -8,7 +8,6 @@ what CLAM reads in any case.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 from wsi.reader import Slide
 from wsi.tiling import Tiling
 
@@ -44,7 +43,12 @@ class Coordinates:
 
 
 def write_coordinates(
-    path: str | os.PathLike[str], slide: Slide, tiling: Tiling, *, style: CoordsStyle = "trident"
+    path: StrPath,
+    slide: Slide,
+    tiling: Tiling,
+    *,
+    name: str = "",
+    style: CoordsStyle = "trident",
 ) -> None:
     """Writes the patches of a slide; the file is whole or absent.
 
@@ -52,9 +56,10 @@ def write_coordinates(
         path: The file.
         slide: The slide that they lie on.
         tiling: The patches.
+        name: Id of the slide; by default its file name without suffix.
         style: `trident`, or `clam` for its readers of patches that need scaling.
     """
-    attributes = _trident_attributes(slide, tiling)
+    attributes = _trident_attributes(slide, tiling, name or slide.path.stem)
     if style == "clam":
         attributes |= {"patch_size": tiling.size_level0, **_clam_attributes(slide, 0)}
         attributes["patch_px"] = tiling.spec.patch_px
@@ -66,7 +71,7 @@ def write_coordinates(
     _write(path, {"coords": (tiling.coords, attributes)}, {})
 
 
-def read_coordinates(path: str | os.PathLike[str]) -> Coordinates:
+def read_coordinates(path: StrPath) -> Coordinates:
     """Reads a coordinates file of this package, TRIDENT or CLAM.
 
     Raises:
@@ -98,7 +103,7 @@ def read_coordinates(path: str | os.PathLike[str]) -> Coordinates:
 
 
 def write_features(
-    path: str | os.PathLike[str],
+    path: StrPath,
     features: NDArray[Any],
     coords: NDArray[np.int64],
     *,
@@ -125,7 +130,7 @@ def write_features(
     _write(path, datasets, {"encoder": encoder})
 
 
-def read_features(path: str | os.PathLike[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Reads features `(N, dim)` and coordinates `(N, 2)` of this package, TRIDENT or CLAM.
 
     Raises:
@@ -149,7 +154,7 @@ def read_features(path: str | os.PathLike[str]) -> tuple[NDArray[Any], NDArray[n
     return features, coords.astype(np.int64)
 
 
-def read_attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_attributes(path: StrPath) -> dict[str, Any]:
     """The attributes of a file's coordinates, to hand on to the features made from them."""
     import h5py
 
@@ -157,7 +162,7 @@ def read_attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
         return dict(file["coords"].attrs)
 
 
-def _trident_attributes(slide: Slide, tiling: Tiling) -> dict[str, Any]:
+def _trident_attributes(slide: Slide, tiling: Tiling, name: str) -> dict[str, Any]:
     spec, (width, height) = tiling.spec, slide.dimensions
     # TRIDENT scales by the quotient of both magnifications, so that must be exactly ours; 20x for
     # 0.5 micrometres is the convention in its own code (10 / mpp).
@@ -168,7 +173,7 @@ def _trident_attributes(slide: Slide, tiling: Tiling) -> dict[str, Any]:
         "level0_magnification": _whole(target * tiling.size_level0 / spec.patch_px),
         "target_magnification": target,
         "overlap": spec.overlap_px,
-        "name": slide.path.stem,
+        "name": name,
         "savetodir": "",
         "level0_width": width,
         "level0_height": height,
@@ -214,7 +219,7 @@ def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _write(
-    path: str | os.PathLike[str],
+    path: StrPath,
     datasets: Mapping[str, tuple[NDArray[Any], Mapping[str, Any]]],
     attributes: Mapping[str, Any],
 ) -> None:

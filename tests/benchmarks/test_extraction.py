@@ -17,8 +17,7 @@ from benchmarks.extraction import (
     published_script,
 )
 from pathgen.annotations import read_annotations
-from wsi.extraction import extract
-from wsi.extraction_part import OutputSettings
+from wsi.extraction import OutputSettings, extract
 
 
 def test_every_way_writes_the_same_patches(tmp_path: Path) -> None:

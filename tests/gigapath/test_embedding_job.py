@@ -113,7 +113,6 @@ def test_processes_and_pictures_change_nothing(
     folder: Path, tmp_path: Path, start_method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = multiprocessing.get_context(start_method)
-    monkeypatch.setattr("wsi.engines._context", lambda: context)
 
     def run(name: str, workers: int, pictures: bool, placement: Placement = PLACEMENT) -> Any:
         settings = settings_of(folder, pictures=pictures)
@@ -132,6 +131,7 @@ def test_processes_and_pictures_change_nothing(
         *("coords", "features", "slide_features", "slide_embeddings.npz"),
         *("manifest.jsonl", "skipped.jsonl", "report.json"),
     }
+    monkeypatch.setattr("pathcore.pool._context", lambda: context)
     two = run("two", 2, True)
     assert one.items() <= two.items()
     pictures = {name for name in two if name not in one}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pathgen.annotations import AnnotationError, parse_annotation, read_annotations
 from tests.wsi.real_data import real_file
-from wsi.request_table import PatchRequest, RejectedRow, RequestTable
+from wsi.requests import PatchRequest, RejectedRow, RequestTable
 
 ROW = {"wsi_id": "TCGA-00.A", "position": ["41024", "35104"], "caption": "Glands."}
 
@@ -123,7 +123,7 @@ import sys
 from pathlib import Path
 import ijson
 from pathgen.annotations import read_annotations
-from wsi.request_table import RequestTable
+from wsi.requests import RequestTable
 def peak_kib():
     lines = open("/proc/self/status").read().splitlines()  # ru_maxrss is the parent's, too
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -21,9 +21,8 @@ import openslide  # noqa: F401
 import tifffile  # noqa: F401
 
 from pathcore.files import folder_lock, sha256_of
-from wsi.extraction import extract
-from wsi.extraction_part import OutputSettings
-from wsi.request_table import PatchRequest
+from wsi.extraction import OutputSettings, extract
+from wsi.requests import PatchRequest
 
 
 def run(job: dict[str, Any], out: Path, kill_after_s: float | None) -> bool:

@@ -20,14 +20,13 @@ from PIL import Image
 
 from pathcore import files
 from pathcore.files import FolderInUseError, folder_lock, sha256_of
+from pathcore.jobs import OutputExistsError, Report
+from pathcore.pool import WorkerDiedError, run_tasks
 from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
-from wsi.engines import WorkerDiedError, run_tasks
-from wsi.extraction import extract
-from wsi.extraction_part import OutputSettings
-from wsi.manifest import OutputExistsError, Report
+from wsi.extraction import OutputSettings, extract
 from wsi.reader import Region, Slide
-from wsi.request_table import PatchRequest, RejectedRow
+from wsi.requests import PatchRequest, RejectedRow
 
 PATCH = 128
 WIDTH, HEIGHT = 900, 700
@@ -206,7 +205,10 @@ def test_what_is_left_out_and_why(slides: Path, tmp_path: Path) -> None:
     ]
     rows.append(RejectedRow(13, "bad position", "half \ud800"))
     report = run(rows, broken, tmp_path / "out")
-    found = {row["row"]: row for row in read_rows(tmp_path / "out" / "manifest.jsonl")}
+    manifest = read_rows(tmp_path / "out" / "manifest.jsonl")
+    numbers = [number for row in manifest for number in row.get("rows", [row.get("row")])]
+    assert len(numbers) == 13
+    found = {n: row for row in manifest for n in row.get("rows", [row.get("row")])}
     assert sorted(found) == list(range(1, 14))  # nothing lost, nothing twice
     for n, (_, _, _, expected) in enumerate(places, 1):
         row = found[n]
@@ -239,6 +241,24 @@ def test_what_was_left_out_can_be_tried_again(slides: Path, tmp_path: Path) -> N
     assert run(rows, some, out, settings=settings, retry_skipped=True) == Report(written=60)
     run(rows, slides, tmp_path / "whole", settings=settings)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_missing_slide_takes_one_row_whatever_it_was_asked_for(
+    slides: Path, tmp_path: Path
+) -> None:
+    missing = [
+        PatchRequest(n, f"gone{n % 2}", n, n, PATCH, PATCH, "a long caption " * 60)
+        for n in range(1, 3001)
+    ]
+    there = PatchRequest(3001, "TCGA.0", 5, 6, PATCH, PATCH, "text")
+    report = run([*missing, there], slides, tmp_path / "out")
+    assert (report.written, report.skipped) == (1, 3000)
+    assert report.reasons == {"slide missing": 3000}
+    rows = read_rows(tmp_path / "out" / "skipped.jsonl")
+    assert [(row["wsi_id"], row["count"]) for row in rows] == [("gone0", 1500), ("gone1", 1500)]
+    assert rows[0]["rows"] == list(range(2, 3001, 2))
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert size < 0.1 * sum(len(row.caption or "") for row in missing)
 
 
 def test_a_finished_run_is_not_done_again(

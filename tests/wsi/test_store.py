@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.wsi.slides import tissue_pixels, write_svs
-from wsi.coordinate_requests import read_coordinate_folder
 from wsi.reader import Region, Slide
-from wsi.request_table import PatchRequest, RejectedRow
+from wsi.requests import PatchRequest, RejectedRow, read_coordinate_folder
 from wsi.store import (
     read_attributes,
     read_coordinates,

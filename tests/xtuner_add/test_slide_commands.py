@@ -111,7 +111,10 @@ def test_one_slide_and_no_slides(slides: Path, tmp_path: Path) -> None:
     assert one.exit_code == 0, one.output
     assert read_coordinates(tmp_path / "o" / "coords" / "TCGA.B.h5").size_level0 == 320
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no slide in this folder"), ("absent", "no such folder")):
+    for folder, message in (
+        ("empty", "no slide in this folder"),
+        ("absent", "no such file or"),
+    ):
         result = invoke("tile", tmp_path / folder, "--output", tmp_path / f"o_{folder}")
         assert result.exit_code == 1 and message in result.output
         assert not (tmp_path / f"o_{folder}").exists()
@@ -163,7 +166,11 @@ def test_extract_refuses_what_makes_no_sense(slides: Path, tmp_path: Path) -> No
         ((*good, "--quality", 80), 1, "PNG is lossless"),
         ((*good, "--address", "auto"), 1, "--engine ray"),
         (("extract", tmp_path / "no.json", *good[2:]), 1, "no such file"),
-        (("extract", annotations, "--slides", tmp_path / "no", *good[4:]), 1, "no such folder"),
+        (
+            ("extract", annotations, "--slides", tmp_path / "no", *good[4:]),
+            1,
+            "no such file or",
+        ),
         (("extract", slides, *good[2:], "--patch-px", 5), 2, "--patch-px"),
         (("extract", slides, *good[2:]), 1, ".h5"),
     ):

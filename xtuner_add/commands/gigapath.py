@@ -149,7 +149,7 @@ def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **option
             retry_skipped=options["retry_skipped"],
             progress=not quiet,
         )
-    end_of_job(report, "slides", output, notes_count=True)
+    end_of_job(report, "slides", output)
 
 
 def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from pathcore.exit_codes import EXIT_SKIPPED
 from xtuner_add.launch import LaunchError, child_environ, run_child, torchrun_command
 
 if TYPE_CHECKING:
-    from wsi.manifest import Report
+    from pathcore.jobs import Report
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -146,18 +146,23 @@ def end(num_skipped: int, log: Path, noun: str = "row") -> None:
             click.get_current_context().exit(EXIT_SKIPPED)
 
 
-def end_of_job(report: Report, things: str, output: Path, *, notes_count: bool = False) -> None:
+def end_of_job(report: Report, things: str, output: Path) -> None:
     """Prints what a job has done, and ends the command with exit code 3 if it skipped anything.
 
     Args:
         report: Of the job.
         things: What its units are called, in the plural.
         output: Folder of the job, which holds skipped.jsonl.
-        notes_count: Whether a unit that is done in part counts as skipped.
     """
     click.echo(f"Wrote {report.written:,} {things} to {output}")
     for note, count in report.notes.items():
-        click.echo(f"  of which {count:,}: {note}", err=notes_count)
+        click.echo(f"  of which {count:,}: {note}")
+    for reason, count in report.incomplete.items():
+        click.echo(f"  of which {count:,}: {reason}", err=True)
+    for reason, count in report.passed_over.items():
+        click.echo(
+            f"Passed over {count:,}: {reason} (see {output / 'passed_over.jsonl'})", err=True
+        )
     for reason, count in report.reasons.items():
         click.echo(f"Skipped {count:,}: {reason}", err=True)
     if report.skipped:
@@ -166,8 +171,8 @@ def end_of_job(report: Report, things: str, output: Path, *, notes_count: bool =
             "why. Fix the cause and add --retry-skipped to try them again",
             err=True,
         )
-    if report.skipped or (notes_count and report.notes):
-        click.get_current_context().exit(EXIT_SKIPPED)
+    if report.exit_code:
+        click.get_current_context().exit(report.exit_code)
 
 
 RELAUNCHED_VARIABLE = "XTUNER_ADD_RELAUNCHED"

@@ -21,7 +21,7 @@ from xtuner_add.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from wsi.request_table import PatchRequest, RejectedRow
+    from wsi.requests import PatchRequest, RejectedRow
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -162,12 +162,12 @@ def extract(
     continues. Exit code 3 if anything was skipped; skipped.jsonl says what and why.
     """
     from pathcore.files import sha256_of
+    from wsi.extraction import OutputSettings
     from wsi.extraction import extract as extract_patches
-    from wsi.extraction_part import OutputSettings
 
     def rows() -> Iterable[PatchRequest | RejectedRow]:
         if annotations.is_dir():
-            from wsi.coordinate_requests import read_coordinate_folder
+            from wsi.requests import read_coordinate_folder
 
             return read_coordinate_folder(annotations)
         from pathgen.annotations import PATCH_PX, read_annotations

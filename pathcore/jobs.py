@@ -1,0 +1,313 @@
+"""A long job that can be stopped and continued: one folder with its state and its output.
+
+`OUT/.job/` holds the settings of the job, its lock, and one record per finished unit of work (a
+slide, a shard). A record is written after the output that it describes is in place, so that a
+killed job continues with the units that have no record. `finish` joins the records to
+`OUT/manifest.jsonl`, with one row per input, copies the rows of skipped inputs to
+`OUT/skipped.jsonl` and writes the counts to `OUT/report.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
+from pathcore.files import (
+    OutputExistsError,
+    StrPath,
+    atomic_file,
+    folder_lock,
+    remove_partials,
+    write_json,
+    write_text,
+)
+from pathcore.pool import Engine, ProgressBar, WorkerDiedError, run_tasks
+
+WRITTEN, SKIPPED = "written", "skipped"
+MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME = "manifest.jsonl", "skipped.jsonl", "report.json"
+PASSED_OVER_NAME = "passed_over.jsonl"
+WORKER_DIED = "worker died"
+
+_JOB, _LOCK = ".job", "lock"
+
+Task = TypeVar("Task")
+
+
+class UnitError(ValueError):
+    """An input that cannot be processed; the job records it as skipped and goes on.
+
+    Attributes:
+        reason: A few words, the same for all inputs with this fault.
+    """
+
+    reason: ClassVar[str] = "cannot be processed"
+
+
+@dataclass
+class Report:
+    """Outcome of a job.
+
+    Attributes:
+        written: Number of inputs whose output is in place.
+        skipped: Number of inputs without output; `skipped.jsonl` lists them.
+        reasons: Number of skipped inputs by reason.
+        notes: Further counts, for instance of patches that extend beyond the edge of their slide.
+        incomplete: Number of written inputs of which a part was skipped, by reason.
+        passed_over: Number of files that were found but are not inputs, by reason;
+            `passed_over.jsonl` lists them.
+    """
+
+    written: int = 0
+    skipped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    incomplete: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """`EXIT_SKIPPED` if an input or a part of one was skipped, else `EXIT_OK`."""
+        return EXIT_SKIPPED if self.skipped or self.incomplete else EXIT_OK
+
+
+class JobFolder:
+    """The folder that a job fills, unit by unit; a context manager that holds its lock.
+
+    Args:
+        out: The folder.
+        inputs: Settings that determine the output, as JSON values. A folder begun with other
+            settings is refused.
+        retry_skipped: Whether to repeat the units in which an input was skipped.
+
+    Raises:
+        OutputExistsError: If the folder holds something else.
+        FolderInUseError: If another process is filling it.
+    """
+
+    def __init__(
+        self, out: StrPath, inputs: Mapping[str, Any], *, retry_skipped: bool = False
+    ) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.folder = self.out / _JOB
+        self.inputs = json.loads(json.dumps(inputs))
+        self.retry_skipped = retry_skipped
+        self._stack = ExitStack()
+
+    def __enter__(self) -> JobFolder:
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputExistsError(f"{self.out}: a file lies there; name a folder")
+        if not self.folder.is_dir() and self.out.is_dir() and any(self.out.iterdir()):
+            raise OutputExistsError(f"{self.out}: holds something else already; name a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._stack.enter_context(folder_lock(self.folder / _LOCK, folder=self.out))
+            self._check_inputs()
+            shutil.rmtree(staging_folder(self.out), ignore_errors=True)
+            remove_partials(self.out)
+            staging_folder(self.out).mkdir(exist_ok=True)
+            _records_folder(self.out).mkdir(exist_ok=True)
+            if self.retry_skipped:
+                for name, head in self.done().items():
+                    if head["skipped"] or head.get("incomplete"):
+                        self.forget(name)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Returns the heads of the records of all finished units, by name of the unit."""
+        heads = {}
+        for path in sorted(_records_folder(self.out).glob("*.jsonl")):
+            with path.open("rb") as file:
+                heads[path.stem] = json.loads(file.readline())
+        return heads
+
+    def forget(self, unit: str) -> None:
+        """Removes the record of a unit, so that the unit is done again."""
+        (_records_folder(self.out) / f"{unit}.jsonl").unlink(missing_ok=True)
+
+    def run(
+        self,
+        function: Callable[[Task], Mapping[str, Any]],
+        tasks: Iterable[Task],
+        *,
+        on_death: Callable[[Task, WorkerDiedError], Iterable[Task]],
+        num_inputs: int,
+        noun: str,
+        workers: int = 1,
+        engine: Engine = "process",
+        address: str | None = None,
+        gpus_per_task: float = 0,
+        progress: bool = True,
+    ) -> None:
+        """Does the units of work that have no record yet, with a progress bar.
+
+        Args:
+            function: Does a unit and returns the head of its record, as `write_record` does.
+            tasks: The tasks of the units that are still to be done.
+            on_death: See `run_tasks`; records the unit that killed its worker, or splits it.
+            num_inputs: Number of inputs of all units.
+            noun: What an input is, for the progress bar.
+            workers: See `run_tasks`, as for the arguments below.
+            engine: `process` or `ray`.
+            address: Address of a Ray cluster.
+            gpus_per_task: GPUs that Ray reserves for each unit.
+            progress: Whether to show the progress bar.
+        """
+        num_done = sum(head["written"] + head["skipped"] for head in self.done().values())
+        results = run_tasks(
+            function,
+            tasks,
+            workers=workers,
+            engine=engine,
+            address=address,
+            gpus_per_task=gpus_per_task,
+            on_death=on_death,
+        )
+        with ProgressBar(
+            total=num_inputs, initial=num_done, unit=noun, disable=not progress
+        ) as bar:
+            for head in results:
+                bar.update(head["written"] + head["skipped"])
+
+    def finish(
+        self,
+        extra_rows: Iterable[Mapping[str, Any]] = (),
+        passed_over: Iterable[Mapping[str, Any]] = (),
+    ) -> Report:
+        """Joins the records of all units and writes manifest and report.
+
+        Args:
+            extra_rows: Rows of inputs that belong to no unit. A row with a `count` stands for that
+                many inputs.
+            passed_over: Rows of files that were found but are not inputs, with their `reason`.
+        """
+        report, reasons, notes = Report(), Counter[str](), Counter[str]()
+        incomplete, ignored = Counter[str](), Counter[str]()
+        with (
+            atomic_file(self.out / MANIFEST_NAME) as manifest_path,
+            atomic_file(self.out / SKIPPED_NAME) as skipped_path,
+            manifest_path.open("wb") as manifest,
+            skipped_path.open("wb") as skipped,
+        ):
+            for line in chain(self._lines(), map(encode_row, extra_rows)):
+                row = json.loads(line)
+                manifest.write(line)
+                if row["state"] == SKIPPED:
+                    skipped.write(line)
+                    reasons[row["reason"]] += row.get("count", 1)
+                else:
+                    report.written += 1
+                notes.update(row.get("notes", ()))
+                incomplete.update(row.get("incomplete", ()))
+        (self.out / PASSED_OVER_NAME).unlink(missing_ok=True)
+        lines = []
+        for row in passed_over:
+            lines.append(encode_row(row))
+            ignored[row["reason"]] += 1
+        if lines:
+            write_text(self.out / PASSED_OVER_NAME, b"".join(lines).decode())
+        report.skipped, report.reasons = sum(reasons.values()), dict(reasons.most_common())
+        report.notes = dict(sorted(notes.items()))
+        report.incomplete = dict(sorted(incomplete.items()))
+        report.passed_over = dict(ignored.most_common())
+        write_json(self.out / REPORT_NAME, asdict(report))
+        shutil.rmtree(staging_folder(self.out), ignore_errors=True)
+        return report
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows of all records, in the order of the names of the units."""
+        yield from (json.loads(line) for line in self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        for path in sorted(_records_folder(self.out).glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.readline()
+                yield from file
+
+    def _check_inputs(self) -> None:
+        path = self.folder / "job.json"
+        if not path.is_file():
+            write_json(path, self.inputs)
+            return
+        found = json.loads(path.read_bytes())
+        if found == self.inputs:
+            return
+        if self._is_untouched():
+            for leftover in self.folder.iterdir():
+                if leftover.is_file() and leftover.name != _LOCK:
+                    leftover.unlink()
+            write_json(path, self.inputs)
+            return
+        names = sorted(n for n in {*found, *self.inputs} if found.get(n) != self.inputs.get(n))
+        raise OutputExistsError(
+            f"{self.out}: was begun with other settings ({', '.join(names)}: "
+            f"{[found.get(n) for n in names]} then, {[self.inputs.get(n) for n in names]} now); "
+            "name a new folder, or use the settings it was begun with"
+        )
+
+    def _is_untouched(self) -> bool:
+        """Whether the job that began the folder has not written any output yet."""
+        others = (child for child in self.out.iterdir() if child.name != _JOB)
+        output = (path for child in others for path in (child, *child.rglob("*")))
+        return not any(
+            path.is_file() for path in chain(output, _records_folder(self.out).glob("*"))
+        )
+
+
+def is_job_output(folder: Path) -> bool:
+    """Whether a folder is the output of a job."""
+    return (folder / _JOB / "job.json").is_file()
+
+
+def staging_folder(out: Path) -> Path:
+    """Returns the folder in which workers build output that is not complete yet."""
+    return out / _JOB / "staging"
+
+
+def write_record(out: Path, unit: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Records a finished unit; call it when all its outputs are in place.
+
+    Args:
+        out: The folder of the job.
+        unit: Name of the unit, a plain file name. Records are joined in the order of these names.
+        rows: One per input, with `state`, and with `reason` if the input was skipped. A written
+            input of which a part was skipped lists the reasons as `incomplete`.
+
+    Returns:
+        The head of the record: the numbers of `written`, `skipped` and `incomplete` inputs.
+    """
+    num_skipped = sum(row["state"] == SKIPPED for row in rows)
+    head = {
+        "written": len(rows) - num_skipped,
+        "skipped": num_skipped,
+        "incomplete": sum(bool(row.get("incomplete")) for row in rows),
+    }
+    lines = [encode_row(row) for row in (head, *rows)]
+    write_text(_records_folder(out) / f"{unit}.jsonl", b"".join(lines).decode())
+    return head
+
+
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """Returns one line of JSON; unpaired surrogates, which bad rows may contain, stay escaped."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"
+
+
+def _records_folder(out: Path) -> Path:
+    return out / _JOB / "records"

@@ -1,0 +1,344 @@
+"""Runs a function over many tasks, in worker processes or on a Ray cluster.
+
+A worker that dies, because it ran out of memory or a C library aborted, costs the task that it was
+working on and nothing else. That is why even a single worker is a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Literal, TypeVar
+
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Engine = Literal["process", "ray"]
+
+_RAY_WAITING_PER_WORKER = 2
+"""Tasks that Ray is handed in advance, to hide its scheduling latency."""
+
+_RAY_STORE_BYTES = 128 << 20
+_READY = "ready"
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """A tqdm bar without tqdm's monitor thread.
+
+    A process with several threads must not fork, since a lock that another thread holds at that
+    moment would stay locked in the child for ever.
+    """
+
+    monitor_interval = 0
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process ended without returning a result."""
+
+
+class _RemoteError(Exception):
+    """Carries the traceback of a worker, as the cause of the exception that it raised."""
+
+
+def run_tasks(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    engine: Engine = "process",
+    address: str | None = None,
+    gpus_per_task: float = 0,
+    on_death: Callable[[Task, WorkerDiedError], Iterable[Task]] | None = None,
+) -> Iterator[Result]:
+    """Applies a function to tasks and yields the results in the order in which they arrive.
+
+    Tasks are drawn from `tasks` as workers become free. An exception ends the run after the tasks
+    that are under way have finished.
+
+    Args:
+        function: Takes a task. Function, task and result must be picklable.
+        tasks: The tasks.
+        workers: Number of worker processes.
+        engine: `process`, or `ray`.
+        address: Address of a Ray cluster; by default Ray is started on this machine.
+        gpus_per_task: GPUs that Ray reserves for each task. If not 0, processes are not forked: a
+            forked process cannot use CUDA once its parent has initialised it.
+        on_death: Called with the task that was running in a worker that died; returns tasks to run
+            in its place. By default the death of a worker ends the run.
+
+    Raises:
+        WorkerDiedError: If a worker dies before it is ready for its first task, or dies on a task
+            and `on_death` is not given.
+        ValueError: If the arguments contradict each other.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, found {workers}")
+    if address and engine != "ray":
+        raise ValueError(f"address {address}: only Ray takes one; add --engine ray (engine='ray')")
+    on_death = on_death or _raise_death
+    if engine == "ray":
+        yield from _run_on_ray(function, tasks, workers, address, gpus_per_task, on_death)
+    else:
+        context = multiprocessing.get_context("spawn") if gpus_per_task else _context()
+        yield from _run_in_processes(function, tasks, workers, context, on_death)
+
+
+def _raise_death(task: object, error: WorkerDiedError) -> Iterable[Any]:
+    raise error
+
+
+def _context() -> BaseContext:
+    # A forked worker starts at once, with everything imported. But locks of other threads stay
+    # locked in it for ever, and so do those of the thread pool of OpenMP, which `threading` does
+    # not know of and which torch uses unless it runs on one thread.
+    torch = sys.modules.get("torch")
+    single = threading.active_count() == 1 and (torch is None or torch.get_num_threads() == 1)
+    can_fork = sys.platform == "linux" and single
+    return multiprocessing.get_context("fork" if can_fork else "spawn")
+
+
+@dataclass
+class _Worker(Generic[Task]):
+    """A worker process; `task` is a list of at most one, since a task may be None."""
+
+    process: BaseProcess
+    connection: Connection
+    ready: bool
+    task: list[Task]
+
+
+def _run_in_processes(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    context: BaseContext,
+    on_death: Callable[[Task, WorkerDiedError], Iterable[Task]],
+) -> Iterator[Result]:
+    queue, again = iter(tasks), deque[Task]()
+    crew: list[_Worker[Task]] = []
+    failure: Exception | None = None
+
+    def hand_out() -> None:
+        """Gives every idle worker a task, starting workers as long as there are tasks."""
+        while failure is None:
+            idle = next((w for w in crew if w.ready and not w.task), None)
+            starting = sum(not worker.ready for worker in crew)
+            if idle is None and (starting or len(crew) == workers):
+                return
+            # Looked up only now, so that no more workers are started than there are tasks.
+            if not again:
+                again.extend(islice(queue, 1))
+            if not again:
+                return
+            if idle is None:
+                crew.append(_start(context, function))
+                return
+            idle.task.append(again.popleft())
+            # A worker that died while it was idle is noticed when its answer is awaited.
+            with contextlib.suppress(BrokenPipeError):
+                idle.connection.send((idle.task[0],))
+
+    try:
+        while True:
+            hand_out()
+            awaited = [worker for worker in crew if worker.task or not worker.ready]
+            if not awaited:
+                if failure is not None:
+                    raise failure
+                return
+            wait([w.connection for w in awaited] + [w.process.sentinel for w in awaited])
+            results: list[Result] = []
+            for worker in awaited:
+                if not worker.connection.poll() and worker.process.is_alive():
+                    continue
+                try:
+                    message = worker.connection.recv() if worker.connection.poll() else None
+                except (EOFError, ConnectionResetError):
+                    message = None
+                if message is None:
+                    crew.remove(worker)
+                    error = _death_of(worker.process)
+                    if not worker.ready:
+                        raise WorkerDiedError(
+                            f"worker processes do not start; see above for the reason ({error})"
+                        )
+                    again.extendleft(reversed(list(on_death(worker.task[0], error))))
+                elif message == _READY:
+                    worker.ready = True
+                else:
+                    succeeded, content = message
+                    worker.task.clear()
+                    if succeeded:
+                        results.append(content)
+                    else:
+                        failure = failure or content
+                hand_out()  # before the results are yielded: their consumer may take its time
+            yield from results
+    finally:
+        for worker in crew:
+            if worker.task or not worker.ready:
+                worker.process.kill()
+            else:  # closing the pipe would not do: workers forked later hold copies of its end
+                with contextlib.suppress(BrokenPipeError):
+                    worker.connection.send(None)
+        for worker in crew:
+            worker.process.join()
+            worker.connection.close()
+
+
+def _start(context: BaseContext, function: Callable[[Task], Result]) -> _Worker[Task]:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, function))  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()  # so that the pipe breaks when the worker dies
+    return _Worker(process, ours, False, [])
+
+
+def _death_of(process: BaseProcess) -> WorkerDiedError:
+    process.join()
+    code = process.exitcode or 0
+    if code < 0:
+        cause = f"it was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            cause += ", perhaps because the machine ran out of memory"
+    else:
+        cause = f"it ended with exit code {code}"
+    return WorkerDiedError(
+        f"a worker process died: {cause}; run the same command again to continue, with fewer "
+        "--workers if memory is short"
+    )
+
+
+def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+    """Runs in a worker: answers tasks until the parent sends None."""
+    # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
+    connection.send(_READY)
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            return
+        if message is None:
+            return
+        try:
+            answer = True, function(message[0])
+        except Exception as error:
+            answer = False, _portable(error)
+        connection.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """Returns an exception that survives pickling and shows the worker's traceback."""
+    remote = _RemoteError("\n" + traceback.format_exc())
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception may refuse pickling, and unpickling, in any manner
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.__cause__ = remote
+    return _WithCause(copy, remote)
+
+
+class _WithCause(Exception):
+    """Pickles as another exception together with its cause, which pickling would drop."""
+
+    def __init__(self, error: Exception, cause: Exception) -> None:
+        super().__init__()
+        self.error, self.cause = error, cause
+
+    def __reduce__(self) -> Any:
+        return _restore, (self.error, self.cause)
+
+
+def _restore(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone, even if that was killed with SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_on_ray(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    address: str | None,
+    gpus_per_task: float,
+    on_death: Callable[[Task, WorkerDiedError], Iterable[Task]],
+) -> Iterator[Result]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray  # optional, and takes seconds
+    except ImportError as error:
+        raise ValueError("--engine ray: install it with `pip install xtuner-add[ray]`") from error
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
+    if address is None:
+        options |= {"num_cpus": workers, "object_store_memory": _RAY_STORE_BYTES}
+        options["include_dashboard"] = False
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(**options)
+    resources: dict[str, Any] = {}
+    if gpus_per_task:  # workers stay alive, with the model that they have loaded
+        resources = {"num_gpus": gpus_per_task, "max_calls": 0}
+    # One retry, because a machine of the cluster may be taken away; a task that kills its worker
+    # twice is to blame itself.
+    remote = ray.remote(max_retries=1, **resources)(function)
+    queue, again = iter(tasks), deque[Task]()
+    pending: dict[Any, Task] = {}
+    try:
+        while True:
+            ahead = workers * _RAY_WAITING_PER_WORKER - len(pending)
+            again.extend(islice(queue, max(0, ahead - len(again))))
+            for _ in range(min(ahead, len(again))):
+                task = again.popleft()
+                pending[remote.remote(task)] = task
+            if not pending:
+                return
+            done, _ = ray.wait(list(pending))
+            for reference in done:
+                task = pending.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                except (
+                    ray.exceptions.WorkerCrashedError,
+                    ray.exceptions.OutOfMemoryError,
+                    ray.exceptions.NodeDiedError,
+                ) as error:
+                    death = WorkerDiedError(
+                        f"a Ray worker died: {error}; run the same command again to continue"
+                    )
+                    again.extendleft(reversed(list(on_death(task, death))))
+                    continue
+                yield result
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+        if started_here:
+            ray.shutdown()

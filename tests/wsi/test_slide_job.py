@@ -1,0 +1,146 @@
+"""One bad slide never stops the others: not even one that kills its worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tifffile
+
+from pathcore.jobs import UnitError
+from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.extraction import OutputSettings, extract
+from wsi.requests import PatchRequest
+from wsi.slide_job import SlideUnit, process_slides
+
+ROOT = Path(__file__).parents[2]
+
+LIMITED = """
+import resource, sys
+from wsi.tile_job import TileSettings, tile_slides
+from wsi.tiling import PatchSpec
+gigabytes = 6 << 30
+resource.setrlimit(resource.RLIMIT_AS, (gigabytes, gigabytes))
+for workers in (1, 2):
+    settings = TileSettings(PatchSpec(64, 0.5))
+    print(tile_slides(sys.argv[1], f"{sys.argv[2]}{workers}", settings, workers=workers,
+                      progress=False))
+"""
+
+
+def write_poison(path: Path) -> Path:
+    """A slide whose directory asks for tiles of 65,520 px: OpenSlide aborts for want of memory."""
+    write_svs(path, tissue_pixels(300, 300), mpp=0.5, downsamples=())
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for tag in ("TileWidth", "TileLength"):
+            tiff.pages[0].tags[tag].overwrite(65520)  # type: ignore[union-attr]
+    return path
+
+
+@pytest.mark.multiproc
+def test_a_slide_that_aborts_its_worker_is_recorded(tmp_path: Path) -> None:
+    write_svs(tmp_path / "slides" / "good.svs", tissue_pixels(300, 300), mpp=0.5)
+    write_poison(tmp_path / "slides" / "a_poison.svs")
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "slides"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for workers in (1, 2):
+        rows = {
+            row["slide"]: row
+            for row in map(json.loads, (tmp_path / f"out{workers}" / "manifest.jsonl").open())
+        }
+        assert rows["good"]["state"] == "written"
+        assert rows["a_poison"]["reason"] in ("worker died", "out of memory"), rows
+        assert "a_poison.svs" in rows["a_poison"]["detail"]
+
+
+def process(unit: SlideUnit) -> dict[str, Any]:
+    fault = unit.path.read_text()
+    if fault == "abort":
+        os.abort()
+    if fault:
+        raise {"ValueError": ValueError, "TypeError": TypeError, "MemoryError": MemoryError,
+               "UnitError": UnitError, "OSError": OSError}[fault](f"a {fault}")  # fmt: skip
+    return {"size": 1}
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("workers", [1, 2])
+def test_faults_cost_their_slide(tmp_path: Path, workers: int) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    faults = ("", "abort", "ValueError", "TypeError", "MemoryError", "UnitError")
+    for number, fault in enumerate(faults):
+        (slides / f"s{number}.svs").write_text(fault)
+    (slides / " bad name.svs").touch()
+
+    def run(**options: Any) -> Any:
+        return process_slides(process, slides, tmp_path / "out", {}, progress=False, **options)
+
+    report = run(workers=workers)
+    assert (report.written, report.skipped, report.exit_code) == (1, 6, 3)
+    assert report.reasons == {
+        "worker died": 1,
+        "cannot be processed": 2,
+        "unexpected error": 1,
+        "out of memory": 1,
+        "bad id": 1,
+    }
+    rows = {row["slide"]: row for row in map(json.loads, (tmp_path / "out/manifest.jsonl").open())}
+    assert "s1.svs: a worker process died: it was killed by SIGABRT" in rows["s1"]["detail"]
+    assert "TypeError: a TypeError (test_slide_job.py:" in rows["s3"]["detail"]
+    assert run() == report  # continued: nothing is done again
+    (slides / "s1.svs").write_text("")
+    assert run(retry_skipped=True, workers=workers).written == 2
+    (slides / "s2.svs").write_text("OSError")  # as for a full disk
+    with pytest.raises(OSError, match="a OSError"):
+        run(retry_skipped=True, workers=workers)
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("layout", ["files", "shards"])
+def test_extraction_goes_on_without_the_deadly_slide(
+    tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi import extraction
+
+    for name in ("a", "b", "c", "d"):
+        write_svs(tmp_path / "slides" / f"{name}.svs", tissue_pixels(300, 300), mpp=0.5)
+    whole = extraction.Slide
+
+    def slide(path: Path, **options: Any) -> Any:
+        if path.stem == "b":
+            os.abort()
+        if path.stem == "c":
+            raise MemoryError
+        return whole(path, **options)
+
+    monkeypatch.setattr(extraction, "Slide", slide)
+    requests = [
+        PatchRequest(n, name, x, 0, 64, 64, "text")
+        for n, (name, x) in enumerate([(s, x) for s in "abcd" for x in (0, 64)], 1)
+    ]
+    settings = OutputSettings(layout, part_size=8)
+
+    def run(retry_skipped: bool = False) -> Any:
+        return extract(
+            lambda: iter(requests), tmp_path / "slides", tmp_path / "out", settings=settings,
+            source={}, progress=False, retry_skipped=retry_skipped,
+        )  # fmt: skip
+
+    report = run()
+    assert report.written == 4
+    assert report.reasons == {"worker died": 2, "out of memory": 2}
+    monkeypatch.undo()
+    assert run(retry_skipped=True).written == 8

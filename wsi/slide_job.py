@@ -1,0 +1,164 @@
+"""A job with one record per slide: finds the slides, processes each, and goes on after bad ones."""
+
+from __future__ import annotations
+
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathcore.files import StrPath, UnsafeNameError, check_name
+from pathcore.jobs import (
+    SKIPPED,
+    WORKER_DIED,
+    WRITTEN,
+    JobFolder,
+    Report,
+    UnitError,
+    write_record,
+)
+from pathcore.pool import Engine, WorkerDiedError
+from wsi.slide_listing import AmbiguousSlideError, SlideListing
+
+_NAME_ROOM_BYTES = 40
+"""For the suffixes of a slide's output files, and for the names of temporary ones."""
+
+
+@dataclass(frozen=True)
+class SlideUnit:
+    """One slide of a job.
+
+    Attributes:
+        slide_id: Its id, which is safe to use as the name of an output file.
+        path: The slide, or a folder of tiles.
+        out: The folder of the job.
+    """
+
+    slide_id: str
+    path: Path
+    out: Path
+
+    @property
+    def record(self) -> str:
+        """Name of the slide's record in the job."""
+        # The id keeps the records in order; the checksum tells apart ids whose first hundred bytes
+        # are equal.
+        head = self.slide_id.encode(errors="replace")[:100].decode(errors="ignore")
+        return f"{head}-{zlib.crc32(self.slide_id.encode(errors='surrogateescape')):08x}"
+
+
+@dataclass(frozen=True)
+class _SlideFunction:
+    """Processes a slide and writes its record; picklable, unlike a closure."""
+
+    process: Callable[[SlideUnit], Mapping[str, Any]]
+
+    def __call__(self, unit: SlideUnit) -> dict[str, Any]:
+        try:
+            check_name(unit.slide_id, room_bytes=_NAME_ROOM_BYTES)
+            row = {"slide": unit.slide_id, "state": WRITTEN, **self.process(unit)}
+        except UnsafeNameError as error:
+            return _skip(unit, "bad id", str(error))
+        except UnitError as error:
+            return _skip(unit, error.reason, str(error))
+        except MemoryError as error:
+            return _skip(unit, "out of memory", f"{unit.path}: {error or 'out of memory'}")
+        except (OSError, RuntimeError):
+            raise  # a full disk or a broken GPU concerns every slide
+        except ValueError as error:
+            return _skip(unit, UnitError.reason, str(error))
+        except Exception as error:  # a fault that one file provoked must not stop the others
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            detail = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            return _skip(unit, "unexpected error", detail)
+        return write_record(unit.out, unit.record, [row])
+
+
+def _skip(unit: SlideUnit, reason: str, detail: str) -> dict[str, Any]:
+    row = {"slide": unit.slide_id, "state": SKIPPED, "reason": reason, "detail": detail}
+    return write_record(unit.out, unit.record, [row])
+
+
+def process_slides(
+    process: Callable[[SlideUnit], Mapping[str, Any]],
+    slides: StrPath,
+    out: StrPath,
+    inputs: Mapping[str, Any],
+    *,
+    folders: Iterable[str] = (),
+    exclude: Iterable[StrPath | None] = (),
+    tile_folders: bool = False,
+    at_end: Callable[[JobFolder], None] | None = None,
+    workers: int = 1,
+    engine: Engine = "process",
+    address: str | None = None,
+    gpus_per_task: float = 0,
+    retry_skipped: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Processes every slide of a folder in a resumable job.
+
+    A slide that cannot be processed, or that kills its worker, is recorded as skipped.
+
+    Args:
+        process: Processes one slide and returns the fields of its row in the manifest. Picklable;
+            raises `UnitError` for a slide that must be skipped.
+        slides: The folder, or one slide.
+        out: Folder to write; a job that was stopped continues in it.
+        inputs: Settings that determine the output; see `JobFolder`.
+        folders: Names of the folders in `out` that `process` writes to.
+        exclude: Folders under `slides` that are not searched for slides, besides `out`.
+        tile_folders: Whether folders of tiles are inputs too; see `SlideListing`.
+        at_end: Called when all slides are done, before the report is written.
+        workers: Number of slides that are processed at a time.
+        engine: `process` or `ray`.
+        address: Address of a Ray cluster; all its machines must see `slides` and `out`.
+        gpus_per_task: GPUs that Ray reserves for each slide.
+        retry_skipped: Whether to process slides again that an earlier run skipped.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: If `slides` does not exist or holds no slide.
+        OutputExistsError: If `out` holds something else.
+        FolderInUseError: If another run is writing to `out`.
+    """
+    excluded = [path for path in (out, *exclude) if path is not None]
+    listing = SlideListing(slides, exclude=excluded, tile_folders=tile_folders)
+    if not len(listing):
+        hint = " nor a tile like 01581x_25327y.png" if tile_folders else ""
+        found = f"; passed over {len(listing.passed_over)} files" if listing.passed_over else ""
+        raise FileNotFoundError(
+            f"slides {slides}: {'neither a slide' + hint if hint else 'no slide'} in this folder"
+            f"{found}"
+        )
+    with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
+        for name in folders:
+            (job.out / name).mkdir(exist_ok=True)
+        done = job.done()
+        for slide_id, detail in listing.ambiguous.items():
+            unit = SlideUnit(slide_id, listing.folder, job.out)
+            if unit.record not in done:
+                _skip(unit, AmbiguousSlideError.reason, detail)
+        units = (SlideUnit(name, path, job.out) for name, path in listing.slides.items())
+
+        def record_death(unit: SlideUnit, error: WorkerDiedError) -> Iterable[SlideUnit]:
+            _skip(unit, WORKER_DIED, f"{unit.path}: {error}")
+            return ()
+
+        job.run(
+            _SlideFunction(process),
+            (unit for unit in units if unit.record not in done),
+            on_death=record_death,
+            num_inputs=len(listing),
+            noun="slide",
+            workers=workers,
+            engine=engine,
+            address=address,
+            gpus_per_task=gpus_per_task,
+            progress=progress,
+        )
+        if at_end is not None:
+            at_end(job)
+        return job.finish(passed_over=(found.row() for found in listing.passed_over))
