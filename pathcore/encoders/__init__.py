@@ -3,7 +3,29 @@
 Importing this package imports no torch; building an encoder does.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pathcore.encoders.presets import Preset, get_preset, list_encoders
 from pathcore.encoders.transform import Transform
 
-__all__ = ["Preset", "Transform", "get_preset", "list_encoders"]
+if TYPE_CHECKING:
+    from pathcore.encoders.encoder import Encoder, EncoderError, EncoderName, create_encoder
+
+__all__ = [
+    "Encoder",
+    "EncoderError",
+    "EncoderName",
+    "Preset",
+    "Transform",
+    "create_encoder",
+    "get_preset",
+    "list_encoders",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from pathcore.encoders import encoder  # imports torch
+
+        return getattr(encoder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

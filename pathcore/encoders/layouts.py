@@ -36,6 +36,9 @@ _TRAINING_ONLY = (
 )
 """Beginnings of names that only training uses; dropped where the network has no such tensor."""
 
+_OTHER_TOWER = ("text.", "text_model.", "text_projection", "logit_scale", "logit_bias")
+"""What stands beside an image tower in the file of a two-tower model."""
+
 _RECOMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
 """Ends of the names of buffers that depend on the image size and are computed when building."""
 
@@ -61,7 +64,7 @@ class FittedLayout:
 
     Attributes:
         state_dict: Tensors to load strictly.
-        dropped: Names in the file that only training uses.
+        dropped: Names in the file that the network has no use for.
     """
 
     state_dict: StateDict
@@ -72,7 +75,7 @@ class FittedLayout:
         if not self.dropped:
             return ""
         kinds = sorted({name.split(".")[0] for name in self.dropped})
-        return f"{len(self.dropped)} tensors that only training uses ({shorten(kinds)})"
+        return f"{len(self.dropped)} tensors that it has no use for ({shorten(kinds)})"
 
 
 def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayout:
@@ -96,7 +99,8 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
     dropped = tuple(
         name
         for name in found
-        if name not in expected and (name.startswith(_TRAINING_ONLY) or name.endswith(_RECOMPUTED))
+        if name not in expected
+        and (name.startswith((*_TRAINING_ONLY, *_OTHER_TOWER)) or name.endswith(_RECOMPUTED))
     )
     # timm recognises DINOv2 by its mask token, so that one stays until its filter has run.
     kept = {name: t for name, t in found.items() if name not in dropped or name == "mask_token"}
