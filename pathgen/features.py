@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathgen.encoders import PairEncoder
+from pathcore.encoders import Encoder
 from wsi.openers import SlideError
 from wsi.reader import Region, Slide
 from wsi.store import (
@@ -47,7 +48,7 @@ class SlideFeatures:
 def slide_features(
     slide_path: str | os.PathLike[str],
     coords_path: str | os.PathLike[str],
-    encoder: PairEncoder,
+    encoder: Encoder,
     folder: str | os.PathLike[str],
     *,
     batch_size: int = 64,
@@ -71,7 +72,7 @@ def slide_features(
     coordinates = read_coordinates(coords_path)
     if not len(coordinates.coords):
         raise ValueError(f"coordinates {coords_path}: no patches")
-    out = Path(folder) / encoder.name / f"{Path(coords_path).stem}.h5"
+    out = Path(folder) / encoder.folder_name / f"{Path(coords_path).stem}.h5"
     source = _digest(coordinates)
     if out.is_file():
         attributes = read_attributes(out)
@@ -81,15 +82,16 @@ def slide_features(
             return SlideFeatures(features.astype(np.float32), coords, damaged, True)
     features, coords = _compute(slide_path, coordinates, encoder, batch_size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    attributes = {**read_attributes(coords_path), _SOURCE: source}
-    write_features(out, features, coords, encoder=encoder.name, attributes=attributes)
+    described = {f"encoder_{k}": json.dumps(v) for k, v in encoder.describe().items()}
+    attributes = {**read_attributes(coords_path), **described, _SOURCE: source}
+    write_features(out, features, coords, encoder=encoder.folder_name, attributes=attributes)
     return SlideFeatures(features, coords, len(coordinates.coords) - len(coords), False)
 
 
 def _compute(
     slide_path: str | os.PathLike[str],
     coordinates: Coordinates,
-    encoder: PairEncoder,
+    encoder: Encoder,
     batch_size: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     order = np.lexsort((coordinates.coords[:, 0], coordinates.coords[:, 1]))  # shared tiles: once
@@ -110,7 +112,7 @@ def _compute(
                 good.append(index)
                 images.append(_image(patch))
             if images:
-                parts.append(encoder.encode_images(images))
+                parts.append(encoder.encode_images(images).numpy())
     if not parts:
         raise SlideError(f"{slide_path}: no patch can be read; the last: {fault}")
     return np.concatenate(parts), coords[good]

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pathcore.encoders import Encoder
 from pathcore.files import atomic_file, folder_lock
-from pathgen.clip_encoder import ClipEncoder
 
 PART_SIZE = 2048
 """Images whose features are stored together: what a kill can cost."""
@@ -62,7 +62,7 @@ class _Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def image_features(
-    encoder: ClipEncoder,
+    encoder: Encoder,
     images: Sequence[ImageSource],
     cache_dir: Path,
     *,
@@ -86,7 +86,7 @@ def image_features(
     digest = hashlib.sha256()
     for image in images:
         digest.update(image.id.encode("utf-8", "surrogateescape") + b"\0")
-    folder = cache_dir / f"{encoder.digest}-{digest.hexdigest()[:16]}"
+    folder = cache_dir / f"{encoder.folder_name}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (
         folder_lock(folder / ".lock"),
@@ -113,10 +113,10 @@ def image_features(
 
 
 def _compute(
-    encoder: ClipEncoder, images: Sequence[ImageSource], batch_size: int, num_workers: int, bar: Any
+    encoder: Encoder, images: Sequence[ImageSource], batch_size: int, num_workers: int, bar: Any
 ) -> dict[str, Any]:
     loader = torch.utils.data.DataLoader(
-        _Images(images, encoder.preprocess),
+        _Images(images, encoder.transform),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,

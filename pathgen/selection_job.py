@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pathcore.encoders import Encoder
 from pathcore.files import check_name
-from pathgen.encoders import PairEncoder
 from pathgen.features import SlideFeatures, slide_features
 from pathgen.rows import row_files, write_row
 from pathgen.selection import SHARES, Choice, Source, Texts, load_classes, select, split_report
@@ -80,7 +80,7 @@ def select_patches(
     coords: str | os.PathLike[str],
     slides: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    encoder: PairEncoder,
+    encoder: Encoder,
     settings: SelectionSettings | None = None,
     *,
     cancer_types: Mapping[str, str] | None = None,
@@ -165,7 +165,7 @@ class _Job:
     def __init__(
         self,
         output: Path,
-        encoder: PairEncoder,
+        encoder: Encoder,
         settings: SelectionSettings,
         cancer_types: Mapping[str, str],
         reports: Mapping[str, str],
@@ -210,13 +210,13 @@ class _Job:
     def _descriptions(self, cancer_type: str | None) -> Texts:
         pairs = load_classes(cancer_type, self._settings.classes)
         labels, texts = [label for label, _ in pairs], [text for _, text in pairs]
-        return Texts(texts, labels, self._encoder.encode_texts(texts))
+        return Texts(texts, labels, self._encoder.encode_texts(texts).numpy())
 
     def _sentences(self, name: str) -> Texts | None:
         sentences = split_report(self._reports.get(name, ""))
         if not sentences:
             return None
-        features = self._encoder.encode_texts(sentences)
+        features = self._encoder.encode_texts(sentences).numpy()
         return Texts(sentences, [""] * len(sentences), features)
 
     def _write_coords(
@@ -229,7 +229,7 @@ class _Job:
             folder / f"{name}.h5",
             found.features[order],
             found.coords[order],
-            encoder=self._encoder.name,
+            encoder=self._encoder.folder_name,
             attributes=read_attributes(source),
         )
 
@@ -265,5 +265,5 @@ class _Job:
             "score": round(choice.score, 5),
             **matched,
             **report,
-            "encoder": self._encoder.name,
+            "encoder": self._encoder.folder_name,
         }

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pathcore.encoders import Encoder
 from pathcore.files import write_json, write_text
 from pathgen.class_benchmarks import ClassBenchmark, FileImage, read_images
-from pathgen.clip_encoder import ClipEncoder
 from pathgen.image_features import image_features
 from pathgen.intervals import classification_scores, count_interval
 from pathgen.rows import path_inside, read_rows
@@ -33,7 +33,7 @@ _QUERIES_AT_A_TIME = 1024
 
 
 def zero_shot(
-    encoder: ClipEncoder,
+    encoder: Encoder,
     benchmark: ClassBenchmark,
     data_path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -98,7 +98,7 @@ def zero_shot(
     return metrics
 
 
-def class_features(encoder: ClipEncoder, benchmark: ClassBenchmark) -> torch.Tensor:
+def class_features(encoder: Encoder, benchmark: ClassBenchmark) -> torch.Tensor:
     """One feature of length 1 per class, `(num_classes, dim)`."""
     means = [
         encoder.encode_texts(benchmark.sentences(index)).mean(dim=0)
@@ -108,7 +108,7 @@ def class_features(encoder: ClipEncoder, benchmark: ClassBenchmark) -> torch.Ten
 
 
 def retrieval(
-    encoder: ClipEncoder,
+    encoder: Encoder,
     pairs: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,

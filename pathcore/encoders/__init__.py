@@ -9,12 +9,19 @@ from pathcore.encoders.presets import Preset, get_preset, list_encoders
 from pathcore.encoders.transform import Transform
 
 if TYPE_CHECKING:
-    from pathcore.encoders.encoder import Encoder, EncoderError, EncoderName, create_encoder
+    from pathcore.encoders.encoder import (
+        Encoder,
+        EncoderError,
+        EncoderName,
+        Network,
+        create_encoder,
+    )
 
 __all__ = [
     "Encoder",
     "EncoderError",
     "EncoderName",
+    "Network",
     "Preset",
     "Transform",
     "create_encoder",

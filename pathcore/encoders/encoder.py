@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,7 +98,8 @@ class EncoderName:
             )
         if colon and "/" not in library and "@" not in library:
             raise EncoderError(
-                f"encoder {text!r}: library {library!r}, expected one of {', '.join(_LIBRARIES)}"
+                f"encoder {text!r}: library {library!r}, expected one of {', '.join(_LIBRARIES)}; "
+                "a model of open_clip is open_clip:ARCH@WEIGHTS"
             )
         model, _, weights = text.partition("@")
         get_preset(model)
@@ -105,8 +107,8 @@ class EncoderName:
 
 
 @dataclass(frozen=True)
-class _Built:
-    """What a library gave: the network and how to read it.
+class Network:
+    """A network and how to read it: what an `Encoder` is built from.
 
     Attributes:
         module: The network, on the CPU and in evaluation mode.
@@ -144,7 +146,7 @@ class Encoder:
     def __init__(
         self,
         name: str,
-        built: _Built,
+        built: Network,
         *,
         feature: str,
         patch_px: int | None,
@@ -172,6 +174,12 @@ class Encoder:
     def has_text(self) -> bool:
         """Whether `encode_texts` is there."""
         return self._built.texts is not None
+
+    @property
+    def folder_name(self) -> str:
+        """Name and digest as the name of a folder, so that other weights get another folder."""
+        last = re.split(r"[:/]", self.name)[-1]
+        return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', last)}_{self.digest[:12]}"
 
     @cached_property
     def digest(self) -> str:
@@ -337,7 +345,7 @@ def create_encoder(
 
 def _build_preset(
     preset: Preset, weights: str, feature: str, trust_remote_code: bool, arguments: dict[str, Any]
-) -> tuple[_Built, str]:
+) -> tuple[Network, str]:
     if preset.remote_code and not trust_remote_code:
         raise EncoderError(
             f"encoder {preset.name}: its network is code in {preset.hub}, which runs on this "
@@ -357,7 +365,7 @@ def _build_preset(
         _load(module, state_dict, preset.name, file)
         embed_dim = int(arguments.get("projection_dim", getattr(module, "num_features", 0)))
         own_transform = _known_transform(preset)
-        built = _Built(module, module, own_transform, embed_dim or preset.embed_dim, (file,))
+        built = Network(module, module, own_transform, embed_dim or preset.embed_dim, (file,))
         return built, feature
     architecture, settings = preset.architecture, {**preset.arguments, **arguments}
     transform = preset.transform
@@ -457,7 +465,7 @@ def _timm_config(file: Path) -> _TimmConfig:
 
 def _build_timm(
     model: str, weights: str, feature: str | None, arguments: dict[str, Any]
-) -> tuple[_Built, str]:
+) -> tuple[Network, str]:
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -512,7 +520,7 @@ def _timm_tower(
     transform: Transform,
     name: str,
     file: Path,
-) -> tuple[_Built, str]:
+) -> tuple[Network, str]:
     import timm
     from timm import layers
 
@@ -537,7 +545,7 @@ def _timm_tower(
     feature = feature or ("class" if hasattr(module, "cls_token") else "output")
     read = _timm_reading(module, feature, name)
     embed_dim = _timm_dim(module, feature)
-    return _Built(module, read, transform, embed_dim, (file,)), feature
+    return Network(module, read, transform, embed_dim, (file,)), feature
 
 
 def _timm_reading(module: Any, feature: str, name: str) -> Callable[[Tensor], Tensor]:
@@ -620,7 +628,7 @@ def _recognise_folder(folder: Path) -> EncoderName:
 
 def _build_transformers(
     model: str, feature: str | None, trust_remote_code: bool, *, preset: Preset | None = None
-) -> tuple[_Built, str]:
+) -> tuple[Network, str]:
     from transformers import AutoModel
 
     name = preset.name if preset else f"hf:{model}"
@@ -654,7 +662,7 @@ def _build_transformers(
     joint = module.get_image_features if two_towers else None
     texts = _transformers_texts(module, model) if hasattr(module, "get_text_features") else None
     return (
-        _Built(
+        Network(
             module, read, transform, embed_dim, files if folder.is_dir() else (),
             None if joint is None else (lambda pixels: joint(pixel_values=pixels)), texts,
         ),
@@ -764,7 +772,7 @@ def _open_clip_names(preset: Preset, weights: str) -> tuple[str, str]:
     return f"hf-hub:{preset.hub}", ""
 
 
-def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) -> _Built:
+def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) -> Network:
     import open_clip
 
     name = preset.name if preset else f"open_clip:{model}"
@@ -807,7 +815,7 @@ def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) 
         )
     except TransformError as error:
         raise EncoderError(str(error)) from error
-    return _Built(
+    return Network(
         module,
         module.encode_image,
         transform,
@@ -821,7 +829,7 @@ def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) 
 # --- packages of the authors --------------------------------------------------------------------
 
 
-def _build_package(preset: Preset, weights: str, feature: str) -> _Built:
+def _build_package(preset: Preset, weights: str, feature: str) -> Network:
     if importlib.util.find_spec(preset.package) is None:
         raise EncoderError(
             f"encoder {preset.name}: needs the package {preset.package} of its authors; install "
@@ -832,7 +840,7 @@ def _build_package(preset: Preset, weights: str, feature: str) -> _Built:
     return build(preset, file, feature)
 
 
-def _conch(preset: Preset, file: Path, feature: str) -> _Built:
+def _conch(preset: Preset, file: Path, feature: str) -> Network:
     """CONCH by its package: pooled features for slides, projected ones beside texts."""
     from conch.open_clip_custom import (
         create_model_from_pretrained,
@@ -843,7 +851,7 @@ def _conch(preset: Preset, file: Path, feature: str) -> _Built:
     module, _ = create_model_from_pretrained("conch_ViT-B-16", str(file))
     tokenizer = get_tokenizer()
     projected = feature == "projected"
-    return _Built(
+    return Network(
         module,
         lambda pixels: module.encode_image(pixels, proj_contrast=projected, normalize=False),
         _known_transform(preset),
@@ -856,7 +864,7 @@ def _conch(preset: Preset, file: Path, feature: str) -> _Built:
     )
 
 
-def _musk(preset: Preset, file: Path, feature: str) -> _Built:
+def _musk(preset: Preset, file: Path, feature: str) -> Network:
     """MUSK by its package: two scales joined for slides, the head's output beside texts."""
     from musk import modeling, utils  # noqa: F401  (registers musk_large_patch16_384 in timm)
     from timm.models import create_model
@@ -871,7 +879,7 @@ def _musk(preset: Preset, file: Path, feature: str) -> _Built:
             return_global=True,
         )[0]  # fmt: skip
 
-    return _Built(
+    return Network(
         module,
         lambda pixels: read(pixels, joint=False),
         _known_transform(preset),

@@ -118,7 +118,7 @@ def get_preset(name: str) -> Preset:
     if name not in files:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), files, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UnknownEncoderError(f"encoder {name!r}: no preset of this name{hint}")
+        raise UnknownEncoderError(f"encoder {name!r}: neither a preset nor a folder{hint}")
     return _read(name)
 
 

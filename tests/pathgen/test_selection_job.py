@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pathgen.encoders import open_encoder
+from pathcore.encoders import create_encoder
 from pathgen.features import slide_features
 from tests.pathgen.conftest import read_rows
 from tests.pathgen.describer_server import DescriberServer
@@ -57,7 +57,7 @@ def test_encoders_of_both_libraries(folder: Path, spec: str, tmp_path: Path) -> 
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 255, (40, 50, 3), np.uint8)) for _ in range(3)]
     for name in (spec, save_hugging_face(tmp_path / "hf")):
-        encoder = open_encoder(name, device="cpu")
+        encoder = create_encoder(name, device="cpu")
         pictures = encoder.encode_images(images)
         words = encoder.encode_texts(["dense stroma", "fat", "a very long text " * 60])
         assert pictures.shape == words.shape == (3, 16)
@@ -66,12 +66,14 @@ def test_encoders_of_both_libraries(folder: Path, spec: str, tmp_path: Path) -> 
         np.testing.assert_allclose(encoder.encode_images(images[1:2]), pictures[1:2], atol=1e-5)
         assert abs(pictures[0] - pictures[1]).max() > 1e-4
         assert abs(words[0] - words[1]).max() > 1e-4
-    other = open_encoder(save_open_clip(tmp_path / "encoder", seed=1), device="cpu")
-    assert other.name != open_encoder(spec, device="cpu").name, "the weights are part of the name"
+    other = create_encoder(save_open_clip(tmp_path / "encoder", seed=1), device="cpu")
+    assert other.folder_name != create_encoder(spec, device="cpu").folder_name, (
+        "the weights are part of the name"
+    )
 
 
 def test_features_are_computed_once(folder: Path, spec: str, tmp_path: Path) -> None:
-    encoder = open_encoder(spec, device="cpu")
+    encoder = create_encoder(spec, device="cpu")
     coords = folder / "coords" / "a.h5"
     slide = shutil.copy(folder / "slides" / "a.svs", tmp_path / "a.svs")
     first = slide_features(slide, coords, encoder, tmp_path, batch_size=5)
@@ -163,7 +165,7 @@ def test_slides_that_cannot_be_used_are_named(folder: Path, spec: str, tmp_path:
 def test_wrong_usage(folder: Path, spec: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for wrong, words in {
-        "song:x": "open_clip:MODEL@WEIGHTS",
+        "song:x": "open_clip:ARCH@WEIGHTS",
         "open_clip:ViT-B-32": "weights expected",
         "open_clip:No-Such@x": "no such model",
         "open_clip:ViT-B-32@absent.pt": "no such file",

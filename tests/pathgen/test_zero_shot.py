@@ -3,16 +3,15 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 
+from pathcore.encoders import Encoder, Network, Transform, create_encoder
 from pathgen import image_features as features_module
 from pathgen.class_benchmarks import load_benchmark
-from pathgen.clip_encoder import ClipEncoder, load_clip
 from pathgen.clip_export import export_hugging_face, export_open_clip, model_config
 from pathgen.zero_shot import _ranks, class_features, retrieval, zero_shot
 from tests.pathgen.histology import KINDS, write_class_folders, write_pairs
@@ -33,22 +32,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def knowing_encoder() -> ClipEncoder:
+def knowing_encoder() -> Encoder:
     """Sees the mean colour, and knows the colour of each kind: what training would bring."""
 
-    def encode_texts(texts: list[str]) -> torch.Tensor:
+    def encode_texts(texts: list[str], device: torch.device) -> torch.Tensor:
         found = [next(c for kind, c in KINDS.items() if kind in text) for text in texts]
         return torch.tensor(found, dtype=torch.float32) - 150
-
-    def preprocess(image: Any) -> torch.Tensor:
-        return torch.from_numpy(np.array(image).astype(np.float32)).permute(2, 0, 1) - 150
 
     def encode_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
         return pixel_values.mean(dim=(2, 3))
 
-    return ClipEncoder(
-        "colours", ["colours"], preprocess, encode_pixels, encode_texts, torch.device("cpu")
-    )
+    centred = Transform(None, None, "bilinear", (150 / 255,) * 3, (1 / 255,) * 3)
+    network = Network(torch.nn.Identity(), encode_pixels, centred, 3, texts=encode_texts)
+    return Encoder(
+        "colours", network, feature="projected", patch_px=None, mpp=(), precision="float32",
+        device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def test_features_are_kept_and_a_killed_run_continues(
 
 
 def test_classes_are_means_of_their_prompts(benchmark_file: Path, folders: Path) -> None:
-    encoder = load_clip(str(folders / "open_clip"), device="cpu")
+    encoder = create_encoder(str(folders / "open_clip"), device="cpu")
     benchmark = load_benchmark(benchmark_file)
     found = class_features(encoder, benchmark)
     theirs = open_clip.build_zero_shot_classifier(
@@ -129,7 +128,7 @@ def test_open_clip_and_transformers_give_the_same_scores(
     data, benchmark = write_class_folders(tmp_path / "data", 2), load_benchmark(benchmark_file)
     rows = []
     for name in ("open_clip", "hf"):
-        encoder = load_clip(str(folders / name), device="cpu")
+        encoder = create_encoder(str(folders / name), device="cpu")
         zero_shot(encoder, benchmark, data, tmp_path / name, num_workers=1, progress=False)
         rows.append(list(csv.DictReader((tmp_path / name / "predictions.csv").open())))
     for left, right in zip(*rows, strict=True):
@@ -166,10 +165,11 @@ def test_ranks_count_ties_against_the_model() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("ViT-B-32", "without weights"),
-        ("ViT-B-32:nothing", "neither a file nor one of"),
-        ("ViT-B-9:openai", "no architecture"),
-        (".", "neither open_clip_config.json nor config.json"),
+        ("open_clip:ViT-B-32", "without weights"),
+        ("open_clip:ViT-B-32@nothing", "neither a file nor one of"),
+        ("open_clip:ViT-B-9@openai", "no architecture"),
+        ("ViT-B-32:openai", "open_clip:ARCH@WEIGHTS"),
+        (".", "neither open_clip_config.json nor a config.json"),
     ],
 )
 def test_models_that_are_none(
@@ -177,7 +177,7 @@ def test_models_that_are_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_clip(model, device="cpu")
+        create_encoder(model, device="cpu")
 
 
 def test_data_without_any_image_that_can_be_read(benchmark_file: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_zero_shot_and_retrieval_say_what_was_left_out(random_clip: Path, tmp_pa
         (["train-clip", "pathgen_clip_tiny", "--output", "o"], "neither pairs in JSON lines"),
         (
             ["clip-zero-shot", "x", "--benchmark", "bach", "--data-path", ".", "--output", "o"],
-            "neither a folder nor",
+            "neither a preset nor a folder",
         ),
     ],
 )

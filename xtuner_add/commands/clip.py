@@ -151,18 +151,18 @@ def clip_zero_shot(
 ) -> None:  # fmt: skip
     """Classify images by MODEL and prompts: balanced accuracy, weighted F1, accuracy, intervals.
 
-    MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, or
-    ARCHITECTURE:TAG of open_clip. Run again after a stop: features are kept. Images that cannot be
+    MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, a preset, or
+    open_clip:ARCH@WEIGHTS. Run again after a stop: features are kept. Images that cannot be
     read are listed in skipped.jsonl, and the exit code is 3.
     """
+    from pathcore.encoders import create_encoder
     from pathgen.class_benchmarks import load_benchmark
-    from pathgen.clip_encoder import load_clip
     from pathgen.zero_shot import zero_shot
 
     with user_errors():
         found = load_benchmark(benchmark)
         metrics = zero_shot(
-            load_clip(model, device=device),
+            create_encoder(model, device=device),
             found,
             data_path,
             output,
@@ -207,12 +207,12 @@ def clip_retrieval(
     seed: int,
 ) -> None:  # fmt: skip
     """Find captions for images and images for captions by MODEL: recall at k, with intervals."""
-    from pathgen.clip_encoder import load_clip
+    from pathcore.encoders import create_encoder
     from pathgen.zero_shot import retrieval
 
     with user_errors():
         metrics = retrieval(
-            load_clip(model, device=device),
+            create_encoder(model, device=device),
             pairs,
             output,
             image_folder=images,

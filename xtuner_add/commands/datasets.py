@@ -184,8 +184,7 @@ _DEFAULT = "words,pathology,human,size"
 @click.option("--human-words", default="human", help="Word lists of your own, JSON.")
 @click.option("--classifier", help="Image classifier of transformers, folder or name.")
 @click.option("--label", "labels", multiple=True, help="Of --classifier, to keep; again for more.")
-@click.option("--clip", help="Model of open_clip, or hf:FOLDER of transformers.")
-@click.option("--clip-weights", help="Of open_clip: a file, or a name it knows.")
+@click.option("--clip", help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder.")
 @click.option("--clip-classes", type=FILE, help="Descriptions to keep and to drop, JSON.")
 @click.option("--min-probability", default=0.5, show_default=True,
               help="Of classifier and clip-classes.")  # fmt: skip
@@ -282,16 +281,13 @@ def _classifier(options: dict[str, Any]) -> Step:
 
 
 def _clip(options: dict[str, Any]) -> Any:
-    from pallava.converters.cleaning.scores import load_clip
+    from pallava.converters.cleaning.scores import ClipScorer
+    from pathcore.encoders import create_encoder
 
     if not options["clip"]:
         raise click.UsageError("the steps clip-classes and clip-score need --clip")
-    return load_clip(
-        options["clip"],
-        weights=options["clip_weights"],
-        device=options["device"],
-        batch_size=options["batch_size"],
-    )
+    encoder = create_encoder(options["clip"], device=options["device"])
+    return ClipScorer(encoder, batch_size=options["batch_size"])
 
 
 def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:

@@ -237,7 +237,7 @@ def gdc_manifest(
     "--encoder",
     required=True,
     metavar="SPEC",
-    help="open_clip:MODEL@WEIGHTS, open_clip:local-dir:FOLDER or hf:MODEL.",
+    help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder; needs a text tower.",
 )
 @click.option("--device", help="By default a GPU where there is one.")
 @click.option("--batch-size", default=64, show_default=True, help="Patches encoded at once.")
@@ -297,7 +297,7 @@ def select_patches(
     selection.jsonl, coords/ for `xtuner-add extract`, and pictures/. Exit code 3 if a slide or a
     patch could not be read.
     """
-    from pathgen.encoders import open_encoder
+    from pathcore.encoders import create_encoder
     from pathgen.selection_job import SelectionSettings, read_table
     from pathgen.selection_job import select_patches as select
 
@@ -317,7 +317,7 @@ def select_patches(
             coords,
             slides,
             output,
-            open_encoder(encoder, device=device),
+            create_encoder(encoder, device=device),
             settings,
             cancer_types=read_table(cancer_types, "cancer_type") if cancer_types else None,
             reports=read_table(reports, "report") if reports else None,

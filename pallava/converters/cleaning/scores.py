@@ -1,21 +1,22 @@
-"""Models that look at images for the cleaning: a classifier, and a CLIP of open_clip or HF."""
+"""Models that score images for cleaning: an image classifier and a two-tower encoder."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pathcore.files import file_identity
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PACKAGE = "pallava.converters.cleaning.words"
+    from pathcore.encoders import Encoder
 
-_SCALE = 100.0
-"""Temperature of zero-shot classification where a model states none (CLIP, arXiv:2103.00020)."""
+_PACKAGE = "pallava.converters.cleaning.words"
 
 
 class Classifier(Protocol):
@@ -43,11 +44,17 @@ class HFClassifier:
     def __init__(self, name: str, *, device: str | None = None, batch_size: int = 32) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+        from pathcore.weights import check_loading_report
+
         self.identity = _identity(name)
         self.batch_size = batch_size
         self.device = _device(device)
         self._processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
-        self._model = AutoModelForImageClassification.from_pretrained(name).to(self.device).eval()
+        model, report = AutoModelForImageClassification.from_pretrained(
+            name, output_loading_info=True
+        )
+        check_loading_report(report, what="classifier", source=name)
+        self._model = model.to(self.device).eval()
 
     def indices(self, labels: Sequence[str]) -> list[int]:
         """Positions of labels.
@@ -75,82 +82,39 @@ class HFClassifier:
 
 
 class ClipScorer:
-    """A CLIP model: similarity of images and texts, and zero-shot classes.
+    """Similarity of images and texts, and zero-shot classes, by a two-tower encoder.
 
     Args:
-        identity: The model's name, for reports.
-        encode_images: RGB images to features `(batch, embed_dim)`.
-        encode_texts: Texts to features `(batch, embed_dim)`.
-        scale: What cosines are multiplied by before the softmax over classes.
-        batch_size: Images at a time.
+        encoder: With a text tower.
+        batch_size: Number of images encoded at a time.
+
+    Raises:
+        ValueError: If the encoder has no text tower.
     """
 
-    def __init__(
-        self,
-        identity: str,
-        encode_images: Callable[[Sequence[Any]], Tensor],
-        encode_texts: Callable[[Sequence[str]], Tensor],
-        *,
-        scale: float = _SCALE,
-        batch_size: int = 32,
-    ) -> None:
-        self.identity = identity
-        self.scale = scale
+    def __init__(self, encoder: Encoder, *, batch_size: int = 32) -> None:
+        if not encoder.has_text:
+            raise ValueError(f"encoder {encoder.name}: has no text tower to compare images with")
+        self.identity = f"{encoder.name} {encoder.digest}"
+        self.scale = encoder.logit_scale
         self.batch_size = batch_size
-        self._encode_images = encode_images
-        self._encode_texts = encode_texts
+        self._encoder = encoder
         self._classes: dict[tuple[str, ...], Tensor] = {}
 
     def similarities(self, images: Sequence[Any], texts: Sequence[str]) -> list[float]:
-        """Cosine of each image with its text."""
-        import torch
-
-        with torch.inference_mode():
-            image = _unit(self._encode_images(images))
-            text = _unit(self._encode_texts(texts))
-            return [float(value) for value in (image * text).sum(-1)]
+        """Returns the cosine of each image with its text."""
+        image, text = self._encoder.encode_images(images), self._encoder.encode_texts(texts)
+        return [float(value) for value in (image * text).sum(-1)]
 
     def class_probabilities(
         self, images: Sequence[Any], descriptions: Sequence[str]
     ) -> list[list[float]]:
-        """Softmax over descriptions of each image's cosines (arXiv:2103.00020, section 3.1)."""
-        import torch
-
+        """Returns the softmax of each image's cosines with descriptions (arXiv:2103.00020, 3.1)."""
         key = tuple(descriptions)
-        with torch.inference_mode():
-            if key not in self._classes:
-                self._classes[key] = _unit(self._encode_texts(descriptions))
-            cosines = _unit(self._encode_images(images)) @ self._classes[key].T
-            return [list(map(float, row)) for row in (self.scale * cosines).softmax(-1)]
-
-
-def load_clip(
-    name: str,
-    *,
-    weights: str | None = None,
-    device: str | None = None,
-    batch_size: int = 32,
-) -> ClipScorer:
-    """Loads a CLIP model.
-
-    Args:
-        name: `hf:FOLDER` for transformers' CLIP, SigLIP and the like; otherwise a model name of
-            open_clip, as `ViT-B-16` or `hf-hub:owner/name`.
-        weights: For open_clip: a checkpoint file or the name of pretrained weights.
-        device: By default the GPU, or the CPU.
-        batch_size: Images at a time.
-
-    Raises:
-        ValueError: A model name of open_clip without weights.
-    """
-    if name.startswith("hf:"):
-        return _hf_clip(name.removeprefix("hf:"), _device(device), batch_size)
-    if weights is None and not name.startswith(("hf-hub:", "local-dir:")):
-        raise ValueError(
-            f"CLIP {name}: weights expected, a file or one of open_clip's names; random ones would "
-            "score at random"
-        )
-    return _open_clip(name, weights, _device(device), batch_size)
+        if key not in self._classes:
+            self._classes[key] = self._encoder.encode_texts(descriptions)
+        cosines = self._encoder.encode_images(images) @ self._classes[key].T
+        return [list(map(float, row)) for row in (self.scale * cosines).softmax(-1)]
 
 
 def load_clip_classes(path: str | os.PathLike[str] | None = None) -> tuple[list[str], list[str]]:
@@ -171,67 +135,8 @@ def load_clip_classes(path: str | os.PathLike[str] | None = None) -> tuple[list[
     return keep, drop
 
 
-def _open_clip(name: str, weights: str | None, device: Any, batch_size: int) -> ClipScorer:
-    import open_clip
-    import torch
-
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name, pretrained=weights, device=device
-    )
-    tokenizer = open_clip.get_tokenizer(name)
-    model.eval()
-    identity = name if weights is None else f"{name} {_identity(weights)}"
-    return ClipScorer(
-        identity,
-        lambda images: model.encode_image(torch.stack([preprocess(i) for i in images]).to(device)),
-        lambda texts: model.encode_text(tokenizer(list(texts)).to(device)),
-        scale=float(model.logit_scale.detach().exp()),
-        batch_size=batch_size,
-    )
-
-
-def _hf_clip(name: str, device: Any, batch_size: int) -> ClipScorer:
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(name).to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    max_length = model.config.text_config.max_position_embeddings
-    # SigLIP was trained with every text padded to its full length, and sees no padding mask.
-    padding = "max_length" if "siglip" in model.config.model_type else True
-
-    def encode_texts(texts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(
-            list(texts),
-            padding=padding,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        )
-        used = [key for key in ("input_ids", "attention_mask") if key in tokens]
-        return model.get_text_features(**{key: tokens[key].to(device) for key in used})
-
-    scale = getattr(model, "logit_scale", None)
-    return ClipScorer(
-        _identity(name),
-        lambda images: model.get_image_features(
-            **processor(images=list(images), return_tensors="pt").to(device)
-        ),
-        encode_texts,
-        scale=_SCALE if scale is None else float(scale.detach().exp()),
-        batch_size=batch_size,
-    )
-
-
-def _unit(features: Tensor) -> Tensor:
-    features = features.float().cpu()
-    return features / features.norm(dim=-1, keepdim=True)
-
-
 def _identity(name: str) -> str:
     """Name, with size and time where it is a file, so that other weights are other inputs."""
-    from pathcore.files import file_identity
-
     path = Path(name)
     files = (
         [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []

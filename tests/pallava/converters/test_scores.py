@@ -10,7 +10,6 @@ from pallava.converters.cleaning.run import clean
 from pallava.converters.cleaning.scores import (
     ClipScorer,
     HFClassifier,
-    load_clip,
     load_clip_classes,
 )
 from pallava.converters.cleaning.steps import (
@@ -19,6 +18,7 @@ from pallava.converters.cleaning.steps import (
     clip_classes_step,
     clip_score_step,
 )
+from pathcore.encoders import Encoder, Network, Transform, create_encoder
 from tests.pallava.converters.published import CAPTION, read_lines, save_image, write_lines
 from tests.pallava.converters.tiny_scorers import save_classifier, save_hf_clip, save_open_clip
 
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_hf_clip_is_what_the_model_computes(models: dict[str, str]) -> None:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    scorer = load_clip(f"hf:{models['hf']}", device="cpu")
+    scorer = ClipScorer(create_encoder(f"hf:{models['hf']}", device="cpu"))
     model = CLIPModel.from_pretrained(models["hf"]).eval()
     inputs = AutoTokenizer.from_pretrained(models["hf"])(
         TEXTS, return_tensors="pt", return_token_type_ids=False
@@ -60,7 +60,9 @@ def test_hf_clip_is_what_the_model_computes(models: dict[str, str]) -> None:
 def test_open_clip_is_what_the_model_computes(models: dict[str, str]) -> None:
     import open_clip
 
-    scorer = load_clip(models["open_clip"], weights=models["weights"], device="cpu")
+    scorer = ClipScorer(
+        create_encoder(f"open_clip:{models['open_clip']}@{models['weights']}", device="cpu")
+    )
     model, _, preprocess = open_clip.create_model_and_transforms(
         models["open_clip"], pretrained=models["weights"]
     )
@@ -71,8 +73,8 @@ def test_open_clip_is_what_the_model_computes(models: dict[str, str]) -> None:
         expected = (scale * image @ text.T).softmax(-1)
     found = torch.tensor(scorer.class_probabilities(IMAGES, TEXTS))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="random ones"):
-        load_clip(models["open_clip"])
+    with pytest.raises(ValueError, match="it would be random"):
+        create_encoder(f"open_clip:{models['open_clip']}")
 
 
 def test_classifier(models: dict[str, str]) -> None:
@@ -99,7 +101,7 @@ def test_steps_keep_what_scores_high_enough(tmp_path: Path, models: dict[str, st
     assert [verdict is None for verdict in verdicts] == [s >= threshold for s in scores] + [False]
     assert verdicts[3] is not None and verdicts[3].unusable
     pairs = write_lines(tmp_path / "pairs.jsonl", rows[:3])
-    scorer = load_clip(f"hf:{models['hf']}", device="cpu")
+    scorer = ClipScorer(create_encoder(f"hf:{models['hf']}", device="cpu"))
     steps = [clip_score_step(scorer, -1.0), clip_classes_step(scorer, TEXTS[:1], TEXTS[1:], 1.1)]
     report = clean(pairs, tmp_path / "out", steps)
     assert report is not None
@@ -108,11 +110,18 @@ def test_steps_keep_what_scores_high_enough(tmp_path: Path, models: dict[str, st
 
 
 def test_scores_that_are_no_numbers_keep_nothing(tmp_path: Path) -> None:
-    broken = ClipScorer(
-        "broken",
-        lambda images: torch.zeros(len(images), 4),
-        lambda texts: torch.ones(len(texts), 4),
+    network = Network(
+        torch.nn.Identity(),
+        lambda pixels: torch.full((len(pixels), 4), float("nan")),
+        Transform(8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        4,
+        texts=lambda texts, device: torch.ones(len(texts), 4),
     )
+    encoder = Encoder(
+        "broken", network, feature="projected", patch_px=None, mpp=(), precision="float32",
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    broken = ClipScorer(encoder)
     candidate = Candidate({"id": 1, "caption": "x"}, (save_image(tmp_path / "a.png"),))
     (verdict,) = clip_score_step(broken, -1.0)([candidate])
     assert verdict is not None and "nan" in verdict.reason

@@ -53,7 +53,7 @@ def test_where_the_field_disagrees_the_preset_says_whose_reading_it_is() -> None
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UnknownEncoderError, match="did you mean uni2-h"):
         get_preset("UNI2_h")
-    with pytest.raises(UnknownEncoderError, match=r"no preset of this name$"):
+    with pytest.raises(UnknownEncoderError, match=r"neither a preset nor a folder$"):
         get_preset("zzzzzz")
 
 
