@@ -166,10 +166,10 @@ def test_wrong_usage(folder: Path, spec: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for wrong, words in {
         "song:x": "open_clip:ARCH@WEIGHTS",
-        "open_clip:ViT-B-32": "weights expected",
-        "open_clip:No-Such@x": "no such model",
-        "open_clip:ViT-B-32@absent.pt": "no such file",
-        "open_clip:local-dir:/absent": "no such folder",
+        "open_clip:ViT-B-32": "name a tag or a file",
+        "open_clip:No-Such@x": "no architecture No-Such",
+        "open_clip:ViT-B-32@absent.pt": "neither a file nor one of",
+        "open_clip:local-dir:/absent": "no open_clip_config.json in this folder",
         "hf:/absent": "no such folder",
     }.items():
         result = run(folder, wrong, out)
