@@ -12,7 +12,9 @@ import importlib
 import json
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,6 +76,20 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 )
 
 
+_DAMAGED_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,  # an unknown compression or version, as a changed byte may claim
+    OverflowError,
+    OSError,
+    RuntimeError,  # zipfile: an entry that claims to be encrypted
+    struct.error,
+    ValueError,
+)
+"""What zipfile raises for damaged archives."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that does not fit the model it is loaded into."""
 
@@ -114,6 +130,10 @@ def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> Stat
         tensors = dict(torch.jit.load(path, map_location="cpu").state_dict())
         check_plain(tensors, path)
         return tensors
+    if container in ("zip", "deflated") and not mmap:
+        _check_archive(path)
+    # What was packed again with compression cannot be mapped: torch would take the compressed
+    # bytes for the values.
     return _unwrap(_torch_load(path, mmap=mmap and container == "zip"), path)
 
 
@@ -390,7 +410,10 @@ def _read_shards(index: Path, mmap: bool) -> StateDict:
 
 
 def _recognise(file: Path) -> str:
-    """Returns `safetensors`, `zip`, `torchscript` or `pickle` (torch before 1.6), by the content.
+    """Returns what a file is: by its content, not by its suffix.
+
+    One of `safetensors`, `zip`, `deflated` (a zip with compression), `torchscript` and `pickle`
+    (torch before 1.6).
 
     Raises:
         CheckpointError: If the content is something else that is easily named.
@@ -419,15 +442,14 @@ def _recognise_archive(file: Path) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{file}: cannot be read as a checkpoint: {error}; is the download complete?"
-        ) from error
+            deflated = any(entry.compress_type for entry in archive.infolist())
+    except _DAMAGED_ARCHIVE as error:
+        raise _damaged(file, error) from error
     # Archives of TorchScript have data.pkl too, so constants.pkl decides.
     if any(name.split("/")[1:2] == ["constants.pkl"] for name in names):
         return "torchscript"
     if any(name.split("/")[-1] == "data.pkl" for name in names):
-        return "zip"
+        return "deflated" if deflated else "zip"
     found = "a zip archive without tensors; unpack it first"
     if names and all(name.endswith(".npy") for name in names):
         found = (
@@ -435,6 +457,23 @@ def _recognise_archive(file: Path) -> str:
             "ViTs: timm.create_model(NAME, checkpoint_path=FILE); save its state_dict"
         )
     raise CheckpointError(f"{file}: cannot be read as a checkpoint: it is {found}")
+
+
+def _check_archive(file: Path) -> None:
+    """Compares an archive with the checksums in it, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except _DAMAGED_ARCHIVE as error:
+        raise _damaged(file, error) from error
+    if bad is not None:
+        raise _damaged(file, f"{bad} differs from its checksum")
+
+
+def _damaged(file: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot be read as a checkpoint: {reason}; is the download complete?"
+    )
 
 
 def _read_safetensors(file: Path) -> StateDict:

@@ -69,7 +69,7 @@ def mutate(rng: random.Random, data: bytes, *, head: int | None = None) -> bytes
             width = rng.choice([2, 4, 8])
             value = rng.choice([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1])
             out[at : at + width] = (value & (256**width - 1)).to_bytes(width, "little")
-        elif kind == 3 and head is None:
+        elif kind == 3 and head is None and len(out) > 1:
             del out[rng.randrange(1, len(out)) :]
             end = min(end, len(out))
         elif kind == 4:

@@ -606,3 +606,39 @@ def test_an_index_points_into_its_own_folder(tmp_path: Path, shard: str) -> None
     index.write_text(f'{{"weight_map": {{"a": "{shard}"}}}}')
     with pytest.raises(CheckpointError, match="lies outside the folder"):
         read_shard_index(index)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_an_archive_that_was_packed_again_with_compression_is_inflated(
+    tmp_path: Path, mmap: bool
+) -> None:
+    """Mapped into memory, its compressed bytes would be taken for the values."""
+    state = {"norm.weight": torch.ones(4), "fc.weight": torch.arange(6.0).reshape(2, 3)}
+    torch.save(state, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    found = read_state_dict(tmp_path / "packed.bin", mmap=mmap)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_changed_bytes_are_noticed_by_the_checksums_of_the_archive(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.full((64,), 1.5)}, tmp_path / "model.pth")
+    content = bytearray((tmp_path / "model.pth").read_bytes())
+    at = content.index(np.full(64, 1.5, np.float32).tobytes())
+    content[at + 3] ^= 1
+    (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="differs from its checksum"):
+        read_state_dict(tmp_path / "model.pth")
+
+
+def test_a_damaged_directory_of_an_archive_is_one_clear_error(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "model.pth")
+    content = (tmp_path / "model.pth").read_bytes()
+    end = content.rindex(b"data.pkl")
+    (tmp_path / "model.pth").write_bytes(content[:end] + b"\xff" + content[end + 1 :])
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        read_state_dict(tmp_path / "model.pth")
