@@ -19,6 +19,7 @@ SLIDE_SUFFIXES = (
 )
 """Suffixes of the formats that OpenSlide 4 reads: https://openslide.org/formats."""
 
+_MPP_TOLERANCE = 0.02
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
@@ -29,11 +30,20 @@ class SlideError(UnitError):
 
 
 class Backend(Protocol):
-    """What `Slide` needs of a library. Regions lie inside the level."""
+    """What `Slide` needs of a library. Regions lie inside the level.
+
+    Attributes:
+        level_dimensions: Width and height of each level.
+        level_downsamples: Level-0 pixels per pixel of each level.
+        mpp: Micrometres per pixel, if the file says.
+        mpp_fault: What is wrong with the resolution that the file states; empty if nothing is.
+        magnification: Magnification of the objective, if the file says.
+    """
 
     level_dimensions: Sequence[tuple[int, int]]
     level_downsamples: Sequence[float]
     mpp: float | None
+    mpp_fault: str
     magnification: float | None
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -83,7 +93,7 @@ class OpenSlideBackend:
         self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
         self.level_downsamples: Sequence[float] = handle.level_downsamples
         x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        self.mpp = (x + y) / 2 if x and y else None
+        self.mpp, self.mpp_fault = square_mpp(x, y)
         self.magnification = _number(properties.get("openslide.objective-power"))
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -154,6 +164,7 @@ class PlainImageBackend:
         self.level_dimensions: Sequence[tuple[int, int]] = [image.size]
         self.level_downsamples: Sequence[float] = [1.0]
         self.mpp: float | None = None
+        self.mpp_fault = ""
         self.magnification: float | None = None
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -166,6 +177,19 @@ class PlainImageBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
+
+
+def square_mpp(x: float | None, y: float | None) -> tuple[float | None, str]:
+    """Returns the micrometres per pixel of both directions as one number, and what is wrong.
+
+    Patches of pixels that are not square would be distorted, so that their mean would be wrong for
+    both directions. The tolerance covers scanners whose directions are calibrated separately.
+    """
+    if not (x and y):
+        return None, ""
+    if abs(x - y) > _MPP_TOLERANCE * max(x, y):
+        return None, f"its pixels are not square: {x:g} x {y:g} micrometres"
+    return (x + y) / 2, ""
 
 
 def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

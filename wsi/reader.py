@@ -153,6 +153,11 @@ class Slide:
             ResolutionError: Neither the file nor the user says.
         """
         if self._mpp is None:
+            if self._backend.mpp_fault:
+                raise ResolutionError(
+                    f"{self.path.name}: {self._backend.mpp_fault}. Convert it to square pixels, or "
+                    "give the resolution to assume as --slide-mpp (mpp=...)"
+                )
             hint = ""
             if self._magnification:
                 # 20x is about 0.5 um, the field's rule of thumb; scanners differ by a tenth.

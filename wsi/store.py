@@ -22,6 +22,8 @@ from wsi.tiling import Tiling
 
 CoordsStyle = Literal["trident", "clam"]
 
+_MAGNIFICATIONS = ("level0", "target")
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -135,7 +137,8 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not both in it, or not of one length.
+        ValueError: If one is missing, they differ in length, coordinates are not whole numbers, or
+            features are not finite.
     """
     import h5py
 
@@ -145,12 +148,25 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
     try:
         with h5py.File(path, "r") as file:
             features, coords = np.asarray(file["features"]), np.asarray(file["coords"])
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError) as error:  # TypeError: a group in place of a dataset
         raise ValueError(f"features {path}: {error}") from error
     if features.ndim == 3 and len(features) == 1:  # TRIDENT's slide-level writers keep a batch of 1
         features = features[0]
     if features.ndim != 2 or coords.shape != (len(features), 2):
         raise ValueError(f"features {path}: {features.shape} features, {coords.shape} coordinates")
+    if features.dtype.kind not in "fiu" or not _are_whole(coords):
+        raise ValueError(
+            f"features {path}: expected numbers with whole coordinates, found features of type "
+            f"{features.dtype} and coordinates of type {coords.dtype}"
+        )
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        first = int((~finite).argmax())
+        raise ValueError(
+            f"features {path}: {int((~finite).sum())} of {len(features)} rows hold NaN or "
+            f"infinity, the first at {coords[first].tolist()}; compute them again, in bf16 or fp32 "
+            "if they were computed in fp16"
+        )
     return features, coords.astype(np.int64)
 
 
@@ -196,22 +212,25 @@ def _clam_attributes(slide: Slide, level: int) -> dict[str, Any]:
 def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
     """Side of a patch at level 0 and after scaling."""
     try:
-        patch_size = int(attributes["patch_size"])
+        patch_size = int(_number(attributes["patch_size"]))
         if "patch_px" in attributes:
-            sizes = (patch_size, int(attributes["patch_px"]))
+            sizes = (patch_size, int(_number(attributes["patch_px"])))
         elif "patch_size_level0" in attributes:
-            sizes = (int(attributes["patch_size_level0"]), patch_size)
+            sizes = (int(_number(attributes["patch_size_level0"])), patch_size)
         elif "target_magnification" in attributes:
-            scale = attributes["level0_magnification"] / attributes["target_magnification"]
-            sizes = (round(patch_size * float(scale)), patch_size)
+            level0, target = (_number(attributes[f"{n}_magnification"]) for n in _MAGNIFICATIONS)
+            sizes = (round(patch_size * level0 / target), patch_size)
         else:
-            level = int(attributes["patch_level"])
-            downsample = attributes["downsample"] if level else 1.0
-            sizes = (round(patch_size * float(np.ravel(downsample)[0])), patch_size)
-    except (KeyError, TypeError, ValueError) as error:
+            # Old CLAM forks store by how much they shrink patches of `patch_level` besides; TRIDENT
+            # honours it, so that 256 px at level 0 with a factor of 2 span 512 px.
+            factor = _number(attributes.get("custom_downsample", 1))
+            downsample = attributes["downsample"] if _number(attributes["patch_level"]) else 1.0
+            span = patch_size * float(np.ravel(downsample)[0]) * factor
+            sizes = (round(span), patch_size)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(
-            f"coordinates {path}: attributes patch_size with patch_size_level0 (TRIDENT), or with "
-            f"patch_level and downsample (CLAM), expected; found {sorted(attributes)}"
+            f"coordinates {path}: expected attributes patch_size with patch_size_level0 (TRIDENT), "
+            f"or with patch_level and downsample (CLAM), found {sorted(attributes)} ({error!r})"
         ) from error
     if min(sizes) < 1:
         raise ValueError(f"coordinates {path}: patches of {sizes} pixels")
@@ -231,8 +250,18 @@ def _write(
         file.attrs.update(attributes)
 
 
+def _number(value: Any) -> float:
+    """Converts an attribute; some writers store a number as an array of one element."""
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"expected one number, found {value!r:.60}")
+    return float(array.reshape(()))
+
+
 def _are_whole(coords: NDArray[Any]) -> bool:
-    return coords.dtype.kind in "iu" or bool(np.all(coords == np.round(coords)))
+    if coords.dtype.kind == "f":
+        return bool(np.all(coords == np.round(coords)))  # false for NaN, too
+    return coords.dtype.kind in "iu"
 
 
 def _whole(value: float) -> int | float:

@@ -227,6 +227,21 @@ def test_resolution_of_the_file_and_of_the_user(tmp_path: Path) -> None:
             Slide(tmp_path / "known.svs", mpp=wrong)
 
 
+def test_pixels_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    pixels = tissue_pixels(300, 300)
+    for name, y, square in (("near", 20100, True), ("far", 10000, False)):
+        path = write_tiff(
+            tmp_path / f"{name}.tif", pixels, resolution=(20000, y), resolutionunit="CENTIMETER"
+        )
+        with Slide(path) as slide:
+            if square:
+                assert slide.mpp == pytest.approx(0.49876, abs=1e-4)
+                continue
+            with pytest.raises(ResolutionError, match=r"not square: 0\.5 x 1 micrometres"):
+                _ = slide.mpp
+        assert Slide(path, mpp=0.5).mpp == 0.5
+
+
 def test_plain_images_over_white(tmp_path: Path) -> None:
     rgba = np.zeros((40, 60, 4), np.uint8)
     rgba[:, :30] = (200, 10, 20, 255)

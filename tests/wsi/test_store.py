@@ -98,6 +98,43 @@ def test_files_of_trident_and_clam_open_here(tmp_path: Path) -> None:
     assert read_coordinates(empty).coords.shape == (0, 2)
 
 
+def test_attributes_of_old_forks(tmp_path: Path) -> None:
+    coords = np.array([[0, 0], [512, 0]])
+    clam: dict[str, Any] = dict(patch_size=256, patch_level=0, custom_downsample=2)
+    found = read_coordinates(write_foreign(tmp_path / "c.h5", coords, **clam))
+    assert (found.size_level0, found.patch_px) == (512, 256)  # as TRIDENT reads it
+    clam |= dict(patch_level=1, downsample=np.array([4.0, 4.0]))
+    assert read_coordinates(write_foreign(tmp_path / "d.h5", coords, **clam)).size_level0 == 2048
+    trident: dict[str, Any] = dict(
+        patch_size=np.array([256]), level0_magnification=np.array([40]), target_magnification=20
+    )
+    found = read_coordinates(write_foreign(tmp_path / "e.h5", coords, **trident))
+    assert (found.size_level0, found.patch_px) == (512, 256)
+    pair = dict(patch_size=np.array([256, 512]), patch_size_level0=512)
+    with pytest.raises(ValueError, match=r"f\.h5: expected attributes .*expected one number"):
+        read_coordinates(write_foreign(tmp_path / "f.h5", coords, **pair))
+
+
+def test_features_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
+    good, coords = np.ones((3, 4), np.float32), np.arange(6).reshape(3, 2)
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    for name, features, places, message in (
+        ("nan", bad, coords, r"1 of 3 rows hold NaN or infinity, the first at \[2, 3\]"),
+        ("half", good, coords + 0.5, "whole coordinates"),
+        ("lost", good, np.full((3, 2), np.nan), "whole coordinates"),
+        ("text", np.full((3, 4), b"x"), coords, "expected numbers"),
+    ):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_dataset("features", data=features)
+            file.create_dataset("coords", data=places)
+        with pytest.raises(ValueError, match=rf"{name}\.h5: .*{message}"):
+            read_features(tmp_path / f"{name}.h5")
+    with h5py.File(tmp_path / "float.h5", "w") as file:
+        file["features"], file["coords"] = good[None], coords.astype(np.float64)
+    assert read_features(tmp_path / "float.h5")[1].tolist() == coords.tolist()
+
+
 def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     coords = np.array([[0, 0]])
     (tmp_path / "text.h5").write_text("no HDF5")
