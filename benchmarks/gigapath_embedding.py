@@ -40,11 +40,11 @@ from skimage import data
 from skimage.filters import threshold_otsu
 from torch import nn
 
-from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.tile_images import fit
+from gigapath.embed.tile_inference import TileEncoder, describe_encoder
 from gigapath.pipeline import run_inference_with_tile_encoder, tile_one_slide
 from gigapath.tile_encoder import tile_transform
-from gigapath.tile_images import fit
-from gigapath.tile_inference import TileEncoder, describe_encoder
 from wsi.reader import Region, Slide
 from wsi.store import read_features
 from wsi.tiling import PatchSpec

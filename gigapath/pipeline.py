@@ -1,7 +1,7 @@
 """The original's pipeline by its own names: tile a slide, load both encoders, run them.
 
 `tile_one_slide` writes tiles as images, `run_inference_with_tile_encoder` reads such a folder. To
-embed many slides without images in between, use `xtuner-add embed` (`gigapath.embedding_job`).
+embed many slides without images in between, use `xtuner-add embed` (`gigapath.embed.job`).
 Arguments after the original's are ours; where the original is wrong, its behaviour has a name.
 """
 
@@ -22,6 +22,15 @@ from torch import Tensor, nn
 
 from gigapath import slide_encoder as slide_encoders
 from gigapath import tile_encoder as tile_encoders
+from gigapath.embed.slide_vectors import onto_slide
+from gigapath.embed.tile_images import FolderTiles, read_tiles
+from gigapath.embed.tile_inference import (
+    Precision,
+    TileEncoder,
+    autocast,
+    choose_device,
+    choose_precision,
+)
 from gigapath.published.tiling import (
     MIN_OCCUPANCY,
     Arithmetic,
@@ -31,16 +40,7 @@ from gigapath.published.tiling import (
     find_tissue,
     tissue_tiles,
 )
-from gigapath.slide_vectors import onto_slide
 from gigapath.tile_encoder import resize_px, tile_transform
-from gigapath.tile_images import FolderTiles, read_tiles
-from gigapath.tile_inference import (
-    Precision,
-    TileEncoder,
-    autocast,
-    choose_device,
-    choose_precision,
-)
 from pathcore.files import atomic_file, check_name, fsync_path, write_json
 from pathcore.pool import ProgressBar
 from wsi.image_codecs import encode_png

@@ -216,6 +216,8 @@ class LongNetViT(nn.Module):
         pooling: Pooling = "mean",
         padding_mask: Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
+        *,
+        tile_size: int | None = None,
     ) -> Tensor:
         """Vectors of slides from a layer and with a pooling of choice; later layers are not run.
 
@@ -227,6 +229,8 @@ class LongNetViT(nn.Module):
             pooling: The class token, or the mean of the tiles.
             padding_mask: As in `forward`.
             lengths: As in `forward`.
+            tile_size: Side of a cell of the position grid in pixels at level 0; by default the
+                attribute of this name.
 
         Returns:
             `(B, D)`.
@@ -234,7 +238,7 @@ class LongNetViT(nn.Module):
         Raises:
             ValueError: As in `forward`; or there is no such layer or pooling.
         """
-        state, sizes = self._state(x, coords, layer, padding_mask, lengths)
+        state, sizes = self._state(x, coords, layer, padding_mask, lengths, tile_size)
         return self._pooled(layer, state, sizes, pooling)
 
     def tokens(
@@ -288,12 +292,13 @@ class LongNetViT(nn.Module):
         layer: Layer,
         padding_mask: Tensor | None,
         lengths: Sequence[int] | Tensor | None,
+        tile_size: int | None = None,
     ) -> tuple[Tensor, list[int]]:
         """State after a layer, `(T, D)`, and the number of tokens of each slide."""
         index = self.depth if layer == "final" else layer
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index <= self.depth:
             raise ValueError(f"layer {layer!r}: expected 0 to {self.depth} or 'final'")
-        tokens, sizes = self._embed(x, coords, padding_mask, lengths)
+        tokens, sizes = self._embed(x, coords, padding_mask, lengths, tile_size)
         states = self.encoder.hidden_states(tokens, sizes)
         for _ in range(index + 1):
             state = next(states)
@@ -305,12 +310,14 @@ class LongNetViT(nn.Module):
         coords: Tensor,
         padding_mask: Tensor | None,
         lengths: Sequence[int] | Tensor | None,
+        tile_size: int | None = None,
     ) -> tuple[Tensor, list[int]]:
         """Class token and embedded tiles of all slides, `(T, D)`, and their numbers of tokens."""
         x, coords = _batched(x, coords, self.in_chans)
         tiles = _slide_lengths(x, padding_mask, lengths)
+        tile_size = self.tile_size if tile_size is None else tile_size
         if self.check_inputs:
-            self._check(x, coords, tiles)
+            self._check(x, coords, tiles, tile_size)
         if self.padding == "ignored":
             tiles = [x.shape[1]] * len(x)
         if all(count == x.shape[1] for count in tiles):
@@ -320,7 +327,7 @@ class LongNetViT(nn.Module):
             places = torch.cat([slide[:count] for slide, count in zip(coords, tiles, strict=True)])
         weight = self.patch_embed.proj.weight
         embedded = self.patch_embed(packed.to(weight.dtype))
-        positions = embed_positions(places, self.pos_axis, self.tile_size, self.out_of_grid)  # type: ignore[arg-type]
+        positions = embed_positions(places, self.pos_axis, tile_size, self.out_of_grid)  # type: ignore[arg-type]
         if not torch.is_autocast_enabled(embedded.device.type):
             positions = positions.to(embedded.dtype)
         # Under autocast the sum, and with it the residual stream, is in float32.
@@ -329,7 +336,7 @@ class LongNetViT(nn.Module):
         pieces = [piece for slide in embedded.split(tiles) for piece in (cls_token, slide)]
         return torch.cat(pieces), [count + 1 for count in tiles]
 
-    def _check(self, x: Tensor, coords: Tensor, tiles: list[int]) -> None:
+    def _check(self, x: Tensor, coords: Tensor, tiles: list[int], tile_size: int) -> None:
         for number, count in enumerate(tiles):
             slide = f" of slide {number}" if len(tiles) > 1 else ""
             # The sums tell in one pass; only if one is not finite is it looked at closely.
@@ -343,9 +350,7 @@ class LongNetViT(nn.Module):
                     f"({int((~finite).sum())} of {count} tiles do)"
                 )
             if self.out_of_grid == "error":
-                check_coords(
-                    coords[number, :count], self.tile_size, self.slide_ngrids, f"coords{slide}"
-                )
+                check_coords(coords[number, :count], tile_size, self.slide_ngrids, f"coords{slide}")
 
 
 def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,23 @@
-"""The libraries behind `wsi.reader.Slide`: OpenSlide, and Pillow for plain images."""
+"""The libraries behind `wsi.reader.Slide`.
+
+OpenSlide reads slides, tifffile the TIFF files that OpenSlide does not open or knows only in part,
+and Pillow plain images.
+"""
 
 from __future__ import annotations
 
+import struct
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 
 from pathcore.jobs import UnitError
-from wsi.diagnosis import explain
+from wsi.diagnosis import explain, is_tiff
 
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SLIDE_SUFFIXES = (
@@ -20,6 +27,15 @@ SLIDE_SUFFIXES = (
 """Suffixes of the formats that OpenSlide 4 reads: https://openslide.org/formats."""
 
 _MPP_TOLERANCE = 0.02
+_ASPECT_TOLERANCE = 0.02
+_MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_MAX_SEGMENT_PX = 1 << 28
+_SEGMENT_CACHE_BYTES = 256 << 20
+
+# Values of TIFF tags.
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
+_SEPARATE = 2
+_JPEG_COMPRESSIONS = (6, 7, 34712, 33003, 33004, 33005)
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
@@ -60,18 +76,48 @@ def open_backend(path: Path) -> Backend:
     """Opens a file with the library that reads it.
 
     Raises:
-        SlideError: None does; the message says why.
+        SlideError: If none does; the message keeps the reason of each.
     """
     if path.suffix.lower() in PLAIN_SUFFIXES:
         return PlainImageBackend(path)
-    reason = None
     try:
-        return OpenSlideBackend(path)
+        opened = OpenSlideBackend(path)
     except SlideError as error:
-        reason = error
-    if path.suffix.lower() in (".tif", ".tiff") and explain(path) is None:
-        return PlainImageBackend(path)  # no tiles inside: an ordinary picture
-    raise reason
+        if explain(path) is not None or not is_tiff(path):
+            raise
+        return _open_other_tiff(path, error)
+    if opened.vendor != "generic-tiff":
+        return opened
+    # OpenSlide takes the first image of any tiled TIFF, as grey where it is one of several
+    # channels, and knows neither the levels that OME-TIFF stores as SubIFDs nor its resolution.
+    try:
+        tiff = TiffBackend(path)
+    except UnreadableTiffError:
+        return opened
+    except SlideError:
+        opened.close()
+        raise
+    if len(tiff.level_dimensions) > len(opened.level_dimensions):
+        opened.close()
+        return tiff
+    tiff.close()
+    if opened.mpp is None and not opened.mpp_fault:
+        opened.mpp, opened.mpp_fault = tiff.mpp, tiff.mpp_fault
+    return opened
+
+
+def _open_other_tiff(path: Path, because: SlideError) -> Backend:
+    """Opens a TIFF that OpenSlide does not, for instance one without tiles."""
+    try:
+        return TiffBackend(path)
+    except UnreadableTiffError as error:
+        reasons = [str(because), str(error)]
+    try:
+        return PlainImageBackend(path)
+    except SlideError as error:
+        reasons.append(str(error))
+    details = "; ".join(reason.removeprefix(f"{path}: ") for reason in reasons)
+    raise SlideError(f"{path}: {details}") from because
 
 
 class OpenSlideBackend:
@@ -130,6 +176,204 @@ class OpenSlideBackend:
                 reason = explain(self.path) or f"OpenSlide cannot open it: {error}"
                 raise SlideError(f"{self.path}: {reason}") from error
         return self._handle
+
+
+class UnreadableTiffError(SlideError):
+    """A TIFF whose pixels `TiffBackend` cannot decode; another library may."""
+
+
+class TiffBackend:
+    """A TIFF file read by tifffile, segment by segment: tiled or in strips, with or without levels.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnreadableTiffError: If the kind of pixels is not supported here.
+        SlideError: If the file holds several channels, or is too large to decode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._tiff = tifffile.TiffFile(path)
+            try:
+                pages = self._find_pages()
+                self._check_pixels(pages)
+            except BaseException:
+                self._tiff.close()
+                raise
+        except (tifffile.TiffFileError, struct.error, OSError, TypeError, IndexError) as error:
+            raise UnreadableTiffError(f"{path}: tifffile cannot open it: {error}") from error
+        self._pages = pages
+        self.level_dimensions: Sequence[tuple[int, int]] = [
+            (page.imagewidth, page.imagelength) for page in pages
+        ]
+        width, height = self.level_dimensions[0]
+        self.level_downsamples: Sequence[float] = [
+            (width / w + height / h) / 2 for w, h in self.level_dimensions
+        ]
+        self.mpp, self.mpp_fault = square_mpp(*(_ome_mpp(self._tiff) or _tag_mpp(pages[0])))
+        self.magnification: float | None = None
+        self._segments: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._segment_bytes = 0
+
+    def _find_pages(self) -> list[Any]:
+        """Returns the pages of the levels, from fine to coarse."""
+        series = self._tiff.series[0]
+        channels = dict(zip(series.axes, series.shape, strict=True)).get("C", 1)
+        first = series.keyframe
+        if channels > 1 or (first.samplesperpixel > 2 and first.photometric == _MIN_IS_BLACK):
+            number = channels if channels > 1 else first.samplesperpixel
+            raise SlideError(
+                f"{self.path}: {number} channels that are not red, green and blue, as of "
+                "fluorescence; expected an RGB or grey image"
+            )
+        pages = [level.keyframe for level in series.levels]
+        if len(pages) == 1:
+            ratio = first.imagewidth / first.imagelength
+            for page in self._tiff.pages:
+                if (
+                    isinstance(page, tifffile.TiffPage)
+                    and page.is_reduced
+                    and page.imagewidth < pages[-1].imagewidth
+                    and abs(page.imagewidth / page.imagelength / ratio - 1) < _ASPECT_TOLERANCE
+                ):
+                    pages.append(page)
+        return pages
+
+    def _check_pixels(self, pages: Sequence[Any]) -> None:
+        for page in pages:
+            kind = f"{page.bitspersample}-bit {page.photometric.name}, {page.compression.name}"
+            eight_bit = page.dtype == np.uint8 and page.bitspersample == 8
+            deep = page.dtype == np.uint16 and page.photometric == _RGB
+            grey = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK) and page.samplesperpixel <= 2
+            colour = page.photometric == _RGB and page.samplesperpixel in (3, 4)
+            jpeg = page.photometric == _YCBCR and page.compression in _JPEG_COMPRESSIONS
+            if not (eight_bit or deep) or not (grey or colour or jpeg):
+                raise UnreadableTiffError(f"{self.path}: pixels of the kind {kind}")
+            if page.rowsperstrip and not page.is_tiled:
+                size = page.imagewidth * min(page.rowsperstrip, page.imagelength)
+            else:
+                size = page.tilewidth * page.tilelength
+            if size > _MAX_SEGMENT_PX:
+                raise SlideError(
+                    f"{self.path}: too large for a plain image: {size:,} pixels in one piece; "
+                    "convert it to a tiled TIFF"
+                )
+            try:
+                page.decode  # noqa: B018  # looks the codec up
+            except (ValueError, ImportError) as error:
+                raise UnreadableTiffError(f"{self.path}: {error}") from error
+
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        """See `Backend.read`."""
+        page, scale = self._pages[level], self.level_downsamples[level]
+        left, top = round(x / scale), round(y / scale)
+        planes = page.samplesperpixel if page.planarconfig == _SEPARATE else 1
+        samples = page.samplesperpixel
+        result = np.full((height, width, samples), _blank(page), np.uint8)
+        columns = -(-page.imagewidth // page.tilewidth) if page.is_tiled else 1
+        span_x = page.tilewidth if page.is_tiled else page.imagewidth
+        span_y = page.tilelength if page.is_tiled else page.rowsperstrip
+        rows = -(-page.imagelength // span_y)
+        right = min(left + width, page.imagewidth)
+        bottom = min(top + height, page.imagelength)
+        for plane in range(planes):
+            for row in range(top // span_y, -(-bottom // span_y)):
+                for column in range(left // span_x, -(-right // span_x)):
+                    number = (plane * rows + row) * columns + column
+                    segment = self._segment(level, page, number)
+                    if segment is None:
+                        continue
+                    y0, x0 = row * span_y, column * span_x
+                    upper, lower = max(top, y0), min(bottom, y0 + segment.shape[0])
+                    first, last = max(left, x0), min(right, x0 + segment.shape[1])
+                    part = segment[upper - y0 : lower - y0, first - x0 : last - x0]
+                    place = result[upper - top : lower - top, first - left : last - left]
+                    if planes > 1:
+                        place[..., plane] = part[..., 0]
+                    else:
+                        place[:] = part
+        return _to_rgb(result, page)
+
+    def level_for(self, downsample: float) -> int:
+        """See `Backend.level_for`."""
+        fitting = [n for n, own in enumerate(self.level_downsamples) if own <= downsample]
+        return max(fitting, default=0)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._tiff.close()
+
+    def _segment(self, level: int, page: Any, number: int) -> NDArray[np.uint8] | None:
+        """Returns a tile or strip `(height, width, samples)`; None for one that was left empty."""
+        key = level, number
+        if key in self._segments:
+            return self._segments[key]
+        offset, size = page.dataoffsets[number], page.databytecounts[number]
+        if not size:
+            return None
+        try:
+            handle = self._tiff.filehandle
+            handle.seek(offset)
+            data = handle.read(size)
+            if len(data) < size:
+                raise ValueError(f"{size:,} bytes expected, the file ends after {len(data):,}")
+            decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
+        except (ValueError, RuntimeError, OSError, struct.error, IndexError) as error:
+            raise SlideError(
+                f"{self.path.name}: tile or strip {number} of level {level} is corrupt: {error}"
+            ) from error
+        segment = decoded[0]
+        if segment.dtype == np.uint16:  # rounded as libtiff does
+            segment = ((segment.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        self._segments[key] = segment
+        self._segment_bytes += segment.nbytes
+        while self._segment_bytes > _SEGMENT_CACHE_BYTES and len(self._segments) > 1:
+            self._segment_bytes -= self._segments.pop(next(iter(self._segments))).nbytes
+        return segment
+
+
+def _blank(page: Any) -> int:
+    """Returns the value of white, for tiles that were never written."""
+    return 0 if page.photometric == _MIN_IS_WHITE else 255
+
+
+def _to_rgb(pixels: NDArray[np.uint8], page: Any) -> NDArray[np.uint8]:
+    if page.photometric == _MIN_IS_WHITE:
+        pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=2)
+    if pixels.shape[2] <= 2:  # grey, perhaps with alpha
+        pixels = np.concatenate([pixels[..., :1].repeat(3, axis=2), pixels[..., 1:]], axis=2)
+    return _over_white(pixels) if pixels.shape[2] == 4 else np.ascontiguousarray(pixels)
+
+
+def _ome_mpp(tiff: tifffile.TiffFile) -> tuple[float | None, float | None] | None:
+    """Returns the pixel size that the OME-XML of a file states, in micrometres; None without."""
+    if not (tiff.is_ome and tiff.ome_metadata):
+        return None
+    try:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+    except ElementTree.ParseError:
+        return None
+    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
+    if pixels is None or pixels.get("PhysicalSizeX") is None:
+        return None
+    sizes = []
+    for axis in "XY":
+        value = _number(pixels.get(f"PhysicalSize{axis}"))
+        factor = _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        sizes.append(value * factor if value and factor else None)
+    return sizes[0], sizes[1]
+
+
+def _tag_mpp(page: Any) -> tuple[float | None, float | None]:
+    """Returns the pixel size that the resolution tags of a page state, in micrometres."""
+    unit = {2: 25400.0, 3: 10000.0}.get(int(page.resolutionunit or 1))
+    if unit is None:
+        return None, None
+    sizes = [unit / value if value else None for value in page.resolution]
+    return sizes[0], sizes[1]
 
 
 class PlainImageBackend:

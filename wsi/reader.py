@@ -5,8 +5,6 @@ it decodes each needed tile once, if that gives OpenSlide's pixels on this very 
 
 Example:
     >>> import tempfile
-    >>> import numpy as np
-    >>> from PIL import Image
     >>> file = Path(tempfile.mkdtemp()) / "made_up.png"
     >>> Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(file)
     >>> with Slide(file, mpp=0.5) as slide:
@@ -21,20 +19,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pathcore.jobs import UnitError
 from wsi.diagnosis import is_tiff
 from wsi.openers import PLAIN_SUFFIXES, Backend, OpenSlideBackend, SlideError, open_backend
 from wsi.tiff_tiles import Box, TiffTiles, TiledLevel, TileError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-__all__ = ["PLAIN_SUFFIXES", "Region", "ResolutionError", "Slide", "SlideError"]
+__all__ = ["PLAIN_SUFFIXES", "Overview", "Region", "ResolutionError", "Slide", "SlideError"]
 
 MAX_SIDE_PX = 1 << 16
 """Longest side of a region, before and after scaling."""
@@ -48,6 +44,11 @@ _PLAUSIBLE_MPP = (0.01, 100.0)
 _PLAIN_GRIDS = ("aperio", "generic-tiff")
 _PROOF_TILES = 3
 _BAND_PX = 1 << 24
+_DAMAGE_PX = 64
+"""Pieces of a damaged level are halved down to this side; tiles are rarely smaller."""
+
+_MAX_FAILED_READS = 4000
+"""OpenSlide must be opened anew after a failed read, which takes some milliseconds."""
 
 
 class ResolutionError(UnitError):
@@ -78,6 +79,19 @@ class Region:
                 raise ValueError(
                     f"{name}: from 1 to {MAX_SIDE_PX} pixels expected, got {getattr(self, name)}"
                 )
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A slide at low resolution.
+
+    Attributes:
+        image: RGB; damaged parts are white.
+        damaged: bool `(height, width)`, true where pixels could not be read.
+    """
+
+    image: Image.Image
+    damaged: NDArray[np.bool_]
 
 
 class Slide:
@@ -216,24 +230,88 @@ class Slide:
             start = end
 
     def thumbnail(self, max_side_px: int) -> Image.Image:
-        """The whole slide as an RGB image whose longer side is at most `max_side_px`."""
-        from PIL import Image
+        """Returns the whole slide as an RGB image whose longer side is at most `max_side_px`.
 
+        Damaged parts are white.
+
+        Raises:
+            SlideError: If nothing of the slide can be read, or it is damaged in very many places.
+        """
+        return self.overview(max_side_px).image
+
+    def overview(self, max_side_px: int) -> Overview:
+        """Returns the whole slide as an image, and which parts of it are damaged.
+
+        Args:
+            max_side_px: Largest length of the longer side.
+
+        Raises:
+            SlideError: As for `thumbnail`.
+        """
         scale = max(1.0, max(self.dimensions) / max_side_px)
         level = self._backend.level_for(scale * _LEVEL_TOLERANCE)
         width, height = self.level_dimensions[level]
-        downsample = self.level_downsamples[level]
         size = [max(1, round(length / scale)) for length in self.dimensions]
-        # Band by band: a slide may have but one level, of gigabytes.
+        # In bands, because a slide of a single level may not fit into memory.
         num_bands = max(1, min(size[1], width * height // _BAND_PX))
         edges = np.linspace(0, size[1], num_bands + 1).round().astype(int)
         result = Image.new("RGB", (size[0], size[1]))
+        damaged = np.zeros((size[1], size[0]), bool)
+        budget = [_MAX_FAILED_READS]
         for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             top, bottom = (round(edge * height / size[1]) for edge in (start, end))
-            band = self._backend.read(0, round(top * downsample), level, width, bottom - top)
+            box = (0, top, width, bottom - top)
+            band = np.full((bottom - top, width, 3), 255, np.uint8)
+            for left, upper, right, lower in self._read_around_damage(level, box, band, budget):
+                columns = _covered(left, right, size[0] / width)
+                rows = _covered(upper, lower, size[1] / height)
+                damaged[rows, columns] = True
             shrunk = Image.fromarray(band).resize((size[0], end - start), Image.Resampling.BOX)
             result.paste(shrunk, (0, start))
-        return result
+        if damaged.all():
+            raise SlideError(f"{self.path.name}: no part of the slide can be read")
+        return Overview(result, damaged)
+
+    def _read_around_damage(
+        self, level: int, box: Box, canvas: NDArray[np.uint8], budget: list[int]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Reads a part of a level into `canvas`, halving it where it cannot be read as a whole.
+
+        Args:
+            level: The level.
+            box: The part.
+            canvas: Receives its pixels; where nothing can be read it is left as it is.
+            budget: Number of reads that may still fail, as a list of one element.
+
+        Yields:
+            Edges of the pieces that cannot be read, in pixels of the level.
+        """
+        pieces, scale = [box], self.level_downsamples[level]
+        while pieces:
+            left, top, width, height = pieces.pop()
+            try:
+                pixels = self._backend.read(
+                    round(left * scale), round(top * scale), level, width, height
+                )
+            except SlideError as error:
+                budget[0] -= 1
+                if budget[0] < 0:
+                    raise SlideError(
+                        f"{self.path.name}: damaged in too many places; the last: {error}"
+                    ) from error
+                if max(width, height) <= _DAMAGE_PX:
+                    yield left, top, left + width, top + height
+                elif width >= height:
+                    half = width // 2
+                    pieces.append((left + half, top, width - half, height))
+                    pieces.append((left, top, half, height))
+                else:
+                    half = height // 2
+                    pieces.append((left, top + half, width, height - half))
+                    pieces.append((left, top, width, half))
+                continue
+            row, column = top - box[1], left - box[0]
+            canvas[row : row + height, column : column + width] = pixels
 
     def _level_for(self, region: Region) -> int:
         return self._backend.level_for(region.size_level0 / region.size_px * _LEVEL_TOLERANCE)
@@ -335,6 +413,11 @@ def _plausible(mpp: float | None) -> float | None:
     return mpp if mpp is not None and low <= mpp <= high else None
 
 
+def _covered(start: int, end: int, scale: float) -> slice:
+    """Returns the pixels of a scaled image that a range of pixels contributes to."""
+    return slice(math.floor(start * scale), math.ceil(end * scale))
+
+
 def _inside(box: Box, size: tuple[int, int]) -> Box | None:
     """The part of a box inside a level; None where there is none."""
     left, top = max(box[0], 0), max(box[1], 0)
@@ -355,8 +438,6 @@ def _on_white(pixels: NDArray[np.uint8], box: Box, part: Box | None) -> NDArray[
 def _resized(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
     if pixels.shape[:2] == (size_px, size_px):
         return pixels
-    from PIL import Image
-
     # Bicubic with support that grows with the scale, as TRIDENT does through Pillow.
     resized = Image.fromarray(pixels).resize((size_px, size_px), Image.Resampling.BICUBIC)
     return np.asarray(resized)

@@ -14,11 +14,12 @@ from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import CoordsStyle, write_coordinates
-from wsi.tiling import PatchSpec, tile
+from wsi.tiling import PatchSpec, Tiling, tile
 from wsi.tissue import MASK_SIDE_PX, TissueMask, geojson_mask, image_mask, otsu_mask
 
 COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER = "coords", "overlays", "thumbnails"
 THUMBNAIL_PX = 1024
+DAMAGED = "tiles that cannot be read"
 
 
 class MaskMissingError(UnitError):
@@ -96,8 +97,9 @@ def tile_slides(
 def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
     name, out = unit.slide_id, unit.out
     with Slide(unit.path, mpp=settings.mpp) as slide:
-        mask = None if settings.whole_slide else slide_mask(slide, settings.masks, name=name)
-        tiling = tile(slide, settings.spec, mask)
+        tiling, mask = place_patches(
+            slide, settings.spec, settings.masks, name=name, whole_slide=settings.whole_slide
+        )
         picture = draw_patches(slide, tiling.coords, tiling.size_level0, mask=mask)
         save_jpeg(picture, out / OVERLAYS_FOLDER / f"{name}.jpg")
         save_jpeg(slide.thumbnail(THUMBNAIL_PX), out / THUMBNAILS_FOLDER / f"{name}.jpg")
@@ -109,8 +111,41 @@ def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
             "size_level0": tiling.size_level0,
             "mpp_level0": slide.mpp,
             "tissue": None if mask is None else round(mask.fraction, 4),
+            "damaged": [{"position": [x, y], "detail": why} for x, y, why in tiling.damaged],
+            "incomplete": [DAMAGED] if tiling.damaged else [],
             "notes": [] if len(tiling.coords) else ["no patches"],
         }
+
+
+def place_patches(
+    slide: Slide,
+    spec: PatchSpec,
+    masks: str | None = None,
+    *,
+    name: str = "",
+    whole_slide: bool = False,
+) -> tuple[Tiling, TissueMask | None]:
+    """Places patches on the tissue of a slide and drops those that damage makes unreadable.
+
+    Args:
+        slide: The slide.
+        spec: The patches.
+        masks: See `slide_mask`.
+        name: See `slide_mask`.
+        whole_slide: Whether to keep patches without tissue.
+
+    Returns:
+        The patches, and the tissue; None for `whole_slide`.
+
+    Raises:
+        SlideError: If nothing of the slide can be read.
+        ValueError: As `slide_mask` and `wsi.tiling.tile`.
+    """
+    mask = None if whole_slide else slide_mask(slide, masks, name=name)
+    # Otsu's mask knows the damage already.
+    known = mask is not None and mask.damaged is not None
+    damaged = None if known else slide.overview(MASK_SIDE_PX).damaged
+    return tile(slide, spec, mask, damaged=damaged), mask
 
 
 def slide_mask(slide: Slide, masks: str | None = None, *, name: str = "") -> TissueMask:

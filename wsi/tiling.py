@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.reader import MAX_SIDE_PX, Slide
+from wsi.reader import MAX_SIDE_PX, Region, Slide, SlideError
 from wsi.tissue import TissueMask
 
 _ENLARGEMENT = 1.05
@@ -65,26 +65,47 @@ class Tiling:
 
     Attributes:
         coords: int64 `(N, 2)`: left and top in level-0 pixels, row by row.
-        size_level0: Side of each in level-0 pixels.
+        size_level0: Side of each patch in level-0 pixels.
         spec: What was asked for.
+        damaged: Left and top of patches with enough tissue that cannot be read, and why.
     """
 
     coords: NDArray[np.int64]
     size_level0: int
     spec: PatchSpec
+    damaged: list[tuple[int, int, str]] = field(default_factory=list)
 
 
-def tile(slide: Slide, spec: PatchSpec, mask: TissueMask | None = None) -> Tiling:
+def tile(
+    slide: Slide,
+    spec: PatchSpec,
+    mask: TissueMask | None = None,
+    *,
+    damaged: NDArray[np.bool_] | None = None,
+) -> Tiling:
     """Places a grid on a slide and keeps the patches with enough tissue.
 
     Args:
         slide: The slide.
-        spec: Size, resolution, overlap and tissue share of the patches.
-        mask: Where tissue is; None takes every patch.
+        spec: Size, resolution, overlap and minimum tissue of the patches.
+        mask: Where tissue is; by default every patch is kept.
+        damaged: bool `(height, width)`, true where an overview of the slide could not be read; by
+            default that of the mask. Patches there are read, to find out which of them can be.
 
     Raises:
-        ResolutionError: The slide's resolution is not known.
-        ValueError: The slide is coarser than the resolution asked for.
+        ResolutionError: If the resolution of the slide is not known.
+        ValueError: If the slide is coarser than the resolution asked for.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> file = Path(tempfile.mkdtemp()) / "slide.png"
+        >>> Image.new("RGB", (700, 520)).save(file)
+        >>> with Slide(file, mpp=0.25) as slide:
+        ...     tiling = tile(slide, PatchSpec(patch_px=128, mpp=0.5))
+        >>> tiling.size_level0, tiling.coords.tolist()
+        (256, [[0, 0], [256, 0], [0, 256], [256, 256]])
     """
     size = spec.to_level0(spec.patch_px, slide)
     step = max(1, spec.to_level0(spec.patch_px - spec.overlap_px, slide))
@@ -94,6 +115,19 @@ def tile(slide: Slide, spec: PatchSpec, mask: TissueMask | None = None) -> Tilin
     coords = np.stack([x.ravel(), y.ravel()], 1)
     if mask is not None and len(coords):
         fractions = mask.fractions(coords, size)
-        # With no least share a patch still needs some tissue.
+        # Even with a minimum of 0 a patch needs some tissue.
         coords = coords[(fractions >= spec.min_tissue) & (fractions > 0)]
-    return Tiling(coords, size, spec)
+    if damaged is None and mask is not None:
+        damaged = mask.damaged
+    if damaged is None or not damaged.any() or not len(coords):
+        return Tiling(coords, size, spec)
+    # An overview tells roughly where the damage is; reading a patch tells for sure.
+    suspect = np.flatnonzero(TissueMask(damaged, slide.dimensions).fractions(coords, size) > 0)
+    regions = [Region(int(x), int(y), size, spec.patch_px) for x, y in coords[suspect]]
+    faults = {
+        int(index): str(pixels)
+        for index, pixels in zip(suspect, slide.read_many(regions), strict=True)
+        if isinstance(pixels, SlideError)
+    }
+    lost = [(int(coords[n, 0]), int(coords[n, 1]), fault) for n, fault in faults.items()]
+    return Tiling(np.delete(coords, list(faults), axis=0), size, spec, lost)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gigapath.embed.slide_vectors import onto_slide
+from gigapath.embed.tile_embedding import check_features
 from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
-from gigapath.slide_vectors import onto_slide
-from gigapath.tile_embedding import check_features
 from pathcore.files import check_name, write_json
 from wsi.store import read_attributes, read_features
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gigapath.embed.slide_vectors import NUM_GRIDS
 from gigapath.finetune.bags import CELL_PX, SlideFolder, SlideScan
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import (
@@ -20,7 +21,6 @@ from gigapath.finetune.splits import (
 )
 from gigapath.finetune.tasks import LabelledSlides, SlideTask, read_labels
 from gigapath.slide_encoder import ARCHITECTURES
-from gigapath.slide_vectors import NUM_GRIDS
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 import timm  # noqa: F401
 
-from gigapath import embedding_job
-from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed import job as embedding_job
+from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.slide_vectors import describe_slide_encoder
+from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import register_architecture
-from gigapath.slide_vectors import describe_slide_encoder
-from gigapath.tile_inference import describe_encoder
 from pathcore import files
 from pathcore.files import folder_lock, sha256_of
 from wsi.tiling import PatchSpec

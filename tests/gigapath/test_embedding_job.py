@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from gigapath.device_claims import claim
-from gigapath.embedding_job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.device_claims import claim
+from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
+from gigapath.embed.tile_embedding import EmbeddingError
+from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
-from gigapath.slide_vectors import describe_slide_encoder, open_slide_encoder
-from gigapath.tile_embedding import EmbeddingError
-from gigapath.tile_inference import describe_encoder
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
 from tests.wsi.slides import tissue_pixels, write_svs
@@ -69,10 +69,10 @@ def digests(out: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("preset", "layer", "pooling", "cell"),
     [
-        ("gigapath", 12, "cls", 256),
+        ("pipeline", 12, "cls", 256),
         ("trident", 11, "mean", 64),
         ("lazyslide", "final", "cls", 256),
-        ("mean", "final", "mean", 256),
+        ("mean", "final", "mean", 64),
     ],
 )
 def test_vectors_say_what_they_are(
@@ -194,7 +194,7 @@ def test_killed_again_and_again(tmp_path: Path, workers: int, kills: int) -> Non
 def test_coordinates_are_checked_before_the_tiles_are_embedded(
     folder: Path, tmp_path: Path
 ) -> None:
-    from gigapath.slide_vectors import check_slide, slide_vector
+    from gigapath.embed.slide_vectors import check_slide, slide_vector
 
     settings = settings_of(folder)
     spec = settings.slide_encoder
@@ -224,7 +224,7 @@ def test_encoders_that_do_not_go_together(folder: Path, monkeypatch: pytest.Monk
         describe_slide_encoder("random", 48, model_arch=ARCH, preset="median")
     monkeypatch.setitem(ARCHITECTURES, "tiny_job_2", {"embed_dim": 32, "depth": 2, "num_heads": 4})
     with pytest.raises(ValueError, match="takes layer 12, tiny_job_2 has 2"):
-        describe_slide_encoder("random", 48, model_arch="tiny_job_2", preset="gigapath")
+        describe_slide_encoder("random", 48, model_arch="tiny_job_2", preset="pipeline")
     with pytest.raises(FileNotFoundError, match="none"):
         describe_slide_encoder(str(folder / "none"), 1536)
     assert describe_slide_encoder("random", 384).model_arch == "gigapath_slide_enc12l384d"
@@ -233,7 +233,7 @@ def test_encoders_that_do_not_go_together(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.multiproc
 def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from gigapath.device_claims import claim\n"
+        "import sys; from pathlib import Path; from gigapath.embed.device_claims import claim\n"
         "try: print(claim(Path(sys.argv[1]), 2), flush=True)\n"
         "except RuntimeError as error: print(error, flush=True)\n"
         "sys.stdin.read()"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from gigapath.tile_embedding import EmbeddingError, check_features, embed_tiles
+from gigapath.embed.tile_embedding import EmbeddingError, check_features, embed_tiles
+from gigapath.embed.tile_images import FolderTiles, SlideTiles, Tiles, read_ahead, read_tiles
+from gigapath.embed.tile_inference import TileEncoder
 from gigapath.tile_encoder import tile_transform
-from gigapath.tile_images import FolderTiles, SlideTiles, Tiles, read_ahead, read_tiles
-from gigapath.tile_inference import TileEncoder
 from tests.gigapath.tiny_encoders import tiny_model
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.reader import Region, Slide, SlideError

@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gigapath import tile_encoder
+from gigapath.embed.tile_images import fit
+from gigapath.embed.tile_inference import TileEncoder, choose_precision, describe_encoder
 from gigapath.tile_encoder import create_model, resize_px, tile_transform
-from gigapath.tile_images import fit
-from gigapath.tile_inference import TileEncoder, choose_precision, describe_encoder
 from pathcore.weights import CheckpointError
 from tests.gigapath.tiny_encoders import (
     config,

@@ -65,3 +65,14 @@ def write_tiff(path: Path, pixels: NDArray[Any], *, tile: int = 240, **options: 
     settings = dict(tile=(tile, tile), photometric="rgb", compression="jpeg", metadata=None)
     tifffile.imwrite(path, pixels, **(settings | options))  # type: ignore[arg-type]
     return path
+
+
+def spoil_tile(path: Path, number: int) -> None:
+    """Overwrites a JPEG tile of level 0 with zeros."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        offset, count = page.dataoffsets[number], page.databytecounts[number]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\0" * count)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import openslide
 import pytest
-import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.wsi.real_data import real_file
-from tests.wsi.slides import tissue_pixels, write_svs, write_tiff
+from tests.wsi.slides import spoil_tile, tissue_pixels, write_svs, write_tiff
 from wsi import tiff_tiles
 from wsi.reader import Region, ResolutionError, Slide, SlideError
 from wsi.tiff_tiles import TiffTiles
@@ -136,16 +135,6 @@ def test_tiles_that_differ_from_openslide_are_not_used(
         found = slide.read(region)
         assert slide._proven == {0: False}
     assert np.array_equal(found, by_openslide(slides["svs"], region))
-
-
-def spoil_tile(path: Path, number: int) -> None:
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        assert isinstance(page, tifffile.TiffPage)
-        offset, count = page.dataoffsets[number], page.databytecounts[number]
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * count)
 
 
 @pytest.mark.parametrize("decode_tiles", [True, False])

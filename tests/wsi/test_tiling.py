@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.wsi.slides import tissue_pixels, write_svs
-from wsi.reader import ResolutionError, Slide
+from tests.wsi.slides import spoil_tile, tissue_pixels, write_svs
+from wsi.reader import ResolutionError, Slide, SlideError
 from wsi.report import draw_patches
+from wsi.store import read_coordinates
+from wsi.tile_job import TileSettings, tile_slides
 from wsi.tiling import PatchSpec, tile
 from wsi.tissue import TissueMask, geojson_mask, image_mask, otsu_mask
 
@@ -46,6 +48,69 @@ def test_bare_glass_has_no_tissue(tmp_path: Path, value: int) -> None:
     write_svs(tmp_path / "bare.svs", pixels)
     with Slide(tmp_path / "bare.svs") as slide:
         assert otsu_mask(slide).fraction < 0.01
+
+
+def test_a_section_that_fills_the_slide_is_tissue_everywhere(tmp_path: Path) -> None:
+    """Otsu divides any picture in two; here both halves are tissue, with a few pale holes."""
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        saturation = np.clip(generator.normal(100, 45, (16, 16, 1)), 20, 235).repeat(64, 0)
+        pixels = np.full((1024, 1024, 3), 235.0)
+        pixels[..., 1:2] = 235 - saturation.repeat(64, 1)
+        pixels[:80, :80] = 243
+        path = write_svs(tmp_path / f"{seed}.svs", pixels.astype(np.uint8), mpp=0.5)
+        with Slide(path) as full:
+            mask = otsu_mask(full)
+            assert mask.fraction > 0.97
+            assert not mask.mask[10:60, 10:60].any()
+            assert len(tile(full, PatchSpec(256, 0.5), mask).coords) == 16
+
+
+def test_yellowish_glass_is_no_tissue(tmp_path: Path) -> None:
+    pixels = tissue_pixels(800, 600)
+    pixels[:, :500] = (235, 228, 200)
+    with Slide(write_svs(tmp_path / "y.svs", pixels, mpp=0.5)) as yellow:
+        mask = otsu_mask(yellow)
+    assert mask.mask[:, :480].mean() < 0.01 and mask.mask[:, 520:].mean() > 0.4
+
+
+@pytest.mark.parametrize("tile_px", [256, 240])
+def test_a_damaged_tile_spoils_only_the_patches_on_it(tmp_path: Path, tile_px: int) -> None:
+    pixels = tissue_pixels(1100, 900)
+    path = write_svs(tmp_path / "s.svs", pixels, mpp=0.5, downsamples=(), tile=tile_px)
+    spoil_tile(path, 6)  # the second tile of the second row
+    spec = PatchSpec(64, 0.5, min_tissue=0.1)
+    out = tmp_path / "out"
+    for name, options in (("otsu", {}), ("whole", {"whole_slide": True})):
+        settings = TileSettings(spec, **options)
+        report = tile_slides(path, out / name, settings, progress=False)
+        assert (report.written, report.incomplete) == (1, {"tiles that cannot be read": 1})
+        assert report.exit_code == 3
+        (row,) = map(json.loads, (out / name / "manifest.jsonl").open())
+        coords = read_coordinates(out / name / row["file"]).coords
+        lost = [tuple(entry["position"]) for entry in row["damaged"]]
+        assert lost and all("corrupt" in entry["detail"] for entry in row["damaged"])
+        low, high = tile_px - 64, 2 * tile_px
+        on_tile = {(x, y) for x in range(0, 1100, 64) for y in range(0, 900, 64)
+                   if low < x < high and low < y < high}  # fmt: skip
+        assert set(lost) <= on_tile
+        assert not on_tile & set(map(tuple, coords.tolist()))
+        if name == "whole":
+            assert set(lost) == on_tile and len(coords) + len(lost) == 17 * 14
+    with Slide(path) as slide:
+        overview = slide.overview(2048)
+    first, last = tile_px, 2 * tile_px
+    assert overview.damaged[first:last, first:last].all()
+    assert overview.damaged.sum() < 1.6 * tile_px**2
+    assert (np.asarray(overview.image)[overview.damaged] == 255).all()
+
+
+def test_a_slide_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+    path = write_svs(tmp_path / "s.svs", tissue_pixels(400, 300), downsamples=())
+    for number in range(4):
+        spoil_tile(path, number)
+    with Slide(path) as slide, pytest.raises(SlideError, match="no part of the slide can be read"):
+        slide.thumbnail(100)
 
 
 @settings(max_examples=60, deadline=None)

@@ -41,7 +41,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         weights[name] = 1 + 0.3 * noise if name.endswith("norm.weight") else 0.3 * noise
     torch.save({"model": weights}, folder / "enc" / "slide_encoder.pth")
     options = ["--tile-encoder", folder / "enc", "--slide-encoder", folder / "enc"]
-    return [*options, "--slide-arch", ARCH, "--tile-px", 64, "--batch-size", 8]
+    return [*options, "--slide-arch", ARCH, "--patch-px", 64, "--batch-size", 8]
 
 
 def test_good_and_bad_slides(encoders: list[object], tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_wrong_use(encoders: list[object], tmp_path: Path) -> None:
         ([slide, *out, *encoders[:4]], "width 48"),
         ([slide, *out, "--tile-encoder", tmp_path], "neither model.safetensors nor"),
         ([slide, *out, *encoders, "--grid-px", "0"], "0 is not in the range"),
-        ([slide, *out, *encoders, "--tile-px", "0"], "patch_px"),
+        ([slide, *out, *encoders, "--patch-px", "0"], "patch_px"),
         ([slide, *out, *encoders, "--preset", "best"], "'best' is not one of"),
     ):
         result = invoke(*arguments)

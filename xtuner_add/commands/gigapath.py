@@ -28,10 +28,11 @@ from xtuner_add.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from gigapath.slide_vectors import SlideEncoderSpec
+    from gigapath.embed.slide_vectors import SlideEncoderSpec
 
 _HUB = "hf_hub:prov-gigapath/prov-gigapath"
-_PRESETS = {"mean": "mean", "pipeline": "gigapath", "trident": "trident", "lazyslide": "lazyslide"}
+_PRESETS = ("mean", "pipeline", "trident", "lazyslide")
+"""Keys of `gigapath.embed.slide_vectors.PRESETS`, which needs torch."""
 
 
 class _GridSize(click.ParamType):
@@ -69,7 +70,7 @@ class _GridSize(click.ParamType):
 )
 @click.option(
     "--preset",
-    type=click.Choice(list(_PRESETS)),
+    type=click.Choice(_PRESETS),
     default="mean",
     show_default=True,
     help="Which vector: the mean of the tiles, or the one that the original's pipeline, TRIDENT "
@@ -81,7 +82,7 @@ class _GridSize(click.ParamType):
     help="Side of a cell of the position grid in level-0 pixels, or tile; by default the preset's.",
 )
 @click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the tiles.")
-@click.option("--tile-px", default=256, show_default=True, help="Side of a tile, at --mpp.")
+@click.option("--patch-px", default=256, show_default=True, help="Side of a tile, at --mpp.")
 @click.option(
     "--min-tissue", default=0.1, show_default=True, help="Smallest share of tissue in a tile."
 )
@@ -127,12 +128,12 @@ def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **option
     which show what the tile encoder tells apart as colours. Run the same command again after a
     kill: it continues. Exit code 3 if a slide or a tile was skipped; skipped.jsonl says why.
     """
-    from gigapath.embedding_job import embed_slides
+    from gigapath.embed.job import embed_slides
 
     with user_errors():
         import torch
 
-        from gigapath.tile_inference import choose_device
+        from gigapath.embed.tile_inference import choose_device
 
         device = choose_device(options["device"])
         num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -154,8 +155,8 @@ def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **option
 
 def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:
     """What to embed and where, from the command line."""
-    from gigapath.embedding_job import EmbeddingSettings, Placement
-    from gigapath.tile_inference import choose_precision, describe_encoder
+    from gigapath.embed.job import EmbeddingSettings, Placement
+    from gigapath.embed.tile_inference import choose_precision, describe_encoder
     from wsi.tiling import PatchSpec
 
     on_gpu = device.type == "cuda"
@@ -169,7 +170,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
     settings = EmbeddingSettings(
         tile_encoder,
         _slide_encoder(options, tile_encoder, precision),
-        PatchSpec(options["tile_px"], options["mpp"], min_tissue=options["min_tissue"]),
+        PatchSpec(options["patch_px"], options["mpp"], min_tissue=options["min_tissue"]),
         slide_mpp=options["slide_mpp"],
         masks=str(options["masks"].resolve()) if options["masks"] else None,
         coords=str(options["coords"].resolve()) if options["coords"] else None,
@@ -185,8 +186,8 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
 def _slide_encoder(
     options: dict[str, Any], tile_encoder: Any, precision: str
 ) -> SlideEncoderSpec | None:
-    from gigapath.slide_vectors import describe_slide_encoder
-    from gigapath.tile_inference import embedding_width
+    from gigapath.embed.slide_vectors import describe_slide_encoder
+    from gigapath.embed.tile_inference import embedding_width
 
     if options["slide_encoder"] == "none":
         return None
@@ -194,7 +195,7 @@ def _slide_encoder(
         options["slide_encoder"],
         embedding_width(tile_encoder),
         model_arch=options["slide_arch"],
-        preset=_PRESETS[options["preset"]],
+        preset=options["preset"],
         grid_px=options["grid_px"],
         precision=precision,
         seed=options["seed"],

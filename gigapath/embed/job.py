@@ -1,43 +1,45 @@
-"""Slides to tile embeddings and slide embeddings: many of them, in parallel, resumable.
+"""Embeds the tiles of many slides, and the slides as wholes, in parallel and resumable.
 
-`OUT/` holds, for every slide, `coords/`, `features/ENCODER/`, `slide_features/ENCODER-PRESET/`,
+`OUT/` gets, for every slide, `coords/`, `features/ENCODER/`, `slide_features/ENCODER-PRESET/`,
 `thumbnails/`, `overlays/` and `pictures/`, and for all of them `slide_embeddings.npz`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from gigapath.embedding_workers import load_slide_encoder, load_tile_encoder, worker_device
-from gigapath.figures import draw_folder, draw_slide, principal_colours
-from gigapath.slide_vectors import (
+from gigapath.embed.device_claims import claim
+from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
+from gigapath.embed.slide_vectors import (
     SlideEncoderSpec,
     check_slide,
+    open_slide_encoder,
     slide_vector,
     write_slide_vector,
 )
-from gigapath.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
-from gigapath.tile_images import FolderTiles, SlideTiles, Tiles
-from gigapath.tile_inference import TileEncoderSpec
+from gigapath.embed.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
+from gigapath.embed.tile_images import FolderTiles, SlideTiles
+from gigapath.embed.tile_inference import TileEncoder, TileEncoderSpec, choose_device
+from gigapath.slide_encoder import LongNetViT
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine
-from wsi.reader import Slide
+from wsi.reader import Slide, SlideError
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import read_attributes, read_coordinates, write_coordinates
-from wsi.tile_job import THUMBNAIL_PX, slide_mask
-from wsi.tiling import PatchSpec, tile
+from wsi.tile_job import DAMAGED, THUMBNAIL_PX, place_patches
+from wsi.tiling import PatchSpec
 
 TABLE_NAME = "slide_embeddings.npz"
-DAMAGED = "tiles that cannot be read"
 
 _FOLDERS = ("coords", "overlays", "thumbnails", "pictures")
 
@@ -56,11 +58,11 @@ class EmbeddingSettings:
         tile_encoder: The tile encoder.
         slide_encoder: The slide encoder; None stops at the tiles.
         spec: The tiles to place on slides.
-        slide_mpp: Micrometres per pixel of all slides, in place of what they say.
-        masks: Folder with a mask per slide; None finds tissue by Otsu's threshold.
+        slide_mpp: Micrometres per pixel of all slides, overriding what the files say.
+        masks: Folder with a mask per slide; by default tissue is found by Otsu's threshold.
         coords: Folder with a coordinates file per slide, instead of placing tiles.
         batch_size: Tiles embedded at once.
-        pictures: Whether to draw.
+        pictures: Whether to draw pictures.
     """
 
     tile_encoder: TileEncoderSpec
@@ -75,13 +77,13 @@ class EmbeddingSettings:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the work is done, which does not change what comes out.
+    """Where to compute; does not change the output.
 
     Attributes:
-        device: None for a GPU where there is one.
+        device: Name of the device; by default a GPU if there is one.
         read_workers: Processes that read ahead for each slide under way; 0 is a thread.
-        own_gpu: Whether each process is to take a GPU of its own.
-        tile_bar: Whether to show a bar of each slide's tiles.
+        own_gpu: Whether each process takes a GPU of its own.
+        tile_bar: Whether to show a progress bar of the tiles of each slide.
     """
 
     device: str | None = None
@@ -148,93 +150,85 @@ def embed_slides(
     )
 
 
-@dataclass(frozen=True)
-class _SlideWork:
-    """A slide and how to embed it."""
-
-    name: str
-    record: str
-    path: Path
-    out: Path
-    settings: EmbeddingSettings
-    placement: Placement
-
-
 def _embed(unit: SlideUnit, settings: EmbeddingSettings, placement: Placement) -> dict[str, Any]:
-    name = unit.slide_id
-    task = _SlideWork(name, unit.record, unit.path, unit.out, settings, placement)
-    row: dict[str, Any] = {}
-    if task.path.is_dir():
-        folder = FolderTiles.find(task.path)
-        tiles, attributes = _check(folder, settings), {"name": name}
-        embedded = _embed_tiles(tiles, name, attributes, task)
+    name, out = unit.slide_id, unit.out
+    if unit.path.is_dir():
+        folder = FolderTiles.find(unit.path)
+        row, embedded = _embed_tiles(folder, {"name": name}, unit, settings, placement)
         if settings.pictures:
             colours = principal_colours(embedded.features)
             picture = draw_folder(folder, embedded.coords, colours)
-            save_jpeg(picture, task.out / "pictures" / f"{name}.jpg")
+            save_jpeg(picture, out / "pictures" / f"{name}.jpg")
     else:
-        with Slide(task.path, mpp=settings.slide_mpp) as slide:
-            tiles, attributes = _place(slide, name, task)
-            row |= {"mpp_level0": slide.known_mpp}
-            embedded = _embed_tiles(_check(tiles, settings), name, attributes, task)
+        with Slide(unit.path, mpp=settings.slide_mpp) as slide:
+            tiles, attributes, lost = _place(slide, unit, settings)
+            row, embedded = _embed_tiles(
+                tiles, attributes, unit, settings, placement, num_lost=lost
+            )
+            row["mpp_level0"] = slide.known_mpp
             if settings.pictures:
                 colours = principal_colours(embedded.features)
                 picture = draw_slide(slide, embedded.coords, tiles.size_level0, colours)
-                save_jpeg(picture, task.out / "pictures" / f"{name}.jpg")
-    if settings.slide_encoder is not None:
-        row["slide_features"] = _embed_slide(embedded, tiles.size_level0, name, task)
-    return {
-        **row,
-        "features": _features_path(name, settings),
-        "tiles": len(embedded.coords),
-        "size_level0": tiles.size_level0,
-        "damaged": embedded.num_damaged,
-        "incomplete": [DAMAGED] if embedded.num_damaged else [],
-    }
+                save_jpeg(picture, out / "pictures" / f"{name}.jpg")
+    return row
 
 
-def _place(slide: Slide, name: str, task: _SlideWork) -> tuple[SlideTiles, dict[str, Any]]:
-    """The tiles of a slide; writes their coordinates and pictures."""
-    settings, out = task.settings, task.out
-    path, mask = out / "coords" / f"{name}.h5", None
+def _place(
+    slide: Slide, unit: SlideUnit, settings: EmbeddingSettings
+) -> tuple[SlideTiles, dict[str, Any], int]:
+    """Places the tiles of a slide, and writes their coordinates and pictures.
+
+    Returns:
+        The tiles, attributes for the files made from them, and the number of tiles that were
+        dropped because they cannot be read.
+    """
+    name, out = unit.slide_id, unit.out
+    mask, num_lost = None, 0
     if settings.coords is not None:
-        source = _find_coords(Path(settings.coords), task.name)
+        source = _find_coords(Path(settings.coords), name)
         given, attributes = read_coordinates(source), read_attributes(source)
         coords, size, tile_px = given.coords, given.size_level0, given.patch_px
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)
     else:
-        mask = slide_mask(slide, settings.masks, name=name)
-        tiling = tile(slide, settings.spec, mask)
+        tiling, mask = place_patches(slide, settings.spec, settings.masks, name=name)
         coords, size, tile_px = tiling.coords, tiling.size_level0, settings.spec.patch_px
+        num_lost = len(tiling.damaged)
+        if num_lost and not len(coords):
+            raise SlideError(
+                f"{name}: none of {num_lost} tiles can be read; the last: {tiling.damaged[-1][2]}"
+            )
+        path = out / "coords" / f"{name}.h5"
         write_coordinates(path, slide, tiling, name=name)
         attributes = read_attributes(path)
     if settings.pictures:
         save_jpeg(draw_patches(slide, coords, size, mask=mask), out / "overlays" / f"{name}.jpg")
         save_jpeg(slide.thumbnail(THUMBNAIL_PX), out / "thumbnails" / f"{name}.jpg")
-    return SlideTiles(slide.path, coords, size, tile_px, name), attributes
-
-
-def _check(tiles: Any, settings: EmbeddingSettings) -> Any:
-    """Finds what the slide encoder would refuse before hours go into its tiles."""
-    if not len(tiles.coords):
-        raise NoTilesError(f"{tiles.name}: no tile holds enough tissue")
-    if settings.slide_encoder is not None:
-        check_slide(tiles.coords, tiles.size_level0, settings.slide_encoder, tiles.name)
-    return tiles
+    return SlideTiles(slide.path, coords, size, tile_px, name), attributes, num_lost
 
 
 def _embed_tiles(
-    tiles: Tiles, name: str, attributes: dict[str, Any], task: _SlideWork
-) -> TileEmbeddings:
-    settings, placement = task.settings, task.placement
-    device = worker_device(placement.device, task.out if placement.own_gpu else None)
-    spec = settings.tile_encoder
-    return embed_tiles(
+    tiles: SlideTiles | FolderTiles,
+    attributes: dict[str, Any],
+    unit: SlideUnit,
+    settings: EmbeddingSettings,
+    placement: Placement,
+    *,
+    num_lost: int = 0,
+) -> tuple[dict[str, Any], TileEmbeddings]:
+    """Embeds the tiles of a slide, and the slide; returns its row of the manifest as well."""
+    name, out, spec = unit.slide_id, unit.out, settings.tile_encoder
+    if not len(tiles.coords):
+        raise NoTilesError(f"{tiles.name}: no tile holds enough tissue")
+    if settings.slide_encoder is not None:  # before hours go into tiles that it would refuse
+        check_slide(tiles.coords, tiles.size_level0, settings.slide_encoder, tiles.name)
+    device = _worker_device(placement.device, out if placement.own_gpu else None)
+    features_path = f"features/{spec.name}/{name}.h5"
+    embedded = embed_tiles(
         tiles,
-        load_tile_encoder(spec, device),
-        task.out / _features_path(name, settings),
-        task.out / ".job" / "parts" / task.record,
+        _load_tile_encoder(spec, device),
+        out / features_path,
+        out / ".job" / "parts" / unit.record,
         name=spec.name,
         weights_sha256=spec.digest,
         attributes=attributes,
@@ -243,19 +237,63 @@ def _embed_tiles(
         workers=placement.read_workers,
         progress=placement.tile_bar,
     )
+    num_damaged = embedded.num_damaged + num_lost
+    row: dict[str, Any] = {
+        "features": features_path,
+        "tiles": len(embedded.coords),
+        "size_level0": tiles.size_level0,
+        "damaged": num_damaged,
+        "incomplete": [DAMAGED] if num_damaged else [],
+    }
+    if (slide_spec := settings.slide_encoder) is not None:
+        vector = slide_vector(
+            _load_slide_encoder(slide_spec, device),
+            embedded.features,
+            embedded.coords,
+            tiles.size_level0,
+            slide_spec,
+            name,
+        )
+        row["slide_features"] = f"slide_features/{slide_spec.name}-{slide_spec.preset}/{name}.h5"
+        details = {
+            "name": name,
+            "num_tiles": len(embedded.coords),
+            "size_level0": tiles.size_level0,
+            "tile_encoder": spec.name,
+        }
+        write_slide_vector(out / row["slide_features"], vector, slide_spec, details)
+    return row, embedded
 
 
-def _embed_slide(embedded: TileEmbeddings, size_level0: int, name: str, task: _SlideWork) -> str:
-    spec = task.settings.slide_encoder
-    assert spec is not None
-    device = worker_device(task.placement.device, task.out if task.placement.own_gpu else None)
-    model = load_slide_encoder(spec, device)
-    vector = slide_vector(model, embedded.features, embedded.coords, size_level0, spec, name)
-    path = f"slide_features/{spec.name}-{spec.preset}/{name}.h5"
-    details = {"name": name, "num_tiles": len(embedded.coords), "size_level0": size_level0}
-    details["tile_encoder"] = task.settings.tile_encoder.name
-    write_slide_vector(task.out / path, vector, spec, details)
-    return path
+# What a worker process keeps from one slide to the next.
+
+
+@lru_cache
+def _worker_device(device: str | None, claims: Path | None) -> torch.device:
+    """Returns the device of this process.
+
+    Args:
+        device: Name of the device; by default a GPU if there is one.
+        claims: Folder of a job whose processes on this machine take a GPU each; None takes the
+            first.
+
+    Raises:
+        RuntimeError: If there are more processes than GPUs.
+    """
+    chosen = choose_device(device)
+    if claims is None or chosen.type != "cuda" or chosen.index is not None:
+        return chosen
+    return torch.device("cuda", claim(claims, torch.cuda.device_count()))
+
+
+@lru_cache(maxsize=1)
+def _load_tile_encoder(spec: TileEncoderSpec, device: torch.device) -> TileEncoder:
+    return TileEncoder.open(spec, device=device)
+
+
+@lru_cache(maxsize=1)
+def _load_slide_encoder(spec: SlideEncoderSpec, device: torch.device) -> LongNetViT:
+    return open_slide_encoder(spec, device)
 
 
 def _write_table(job: JobFolder) -> None:
@@ -287,7 +325,3 @@ def _check_inside(coords: NDArray[np.int64], size: int, slide: Slide, source: Pa
             f"slide of {slide.dimensions[0]} x {slide.dimensions[1]} px, the first at ({x}, {y}): "
             "level-0 pixels, x before y, expected"
         )
-
-
-def _features_path(name: str, settings: EmbeddingSettings) -> str:
-    return f"features/{settings.tile_encoder.name}/{name}.h5"

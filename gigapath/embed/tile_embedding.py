@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigapath.embed.tile_images import Tiles, read_tiles
+from gigapath.embed.tile_inference import TileEncoder
 from gigapath.tile_encoder import resize_px
-from gigapath.tile_images import Tiles, read_tiles
-from gigapath.tile_inference import TileEncoder
 from pathcore.files import atomic_file
 from pathcore.jobs import UnitError
 from pathcore.pool import ProgressBar

@@ -1,28 +1,32 @@
-"""Vectors of slides out of tile embeddings: which encoder, which vector, and the file of it."""
+"""Slide embeddings from tile embeddings: which encoder, which vector, and its file.
+
+The vectors that different pipelines call GigaPath's are not comparable: they come from different
+layers, poolings and position grids. A preset names one and computes it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gigapath import slide_encoder
+from gigapath.embed.tile_embedding import EmbeddingError, check_features
+from gigapath.embed.tile_inference import autocast
 from gigapath.pos_embed import check_coords
-from gigapath.slide_encoder import ARCHITECTURES, LongNetViT
-from gigapath.slide_presets import SlideVector, get_preset
+from gigapath.slide_encoder import ARCHITECTURES, Layer, LongNetViT, Pooling
 from gigapath.slide_weights import find_weights
-from gigapath.tile_embedding import EmbeddingError, check_features
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
-from gigapath.tile_inference import autocast
 from pathcore.files import atomic_file, sha256_of
 
 NUM_GRIDS = 1000
@@ -33,6 +37,97 @@ _ARCHITECTURE_OF = {1536: "gigapath_slide_enc12l768d", 384: "gigapath_slide_enc1
 
 _DIGEST_CHARS = 8
 
+CoordsUnit = Literal["level0_px", "tile"]
+
+
+@dataclass(frozen=True)
+class SlideVector:
+    """How the vector of a slide is computed.
+
+    Attributes:
+        layer: The layer, as in `LongNetViT.embed`.
+        pooling: `cls` for the class token, `mean` for the mean of the tiles.
+        tile_size: Side of a cell of the position grid in level-0 pixels; `"patch"` is the side that
+            the tiles of the slide have at level 0.
+        coords_unit: Unit of the coordinates: level-0 pixels, or numbers of tiles.
+        source: Which software computes such vectors.
+    """
+
+    layer: Layer
+    pooling: Pooling
+    tile_size: int | Literal["patch"] = 256
+    coords_unit: CoordsUnit = "level0_px"
+    source: str = ""
+
+    def embed(
+        self,
+        model: LongNetViT,
+        x: Tensor,
+        coords: Tensor,
+        patch_size_level0: int | None = None,
+        padding_mask: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Computes the vectors of slides.
+
+        Args:
+            model: The slide encoder; its own pooling and tile size are not used.
+            x: `(B, L, C)` or `(L, C)`, tile embeddings.
+            coords: `(B, L, 2)` or `(L, 2)`, in `coords_unit`.
+            patch_size_level0: Side of the tiles in level-0 pixels; needed if `tile_size` is
+                `"patch"`.
+            padding_mask: `(B, L)`, true where there is no tile.
+            lengths: Number of tiles of each slide, instead of a mask.
+
+        Returns:
+            `(B, D)`.
+
+        Raises:
+            ValueError: If the side of the tiles is needed and not given; or as in
+                `LongNetViT.forward`.
+        """
+        if self.tile_size == "patch":
+            if patch_size_level0 is None:
+                raise ValueError(
+                    "patch_size_level0: this preset's grid has cells of the tiles' size; give "
+                    "their side in pixels at level 0"
+                )
+            tile_size = patch_size_level0
+        else:
+            tile_size = self.tile_size
+        if self.coords_unit == "tile":
+            # Numbers of tiles may be stored in integers too short for pixels.
+            coords = (coords if coords.is_floating_point() else coords.long()) * tile_size
+        return model.embed(
+            x, coords, self.layer, self.pooling, padding_mask, lengths, tile_size=tile_size
+        )
+
+
+PRESETS: dict[str, SlideVector] = {
+    "mean": SlideVector(
+        "final", "mean", "patch", source="`global_pool=True`; the class token was not trained"
+    ),
+    "pipeline": SlideVector(12, "cls", source="`last_layer_embed` of the published pipeline"),
+    "trident": SlideVector(11, "mean", "patch", source="TRIDENT, `gigapath` slide encoder"),
+    "lazyslide": SlideVector("final", "cls", source="LazySlide; `slide_encoder(x, coords)`"),
+}
+"""Vectors in use, for the released 12-layer encoder.
+
+`mean` is recommended for new work. Its position grid counts tiles, as the authors advise, so that
+it does not depend on the scanner: the grid of `pipeline` and `lazyslide` counts 256 level-0 pixels,
+with which the same tissue at 20x and 40x lies in different cells."""
+
+
+def get_preset(name: str) -> SlideVector:
+    """Returns the preset of this name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
 
 @dataclass(frozen=True)
 class SlideEncoderSpec:
@@ -42,7 +137,7 @@ class SlideEncoderSpec:
         pretrained: See `slide_encoder.create_model`.
         model_arch: See there.
         in_chans: Width of the tile embeddings.
-        preset: See `slide_presets`.
+        preset: See `PRESETS`.
         grid_px: Side of a cell of the position grid in level-0 pixels, `tile` for that of the
             slide's tiles, or None for the preset's own.
         precision: fp32, bf16 or fp16.
@@ -92,7 +187,7 @@ def describe_slide_encoder(
         pretrained: `hf_hub:OWNER/NAME`, a file or folder of weights, or `random`.
         in_chans: Width of the tile embeddings.
         model_arch: Name of its architecture; by default the released one for that width.
-        preset: See `slide_presets`.
+        preset: See `PRESETS`.
         grid_px: See `SlideEncoderSpec`.
         precision: fp32, bf16 or fp16.
         seed: Of random weights.
@@ -220,8 +315,6 @@ def write_slide_vector(
 
     Its attributes say which vector it is.
     """
-    import h5py
-
     path, chosen = Path(path), spec.vector()
     path.parent.mkdir(parents=True, exist_ok=True)
     attributes = {

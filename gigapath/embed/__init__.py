@@ -1,0 +1,1 @@
+"""Tile embeddings and slide embeddings of many slides: `xtuner-add embed`."""
