@@ -218,7 +218,7 @@ WORDS = (  # noqa: SIM905
 
 def replies_case(folder: Path) -> Case:
     """Captions wrapped in what models add: the caption itself comes out, or a rejection."""
-    from pathcore.chat_api import ReplyError
+    from pathcore.chat_replies import ReplyError
     from pathgen.agents.captions import check_caption
     from pathgen.agents.replies import read_reply
 
