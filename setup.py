@@ -66,5 +66,8 @@ setup(
     include_package_data=False,
     install_requires=read_requirements("runtime"),
     extras_require=extras,
-    entry_points={"console_scripts": ["xtuner-add = xtuner_add.cli:main"]},
+    entry_points={
+        "console_scripts": ["xtuner-add = xtuner_add.cli:main"],
+        "pathcore.encoders": ["gigapath = gigapath.presets:folder"],
+    },
 )

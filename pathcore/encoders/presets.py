@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathcore.encoders.transform import Transform, TransformError
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "pathcore.encoders"
 """Group of entry points, each a function without arguments that returns a folder of presets."""
@@ -139,7 +142,12 @@ def _files() -> dict[str, Path]:
 def _folders() -> Iterator[Path]:
     yield Path(__file__).with_name("presets")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        folder = Path(entry.load()())
+        try:
+            folder = Path(entry.load()())
+        except (ImportError, AttributeError) as error:
+            # A broken package of somebody else must not take all other encoders away.
+            logger.warning("presets of %s (%s) skipped: %s", entry.name, entry.value, error)
+            continue
         if not folder.is_dir():
             raise PresetError(f"entry point {entry.name} ({entry.value}): no folder {folder}")
         yield folder

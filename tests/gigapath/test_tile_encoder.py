@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from gigapath import tile_encoder
 from gigapath.embed.tile_images import fit
 from gigapath.embed.tile_inference import TileEncoder, choose_precision, describe_encoder
-from gigapath.tile_encoder import create_model, resize_px, tile_transform
+from gigapath.tile_encoder import ARCHITECTURES, create_model, resize_px, tile_transform
+from pathcore.encoders import get_preset
 from pathcore.weights import CheckpointError
 from tests.gigapath.tiny_encoders import (
     config,
@@ -302,3 +303,27 @@ def test_released_weights_give_the_released_embedding() -> None:
     encoder = TileEncoder(create_model(os.environ[WEIGHTS_VARIABLE]))
     found = encoder.encode_normalised(tile_transform()(_sample())[None])[0]
     torch.testing.assert_close(found, REAL["cls_embedding"], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("prov-gigapath", "gigapath_tile_enc_vitg16"),
+        ("gigapath-flash", "gigapath_tile_enc_dinov2s"),
+    ],
+)
+def test_the_presets_are_the_published_architectures_and_transform(
+    name: str, architecture: str
+) -> None:
+    preset, published = get_preset(name), ARCHITECTURES[architecture]
+    assert preset.architecture == published.timm_name
+    own = {
+        key: value
+        for key, value in published.model_args.items()
+        if key not in ("num_classes", "in_chans")
+    }
+    assert dict(preset.arguments) == own
+    draw = np.random.default_rng(0)
+    image = Image.fromarray(draw.integers(0, 256, (300, 280, 3), np.uint8))
+    assert preset.transform is not None
+    assert torch.equal(preset.transform(image), tile_transform()(image))

@@ -97,7 +97,7 @@ def test_wrong_usage(server: DescriberServer, rows: Path) -> None:
     assert run("describe", rows, out, "--endpoint", "u", "--local", "v").exit_code == 2
     assert run("filter-captions", rows, out, "--steps", "song").exit_code == 2
     result = run("make-instructions", rows, out, "--kinds", "open=much", "--local", "v")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "NAME=WEIGHT" in result.output
     rows.write_text("{broken\n")
     assert run("filter-captions", rows, out).exit_code == 3

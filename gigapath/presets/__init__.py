@@ -1,0 +1,8 @@
+"""Prov-GigaPath's tile encoders as presets of `pathcore.encoders`."""
+
+from pathlib import Path
+
+
+def folder() -> Path:
+    """Returns the folder of the preset files."""
+    return Path(__file__).parent
