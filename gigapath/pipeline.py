@@ -40,7 +40,7 @@ from gigapath.published.tiling import (
     find_tissue,
     tissue_tiles,
 )
-from gigapath.tile_encoder import resize_px, tile_transform
+from gigapath.tile_encoder import tile_transform
 from pathcore.files import atomic_file, check_name, fsync_path, write_json
 from pathcore.pool import ProgressBar
 from wsi.image_codecs import encode_png
@@ -209,8 +209,7 @@ def run_inference_with_tile_encoder(
     found = read_tiles(
         tiles,
         [range(total)],
-        crop_px=encoder.crop_px,
-        resize_px=resize_px(encoder.crop_px),
+        encoder.resize,
         workers=workers,
     )
     embeds: list[Tensor] = []

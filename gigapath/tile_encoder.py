@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pathcore.encoders.transform import Transform
 from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
@@ -168,6 +169,65 @@ def tile_transform(crop_px: int = CROP_PX) -> Callable[[Any], Tensor]:
             transforms.ToTensor(),
             transforms.Normalize(mean=IMAGE_MEAN, std=IMAGE_STD),
         ]
+    )
+
+
+def published_transform(crop_px: int = CROP_PX) -> Transform:
+    """Returns the published transform as data; see `tile_transform`."""
+    return Transform(resize_px(crop_px), crop_px, "bicubic", IMAGE_MEAN, IMAGE_STD)
+
+
+def encoder_transform(
+    pretrained: str | os.PathLike[str], model_arch: str | None = None
+) -> Transform:
+    """Returns the transform with which the encoder that `create_model` would build was trained.
+
+    For Prov-GigaPath and GigaPath-Flash it is the published one, which their own `pretrained_cfg`
+    does not describe. Any other model has to come with its own.
+
+    Args:
+        pretrained: As for `create_model`.
+        model_arch: As for `create_model`.
+
+    Raises:
+        FileNotFoundError: As for `create_model`.
+        ValueError: If the transform of the model is not known.
+    """
+    import timm  # takes a second
+
+    name = os.fspath(pretrained).replace("hf-hub:", "hf_hub:")
+    if name in (HUB_NAME, FLASH_HUB_NAME):
+        return published_transform()
+    if name in ("", RANDOM):
+        arch = model_arch or DEFAULT_ARCHITECTURE
+        if arch in ARCHITECTURES:
+            return published_transform()
+        architecture = _architecture(arch)
+        default = timm.get_pretrained_cfg(architecture.timm_name)
+        return Transform.from_timm(
+            {} if default is None else default.to_dict(), source=f"tile encoder {arch}"
+        )
+    source = find_weights(pretrained)
+    if _is_published(_choose(source, model_arch)):
+        return published_transform()
+    if source.config is None:
+        raise ValueError(
+            f"tile encoder {source.path}: the images that it expects are not known; put the "
+            "config.json of the model beside it, with mean, std, input_size and interpolation in "
+            "its pretrained_cfg"
+        )
+    config = json.loads(source.config.read_text(encoding="utf-8"))
+    # Before timm 0.9 the fields of pretrained_cfg stood in the configuration itself.
+    return Transform.from_timm(config.get("pretrained_cfg") or config, source=str(source.config))
+
+
+def _is_published(architecture: TileArchitecture) -> bool:
+    """Whether a model has the sizes of one of `ARCHITECTURES`, under that name or timm's."""
+    sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    return any(
+        known.timm_name == architecture.timm_name
+        and all(known.model_args[name] == architecture.model_args.get(name) for name in sizes)
+        for known in ARCHITECTURES.values()
     )
 
 

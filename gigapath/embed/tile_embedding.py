@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from gigapath.embed.tile_images import Tiles, read_tiles
 from gigapath.embed.tile_inference import TileEncoder
-from gigapath.tile_encoder import resize_px
 from pathcore.files import atomic_file
 from pathcore.jobs import UnitError
 from pathcore.pool import ProgressBar
@@ -98,7 +97,7 @@ def embed_tiles(
     if batch_size < 1 or part_tiles < 1:
         raise ValueError(f"batch_size {batch_size}, part_tiles {part_tiles}: at least 1 expected")
     out, size = Path(out), -(-part_tiles // batch_size) * batch_size
-    source = _source(tiles, weights_sha256, encoder.precision, batch_size, size)
+    source = _source(tiles, weights_sha256, encoder, batch_size, size)
     if (kept := _kept(out, source)) is not None:
         shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before this
         return kept
@@ -110,8 +109,7 @@ def embed_tiles(
     stream = read_tiles(
         tiles,
         ranges,
-        crop_px=encoder.crop_px,
-        resize_px=resize_px(encoder.crop_px),
+        encoder.resize,
         workers=workers,
     )
     total = len(tiles.coords)
@@ -127,7 +125,9 @@ def embed_tiles(
             _write_part(_part(folder, number), items, tiles, encoder, batch_size, bar)
     result = _join(folder, number_of, tiles)
     attributes = {**(attributes or {}), _SOURCE: source, _DAMAGED: result.num_damaged}
+    transform = json.dumps(encoder.transform.to_dict())
     attributes |= {"weights_sha256": weights_sha256, "precision": encoder.precision}
+    attributes |= {"transform": transform}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_features(out, result.features, result.coords, encoder=name, attributes=attributes)
     shutil.rmtree(parts, ignore_errors=True)
@@ -230,8 +230,8 @@ def _kept(out: Path, source: str) -> TileEmbeddings | None:
     return TileEmbeddings(features.astype(np.float32), coords, damaged, True)
 
 
-def _source(tiles: Tiles, weights: str, precision: str, *sizes: int) -> str:
-    text = f"{tiles.digest()} {weights} {precision} {sizes}"
+def _source(tiles: Tiles, weights: str, encoder: TileEncoder, *sizes: int) -> str:
+    text = f"{tiles.digest()} {weights} {encoder.precision} {encoder.transform} {sizes}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pathcore.pool import WorkerDiedError, run_tasks
 from wsi.reader import Region, Slide, SlideError
@@ -28,6 +29,7 @@ _Item = TypeVar("_Item")
 READ_TILES = 256
 """Tiles that a reading process hands over at once: 38 MB of 224 px."""
 
+_FILTERS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
 _THREAD_TILES = 16
 _THREAD_DEPTH = 8
 
@@ -170,8 +172,6 @@ class FolderTiles:
 
     def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8] | SlideError]:
         """See `Tiles`."""
-        from PIL import Image
-
         for index in indices:
             path = self.folder / self.files[index]
             try:
@@ -187,62 +187,78 @@ class FolderTiles:
         return _digest(head, self.coords)
 
 
-def fit(pixels: NDArray[np.uint8], crop_px: int, resize_px: int) -> NDArray[np.uint8]:
-    """Resizes and crops as torchvision's `Resize` (bicubic) and `CenterCrop` do to a Pillow image.
+def fit(pixels: NDArray[np.uint8], resize: Resize) -> NDArray[np.uint8]:
+    """Resizes and crops as torchvision's `Resize` and `CenterCrop` do to a Pillow image.
 
     Args:
         pixels: RGB `(height, width, 3)`.
-        crop_px: Side of the result.
-        resize_px: Shorter side before cropping.
+        resize: Sizes and interpolation.
 
     Returns:
         RGB `(crop_px, crop_px, 3)`.
     """
     height, width = pixels.shape[:2]
-    if min(height, width) != resize_px:
-        from PIL import Image
-
+    if isinstance(resize.resize_px, int):
+        longer = int(resize.resize_px * max(height, width) / min(height, width))
+        size = (resize.resize_px, longer) if width <= height else (longer, resize.resize_px)
+        same = min(height, width) == resize.resize_px
+    else:
+        size = (height, width) if resize.resize_px is None else resize.resize_px
+        size = size[::-1]
+        same = size == (width, height)
+    if not same:
         image = Image.fromarray(pixels)
-        longer = int(resize_px * max(height, width) / min(height, width))
-        size = (resize_px, longer) if width <= height else (longer, resize_px)
-        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-        height, width = pixels.shape[:2]
-    top, left = round((height - crop_px) / 2), round((width - crop_px) / 2)
-    return pixels[top : top + crop_px, left : left + crop_px]
+        pixels = np.asarray(image.resize(size, _FILTERS[resize.interpolation]))
+    height, width = pixels.shape[:2]
+    top, left = round((height - resize.crop_px) / 2), round((width - resize.crop_px) / 2)
+    return pixels[top : top + resize.crop_px, left : left + resize.crop_px]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The part of a transform that changes the size; see `pathcore.encoders.Transform`.
+
+    Attributes:
+        crop_px: Side of the result.
+        resize_px: Shorter side before cropping, or `(height, width)`; None keeps the size.
+        interpolation: Name of a filter of Pillow, in lower case.
+    """
+
+    crop_px: int
+    resize_px: int | tuple[int, int] | None
+    interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)
 class _ReadTask:
     tiles: Tiles
     indices: range
-    crop_px: int
-    resize_px: int
+    resize: Resize
     number: int = 0
 
 
 def read_tiles(
-    tiles: Tiles, parts: Sequence[range], *, crop_px: int, resize_px: int, workers: int = 0
+    tiles: Tiles, parts: Sequence[range], resize: Resize, *, workers: int = 0
 ) -> Iterator[tuple[int, NDArray[np.uint8] | str]]:
     """Reads tiles ahead of whoever takes them.
 
     Args:
         tiles: Whose tiles.
         parts: Ranges of their indices.
-        crop_px: Side of what comes out.
-        resize_px: See `fit`.
+        resize: See `fit`.
         workers: Processes that read; 0 reads in a thread of this one.
 
     Yields:
         In order, for each index RGB `(crop_px, crop_px, 3)`, or why there is none.
     """
     if workers < 1:
-        tasks = (_ReadTask(tiles, part, crop_px, resize_px) for part in parts)
+        tasks = (_ReadTask(tiles, part, resize) for part in parts)
         items = (item for task in tasks for item in _read(task))
         for group in read_ahead(_in_groups(items, _THREAD_TILES), _THREAD_DEPTH):
             yield from group
         return
     pieces = [part[n : n + READ_TILES] for part in parts for n in range(0, len(part), READ_TILES)]
-    tasks = (_ReadTask(tiles, p, crop_px, resize_px, n) for n, p in enumerate(pieces))
+    tasks = (_ReadTask(tiles, p, resize, n) for n, p in enumerate(pieces))
     early: dict[int, list[tuple[int, NDArray[np.uint8] | str]]] = {}
     due = 0
 
@@ -285,7 +301,7 @@ def _read(task: _ReadTask) -> Iterator[tuple[int, NDArray[np.uint8] | str]]:
         if isinstance(pixels, SlideError):
             yield index, str(pixels)
         else:
-            yield index, np.ascontiguousarray(fit(pixels, task.crop_px, task.resize_px))
+            yield index, np.ascontiguousarray(fit(pixels, task.resize))
 
 
 class _Held(threading.local):
@@ -326,8 +342,6 @@ def _spacing(coords: NDArray[np.int64]) -> int:
 
 
 def _side_of(path: Path) -> int:
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return int(image.width)

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gigapath import tile_encoder
-from gigapath.tile_encoder import CROP_PX, IMAGE_MEAN, IMAGE_STD
+from gigapath.embed.tile_images import Resize
+from gigapath.tile_encoder import CROP_PX
+from pathcore.encoders.transform import Transform
 from pathcore.files import sha256_of
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -60,7 +62,9 @@ class TileEncoderSpec:
         precision: fp32, bf16 or fp16.
         name: Name of the folder of its features.
         digest: SHA-256 of the weights; empty for random ones.
-        seed: Of random weights.
+        seed: Seed of random weights.
+        transform: How tiles become the images that the encoder expects; by default the published
+            transform of Prov-GigaPath.
     """
 
     pretrained: str
@@ -69,19 +73,24 @@ class TileEncoderSpec:
     name: str
     digest: str = ""
     seed: int = 0
+    transform: Transform | None = None
 
 
 def describe_encoder(
     pretrained: str, *, model_arch: str | None = None, precision: str = "fp32", seed: int = 0
 ) -> TileEncoderSpec:
-    """Finds the weights of a tile encoder and gives them a name that no others have.
+    """Finds the weights of a tile encoder and its transform, and gives them a unique name.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: If there are no weights.
+        ValueError: If the transform of the encoder is not known.
     """
+    transform = tile_encoder.encoder_transform(pretrained, model_arch)
+    if transform.output_px is None:
+        raise ValueError(f"tile encoder {pretrained}: its transform gives no square images")
     if pretrained in ("", tile_encoder.RANDOM):
         name = f"random-{model_arch or tile_encoder.DEFAULT_ARCHITECTURE}-{seed}"
-        return TileEncoderSpec("", model_arch, precision, name, seed=seed)
+        return TileEncoderSpec("", model_arch, precision, name, seed=seed, transform=transform)
     weights = tile_encoder.find_weights(pretrained)
     digest = sha256_of(weights.path)
     published = {
@@ -93,7 +102,7 @@ def describe_encoder(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60] or "encoder"
     # The published names stay as the field knows them; the digest stands in the file.
     name = known or f"{stem}-{digest[:_DIGEST_CHARS]}"
-    return TileEncoderSpec(pretrained, model_arch, precision, name, digest, seed)
+    return TileEncoderSpec(pretrained, model_arch, precision, name, digest, seed, transform)
 
 
 def embedding_width(spec: TileEncoderSpec) -> int:
@@ -108,20 +117,43 @@ class TileEncoder:
         model: The model; it is moved, and in low precision its matrices are converted in place.
         device: Where to compute.
         precision: fp32, bf16 or fp16; the latter two under autocast.
+        transform: How tiles become the images that the model expects; by default the published
+            transform of Prov-GigaPath, for images of the model's size.
+
+    Raises:
+        ValueError: If the transform gives images of another size than the model takes.
     """
 
     def __init__(
-        self, model: nn.Module, *, device: torch.device | str = "cpu", precision: str = "fp32"
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        transform: Transform | None = None,
     ) -> None:
         self.device, self.precision = torch.device(device), precision
         self.model = model.to(self.device).eval()
         if precision != "fp32":
             _convert_matrices(self.model, _DTYPES[precision])
         self.embed_dim = int(cast(Any, model).num_features)
-        self.crop_px = _image_px(model)
+        image_px = _image_px(model)
+        self.transform = transform or tile_encoder.published_transform(image_px or CROP_PX)
+        if image_px not in (None, self.transform.output_px) and not _takes_any_size(model):
+            raise ValueError(
+                f"tile encoder: takes images of {image_px} px, its transform gives "
+                f"{self.transform.output_px} px; correct input_size or img_size in config.json"
+            )
+        self.crop_px = self.transform.output_px or CROP_PX
         options: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        self._mean = torch.tensor(IMAGE_MEAN, **options).view(1, 3, 1, 1)
-        self._std = torch.tensor(IMAGE_STD, **options).view(1, 3, 1, 1)
+        self._mean = torch.tensor(self.transform.mean, **options).view(1, 3, 1, 1)
+        self._std = torch.tensor(self.transform.std, **options).view(1, 3, 1, 1)
+
+    @property
+    def resize(self) -> Resize:
+        """How tiles are resized and cropped before `encode`."""
+        transform = self.transform
+        return Resize(self.crop_px, transform.resize_px, transform.interpolation)
 
     @classmethod
     def open(cls, spec: TileEncoderSpec, *, device: torch.device | str = "cpu") -> TileEncoder:
@@ -129,7 +161,7 @@ class TileEncoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             model = tile_encoder.create_model(spec.pretrained, spec.model_arch)
-        return cls(model, device=device, precision=spec.precision)
+        return cls(model, device=device, precision=spec.precision, transform=spec.transform)
 
     @torch.inference_mode()
     def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -167,6 +199,10 @@ def _convert_matrices(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _image_px(model: nn.Module) -> int:
+def _image_px(model: nn.Module) -> int | None:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return int(size[0]) if size else CROP_PX
+    return int(size[0]) if size else None
+
+
+def _takes_any_size(model: nn.Module) -> bool:
+    return not getattr(getattr(model, "patch_embed", None), "strict_img_size", True)

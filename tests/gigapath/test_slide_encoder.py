@@ -304,7 +304,7 @@ def test_sums_that_overflow_are_no_bad_tiles() -> None:
     x, coords = recipe_inputs("large", 1, 30, 32, 64)
     x[0, 3] = 3e38
     model = tiny_encoder("tinyA")
-    model._check(x, coords, [30])
+    model._check(x, coords, [30], 256)
 
 
 @pytest.mark.parametrize(

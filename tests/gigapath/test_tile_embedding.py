@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from gigapath.embed.tile_embedding import EmbeddingError, check_features, embed_tiles
-from gigapath.embed.tile_images import FolderTiles, SlideTiles, Tiles, read_ahead, read_tiles
+from gigapath.embed.tile_images import (
+    FolderTiles,
+    Resize,
+    SlideTiles,
+    Tiles,
+    read_ahead,
+    read_tiles,
+)
 from gigapath.embed.tile_inference import TileEncoder
 from gigapath.tile_encoder import tile_transform
 from tests.gigapath.tiny_encoders import tiny_model
@@ -77,6 +85,7 @@ def test_embeddings_are_those_of_the_transformed_tiles(slide: Path, tmp_path: Pa
     attributes = read_attributes(tmp_path / "s.h5")
     assert attributes["weights_sha256"] == "abc" and attributes["precision"] == "fp32"
     assert attributes["patch_size_level0"] == 64
+    assert json.loads(attributes["transform"])["resize_px"] == 37
     assert not (tmp_path / "parts").exists()
 
 
@@ -257,6 +266,6 @@ def test_reading_ahead_is_bounded_and_ends() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tiles_come_in_order(slide: Path, workers: int) -> None:
     tiles, parts = tiles_of(slide), [range(4, 9), range(20, 28)]
-    found = list(read_tiles(tiles, parts, crop_px=32, resize_px=37, workers=workers))
+    found = list(read_tiles(tiles, parts, Resize(32, 37), workers=workers))
     assert [index for index, _ in found] == [*range(4, 9), *range(20, 28)]
     assert all(isinstance(p, np.ndarray) and p.shape == (32, 32, 3) for _, p in found)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gigapath import tile_encoder
-from gigapath.embed.tile_images import fit
+from gigapath.embed.tile_images import Resize, fit
 from gigapath.embed.tile_inference import TileEncoder, choose_precision, describe_encoder
 from gigapath.tile_encoder import ARCHITECTURES, create_model, resize_px, tile_transform
 from pathcore.encoders import get_preset
@@ -141,7 +141,7 @@ def test_transform_gives_the_reference_tensor() -> None:
     golden = FACTS["transform"][0]
     tensor = tile_transform()(_sample())
     assert digest(tensor.numpy()) == golden["tensor_sha256_f32"]
-    pixels = fit(np.asarray(_sample()), 224, 256)
+    pixels = fit(np.asarray(_sample()), Resize(224, 256))
     assert digest(pixels) == golden["u8_after_resize_crop_sha256"]
 
 
@@ -152,7 +152,7 @@ def test_fit_is_torchvisions(width: int, height: int, crop_px: int) -> None:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
     resize, crop = tile_transform(crop_px).transforms[:2]  # type: ignore[attr-defined]
     expected = transforms.Compose([resize, crop])(Image.fromarray(pixels))
-    assert np.array_equal(fit(pixels, crop_px, resize_px(crop_px)), np.asarray(expected))
+    assert np.array_equal(fit(pixels, Resize(crop_px, resize_px(crop_px))), np.asarray(expected))
 
 
 def test_pixels_are_normalised_as_the_transform_does() -> None:
@@ -162,7 +162,7 @@ def test_pixels_are_normalised_as_the_transform_does() -> None:
     expected = encoder.encode_normalised(
         torch.stack([transform(Image.fromarray(t)) for t in tiles])
     )
-    found = encoder.encode(np.stack([fit(t, 32, 37) for t in tiles]))
+    found = encoder.encode(np.stack([fit(t, Resize(32, 37)) for t in tiles]))
     assert torch.equal(found, expected)
     assert (encoder.embed_dim, encoder.crop_px) == (48, 32)
 
@@ -327,3 +327,68 @@ def test_the_presets_are_the_published_architectures_and_transform(
     image = Image.fromarray(draw.integers(0, 256, (300, 280, 3), np.uint8))
     assert preset.transform is not None
     assert torch.equal(preset.transform(image), tile_transform()(image))
+
+
+def write_timm_folder(folder: Path, name: str, *, cfg: dict[str, Any] | None = None) -> Any:
+    """A model as timm itself saves it for the hub; returns its own evaluation transform."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=64)
+    model.pretrained_cfg.update(cfg or {}, input_size=(3, 64, 64))
+    timm.models.save_for_hf(
+        model, str(folder), model_args={"img_size": 64}, safe_serialization=True
+    )
+    data = timm.data.resolve_data_config({}, model=model)
+    return timm.data.create_transform(**data, is_training=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [
+        ("vit_tiny_patch16_224", {}),  # mean and deviation 0.5, crop_pct 0.9
+        ("vit_tiny_patch16_224", {"crop_pct": 1.0, "interpolation": "bilinear"}),
+        ("vit_tiny_patch16_224", {"crop_mode": "squash", "mean": (0.7, 0.5, 0.6)}),
+    ],
+)
+def test_any_encoder_comes_with_its_own_transform(
+    tmp_path: Path, name: str, cfg: dict[str, Any]
+) -> None:
+    theirs = write_timm_folder(tmp_path / "enc", name, cfg=cfg)
+    spec = describe_encoder(str(tmp_path / "enc"))
+    encoder = TileEncoder.open(spec)
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 80, 3), np.uint8)
+    expected = theirs(Image.fromarray(pixels))
+    assert spec.transform is not None
+    assert torch.equal(spec.transform(Image.fromarray(pixels)), expected)
+    found = encoder.encode(fit(pixels, encoder.resize)[None])
+    with torch.inference_mode():
+        torch.testing.assert_close(found, encoder.model(expected[None]))
+    published = TileEncoder(encoder.model)  # as it was computed before
+    other = published.encode(fit(pixels, published.resize)[None])
+    assert (other - found).abs().max() > 0.01
+
+
+def test_prov_gigapath_keeps_the_published_transform(tmp_path: Path) -> None:
+    published = tile_encoder.published_transform()
+    torch.save(released_shapes(), tmp_path / "pytorch_model.bin")
+    assert describe_encoder(str(tmp_path)).transform == published
+    released = dict(tile_encoder.ARCHITECTURES["gigapath_tile_enc_vitg16"].model_args)
+    (tmp_path / "config.json").write_text(json.dumps(config(released)))
+    assert describe_encoder(str(tmp_path)).transform == published
+    assert describe_encoder("random").transform == published
+    timm_default = describe_encoder("random", model_arch="vit_tiny_patch16_224").transform
+    assert timm_default is not None and timm_default.mean == (0.5, 0.5, 0.5)
+
+
+def test_an_encoder_without_a_transform_is_refused(tmp_path: Path) -> None:
+    write_timm_folder(tmp_path / "enc", "vit_tiny_patch16_224")
+    settings = json.loads((tmp_path / "enc" / "config.json").read_text())
+    del settings["pretrained_cfg"]["mean"]
+    (tmp_path / "enc" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json: pretrained_cfg lacks mean"):
+        describe_encoder(str(tmp_path / "enc"))
+    (tmp_path / "enc" / "config.json").unlink()
+    with pytest.raises(ValueError, match="images that it expects are not known; put the config"):
+        describe_encoder(str(tmp_path / "enc"), model_arch="vit_tiny_patch16_224")
+    theirs = tile_encoder.published_transform(48)
+    with pytest.raises(ValueError, match="takes images of 32 px, its transform gives 48 px"):
+        TileEncoder(tiny_model(), transform=theirs)
