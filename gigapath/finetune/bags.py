@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from gigapath.embed.slide_vectors import onto_slide
 from gigapath.embed.tile_embedding import check_features
@@ -21,6 +24,8 @@ from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
 from pathcore.files import check_name, write_json
 from wsi.store import read_attributes, read_features
+
+Value = TypeVar("Value")
 
 SUFFIXES = (".h5", ".pt")
 
@@ -95,6 +100,16 @@ class SlideFolder:
         """Ids of all files, without suffix."""
         return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
 
+    def encoder(self, slide: str) -> str:
+        """Returns the name and weights' digest that the file of a slide gives; empty if none."""
+        file = self.file(slide)
+        if file.suffix != ".h5":
+            return ""
+        with h5py.File(file, "r") as opened:
+            name = str(opened.attrs.get("encoder", ""))
+            digest = str(opened["coords"].attrs.get("weights_sha256", ""))
+        return f"{name} {digest[:12]}".strip()
+
     def _onto_grid(self, coords: Tensor, file: Path) -> Tensor:
         if self.cell_px is None:
             return coords
@@ -122,14 +137,30 @@ class SlideFolder:
         return features.float().numpy(), coords.numpy().astype(np.int64)
 
 
+class ScanResult(NamedTuple):
+    """What `SlideScan` found.
+
+    Attributes:
+        num_tiles: Number of tiles of each usable slide.
+        skipped: `id` and `reason` of the other slides.
+        encoder: Name of the tile encoder, as the files give it; empty if they do not.
+        in_chans: Width of the embeddings.
+    """
+
+    num_tiles: dict[str, int]
+    skipped: list[dict[str, str]]
+    encoder: str
+    in_chans: int
+
+
 class SlideScan(Dataset[dict[str, Any]]):
-    """Looks at every slide once, before training: what is wrong, how many tiles.
+    """Reads every slide once before training, so that damaged files do not stop it halfway.
 
     Args:
         folder: The embeddings.
-        slides: Ids.
-        in_chans: Width that is expected.
-        grid: Side of a cell in pixels at level 0 and number of cells, to check coordinates.
+        slides: Slide ids.
+        in_chans: Expected width of the embeddings; 0 for the width that most files have.
+        grid: Side of a cell in level-0 pixels and number of cells, to check coordinates.
     """
 
     def __init__(
@@ -149,7 +180,7 @@ class SlideScan(Dataset[dict[str, Any]]):
         slide = self.slides[index]
         try:
             bag = self.folder.read(slide)
-            if bag.features.shape[1] != self.in_chans:
+            if self.in_chans and bag.features.shape[1] != self.in_chans:
                 raise ValueError(
                     f"features of width {bag.features.shape[1]}; input_dim is {self.in_chans}"
                 )
@@ -157,23 +188,28 @@ class SlideScan(Dataset[dict[str, Any]]):
                 check_coords(bag.coords, *self.grid)
         except (ValueError, TypeError, OSError) as error:
             return {"id": slide, "reason": str(error)}
-        return {"id": slide, "num_tiles": len(bag.features)}
+        count, width = bag.features.shape
+        return {
+            "id": slide,
+            "num_tiles": count,
+            "in_chans": width,
+            "encoder": self.folder.encoder(slide),
+        }
 
     def run(
         self, cache: Path | None = None, *, num_workers: int = 0, progress: bool = False
-    ) -> tuple[dict[str, int], list[dict[str, str]]]:
-        """Scans.
+    ) -> ScanResult:
+        """Scans the slides.
+
+        All slides must come from one tile encoder: embeddings of different encoders mean nothing to
+        each other, even if they have the same width. Slides of another encoder than most are
+        skipped.
 
         Args:
-            cache: JSON file that keeps what was found for files that do not change.
-            num_workers: Processes that read.
-            progress: Show a progress bar.
-
-        Returns:
-            Slide -> number of tiles, and `id`, `reason` of slides that cannot be used.
+            cache: JSON file that keeps the result of each file until the file changes.
+            num_workers: Number of reading processes.
+            progress: Whether to show a progress bar.
         """
-        from tqdm import tqdm
-
         known = self._known(cache)
         found = {s: known[s] for s in self.all_slides if known.get(s, {}).get("as") == self._as(s)}
         self.slides = tuple(slide for slide in self.all_slides if slide not in found)
@@ -184,10 +220,23 @@ class SlideScan(Dataset[dict[str, Any]]):
         self.slides = self.all_slides
         if cache is not None:
             write_json(cache, list(found.values()))
-        rows = [found[slide] for slide in self.all_slides]
-        good = {row["id"]: int(row["num_tiles"]) for row in rows if "num_tiles" in row}
-        bad = [{"id": row["id"], "reason": row["reason"]} for row in rows if "reason" in row]
-        return good, bad
+        rows = [row for row in found.values() if "num_tiles" in row]
+        encoder = _most([row["encoder"] for row in rows if row["encoder"]], "")
+        width = _most([row["in_chans"] for row in rows], self.in_chans)
+        num_tiles, skipped = {}, []
+        for slide in self.all_slides:
+            row = found[slide]
+            if "reason" in row:
+                skipped.append({"id": slide, "reason": row["reason"]})
+            elif row["in_chans"] != width:
+                reason = f"features of width {row['in_chans']}; most slides have width {width}"
+                skipped.append({"id": slide, "reason": reason})
+            elif row["encoder"] not in ("", encoder):  # files of others may not name theirs
+                reason = f"features of encoder {row['encoder']}; most slides have {encoder}'s"
+                skipped.append({"id": slide, "reason": reason})
+            else:
+                num_tiles[slide] = int(row["num_tiles"])
+        return ScanResult(num_tiles, skipped, encoder, width)
 
     def _known(self, cache: Path | None) -> dict[str, dict[str, Any]]:
         if cache is None or not cache.is_file():
@@ -203,6 +252,11 @@ class SlideScan(Dataset[dict[str, Any]]):
         except (OSError, ValueError):
             return asked
         return [status.st_size, status.st_mtime_ns, *asked]
+
+
+def _most(values: Sequence[Value], default: Value) -> Value:
+    """Returns the most frequent value, the first of equals."""
+    return Counter(values).most_common(1)[0][0] if values else default
 
 
 def choose_tiles(
@@ -319,8 +373,6 @@ def pooled_vectors(
     folder: SlideFolder, slides: Sequence[str], *, progress: bool = False
 ) -> dict[str, NDArray[np.float32]]:
     """Mean over the tiles of each slide, `(in_chans,)`."""
-    from tqdm import tqdm
-
     shown = tqdm(slides, desc="mean over tiles", disable=not progress)
     return {slide: folder.read(slide).features.mean(dim=0).numpy() for slide in shown}
 
@@ -350,8 +402,6 @@ def stored_vectors(
 
 
 def _read_vector(file: Path) -> NDArray[np.float32]:
-    import h5py
-
     if file.suffix == ".h5":
         try:
             with h5py.File(file, "r") as opened:

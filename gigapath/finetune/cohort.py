@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gigapath.finetune.splits import (
 )
 from gigapath.finetune.tasks import LabelledSlides, SlideTask, read_labels
 from gigapath.slide_encoder import ARCHITECTURES
+from pathcore.files import StrPath
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Cohort:
         labels: Slide -> label.
         splits: Fold -> slides that can be used.
         num_tiles: Slide -> number of tiles.
-        skipped: `id`, `reason` of rows and slides that are left out.
-        num_without_row: Files of features that the table does not name.
+        skipped: `id` and `reason` of skipped rows and slides.
+        num_without_row: Number of feature files that the table does not name.
+        encoder: Tile encoder of the features, as the files name it; empty if they do not.
+        input_dim: Width of the features.
     """
 
     labels: Mapping[str, Any]
@@ -40,16 +42,19 @@ class Cohort:
     num_tiles: Mapping[str, int]
     skipped: tuple[dict[str, str], ...]
     num_without_row: int
+    encoder: str
+    input_dim: int
 
 
 def read_cohort(
     folder: SlideFolder,
-    table: str | os.PathLike[str],
+    table: StrPath,
     task: SlideTask,
     out: Path,
-    splits: str | os.PathLike[str] | None,
+    splits: StrPath | None,
     settings: FinetuneSettings,
     progress: bool,
+    only_folds: Sequence[int] = (),
 ) -> Cohort:
     """Reads tables and looks at every slide.
 
@@ -60,21 +65,26 @@ def read_cohort(
         out: Takes the splits that can be used, and what was found about each slide.
         splits: Folder of tables, or None to make them.
         settings: Of the training.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
+        only_folds: Numbers of the folds to run; all if empty.
 
     Raises:
-        FileNotFoundError: Tables that are not there.
+        FileNotFoundError: If a table or fold does not exist.
         ValueError: Tables that contradict themselves, or a fold without usable slides.
     """
     labelled = read_labels(table, task)
     made, unknown = _splits(labelled, splits, settings)
+    if missing := [fold for fold in only_folds if fold not in made]:
+        raise FileNotFoundError(f"no folds {missing}, only {list(made)}")
+    made = {fold: made[fold] for fold in only_folds or made}
     slides = sorted(
         {slide for split in made.values() for p in PARTS for slide in getattr(split, p)}
     )
     grid = _grid(settings) if folder.cell_px is not None else None
-    num_tiles, bad = SlideScan(folder, slides, settings.input_dim, grid).run(
+    scan = SlideScan(folder, slides, settings.input_dim, grid).run(
         out / "slides.json", num_workers=settings.num_workers, progress=progress
     )
+    num_tiles, bad = scan.num_tiles, scan.skipped
     if not num_tiles:
         raise ValueError(f"features {folder.path}: no slide can be used: {bad[0]['reason']}")
     usable = {fold: split.only(num_tiles) for fold, split in made.items()}
@@ -85,23 +95,35 @@ def read_cohort(
     named = {slide.removesuffix(".svs") for slide in (*labelled.labels, *rows)}
     labels = {slide: labelled.labels[slide] for slide in num_tiles}
     return Cohort(
-        labels, usable, num_tiles, tuple(rows.values()), len(set(folder.slides()) - named)
+        labels,
+        usable,
+        num_tiles,
+        tuple(rows.values()),
+        len(set(folder.slides()) - named),
+        scan.encoder,
+        scan.in_chans,
     )
 
 
 def slide_folder(
-    path: str | os.PathLike[str], settings: FinetuneSettings, *, with_places: bool
+    path: StrPath, settings: FinetuneSettings, *, on_grid: bool, needs_coords: bool
 ) -> SlideFolder:
-    """The tile embeddings as a training reads them; `with_places` if tiles have to lie on a grid.
+    """Returns the tile embeddings as the training reads them.
+
+    Args:
+        path: The folder.
+        settings: Settings of the training.
+        on_grid: Whether the slide encoder is among the methods, whose grid the tiles must fit.
+        needs_coords: Whether files without coordinates are refused.
 
     Raises:
-        FileNotFoundError: No such folder.
+        FileNotFoundError: If the folder does not exist.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"features {path}: no such folder")
     options = {**ARCHITECTURES.get(settings.model_arch, {}), **settings.encoder}
-    checked = with_places and options.get("out_of_grid") != "original"
-    return SlideFolder(Path(path), with_places, settings.tile_size if checked else None)
+    checked = on_grid and options.get("out_of_grid") != "original"
+    return SlideFolder(Path(path), needs_coords, settings.tile_size if checked else None)
 
 
 def _grid(settings: FinetuneSettings) -> tuple[int, int]:
@@ -112,7 +134,7 @@ def _grid(settings: FinetuneSettings) -> tuple[int, int]:
 
 def _splits(
     labelled: LabelledSlides,
-    splits: str | os.PathLike[str] | None,
+    splits: StrPath | None,
     settings: FinetuneSettings,
 ) -> tuple[dict[int, Split], list[dict[str, str]]]:
     if splits is not None:

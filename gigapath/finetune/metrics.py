@@ -29,6 +29,7 @@ _LABEL_HITS = (
 _CLASS_HITS = (
     *_LABEL_HITS,
     ("weighted_f1", score_draws.weighted_f1),
+    ("macro_f1", score_draws.macro_f1),
     ("quadratic_kappa", score_draws.quadratic_kappa),
 )
 
@@ -173,6 +174,10 @@ def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]
         "balanced_accuracy": balanced_accuracy_score(labels, predicted),
         "weighted_f1": f1_score(
             labels, predicted, labels=numbers, average="weighted", zero_division=0
+        ),
+        # Over the classes that occur, like the balanced accuracy.
+        "macro_f1": f1_score(
+            labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
         ),
         # All classes are named: otherwise one that is absent would bring the others closer.
         "quadratic_kappa": cohen_kappa_score(

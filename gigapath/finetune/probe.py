@@ -448,6 +448,6 @@ def _table(results: Mapping[str, Any]) -> str:
     rows = [((name,), found["test"]) for name, found in results["methods"].items()]
     notes = []
     if results["num_skipped"]:
-        notes.append(f"{results['num_skipped']} rows left out: see skipped.jsonl.")
+        notes.append(f"{results['num_skipped']} rows skipped: see skipped.jsonl.")
     title = f"Tiles of {results['embeddings']}"
     return results_table(title, results["setting"], rows, ("method",), notes)

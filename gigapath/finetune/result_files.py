@@ -19,8 +19,15 @@ SKIPPED_NAME = "skipped.jsonl"
 RESULTS_NAME, TABLE_NAME = "results.json", "results.md"
 
 SHOWN = {
-    "multi_class": ("auroc", "auprc", "balanced_accuracy", "accuracy", "quadratic_kappa"),
-    "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "weighted_f1"),
+    "multi_class": (
+        "auroc",
+        "auprc",
+        "balanced_accuracy",
+        "accuracy",
+        "macro_f1",
+        "quadratic_kappa",
+    ),
+    "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1"),
     "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy"),
 }
 """Columns of the table, by setting."""
@@ -75,13 +82,13 @@ def results_table(
 
 
 def spread(runs: Sequence[Mapping[str, Any]], setting: str) -> dict[str, Any]:
-    """Mean and standard deviation over folds of each score where it is defined."""
+    """Returns mean and standard deviation of each score over the runs that define it."""
     found: dict[str, Any] = {}
     for name in SHOWN[setting]:
         values = [run[name]["value"] for run in runs if run[name]["value"] is not None]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         mean = float(np.mean(values)) if values else None
-        found[name] = {"mean": mean, "std": std, "num_folds": len(values)}
+        found[name] = {"mean": mean, "std": std, "num_runs": len(values)}
     return found
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from gigapath.classification_head import ClassificationHead
+from gigapath.finetune.attention_maps import draw_attention_maps
 from gigapath.finetune.bags import (
     CELL_PX,
     SlideBags,
@@ -33,6 +33,7 @@ from gigapath.finetune.bags import (
 from gigapath.finetune.baselines import METHODS, VectorSplit, check_methods
 from gigapath.finetune.cohort import Cohort, read_cohort, slide_folder
 from gigapath.finetune.metrics import plain_values, score_names, score_predictions
+from gigapath.finetune.mil import MODELS, BagModel, MILModel
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
     TABLE_NAME,
@@ -48,91 +49,96 @@ from gigapath.finetune.splits import (
     check_parts,
 )
 from gigapath.finetune.tasks import SlideTask, read_task
-from gigapath.finetune.trainer import Trainer, check_inputs
+from gigapath.finetune.trainer import WEIGHTS_NAME, Trainer, check_inputs
 from gigapath.ranks import Ranks
-from pathcore.files import folder_lock, remove_partials, write_json, write_text
+from pathcore.files import StrPath, folder_lock, remove_partials, write_json, write_text
 
 SLIDE_ENCODER = "slide_encoder"
 
 _WEIGHTS = 3  # tells the seed of the weights from those of the trainer
 
 
-@dataclass(frozen=True)
-class BagModel:
-    """A further model that is trained as the slide encoder is.
-
-    Attributes:
-        build: From the width of the tile embeddings and the number of classes to a module that is
-            called as `module(features, coords, lengths=...)` and returns logits.
-        settings: Fields of `FinetuneSettings` that differ.
-    """
-
-    build: Callable[[int, int], nn.Module]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
 def finetune_slides(
-    features: str | os.PathLike[str],
-    table: str | os.PathLike[str],
-    task: SlideTask | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    features: StrPath,
+    table: StrPath,
+    task: SlideTask | StrPath,
+    out: StrPath,
     *,
-    splits: str | os.PathLike[str] | None = None,
+    splits: StrPath | None = None,
     settings: FinetuneSettings | None = None,
     methods: Sequence[str] = (SLIDE_ENCODER,),
     models: Mapping[str, BagModel] | None = None,
-    vectors: str | os.PathLike[str] | None = None,
+    vectors: StrPath | None = None,
+    only_folds: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    heat_maps: bool = False,
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains and tests slide classifiers on each fold.
 
-    Run by torchrun, the processes share the work; effective batch and result stay the same.
+    Under torchrun the processes share the work; effective batch and result stay the same.
 
     Args:
         features: Folder with `SLIDE.h5` or `SLIDE.pt` per slide.
-        table: csv with `slide_id`, labels and, where patients are known, `pat_id`.
-        task: What is predicted, or a file that says so.
-        out: Output folder.
-        splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` and so on; by default made
-            from the table.
-        settings: Of the training.
-        methods: `slide_encoder`, names of `models`, `knn`, `logistic`.
-        models: Further models by name.
-        vectors: Folder of slide embeddings for `knn` and `logistic`; by default they take the mean
+        table: csv with `slide_id`, labels and, optionally, patients in `pat_id` or `case_id`.
+        task: The task, or its YAML file.
+        out: Output folder; the same call continues a run that was stopped.
+        splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` ... or CLAM's `splits_0.csv`
+            ...; by default splits are made from the table.
+        settings: Settings of the training.
+        methods: `slide_encoder`, `abmil`, `acmil`, names of `models`, `knn`, `logistic`.
+        models: Further bag models by method name; they go before built-in ones of the same name.
+        vectors: Folder of slide embeddings for `knn` and `logistic`; by default they use the mean
             over a slide's tiles.
-        device: `cuda` or `cpu`; by default a GPU where there is one.
-        progress: Show progress bars.
+        only_folds: Numbers of the folds to run; all if empty.
+        seeds: Seeds to train each fold with, each in its own `fold_K_seed_S`; the splits stay those
+            of `settings.seed`. By default only `settings.seed`, in `fold_K`.
+        heat_maps: Whether to draw the attention of bag models over each test slide.
+        device: `cuda` or `cpu`; by default a GPU if there is one.
+        progress: Whether to show progress bars.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
-        FileNotFoundError: Tables, tasks, splits or features that are not there.
-        ValueError: Tables that contradict themselves, a fold without usable slides, or a folder of
-            another run.
+        FileNotFoundError: If tables, task, splits, weights or features do not exist.
+        ValueError: If tables contradict themselves, a fold has no usable slides, weights do not
+            fit, or the folder holds another run.
     """
-    settings, out, models = settings or FinetuneSettings(), Path(out), dict(models or {})
+    settings, out = settings or FinetuneSettings(), Path(out)
+    models = {**MODELS, **(models or {})}
     methods = check_methods(methods, (SLIDE_ENCODER, *models))
     task = task if isinstance(task, SlideTask) else read_task(task)
     if settings.monitor not in (known := ("loss", *score_names(task.setting))):
         raise ValueError(f"monitor {settings.monitor!r}: one of {', '.join(known)} expected")
-    folder = slide_folder(features, settings, with_places=SLIDE_ENCODER in methods)
+    if heat_maps and not any(_draws_attention(models.get(method)) for method in methods):
+        raise ValueError(
+            f"heat_maps: none of the methods {', '.join(methods)} has attention over tiles; "
+            "use abmil or acmil"
+        )
+    on_grid = SLIDE_ENCODER in methods
+    folder = slide_folder(features, settings, on_grid=on_grid, needs_coords=on_grid or heat_maps)
     with Ranks(device) as ranks, ExitStack() as stack:
-        if SLIDE_ENCODER in methods:  # missing weights are found before a day of reading slides
+        if on_grid and settings.input_dim:
+            # Finds missing weights, or weights that do not fit, before hours of reading slides.
             _head(settings, settings.input_dim, len(task.classes))
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(folder_lock(out / ".lock"))
             remove_partials(out)
         cohort = ranks.first(
-            lambda: read_cohort(folder, table, task, out, splits, settings, progress)
+            lambda: read_cohort(folder, table, task, out, splits, settings, progress, only_folds)
         )
-        runs = Runs(cohort, task, settings, folder, out, models, ranks, progress, vectors)
+        settings = replace(settings, input_dim=cohort.input_dim)
+        runs = Runs(
+            cohort, task, settings, folder, out, models, ranks, progress, vectors, seeds, heat_maps
+        )
         found = {method: runs.finish(method) for method in methods}
         results = {
             "task": asdict(task),
             "features": str(features),
+            "encoder": cohort.encoder,
             "settings": asdict(settings),
             "num_slides": len(cohort.num_tiles),
             "num_tiles": sum(cohort.num_tiles.values()),
@@ -158,10 +164,12 @@ class Runs:
         settings: Of the training.
         folder: Tile embeddings.
         out: Output folder.
-        models: Further models by name.
-        ranks: The processes.
-        progress: Show progress bars.
+        models: Bag models by method name.
+        ranks: The processes of the training.
+        progress: Whether to show progress bars.
         vectors: Folder of slide embeddings, or None for the mean over tiles.
+        seeds: Seeds of the trained methods; empty for `settings.seed`.
+        heat_maps: Whether to draw attention maps.
 
     Attributes:
         skipped: `id`, `reason` of slides without a usable slide embedding.
@@ -177,11 +185,13 @@ class Runs:
         models: Mapping[str, BagModel],
         ranks: Ranks,
         progress: bool,
-        vectors: str | os.PathLike[str] | None,
+        vectors: StrPath | None,
+        seeds: Sequence[int] = (),
+        heat_maps: bool = False,
     ) -> None:
         self.cohort, self.task, self.settings, self.folder = cohort, task, settings, folder
         self.out, self.models, self.ranks, self.progress = out, models, ranks, progress
-        self.vectors_folder = vectors
+        self.vectors_folder, self.seeds, self.heat_maps = vectors, seeds, heat_maps
         self.skipped: list[dict[str, str]] = []
         self._vectors: dict[str, Any] | None = None
 
@@ -194,17 +204,27 @@ class Runs:
                 scores = self.ranks.first(
                     lambda s=split, f=folder: self._compare(method, s, f)  # type: ignore[misc]
                 )
+            elif not self.seeds:
+                scores = self._train(method, fold, split, folder, self.settings)
             else:
-                scores = self._train(method, fold, split, folder)
+                for seed in self.seeds:
+                    own = replace(self.settings, seed=seed)
+                    scores = self._train(method, fold, split, Path(f"{folder}_seed_{seed}"), own)
+                    folds.append({"fold": fold, "seed": seed, **scores})
+                continue
             folds.append({"fold": fold, **scores})
         tests = [scores["test"] for scores in folds]
         return {"folds": folds, "mean": spread(tests, self.task.setting)}
 
-    def _train(self, method: str, fold: int, split: Split, folder: Path) -> dict[str, Any]:
-        settings, build = self.settings, partial(_head, self.settings)
+    def _train(
+        self, method: str, fold: int, split: Split, folder: Path, settings: FinetuneSettings
+    ) -> dict[str, Any]:
+        build: Callable[..., nn.Module] = partial(_head, settings)
+        options: Mapping[str, Any] = {}
         if method in self.models:
-            settings = replace(settings, **self.models[method].settings)
-            build = self.models[method].build  # type: ignore[assignment]
+            bag_model = self.models[method]
+            settings, options = replace(settings, **bag_model.settings), bag_model.options
+            build = partial(bag_model.build, **options)
             if not split.val:
                 settings = replace(settings, model_select="last_epoch", patience=0)
         parts = {
@@ -212,7 +232,7 @@ class Runs:
                 self.folder,
                 getattr(split, part),
                 self.cohort.labels,
-                max_tiles=settings.max_tiles or self.task.max_tiles,
+                max_tiles=_limit(settings, self.task, part),
                 tile_order="published" if settings.protocol == "published" else "row_major",
                 shuffle=self.task.shuffle_tiles,
             )
@@ -229,9 +249,21 @@ class Runs:
             "task": asdict(self.task),
             "settings": settings.of_training(),
             "features": str(self.folder.path.absolute()),
+            "encoder": self.cohort.encoder,
+            "model": dict(options),
             "slides": asdict(split),
         }
-        return trainer.finish(inputs)
+        scores = trainer.finish(inputs)
+        if self.heat_maps and isinstance(model, MILModel) and self.ranks.is_first:
+            draw_attention_maps(
+                model,
+                folder / WEIGHTS_NAME,
+                self.folder.path,
+                split.test,
+                folder / "attention",
+                self.ranks.device,
+            )
+        return scores
 
     def _compare(self, method: str, split: Split, folder: Path) -> dict[str, Any]:
         if self._vectors is None:
@@ -279,6 +311,19 @@ class Runs:
         return vectors
 
 
+def _draws_attention(model: BagModel | None) -> bool:
+    build = None if model is None else model.build
+    return isinstance(build, type) and issubclass(build, MILModel)
+
+
+def _limit(settings: FinetuneSettings, task: SlideTask, part: str) -> int:
+    """Returns the maximum number of tiles per slide of a part; 0 for no limit."""
+    limits = [settings.max_tiles or task.max_tiles]
+    if part == "train":
+        limits.append(settings.bag_size)
+    return min((limit for limit in limits if limit), default=0)
+
+
 def _head(settings: FinetuneSettings, input_dim: int, num_classes: int) -> ClassificationHead:
     options = {
         "global_pool": settings.global_pool,
@@ -302,11 +347,17 @@ def _head(settings: FinetuneSettings, input_dim: int, num_classes: int) -> Class
 
 
 def _table(results: Mapping[str, Any], task: SlideTask) -> str:
-    rows: list[tuple[tuple[str, str], Mapping[str, Any]]] = []
+    rows: list[tuple[Sequence[str], Mapping[str, Any]]] = []
+    # The column of seeds is shown only if seeds were asked for.
+    head = ["method", "fold"]
+    if any("seed" in fold for found in results["methods"].values() for fold in found["folds"]):
+        head.append("seed")
     for method, found in results["methods"].items():
-        rows += [((method, str(fold["fold"])), fold["test"]) for fold in found["folds"]]
+        for fold in found["folds"]:
+            cells = (method, str(fold["fold"]), str(fold.get("seed", "")))
+            rows.append((cells[: len(head)], fold["test"]))
         if len(found["folds"]) > 1:
-            rows.append(((method, "mean ± std"), found["mean"]))
+            rows.append(((method, "mean ± std", "")[: len(head)], found["mean"]))
     undefined: dict[int, dict[str, None]] = {}
     for found in results["methods"].values():
         for fold in found["folds"]:
@@ -315,15 +366,17 @@ def _table(results: Mapping[str, Any], task: SlideTask) -> str:
     notes = []
     if listed:
         notes.append(
-            "Classes that no test slide or every test slide has, left out of the means of AUROC "
+            "Classes that no test slide or every test slide has, not counted in the means of AUROC "
             f"and AUPRC: {'; '.join(listed)}."
         )
+    if results["encoder"]:
+        notes.append(f"Tile encoder of the features: {results['encoder']}.")
     if results["num_skipped"]:
-        notes.append(f"{results['num_skipped']} slides or rows left out: see skipped.jsonl.")
+        notes.append(f"{results['num_skipped']} slides or rows skipped: see skipped.jsonl.")
     if results["num_without_row"]:
         notes.append(f"{results['num_without_row']} files of features have no row in the table.")
     title = f"{task.name}: slides of {results['features']}"
-    return results_table(title, task.setting, rows, ("method", "fold"), notes)
+    return results_table(title, task.setting, rows, head, notes)
 
 
 def _summary(results: Mapping[str, Any]) -> str:
@@ -332,6 +385,8 @@ def _summary(results: Mapping[str, Any]) -> str:
     for method, found in results["methods"].items():
         for fold in found["folds"]:
             row: dict[str, Any] = {"method": method, "fold": fold["fold"]}
+            if any("seed" in other for f in results["methods"].values() for other in f["folds"]):
+                row["seed"] = fold.get("seed", "")
             for part in ("val", "test"):
                 values = plain_values(fold.get(part) or fold["test"])
                 shown = values if part in fold else dict.fromkeys(values)

@@ -50,6 +50,14 @@ def weighted_f1(matrices: Array) -> Array:
     return _divide((f1 * support).sum(axis=1), support.sum(axis=1))
 
 
+def macro_f1(matrices: Array) -> Array:
+    """Mean F1 of the classes that occur."""
+    support, found = matrices.sum(axis=2), matrices.sum(axis=1)
+    hits = np.diagonal(matrices, axis1=1, axis2=2)
+    f1 = np.where(support > 0, _divide(2 * hits, support + found, default=0.0), 0.0)
+    return _divide(f1.sum(axis=1), (support > 0).sum(axis=1))
+
+
 def quadratic_kappa(matrices: Array) -> Array:
     """Cohen's kappa with squared distances as weights (Cohen 1968, doi:10.1037/h0026256)."""
     numbers = np.arange(matrices.shape[1])

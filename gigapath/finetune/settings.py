@@ -18,10 +18,10 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
 }
 _AT_LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "gc", "input_dim", "max_wsi_size"), 1),
+    **dict.fromkeys(("epochs", "batch_size", "gc", "max_wsi_size"), 1),
     **dict.fromkeys(("warmup_epochs", "patience", "folds", "num_workers", "save_steps"), 0),
     **dict.fromkeys(("max_tiles", "optim_wd", "min_lr", "lr", "dropout", "drop_path_rate"), 0),
-    **dict.fromkeys(("num_resamples", "tile_size"), 0),
+    **dict.fromkeys(("num_resamples", "tile_size", "input_dim", "bag_size"), 0),
 }
 _LR_BATCH = 256
 """Slides per step at which the rate is `blr`."""
@@ -38,7 +38,7 @@ class FinetuneSettings:
         model_arch: Size of the slide encoder.
         pretrained: Its weights, as `gigapath.slide_encoder.create_model` takes them.
         encoder: Further arguments of the encoder.
-        input_dim: Width of the tile embeddings.
+        input_dim: Width of the tile embeddings; 0 takes the width that most files have.
         feat_layer: Layers whose vectors are joined: 0 the embedding, 12 the last of 12.
         global_pool: Mean of the tiles instead of the class token.
         freeze: Train the classifier alone.
@@ -68,7 +68,9 @@ class FinetuneSettings:
         split_key: `slide_id` or `pat_id`; by default patients where they are known.
         val_r: Share of validation slides.
         test_r: Share of test slides, of `split_method` `published`.
-        max_tiles: Tiles of a slide at most; 0 takes what the task says.
+        max_tiles: Maximum number of tiles per slide; 0 uses the task's.
+        bag_size: Maximum number of tiles per training slide, drawn anew in each epoch; validation
+            and test slides keep all tiles. 0 for no limit.
         precision: `bf16` computes products in bfloat16, `fp32` not.
         num_workers: Processes that read slides ahead.
         save_steps: Keep the state every so many steps too, not only after each epoch; 0 for not.
@@ -110,6 +112,7 @@ class FinetuneSettings:
     val_r: float = 0.1
     test_r: float = 0.2
     max_tiles: int = 0
+    bag_size: int = 0
     precision: str = "fp32"
     num_workers: int = 4
     save_steps: int = 0

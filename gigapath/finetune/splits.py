@@ -104,37 +104,51 @@ def read_splits(
     folds: int = 0,
     split_key: str = "",
 ) -> tuple[dict[int, Split], list[dict[str, str]]]:
-    """Reads `train_0.csv`, `val_0.csv`, `test_0.csv` and so on, as published for PANDA.
+    """Reads the folds of a folder, in the format published for PANDA or in CLAM's.
+
+    PANDA has `train_0.csv`, `val_0.csv` and `test_0.csv` with a row per slide or patient; CLAM has
+    `splits_0.csv` with columns `train`, `val` and `test` of slide ids.
 
     Args:
-        folder: Holds the tables; `val_K.csv` may be missing.
+        folder: Folder of the tables; `val_K.csv` may be missing.
         labelled: Slides with labels.
-        folds: How many, from 0; 0 for all.
-        split_key: Column that counts, `slide_id` or `pat_id`; by default patients where both the
-            labels and the tables name them.
+        folds: Number of folds, counted from 0; 0 for all.
+        split_key: Column of PANDA's tables that identifies a row, `slide_id` or `pat_id`; by
+            default patients if both the labels and the tables name them.
 
     Returns:
-        Fold -> slides, and rows whose slides or patients have no label.
+        Slides of each fold, and `id`, `reason` of rows whose slide or patient has no label.
 
     Raises:
-        FileNotFoundError: No folder, no folds in it, or a table that is missing.
-        ValueError: A slide in two parts; or a patient, unless `split_key` is `slide_id`.
+        FileNotFoundError: If the folder, its folds or one of the tables does not exist.
+        ValueError: If a slide is in two parts, or a patient is and `split_key` is not `slide_id`;
+            or if a table of CLAM's names a slide that the labels do not.
     """
     folder = Path(folder)
+    clam = not any(folder.glob("train_*.csv"))
+    prefix = "splits_" if clam else "train_"
     found = sorted(
-        int(path.stem.removeprefix("train_"))
-        for path in folder.glob("train_*.csv")
-        if path.stem.removeprefix("train_").isdigit()
+        int(path.stem.removeprefix(prefix))
+        for path in folder.glob(f"{prefix}*.csv")
+        if path.stem.removeprefix(prefix).isdigit()
     )
     if not found:
-        raise FileNotFoundError(f"splits {folder}: holds no train_0.csv, val_0.csv, test_0.csv")
+        raise FileNotFoundError(
+            f"splits {folder}: expected train_0.csv, val_0.csv, test_0.csv, or CLAM's splits_0.csv"
+        )
     if folds > len(found):
         raise FileNotFoundError(f"splits {folder}: {folds} folds asked for, only {found} there")
     splits, unknown = {}, {}
     for fold in found[: folds or None]:
+        if clam:
+            splits[fold] = _clam_split(folder / f"splits_{fold}.csv", labelled)
+            if split_key != SLIDE_KEY:
+                _check_patients(folder, fold, splits[fold], labelled.patients)
+            continue
         parts = {part: _part(folder, part, fold, labelled, split_key) for part in PARTS}
         keys = _keys(labelled, split_key if split_key else next(iter(parts.values()))[0])
-        _check_disjoint(folder, fold, {part: values for part, (_, values) in parts.items()})
+        what = "patient" if any(key == PATIENT_KEY for key, _ in parts.values()) else "slide"
+        _check_disjoint(folder, fold, {part: values for part, (_, values) in parts.items()}, what)
         for part, (key, values) in parts.items():
             for value in values:
                 if value not in keys:
@@ -233,13 +247,30 @@ def _part(
     return key, list(dict.fromkeys(row[key] for row in rows))
 
 
-def _check_disjoint(folder: Path, fold: int, parts: Mapping[str, Sequence[str]]) -> None:
+def _clam_split(path: Path, labelled: LabelledSlides) -> Split:
+    rows = read_table(path, PARTS)
+    parts = {part: [row[part] for row in rows if row[part]] for part in PARTS}
+    # Rows of the labels that cannot be used are reported as such, so their slides are known here.
+    known = {*labelled.labels, *(row["id"] for row in labelled.skipped)}
+    for slides in parts.values():
+        if unknown := [slide for slide in slides if slide not in known]:
+            raise ValueError(
+                f"splits {path}: {len(unknown)} slides without label, first {unknown[0]}"
+            )
+    _check_disjoint(path.parent, int(path.stem.removeprefix("splits_")), parts)
+    usable = ([s for s in dict.fromkeys(parts[p]) if s in labelled.labels] for p in PARTS)
+    return Split(*map(tuple, usable))
+
+
+def _check_disjoint(
+    folder: Path, fold: int, parts: Mapping[str, Sequence[str]], what: str = "slide"
+) -> None:
     seen: dict[str, str] = {}
     for part, values in parts.items():
         for value in values:
             if seen.setdefault(value, part) != part:
                 raise ValueError(
-                    f"splits {folder}, fold {fold}: {value} in {seen[value]} and {part}"
+                    f"splits {folder}, fold {fold}: {what} {value} in {seen[value]} and {part}"
                 )
 
 
@@ -249,6 +280,6 @@ def _check_patients(folder: Path, fold: int, split: Split, patients: Mapping[str
         for part in PARTS
     }
     try:
-        _check_disjoint(folder, fold, of_parts)
+        _check_disjoint(folder, fold, of_parts, "patient")
     except ValueError as error:
         raise ValueError(f"{error}; to allow that, set split_key to {SLIDE_KEY}") from error

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from gigapath.finetune.metrics import SETTINGS
 from gigapath.finetune.recipes import read_yaml
-from pathcore.files import UnsafeNameError, check_name
+from pathcore.files import StrPath, UnsafeNameError, check_name
 
 SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"
 """Columns of the published tables."""
+
+CLAM_PATIENT_KEY = "case_id"
+"""Column of patients in CLAM's tables, read where there is no `pat_id`."""
 
 _FIELDS = {"name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_metrics"}
 
@@ -27,10 +30,11 @@ class SlideTask:
 
     Attributes:
         name: Of the task.
-        setting: `multi_class` or `binary`: column `label` holds one of the classes. `multi_label`:
+        setting: `multi_class` or `binary`: `label_column` holds one of the classes. `multi_label`:
             each class is a column of 0 and 1.
         classes: Values of the labels, or names of the columns, in the order of the model's outputs.
         max_tiles: Tiles of a slide that are used at most; 0 for all.
+        label_column: Column of the labels, except with `multi_label`.
         shuffle_tiles: Take tiles in random order; only `protocol: published` does so, since the
             encoder depends on the order.
     """
@@ -40,6 +44,7 @@ class SlideTask:
     classes: tuple[str, ...]
     max_tiles: int = 0
     shuffle_tiles: bool = False
+    label_column: str = "label"
 
     @property
     def several_labels(self) -> bool:
@@ -48,7 +53,7 @@ class SlideTask:
 
     def columns(self) -> tuple[str, ...]:
         """Columns of labels in a table."""
-        return self.classes if self.several_labels else ("label",)
+        return self.classes if self.several_labels else (self.label_column,)
 
     def encode(self, row: Mapping[str, str]) -> NDArray[np.int64]:
         """A table's row as class number `()`, or as 0 and 1 `(num_classes,)`.
@@ -62,9 +67,11 @@ class SlideTask:
                 if value not in ("0", "1"):
                     raise ValueError(f"label {name}: 0 or 1 expected, got {value!r}")
             return np.array(values, dtype=np.int64)
-        value = _as_text(row["label"])
+        value = _as_text(row[self.label_column])
         if value not in self.classes:
-            raise ValueError(f"label {value!r}: one of {', '.join(self.classes)} expected")
+            raise ValueError(
+                f"{self.label_column} {value!r}: one of {', '.join(self.classes)} expected"
+            )
         return np.array(self.classes.index(value))
 
 
@@ -119,10 +126,32 @@ def read_task(path: str | os.PathLike[str]) -> SlideTask:
     )
 
 
+def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
+    """Makes a task from a table: the values of a column are the classes, in their order.
+
+    Args:
+        path: csv with `slide_id` and the column.
+        label: Column of the labels. Numbers are ordered as numbers, other values alphabetically.
+
+    Raises:
+        FileNotFoundError: If the table does not exist.
+        ValueError: If a column is missing, a label is empty, or there is only one class.
+    """
+    found = {_as_text(row[label]) for row in read_table(path, (SLIDE_KEY, label))}
+    classes = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    if len(classes) < 2 or "" in found:
+        raise ValueError(
+            f"table {path}: column {label} must hold at least two classes and no empty cell; "
+            f"found {classes}"
+        )
+    setting = "binary" if len(classes) == 2 else "multi_class"
+    return SlideTask(label, setting, tuple(classes), label_column=label)
+
+
 def read_labels(
     path: str | os.PathLike[str], task: SlideTask, *, slide_key: str = SLIDE_KEY
 ) -> LabelledSlides:
-    """Reads a csv of slides: ids, labels and, where there is `pat_id`, patients.
+    """Reads a csv of slides: ids, labels and, in column `pat_id` or CLAM's `case_id`, patients.
 
     Raises:
         FileNotFoundError: No such table.
@@ -140,10 +169,13 @@ def read_labels(
             skipped.append({"id": slide, "reason": str(error)})
             continue
         if slide in labels and not np.array_equal(labels[slide], label):
-            raise ValueError(f"table {path}: slide {slide} has two labels")
+            raise ValueError(
+                f"table {path}: slide {slide} has two labels, {_shown(task, labels[slide])} and "
+                f"{_shown(task, label)}"
+            )
         labels[slide] = label
-        if row.get(PATIENT_KEY):
-            patients[slide] = row[PATIENT_KEY]
+        if patient := row.get(PATIENT_KEY) or row.get(CLAM_PATIENT_KEY):
+            patients[slide] = patient
     if not labels:
         first = skipped[0] if skipped else "it is empty"
         raise ValueError(f"table {path}: no row can be used: {first}")
@@ -169,6 +201,10 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> list[dic
         raise ValueError(f"table {path}: no columns {absent}, only {list(frame.columns)}")
     records: list[dict[str, Any]] = frame.to_dict("records")
     return [{str(k): str(v).strip() for k, v in row.items()} for row in records]
+
+
+def _shown(task: SlideTask, label: NDArray[np.int64]) -> str:
+    return str(label.tolist()) if task.several_labels else task.classes[int(label)]
 
 
 def _as_text(value: str) -> str:

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gigapath.finetune.bags import Batch, SlideBags, derived_seed
 from gigapath.finetune.metrics import plain_values, score_predictions
+from gigapath.finetune.mil import BagOutput, MILModel, classification_loss
 from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.tasks import SlideTask
@@ -66,14 +66,15 @@ class Trainer:
     """A model that is trained on one fold.
 
     Args:
-        model: Called as `model(features, coords, lengths=...)`, returns logits.
+        model: A `MILModel`, or a module that is called as `model(features, coords, lengths=...)` on
+            a padded batch and returns logits.
         task: What the outputs mean.
-        settings: Of the training.
-        parts: `train`, `val`, `test`; `val` may be missing.
-        folder: Takes weights, state, figures and scores.
-        ranks: The processes.
-        order: Of the training slides; by default by the seed.
-        progress: Show a progress bar.
+        settings: Settings of the training.
+        parts: Bags of `train`, `test` and, optionally, `val`.
+        folder: Folder for weights, state, figures and scores.
+        ranks: The processes of the training.
+        order: Order of the training slides per epoch; by default drawn from the seed.
+        progress: Whether to show a progress bar.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Trainer:
         with torch.inference_mode():
             for batch in loader:
                 logits = self._logits(batch)
-                loss = self._loss(logits, batch.labels.to(logits.device)).item()
+                loss = classification_loss(logits, batch.labels.to(logits.device)).item()
                 several = self.task.several_labels
                 probabilities = logits.sigmoid() if several else logits.softmax(-1)
                 found[batch.indices[0]] = probabilities[0].cpu().numpy(), loss
@@ -226,8 +227,13 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, number: int, num_slides: int) -> None:
         torch.manual_seed(derived_seed(self.settings.seed, _NOISE, self.epoch, number))
-        logits = self._logits(batch)
-        loss = self._loss(logits, batch.labels.to(logits.device))
+        labels = batch.labels.to(self.ranks.device)
+        if isinstance(self.model, MILModel):
+            outputs = self._outputs(self.model, batch)
+            losses = [self.model.loss(*pair) for pair in zip(outputs, labels, strict=True)]
+            loss = torch.stack(losses).mean()
+        else:
+            loss = classification_loss(self._logits(batch), labels)
         share = len(batch.indices) / num_slides
         if self.settings.protocol == "published":
             share = 1 / self.settings.gc
@@ -238,17 +244,20 @@ class Trainer:
             raise ValueError(f"epoch {self.epoch}, {names}: the loss is {value}; lower blr or lr")
         self.losses.append(value)
 
+    def _outputs(self, model: MILModel, batch: Batch) -> list[BagOutput]:
+        features = batch.features.to(self.ranks.device)
+        with self._autocast():
+            outputs = [model(bag[:n]) for bag, n in zip(features, batch.lengths, strict=True)]
+        return [BagOutput(*(None if t is None else t.float() for t in o)) for o in outputs]  # type: ignore[arg-type]
+
     def _logits(self, batch: Batch) -> Tensor:
+        if isinstance(self.model, MILModel):
+            return torch.stack([output.logits for output in self._outputs(self.model, batch)])
         device = self.ranks.device
         features, coords = batch.features.to(device), batch.coords.to(device)
         with self._autocast():
             logits = self.model(features, coords, lengths=batch.lengths)
         return logits.float()
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.task.several_labels:
-            return F.binary_cross_entropy_with_logits(logits, labels.float())
-        return F.cross_entropy(logits, labels)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         half = self.settings.precision == "bf16"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from pathgen import mil
+from gigapath.finetune import mil, run
 from tests.gigapath.slide_cohort import write_cohort, write_published_split, write_table
 from xtuner_add.cli import main
 from xtuner_add.commands.gigapath import find_recipe, find_task
@@ -73,8 +73,8 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 def test_finetune_with_every_method(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = functools.partial(mil.MILSettings, epochs=10, lr=1e-3)
-    monkeypatch.setattr(mil, "MILSettings", short)
+    short = replace(mil.MODELS["abmil"], settings={**mil.MIL_SETTINGS, "epochs": 10, "lr": 1e-3})
+    monkeypatch.setattr(run, "MODELS", {**mil.MODELS, "abmil": short})
     (slides / "features/S001.h5").unlink()
     methods = [
         part
@@ -83,7 +83,10 @@ def test_finetune_with_every_method(slides: Path, monkeypatch: pytest.MonkeyPatc
     ]
     found = finetune(slides, "out", "--splits", slides / "splits", *methods)
     assert found.exit_code == 3, found.output
-    assert "1 left out" in found.output and "S001" in (slides / "out/skipped.jsonl").read_text()
+    assert (
+        "1 slide was skipped" in found.output
+        and "S001" in (slides / "out/skipped.jsonl").read_text()
+    )
     results = json.loads((slides / "out/results.json").read_text())
     assert list(results["methods"]) == ["slide_encoder", "abmil", "knn", "logistic"]
     for method in results["methods"]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pathcore.exit_codes import EXIT_SKIPPED
 from xtuner_add.commands.options import (
     ANY_PATH,
     FILE,
@@ -19,6 +17,7 @@ from xtuner_add.commands.options import (
     OUT_FOLDER,
     RelaunchedCommand,
     device_option,
+    end,
     end_of_job,
     num_cores,
     relaunch,
@@ -207,7 +206,17 @@ _OPTION = click.option(
     "options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting instead of the recipe's; may be given again.",
+    help="A setting in place of the recipe's, for instance lr=0.01; may be repeated.",
+)
+_FOLD = click.option(
+    "--fold",
+    "folds",
+    type=int,
+    multiple=True,
+    help="Number of a fold to run; may be repeated. [default: all]",
+)
+_HEAT_MAPS = click.option(
+    "--heat-maps", is_flag=True, help="Draw the attention of abmil and acmil over each test slide."
 )
 
 
@@ -264,7 +273,7 @@ def probe_tiles(
             embed_dim=embed_dim,
             device=device,
         )
-    _end(output, results)
+    _end(output, results, "tile")
 
 
 @click.command("finetune-slides", cls=RelaunchedCommand)
@@ -273,13 +282,15 @@ def probe_tiles(
     "--labels",
     required=True,
     type=FILE,
-    help="csv with slide_id, label (or a column of 0 and 1 per class) and, for patients, pat_id.",
+    help="csv with slide_id, label (or a column of 0 and 1 per class) and, optionally, patients in "
+    "pat_id or case_id.",
 )
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option(
     "--splits",
     type=FOLDER,
-    help="Folder of train_0.csv, val_0.csv, test_0.csv ...; by default made from the labels.",
+    help="Folder of train_0.csv, val_0.csv, test_0.csv ..., or of CLAM's splits_0.csv ...; by "
+    "default made from the labels.",
 )
 @click.option(
     "--recipe",
@@ -295,13 +306,22 @@ def probe_tiles(
     multiple=True,
     default=("slide_encoder",),
     show_default=True,
-    help="slide_encoder, abmil, knn or logistic; may be given again.",
+    help="slide_encoder, abmil, acmil, knn or logistic; may be repeated.",
 )
 @click.option(
     "--slide-embeddings",
     type=FOLDER,
     help="For knn and logistic: SLIDE.h5 or .pt; by default the mean over the tiles.",
 )
+@_FOLD
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    help="Seed to train each fold with; may be repeated. [default: the recipe's]",
+)
+@_HEAT_MAPS
 @device_option
 @click.pass_context
 def finetune_slides(
@@ -315,6 +335,9 @@ def finetune_slides(
     options: tuple[str, ...],
     methods: tuple[str, ...],
     slide_embeddings: Path | None,
+    folds: tuple[int, ...],
+    seeds: tuple[int, ...],
+    heat_maps: bool,
     device: str | None,
 ) -> None:  # fmt: skip
     """Fine-tune the slide encoder on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
@@ -324,7 +347,7 @@ def finetune_slides(
     are listed in skipped.jsonl, and the exit code is 3.
     """
     if relaunch(ctx):
-        _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")))
+        _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
         return
     from gigapath.finetune.recipes import read_settings
     from gigapath.finetune.run import finetune_slides as finetune
@@ -340,48 +363,14 @@ def finetune_slides(
             splits=splits,
             settings=read_settings(FinetuneSettings, file, yaml_values(options), others=("task",)),
             methods=methods,
-            models=bag_models() if "abmil" in methods else None,
             vectors=slide_embeddings,
+            only_folds=folds,
+            seeds=seeds,
+            heat_maps=heat_maps,
             device=device,
         )
     if shows_results():
-        _end(output, results)
-
-
-def bag_models() -> dict[str, Any]:
-    """Attention MIL, with its own learning rate and epochs, as a model of the fine-tuning."""
-    import torch
-    from torch import Tensor, nn
-
-    from gigapath.finetune.run import BagModel
-    from pathgen.mil import MILSettings
-    from pathgen.mil_models import ABMIL
-
-    class Bags(nn.Module):
-        """`ABMIL`, which takes a slide, over a batch of them."""
-
-        def __init__(self, in_dim: int, num_classes: int) -> None:
-            super().__init__()
-            self.abmil = ABMIL(in_dim, num_classes)
-
-        def forward(self, features: Tensor, coords: Tensor, lengths: Sequence[int]) -> Tensor:
-            bags = zip(features, lengths, strict=True)
-            return torch.stack([self.abmil(bag[:length]).logits for bag, length in bags])
-
-    own = MILSettings()
-    settings = {
-        "epochs": own.epochs,
-        "lr": own.lr,
-        "min_lr": 0.0,
-        "warmup_epochs": 0.0,
-        "optim_wd": own.weight_decay,
-        "layer_decay": 1.0,
-        "gc": 1,
-        "batch_size": 1,
-        "model_select": "val",
-        "patience": 0,
-    }
-    return {"abmil": BagModel(Bags, settings)}
+        _end(output, results, "slide")
 
 
 def find_recipe(name: str) -> Path:
@@ -421,32 +410,30 @@ def _find(what: str, name: str, folder: str) -> Path:
     return known[name]
 
 
-def _end(output: Path, results: dict[str, Any]) -> None:
+def _end(output: Path, results: dict[str, Any], noun: str) -> None:
     click.echo((output / "results.md").read_text(encoding="utf-8"))
-    if results["num_skipped"]:
-        click.echo(f"{results['num_skipped']} left out: see {output / 'skipped.jsonl'}", err=True)
-        if "RANK" not in os.environ:  # torchrun takes every exit code but 0 for a crash
-            raise SystemExit(EXIT_SKIPPED)
+    end(results["num_skipped"], output / "skipped.jsonl", noun)
 
 
-@click.command("train-mil")
+@click.command("train-mil", cls=RelaunchedCommand)
 @click.argument("features", type=FOLDER)
 @click.option(
     "--labels",
     required=True,
     type=FILE,
-    help="CSV with slide_id, a label and, for patients, case_id.",
+    help="CSV with slide_id, a label and, optionally, patients in case_id or pat_id.",
 )
 @click.option(
     "--splits",
     required=True,
     type=FOLDER,
-    help="Folder of splits_0.csv ... with columns train, val, test, as CLAM's.",
+    help="Folder of CLAM's splits_0.csv ... with columns train, val, test; or of train_0.csv, "
+    "val_0.csv, test_0.csv ...",
 )
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option("--label", default="label", show_default=True, help="Column of the labels.")
 @click.option("--model", type=click.Choice(["abmil", "acmil"]), default="abmil", show_default=True)
-@click.option("--fold", "folds", type=int, multiple=True, help="May be given again; default all.")
+@_FOLD
 @click.option(
     "--seed",
     "seeds",
@@ -454,20 +441,21 @@ def _end(output: Path, results: dict[str, Any]) -> None:
     multiple=True,
     default=(0,),
     show_default=True,
-    help="May be given again.",
+    help="Seed to train each fold with; may be repeated.",
 )
 @click.option("--epochs", default=50, show_default=True)
-@click.option("--lr", default=2e-4, show_default=True, help="Of AdamW, on a cosine to 0.")
+@click.option("--lr", default=2e-4, show_default=True, help="Peak learning rate of AdamW.")
 @click.option("--weight-decay", default=1e-5, show_default=True)
-@click.option("--embed-dim", default=512, show_default=True, help="After projection.")
-@click.option("--hidden-dim", default=256, show_default=True, help="Of the attention.")
+@click.option("--embed-dim", default=512, show_default=True, help="Width after the projection.")
+@click.option("--hidden-dim", default=256, show_default=True, help="Width of the attention.")
 @click.option(
     "--bag-size",
     default=0,
     show_default=True,
-    help="At most so many patches a training step; 0 takes all.",
+    help="Maximum number of tiles per training slide, drawn anew in each epoch; 0 for all.",
 )
-@click.option("--heat-maps", is_flag=True, help="Draw the attention over each test slide.")
+@_OPTION
+@_HEAT_MAPS
 @device_option
 @click.pass_context
 def train_mil(
@@ -477,35 +465,52 @@ def train_mil(
     splits: Path,
     output: Path,
     label: str,
+    model: str,
     folds: tuple[int, ...],
     seeds: tuple[int, ...],
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    embed_dim: int,
+    hidden_dim: int,
+    bag_size: int,
+    options: tuple[str, ...],
     heat_maps: bool,
     device: str | None,
-    **settings: Any,
 ) -> None:  # fmt: skip
-    """Train attention MIL on FEATURES, a folder with SLIDE.h5 per slide, and test it.
+    """Train attention MIL on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
-    Writes AUROC, F1 and accuracies with intervals per fold and seed. Run again after a stop: it
-    continues at the last whole epoch. Slides without usable features are listed in skipped.jsonl,
-    and the exit code is 3.
+    The same as finetune-slides --method abmil (or acmil), with the classes taken from the table.
+    Run again after a stop: it continues at the last whole epoch. Slides that cannot be used are
+    listed in skipped.jsonl, and the exit code is 3.
     """
-    from pathgen.mil import MILSettings
-    from pathgen.mil import train_mil as train
+    if relaunch(ctx):
+        _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
+        return
+    from gigapath.finetune.mil import MODELS
+    from gigapath.finetune.recipes import make_settings
+    from gigapath.finetune.run import finetune_slides as finetune
+    from gigapath.finetune.settings import FinetuneSettings
+    from gigapath.finetune.tasks import task_of_table
 
     with user_errors():
-        metrics = train(
+        chosen = replace(MODELS[model], options={"embed_dim": embed_dim, "hidden_dim": hidden_dim})
+        own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay, "bag_size": bag_size}
+        own = {**chosen.settings, **own, **yaml_values(options)}
+        settings = make_settings(FinetuneSettings, {"input_dim": 0, **own}, "settings")
+        results = finetune(
             features,
             labels,
-            splits,
+            task_of_table(labels, label),
             output,
-            settings=MILSettings(**settings),
-            label=label,
-            folds=folds,
+            splits=splits,
+            settings=settings,
+            methods=(model,),
+            models={model: replace(chosen, settings={})},
+            only_folds=folds,
             seeds=seeds,
             heat_maps=heat_maps,
             device=device,
         )
-    click.echo((output / "metrics.md").read_text(encoding="utf-8"))
-    if metrics["num_skipped"]:
-        click.echo(f"{metrics['num_skipped']} left out: see {output / 'skipped.jsonl'}", err=True)
-        ctx.exit(EXIT_SKIPPED)
+    if shows_results():
+        _end(output, results, "slide")

@@ -375,7 +375,7 @@ def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
         ("S005", np.zeros((3, DIM)), places - 500),
         ("S006", np.zeros((3, DIM)), places + 256 * 1000),
     ):
-        write_features(features / f"{slide}.h5", values, coords, encoder="x")
+        write_features(features / f"{slide}.h5", values, coords, encoder="made-up")
     write_slide(features, "S007", 1, seed=0, tiles=1)  # one tile is enough
     write_slide(features, "unnamed", 1, seed=0)
     (features / "S008.h5").unlink()
@@ -389,13 +389,13 @@ def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
     assert results["num_skipped"] == len(reasons) == 12
     for slide, words in {
         "S000": "no S000.h5 or S000.pt", "S001": "S001.h5", "S002": "width 17",
-        "S003": "not finite", "S004": "no tiles", "S005": "x=-500", "S006": "x=256000",
+        "S003": "NaN", "S004": "no tiles", "S005": "x=-500", "S006": "x=256000",
         "S008": "no coords", "S009": "S009.h5", "../../etc/passwd": "'/'",
         "S040": "label '9'", "S041": "label ''",
     }.items():  # fmt: skip
         assert words in reasons[slide], (slide, reasons[slide])
     assert results["num_slides"] == 31 and results["num_without_row"] == 1
-    assert "12 slides or rows left out" in (tmp_path / "out/results.md").read_text()
+    assert "12 slides or rows skipped" in (tmp_path / "out/results.md").read_text()
     # What is not needed is not asked for: the mean over tiles does without places.
     pooled = run(tmp_path, features, table, "pooled", folds=3, methods=("knn",))
     assert pooled["num_slides"] == 34
@@ -459,7 +459,7 @@ def test_what_cannot_be_run_is_said_before_slides_are_read(tmp_path: Path) -> No
         ({"model_arch": "gigapath_slide_enc"}, "model_arch"),
         ({"feat_layer": "3"}, "feat_layer"),
         ({"monitor": "f1"}, "monitor"),
-        ({"methods": ("abmil",)}, "abmil"),
+        ({"methods": ("forest",)}, "forest"),
         ({"pretrained": str(tmp_path / "absent.pth")}, "absent.pth"),
         ({"folds": 2}, "3 folds"),
     ):

@@ -14,15 +14,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from pathgen import mil
-from pathgen.attention_maps import attention_grid, ranks
-from pathgen.mil import MILSettings, score_slides, train_mil
-from pathgen.mil_data import find_splits, read_labels, read_split
-from pathgen.mil_models import ABMIL, ACMIL, BagOutput
+from gigapath.finetune.attention_maps import attention_grid, ranks
+from gigapath.finetune.metrics import score_predictions
+from gigapath.finetune.mil import ABMIL, ACMIL, MIL_SETTINGS, MODELS, BagModel, BagOutput
+from gigapath.finetune.run import finetune_slides
+from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.splits import read_splits
+from gigapath.finetune.tasks import SlideTask, read_labels, task_of_table
+from gigapath.finetune.trainer import Trainer
 from wsi.store import read_features, write_features
 from xtuner_add.cli import main
 
-SMALL = {"embed_dim": 16, "hidden_dim": 8, "epochs": 6, "lr": 0.01}
+SIZE = {"embed_dim": 16, "hidden_dim": 8}
+SMALL = {**MIL_SETTINGS, "epochs": 6, "lr": 0.01, "input_dim": 0}
+SMALL |= {"num_workers": 0, "num_resamples": 50}
 MARKED = 3  # patches of a positive slide that say so
 
 
@@ -54,57 +59,76 @@ def slides(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, out: str, **arguments: Any) -> dict[str, Any]:
-    settings = MILSettings(**{**SMALL, **arguments.pop("settings", {})})
-    return train_mil(folder / "features", folder / "labels.csv", folder / "splits", folder / out,
-                     settings=settings, device="cpu", progress=False, **arguments)  # fmt: skip
+def train(
+    folder: Path, out: str, model: str = "abmil", *, seeds: tuple[int, ...] = (0,), **changes: Any
+) -> dict[str, Any]:
+    arguments = {n: changes.pop(n) for n in ("only_folds", "heat_maps") if n in changes}
+    results = finetune_slides(
+        folder / "features",
+        folder / "labels.csv",
+        task_of_table(folder / "labels.csv"),
+        folder / out,
+        splits=folder / "splits",
+        settings=FinetuneSettings(**{**SMALL, **changes}),
+        methods=(model,),
+        models={model: BagModel(MODELS[model].build, options=SIZE)},
+        seeds=seeds,
+        device="cpu",
+        progress=False,
+        **arguments,
+    )
+    return results["methods"][model]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("model", ["abmil", "acmil"])
 def test_learns_which_slides_and_which_patches(model: str, slides: Path) -> None:
-    metrics = train(slides, "out", settings={"model": model}, heat_maps=True)
-    assert [run["fold"] for run in metrics["runs"]] == [0, 1]
-    assert metrics["scores"]["auroc"]["mean"] == 1.0
-    rows = list(csv.DictReader((slides / "out/fold_0_seed_0/predictions.csv").open()))
+    metrics = train(slides, "out", model, seeds=(2,), epochs=12, lr=0.02, heat_maps=True)
+    assert [run["fold"] for run in metrics["folds"]] == [0, 1]
+    assert metrics["mean"]["auroc"]["mean"] == 1.0
+    folder = slides / f"out/{model}/fold_0_seed_2"
+    rows = list(csv.DictReader((folder / "predictions_test.csv").open()))
     assert len(rows) == 6 and all(row["true"] == row["predicted"] for row in rows)
-    built = mil.MODELS[model](8, 2, embed_dim=16, hidden_dim=8).eval()
-    built.load_state_dict(load_file(slides / "out/fold_0_seed_0/model.safetensors"))
-    positive = next(row["slide_id"] for row in rows if row["true"] == "tumour")
+    built = MODELS[model].build(8, 2, **SIZE).eval()
+    built.load_state_dict(load_file(folder / "model.safetensors"))
+    positive = next(row["id"] for row in rows if row["true"] == "tumour")
     features, _ = read_features(slides / f"features/{positive}.h5")
     attention = built(torch.from_numpy(features)).attention.mean(0)
     assert set(attention.topk(MARKED).indices.tolist()) == set(range(MARKED))
-    image = np.array(Image.open(slides / f"out/fold_0_seed_0/attention/{positive}.png"))
+    image = np.array(Image.open(folder / f"attention/{positive}.png"))
     assert image.shape == (24, 32, 4) and (image[..., 3] == 255).all()
     bright = image[..., :3].astype(int).sum(-1)
     assert bright[:8, : 8 * MARKED].min() > bright[:, 8 * MARKED :].max()
-    assert "| mean | | | 1.000" in (slides / "out/metrics.md").read_text()
+    assert f"| {model} | mean ± std |  |  | 1.000" in (slides / "out/results.md").read_text()
 
 
 def test_a_killed_run_gives_what_an_unbroken_one_gives(
     slides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"model": "acmil", "bag_size": 8}
-    whole = train(slides, "whole", settings=settings, folds=(0,), seeds=(3,))
-    real, calls = mil.Run._epoch, []
+    settings: dict[str, Any] = {"only_folds": (0,), "seeds": (3,), "bag_size": 8}
+    whole = train(slides, "whole", "acmil", **settings)
+    real, calls = Trainer.train_epoch, []
 
-    def dies(self: mil.Run, optimizer: Any) -> float:
+    def dies(self: Trainer) -> list[float]:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(self, optimizer)
+        return real(self)
 
-    monkeypatch.setattr(mil.Run, "_epoch", dies)
+    monkeypatch.setattr(Trainer, "train_epoch", dies)
     with pytest.raises(KeyboardInterrupt):
-        train(slides, "broken", settings=settings, folds=(0,), seeds=(3,))
-    assert not (slides / "broken/metrics.json").exists()
-    broken = train(slides, "broken", settings=settings, folds=(0,), seeds=(3,))
+        train(slides, "broken", "acmil", **settings)
+    assert not (slides / "broken/results.json").exists()
+    broken = train(slides, "broken", "acmil", **settings)
     assert len(calls) == 7
-    assert broken["runs"] == whole["runs"]
-    left, right = (load_file(slides / f"{n}/fold_0_seed_3/model.safetensors")
+    assert broken["folds"] == whole["folds"]
+    left, right = (load_file(slides / f"{n}/acmil/fold_0_seed_3/model.safetensors")
                    for n in ("whole", "broken"))  # fmt: skip
     assert all(torch.equal(left[name], right[name]) for name in left)
     with pytest.raises(ValueError, match="other settings"):
-        train(slides, "broken", folds=(0,), seeds=(3,))
+        train(slides, "broken", "acmil", **{**settings, "bag_size": 0})
+    monkeypatch.setitem(SIZE, "embed_dim", 12)
+    with pytest.raises(ValueError, match="other model"):
+        train(slides, "broken", "acmil", **settings)
 
 
 def test_command_lists_slides_without_features(slides: Path) -> None:
@@ -115,41 +139,47 @@ def test_command_lists_slides_without_features(slides: Path) -> None:
         main,
         ["train-mil", str(slides / "features"), "--labels", str(slides / "labels.csv"), "--splits",
          str(slides / "splits"), "--output", str(slides / "out"), "--epochs", "1", "--fold", "1",
-         "--embed-dim", "8", "--hidden-dim", "4", "--seed", "0", "--seed", "1", "--device", "cpu"],
+         "--embed-dim", "8", "--hidden-dim", "4", "--seed", "0", "--seed", "1", "--device", "cpu",
+         "--option", "num_workers=0", "--option", "num_resamples=20"],
     )  # fmt: skip
     assert found.exit_code == 3, found.output
-    assert "2 left out" in found.output and "| 1 | 1 |" in found.output
+    assert "2 slides were skipped" in found.output and "| 1 | 1 |" in found.output
     rows = [json.loads(line) for line in (slides / "out/skipped.jsonl").read_text().splitlines()]
     reasons = {row["id"]: row["reason"] for row in rows}
-    assert "no such file" in reasons["S.0"] and "NaN" in reasons["S.1"]
+    assert "no S.0.h5" in reasons["S.0"] and "NaN" in reasons["S.1"]
 
 
 def test_slides_and_patients_in_two_parts_are_refused(slides: Path) -> None:
-    labels = read_labels(slides / "labels.csv")
-    assert labels.classes == ("normal", "tumour") and list(find_splits(slides / "splits")) == [0, 1]
-    split = slides / "own.csv"
+    table, folder = slides / "labels.csv", slides / "own"
+    task = task_of_table(table)
+    labels = read_labels(table, task)
+    assert task.classes == ("normal", "tumour")
+    assert list(read_splits(slides / "splits", labels)[0]) == [0, 1]
+    folder.mkdir()
+    split = folder / "splits_0.csv"
     split.write_text("train,val,test\nS.0,S.1,S.0\n")
     with pytest.raises(ValueError, match=r"slide S\.0 in train and test"):
-        read_split(split, labels)
-    table = slides / "labels.csv"
+        read_splits(folder, labels)
     table.write_text(table.read_text().replace("P2,", "P0,"))
     split.write_text("train,val,test\nS.0,S.1,S.2\n")
     with pytest.raises(ValueError, match="patient P0 in train and test"):
-        read_split(split, read_labels(table))
+        read_splits(folder, read_labels(table, task))
     split.write_text("train,val,test\nS.0,S.1,S.99\n")
     with pytest.raises(ValueError, match=r"1 slides without label, first S\.99"):
-        read_split(split, labels)
+        read_splits(folder, labels)
     table.write_text("slide_id,label\na,0\na,1\n")
-    with pytest.raises(ValueError, match="slide a has labels 0 and 1"):
-        read_labels(table)
+    with pytest.raises(ValueError, match="slide a has two labels, 0 and 1"):
+        read_labels(table, task_of_table(table))
     table.write_text("slide_id,grade\na,0\n")
     with pytest.raises(ValueError, match=r"no columns \['label'\]"):
-        read_labels(table)
+        task_of_table(table)
+    with pytest.raises(ValueError, match="two classes"):
+        task_of_table(table, "grade")
 
 
 def test_numbered_classes_are_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("slide_id,label\na,10\nb,2\nc,0\n")
-    assert read_labels(tmp_path / "l.csv").classes == ("0", "2", "10")
+    assert task_of_table(tmp_path / "l.csv").classes == ("0", "2", "10")
 
 
 def test_gated_attention_is_the_published_formula() -> None:
@@ -207,12 +237,61 @@ def test_scores_of_slides() -> None:
     true = generator.integers(0, 3, 60)
     probabilities = generator.dirichlet([1, 1, 1], 60)
     probabilities[np.arange(60), true] += 0.8
-    scores = score_slides(true, probabilities / probabilities.sum(1, keepdims=True))
-    for name in mil.SCORES:
+    scores = score_predictions(true, probabilities / probabilities.sum(1, keepdims=True), "abc")
+    for name in ("auroc", "macro_f1", "balanced_accuracy", "accuracy"):
         assert scores[name]["low"] <= scores[name]["value"] <= scores[name]["high"]
-    single = score_slides(np.zeros(4, dtype=int), np.full((4, 2), 0.5))
+    single = score_predictions(np.zeros(4, dtype=int), np.full((4, 2), 0.5), "ab")
     assert single["auroc"] == {"value": None, "low": None, "high": None}
     assert single["accuracy"]["value"] == 1.0
+
+
+def test_slides_of_another_encoder_are_skipped(slides: Path) -> None:
+    """Same width, other encoder: nothing but the files' attribute tells them apart."""
+    features, coords = read_features(slides / "features/S.0.h5")
+    write_features(slides / "features/S.0.h5", features, coords, encoder="uni")
+    train(slides, "out", only_folds=(0,), epochs=1)
+    rows = [json.loads(line) for line in (slides / "out/skipped.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["S.0"] and "encoder uni" in rows[0]["reason"]
+    assert json.loads((slides / "out/results.json").read_text())["encoder"] == "made-up"
+    assert "Tile encoder of the features: made-up" in (slides / "out/results.md").read_text()
+    for path in (slides / "features").iterdir():  # the same run over features made anew
+        features, coords = read_features(path)
+        write_features(path, features, coords, encoder="uni")
+    with pytest.raises(ValueError, match="other encoder"):
+        train(slides, "out", only_folds=(0,), epochs=1)
+
+
+def test_heat_maps_need_attention(slides: Path) -> None:
+    with pytest.raises(ValueError, match="knn has attention"):
+        finetune_slides(
+            slides / "features",
+            slides / "labels.csv",
+            SlideTask("t", "binary", ("normal", "tumour")),
+            slides / "out",
+            methods=("knn",),
+            heat_maps=True,
+        )
+
+
+def test_bags_of_several_labels(slides: Path) -> None:
+    """Every bag model trains on a multi-label task, where a slide has one 0/1 label per class."""
+    rows = (slides / "labels.csv").read_text().splitlines()[1:]
+    table = [f"{row.split(',')[1]},{int('tum' in row)},{int('nor' in row)}" for row in rows]
+    (slides / "both.csv").write_text("\n".join(["slide_id,tumour,normal", *table]))
+    results = finetune_slides(
+        slides / "features",
+        slides / "both.csv",
+        SlideTask("both", "multi_label", ("tumour", "normal")),
+        slides / "out",
+        splits=slides / "splits",
+        settings=FinetuneSettings(**SMALL),
+        methods=("acmil",),
+        models={"acmil": BagModel(ACMIL, options=SIZE)},
+        only_folds=(0,),
+        device="cpu",
+        progress=False,
+    )
+    assert results["methods"]["acmil"]["mean"]["auroc"]["mean"] == 1.0
 
 
 def test_overlapping_patches_are_averaged() -> None:

@@ -1,0 +1,131 @@
+"""Attention heat maps: one square per tile, coloured by the rank of its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from gigapath.finetune.bags import SlideFolder
+from gigapath.finetune.mil import MILModel
+from pathcore.files import StrPath, atomic_file
+from wsi.store import read_attributes
+
+CELL_PX = 8
+MAX_SIDE_PX = 4096
+"""Longest side of a picture; the cells of larger slides shrink below `CELL_PX`."""
+
+
+@torch.inference_mode()
+def draw_attention_maps(
+    model: MILModel,
+    weights: Path,
+    features: Path,
+    slides: Sequence[str],
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Draws the attention of a trained model over each slide into `out/SLIDE.png`.
+
+    Args:
+        model: The model; takes the weights.
+        weights: Its `model.safetensors`.
+        features: Folder of tile embeddings with coordinates.
+        slides: Slide ids.
+        out: Output folder; pictures that are already there are kept.
+        device: Device to run on.
+    """
+    model.load_state_dict(load_file(weights))
+    model.to(device).eval()
+    out.mkdir(exist_ok=True)
+    # Without a grid: the slide encoder's shift onto its grid would misplace the squares.
+    folder = SlideFolder(features)
+    for slide in slides:
+        file = folder.file(slide)
+        picture = out / f"{file.stem}.png"
+        if picture.is_file():
+            continue
+        bag = folder.read(slide)
+        attention = model(bag.features.to(device)).attention.mean(dim=0).cpu().numpy()
+        attributes = read_attributes(file) if file.suffix == ".h5" else {}
+        draw_attention(bag.coords.numpy(), attention, attributes, picture)
+
+
+def draw_attention(
+    coords: NDArray[np.int64],
+    attention: NDArray[Any],
+    attributes: dict[str, Any],
+    out: StrPath,
+) -> None:
+    """Draws one heat map as PNG.
+
+    Colours show the rank of a tile among all tiles of the slide, from dark to bright, because
+    softmax weights over thousands of tiles differ by orders of magnitude. Overlapping tiles are
+    averaged; everything else is transparent.
+
+    Args:
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        attention: `(N,)`.
+        attributes: Attributes of the coordinates, which give the size of a tile.
+        out: The PNG.
+    """
+    # matplotlib takes a second to import, and most runs draw no maps.
+    from matplotlib import colormaps
+    from PIL import Image
+
+    size_level0 = patch_size_level0(attributes, coords)
+    values, covered = attention_grid(coords, ranks(attention), size_level0)
+    pixels = (colormaps["inferno"](values) * 255).astype(np.uint8)
+    pixels[~covered] = 0
+    with atomic_file(Path(out)) as partial, partial.open("wb") as stream:
+        Image.fromarray(pixels).save(stream, "PNG")
+
+
+def ranks(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Returns ranks from 0 to 1; ties share their mean rank."""
+    from scipy.stats import rankdata
+
+    if len(scores) == 1:
+        return np.ones(1)
+    found = (rankdata(scores) - 1) / (len(scores) - 1)
+    return np.asarray(found, dtype=np.float64)
+
+
+def attention_grid(
+    coords: NDArray[np.int64], scores: NDArray[np.float64], size_level0: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Paints scores onto a canvas, averaging where tiles overlap.
+
+    Args:
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        scores: `(N,)`.
+        size_level0: Side of a tile in level-0 pixels.
+
+    Returns:
+        Mean score of each pixel `(height, width)`, and a mask of the pixels that a tile covers.
+    """
+    origin = coords.min(axis=0)
+    extent = (coords.max(axis=0) - origin) + size_level0
+    scale = min(CELL_PX / size_level0, MAX_SIDE_PX / extent.max())
+    width, height = np.maximum(1, np.ceil(extent * scale).astype(int))
+    total, count = np.zeros((height, width)), np.zeros((height, width))
+    starts = np.floor((coords - origin) * scale).astype(int)
+    ends = np.maximum(starts + 1, np.floor((coords - origin + size_level0) * scale).astype(int))
+    for (left, top), (right, bottom), score in zip(starts, ends, scores, strict=True):
+        total[top:bottom, left:right] += score
+        count[top:bottom, left:right] += 1
+    covered = count > 0
+    return np.divide(total, count, where=covered, out=np.zeros_like(total)), covered
+
+
+def patch_size_level0(attributes: dict[str, Any], coords: NDArray[np.int64]) -> int:
+    """Returns the side of a tile in level-0 pixels, or the smallest step between two tiles."""
+    if "patch_size_level0" in attributes:
+        return int(attributes["patch_size_level0"])
+    steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
+    return int(steps.min()) if len(steps) else 1
