@@ -62,6 +62,10 @@ COMMANDS = {
         "xtuner_add.commands.captions:describe",
         "Write captions of patches by a vision-language model.",
     ),
+    "doctor": (
+        "xtuner_add.commands.doctor:doctor",
+        "Say what is installed here, and which encoders can be loaded.",
+    ),
     "embed": (
         "xtuner_add.commands.gigapath:embed",
         "Embed the tiles of slides, and slides as wholes, by Prov-GigaPath.",

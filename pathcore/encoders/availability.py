@@ -1,0 +1,59 @@
+"""Whether an encoder can be built here and now, found out without building it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+from pathcore.encoders.presets import get_preset
+
+_IMPORTS = {"timm": "timm", "own": "timm", "transformers": "transformers", "open_clip": "open_clip"}
+_EXTRA = "pip install 'xtuner-add[gigapath]'"
+_CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a preset can be built.
+
+    Attributes:
+        name: The preset.
+        ready: Whether `create_encoder(name)` would find its library and its weights on this disk.
+        reason: Why, or what is missing and how to get it.
+    """
+
+    name: str
+    ready: bool
+    reason: str
+
+
+def availability(name: str) -> Availability:
+    """Finds out whether a preset can be built with what is on this machine.
+
+    Raises:
+        UnknownEncoderError: If the name is no preset.
+    """
+    preset = get_preset(name)
+    module = preset.package or _IMPORTS[preset.library]
+    if importlib.util.find_spec(module) is None:
+        return Availability(name, False, f"{module} is missing: {preset.install or _EXTRA}")
+    if not preset.hub:
+        return Availability(
+            name, False, f"weights from {preset.source}: name them, {name}@/path/{preset.files[0]}"
+        )
+    from huggingface_hub import get_token, try_to_load_from_cache
+
+    for file in preset.files or (_CONFIGS[preset.library],):
+        if isinstance(try_to_load_from_cache(preset.hub, file), (str, os.PathLike)):
+            ready = "weights in the hub's cache"
+            if preset.remote_code:
+                ready += "; runs code of its repository, pass trust_remote_code=True"
+            return Availability(name, True, ready)
+    if preset.gated and not get_token():
+        return Availability(
+            name,
+            False,
+            f"accept the terms at https://huggingface.co/{preset.hub}, then set HF_TOKEN",
+        )
+    return Availability(name, False, f"would be fetched from https://huggingface.co/{preset.hub}")
