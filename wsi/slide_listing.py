@@ -77,6 +77,7 @@ class SlideListing:
 
     Attributes:
         slides: Path of every slide, or of every folder of tiles, by id; sorted by id.
+        paths: Paths of all slides, whether their id is unique or not; sorted.
         ambiguous: For every id that several slides have, which ones.
         passed_over: Files that were found and do not count as slides.
 
@@ -117,6 +118,7 @@ class SlideListing:
             self._found[self.folder.stem] = [self.folder]
         else:
             raise FileNotFoundError(f"slides {folder}: no such file or folder")
+        self.paths = sorted(path for paths in self._found.values() for path in _distinct(paths))
         self.slides: dict[str, Path] = {}
         self.ambiguous: dict[str, str] = {}
         for slide_id, paths in sorted(self._found.items()):

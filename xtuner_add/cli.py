@@ -162,6 +162,10 @@ COMMANDS = {
         "xtuner_add.commands.release:split",
         "Write a model with one tensor per shard.",
     ),
+    "conform": (
+        "xtuner_add.commands.slides:conform",
+        "Check feature files of other tools for known defects, and convert them.",
+    ),
     "tile": (
         "xtuner_add.commands.slides:tile",
         "Find the patches of slides: tissue, size, resolution, overlap.",

@@ -161,8 +161,8 @@ def _load(
     options: dict[str, Any], name: str | None, max_waiting: int, slides: Path | None
 ) -> tuple[Any, Any]:
     from pallava.serving.service import ModelService
+    from pallava.serving.slide_folder import SlideFolder
     from pallava.slide_bags import SlidePreparation
-    from xtuner_add.slide_folder import SlideFolder
 
     try:
         source = SlideFolder(slides) if slides is not None else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED
 from xtuner_add.commands.options import (
     ANY_PATH,
     FILE,
@@ -333,3 +334,97 @@ def select_patches(
             click.echo(f"  {name}: {reason}", err=True)
         click.echo(f"All reasons: {output / 'selection.left_out.jsonl'}", err=True)
         raise SystemExit(EXIT_SKIPPED)
+
+
+@click.command()
+@click.argument("features", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--encoder", default="", help="Preset that the features should come from.")
+@click.option("--slides", type=FOLDER, help="Slides of the same names: their size and resolution.")
+@click.option("--slide-mpp", type=float, help="Micrometres per pixel of the slides.")
+@click.option("--output", type=ANY_PATH, help="Folder for converted files.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a file.")
+@click.pass_context
+def conform(
+    ctx: click.Context,
+    features: tuple[Path, ...],
+    encoder: str,
+    slides: Path | None,
+    slide_mpp: float | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Check FEATURES, files or folders of them, for known defects, and convert them.
+
+    Reads feature files of TRIDENT, CLAM, STAMP, slide2vec and this package. With --output, sound
+    files and those whose defects can be mended are written in the layout of this package and
+    TRIDENT. Exit code 1 if a file has a defect; with --output, 3 if a file could not be converted.
+    """
+    from wsi.conform import SUFFIXES, FeatureFileError, check, converted, read_feature_file
+
+    files = [
+        file
+        for path in features
+        for file in (
+            sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
+        )
+    ]
+    if not files:
+        raise click.UsageError(f"no {' or '.join(SUFFIXES)} in {', '.join(map(str, features))}")
+    defective = 0
+    with user_errors():
+        for file in files:
+            size, mpp = _of_slide(slides, file.stem) if slides else (None, None)
+            mpp = slide_mpp or mpp
+            try:
+                found = read_feature_file(file)
+                findings = check(found, encoder=encoder, slide_px=size, mpp_level0=mpp)
+                described = found.describe()
+            except FeatureFileError as error:
+                found, findings, described = None, [], {"file": str(file), "error": str(error)}
+            problems = [vars(finding) for finding in findings]
+            written = False
+            if output is not None and found is not None:
+                try:
+                    converted(found, findings, output / f"{file.stem}.h5", mpp_level0=mpp)
+                    written = True
+                except FeatureFileError as error:
+                    described["error"] = str(error)
+            defective += bool("error" in described or (findings and not written))
+            if as_json:
+                click.echo(json.dumps({**described, "findings": problems, "written": written}))
+            else:
+                _tell_conformity(described, problems, written)
+    if defective:
+        ctx.exit(EXIT_SKIPPED if output is not None else EXIT_FAILED)
+
+
+def _of_slide(folder: Path, name: str) -> tuple[tuple[int, int] | None, float | None]:
+    """Size and resolution of the slide called `name`, if it is there and can be opened."""
+    from wsi.openers import SlideError
+    from wsi.reader import Slide
+
+    for path in sorted(folder.glob(f"{name}.*")):
+        try:
+            with Slide(path) as slide:
+                return slide.dimensions, slide.known_mpp
+        except SlideError:
+            continue
+    return None, None
+
+
+def _tell_conformity(
+    described: dict[str, Any], problems: list[dict[str, Any]], written: bool
+) -> None:
+    if "layout" in described:
+        names = (
+            described["encoder"] or " or ".join(described["encoders_of_this_width"]) or "unknown"
+        )
+        verdict = "sound" if not problems else f"{len(problems)} defects"
+        click.echo(
+            f"{described['file']}: {described['layout']}, {described['num_tiles']:,} tiles, "
+            f"{described['dim']} features ({names}): {verdict}{', converted' if written else ''}"
+        )
+    for problem in problems:
+        click.echo(f"  {problem['defect']}: {problem['message']}")
+    if "error" in described:
+        click.echo(f"  {described['error']}")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pallava.serving.slide_folder import SlideFolder
 from pallava.serving.slides import SlideInfo, square_around
 from tests.xtuner_add.served_model import MPP, make_slides
-from xtuner_add.slide_folder import SlideFolder
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,40 @@ def test_a_file_that_is_no_slide_is_an_error_that_names_it(tmp_path: Path) -> No
 def test_a_region_that_would_fill_the_memory_is_refused(slides: SlideFolder) -> None:
     with pytest.raises(ValueError, match="choose a smaller region"):
         slides.region("photo.png", 0, 0, 100_000, 100)
+
+
+def test_subfolders_count_and_pictures_of_slides_do_not(tmp_path: Path) -> None:
+    make_slides(tmp_path / "here" / "deep")
+    (tmp_path / "here" / "deep" / "link.png").unlink()
+    (tmp_path / "here" / "outside.png").unlink()
+    (tmp_path / "here" / "deep" / "tissue.png").write_bytes(
+        (tmp_path / "here" / "deep" / "photo.png").read_bytes()
+    )
+    folder = SlideFolder(tmp_path / "here")
+    assert folder.names() == ["deep/photo.png", "deep/tissue.tiff"]
+    assert folder.info("deep/tissue.tiff").width_px == 2048
+    (tmp_path / "here" / "deep" / "photo.png").rename(tmp_path / "here" / "new.png")
+    assert folder.info("new.png").width_px == 400  # found although it came after the listing
+
+
+def test_only_a_few_slides_stay_open(tmp_path: Path) -> None:
+    for number in range(7):
+        Image.new("RGB", (30 + number, 20)).save(tmp_path / f"{number}.png")
+    folder = SlideFolder(tmp_path)
+    for _ in range(2):
+        widths = [folder.info(name).width_px for name in folder.names()]
+        assert widths == list(range(30, 37))
+    assert len(folder._open) == 4
+
+
+def test_a_region_in_pieces_is_the_region(
+    slides: SlideFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = np.asarray(slides.region("tissue.tiff", -100, 30, 1200, 300)).astype(int)
+    monkeypatch.setattr("pallava.serving.slide_folder.MAX_SIDE_PX", 500)
+    pieces = np.asarray(slides.region("tissue.tiff", -100, 30, 1200, 300)).astype(int)
+    assert pieces.shape == whole.shape == (300, 300, 3)
+    assert np.abs(pieces - whole).mean() < 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""A folder of slides for the page, read through `wsi`."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from pallava.serving.slides import SlideInfo
+from wsi.reader import MAX_SIDE_PX, Region, Slide, SlideError
+from wsi.slide_listing import SlideListing
+
+_Result = TypeVar("_Result")
+
+_KEPT_OPEN = 4
+_MAX_READ_PX = 8192
+"""Side of the largest square that is read from a level: 200 MB as RGB."""
+
+
+@dataclass
+class _OpenSlide:
+    """An open slide, which one thread at a time may read."""
+
+    slide: Slide
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_users: int = 0
+
+
+class SlideFolder:
+    """The slides under a folder; the name of a slide is its path in the folder.
+
+    Names come from the network: they are looked up in the listing and never joined to a path.
+
+    Args:
+        folder: The folder. Links that lead out of it are not followed.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"slides {folder}: no such folder")
+        self.folder = folder.resolve()
+        self._paths: dict[str, Path] = {}
+        self._open: OrderedDict[Path, _OpenSlide] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Returns the names of the slides that are there now, sorted."""
+        listing = SlideListing(self.folder, inside_only=True)
+        self._paths = {path.relative_to(self.folder).as_posix(): path for path in listing.paths}
+        return sorted(self._paths)
+
+    def info(self, name: str) -> SlideInfo:
+        """Returns size and resolution of a slide."""
+
+        def read(slide: Slide) -> SlideInfo:
+            return SlideInfo(name, *slide.dimensions, slide.known_mpp)
+
+        return self._use(name, read)
+
+    def thumbnail(self, name: str, max_side_px: int) -> Image.Image:
+        """Returns the whole slide as RGB, with a longer side of at most `max_side_px`."""
+        return self._use(name, lambda slide: slide.thumbnail(max_side_px))
+
+    def region(
+        self, name: str, left_level0: int, top_level0: int, side_level0: int, max_side_px: int
+    ) -> Image.Image:
+        """Returns a square of a slide as RGB, white outside, of at most `max_side_px`.
+
+        Raises:
+            FileNotFoundError: If the slide is not in the listing.
+            ValueError: If the region cannot be read, or only at a size that would fill the memory.
+        """
+        side_px = min(side_level0, max_side_px)
+
+        def read(slide: Slide) -> Image.Image:
+            scale = side_level0 / side_px
+            fitting = [own for own in slide.level_downsamples if own <= scale]
+            read_px = round(side_level0 / max(fitting, default=1.0))
+            if read_px > _MAX_READ_PX:
+                raise ValueError(
+                    f"{name}: a region of {side_level0} px would be read at {read_px} px, since "
+                    "the file holds no smaller copy of itself; choose a smaller region"
+                )
+            # In pieces, because a region of `wsi` has a limit, which the whole slide may exceed.
+            pieces = -(-side_level0 // MAX_SIDE_PX)
+            canvas = Image.new("RGB", (side_px, side_px))
+            for row in range(pieces):
+                for column in range(pieces):
+                    left, top, right, bottom = (
+                        round(edge * side_level0 / pieces)
+                        for edge in (column, row, column + 1, row + 1)
+                    )
+                    x, y, end = (round(edge * side_px / pieces) for edge in (column, row, row + 1))
+                    region = Region(
+                        left_level0 + left, top_level0 + top, max(right - left, bottom - top),
+                        max(1, end - y),
+                    )  # fmt: skip
+                    canvas.paste(Image.fromarray(slide.read(region)), (x, y))
+            return canvas
+
+        return self._use(name, read)
+
+    def _close_unused(self) -> None:
+        """Closes the slides that were used longest ago, except those being read."""
+        unused = [path for path, opened in self._open.items() if not opened.num_users]
+        for path in unused[: max(0, len(self._open) - _KEPT_OPEN)]:
+            self._open.pop(path).slide.close()
+
+    def _use(self, name: str, read: Callable[[Slide], _Result]) -> _Result:
+        """Reads from a slide while no other thread does."""
+        if name not in self._paths:
+            self.names()
+        path = self._paths.get(name)
+        if path is None:
+            raise FileNotFoundError(f"slide {name!r:.80}: not in the listing of this server")
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = _OpenSlide(Slide(path))
+                self._open.move_to_end(path)
+                opened = self._open[path]
+                opened.num_users += 1
+            try:
+                with opened.lock:
+                    return read(opened.slide)
+            finally:
+                with self._lock:
+                    opened.num_users -= 1
+                    self._close_unused()
+        except SlideError as error:  # clients learn the name, not where the folder lies
+            raise ValueError(str(error).replace(str(path), name)) from error
