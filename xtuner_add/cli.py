@@ -5,197 +5,211 @@ Sub-commands are imported when they run: help answers without torch, XTuner or M
 
 from __future__ import annotations
 
+import difflib
 from typing import cast
 
 import click
 
 from xtuner_add import launch
+from xtuner_add.commands.options import example
 from xtuner_add.modes import MODES, Mode, read_arguments
 from xtuner_add.plugins import distribution_name, load_command, load_target, plugin_commands
 
-COMMANDS = {
-    "answer": (
-        "xtuner_add.commands.evaluate:answer",
-        "Ask a trained model about images.",
-    ),
-    "chat": (
-        "xtuner_add.commands.serve:chat",
-        "Talk to a trained model in the terminal.",
-    ),
-    "check-merge": (
-        "xtuner_add.commands.release:check_merge",
-        "Check that a model is a base model with adapters merged in.",
-    ),
-    "clean-pairs": (
-        "xtuner_add.commands.datasets:clean_pairs",
-        "Keep the rows that show human pathology, by named steps, with a report.",
-    ),
-    "convert-dataset": (
-        "xtuner_add.commands.datasets:convert_dataset",
-        "Turn a public dataset into pairs, conversations or folders of classes.",
-    ),
-    "clip-retrieval": (
-        "xtuner_add.commands.clip:clip_retrieval",
-        "Find captions for images and images for captions by a CLIP: recall at k.",
-    ),
-    "clip-zero-shot": (
-        "xtuner_add.commands.clip:clip_zero_shot",
-        "Classify the images of public data sets by a CLIP and prompts.",
-    ),
-    "copy-cfg": (
-        "xtuner_add.commands.configs:copy_cfg",
-        "Copy a config known by name, with the files it inherits from.",
-    ),
-    "dataformat": (
-        "xtuner_add.commands.datasets:dataformat",
-        "Turn image-caption pairs into conversations for training.",
-    ),
-    "demo": (
-        "xtuner_add.commands.demos:demo",
-        "Train a small PA-LLaVA on data made here and answer held-out questions.",
-    ),
-    "demo-pathgen": (
-        "xtuner_add.commands.demos:demo_pathgen",
-        "Caption made-up slides, train a CLIP on the captions and score it.",
-    ),
-    "describe": (
-        "xtuner_add.commands.captions:describe",
-        "Write captions of patches by a vision-language model.",
-    ),
-    "doctor": (
-        "xtuner_add.commands.doctor:doctor",
-        "Say what is installed here, and which encoders can be loaded.",
-    ),
-    "embed": (
-        "xtuner_add.commands.gigapath:embed",
-        "Embed the tiles of slides, and slides as wholes, by Prov-GigaPath.",
-    ),
-    "revise": (
-        "xtuner_add.commands.captions:revise",
-        "Check captions against their images, correct or reject them.",
-    ),
-    "summarise": (
-        "xtuner_add.commands.captions:summarise",
-        "Shorten captions to what CLIP reads.",
-    ),
-    "filter-captions": (
-        "xtuner_add.commands.captions:filter_captions",
-        "Drop captions by length, refusals, leaks and duplicates.",
-    ),
-    "make-instructions": (
-        "xtuner_add.commands.captions:make_instructions",
-        "Make conversations and questions from captions.",
-    ),
-    "export": (
-        "xtuner_add.commands.release:export",
-        "Write one folder that transformers loads.",
-    ),
-    "extract": (
-        "xtuner_add.commands.slides:extract",
-        "Cut patches with captions out of slides: PathGen's JSON, or coordinates.",
-    ),
-    "extract-adapter": (
-        "xtuner_add.commands.release:extract_adapter",
-        "Write the LoRA adapter that leads from one model to another.",
-    ),
-    "evaluate": (
-        "xtuner_add.commands.evaluate:evaluate",
-        "Evaluate on any benchmark by name, those of other packages included.",
-    ),
-    "finetune-slides": (
-        "xtuner_add.commands.gigapath:finetune_slides",
-        "Fine-tune the slide encoder on tile embeddings of labelled slides, and test it.",
-    ),
-    "gdc-manifest": (
-        "xtuner_add.commands.slides:gdc_manifest",
-        "Write the manifest to fetch the slides of annotations with gdc-client.",
-    ),
-    "list-cfg": (
-        "xtuner_add.commands.configs:list_cfg",
-        "List the configs known by name: this project's, then XTuner's.",
-    ),
-    "merge": (
-        "xtuner_add.commands.release:merge",
-        "Merge LoRA adapters into a base model, in little memory.",
-    ),
-    "pathvqa": (
-        "xtuner_add.commands.evaluate:pathvqa",
-        "Evaluate on PathVQA, or other open and yes/no questions.",
-    ),
-    "plugins": (
-        "xtuner_add.plugins:command",
-        "List the encoders, connectors and sub-commands that can be used by name.",
-    ),
-    "pmcvqa": (
-        "xtuner_add.commands.evaluate:pmcvqa",
-        "Evaluate on PMC-VQA, or other multiple choice.",
-    ),
-    "score": (
-        "xtuner_add.commands.evaluate:score",
-        "Score answers that are there already, also by a judge.",
-    ),
-    "select-patches": (
-        "xtuner_add.commands.slides:select_patches",
-        "Choose representative patches of slides by prompts, report and clusters.",
-    ),
-    "serve": (
-        "xtuner_add.commands.serve:serve",
-        "Serve a trained model: web page and OpenAI-compatible endpoint.",
-    ),
-    "zero-shot": (
-        "xtuner_add.commands.evaluate:zero_shot",
-        "Classify images by asking, and score the classes.",
-    ),
-    "pth-to-hf": (
-        "xtuner_add.commands.release:pth_to_hf",
-        "Convert a training checkpoint without building the language model.",
-    ),
-    "probe-tiles": (
-        "xtuner_add.commands.gigapath:probe_tiles",
-        "Train a linear probe on labelled tile embeddings, read from their zip, and test it.",
-    ),
-    "push": (
-        "xtuner_add.commands.release:push",
-        "Publish a folder on the hub; shows what it would send first.",
-    ),
-    "split": (
-        "xtuner_add.commands.release:split",
-        "Write a model with one tensor per shard.",
-    ),
-    "conform": (
-        "xtuner_add.commands.slides:conform",
-        "Check feature files of other tools for known defects, and convert them.",
-    ),
-    "tile": (
-        "xtuner_add.commands.slides:tile",
-        "Find the patches of slides: tissue, size, resolution, overlap.",
-    ),
-    "tokenise": (
-        "xtuner_add.commands.datasets:tokenise",
-        "Tokenise conversations once, so that training starts at once.",
-    ),
-    "train-clip": (
-        "xtuner_add.commands.clip:train_clip",
-        "Train a pathology CLIP on image-caption pairs, in stages, by open_clip.",
-    ),
-    "train-mil": (
-        "xtuner_add.commands.gigapath:train_mil",
-        "Classify slides by attention over stored features: train, test, draw.",
-    ),
+_COMMANDS = "xtuner_add.commands"
+
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Slides": {
+        "tile": (f"{_COMMANDS}.slides:tile", "Find the patches of slides that show tissue."),
+        "extract": (f"{_COMMANDS}.slides:extract", "Cut patches and their captions out of slides."),
+        "select-patches": (
+            f"{_COMMANDS}.slides:select_patches",
+            "Choose representative patches of slides.",
+        ),
+        "conform": (
+            f"{_COMMANDS}.slides:conform",
+            "Check feature files of other tools for known defects, and convert them.",
+        ),
+        "gdc-manifest": (
+            f"{_COMMANDS}.slides:gdc_manifest",
+            "Write the manifest with which gdc-client downloads slides.",
+        ),
+        "embed": (
+            f"{_COMMANDS}.gigapath:embed",
+            "Embed tiles and whole slides with Prov-GigaPath.",
+        ),
+        "probe-tiles": (
+            f"{_COMMANDS}.gigapath:probe_tiles",
+            "Train and test a linear probe on tile embeddings.",
+        ),
+        "finetune-slides": (
+            f"{_COMMANDS}.gigapath:finetune_slides",
+            "Fine-tune and test slide classifiers on tile embeddings.",
+        ),
+        "train-mil": (
+            f"{_COMMANDS}.gigapath:train_mil",
+            "Train and test attention MIL on tile features.",
+        ),
+    },
+    "Captions": {
+        "describe": (f"{_COMMANDS}.captions:describe", "Caption patches with a model."),
+        "revise": (
+            f"{_COMMANDS}.captions:revise",
+            "Check captions against their images; correct or reject them.",
+        ),
+        "summarise": (
+            f"{_COMMANDS}.captions:summarise",
+            "Shorten captions to CLIP's context length.",
+        ),
+        "filter-captions": (
+            f"{_COMMANDS}.captions:filter_captions",
+            "Drop refusals, leaked prompts, duplicates and wrong lengths.",
+        ),
+        "make-instructions": (
+            f"{_COMMANDS}.captions:make_instructions",
+            "Turn captions into conversations and questions.",
+        ),
+    },
+    "Datasets": {
+        "convert-dataset": (
+            f"{_COMMANDS}.datasets:convert_dataset",
+            "Convert a public dataset to pairs, conversations or class folders.",
+        ),
+        "dataformat": (
+            f"{_COMMANDS}.datasets:dataformat",
+            "Turn image-caption pairs into conversations.",
+        ),
+        "clean-pairs": (
+            f"{_COMMANDS}.datasets:clean_pairs",
+            "Keep the rows that show human pathology.",
+        ),
+        "tokenise": (
+            f"{_COMMANDS}.datasets:tokenise",
+            "Tokenise conversations once, before training.",
+        ),
+    },
+    "CLIP": {
+        "train-clip": (f"{_COMMANDS}.clip:train_clip", "Train a CLIP on image-caption pairs."),
+        "clip-zero-shot": (
+            f"{_COMMANDS}.clip:clip_zero_shot",
+            "Classify public image sets with a CLIP and prompts.",
+        ),
+        "clip-retrieval": (
+            f"{_COMMANDS}.clip:clip_retrieval",
+            "Retrieve captions for images and images for captions: recall@k.",
+        ),
+    },
+    "CITE": {
+        "cite-splits": (
+            f"{_COMMANDS}.cite:splits",
+            "Write the annotation files of PatchGastric.",
+        ),
+        "cite-texts": (f"{_COMMANDS}.cite:texts", "Embed the descriptions of classes."),
+        "cite-features": (
+            f"{_COMMANDS}.cite:features",
+            "Compute the features of a dataset once, for the baselines.",
+        ),
+        "cite-sweep": (
+            f"{_COMMANDS}.cite:sweep_slides",
+            "Train and test configs over numbers of slides and seeds.",
+        ),
+        "cite-export": (
+            f"{_COMMANDS}.cite:export",
+            "Export a classifier that runs without MMEngine.",
+        ),
+        "cite-score-maps": (
+            f"{_COMMANDS}.cite:score_maps",
+            "Draw a classifier's scores over slides.",
+        ),
+        "cite-convert": (
+            f"{_COMMANDS}.cite:convert_weights",
+            "Convert an image encoder's weights between libraries.",
+        ),
+    },
+    "PA-LLaVA training": {
+        "list-cfg": (f"{_COMMANDS}.configs:list_cfg", "List the configs known by name."),
+        "copy-cfg": (
+            f"{_COMMANDS}.configs:copy_cfg",
+            "Copy a config and the files that it inherits from.",
+        ),
+        "demo": (
+            f"{_COMMANDS}.demos:demo",
+            "Train a small PA-LLaVA on made-up slides and question it.",
+        ),
+        "demo-pathgen": (
+            f"{_COMMANDS}.demos:demo_pathgen",
+            "Caption made-up slides and train a CLIP on the captions.",
+        ),
+    },
+    "Release": {
+        "pth-to-hf": (
+            f"{_COMMANDS}.release:pth_to_hf",
+            "Convert a checkpoint without building the language model.",
+        ),
+        "merge": (
+            f"{_COMMANDS}.release:merge",
+            "Merge LoRA adapters into a base model, shard by shard.",
+        ),
+        "export": (f"{_COMMANDS}.release:export", "Write one folder that transformers loads."),
+        "split": (f"{_COMMANDS}.release:split", "Write a model with one tensor per shard."),
+        "check-merge": (
+            f"{_COMMANDS}.release:check_merge",
+            "Check that a model is a base model with adapters merged in.",
+        ),
+        "extract-adapter": (
+            f"{_COMMANDS}.release:extract_adapter",
+            "Write the difference of two models as a LoRA adapter.",
+        ),
+        "push": (f"{_COMMANDS}.release:push", "Publish a folder on the Hugging Face hub."),
+    },
+    "Evaluation": {
+        "pathvqa": (
+            f"{_COMMANDS}.evaluate:pathvqa",
+            "Evaluate on PathVQA, or other open and yes/no questions.",
+        ),
+        "pmcvqa": (
+            f"{_COMMANDS}.evaluate:pmcvqa",
+            "Evaluate on PMC-VQA, or other multiple choice.",
+        ),
+        "zero-shot": (
+            f"{_COMMANDS}.evaluate:zero_shot",
+            "Classify images by asking the model.",
+        ),
+        "evaluate": (f"{_COMMANDS}.evaluate:evaluate", "Evaluate on any benchmark by name."),
+        "score": (f"{_COMMANDS}.evaluate:score", "Score answers that were given before."),
+    },
+    "Use": {
+        "answer": (f"{_COMMANDS}.evaluate:answer", "Ask a trained model about images."),
+        "chat": (f"{_COMMANDS}.serve:chat", "Talk to a trained model in the terminal."),
+        "serve": (
+            f"{_COMMANDS}.serve:serve",
+            "Serve a model: web page and OpenAI-compatible endpoint.",
+        ),
+        "doctor": (
+            f"{_COMMANDS}.doctor:doctor",
+            "Say what is installed here, and which encoders can be loaded.",
+        ),
+        "plugins": (
+            "xtuner_add.plugins:command",
+            "List what can be used by name, other packages' parts included.",
+        ),
+    },
 }
-"""Our own sub-commands: name -> (``module:name`` of a click command, summary)."""
+"""Our sub-commands by subject: name -> (``module:name`` of a click command, summary)."""
+
+COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
 
 _HELP_FLAGS = ("-h", "--help")
 _SETTINGS = {"help_option_names": list(_HELP_FLAGS)}
 
 
 class ForwardedCommand(click.Command):
-    """A mode of XTuner: every argument goes there as it is; only help is answered here."""
+    """A mode of XTuner: arguments are passed on unchanged; only help is answered here."""
 
     def __init__(self, mode: Mode) -> None:
         super().__init__(
             mode.name.split()[-1],
             help=f"{mode.summary}\n\n{_notes(mode)}",
+            epilog=example(mode.name, mode.example),
             short_help=mode.summary,
             context_settings=_SETTINGS,
         )
@@ -240,41 +254,66 @@ class ForwardedCommand(click.Command):
             return [("[OPTIONS]", str(error))]
 
 
-class LazyGroup(click.Group):
-    """The top of the command line: XTuner's modes, our sub-commands, those of other packages."""
+class SuggestingGroup(click.Group):
+    """A group that answers an unknown name with the nearest ones."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds a sub-command by name.
+
+        Raises:
+            click.UsageError: If there is none; names the nearest.
+        """
+        name = args[0]
+        command = self.get_command(ctx, name)
+        if command is None and not name.startswith("-"):
+            known = self.list_commands(ctx)
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            near += [other for other in known if name in other and other not in near][:3]
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"See `{ctx.command_path} -h`."
+            raise click.UsageError(f"no such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class LazyGroup(SuggestingGroup):
+    """The top of the command line: our sub-commands, XTuner's modes, those of other packages."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all sub-commands."""
+        """Returns the names of all sub-commands."""
         own = {*super().list_commands(ctx), *COMMANDS}
         return [*sorted(own), *sorted(set(plugin_commands()) - own)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a sub-command; our own names go before those of other packages."""
-        if cmd_name in COMMANDS:
-            return cast(click.Command, load_target(COMMANDS[cmd_name][0]))
-        command = super().get_command(ctx, cmd_name)
-        if command is None and cmd_name in (others := plugin_commands()):
-            command = load_command(others[cmd_name])
-        return command
+        """Imports and returns a sub-command; our own names go before those of other packages.
+
+        `zero_shot` is taken for `zero-shot`: the original's scripts are spelled that way.
+        """
+        for name in dict.fromkeys((cmd_name, cmd_name.replace("_", "-"))):
+            if name in COMMANDS:
+                return cast(click.Command, load_target(COMMANDS[name][0]))
+            if command := super().get_command(ctx, name):
+                return command
+            if name in (others := plugin_commands()):
+                return load_command(others[name])
+        return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sub-commands without importing them."""
-        modes = [
+        """Writes the sub-commands by subject, without importing them."""
+        sections = {
+            title: [(name, summary) for name, (_, summary) in commands.items()]
+            for title, commands in GROUPS.items()
+        }
+        sections["XTuner's modes"] = [
             (name, command.get_short_help_str(limit=100))
             for name, command in sorted(self.commands.items())
         ]
-        own = [(name, summary) for name, (_, summary) in sorted(COMMANDS.items())]
-        taken = {*self.commands, *COMMANDS}
-        others = [
+        sections["Commands of other packages"] = [
             (name, f"from {distribution_name(entry_point)}")
             for name, entry_point in sorted(plugin_commands().items())
-            if name not in taken
+            if name not in {*self.commands, *COMMANDS}
         ]
-        for title, rows in (
-            ("Commands", own),
-            ("Modes of XTuner", modes),
-            ("Commands of other packages", others),
-        ):
+        for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
@@ -285,8 +324,8 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Pathology vision-language models that train inside XTuner.
 
-    Exit codes: 0 success; 2 wrong usage; 3 training finished but samples were skipped; otherwise
-    the code of what failed.
+    Exit codes: 0 all done; 1 failed; 2 wrong use; 3 done, but something was skipped (the output
+    says what and why). A mode of XTuner that fails returns its own code.
     """
 
 
@@ -316,7 +355,7 @@ def _add_modes(group: click.Group) -> None:
             parent = mode.name.split()[0]
             if parent not in group.commands:
                 group.add_command(
-                    click.Group(parent, help=summaries[parent], context_settings=_SETTINGS)
+                    SuggestingGroup(parent, help=summaries[parent], context_settings=_SETTINGS)
                 )
             target = cast(click.Group, group.commands[parent])
         target.add_command(ForwardedCommand(mode))

@@ -19,8 +19,10 @@ class Mode:
 
     Attributes:
         name: what the user types; two words where XTuner groups modes (``convert merge``).
+            XTuner's ``chat`` is ``xtuner-chat`` here, since ``chat`` is a command of ours.
         module: the module of XTuner that runs it.
         summary: one line for help.
+        example: arguments of an example, for help.
         takes_config: whether the first argument is a config, by path or by bare name.
         distributed: whether it can run in several processes (``NPROC_PER_NODE``, ``NNODES``).
         adapts_config: whether the config is fitted to the machine before it is used.
@@ -29,6 +31,7 @@ class Mode:
     name: str
     module: str
     summary: str
+    example: str
     takes_config: bool = False
     distributed: bool = False
     adapts_config: bool = False
@@ -39,6 +42,7 @@ _MODES = (
         "train",
         "xtuner.tools.train",
         "Train a model from a config.",
+        "pallava_domain_alignment_tiny --work-dir work_dirs/alignment",
         takes_config=True,
         distributed=True,
         adapts_config=True,
@@ -47,64 +51,86 @@ _MODES = (
         "test",
         "xtuner.tools.test",
         "Run the evaluation loop of a config.",
+        "my_config.py --checkpoint iter_100.pth",
         takes_config=True,
         distributed=True,
         adapts_config=True,
     ),
-    Mode("chat", "xtuner.tools.chat", "Talk to a language model or a LLaVA model."),
+    Mode(
+        "xtuner-chat",
+        "xtuner.tools.chat",
+        "Talk to a language model or a LLaVA model with XTuner's own chat.",
+        "internlm/internlm2-chat-7b --prompt-template internlm2_chat",
+    ),
     Mode(
         "convert pth_to_hf",
         "xtuner.tools.model_converters.pth_to_hf",
-        "Turn a training checkpoint into a Hugging Face folder.",
+        "Turn a training checkpoint into a Hugging Face folder. This is XTuner's converter: it "
+        "builds the whole model, needs memory for it, and writes one folder per part. "
+        "`pth-to-hf` (a command of ours) reads the checkpoint alone, also DeepSpeed folders "
+        "without DeepSpeed, verifies digests, and records the recipe, so that `export` can follow.",
+        "my_config.py iter_100.pth converted",
         takes_config=True,
     ),
     Mode(
         "convert merge",
         "xtuner.tools.model_converters.merge",
-        "Merge a LoRA adapter into its base model.",
+        "Merge a LoRA adapter into its base model, which is loaded whole; `merge` goes shard by "
+        "shard.",
+        "base adapter merged",
     ),
     Mode(
         "convert split",
         "xtuner.tools.model_converters.split",
         "Split a language model into its smallest shards.",
+        "model shards",
     ),
     Mode(
         "log-dataset",
         "xtuner.tools.log_dataset",
         "Print samples of a config's training data as the model sees them.",
+        "internlm2_chat_7b_qlora_alpaca_e3",
         takes_config=True,
     ),
     Mode(
         "check-custom-dataset",
         "xtuner.tools.check_custom_dataset",
         "Check the training data of a config.",
+        "my_config.py",
         takes_config=True,
     ),
     Mode(
         "list-dataset-format",
         "xtuner.tools.list_dataset_format",
         "List the dataset formats XTuner reads.",
+        "",
     ),
     Mode(
         "preprocess arxiv",
         "xtuner.tools.data_preprocess.arxiv",
         "Filter the arXiv metadata dump by category and date.",
+        "arxiv-metadata.json filtered.json --categories cs.AI --start-date 2020-01-01",
     ),
     Mode(
         "preprocess refcoco",
         "xtuner.tools.data_preprocess.convert_refcoco",
         "Convert RefCOCO annotations.",
+        "--ann-path refcoco_annotations --image-path coco/train2014 --save-path out",
     ),
     Mode(
         "mmbench",
         "xtuner.tools.mmbench",
         "Evaluate a LLaVA model on MMBench files.",
+        "llm --visual-encoder clip --llava llava --prompt-template vicuna --data-path MMBench.tsv "
+        "--work-dir out",
         distributed=True,
     ),
     Mode(
         "eval_refcoco",
         "xtuner.tools.eval_refcoco",
         "Evaluate a LLaVA model on RefCOCO.",
+        "llm --visual-encoder clip --llava llava --prompt-template vicuna --data-path refcoco.json "
+        "--work-dir out",
         distributed=True,
     ),
 )

@@ -2,7 +2,7 @@
 
 In a config of a linear or zero-shot baseline, `PrecomputedFeatures` takes the place of the
 backbone, `FeatureDataPreprocessor` that of the data preprocessor, and `CachedFeatureDataset` that
-of the dataset; tools/extract_features.py makes the file. Head and optimizer stay as they are.
+of the dataset; xtuner-add cite-features makes the file. Head and optimizer stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CachedFeatureDataset(PatchDataset):
     One file of features serves every split whose patches are in it.
 
     Args:
-        feature_file: File of tools/extract_features.py, relative to `data_root`.
+        feature_file: File of xtuner-add cite-features, relative to `data_root`.
         ann_file: Lines `filename label`; without it, all patches of the features with their labels.
         **kwargs: As for `PatchDataset`; `classes` are by default those of the feature file.
 

@@ -64,7 +64,7 @@ class TextEmbeddingHead(TextScores):
     """Classifies by likeness to text embeddings; without a neck this is zero-shot.
 
     Args:
-        text_embeddings: File of tools/write_text_embeddings.py.
+        text_embeddings: File of xtuner-add cite-texts.
         text_encoder: Instead of the file: arguments of `cite.text_encoder.build_text_encoder`.
         texts: For the text encoder: one or several descriptions of each class, in the order of
             the labels; or descriptions by class name, with `classes` for the order, because

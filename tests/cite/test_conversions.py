@@ -98,7 +98,7 @@ def moco_checkpoint() -> dict[str, Tensor]:
 def test_moco_by_command(suffix: str, tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": moco_checkpoint()}, tmp_path / "moco.pth")
     out = tmp_path / f"mm.{suffix}"
-    command = [sys.executable, str(ROOT / "tools/convert_model.py"), str(tmp_path / "moco.pth")]
+    command = [sys.executable, "-m", "xtuner_add.cli", "cite-convert", str(tmp_path / "moco.pth")]
     command += [str(out), "--from", "moco-v3", "--to", "mm"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -111,12 +111,12 @@ def test_by_command(tmp_path: Path) -> None:
         pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(patches / f"{name}.png")
     (patches / "t_1.png").write_bytes(b"broken")
-    command = [sys.executable, str(ROOT / "tools/draw_score_maps.py")]
+    command = [sys.executable, "-m", "xtuner_add.cli", "cite-score-maps"]
     command += [str(tmp_path / name) for name in ("classifier", "patches", "out")]
     result = subprocess.run(
         [*command, "--patch-px", "40"], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert "t_1.png: cannot be read as an image" in result.stderr
     assert "Drew 1 of 2 slides" in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["s.csv", "s.png"]

@@ -1,4 +1,4 @@
-"""`python tools/analysis/sweep_slides.py` on a made-up PatchGastric folder."""
+"""`xtuner-add cite-sweep` on a made-up PatchGastric folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "tools" / "analysis" / "sweep_slides.py"
     return subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, "-m", "xtuner_add.cli", "cite-sweep", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -37,7 +36,7 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
         *(f"linear={LINEAR}", f"vpt={VPT}", "--compare", "vpt"),
         *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
         *("--num-slides", "2", "--seeds", "2", "--metric", "bag_accuracy"),
-        *("--cfg-option", "train_cfg.max_iters=2", "--work-dir", "sweep"),
+        *("--cfg-options", "train_cfg.max_iters=2", "--work-dir", "sweep"),
     )
     result = run(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]

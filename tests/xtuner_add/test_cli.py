@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from pathcore.exit_codes import EXIT_USAGE
 from xtuner_add import cli, launch
 from xtuner_add.modes import MODES, read_arguments
 
+DEMOS = ("demo", "demo-pathgen")
 HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets", "numpy")
 
 
@@ -52,6 +56,15 @@ def test_help_shows_every_mode_and_command() -> None:
     assert code == 0
     for name in {name.split()[0] for name in MODES} | set(cli.COMMANDS):
         assert f"  {name} " in output
+
+
+def test_help_shows_each_name_once() -> None:
+    _, output = invoke("--help")
+    names = re.findall(r"^  ([a-z_-]+)  ", output, flags=re.MULTILINE)
+    assert len(names) == len(set(names)) > 50
+    for title in ("Slides", "Captions", "Datasets", "CLIP", "CITE", "PA-LLaVA training", "Release",
+                  "Evaluation", "Use", "XTuner's modes"):  # fmt: skip
+        assert f"\n{title}:\n" in output
 
 
 def test_version_is_that_of_the_distribution() -> None:
@@ -142,10 +155,76 @@ def test_impossible_processes_start_nothing(
     assert launched == []
 
 
-def test_unknown_command_is_wrong_usage() -> None:
-    code, output = invoke("trian")
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("trian", "train"), ("zeroshot", "zero-shot"), ("shot", "zero-shot"), ("desribe", "describe")],
+)
+def test_unknown_command_is_wrong_usage_and_the_nearest_is_named(typed: str, meant: str) -> None:
+    code, output = invoke(typed)
     assert code == 2
-    assert "trian" in output
+    assert f"no such command '{typed}'. Did you mean" in output and meant in output
+
+
+def test_unknown_command_of_a_mode_names_the_nearest() -> None:
+    code, output = invoke("convert", "pth-to-fh")
+    assert code == 2 and "Did you mean pth_to_hf" in output
+
+
+def test_underscores_of_the_originals_scripts_are_understood() -> None:
+    code, output = invoke("zero_shot", "--help")
+    assert code == 0 and "Classify images" in output
+
+
+def test_the_chat_of_xtuner_can_be_reached(launched: list) -> None:
+    assert invoke("xtuner-chat", "internlm", "--bits", "4")[0] == 7
+    assert launched[0][0][1:] == [
+        "-m", "xtuner_add.run_mode", "xtuner-chat", "internlm", "--bits", "4",
+    ]  # fmt: skip
+    assert MODES["xtuner-chat"].module == "xtuner.tools.chat"
+
+
+def test_both_converters_say_how_they_differ() -> None:
+    assert "`pth-to-hf`" in invoke("convert", "pth_to_hf", "--help")[1]
+    assert "`convert pth_to_hf`" in invoke("pth-to-hf", "--help")[1]
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *MODES])
+def test_help_has_an_example_whose_options_exist(name: str) -> None:
+    code, output = invoke(*name.split(), "--help")
+    assert code == 0
+    found = re.search(rf"Examples?:\n((?:  +xtuner-add {name}\b.*\n?(?:    .*\n?)*)+)", output)
+    assert found, output
+    used = set(re.findall(r"(?<= )--?[a-z][\w-]*", found.group(1)))
+    declared = set(re.findall(r"--?[a-z][\w-]*", output[: found.start()]))
+    assert used <= declared
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_wrong_options_are_wrong_usage(name: str) -> None:
+    code, output = invoke(name, "--no-such-option")
+    assert code == EXIT_USAGE == 2 and "--no-such-option" in output
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in cli.COMMANDS if name not in ("list-cfg", "plugins", *DEMOS)]
+)
+def test_missing_arguments_are_wrong_usage(name: str) -> None:
+    code, output = invoke(name)
+    assert code == EXIT_USAGE and "Missing" in output
+
+
+def test_the_same_thing_is_the_same_option_everywhere() -> None:
+    """Words that were once used for what another option already names."""
+    commands = {name: cli.main.get_command(click.Context(cli.main), name) for name in cli.COMMANDS}
+    used = {
+        (flag, name)
+        for name, command in commands.items()
+        for parameter in command.params
+        for flag in parameter.opts
+    }
+    for old in ("--tile-px", "--images", "--num-proc", "--packers", "--num-workers", "--out",
+                "--cfg-option"):  # fmt: skip
+        assert [name for flag, name in used if flag == old] == [], old
 
 
 @pytest.mark.slow

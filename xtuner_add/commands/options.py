@@ -36,6 +36,12 @@ device_option = click.option(
 )
 
 
+def example(command: str, *arguments: str) -> str:
+    """Returns the end of a command's help: one example line for each of `arguments`."""
+    lines = [f"  xtuner-add {command} {words}".rstrip() for words in arguments or ("",)]
+    return "\n".join(("\b", "Example:" if len(lines) == 1 else "Examples:", *lines))
+
+
 def add_options(
     function: _Function, options: Sequence[Callable[[_Function], _Function]]
 ) -> _Function:

@@ -100,7 +100,7 @@ def test_what_cannot_be_exported(data: Path, tmp_path: Path) -> None:
     cfg.dump(tmp_path / "config.py")
     model: Any = build_classifier(cfg, None)
     torch.save(model.state_dict(), tmp_path / "c.pth")
-    command = [sys.executable, str(ROOT / "tools/export_classifier.py")]
+    command = [sys.executable, "-m", "xtuner_add.cli", "cite-export"]
     command += [str(tmp_path / name) for name in ("config.py", "c.pth", "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1

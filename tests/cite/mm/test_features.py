@@ -173,7 +173,7 @@ def test_images_that_cannot_be_read_are_left_out(data: Path, tmp_path: Path) -> 
     settings["test_dataloader"]["dataset"]["ann_file"] = str(ann_file)
     Config(settings).dump(tmp_path / "config.py")
     out = tmp_path / "out.safetensors"
-    command = [sys.executable, ROOT / "tools/extract_features.py", tmp_path / "config.py", out]
+    command = [sys.executable, "-m", "xtuner_add.cli", "cite-features", tmp_path / "config.py", out]
     options = ["--split", "test", "--device", "cpu"]
     options += ["--cfg-options", "model.backbone.precision=bf16"]
     result = subprocess.run(
@@ -184,7 +184,7 @@ def test_images_that_cannot_be_read_are_left_out(data: Path, tmp_path: Path) -> 
         cwd=ROOT,
     )
     assert result.returncode == 3, result.stderr
-    assert "1 image(s) left out, for instance 0000_99.jpg" in result.stderr
+    assert "1 image(s) skipped, for instance 0000_99.jpg" in result.stderr
     found = read_features(out)
     assert found.header["backbone"]["precision"] == "bf16"
     assert list(found.names) == [lines[0].split()[0], lines[-1].split()[0]]
@@ -221,7 +221,7 @@ def test_text_embeddings_by_command(tmp_path: Path) -> None:
 
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps({"well": "Well differentiated", "poor": ["Poorly", "bad"]}))
-    command = [sys.executable, str(ROOT / "tools/write_text_embeddings.py")]
+    command = [sys.executable, "-m", "xtuner_add.cli", "cite-texts"]
     command += [str(tmp_path / "t.safetensors"), "--classes", str(classes), "--template", "{} x"]
     bert = ["--encoder", "bert", "--model", str(GOLDEN / "tiny_bert")]
     result = subprocess.run([*command, *bert], capture_output=True, text=True, check=False)

@@ -1,0 +1,445 @@
+"""``xtuner-add cite-splits``, ``cite-texts``, ``cite-features`` and the rest around CITE."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cite.splits import (
+    PUBLISHED_NUM_SLIDES,
+    PUBLISHED_VAL,
+    Split,
+    choose_slides,
+    published_names,
+    read_captions,
+    split_slides,
+    write_patches,
+)
+from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.files import read_json, write_text
+from xtuner_add.commands.options import (
+    ANY_PATH,
+    device_option,
+    name_values,
+    user_errors,
+)
+
+
+def _list_names(folder: Path, order: str) -> list[str]:
+    """Return the names of patches: sorted, as the file system lists them, or from a file.
+
+    Raises:
+        FileNotFoundError: if the folder, or the file of names, is not there.
+        ValueError: if a file of names is not UTF-8 text.
+    """
+    if order not in ("sorted", "os"):
+        file = Path(order)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"--listing-order {order}: no such file; expected sorted, os, or a file of names"
+            )
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; unzip patches_captions.zip there, or name it by --patches"
+        )
+    names = os.listdir(folder)
+    return sorted(names) if order == "sorted" else names
+
+
+def _report(split: Split) -> None:
+    """Print what was found and what was left out."""
+    click.echo(f"Slides by class: {split.num_slides}")
+    train, val = split.count(split.train), split.count(split.val)
+    click.echo(f"Patches by class: {train} to train, {val} to validate")
+    if split.unknown:
+        patches = sum(split.unknown.values())
+        click.echo(
+            f"Left out {patches} patches of {len(split.unknown)} slides that are of no class, for "
+            f"instance {next(iter(split.unknown))}"
+        )
+    if split.without_slide_id:
+        click.echo(
+            f"Left out {len(split.without_slide_id)} names without a slide id, for instance "
+            f"{split.without_slide_id[0]}"
+        )
+    if split.without_patches:
+        click.echo(
+            f"{len(split.without_patches)} slides have no patches, for instance "
+            f"{split.without_patches[0]}"
+        )
+
+
+@click.command("cite-splits")
+@click.option("--data", type=ANY_PATH, default="data", show_default=True, help="Root.")
+@click.option("--captions", type=ANY_PATH, help="By default DATA/captions.csv.")
+@click.option("--patches", type=ANY_PATH, help="By default DATA/patches_captions.")
+@click.option("--out", type=ANY_PATH, help="By default DATA/gastric_cls3_ann.")
+@click.option("--val", default=PUBLISHED_VAL, show_default=True, help="Share of validation slides.")
+@click.option("--seed", default=0, show_default=True, help="Of the validation slides and orders.")
+@click.option(
+    "--num-slides",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=PUBLISHED_NUM_SLIDES,
+    show_default=True,
+    help="Training slides a class; may be given several times.",
+)
+@click.option(
+    "--sort/--no-sort",
+    default=True,
+    show_default=True,
+    help="Train on the slides with most patches, or on those of patches drawn at random.",
+)
+@click.option(
+    "--train-seed", type=int, help="Of the training slides, by default --seed; named in the files."
+)
+@click.option(
+    "--listing-order",
+    default="sorted",
+    show_default=True,
+    help="sorted; os: as the file system lists them, as the original; or a FILE of names.",
+)
+def splits(
+    data: Path,
+    captions: Path | None,
+    patches: Path | None,
+    out: Path | None,
+    val: float,
+    seed: int,
+    num_slides: tuple[int, ...],
+    sort: bool,
+    train_seed: int | None,
+    listing_order: str,
+) -> None:
+    """Make the annotation files of PatchGastric, `filename label` a line.
+
+    Reads DATA/captions.csv and the names in DATA/patches_captions, and writes the published splits.
+    Slides with equally many patches are ordered by name; the original took the file system's order,
+    which --listing-order gives back.
+    """
+    folder = out or data / "gastric_cls3_ann"
+    suffix = "" if sort else "_sortFalse"
+    if train_seed is not None:
+        suffix += f"_seed{train_seed}"
+    with user_errors():
+        names = _list_names(patches or data / "patches_captions", listing_order)
+        labels = read_captions(captions or data / "captions.csv")
+        split = split_slides(labels, names, val=val, seed=seed)
+        few = {
+            number: choose_slides(
+                split.train,
+                number,
+                seed=seed if train_seed is None else train_seed,
+                most_patches=sort,
+            )
+            for number in num_slides
+        }
+        write_patches(folder / published_names(val), split.val)
+        write_patches(folder / published_names(val, "all"), split.train)
+        for number, chosen in few.items():
+            file = folder / published_names(val, number, suffix)
+            write_patches(file, chosen, final_newline=False)
+    _report(split)
+    click.echo(f"Wrote {2 + len(few)} files to {folder}")
+
+
+@click.command("cite-texts")
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option(
+    "--classes", required=True, type=click.Path(dir_okay=False), help='JSON: {"class": "text"}.'
+)
+@click.option(
+    "--encoder",
+    type=click.Choice(["bert", "sentence", "open_clip", "hf_clip"]),
+    default="bert",
+    show_default=True,
+    help="Kind of the text model.",
+)
+@click.option("--model", help="Folder, name on the hub, or package of the text model.")
+@click.option("--pooling", type=click.Choice(["pooler", "cls", "mean"]), help="Of a BERT.")
+@click.option("--arch", help="Of open_clip: the architecture.")
+@click.option("--checkpoint", help="Of open_clip: the weights.")
+@click.option("--template", multiple=True, help="Text with one {}; may be given several times.")
+def texts(
+    out: str,
+    classes: str,
+    encoder: str,
+    model: str | None,
+    pooling: str | None,
+    arch: str | None,
+    checkpoint: str | None,
+    template: tuple[str, ...],
+) -> None:
+    """Write the embeddings of the classes' descriptions to the safetensors file OUT."""
+    from cite.text_embeddings import texts_by_class, write_text_embeddings
+    from cite.text_encoder import build_text_encoder
+
+    needed = (
+        {"arch": arch, "checkpoint": checkpoint} if encoder == "open_clip" else {"model": model}
+    )
+    missing = [f"--{name}" for name, value in needed.items() if value is None]
+    if missing:
+        raise click.UsageError(f"--encoder {encoder} needs {' and '.join(missing)}")
+    arguments: dict[str, Any] = dict(needed)
+    if pooling is not None:
+        if encoder not in ("bert", "sentence"):
+            raise click.UsageError(f"--pooling is for a BERT, not for --encoder {encoder}")
+        arguments["pooling"] = pooling
+    with user_errors():
+        descriptions = read_json(classes, what="classes")
+        texts, class_ids = texts_by_class(descriptions, template or ("{}",))
+        text_encoder = build_text_encoder(encoder, **arguments)
+        content = write_text_embeddings(
+            out,
+            text_encoder.encode(texts),
+            class_ids,
+            classes=list(descriptions),
+            texts=texts,
+            encoder=text_encoder.description,
+        )
+    click.echo(
+        f"Wrote {out}: {len(texts)} texts of {len(descriptions)} classes, width {content.width}"
+    )
+
+
+@click.command("cite-features")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--split", default="train", show_default=True, help="train, val or test.")
+@click.option("--checkpoint", type=click.Path(exists=True), help="Of a classifier.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--workers", default=0, show_default=True, help="Processes that read images.")
+@device_option
+@click.option("--cfg-options", multiple=True, metavar="KEY=VALUE", help="Changes of the config.")
+def features(
+    config: str,
+    out: str,
+    split: str,
+    checkpoint: str | None,
+    batch_size: int,
+    workers: int,
+    device: str | None,
+    cfg_options: tuple[str, ...],
+) -> None:
+    """Write the features of every patch of a split of CONFIG to the safetensors file OUT.
+
+    A killed run continues when started again. Images that cannot be read are skipped; the command
+    then ends with exit code 3.
+    """
+    from cite.mm.feature_extraction import extract_features
+
+    with user_errors():
+        skipped = extract_features(
+            config,
+            out,
+            split=split,
+            checkpoint=checkpoint,
+            batch_size=batch_size,
+            num_workers=workers,
+            device=device,
+            cfg_options=_config_changes(cfg_options),
+        )
+    click.echo(f"Wrote {out}")
+    if skipped:
+        click.echo(f"{len(skipped)} image(s) skipped, for instance {skipped[0]}", err=True)
+        raise SystemExit(EXIT_SKIPPED)
+
+
+@click.command("cite-export")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+def export(config: str, checkpoint: str, out: str) -> None:
+    """Write the classifier of CONFIG with the weights CHECKPOINT to the folder OUT.
+
+    `cite.load_classifier(OUT).predict(images)` then runs without MMEngine and its libraries.
+    """
+    from cite.mm.export import export_classifier
+
+    with user_errors():
+        classifier = export_classifier(config, checkpoint, out)
+    click.echo(f"Wrote {out}: {len(classifier.classes)} classes")
+
+
+@click.command("cite-score-maps")
+@click.argument("classifier", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("patches", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--coords",
+    type=click.Path(exists=True, path_type=Path),
+    help="CSV with name, x, y; or a folder of <slide>.h5.",
+)
+@click.option("--patch-px", type=int, help="Side of a patch in the pixels of the coordinates.")
+@click.option("--slide", "only", multiple=True, help="Draw this slide alone; repeatable.")
+@click.option("--device", default="cpu", show_default=True)
+def score_maps(
+    classifier: Path,
+    patches: Path,
+    out: Path,
+    coords: Path | None,
+    patch_px: int | None,
+    only: tuple[str, ...],
+    device: str,
+) -> None:
+    """Draw maps of the scores of the exported CLASSIFIER over the slides of the folder PATCHES.
+
+    Writes one PNG and one table of scores per slide. Positions come from --coords, else from names
+    SLIDE_X_Y; else patches stand in rows. Slides that are drawn already are kept. Those that fail
+    are listed, and the command ends with exit code 3.
+    """
+    from cite.classifier import load_classifier
+    from cite.score_maps import find_patches, layout_from_h5, layout_from_names, layouts_from_csv
+
+    with user_errors():
+        model = load_classifier(classifier, device)
+        slides = find_patches(patches)
+        if unknown := set(only) - set(slides):
+            raise ValueError(f"{patches}: no patches of {sorted(unknown)[0]}")
+        slides = {name: slides[name] for name in (only or slides)}
+        side = patch_px or model.preprocessing.size
+        tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
+    failed = []
+    for slide, names in slides.items():
+        if (out / f"{slide}.png").is_file():
+            continue
+        try:
+            if coords is None:
+                layout = layout_from_names(names, side)
+            elif coords.is_dir():
+                layout = layout_from_h5(coords / f"{slide}.h5", names, patch_px)
+            else:
+                layout = tables[slide]
+            _draw(model, patches, out, slide, layout)
+        except (ValueError, OSError) as error:
+            failed.append(slide)
+            click.echo(f"{slide}: {error}", err=True)
+    click.echo(f"Drew {len(slides) - len(failed)} of {len(slides)} slides in {out}")
+    if failed:
+        raise SystemExit(EXIT_SKIPPED)
+
+
+def _draw(model, patches: Path, out: Path, slide: str, layout) -> None:  # type: ignore[no-untyped-def]
+    from cite.score_maps import draw_score_maps
+
+    scores = model.predict(patches / name for name in layout.names).numpy()
+    rows = ["name,x,y," + ",".join(f"score_{i}" for i in range(len(model.classes)))]
+    for name, (x, y), row in zip(layout.names, layout.coords_px, scores, strict=True):
+        rows.append(f"{name},{x},{y}," + ",".join(f"{score:.6f}" for score in row))
+    write_text(out / f"{slide}.csv", "\n".join(rows) + "\n")
+    draw_score_maps(out / f"{slide}.png", scores, layout, model.classes, title=slide)
+
+
+# cite.conversions, which knows them, needs torch; a test compares.
+_SOURCES = ("timm", "moco-v3", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
+_TARGETS = ("timm", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
+
+
+@click.command("cite-convert")
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--from", "source_format", required=True, type=click.Choice(_SOURCES))
+@click.option("--to", "target_format", required=True, type=click.Choice(_TARGETS))
+def convert_weights(source: str, out: str, source_format: str, target_format: str) -> None:
+    """Convert the weights SOURCE and write them to OUT, .pth or .safetensors.
+
+    From MoCo v3 to the ViT of MMClassification and MMPreTrain, and between these, timm and Hugging
+    Face; between OpenAI's CLIP and Hugging Face's. Every tensor is accounted for, or nothing is
+    written.
+    """
+    from cite.conversions import convert
+    from pathcore.weights import read_state_dict, write_state_dict
+
+    with user_errors():
+        converted = convert(read_state_dict(source), source_format, target_format)
+        write_state_dict(out, converted)
+    click.echo(f"Wrote {out}: {len(converted)} tensors")
+
+
+def _named_configs(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Read NAME=CONFIG arguments.
+
+    Raises:
+        ValueError: if one has another form, a name occurs twice, or a file is not there.
+    """
+    configs: dict[str, str] = {}
+    for pair in pairs:
+        name, _, file = pair.partition("=")
+        if not file or not name or "/" in name or name in configs:
+            raise ValueError(f"{pair!r}: NAME=CONFIG expected, each name once")
+        if not Path(file).is_file():
+            raise ValueError(f"{name}: {file}: no such config")
+        configs[name] = file
+    return configs
+
+
+def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Parses KEY=VALUE as MMEngine's --cfg-options does."""
+    from mmengine.config import DictAction
+
+    pairs = name_values("--cfg-options", texts)
+    return {key: DictAction._parse_iterable(value) for key, value in pairs.items()}
+
+
+@click.command("cite-sweep")
+@click.argument("configs", nargs=-1, required=True, metavar="NAME=CONFIG...")
+@click.option("--train-file", help="Annotation file to draw slides from, others for each seed.")
+@click.option(
+    "--train-files", help="Instead: files with {} for the number, the same slides for each seed."
+)
+@click.option("--num-slides", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--metric", default="accuracy", show_default=True)
+@click.option("--compare", help="A method whose advantage over the others is added to the table.")
+@click.option("--work-dir", default="work_dirs/sweep", show_default=True)
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--cfg-options", "options", multiple=True, metavar="KEY=VALUE")
+def sweep_slides(
+    configs: tuple[str, ...],
+    train_file: str | None,
+    train_files: str | None,
+    num_slides: tuple[int, ...],
+    seeds: int,
+    metric: str,
+    compare: str | None,
+    work_dir: str,
+    jobs: int,
+    options: tuple[str, ...],
+) -> None:
+    """Train and test each CONFIG over numbers of slides and seeds.
+
+    Cells that have their scores are not run again. Ends with exit code 1 if cells failed; their
+    folders hold error.txt.
+    """
+    from cite.mm.sweep import SweepPlan, collect, run_sweep
+
+    with user_errors():
+        plan = SweepPlan(
+            configs=_named_configs(configs),
+            train_file=train_file,
+            train_files=train_files,
+            num_slides=num_slides,
+            seeds=range(seeds),
+            work_dir=work_dir,
+            metric=metric,
+            options=_config_changes(options),
+        )
+        if compare is not None and compare not in plan.configs:
+            raise ValueError(f"--compare {compare}: none of {', '.join(plan.configs)}")
+        failures = run_sweep(plan, jobs=jobs)
+        sweep = collect(plan)
+    if sweep.scores:
+        table = sweep.table(compare)
+        click.echo(table)
+        write_text(Path(work_dir) / "table.md", table)
+        sweep.draw(Path(work_dir) / "curve.png", metric)
+        click.echo(f"Wrote table.md and curve.png to {work_dir}")
+    if failures:
+        cell, message = next(iter(failures.items()))
+        raise click.ClickException(
+            f"{len(failures)} cells failed, for instance {plan.folder(cell)}: {message}"
+        )
