@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from xtuner_add.commands.options import example
+
 if TYPE_CHECKING:
     from pallava.registry import Registry
 
@@ -69,7 +71,7 @@ def distribution_name(entry_point: EntryPoint) -> str:
     return entry_point.dist.name if entry_point.dist else "an unknown package"
 
 
-@click.command("plugins")
+@click.command("plugins", epilog=example("plugins"))
 def command() -> None:
     """List the encoders, connectors and sub-commands that can be used by name.
 

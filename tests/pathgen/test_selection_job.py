@@ -128,7 +128,8 @@ def test_chosen_patches_are_extracted_and_described(
     steps = [
         ["extract", chosen / "coords", "--slides", folder / "slides", "--output", patches,
          "--workers", 1, "--quiet"],
-        ["describe", chosen / "selection.jsonl", tmp_path / "pairs.jsonl", "--images", patches,
+        ["describe", chosen / "selection.jsonl", tmp_path / "pairs.jsonl", "--image-folder",
+         patches,
          "--endpoint", server.url, "--model", "m"],
     ]  # fmt: skip
     for arguments in steps:

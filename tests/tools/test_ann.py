@@ -54,13 +54,13 @@ def test_without_options_the_published_files_in_sorted_order(data: Path) -> None
 
 def test_any_listing_order(data: Path, tmp_path: Path) -> None:
     order = GOLDEN / "ann_filelist_shuffled.txt"
-    result = run("--listing-order", order, "--out", tmp_path / "ann", cwd=data)
+    result = run("--listing-order", order, "--output", tmp_path / "ann", cwd=data)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "ann") == files(GOLDEN / "ann_shuffled")
 
 
 def test_slides_drawn_at_random(data: Path, tmp_path: Path) -> None:
-    options = ("--no-sort", "--num-slides", "3", "--train-seed", "7", "--out", tmp_path / "ann")
+    options = ("--no-sort", "--num-slides", "3", "--train-seed", "7", "--output", tmp_path / "ann")
     result = run(*options, cwd=data)
     assert result.returncode == 0, result.stderr
     name = "train_3_0.2_sortFalse_seed7.txt"
@@ -70,7 +70,7 @@ def test_slides_drawn_at_random(data: Path, tmp_path: Path) -> None:
 def test_the_file_systems_order_gives_the_same_slides_to_validation(
     data: Path, tmp_path: Path
 ) -> None:
-    result = run("--listing-order", "os", "--out", tmp_path / "ann", cwd=data)
+    result = run("--listing-order", "os", "--output", tmp_path / "ann", cwd=data)
     assert result.returncode == 0, result.stderr
     name = "val_0.8.txt"
     found = set((tmp_path / "ann" / name).read_text().splitlines())
@@ -84,7 +84,7 @@ def test_missing_data_is_named_and_nothing_is_written(data: Path, tmp_path: Path
         (("--listing-order", "nowhere.txt"), "expected sorted, os, or a file"),
         (("--val", "0.001"), "class 0 has no slide with patches for validation"),
     ):
-        result = run(*options, "--out", tmp_path / "ann", cwd=data)
+        result = run(*options, "--output", tmp_path / "ann", cwd=data)
         assert result.returncode == 1
         assert message in result.stderr
         assert not (tmp_path / "ann").exists()

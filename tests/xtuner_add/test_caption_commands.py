@@ -52,7 +52,7 @@ def test_from_patches_to_instructions(server: DescriberServer, rows: Path) -> No
         {"usable": True, "problems": [], "caption": f"{WORDS} Seen: {text.split('Field ')[1][:1]}"}
     )
     revised = folder / "revised.jsonl"
-    result = run("revise", folder / "long.jsonl", revised, *whom, "--images", folder)
+    result = run("revise", folder / "long.jsonl", revised, *whom, "--image-folder", folder)
     assert result.exit_code == 0, result.output
     result = run("filter-captions", revised, folder / "clean.jsonl", "--steps", "length,exact")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""``xtuner-add describe``, ``revise``, ``summarise`` and the rest between patches and pairs."""
+"""``xtuner-add describe``, ``revise``, ``summarise`` and the other commands about captions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     OUT_FILE,
     add_options,
+    example,
     user_errors,
     weight_values,
 )
@@ -25,51 +26,62 @@ if TYPE_CHECKING:
 _STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
 
 _WHOM = (
-    click.option("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1; key in the "
-                 "environment variable OPENAI_API_KEY."),
-    click.option("--model", help="The model's name at the endpoint."),
-    click.option("--local", metavar="MODEL", help="Instead: a Hugging Face image-text-to-text "
-                 "model, folder or name."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with --local."),
-    click.option("--device", help="Of --local; by default a GPU where there is one."),
-    click.option("--batch-size", default=4, show_default=True, help="Of --local."),
+    click.option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, with /v1; "
+                 "API key in the environment variable OPENAI_API_KEY."),
+    click.option("--model", help="Name of the model at the endpoint."),
+    click.option("--local", metavar="MODEL", help="Run a Hugging Face image-text-to-text "
+                 "model here instead: folder or name."),
+    click.option("--trust-remote-code", is_flag=True,
+                 help="Run the code that comes with the --local model."),
+    click.option("--device", help="Device for --local. [default: a GPU if there is one]"),
+    click.option("--batch-size", default=4, show_default=True, help="Batch size of --local."),
 )  # fmt: skip
 _HOW = (
-    click.option("--concurrency", default=8, show_default=True, help="Requests at a time."),
+    click.option("--concurrency", default=8, show_default=True, help="Requests in flight."),
     click.option("--timeout", default=120.0, show_default=True, help="Seconds for one reply."),
     click.option("--max-retries", default=5, show_default=True,
-                 help="Of a request that fails, with growing pauses."),
+                 help="Retries of a failed request, with growing pauses."),
     click.option("--attempts", default=2, show_default=True,
-                 help="How often to ask for a reply that can be used."),
+                 help="How often to ask until a reply is usable."),
     click.option("--structured", is_flag=True,
-                 help="Send the reply's JSON schema along; vLLM and OpenAI take it."),
+                 help="Send the JSON schema of the reply (vLLM, OpenAI)."),
     click.option("--token-field", type=click.Choice(["max_tokens", "max_completion_tokens"]),
                  default="max_tokens", show_default=True,
-                 help="OpenAI's newer models take the second."),
-    click.option("--max-reply-tokens", default=700, show_default=True, help="Of one reply."),
+                 help="OpenAI's newer models need max_completion_tokens."),
+    click.option("--max-reply-tokens", default=700, show_default=True, help="Longest reply."),
     click.option("--temperature", default=0.0, show_default=True),
-    click.option("--seed", type=int, help="Of the model, where it takes one."),
-    click.option("--cache", type=OUT_FILE, help="Replies; by default OUT's name, .cache.sqlite."),
+    click.option("--seed", type=int, help="Sampling seed, for endpoints that take one."),
+    click.option("--cache", type=OUT_FILE,
+                 help="SQLite file of replies. [default: OUT.cache.sqlite]"),
 )  # fmt: skip
 _COST = (
-    click.option("--price-in", default=0.0, help="US dollars for a million tokens of prompt."),
-    click.option("--price-out", default=0.0, help="US dollars for a million tokens of reply."),
-    click.option("--max-cost", type=float, help="Most US dollars, earlier runs included."),
-    click.option("--max-tokens", type=int, help="Most tokens, earlier runs included."),
+    click.option("--price-in", default=0.0, help="US dollars per million prompt tokens."),
+    click.option("--price-out", default=0.0, help="US dollars per million reply tokens."),
+    click.option("--max-cost", type=float, help="Budget in US dollars, earlier runs included."),
+    click.option("--max-tokens", type=int, help="Budget in tokens, earlier runs included."),
     click.option("--image-tokens", default=3000, show_default=True,
-                 help="The most that one image can count."),
+                 help="Upper bound of tokens per image, for the budget."),
 )  # fmt: skip
-_IMAGES = click.option("--images", type=FOLDER, help="Folder of the images; by default ROWS's.")
-_PROMPT = click.option("--prompt-file", type=FILE, help=".json or .txt instead of our prompt.")
+_IMAGES = click.option(
+    "--image-folder", "images", type=FOLDER, help="Folder of the images. [default: that of ROWS]"
+)
+_PROMPT = click.option("--prompt-file", type=FILE, help="Prompt of your own, .json or .txt.")
 
 
 def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of every command that asks a model."""
+    """Adds the options that every command with a model shares."""
     rows, out = click.argument("rows", type=FILE), click.argument("out", type=OUT_FILE)
     return add_options(command, (rows, out, *_WHOM, *_HOW, *_COST))
 
 
-@click.command("describe")
+@click.command(
+    "describe",
+    epilog=example(
+        "describe",
+        "selection.jsonl captions.jsonl --endpoint http://localhost:8000/v1 --model NAME",
+        "selection.jsonl captions.jsonl --local llava-hf/llava-1.5-7b-hf",
+    ),
+)
 @asks_a_model
 @_IMAGES
 @_PROMPT
@@ -78,9 +90,9 @@ def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
 def describe(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
     """Describe the image of each row of ROWS and write the rows to OUT.
 
-    ROWS is JSON lines with `id` and `image`; what else a row says in `caption` and `report` is
-    offered to the model as notes. Run the same command again after a stop: it continues. Rows that
-    could not be described are listed beside OUT, and the exit code is 3.
+    ROWS is JSON lines with `id` and `image`; where a row has `caption` and `report`, the model gets
+    them as notes. An interrupted run continues when the same command is run again. Rows that could
+    not be described are listed beside OUT, and the exit code is 3.
     """
     from pathgen.agents.captions import describe as describe_step
 
@@ -89,16 +101,21 @@ def describe(prompt_file: Path | None, min_words: int, max_words: int, **options
     _run(step, **options)
 
 
-@click.command("revise")
+@click.command(
+    "revise",
+    epilog=example(
+        "revise", "captions.jsonl revised.jsonl --endpoint http://localhost:8000/v1 --model NAME"
+    ),
+)
 @asks_a_model
 @_IMAGES
 @_PROMPT
 @click.option("--min-words", default=20, show_default=True)
 @click.option("--max-words", default=250, show_default=True)
 def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
-    """Check the caption of each row against its image, correct or reject it.
+    """Check the caption of each row against its image, and correct or reject it.
 
-    A row's `report` is shown to the model too. Rejected rows are listed beside OUT.
+    The model also sees the `report` of a row. Rejected rows are listed beside OUT.
     """
     from pathgen.agents.captions import revise as revise_step
 
@@ -107,16 +124,21 @@ def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: 
     _run(step, **options)
 
 
-@click.command("summarise")
+@click.command(
+    "summarise",
+    epilog=example(
+        "summarise", "revised.jsonl short.jsonl --endpoint http://localhost:8000/v1 --model NAME"
+    ),
+)
 @asks_a_model
 @_PROMPT
 @click.option("--max-clip-tokens", default=77, show_default=True,
-              help="Tokens of CLIP with both marks.")  # fmt: skip
+              help="Limit in CLIP tokens, start and end tokens included.")  # fmt: skip
 @click.option("--max-words", default=60, show_default=True)
 def summarise(
     prompt_file: Path | None, max_clip_tokens: int, max_words: int, **options: Any
 ) -> None:
-    """Shorten the caption of each row to what CLIP's text encoder reads."""
+    """Shorten the caption of each row to fit CLIP's text encoder."""
     from pathgen.agents.captions import summarise as summarise_step
 
     with user_errors():
@@ -124,21 +146,27 @@ def summarise(
     _run(step, **options)
 
 
-@click.command("make-instructions")
+@click.command(
+    "make-instructions",
+    epilog=example(
+        "make-instructions",
+        "revised.jsonl conversations.jsonl --endpoint http://localhost:8000/v1 --model NAME",
+    ),
+)
 @asks_a_model
 @_IMAGES
 @click.option("--kinds", default="conversation=1,detail=1,open=1,closed=1", show_default=True,
-              help="Weights; each caption gets one kind.")  # fmt: skip
+              help="Weights of the kinds; each caption gets one kind.")  # fmt: skip
 @click.option("--every-kind", is_flag=True, help="Make each kind from each caption.")
-@click.option("--with-image", is_flag=True, help="Let the model see the image too.")
+@click.option("--with-image", is_flag=True, help="Show the model the image too.")
 @click.option("--draw-seed", default=0, show_default=True,
-              help="Of kinds, choices' order and questions.")  # fmt: skip
+              help="Seed for kinds, order of choices, and questions.")  # fmt: skip
 def make_instructions(
     kinds: str, every_kind: bool, with_image: bool, draw_seed: int, **options: Any
 ) -> None:
     """Make conversations, descriptions and questions from the captions of ROWS.
 
-    OUT is in the LLaVA schema, as training reads it.
+    OUT has the LLaVA schema that training reads.
     """
     from pathgen.agents.instructions import make_instructions as instructions_step
 
@@ -152,24 +180,26 @@ def make_instructions(
     _run(step, **options)
 
 
-@click.command("filter-captions")
+@click.command(
+    "filter-captions", epilog=example("filter-captions", "short.jsonl pairs.jsonl --max-words 60")
+)
 @click.argument("rows", type=FILE)
 @click.argument("out", type=OUT_FILE)
-@click.option("--steps", default=",".join(_STEPS), show_default=True, help="Which, in order.")
+@click.option("--steps", default=",".join(_STEPS), show_default=True, help="Steps, in this order.")
 @click.option("--min-words", default=20, show_default=True)
 @click.option("--max-words", default=250, show_default=True)
 @click.option(
     "--within",
     metavar="FIELD",
-    help="Compare for duplicates only rows with the same FIELD, wsi_id for instance.",
+    help="Look for duplicates only among rows with the same FIELD, such as wsi_id.",
 )
 @click.option(
     "--similarity",
     default=0.8,
     show_default=True,
-    help="Of three-word sequences, from which captions are the same.",
+    help="Jaccard similarity of word trigrams from which captions are duplicates.",
 )
-@click.option("--samples", default=10, show_default=True, help="Dropped rows shown for each step.")
+@click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
 def filter_captions(
     rows: Path,
     out: Path,
@@ -182,8 +212,8 @@ def filter_captions(
 ) -> None:  # fmt: skip
     """Copy the rows of ROWS whose captions pass every step to OUT.
 
-    What was dropped, and why, is in OUT's name with .dropped.jsonl; counts and samples in
-    .filters.json. Rows that are no rows at all give the exit code 3.
+    OUT.dropped.jsonl says what was dropped and why; OUT.filters.json holds counts and samples. The
+    exit code is 3 if a line of ROWS is not a valid row.
     """
     from pathgen import filters
 

@@ -23,17 +23,18 @@ from pathcore.files import read_json, write_text
 from xtuner_add.commands.options import (
     ANY_PATH,
     device_option,
+    example,
     name_values,
     user_errors,
 )
 
 
 def _list_names(folder: Path, order: str) -> list[str]:
-    """Return the names of patches: sorted, as the file system lists them, or from a file.
+    """Returns the names of patches: sorted, as the file system lists them, or from a file.
 
     Raises:
-        FileNotFoundError: if the folder, or the file of names, is not there.
-        ValueError: if a file of names is not UTF-8 text.
+        FileNotFoundError: If the folder, or the file of names, is not there.
+        ValueError: If a file of names is not UTF-8 text.
     """
     if order not in ("sorted", "os"):
         file = Path(order)
@@ -51,19 +52,19 @@ def _list_names(folder: Path, order: str) -> list[str]:
 
 
 def _report(split: Split) -> None:
-    """Print what was found and what was left out."""
+    """Prints what was found and what was skipped."""
     click.echo(f"Slides by class: {split.num_slides}")
     train, val = split.count(split.train), split.count(split.val)
     click.echo(f"Patches by class: {train} to train, {val} to validate")
     if split.unknown:
         patches = sum(split.unknown.values())
         click.echo(
-            f"Left out {patches} patches of {len(split.unknown)} slides that are of no class, for "
+            f"Skipped {patches} patches of {len(split.unknown)} slides without a class, for "
             f"instance {next(iter(split.unknown))}"
         )
     if split.without_slide_id:
         click.echo(
-            f"Left out {len(split.without_slide_id)} names without a slide id, for instance "
+            f"Skipped {len(split.without_slide_id)} names without a slide id, for instance "
             f"{split.without_slide_id[0]}"
         )
     if split.without_patches:
@@ -73,29 +74,35 @@ def _report(split: Split) -> None:
         )
 
 
-@click.command("cite-splits")
-@click.option("--data", type=ANY_PATH, default="data", show_default=True, help="Root.")
-@click.option("--captions", type=ANY_PATH, help="By default DATA/captions.csv.")
+@click.command("cite-splits", epilog=example("cite-splits", "--data data --listing-order os"))
+@click.option(
+    "--data", type=ANY_PATH, default="data", show_default=True, help="Root of the dataset."
+)
+@click.option("--captions", type=ANY_PATH, help="[default: DATA/captions.csv]")
 @click.option("--patches", type=ANY_PATH, help="By default DATA/patches_captions.")
-@click.option("--out", type=ANY_PATH, help="By default DATA/gastric_cls3_ann.")
-@click.option("--val", default=PUBLISHED_VAL, show_default=True, help="Share of validation slides.")
-@click.option("--seed", default=0, show_default=True, help="Of the validation slides and orders.")
+@click.option("--output", type=ANY_PATH, help="[default: DATA/gastric_cls3_ann]")
+@click.option(
+    "--val", default=PUBLISHED_VAL, show_default=True, help="Fraction of slides for validation."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for validation slides and order.")
 @click.option(
     "--num-slides",
     type=click.IntRange(min=1),
     multiple=True,
     default=PUBLISHED_NUM_SLIDES,
     show_default=True,
-    help="Training slides a class; may be given several times.",
+    help="Training slides per class; may be repeated.",
 )
 @click.option(
     "--sort/--no-sort",
     default=True,
     show_default=True,
-    help="Train on the slides with most patches, or on those of patches drawn at random.",
+    help="Train on the slides with most patches, or on slides drawn at random.",
 )
 @click.option(
-    "--train-seed", type=int, help="Of the training slides, by default --seed; named in the files."
+    "--train-seed",
+    type=int,
+    help="Seed for training slides, part of the file names. [default: --seed]",
 )
 @click.option(
     "--listing-order",
@@ -107,7 +114,7 @@ def splits(
     data: Path,
     captions: Path | None,
     patches: Path | None,
-    out: Path | None,
+    output: Path | None,
     val: float,
     seed: int,
     num_slides: tuple[int, ...],
@@ -121,7 +128,7 @@ def splits(
     Slides with equally many patches are ordered by name; the original took the file system's order,
     which --listing-order gives back.
     """
-    folder = out or data / "gastric_cls3_ann"
+    folder = output or data / "gastric_cls3_ann"
     suffix = "" if sort else "_sortFalse"
     if train_seed is not None:
         suffix += f"_seed{train_seed}"
@@ -147,7 +154,13 @@ def splits(
     click.echo(f"Wrote {2 + len(few)} files to {folder}")
 
 
-@click.command("cite-texts")
+@click.command(
+    "cite-texts",
+    epilog=example(
+        "cite-texts",
+        "texts.safetensors --classes classes.json --model michiyasunaga/BioLinkBERT-large",
+    ),
+)
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option(
     "--classes", required=True, type=click.Path(dir_okay=False), help='JSON: {"class": "text"}.'
@@ -159,11 +172,11 @@ def splits(
     show_default=True,
     help="Kind of the text model.",
 )
-@click.option("--model", help="Folder, name on the hub, or package of the text model.")
-@click.option("--pooling", type=click.Choice(["pooler", "cls", "mean"]), help="Of a BERT.")
-@click.option("--arch", help="Of open_clip: the architecture.")
-@click.option("--checkpoint", help="Of open_clip: the weights.")
-@click.option("--template", multiple=True, help="Text with one {}; may be given several times.")
+@click.option("--model", help="Text model: folder or hub name.")
+@click.option("--pooling", type=click.Choice(["pooler", "cls", "mean"]), help="Pooling of a BERT.")
+@click.option("--arch", help="Architecture of open_clip.")
+@click.option("--checkpoint", help="Weights of open_clip.")
+@click.option("--template", multiple=True, help="Text with one {}; may be repeated.")
 def texts(
     out: str,
     classes: str,
@@ -206,11 +219,14 @@ def texts(
     )
 
 
-@click.command("cite-features")
+@click.command(
+    "cite-features",
+    epilog=example("cite-features", "my_config.py features.safetensors --split train"),
+)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--split", default="train", show_default=True, help="train, val or test.")
-@click.option("--checkpoint", type=click.Path(exists=True), help="Of a classifier.")
+@click.option("--checkpoint", type=click.Path(exists=True), help="Checkpoint of a classifier.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--workers", default=0, show_default=True, help="Processes that read images.")
 @device_option
@@ -249,7 +265,9 @@ def features(
         raise SystemExit(EXIT_SKIPPED)
 
 
-@click.command("cite-export")
+@click.command(
+    "cite-export", epilog=example("cite-export", "my_config.py iter_1000.pth classifier")
+)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
@@ -265,7 +283,10 @@ def export(config: str, checkpoint: str, out: str) -> None:
     click.echo(f"Wrote {out}: {len(classifier.classes)} classes")
 
 
-@click.command("cite-score-maps")
+@click.command(
+    "cite-score-maps",
+    epilog=example("cite-score-maps", "classifier data/patches_captions maps --patch-px 300"),
+)
 @click.argument("classifier", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("patches", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
@@ -339,7 +360,9 @@ _SOURCES = ("timm", "moco-v3", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
 _TARGETS = ("timm", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
 
 
-@click.command("cite-convert")
+@click.command(
+    "cite-convert", epilog=example("cite-convert", "moco.pth.tar mm.pth --from moco-v3 --to mm")
+)
 @click.argument("source", type=click.Path())
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--from", "source_format", required=True, type=click.Choice(_SOURCES))
@@ -361,10 +384,10 @@ def convert_weights(source: str, out: str, source_format: str, target_format: st
 
 
 def _named_configs(pairs: tuple[str, ...]) -> dict[str, str]:
-    """Read NAME=CONFIG arguments.
+    """Parses NAME=CONFIG arguments.
 
     Raises:
-        ValueError: if one has another form, a name occurs twice, or a file is not there.
+        ValueError: If one has another form, a name occurs twice, or a file does not exist.
     """
     configs: dict[str, str] = {}
     for pair in pairs:
@@ -385,16 +408,22 @@ def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     return {key: DictAction._parse_iterable(value) for key, value in pairs.items()}
 
 
-@click.command("cite-sweep")
+@click.command(
+    "cite-sweep",
+    epilog=example(
+        "cite-sweep", "cite=cite.py linear=linear.py --train-file train_all_0.2.txt --compare cite"
+    ),
+)
 @click.argument("configs", nargs=-1, required=True, metavar="NAME=CONFIG...")
 @click.option("--train-file", help="Annotation file to draw slides from, others for each seed.")
 @click.option(
-    "--train-files", help="Instead: files with {} for the number, the same slides for each seed."
+    "--train-files",
+    help="Files with {} for the number, in place of --train-file: the same slides for each seed.",
 )
 @click.option("--num-slides", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--metric", default="accuracy", show_default=True)
-@click.option("--compare", help="A method whose advantage over the others is added to the table.")
+@click.option("--compare", help="Method whose advantage over the others the table shows.")
 @click.option("--work-dir", default="work_dirs/sweep", show_default=True)
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--cfg-options", "options", multiple=True, metavar="KEY=VALUE")

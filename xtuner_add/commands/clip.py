@@ -16,6 +16,7 @@ from xtuner_add.commands.options import (
     OUT_FOLDER,
     add_options,
     device_option,
+    example,
     name_values,
     user_errors,
     yaml_values,
@@ -23,33 +24,45 @@ from xtuner_add.commands.options import (
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
 
 
-@click.command("train-clip")
+@click.command(
+    "train-clip",
+    epilog=example("train-clip", "pathgen_clip --output runs/clip --data pathgen=shards/"),
+)
 @click.argument("recipe")
-@click.option("--output", required=True, type=OUT_FOLDER, help="A folder per stage is made in it.")
+@click.option(
+    "--output", required=True, type=OUT_FOLDER, help="Folder to write; receives a folder per stage."
+)
 @click.option(
     "--data",
     "data",
     multiple=True,
     metavar="STAGE=PATH",
-    help="Shards or pairs.jsonl of a stage, instead of the recipe's.",
+    help="Shards or pairs.jsonl of a stage, in place of the recipe's; may be repeated.",
 )
-@click.option("--images", type=FOLDER, help="Of pairs.jsonl; by default the file's folder.")
-@click.option("--model", help="Instead of the recipe's: open_clip's name, or a JSON file.")
+@click.option(
+    "--image-folder",
+    "images",
+    type=FOLDER,
+    help="Folder of the images. [default: that of the pairs]",
+)
+@click.option(
+    "--model", help="Model in place of the recipe's: a name of open_clip, or a JSON file."
+)
 @click.option(
     "--pretrained",
-    help="Instead of the recipe's: a tag, a checkpoint, a folder that "
-    "train-clip wrote, or '' for random weights.",
+    help="Weights in place of the recipe's: a tag, a checkpoint, a folder that train-clip wrote, "
+    "or '' for random weights.",
 )
 @click.option(
     "--option",
     "options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of open_clip's trainer, for all stages.",
+    help="Option of open_clip's trainer, for all stages; may be repeated.",
 )
 @device_option
 @click.option(
-    "--packers", default=1, show_default=True, help="Processes that make shards of pairs.jsonl."
+    "--workers", default=1, show_default=True, help="Processes that pack pairs.jsonl into shards."
 )
 @click.pass_context
 def train_clip(
@@ -62,13 +75,14 @@ def train_clip(
     pretrained: str | None,
     options: tuple[str, ...],
     device: str | None,
-    packers: int,
+    workers: int,
 ) -> None:  # fmt: skip
-    """Train a CLIP by RECIPE, a YAML file or the name of one of ours: `pathgen_clip`.
+    """Train a CLIP as RECIPE says: a YAML file, or the name of one of ours such as `pathgen_clip`.
 
     Several processes: NPROC_PER_NODE; several machines with one file system: NNODES, NODE_RANK,
-    ADDR, PORT. Run the same command again after a stop: it continues at the last whole epoch.
-    Pairs that were left out are listed in each stage's skipped.jsonl, and the exit code is 3.
+    ADDR, PORT. An interrupted run continues at the last complete epoch when the
+    same command is run again. Skipped pairs are listed in skipped.jsonl of each stage, and the exit
+    code is 3.
     """
     from pathgen.clip_recipe import read_recipe
     from pathgen.clip_training import TrainingError
@@ -79,7 +93,9 @@ def train_clip(
     except LaunchError as error:
         raise click.UsageError(str(error), ctx) from error
     if "RANK" in os.environ:
-        raise click.UsageError("starts its own processes: set NPROC_PER_NODE, not torchrun", ctx)
+        raise click.UsageError(
+            "train-clip starts its own processes: set NPROC_PER_NODE instead of using torchrun", ctx
+        )
     with user_errors():
         read = read_recipe(
             find_recipe(recipe),
@@ -91,14 +107,16 @@ def train_clip(
         )
         files = [stage.data for stage in read.stages if stage.data.is_file()]
         if processes.nnodes > 1 and files:
-            raise ValueError(f"{files[0]}: on several machines shards are expected, not pairs")
+            raise ValueError(
+                f"{files[0]}: several machines need shards; pack the pairs on one machine first"
+            )
         try:
             results = train(
                 read,
                 output,
                 start=_start,
                 num_processes=processes.nnodes * processes.nproc_per_node,
-                num_packers=packers,
+                num_packers=workers,
                 device=device,
                 is_first_machine=processes.node_rank == 0,
             )
@@ -115,18 +133,24 @@ _ENCODING = (
     click.option("--output", required=True, type=OUT_FOLDER, help="Folder for the scores."),
     click.option("--cache", type=OUT_FOLDER, help="Folder of image features. [default: --output]"),
     device_option,
-    click.option("--batch-size", default=64, show_default=True, help="Images at a time."),
+    click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
     click.option("--workers", default=0, show_default=True, help="Processes that read images."),
-    click.option("--seed", default=0, show_default=True, help="Of the intervals."),
+    click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap."),
 )
 
 
 def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of every command that computes features of images."""
+    """Adds the options that every command with image features shares."""
     return add_options(command, (click.argument("model"), *_ENCODING))
 
 
-@click.command("clip-zero-shot")
+@click.command(
+    "clip-zero-shot",
+    epilog=example(
+        "clip-zero-shot",
+        "runs/clip/pathgen/open_clip --benchmark bach --data-path BACH/ --output scores/",
+    ),
+)
 @encodes_images
 @click.option(
     "--benchmark",
@@ -135,7 +159,7 @@ def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
     "bach, crc100k, lc25000, mhist, osteo, patch_camelyon, sicapv2, skin_cancer, "
     "wsss4luad.",
 )
-@click.option("--data-path", required=True, type=FOLDER, help="The data set as published.")
+@click.option("--data-path", required=True, type=FOLDER, help="The dataset as published.")
 @click.pass_context
 def clip_zero_shot(
     ctx: click.Context,
@@ -152,8 +176,8 @@ def clip_zero_shot(
     """Classify images by MODEL and prompts: balanced accuracy, weighted F1, accuracy, intervals.
 
     MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, a preset, or
-    open_clip:ARCH@WEIGHTS. Run again after a stop: features are kept. Images that cannot be
-    read are listed in skipped.jsonl, and the exit code is 3.
+    open_clip:ARCH@WEIGHTS. Features are kept, so that an interrupted
+    run continues. Images that cannot be read are listed in skipped.jsonl, and the exit code is 3.
     """
     from pathcore.encoders import create_encoder
     from pathgen.class_benchmarks import load_benchmark
@@ -174,15 +198,25 @@ def clip_zero_shot(
     _show(ctx, output, metrics)
 
 
-@click.command("clip-retrieval")
+@click.command(
+    "clip-retrieval",
+    epilog=example(
+        "clip-retrieval", "runs/clip/pathgen/open_clip --pairs pairs.jsonl --output scores/ --k 10"
+    ),
+)
 @encodes_images
 @click.option(
     "--pairs",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="pairs.jsonl: image and caption.",
+    help="JSON lines with image and caption.",
 )
-@click.option("--images", type=FOLDER, help="By default the folder of the pairs.")
+@click.option(
+    "--image-folder",
+    "images",
+    type=FOLDER,
+    help="Folder of the images. [default: that of the pairs]",
+)
 @click.option(
     "--k",
     "ks",
@@ -190,7 +224,7 @@ def clip_zero_shot(
     type=click.IntRange(min=1),
     default=(1, 5, 10),
     show_default=True,
-    help="May be given again.",
+    help="May be repeated.",
 )
 @click.pass_context
 def clip_retrieval(
@@ -226,10 +260,10 @@ def clip_retrieval(
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a recipe argument means: a path, or the bare name of one of ours.
+    """Returns the file of a recipe, given as a path or as the bare name of one of ours.
 
     Raises:
-        FileNotFoundError: Neither.
+        FileNotFoundError: If it is neither.
     """
     from xtuner_add.paths import configs_dir
 
@@ -256,6 +290,6 @@ def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
 def _end(ctx: click.Context, skipped: dict[Path, int]) -> None:
     for path, count in skipped.items():
         if count:
-            click.echo(f"{count} left out: see {path}", err=True)
+            click.echo(f"{count} skipped: see {path}", err=True)
     if any(skipped.values()):
         ctx.exit(EXIT_SKIPPED)

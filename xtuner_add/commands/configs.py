@@ -12,10 +12,11 @@ from pathlib import Path
 
 import click
 
+from xtuner_add.commands.options import example
 from xtuner_add.paths import find_config, own_configs, xtuner_configs
 
 
-@click.command("list-cfg")
+@click.command("list-cfg", epilog=example("list-cfg", "--pattern pallava"))
 @click.option("-p", "--pattern", default="", help="Show the names that contain this text.")
 def list_cfg(pattern: str) -> None:
     """List the configs known by name: this project's, then XTuner's."""
@@ -30,7 +31,7 @@ def list_cfg(pattern: str) -> None:
             click.echo(f"  {name}")
 
 
-@click.command("copy-cfg")
+@click.command("copy-cfg", epilog=example("copy-cfg", "pallava_domain_alignment my_configs"))
 @click.argument("name")
 @click.argument("save_dir", type=click.Path(file_okay=False, path_type=Path))
 def copy_cfg(name: str, save_dir: Path) -> None:

@@ -14,6 +14,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     OUT_FOLDER,
     end,
+    example,
     keyword_values,
     progress_bar,
     user_errors,
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
     from pallava.converters.cleaning.steps import Step
 
 _IMAGES = click.option(
-    "--image-folder", type=FOLDER, help="What the images' names are relative to."
+    "--image-folder", type=FOLDER, help="Folder that image names are relative to."
 )
 _MAX_SKIPPED = click.option(
-    "--max-skipped", default=0.1, show_default=True, help="Unusable share that is an error."
+    "--max-skipped",
+    default=0.1,
+    show_default=True,
+    help="Fraction of unusable rows from which the run fails.",
 )
 
 
-@click.command("convert-dataset")
+@click.command("convert-dataset", epilog=example("convert-dataset", "quilt-1m quilt/ out/quilt"))
 @click.argument("name")
 @click.argument("data_path", type=FILE_OR_FOLDER)
 @click.argument("out", type=OUT_FOLDER)
@@ -40,15 +44,15 @@ _MAX_SKIPPED = click.option(
     "--option",
     "settings",
     multiple=True,
-    metavar="KEY=VALUE",
-    help="Of the dataset, as split=train; may be given again.",
+    metavar="NAME=VALUE",
+    help="Option of the dataset, such as split=train; may be repeated.",
 )
-@click.option("--licence", help="Written into the rows instead of the one known here.")
+@click.option("--licence", help="Licence to write into the rows, in place of the one on record.")
 @click.option(
     "--check-images/--no-check-images",
     default=True,
     show_default=True,
-    help="Leave out rows whose image file is not there.",
+    help="Skip rows whose image file is missing.",
 )
 @_MAX_SKIPPED
 @click.option(
@@ -56,7 +60,7 @@ _MAX_SKIPPED = click.option(
     type=click.Choice(["hard", "symbolic", "copy"]),
     default="hard",
     show_default=True,
-    help="How folders of classes hold their images.",
+    help="How class folders refer to their images.",
 )
 def convert_dataset(
     name: str,
@@ -69,12 +73,12 @@ def convert_dataset(
     max_skipped: float,
     link: Any,
 ) -> None:
-    """Turn the public dataset NAME, as published, into training files in the folder OUT.
+    """Convert the public dataset NAME, as published, to training files in the folder OUT.
 
     `xtuner-add plugins` lists the names, those of other packages included. DATA_PATH is the data
     file or the dataset's folder. OUT receives pairs.jsonl, conversations.jsonl or one folder per
-    class. Run the same command again after a stop: it continues. Rows that could not be used are
-    in OUT/skipped_samples.jsonl, and the exit code is then 3.
+    class. An interrupted run continues when the same command is run again. Unusable rows are
+    listed in OUT/skipped_samples.jsonl, and the exit code is 3.
     """
     from dataclasses import replace
 
@@ -104,7 +108,7 @@ def convert_dataset(
             )
     click.echo(f"Wrote {out}: {_amount(report)}")
     if report.get("num_left_out"):
-        click.echo(f"{report['num_left_out']:,} records were left out by the options")
+        click.echo(f"{report['num_left_out']:,} records were excluded by the options")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
@@ -114,12 +118,16 @@ def _amount(report: dict[str, Any]) -> str:
     return f"{report['num_rows']:,} {report['kind']}"
 
 
-@click.command("dataformat")
+@click.command(
+    "dataformat", epilog=example("dataformat", "pairs.jsonl conversations/ --image-folder images/")
+)
 @click.argument("pairs", type=FILE)
 @click.argument("out", type=OUT_FOLDER)
 @_IMAGES
-@click.option("--seed", default=0, show_default=True, help="Of the choice of requests.")
-@click.option("--instructions", type=FILE, help="Requests of your own: JSON list or text lines.")
+@click.option("--seed", default=0, show_default=True, help="Seed for the choice of requests.")
+@click.option(
+    "--instructions", type=FILE, help="Requests of your own: a JSON list, or one per line."
+)
 @click.option(
     "--image-place", type=click.Choice(["front", "random"]), default="front", show_default=True
 )
@@ -127,7 +135,7 @@ def _amount(report: dict[str, Any]) -> str:
     "--max-area-px",
     default=4096 * 4096,
     show_default=True,
-    help="Leave larger images out; 0 opens no image.",
+    help="Skip larger images; 0 does not open images.",
 )
 @_MAX_SKIPPED
 def dataformat(
@@ -162,7 +170,7 @@ def dataformat(
         )
     click.echo(f"Wrote {out}: {_amount(report)}")
     if report["num_left_out"]:
-        click.echo(f"{report['num_left_out']:,} images are too large and were left out")
+        click.echo(f"{report['num_left_out']:,} images are too large and were skipped")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
@@ -170,29 +178,44 @@ _STEPS = ("words", "pathology", "human", "size", "classifier", "clip-classes", "
 _DEFAULT = "words,pathology,human,size"
 
 
-@click.command("clean-pairs")
+@click.command(
+    "clean-pairs",
+    epilog=example(
+        "clean-pairs",
+        "pairs.jsonl cleaned/ --image-folder images/ --steps words,pathology,human,size",
+    ),
+)
 @click.argument("rows", type=FILE)
 @click.argument("out", type=OUT_FOLDER)
 @_IMAGES
-@click.option("--steps", help=f"Of {', '.join(_STEPS)}; in order. [default: {_DEFAULT}; with "
-              "--index none]")  # fmt: skip
-@click.option("--index", type=FILE, help="Keep only what this published list names.")
+@click.option("--steps", help=f"Comma-separated, in order: {', '.join(_STEPS)}. "
+              f"[default: {_DEFAULT}; "
+              "with --index none]")  # fmt: skip
+@click.option("--index", type=FILE, help="Keep only the rows that this published list names.")
 @click.option("--min-words", default=20, show_default=True)
 @click.option("--max-area-px", default=4096 * 4096, show_default=True)
 @click.option("--min-side-px", default=1, show_default=True)
 @click.option("--pathology-words", default="pathology", help="Word lists of your own, JSON.")
 @click.option("--human-words", default="human", help="Word lists of your own, JSON.")
-@click.option("--classifier", help="Image classifier of transformers, folder or name.")
-@click.option("--label", "labels", multiple=True, help="Of --classifier, to keep; again for more.")
+@click.option("--classifier", help="transformers image classifier: folder or name.")
+@click.option(
+    "--label", "labels", multiple=True, help="Label of --classifier to keep; may be repeated."
+)
 @click.option("--clip", help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder.")
 @click.option("--clip-classes", type=FILE, help="Descriptions to keep and to drop, JSON.")
 @click.option("--min-probability", default=0.5, show_default=True,
-              help="Of classifier and clip-classes.")  # fmt: skip
-@click.option("--min-score", type=float, help="Of clip-score: cosine of image and caption.")
-@click.option("--device", help="[default: the GPU, or the CPU]")
+              help="For classifier and clip-classes.")  # fmt: skip
+@click.option(
+    "--min-score", type=float, help="Smallest cosine of image and caption, for clip-score."
+)
+@click.option("--device", help="Device to compute on. [default: a GPU if there is one]")
 @click.option("--batch-size", default=32, show_default=True)
-@click.option("--shard", metavar="INDEX/COUNT", help="Do a share; a last run without it joins.")
-@click.option("--samples", default=10, show_default=True, help="Dropped rows shown of each step.")
+@click.option(
+    "--shard",
+    metavar="INDEX/COUNT",
+    help="Do one of COUNT parts; a last run without --shard joins them.",
+)
+@click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
 @_MAX_SKIPPED
 def clean_pairs(
     rows: Path,
@@ -207,9 +230,9 @@ def clean_pairs(
     """Copy the rows of ROWS that pass every step to the folder OUT.
 
     ROWS is pairs.jsonl or conversations.jsonl. OUT receives the rows that are kept, dropped.jsonl
-    with reasons, and a report as JSON, Markdown and HTML with samples of what was dropped. Run the
-    same command again after a stop: it continues. Rows that could not be read are in
-    OUT/skipped_samples.jsonl, and the exit code is then 3.
+    with reasons, and a report as JSON, Markdown and HTML with samples of dropped rows. An
+    interrupted run continues when the same command is run again. Unreadable rows are listed in
+    OUT/skipped_samples.jsonl, and the exit code is 3.
     """
     from pallava.converters.cleaning.run import TABLES_NAME, clean
     from pallava.converters.cleaning.steps import read_index
@@ -233,7 +256,7 @@ def clean_pairs(
     for step in report["steps"]:
         click.echo(f"{step['name']:>12}: {step['dropped']:,} of {step['seen']:,} dropped")
     if missing := report.get("index", {}).get("num_missing"):
-        click.echo(f"{missing:,} entries of {index} name no row of {rows}")
+        click.echo(f"{missing:,} entries of {index} are not in {rows}")
     click.echo(f"Wrote {out}: {report['num_kept']:,} rows; see {out / TABLES_NAME}")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
@@ -304,21 +327,24 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
     return clip_score_step(clip, options["min_score"])
 
 
-@click.command("tokenise")
+@click.command(
+    "tokenise",
+    epilog=example("tokenise", "conversations.jsonl tokenised/ --config pallava_domain_alignment"),
+)
 @click.argument("conversations", type=FILE)
 @click.argument("out", type=OUT_FOLDER)
-@click.option("--config", help="Training config whose tokenizer, template and length are used.")
-@click.option("--tokenizer", help="Instead: folder or hub name.")
+@click.option("--config", help="Training config that sets tokenizer, template and length.")
+@click.option("--tokenizer", help="Tokenizer in place of --config: folder or hub name.")
 @click.option("--prompt-template", default="llama3_chat", show_default=True)
 @click.option(
     "--map-fn",
     type=click.Choice(["llava", "interleaved"]),
     default="llava",
     show_default=True,
-    help="llava moves the image to the front, as published.",
+    help="llava moves the image to the front, as the published code does.",
 )
 @click.option("--max-length", default=2048 - 196, show_default=True)
-@click.option("--num-proc", type=int, help="[default: by the number of rows]")
+@click.option("--workers", type=int, help="Processes. [default: by the number of rows]")
 def tokenise(
     conversations: Path,
     out: Path,
@@ -327,15 +353,15 @@ def tokenise(
     prompt_template: str,
     map_fn: str,
     max_length: int,
-    num_proc: int | None,
+    workers: int | None,
 ) -> None:
     """Tokenise CONVERSATIONS once and write the folder OUT.
 
-    Training reads it as `offline_processed_text_folder` and starts at once. Rows that could not be
-    used are in OUT/skipped_samples.jsonl, and the exit code is then 3.
+    Training reads it as `offline_processed_text_folder` and starts without tokenising. Unusable
+    rows are listed in OUT/skipped_samples.jsonl, and the exit code is 3.
     """
     if (config is None) == (tokenizer is None):
-        raise click.UsageError("either --config or --tokenizer expected")
+        raise click.UsageError("give either --config or --tokenizer")
     from pallava.engine.tokenised import settings_from_config, settings_from_names
     from pallava.engine.tokenised import tokenise as write_folder
 
@@ -347,6 +373,6 @@ def tokenise(
             settings = settings_from_names(
                 tokenizer, prompt_template, map_fn=map_fn, max_length=max_length
             )
-        report = write_folder(conversations, out, settings, num_proc=num_proc)
+        report = write_folder(conversations, out, settings, num_proc=workers)
     click.echo(f"Wrote {out}: {report['num_rows']:,} rows, {report['num_tokens']:,} tokens")
     end(report["num_skipped"], out / SKIP_LOG_NAME)

@@ -22,6 +22,7 @@ from xtuner_add.commands.options import (
     RelaunchedCommand,
     add_options,
     end,
+    example,
     keyword_values,
     relaunch,
     shows_results,
@@ -30,7 +31,7 @@ from xtuner_add.commands.options import (
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what says which model is loaded and how."""
+    """Adds the options that say which model to load, and how."""
     options = (
         click.argument("llm", metavar="LLM"),
         click.option("--llava", help="Folder that `convert pth_to_hf` wrote. [default: LLM]"),
@@ -69,7 +70,9 @@ def _batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--data-path", required=True, type=ANY_PATH, help="Questions."),
+        click.option(
+            "--data-path", required=True, type=ANY_PATH, help="File or folder of questions."
+        ),
         click.option("--image-folder", type=ANY_PATH, help="[default: images/ beside the data]"),
         click.option("--work-dir", type=ANY_PATH, help="[default: work_dirs/NAME_of_the_data]"),
         click.option(
@@ -93,11 +96,17 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return add_options(function, options)
 
 
-@click.command("pathvqa", cls=RelaunchedCommand)
+@click.command(
+    "pathvqa",
+    cls=RelaunchedCommand,
+    epilog=example("pathvqa", "model --data-path pathvqa_test.json --image-folder images/"),
+)
 @model_options
 @_batch_options
 @_run_options
-@click.option("--split", default="test", show_default=True, help="Of a folder of parquet files.")
+@click.option(
+    "--split", default="test", show_default=True, help="Split, for a folder of parquet files."
+)
 @click.pass_context
 def pathvqa(ctx: click.Context, **options: Any) -> None:
     """Evaluate on PathVQA, or other open and yes/no questions.
@@ -108,11 +117,15 @@ def pathvqa(ctx: click.Context, **options: Any) -> None:
     _run(ctx, "pathvqa", ("split",), options)
 
 
-@click.command("pmcvqa", cls=RelaunchedCommand)
+@click.command(
+    "pmcvqa",
+    cls=RelaunchedCommand,
+    epilog=example("pmcvqa", "model --data-path test.csv --image-folder images/"),
+)
 @model_options
 @_batch_options
 @_run_options
-@click.option("--question-template", help="For CSV: text with {question} and {options}.")
+@click.option("--question-template", help="Prompt for CSV rows, with {question} and {options}.")
 @click.pass_context
 def pmcvqa(ctx: click.Context, **options: Any) -> None:
     """Evaluate on PMC-VQA, or other multiple choice.
@@ -122,12 +135,16 @@ def pmcvqa(ctx: click.Context, **options: Any) -> None:
     _run(ctx, "pmcvqa", ("question_template",), options)
 
 
-@click.command("zero-shot", cls=RelaunchedCommand)
+@click.command(
+    "zero-shot",
+    cls=RelaunchedCommand,
+    epilog=example("zero-shot", "model --data-path BACH/ --classes bach"),
+)
 @model_options
 @_batch_options
 @_run_options
-@click.option("--classes", help="Config of the classes: a file, or bach, oscc, colonpath.")
-@click.option("--labels", type=ANY_PATH, help="For a file of questions: JSON `id -> class`.")
+@click.option("--classes", help="Class config: a file, or bach, oscc, colonpath.")
+@click.option("--labels", type=ANY_PATH, help="JSON `id -> class`, for a file of questions.")
 @click.pass_context
 def zero_shot(ctx: click.Context, **options: Any) -> None:
     """Classify images by asking.
@@ -137,12 +154,18 @@ def zero_shot(ctx: click.Context, **options: Any) -> None:
     _run(ctx, "zero-shot", ("classes", "labels"), options)
 
 
-@click.command("evaluate", cls=RelaunchedCommand)
+@click.command(
+    "evaluate",
+    cls=RelaunchedCommand,
+    epilog=example("evaluate", "pathvqa model --data-path pathvqa_test.json"),
+)
 @click.argument("benchmark")
 @model_options
 @_batch_options
 @_run_options
-@click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of the benchmark.")
+@click.option(
+    "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Option of the benchmark."
+)
 @click.pass_context
 def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
     """Evaluate on BENCHMARK by name, those of other packages included (`xtuner-add plugins`)."""
@@ -150,11 +173,13 @@ def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
     _run(ctx, benchmark, tuple(extra), {**options, **extra})
 
 
-@click.command("answer")
+@click.command(
+    "answer", epilog=example("answer", "model image.png --question 'Is there necrosis?'")
+)
 @model_options
 @_batch_options
 @click.argument("images", nargs=-1, required=True, type=ANY_PATH)
-@click.option("--question", "-q", required=True, multiple=True, help="May be given repeatedly.")
+@click.option("--question", "-q", required=True, multiple=True, help="May be repeated.")
 @click.option("--output", type=ANY_PATH, help="Also write JSON lines to this file.")
 @click.pass_context
 def answer(
@@ -299,21 +324,30 @@ def _end(num_skipped: int, work_dir: Path) -> None:
     end(num_skipped, work_dir / SKIP_LOG_NAME, "question")
 
 
-@click.command("score")
+@click.command(
+    "score",
+    epilog=example(
+        "score", "pathvqa --data-path pathvqa_test.json --answers answers.jsonl --work-dir scores/"
+    ),
+)
 @click.argument("benchmark")
-@click.option("--data-path", required=True, type=ANY_PATH, help="Questions with references.")
+@click.option("--data-path", required=True, type=ANY_PATH, help="Questions with reference answers.")
 @click.option("--answers", required=True, type=ANY_PATH, help="`[{question_id, answer}]` or JSONL.")
-@click.option("--work-dir", required=True, type=ANY_PATH, help="Receives the report.")
+@click.option("--work-dir", required=True, type=ANY_PATH, help="Folder for the report.")
 @click.option("--compat", type=click.Choice(["none", "original"]), default="none")
-@click.option("--tokenizer", help="Folder or name of the LLM, for the published token recall.")
-@click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="Of the benchmark.")
-@click.option("--judge", metavar="URL", help="OpenAI-compatible endpoint, up to /v1.")
-@click.option("--judge-model", help="Model to ask there. The key: OPENAI_API_KEY.")
+@click.option(
+    "--tokenizer", help="Tokenizer of the LLM, for the published token recall: folder or name."
+)
+@click.option(
+    "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Option of the benchmark."
+)
+@click.option("--judge", metavar="URL", help="OpenAI-compatible endpoint, with /v1.")
+@click.option("--judge-model", help="Name of the judge there; API key in OPENAI_API_KEY.")
 @click.option("--judge-concurrency", default=8, show_default=True)
 @click.option("--judge-timeout", default=60.0, show_default=True, help="Seconds for one reply.")
 @click.option("--judge-retries", default=5, show_default=True)
-@click.option("--judge-price-in", default=0.0, help="US dollars for a million prompt tokens.")
-@click.option("--judge-price-out", default=0.0, help="US dollars for a million reply tokens.")
+@click.option("--judge-price-in", default=0.0, help="US dollars per million prompt tokens.")
+@click.option("--judge-price-out", default=0.0, help="US dollars per million reply tokens.")
 @click.option("--max-cost", type=float, help="US dollars; needs the prices.")
 @click.pass_context
 def score(ctx: click.Context, benchmark: str, **options: Any) -> None:

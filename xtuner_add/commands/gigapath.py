@@ -19,6 +19,7 @@ from xtuner_add.commands.options import (
     device_option,
     end,
     end_of_job,
+    example,
     num_cores,
     relaunch,
     shows_results,
@@ -44,7 +45,7 @@ class _GridSize(click.ParamType):
         return click.IntRange(1).convert(value, param, ctx)
 
 
-@click.command("embed")
+@click.command("embed", epilog=example("embed", "slides/ --output embeddings/"))
 @click.argument("slides", type=ANY_PATH)
 @click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
 @click.option(
@@ -55,7 +56,9 @@ class _GridSize(click.ParamType):
     help="hf_hub:OWNER/NAME, a folder with config.json and weights, a file, or random.",
 )
 @click.option(
-    "--tile-arch", metavar="NAME", help="Of the tile encoder; by default its config.json says it."
+    "--tile-arch",
+    metavar="NAME",
+    help="timm architecture of the tile encoder. [default: as its config.json says]",
 )
 @click.option(
     "--slide-encoder",
@@ -65,7 +68,9 @@ class _GridSize(click.ParamType):
     help="hf_hub:OWNER/NAME, a file or folder, random, or none to stop at the tiles.",
 )
 @click.option(
-    "--slide-arch", metavar="NAME", help="Of the slide encoder; by default the one for the tiles."
+    "--slide-arch",
+    metavar="NAME",
+    help="Architecture of the slide encoder. [default: the one that fits the tile embeddings]",
 )
 @click.option(
     "--preset",
@@ -78,19 +83,29 @@ class _GridSize(click.ParamType):
 @click.option(
     "--grid-px",
     type=_GridSize(),
-    help="Side of a cell of the position grid in level-0 pixels, or tile; by default the preset's.",
+    help="Cell size of the position grid in level-0 pixels, or tile. [default: the preset's]",
 )
 @click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the tiles.")
-@click.option("--patch-px", default=256, show_default=True, help="Side of a tile, at --mpp.")
 @click.option(
-    "--min-tissue", default=0.1, show_default=True, help="Smallest share of tissue in a tile."
+    "--patch-px", default=256, show_default=True, help="Size of a tile in pixels, at --mpp."
 )
 @click.option(
-    "--slide-mpp", type=float, help="Of the slides, in place of what they say about themselves."
+    "--min-tissue", default=0.1, show_default=True, help="Smallest fraction of tissue in a tile."
 )
-@click.option("--masks", type=FOLDER, help="Your own tissue: SLIDE.geojson or SLIDE.png.")
 @click.option(
-    "--coords", type=FOLDER, help="Coordinates of `xtuner-add tile`, TRIDENT or CLAM: SLIDE.h5."
+    "--slide-mpp",
+    type=float,
+    help="Micrometres per pixel of the slides, in place of their metadata.",
+)
+@click.option(
+    "--masks",
+    type=FOLDER,
+    help="Folder of tissue masks: SLIDE.geojson in level-0 pixels, or SLIDE.png.",
+)
+@click.option(
+    "--coords",
+    type=FOLDER,
+    help="Folder of coordinates SLIDE.h5, from `xtuner-add tile`, TRIDENT or CLAM.",
 )
 @click.option(
     "--dtype",
@@ -99,33 +114,35 @@ class _GridSize(click.ParamType):
     show_default=True,
     help="Precision; auto is fp16 on a GPU and fp32 without.",
 )
-@click.option("--device", help="By default the GPUs where there are some.")
-@click.option("--batch-size", type=click.IntRange(1), help="By default 128 on a GPU, else 16.")
+@click.option("--device", help="Device to compute on. [default: all GPUs, if any]")
 @click.option(
-    "--workers", type=click.IntRange(1), help="Slides at a time; by default one per GPU, else one."
+    "--batch-size", type=click.IntRange(1), help="Tiles per batch. [default: 128 on a GPU, else 16]"
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Slides at a time. [default: one per GPU, else one]"
 )
 @click.option(
     "--read-workers",
     type=click.IntRange(0),
-    help="Processes that read ahead for each slide; 0 is a thread. By default the cores that are "
-    "left on a GPU machine.",
+    help="Processes that read ahead for each slide; 0 is a thread. [default: the remaining cores "
+    "on a GPU machine, else 0]",
 )
 @click.option(
     "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
 )
-@click.option("--address", help="Of a Ray cluster; by default Ray runs on this machine.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights.")
-@click.option("--no-pictures", is_flag=True, help="Draw none.")
-@click.option("--retry-skipped", is_flag=True, help="Try again what was left out before.")
+@click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
+@click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
+@click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **options: Any) -> None:
     """Embed the tiles of SLIDES, and SLIDES as wholes.
 
-    SLIDES is a slide, a folder of slides, or a folder with tiles named like 01581x_25327y.png (or
-    with a folder of these for each slide). Writes coords/, features/ENCODER/SLIDE.h5,
-    slide_features/, slide_embeddings.npz, and to look at thumbnails/, overlays/ and pictures/,
-    which show what the tile encoder tells apart as colours. Run the same command again after a
-    kill: it continues. Exit code 3 if a slide or a tile was skipped; skipped.jsonl says why.
+    SLIDES is a slide, a folder of slides, or a folder of tiles named like 01581x_25327y.png (or of
+    one such folder per slide). Writes coords/, features/ENCODER/SLIDE.h5, slide_features/,
+    slide_embeddings.npz, and for inspection thumbnails/, overlays/ and pictures/, in which similar
+    tile embeddings have similar colours. An interrupted run continues when the same command is run
+    again. Exit code 3 if a slide or a tile was skipped; skipped.jsonl says why.
     """
     from gigapath.embed.job import embed_slides
 
@@ -220,13 +237,16 @@ _HEAT_MAPS = click.option(
 )
 
 
-@click.command("probe-tiles")
+@click.command(
+    "probe-tiles",
+    epilog=example("probe-tiles", "GigaPath_PCam_embeddings.zip --output runs/pcam --recipe pcam"),
+)
 @click.argument("embeddings", type=FILE_OR_FOLDER)
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option(
     "--labels",
     type=FILE,
-    help="csv with input, label, split; by default the one among the embeddings.",
+    help="CSV with input, label, split. [default: the one among the embeddings]",
 )
 @click.option("--recipe", help="A YAML file, or the name of one of ours: pcam.")
 @_OPTION
@@ -236,9 +256,9 @@ _HEAT_MAPS = click.option(
     multiple=True,
     default=("linear_probe",),
     show_default=True,
-    help="linear_probe, knn or logistic; may be given again.",
+    help="linear_probe, knn or logistic; may be repeated.",
 )
-@click.option("--embed-dim", type=int, help="By default that of most embeddings.")
+@click.option("--embed-dim", type=int, help="Length of an embedding. [default: the most frequent]")
 @device_option
 def probe_tiles(
     embeddings: Path,
@@ -252,9 +272,9 @@ def probe_tiles(
 ) -> None:  # fmt: skip
     """Train a linear probe on EMBEDDINGS, a zip or folder of one .pt per tile, and test it.
 
-    A zip is read as it is. Without a recipe the protocol published for PCam holds. Run again after
-    a stop: it continues. Tiles that cannot be used are listed in skipped.jsonl, and the exit code
-    is 3.
+    A zip is read without unpacking. Without a recipe the protocol published for PCam is used. An
+    interrupted run continues when the same command is run again. Unusable tiles are listed in
+    skipped.jsonl, and the exit code is 3.
     """
     from gigapath.finetune.probe import ProbeSettings
     from gigapath.finetune.probe import probe_tiles as probe
@@ -276,7 +296,14 @@ def probe_tiles(
     _end(output, results, "tile")
 
 
-@click.command("finetune-slides", cls=RelaunchedCommand)
+@click.command(
+    "finetune-slides",
+    cls=RelaunchedCommand,
+    epilog=example(
+        "finetune-slides",
+        "embeddings/features/ENCODER --labels cohort.csv --task task.yml --output runs/cohort",
+    ),
+)
 @click.argument("features", type=FOLDER)
 @click.option(
     "--labels",
@@ -311,7 +338,7 @@ def probe_tiles(
 @click.option(
     "--slide-embeddings",
     type=FOLDER,
-    help="For knn and logistic: SLIDE.h5 or .pt; by default the mean over the tiles.",
+    help="Folder of SLIDE.h5 or .pt, for knn and logistic. [default: the mean over the tiles]",
 )
 @_FOLD
 @click.option(
@@ -415,7 +442,11 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
     end(results["num_skipped"], output / "skipped.jsonl", noun)
 
 
-@click.command("train-mil", cls=RelaunchedCommand)
+@click.command(
+    "train-mil",
+    cls=RelaunchedCommand,
+    epilog=example("train-mil", "features/ --labels labels.csv --splits splits/ --output runs/mil"),
+)
 @click.argument("features", type=FOLDER)
 @click.option(
     "--labels",

@@ -1,4 +1,4 @@
-"""``xtuner-add merge``, ``split`` and the rest of the way from a checkpoint to a release."""
+"""``xtuner-add pth-to-hf``, ``merge``, ``export`` and the other steps to a release."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from xtuner_add.commands.options import (
     FILE_OR_FOLDER,
     FOLDER,
     device_option,
+    example,
     user_errors,
 )
 from xtuner_add.paths import find_config
 
 
-@click.command("merge")
+@click.command(
+    "merge", epilog=example("merge", "Meta-Llama-3-8B-Instruct parts/llm_adapter merged")
+)
 @click.argument("base", type=FOLDER)
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("out", type=ANY_PATH)
@@ -25,8 +28,8 @@ from xtuner_add.paths import find_config
 def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None) -> None:
     """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
 
-    Memory does not grow with the model. The base's types are kept. Run the same command again
-    after a kill: it continues.
+    Memory does not grow with the model, and data types are those of BASE. An interrupted run
+    continues when the same command is run again.
     """
     from pallava.release.merge import merge as merge_folders
 
@@ -35,7 +38,7 @@ def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None)
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
-@click.command("split")
+@click.command("split", epilog=example("split", "model shards"))
 @click.argument("model", type=FOLDER)
 @click.argument("out", type=ANY_PATH)
 def split(model: Path, out: Path) -> None:
@@ -47,7 +50,10 @@ def split(model: Path, out: Path) -> None:
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
-@click.command("check-merge")
+@click.command(
+    "check-merge",
+    epilog=example("check-merge", "Meta-Llama-3-8B-Instruct parts/llm_adapter merged"),
+)
 @click.argument("base", type=FOLDER)
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("merged", type=FOLDER)
@@ -67,31 +73,33 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
         raise click.ClickException(f"{merged} is not {base} with these adapters")
 
 
-@click.command("extract-adapter")
+@click.command("extract-adapter", epilog=example("extract-adapter", "base tuned adapter --rank 64"))
 @click.argument("base", type=FOLDER)
 @click.argument("tuned", type=FOLDER)
 @click.argument("out", type=ANY_PATH)
 @click.option("--rank", default=128, show_default=True, help="Rank of the adapter.")
 def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
-    """Write the LoRA adapter that leads from the model BASE to the model TUNED."""
+    """Write a LoRA adapter that turns the model BASE into the model TUNED."""
     from pallava.release.unmerge import extract_adapter as extract
 
     with user_errors():
         lost = extract(base, tuned, out, rank=rank)
-    click.echo(f"Wrote {out}; at most {lost:.2%} of a matrix's difference was left out")
+    click.echo(f"Wrote {out}; at most {lost:.2%} of a matrix's difference is lost")
 
 
-@click.command("pth-to-hf")
+@click.command("pth-to-hf", epilog=example("pth-to-hf", "my_config.py iter_5198.pth parts"))
 @click.argument("config")
 @click.argument("pth", type=FILE_OR_FOLDER)
 @click.argument("out", type=ANY_PATH)
-@click.option("--visual-encoder", type=FOLDER, help="By default the config's.")
-@click.option("--fp32", is_flag=True, help="Keep the adapter's fp32; by default half precision.")
+@click.option("--visual-encoder", type=FOLDER, help="PLIP folder. [default: the config's]")
+@click.option("--fp32", is_flag=True, help="Keep the adapter in fp32. [default: half precision]")
 def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp32: bool) -> None:
     """Write adapter, connector, encoder, processor and tokenizer of the checkpoint PTH to OUT.
 
     PTH is a .pth file or a DeepSpeed ZeRO-1, -2 or -3 folder; CONFIG is the training config, a file
-    or a name that `xtuner-add list-cfg` shows. The language model is not built.
+    or a name that `xtuner-add list-cfg` shows. The language model is not built. XTuner's own
+    converter, `convert pth_to_hf`, builds the whole model, needs its weights and memory, and does
+    not record what `export` needs.
     """
     from pallava.engine.recipe import read_recipe
     from pallava.release.pth_to_hf import convert_checkpoint
@@ -106,7 +114,7 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
-@click.command("export")
+@click.command("export", epilog=example("export", "Meta-Llama-3-8B-Instruct parts model"))
 @click.argument("base", type=FOLDER)
 @click.argument("converted", type=FOLDER)
 @click.argument("out", type=ANY_PATH)
@@ -115,13 +123,13 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
     type=click.Choice(["pallava", "llava"]),
     default="pallava",
     show_default=True,
-    help="llava: for transformers' own LLaVA classes, where the connector allows it.",
+    help="llava: for transformers' own LLaVA classes, if the connector permits.",
 )
 @click.option(
     "--scores",
     type=FILE,
     multiple=True,
-    help="metrics.json of an evaluation, for the model card; may be given again.",
+    help="metrics.json of an evaluation, for the model card; may be repeated.",
 )
 @device_option
 def export(
@@ -134,7 +142,7 @@ def export(
 ) -> None:
     """Write one folder that transformers loads: encoder, connector, merged language model.
 
-    BASE is the language model, CONVERTED what `xtuner-add pth-to-hf` wrote.
+    BASE is the language model, CONVERTED the folder that `xtuner-add pth-to-hf` wrote.
     """
     from pallava.evaluation.report import read_scores
     from pallava.release.export import export as export_folder
@@ -151,10 +159,10 @@ def export(
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
-@click.command("push")
+@click.command("push", epilog=example("push", "model owner/name"))
 @click.argument("folder", type=FOLDER)
 @click.argument("repository")
-@click.option("--yes", is_flag=True, help="Really send; without it nothing leaves this machine.")
+@click.option("--yes", is_flag=True, help="Send; without it nothing leaves this machine.")
 @click.option("--public", is_flag=True, help="Make the repository public.")
 def push(folder: Path, repository: str, yes: bool, public: bool) -> None:
     """Publish FOLDER as REPOSITORY (owner/name) on the Hugging Face hub.

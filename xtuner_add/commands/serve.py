@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from xtuner_add.commands.evaluate import load_from_options, model_options
+from xtuner_add.commands.options import example
 
 API_KEY_VARIABLE = "XTUNER_ADD_API_KEY"
 
@@ -23,7 +24,7 @@ _MIN_KEY_LENGTH = 16
 _MAX_CONNECTIONS = 256
 
 
-@click.command("chat")
+@click.command("chat", epilog=example("chat", "model --image image.png"))
 @model_options
 @click.option(
     "--image",
@@ -70,7 +71,7 @@ def chat(
     ctx.exit(1 if num_errors else 0)
 
 
-@click.command("serve")
+@click.command("serve", epilog=example("serve", "model --slides slides/"))
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
@@ -79,14 +80,14 @@ def chat(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of slides from which the page offers regions.",
 )
-@click.option("--name", help="Of the model, for clients. [default: the folder's]")
+@click.option("--name", help="Name of the model for clients. [default: the folder's]")
 @click.option("--max-upload-mib", default=64, show_default=True, type=click.IntRange(1, 4096))
 @click.option(
     "--max-megapixels",
     default=100,
     show_default=True,
     type=click.IntRange(1, 400),
-    help="Of all images of a request together.",
+    help="Limit for all images of a request together.",
 )
 @click.option("--max-waiting", default=8, show_default=True, type=click.IntRange(0, 1000))
 @click.option(

@@ -16,6 +16,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     add_options,
     end_of_job,
+    example,
     num_cores,
     user_errors,
     weight_values,
@@ -28,48 +29,56 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _job_options(function: _Function) -> _Function:
-    """Options of every command that works through many slides."""
+    """Adds the options of every job over many slides."""
     options = [
         click.option("--output", type=ANY_PATH, required=True, help="Folder to write."),
         click.option(
             "--slide-mpp",
             type=float,
-            help="Micrometres per pixel of the slides, in place of what they say.",
+            help="Micrometres per pixel of the slides, in place of their metadata.",
         ),
-        click.option("--workers", type=click.IntRange(1), help="By default one per CPU core."),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Processes. [default: one per CPU core]"
+        ),
         click.option(
             "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
         ),
-        click.option("--address", help="Of a Ray cluster; by default Ray runs on this machine."),
-        click.option("--retry-skipped", is_flag=True, help="Try again what was left out before."),
+        click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]"),
+        click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
     return add_options(function, options)
 
 
-@click.command("tile")
+@click.command("tile", epilog=example("tile", "slides/ --output tiles/ --patch-px 256 --mpp 0.5"))
 @click.argument("slides", type=ANY_PATH)
 @_job_options
-@click.option("--patch-px", default=256, show_default=True, help="Side of a patch, at --mpp.")
-@click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the patches.")
-@click.option("--overlap-px", default=0, show_default=True, help="Between neighbours, at --mpp.")
 @click.option(
-    "--min-tissue", default=0.5, show_default=True, help="Smallest share of tissue in a patch."
+    "--patch-px", default=256, show_default=True, help="Size of a patch in pixels, at --mpp."
 )
-@click.option("--over-edge", is_flag=True, help="Also patches over the edge, white outside.")
+@click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the patches.")
+@click.option(
+    "--overlap-px", default=0, show_default=True, help="Overlap of neighbours in pixels, at --mpp."
+)
+@click.option(
+    "--min-tissue", default=0.5, show_default=True, help="Smallest fraction of tissue in a patch."
+)
+@click.option(
+    "--over-edge", is_flag=True, help="Also patches that cross the edge; white outside the slide."
+)
 @click.option(
     "--masks",
     type=ANY_PATH,
-    help="Folder with tissue masks: SLIDE.geojson in level-0 pixels, or SLIDE.png; by default "
-    "tissue is found by Otsu's threshold.",
+    help="Folder of tissue masks: SLIDE.geojson in level-0 pixels, or SLIDE.png. [default: tissue "
+    "by Otsu's threshold]",
 )
-@click.option("--whole-slide", is_flag=True, help="Every patch, tissue or not.")
+@click.option("--whole-slide", is_flag=True, help="Every patch, with or without tissue.")
 @click.option(
     "--coords-style",
     type=click.Choice(["trident", "clam"]),
     default="trident",
     show_default=True,
-    help="Whose readers the coordinate files are for.",
+    help="Layout of the coordinate files.",
 )
 def tile(
     slides: Path,
@@ -90,8 +99,9 @@ def tile(
 ) -> None:
     """Find the patches of the SLIDES in a folder, or of one slide.
 
-    Writes coords/SLIDE.h5 (TRIDENT and CLAM read them), overlays/ and thumbnails/ to look at.
-    Run the same command again after a kill: it continues. Exit code 3 if a slide was skipped.
+    Writes coords/SLIDE.h5 (TRIDENT and CLAM read them), overlays/ and thumbnails/ for inspection.
+    An interrupted run continues when the same command is run again. Exit code 3 if a slide was
+    skipped.
     """
     from wsi.tile_job import TileSettings, tile_slides
     from wsi.tiling import PatchSpec
@@ -118,7 +128,14 @@ def tile(
     end_of_job(report, "slides", output)
 
 
-@click.command("extract")
+@click.command(
+    "extract",
+    epilog=example(
+        "extract",
+        "PathGen-1.6M.json --slides slides/ --output patches/",
+        "tiles/coords --slides slides/ --output patches/ --layout shards --format jpg",
+    ),
+)
 @click.argument("annotations", type=ANY_PATH)
 @_job_options
 @click.option("--slides", type=ANY_PATH, required=True, help="Folder of the slides.")
@@ -132,7 +149,9 @@ def tile(
     "--format", "image_format", type=click.Choice(["png", "jpg", "webp"]), default="png",
     show_default=True,
 )  # fmt: skip
-@click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG and WebP, by default 90.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), help="Quality of JPEG and WebP. [default: 90]"
+)
 @click.option(
     "--layout",
     type=click.Choice(["files", "shards"]),
@@ -159,8 +178,8 @@ def extract(
     """Cut the patches that ANNOTATIONS name out of slides, with their captions.
 
     ANNOTATIONS is PathGen's JSON (an array, or one object a line), or a folder of coordinate files
-    that `xtuner-add tile`, TRIDENT or CLAM wrote. Run the same command again after a kill: it
-    continues. Exit code 3 if anything was skipped; skipped.jsonl says what and why.
+    that `xtuner-add tile`, TRIDENT or CLAM wrote. An interrupted run continues when the same
+    command is run again. Exit code 3 if anything was skipped; skipped.jsonl says what and why.
     """
     from pathcore.files import sha256_of
     from wsi.extraction import OutputSettings
@@ -197,7 +216,9 @@ def extract(
     end_of_job(report, "patches", output)
 
 
-@click.command("gdc-manifest")
+@click.command(
+    "gdc-manifest", epilog=example("gdc-manifest", "PathGen-1.6M.json manifest.txt --online")
+)
 @click.argument("annotations", type=ANY_PATH)
 @click.argument("output", type=ANY_PATH)
 @click.option(
@@ -205,20 +226,20 @@ def extract(
     type=ANY_PATH,
     help="Manifest saved from the GDC portal; may name other slides too.",
 )
-@click.option("--online", is_flag=True, help="Ask the GDC for what it calls the slides.")
+@click.option("--online", is_flag=True, help="Ask the GDC for the ids of the slides.")
 @click.option("--gdc-url", default="https://api.gdc.cancer.gov", show_default=True)
 def gdc_manifest(
     annotations: Path, output: Path, listing: Path | None, online: bool, gdc_url: str
 ) -> None:
     """Write OUTPUT, the manifest with which gdc-client fetches the slides of ANNOTATIONS.
 
-    The GDC knows slides by ids that annotations do not have: take them from a --listing, or
-    --online from the GDC. Exit code 3 if a slide was not found.
+    Annotations lack the ids that the GDC uses for slides; they come from a --listing, or from the
+    GDC itself with --online. Exit code 3 if a slide was not found.
     """
     from pathgen.gdc import ask_gdc, needed_slides, read_listing, write_manifest
 
     if (listing is None) == (not online):
-        raise click.UsageError("one of --listing FILE and --online is needed")
+        raise click.UsageError("give either --listing FILE or --online")
     with user_errors():
         slide_ids = needed_slides(annotations)
         files = read_listing(listing) if listing else ask_gdc(slide_ids, url=gdc_url)
@@ -230,7 +251,13 @@ def gdc_manifest(
         raise SystemExit(EXIT_SKIPPED)
 
 
-@click.command("select-patches")
+@click.command(
+    "select-patches",
+    epilog=example(
+        "select-patches",
+        "tiles/coords --slides slides/ --output chosen/ --encoder hf:openai/clip-vit-base-patch32",
+    ),
+)
 @click.argument("coords", type=FOLDER)
 @click.option("--slides", type=FOLDER, required=True, help="Folder of the slides.")
 @click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
@@ -240,14 +267,14 @@ def gdc_manifest(
     metavar="SPEC",
     help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder; needs a text tower.",
 )
-@click.option("--device", help="By default a GPU where there is one.")
-@click.option("--batch-size", default=64, show_default=True, help="Patches encoded at once.")
-@click.option("--quota", default=256, show_default=True, help="Most patches of a slide.")
+@click.option("--device", help="Device to compute on. [default: a GPU if there is one]")
+@click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
+@click.option("--quota", default=256, show_default=True, help="Most patches per slide.")
 @click.option(
     "--shares",
     default="prompt=0.25,report=0.25,cluster=0.5",
     show_default=True,
-    help="Of the quota.",
+    help="Fractions of the quota.",
 )
 @click.option(
     "--clusters",
@@ -259,18 +286,20 @@ def gdc_manifest(
     "--similarity",
     default=0.95,
     show_default=True,
-    help="Cosine from which two patches are the same.",
+    help="Cosine from which two patches are duplicates.",
 )
-@click.option("--cancer-type", metavar="CODE", help="TCGA's code, BRCA for instance.")
+@click.option("--cancer-type", metavar="CODE", help="TCGA code, such as BRCA.")
 @click.option(
     "--cancer-types",
     type=FILE,
-    help="By slide: JSON object, or lines with wsi_id and cancer_type.",
+    help="Cancer types by slide: JSON object, or lines with wsi_id, cancer_type.",
 )
-@click.option("--reports", type=FILE, help="By slide: JSON object, or lines with wsi_id, report.")
-@click.option("--classes", type=FILE, help="JSON {type: {class: [texts]}} instead of ours.")
+@click.option(
+    "--reports", type=FILE, help="Reports by slide: JSON object, or lines with wsi_id, report."
+)
+@click.option("--classes", type=FILE, help="Prompts of your own: JSON {type: {class: [texts]}}.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--no-pictures", is_flag=True, help="Draw none.")
+@click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def select_patches(
     coords: Path,

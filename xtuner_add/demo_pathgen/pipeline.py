@@ -337,7 +337,7 @@ class _Road:
 
     def _ask(self, command: str, rows: str, out: str, most_tokens: int, *options: object) -> None:
         task: Any = command
-        images = () if command == "summarise" else ("--images", "patches/archive")
+        images = () if command == "summarise" else ("--image-folder", "patches/archive")
         self._call(
             "captions",
             *(command, rows, out, *images, "--local", "describer/model", "--device", "cpu"),

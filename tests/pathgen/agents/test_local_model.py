@@ -131,7 +131,8 @@ def test_the_command_takes_a_local_model(llava_folder: Path, tmp_path: Path, pat
 
     source = write_rows(tmp_path / "rows.jsonl", patch_rows("a"))
     arguments = [
-        "describe", source, tmp_path / "out.jsonl", "--images", patches, "--local", llava_folder,
+        "describe", source, tmp_path / "out.jsonl", "--image-folder", patches,
+        "--local", llava_folder,
         "--device", "cpu", "--max-reply-tokens", 4, "--attempts", 1,
     ]  # fmt: skip
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
