@@ -15,7 +15,7 @@ from pathcore.exit_codes import EXIT_USAGE
 from xtuner_add import cli, launch
 from xtuner_add.modes import MODES, read_arguments
 
-NO_ARGUMENTS = ("list-cfg", "plugins", "cite-splits", "demo", "demo-pathgen")
+NO_ARGUMENTS = ("cite-splits", "demo", "demo-pathgen", "doctor", "list-cfg", "plugins")
 HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets", "numpy")
 
 

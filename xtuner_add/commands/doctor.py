@@ -14,19 +14,20 @@ from pathlib import Path
 import click
 
 from pathcore.exit_codes import EXIT_FAILED
+from xtuner_add.commands.options import example
 
 _DISTRIBUTION = "xtuner-add"
 _GIB = 1 << 30
 
 
-@click.command()
+@click.command("doctor", epilog=example("doctor", "", "prov-gigapath"))
 @click.argument("names", nargs=-1, metavar="[ENCODER]...")
-@click.option("--all", "every", is_flag=True, help="Say it of every encoder that has a name.")
+@click.option("--all", "every", is_flag=True, help="Report on every encoder that has a name.")
 @click.pass_context
 def doctor(ctx: click.Context, names: tuple[str, ...], every: bool) -> None:
     """Say what is installed here, and whether ENCODERs can be loaded here and now.
 
-    One fact a line. Exit code 1 if an ENCODER that was named cannot be loaded. Nothing is
+    Prints one fact per line. Exit code 1 if an ENCODER that was named cannot be loaded. Nothing is
     downloaded, and no network is used.
     """
     from pathcore.encoders import list_encoders

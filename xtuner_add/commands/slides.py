@@ -13,6 +13,7 @@ from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED
 from xtuner_add.commands.options import (
     ANY_PATH,
     FILE,
+    FILE_OR_FOLDER,
     FOLDER,
     add_options,
     end_of_job,
@@ -365,8 +366,11 @@ def select_patches(
         raise SystemExit(EXIT_SKIPPED)
 
 
-@click.command()
-@click.argument("features", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.command(
+    "conform",
+    epilog=example("conform", "features/ --slides slides/ --output converted/"),
+)
+@click.argument("features", nargs=-1, required=True, type=FILE_OR_FOLDER)
 @click.option("--encoder", default="", help="Preset that the features should come from.")
 @click.option("--slides", type=FOLDER, help="Slides of the same names: their size and resolution.")
 @click.option("--slide-mpp", type=float, help="Micrometres per pixel of the slides.")
