@@ -46,7 +46,7 @@ def test_two_processes_train_a_clip_above_chance_that_cite_reads(
         NPROC_PER_NODE="2",
     )
     assert found.returncode == 3, found.stderr[-3000:]
-    assert "1 left out" in found.stderr and "only: 120 pairs" in found.stdout
+    assert "1 skipped" in found.stderr and "only: 120 pairs" in found.stdout
     log = (tmp_path / "out/only/out.log").read_text()
     assert "total 2" in log and "backend" not in found.stderr.splitlines()[-1]
 
@@ -103,7 +103,7 @@ def test_zero_shot_and_retrieval_say_what_was_left_out(random_clip: Path, tmp_pa
          "--output", str(out), "--device", "cpu"],
     )  # fmt: skip
     assert found.exit_code == 3, found.output
-    assert "# bach: zero-shot classification" in found.output and "1 left out" in found.output
+    assert "# bach: zero-shot classification" in found.output and "1 skipped" in found.output
     assert json.loads((out / "metrics.json").read_text())["num_images"] == 4
 
     pairs = write_pairs(tmp_path / "pairs", 2)

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner, Result
 
 from tests.pallava.converters import published
@@ -132,13 +129,3 @@ def test_tokenise(tmp_path: Path) -> None:
     result = call("tokenise", rows, tmp_path / "out", "--tokenizer", goldens.TINY_LLAMA)
     assert result.exit_code == 0 and "1 rows" in result.output, result.output
     assert (tmp_path / "out" / "state.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["convert_dataset", "clean_pairs", "dataformat", "tokenise"])
-def test_scripts_are_the_commands(name: str) -> None:
-    script = ROOT / "tools" / "dataset_converters" / f"{name}.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=False
-    )
-    what_it_does = call(name.replace("_", "-"), "--help").output.split("\n\n")[1]
-    assert " ".join(what_it_does.split()) in " ".join(result.stdout.split())

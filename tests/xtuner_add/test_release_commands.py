@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner, Result
 
 from tests.pallava.release.models import load, save_adapter, save_llama
@@ -41,14 +38,3 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     result = call("merge", base, tmp_path / "empty", tmp_path / "out")
     assert result.exit_code == 1 and "adapter_config.json" in result.output
     assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize("name", ["pth_to_hf", "merge", "split", "export"])
-def test_scripts_are_the_commands(name: str) -> None:
-    script = ROOT / "tools" / "model_converters" / f"{name}.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=False
-    )
-    shown = call(name.replace("_", "-"), "--help").output
-    what_it_does = shown.split("\n\n")[1]
-    assert " ".join(what_it_does.split()) in " ".join(result.stdout.split())
