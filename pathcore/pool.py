@@ -98,7 +98,9 @@ def run_tasks(
 
 
 def _raise_death(task: object, error: WorkerDiedError) -> Iterable[Any]:
-    raise error
+    raise WorkerDiedError(
+        f"{error}; run the same command again to continue, with fewer workers if memory is short"
+    )
 
 
 def _context() -> BaseContext:
@@ -217,10 +219,7 @@ def _death_of(process: BaseProcess) -> WorkerDiedError:
             cause += ", perhaps because the machine ran out of memory"
     else:
         cause = f"it ended with exit code {code}"
-    return WorkerDiedError(
-        f"a worker process died: {cause}; run the same command again to continue, with fewer "
-        "--workers if memory is short"
-    )
+    return WorkerDiedError(f"a worker process died: {cause}")
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
@@ -331,9 +330,7 @@ def _run_on_ray(
                     ray.exceptions.OutOfMemoryError,
                     ray.exceptions.NodeDiedError,
                 ) as error:
-                    death = WorkerDiedError(
-                        f"a Ray worker died: {error}; run the same command again to continue"
-                    )
+                    death = WorkerDiedError(f"a Ray worker died: {error}")
                     again.extendleft(reversed(list(on_death(task, death))))
                     continue
                 yield result
