@@ -41,10 +41,10 @@ from skimage.filters import threshold_otsu
 from torch import nn
 
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
-from gigapath.embed.tile_images import fit
 from gigapath.embed.tile_inference import TileEncoder, describe_encoder
 from gigapath.pipeline import run_inference_with_tile_encoder, tile_one_slide
 from gigapath.tile_encoder import tile_transform
+from wsi.features import fit
 from wsi.reader import Region, Slide
 from wsi.store import read_features
 from wsi.tiling import PatchSpec

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from gigapath import slide_encoder as slide_encoders
 from gigapath import tile_encoder as tile_encoders
 from gigapath.embed.slide_vectors import onto_slide
-from gigapath.embed.tile_images import FolderTiles, read_tiles
 from gigapath.embed.tile_inference import (
     Precision,
     TileEncoder,
@@ -43,6 +42,7 @@ from gigapath.published.tiling import (
 from gigapath.tile_encoder import tile_transform
 from pathcore.files import atomic_file, check_name, fsync_path, write_json
 from pathcore.pool import ProgressBar
+from wsi.features import FolderTiles, read_tiles
 from wsi.image_codecs import encode_png
 from wsi.reader import Slide, SlideError
 

@@ -304,9 +304,13 @@ def _run_on_ray(
     resources: dict[str, Any] = {}
     if gpus_per_task:  # workers stay alive, with the model that they have loaded
         resources = {"num_gpus": gpus_per_task, "max_calls": 0}
+
+    def call(task: Task) -> Result:  # Ray takes functions alone, not every callable
+        return function(task)
+
     # One retry, because a machine of the cluster may be taken away; a task that kills its worker
     # twice is to blame itself.
-    remote = ray.remote(max_retries=1, **resources)(function)
+    remote = ray.remote(max_retries=1, **resources)(call)
     queue, again = iter(tasks), deque[Task]()
     pending: dict[Any, Task] = {}
     try:

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from pathcore.encoders import Encoder
 from pathcore.files import check_name
-from pathgen.features import SlideFeatures, slide_features
+from pathgen.features import slide_features
 from pathgen.rows import row_files, write_row
 from pathgen.selection import SHARES, Choice, Source, Texts, load_classes, select, split_report
 from pathgen.selection_picture import draw_selection
+from wsi.features import TileEmbeddings
 from wsi.reader import Slide
 from wsi.report import save_jpeg
 from wsi.slide_listing import SlideListing
@@ -180,7 +181,7 @@ class _Job:
 
     def select(
         self, name: str, coords_path: Path, slide_path: Path
-    ) -> tuple[list[dict[str, Any]], SlideFeatures]:
+    ) -> tuple[list[dict[str, Any]], TileEmbeddings]:
         """The rows of one slide's chosen patches; writes coordinates and picture."""
         settings, coordinates = self._settings, read_coordinates(coords_path)
         found = slide_features(
@@ -220,7 +221,7 @@ class _Job:
         return Texts(sentences, [""] * len(sentences), features)
 
     def _write_coords(
-        self, name: str, source: Path, found: SlideFeatures, indices: np.ndarray
+        self, name: str, source: Path, found: TileEmbeddings, indices: np.ndarray
     ) -> None:
         folder = self._output / "coords"
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +239,7 @@ class _Job:
         name: str,
         slide_path: Path,
         coordinates: Coordinates,
-        found: SlideFeatures,
+        found: TileEmbeddings,
         labels: np.ndarray,
         choices: list[Choice],
     ) -> None:
@@ -249,7 +250,7 @@ class _Job:
         save_jpeg(picture, folder / f"{name}.jpg")
 
     def _row(
-        self, name: str, choice: Choice, coordinates: Coordinates, found: SlideFeatures
+        self, name: str, choice: Choice, coordinates: Coordinates, found: TileEmbeddings
     ) -> dict[str, Any]:
         x, y = found.coords[choice.index].tolist()
         report = {"report": self._reports[name]} if name in self._reports else {}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from gigapath.embed.tile_images import FolderTiles
+from wsi.features import FolderTiles
 from wsi.reader import Slide, SlideError
 
 MAX_SIDE_PX = 2048

@@ -25,13 +25,19 @@ from gigapath.embed.slide_vectors import (
     slide_vector,
     write_slide_vector,
 )
-from gigapath.embed.tile_embedding import PART_TILES, EmbeddingError, TileEmbeddings, embed_tiles
-from gigapath.embed.tile_images import FolderTiles, SlideTiles
 from gigapath.embed.tile_inference import TileEncoder, TileEncoderSpec, choose_device
 from gigapath.slide_encoder import LongNetViT
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine
+from wsi.features import (
+    PART_TILES,
+    EmbeddingError,
+    FolderTiles,
+    SlideTiles,
+    TileEmbeddings,
+    embed_tiles,
+)
 from wsi.reader import Slide, SlideError
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gigapath import slide_encoder
-from gigapath.embed.tile_embedding import EmbeddingError, check_features
 from gigapath.embed.tile_inference import autocast
 from gigapath.pos_embed import check_coords
 from gigapath.slide_encoder import ARCHITECTURES, Layer, LongNetViT, Pooling
 from gigapath.slide_weights import find_weights
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
 from pathcore.files import atomic_file, sha256_of
+from wsi.features import EmbeddingError, check_features
 
 NUM_GRIDS = 1000
 """Cells of the released encoders along an axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gigapath import tile_encoder
-from gigapath.embed.tile_images import Resize
 from gigapath.tile_encoder import CROP_PX
 from pathcore.encoders.transform import Transform
 from pathcore.files import sha256_of
+from wsi.features import Resize
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -154,6 +155,10 @@ class TileEncoder:
         """How tiles are resized and cropped before `encode`."""
         transform = self.transform
         return Resize(self.crop_px, transform.resize_px, transform.interpolation)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a features file should say about the encoder."""
+        return {"precision": self.precision, "transform": json.dumps(self.transform.to_dict())}
 
     @classmethod
     def open(cls, spec: TileEncoderSpec, *, device: torch.device | str = "cpu") -> TileEncoder:

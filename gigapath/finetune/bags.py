@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from gigapath.embed.slide_vectors import onto_slide
-from gigapath.embed.tile_embedding import check_features
 from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
 from pathcore.files import check_name, write_json
+from wsi.features import check_features
 from wsi.store import read_attributes, read_features
 
 Value = TypeVar("Value")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gigapath_embedding import WAYS, make_encoder, make_slide
-from gigapath.embed.tile_images import FolderTiles
+from wsi.features import FolderTiles
 from wsi.store import read_features
 
 

@@ -17,12 +17,12 @@ import torch
 from gigapath.embed.device_claims import claim
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
 from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
-from gigapath.embed.tile_embedding import EmbeddingError
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
 from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.features import EmbeddingError
 from wsi.store import read_features
 from wsi.tiling import PatchSpec
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
-from gigapath.embed.tile_images import FolderTiles
 from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.features import FolderTiles
 from wsi.reader import Slide
 
 

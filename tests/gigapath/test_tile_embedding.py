@@ -17,19 +17,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from gigapath.embed.tile_embedding import EmbeddingError, check_features, embed_tiles
-from gigapath.embed.tile_images import (
-    FolderTiles,
-    Resize,
-    SlideTiles,
-    Tiles,
-    read_ahead,
-    read_tiles,
-)
 from gigapath.embed.tile_inference import TileEncoder
 from gigapath.tile_encoder import tile_transform
 from tests.gigapath.tiny_encoders import tiny_model
 from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.features import (
+    EmbeddingError,
+    FolderTiles,
+    Resize,
+    SlideTiles,
+    Tiles,
+    check_features,
+    embed_tiles,
+    read_ahead,
+    read_tiles,
+)
 from wsi.reader import Region, Slide, SlideError
 from wsi.store import read_attributes, read_features
 

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gigapath import tile_encoder
-from gigapath.embed.tile_images import Resize, fit
 from gigapath.embed.tile_inference import TileEncoder, choose_precision, describe_encoder
 from gigapath.tile_encoder import ARCHITECTURES, create_model, resize_px, tile_transform
 from pathcore.encoders import get_preset
@@ -30,6 +29,7 @@ from tests.gigapath.tiny_encoders import (
     write_hub_cache,
     write_tile_encoder,
 )
+from wsi.features import Resize, fit
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gigapath" / "tile_encoder"
 FACTS = json.loads((GOLDEN / "tile_encoder.json").read_text())

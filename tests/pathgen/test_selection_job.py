@@ -72,15 +72,18 @@ def test_encoders_of_both_libraries(folder: Path, spec: str, tmp_path: Path) -> 
     )
 
 
-def test_features_are_computed_once(folder: Path, spec: str, tmp_path: Path) -> None:
+def test_features_are_computed_once(
+    folder: Path, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = create_encoder(spec, device="cpu")
     coords = folder / "coords" / "a.h5"
     slide = shutil.copy(folder / "slides" / "a.svs", tmp_path / "a.svs")
     first = slide_features(slide, coords, encoder, tmp_path, batch_size=5)
     assert first.features.shape == (len(read_coordinates(coords).coords), 16)
     assert not first.reused
-    (tmp_path / "a.svs").unlink()  # nobody looks at it again
-    second = slide_features(slide, coords, encoder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("wsi.features.Slide", lambda path: pytest.fail("opened again"))
+        second = slide_features(slide, coords, encoder, tmp_path, batch_size=5)
     assert second.reused
     np.testing.assert_array_equal(second.features, first.features)
     with Slide(folder / "slides" / "a.svs") as opened:
@@ -88,6 +91,9 @@ def test_features_are_computed_once(folder: Path, spec: str, tmp_path: Path) -> 
         write_coordinates(tmp_path / "a.h5", opened, half)
     third = slide_features(folder / "slides" / "a.svs", tmp_path / "a.h5", encoder, tmp_path)
     assert not third.reused, "other coordinates"
+    shutil.copy(folder / "slides" / "b.svs", tmp_path / "a.svs")
+    fourth = slide_features(slide, coords, encoder, tmp_path)
+    assert not fourth.reused, "another slide under the same name"
 
 
 def test_the_command(folder: Path, spec: str, tmp_path: Path) -> None:
