@@ -1,6 +1,6 @@
-"""Prov-GigaPath: tile encoder, LongNet slide encoder, probing and fine-tuning. Knows no MM library.
+"""Prov-GigaPath: tile encoder, LongNet slide encoder, probing and fine-tuning.
 
-Modules are attributes that load when they are used, so that `import gigapath` costs nothing and
+Modules are imported on first access, so that `import gigapath` is cheap and
 `gigapath.slide_encoder.create_model(...)` works as in the published instructions.
 """
 
@@ -9,7 +9,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_MODULES = ("longnet", "pipeline", "slide_encoder", "tile_encoder")
+_MODULES = (
+    "classification_head",
+    "longnet",
+    "pipeline",
+    "pos_embed",
+    "preprocessing",
+    "slide_encoder",
+    "tile_encoder",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,7 +18,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from gigapath import slide_encoder as slide_encoders
 from gigapath import tile_encoder as tile_encoders
@@ -173,6 +175,47 @@ def load_tile_slide_encoder(
         global_pool=global_pool,
     )
     return tile_model, slide_model
+
+
+class TileEncodingDataset(Dataset[dict[str, Tensor]]):
+    """Tile images with their coordinates, by the name and arguments of the original.
+
+    `run_inference_with_tile_encoder` does not need it; use it for a data loader of your own.
+
+    Args:
+        image_paths: Images named by their coordinates, for instance `256x_512y.png`.
+        transform: Maps a Pillow image to a tensor or array.
+
+    Raises:
+        ValueError: If a name has no coordinates.
+    """
+
+    def __init__(
+        self,
+        image_paths: Sequence[str | os.PathLike[str]],
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.image_paths = list(image_paths)
+        self.transform = transform
+        self._tiles = FolderTiles.of_files(self.image_paths)
+
+    def __len__(self) -> int:
+        return len(self.image_paths)
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        """Returns `img` and `coords`, float32 `(2,)`, of one tile."""
+        (pixels,) = self._tiles.read([idx])
+        if isinstance(pixels, SlideError):
+            raise pixels
+        image: Any = Image.fromarray(pixels)
+        if self.transform is not None:
+            image = self.transform(image)
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(np.array(image))
+        return {
+            "img": image,
+            "coords": torch.from_numpy(self._tiles.coords[idx]).float(),
+        }
 
 
 def run_inference_with_tile_encoder(

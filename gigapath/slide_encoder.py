@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
+from timm.models import register_model
 from torch import Tensor, nn
 
 from gigapath.longnet import LongNetConfig, LongNetEncoder, default_segment_lengths
@@ -23,7 +26,11 @@ from gigapath.pos_embed import (
     check_coords,
     embed_positions,
 )
-from gigapath.slide_weights import find_weights, load_weights
+from pathcore.weights import check_finite, check_names, read_state_dict
+
+HUB_PREFIX = "hf_hub:"
+FILE_NAMES = ("slide_encoder.pth", "slide_encoder.safetensors")
+"""The released file, and the same tensors without pickle."""
 
 FINAL_NORM_EPS = 1e-6
 """Of the norm after pooling, as in the released configuration."""
@@ -57,7 +64,7 @@ def register_architecture(name: str, **settings: Any) -> None:
     ARCHITECTURES[name] = dict(settings)
 
 
-class _PatchEmbed(nn.Module):
+class PatchEmbed(nn.Module):
     """Maps tile embeddings to the encoder's width: `proj` in the released weights."""
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
@@ -65,6 +72,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Linear(in_chans, embed_dim)
 
     def forward(self, tiles: Tensor) -> Tensor:
+        """Maps `(..., C)` to `(..., D)`."""
         projected: Tensor = self.proj(tiles)
         return projected
 
@@ -146,7 +154,7 @@ class LongNetViT(nn.Module):
             drop_path_rate=drop_path_rate,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.patch_embed = _PatchEmbed(in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim)
         self.encoder = LongNetEncoder(config)
         self.norm = nn.LayerNorm(embed_dim, eps=FINAL_NORM_EPS)
         table = axis_table(slide_ngrids, embed_dim // 2)
@@ -438,34 +446,97 @@ def _pool(state: Tensor, sizes: Sequence[int], pooling: Pooling) -> Tensor:
     raise ValueError(f"pooling {pooling!r}: expected 'cls' or 'mean'")
 
 
+def find_slide_weights(
+    pretrained: str | os.PathLike[str], local_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Finds the weights of a slide encoder and downloads them if they are not cached.
+
+    Args:
+        pretrained: `hf_hub:OWNER/NAME`, optionally with `@REVISION`; a file; or a folder with
+            `slide_encoder.pth` or `slide_encoder.safetensors`.
+        local_dir: Folder to look for the hub's file first, where the original code downloads it,
+            and cache of the hub otherwise; by default the usual cache (`HF_HOME`, `HF_HUB_CACHE`).
+
+    Raises:
+        FileNotFoundError: If there are none, or the hub cannot be reached.
+    """
+    name = os.fspath(pretrained)
+    if not name.startswith(HUB_PREFIX):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if found := _in_folder(path):
+                return found
+            raise FileNotFoundError(f"{path}: holds neither {' nor '.join(FILE_NAMES)}")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected slide encoder weights, a folder with them, or "
+                f"{HUB_PREFIX}OWNER/NAME. For random weights pass ''"
+            )
+        return path
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    # A file without history says nothing about its revision.
+    if local_dir is not None and not revision and (found := _in_folder(Path(local_dir))):
+        return found
+    try:
+        return Path(
+            hf_hub_download(
+                repository,
+                FILE_NAMES[0],
+                revision=revision or None,
+                cache_dir=None if local_dir is None else Path(local_dir),
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name}: {FILE_NAMES[0]} is neither in the local cache nor could it be downloaded "
+            f"({type(error).__name__}: {error}). Accept the terms at "
+            f"https://huggingface.co/{repository} and set HF_TOKEN, or give the path of a "
+            "downloaded file"
+        ) from error
+
+
+def _in_folder(folder: Path) -> Path | None:
+    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+
+
 def create_model(
     pretrained: str | os.PathLike[str],
     model_arch: str,
     in_chans: int,
-    local_dir: str | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> LongNetViT:
-    """Makes a slide encoder, in evaluation mode.
+    """Creates a slide encoder in evaluation mode.
 
     The original returns models in training mode, where dropout makes every output different; call
     `.train()` for fine-tuning.
 
     Args:
         pretrained: `hf_hub:prov-gigapath/prov-gigapath`, a file or folder of weights, or `""` for
-            random ones.
-        model_arch: A name of `ARCHITECTURES`.
+            random weights.
+        model_arch: A name in `ARCHITECTURES`.
         in_chans: Width of the tile embeddings.
-        local_dir: The hub's cache folder; by default the usual one.
+        local_dir: Folder with a downloaded `slide_encoder.pth`, or cache folder of the hub; by
+            default the usual cache.
         **kwargs: Further arguments of `LongNetViT`.
 
     Raises:
-        ValueError: There is no such architecture, or the weights do not all fit it.
-        FileNotFoundError: There are no weights.
+        ValueError: If the architecture is unknown, or the weights do not fit: names the tensors
+            that are missing, unexpected or of another shape.
+        FileNotFoundError: If there are no weights.
+
+    Example:
+        >>> import torch
+        >>> model = create_model("", "gigapath_slide_enc12l384d", in_chans=384)
+        >>> tile_embed, coords = torch.zeros(100, 384), 256 * torch.arange(200).reshape(100, 2)
+        >>> with torch.no_grad():
+        ...     model(tile_embed, coords).shape, model.embed(tile_embed, coords).shape
+        (torch.Size([1, 1, 384]), torch.Size([1, 384]))
     """
     if model_arch not in ARCHITECTURES:
         raise ValueError(f"model_arch {model_arch!r}: expected one of {', '.join(ARCHITECTURES)}")
     settings = {**ARCHITECTURES[model_arch], **kwargs}
-    path = find_weights(pretrained, local_dir) if os.fspath(pretrained) else None
+    path = find_slide_weights(pretrained, local_dir) if os.fspath(pretrained) else None
     # Not filled twice: PyTorch's own initialisation takes longer than reading the weights.
     with torch.device("meta"):
         model = LongNetViT(in_chans=in_chans, **settings)
@@ -474,7 +545,18 @@ def create_model(
         model.load_state_dict(empty, assign=True)
         model.init_weights()
         return model.eval()
-    load_weights(model, path, lambda state: _hint(state, model_arch, in_chans))
+    state = read_state_dict(path, mmap=True)
+    check_names(
+        model.state_dict(),
+        state,
+        what="slide encoder",
+        source=path,
+        hint=lambda state: _hint(state, model_arch, in_chans),
+    )
+    check_finite(state, path)
+    # Copies, because the memory-mapped file may change while the model is in use.
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    model.load_state_dict(copies, assign=True)
     return model.eval()
 
 
@@ -494,3 +576,43 @@ def _hint(state: Mapping[str, Tensor], model_arch: str, in_chans: int) -> str:
     if not names or (model_arch in names and channels == in_chans):
         return ""
     return f" Its shapes are those of {' or '.join(names)} with in_chans {channels}"
+
+
+def _create_by_timm(name: str, options: dict[str, Any]) -> LongNetViT:
+    """Creates a randomly initialised slide encoder from the arguments of `timm.create_model`."""
+    if options.pop("pretrained", False):
+        raise ValueError(
+            f"pretrained=True: {name} is not on timm's hub; use "
+            'gigapath.slide_encoder.create_model("hf_hub:prov-gigapath/prov-gigapath", ...)'
+        )
+    for name_of_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(name_of_timm, None)
+    in_chans = options.pop("in_chans", 1536)
+    return create_model("", name, in_chans, **options).train()  # as every model of timm
+
+
+# The published code looks the sizes up in timm's registry, and users import them by name.
+
+
+@register_model
+def gigapath_slide_enc12l768d(**kwargs: Any) -> LongNetViT:
+    """Slide encoder of Prov-GigaPath, with random weights."""
+    return _create_by_timm("gigapath_slide_enc12l768d", kwargs)
+
+
+@register_model
+def gigapath_slide_enc24l1024d(**kwargs: Any) -> LongNetViT:
+    """Larger slide encoder, with random weights."""
+    return _create_by_timm("gigapath_slide_enc24l1024d", kwargs)
+
+
+@register_model
+def gigapath_slide_enc12l1536d(**kwargs: Any) -> LongNetViT:
+    """Slide encoder as wide as the tile embeddings, with random weights."""
+    return _create_by_timm("gigapath_slide_enc12l1536d", kwargs)
+
+
+@register_model
+def gigapath_slide_enc12l384d(**kwargs: Any) -> LongNetViT:
+    """Slide encoder of GigaPath-Flash, with random weights."""
+    return _create_by_timm("gigapath_slide_enc12l384d", kwargs)

@@ -121,7 +121,7 @@ def create_model(
     """
     if str(pretrained) in ("", RANDOM):
         return _build(_architecture(model_arch or DEFAULT_ARCHITECTURE), model_args).eval()
-    source = find_weights(pretrained)
+    source = find_tile_weights(pretrained)
     state_dict = read_state_dict(source.path, mmap=True)
     architecture = _choose(source, model_arch, state_dict)
     # On no device at first: a billion random numbers would take half a minute, and twice the room.
@@ -144,7 +144,7 @@ def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None =
     if str(pretrained) in ("", RANDOM):
         architecture = _architecture(model_arch or DEFAULT_ARCHITECTURE)
     else:
-        source = find_weights(pretrained)
+        source = find_tile_weights(pretrained)
         architecture = _choose(source, model_arch)
     with torch.device("meta"):
         return int(cast(Any, _build(architecture, {})).num_features)
@@ -207,7 +207,7 @@ def encoder_transform(
         return Transform.from_timm(
             {} if default is None else default.to_dict(), source=f"tile encoder {arch}"
         )
-    source = find_weights(pretrained)
+    source = find_tile_weights(pretrained)
     if _is_published(_choose(source, model_arch)):
         return published_transform()
     if source.config is None:
@@ -236,7 +236,7 @@ def resize_px(crop_px: int) -> int:
     return round(crop_px * RESIZE_PX / CROP_PX)
 
 
-def find_weights(pretrained: str | os.PathLike[str]) -> TileWeights:
+def find_tile_weights(pretrained: str | os.PathLike[str]) -> TileWeights:
     """Finds the files of a tile encoder; those of the hub are fetched, or taken from its cache.
 
     Raises:

@@ -24,7 +24,6 @@ from gigapath import slide_encoder
 from gigapath.embed.tile_inference import autocast
 from gigapath.pos_embed import check_coords
 from gigapath.slide_encoder import ARCHITECTURES, Layer, LongNetViT, Pooling
-from gigapath.slide_weights import find_weights
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
 from pathcore.files import atomic_file, sha256_of
 from wsi.features import EmbeddingError, check_features
@@ -208,7 +207,7 @@ def describe_slide_encoder(
     if pretrained in ("", RANDOM):
         name, pretrained, digest = f"random-{arch}-{seed}", "", ""
     else:
-        path = find_weights(pretrained)
+        path = slide_encoder.find_slide_weights(pretrained)
         digest = sha256_of(path)
         published = {HUB_NAME: "prov-gigapath", FLASH_HUB_NAME: "prov-gigapath-flash"}
         stem = path.stem if Path(pretrained).is_file() else Path(pretrained).name

@@ -92,7 +92,7 @@ def describe_encoder(
     if pretrained in ("", tile_encoder.RANDOM):
         name = f"random-{model_arch or tile_encoder.DEFAULT_ARCHITECTURE}-{seed}"
         return TileEncoderSpec("", model_arch, precision, name, seed=seed, transform=transform)
-    weights = tile_encoder.find_weights(pretrained)
+    weights = tile_encoder.find_tile_weights(pretrained)
     digest = sha256_of(weights.path)
     published = {
         tile_encoder.HUB_NAME: "prov-gigapath",

@@ -19,6 +19,25 @@ Settings = TypeVar("Settings")
 
 _BASE = "_base_"
 
+REPLACED = {
+    "latent_dim": "the width follows from model_arch",
+    "fp16": "write precision=bf16, which needs no loss scaling",
+    "pat_strat": "write split_key=pat_id; patients in the table stay together by default",
+    "report_to": "no such service is used; curves.png and history.json show the training",
+    "exp_name": "name the run by its output folder",
+    "save_dir": "give the output folder as --output",
+    "output_dir": "give the output folder as --output",
+    "root_path": "give the folder of features as the first argument",
+    "input_path": "give the embeddings as the first argument",
+    "dataset_csv": "give the table as --labels",
+    "pre_split_dir": "give the folder of splits as --splits",
+    "task_cfg_path": "give the task as --task",
+    "task": "give the task as --task",
+    "embed_dim": "give the width as --embed-dim (probe-tiles) or input_dim (finetune-slides)",
+    "num_workers": "embeddings are read once, without worker processes",
+}
+"""Arguments of the published scripts without a setting of that name, and what replaces them."""
+
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a mapping from a YAML file, with what it inherits through `_base_`.
@@ -64,7 +83,10 @@ def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(names)):
         near = difflib.get_close_matches(str(unknown[0]), names, n=3)
-        hint = f"; near: {', '.join(near)}" if near else f"; known: {', '.join(names)}"
+        if unknown[0] in REPLACED:
+            hint = f"; {REPLACED[unknown[0]]}"
+        else:
+            hint = f"; near: {', '.join(near)}" if near else f"; known: {', '.join(names)}"
         raise ValueError(f"{where}: no field {unknown[0]!r}{hint}")
     try:
         return kind(**{n: _converted(n, v, hints[n]) for n, v in values.items()})

@@ -128,7 +128,7 @@ def finetune_slides(
             stack.enter_context(folder_lock(out / ".lock"))
             remove_partials(out)
         cohort = ranks.first(
-            lambda: read_cohort(folder, table, task, out, splits, settings, progress, only_folds)
+            partial(read_cohort, folder, table, task, out, splits, settings, progress, only_folds)
         )
         settings = replace(settings, input_dim=cohort.input_dim)
         runs = Runs(

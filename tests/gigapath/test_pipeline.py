@@ -13,12 +13,14 @@ from PIL import Image
 import gigapath.pipeline as pipeline
 from gigapath import slide_encoder as slide_encoders
 from gigapath.pipeline import (
+    TileEncodingDataset,
     load_tile_encoder_transforms,
     load_tile_slide_encoder,
     run_inference_with_slide_encoder,
     run_inference_with_tile_encoder,
     tile_one_slide,
 )
+from gigapath.preprocessing.data.slide_utils import find_level_for_target_mpp
 from gigapath.slide_encoder import LongNetViT
 from tests.gigapath.tiny_encoders import write_tile_encoder
 from tests.wsi.slides import tissue_pixels, write_svs
@@ -89,6 +91,30 @@ def test_embeddings_of_images_as_the_original_computes_them(
         assert found["coords"][number].tolist() == [x, y]
     assert load_tile_encoder_transforms()(Image.open(paths[-1])).shape == (3, 224, 224)
     paths[-1].unlink()
+
+
+def test_tile_dataset_of_the_original(
+    tiles: Path, encoders: tuple[torch.nn.Module, torch.nn.Module]
+) -> None:
+    paths = sorted(tiles.glob("*.png"))
+    dataset = TileEncodingDataset([str(p) for p in paths], load_tile_encoder_transforms())
+    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=len(paths))))
+    ours = run_inference_with_tile_encoder(paths, encoders[0], device="cpu", progress=False)
+    assert batch["img"].shape == (len(paths), 3, 224, 224)
+    assert torch.equal(batch["coords"], ours["coords"])
+    plain = TileEncodingDataset(paths)[0]
+    assert plain["img"].shape == (64, 64, 3) and plain["img"].dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"name\.png"):
+        TileEncodingDataset(["name.png"])
+
+
+def test_level_of_a_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide = write_svs(tmp_path / "s.svs", tissue_pixels(900, 700), mpp=0.25, downsamples=(2, 4))
+    levels = [find_level_for_target_mpp(str(slide), mpp) for mpp in (0.25, 0.52, 1.0, 2.0)]
+    assert levels == [0, 1, 2, None]
+    assert "No level has about 2 micrometres" in capsys.readouterr().out
+    unknown = write_svs(tmp_path / "u.svs", tissue_pixels(900, 700), mpp=None, magnification=None)
+    assert find_level_for_target_mpp(unknown, 0.5) is None
 
 
 def test_order_of_the_tiles(tiles: Path, encoders: tuple[torch.nn.Module, torch.nn.Module]) -> None:

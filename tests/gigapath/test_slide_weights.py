@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import gigapath
-from gigapath.slide_encoder import create_model, register_architecture
-from gigapath.slide_weights import find_weights
+from gigapath.slide_encoder import create_model, find_slide_weights, register_architecture
 from pathcore.weights import read_state_dict
 from tests.gigapath.slide_goldens import golden_json, recipe_inputs
 
@@ -98,7 +98,7 @@ with torch.no_grad():
     assert isinstance(output, Tensor)
     assert output.shape == (768,)
     assert bool(torch.isfinite(output).all())
-    path = find_weights(f"hf_hub:{REPOSITORY}", str(released))
+    path = find_slide_weights(f"hf_hub:{REPOSITORY}", str(released))
     assert path.name == "slide_encoder.pth"
     state = torch.load(path, weights_only=True, mmap=True)["model"]
     loaded = scope["slide_encoder"].state_dict()  # type: ignore[attr-defined]
@@ -163,7 +163,7 @@ def test_files_and_folders(tmp_path: Path, state: dict[str, Tensor]) -> None:
         create_model(folder, TINY, 8)
     save_file(state, folder / "slide_encoder.safetensors")
     assert same(create_model(folder, TINY, 8), state)
-    with pytest.raises(FileNotFoundError, match=r"none.pth: no such file; .* ask for ''"):
+    with pytest.raises(FileNotFoundError, match=r"none.pth: no such file; .* pass ''"):
         create_model(tmp_path / "none.pth", TINY, 8)
 
 
@@ -243,3 +243,26 @@ def test_code_and_rubbish_are_refused(tmp_path: Path, state: dict[str, Tensor]) 
     broken.write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"weights.safetensors: cannot be read"):
         read_state_dict(broken)
+
+
+def test_a_downloaded_file_in_local_dir_is_used(
+    state: dict[str, Tensor], tmp_path: Path, offline: pytest.MonkeyPatch
+) -> None:
+    """The original downloads into `local_dir`; LazySlide passes the folder of an earlier run."""
+    torch.save({"model": state}, tmp_path / "slide_encoder.pth")
+    model = create_model(f"hf_hub:{REPOSITORY}", TINY, 8, local_dir=tmp_path)
+    assert same(model, state)
+    with pytest.raises(FileNotFoundError, match="neither in the local cache"):
+        create_model(f"hf_hub:{REPOSITORY}@v1", TINY, 8, local_dir=tmp_path)
+
+
+def test_published_sizes_are_models_of_timm() -> None:
+    model = timm.create_model("gigapath_slide_enc12l384d", pretrained=False, in_chans=384)
+    assert model.training and model.embed_dim == 384
+    assert sum(p.numel() for p in model.parameters()) == 21_489_408
+    assert (
+        model.state_dict().keys()
+        == create_model("", "gigapath_slide_enc12l384d", 384).state_dict().keys()
+    )
+    with pytest.raises(ValueError, match="create_model"):
+        timm.create_model("gigapath_slide_enc12l384d", pretrained=True)

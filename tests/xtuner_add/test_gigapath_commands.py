@@ -112,6 +112,24 @@ def test_finetune_refuses_what_there_is_not(slides: Path) -> None:
         assert "Traceback" not in found.output
 
 
+def test_published_arguments_are_named(slides: Path) -> None:
+    for more, message in (
+        (("--option", "fp16=true"), "precision=bf16"),
+        (("--option", "latent_dim=768"), "follows from model_arch"),
+        (("--option", "report_to=tensorboard"), "curves.png"),
+        (("--option", "pat_strat=true"), "split_key=pat_id"),
+        (("--blr", "0.01"), "write --option blr=VALUE"),
+        (("--warmup-epochs", "0.01"), "write --option warmup_epochs=VALUE"),
+    ):
+        found = finetune(slides, "out", *more)
+        assert found.exit_code != 0 and message in found.output, (more, found.output)
+        assert "near" not in found.output and "Traceback" not in found.output
+    found = invoke("probe-tiles", slides / "features", "--output", slides / "out", "--lr", "0.01")
+    assert found.exit_code == 2 and "write --option lr=VALUE" in found.output
+    found = invoke("probe-tiles", slides / "features", "--output", slides / "out", "--methid", "x")
+    assert found.exit_code == 2 and "--method" in found.output
+
+
 def test_recipes_tasks_and_options() -> None:
     panda = find_recipe("panda")
     assert find_task(None, panda) == panda.parent / "tasks/panda.yml"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,8 +237,38 @@ _HEAT_MAPS = click.option(
 )
 
 
+class SettingsCommand(RelaunchedCommand):
+    """A command whose `--option` takes the fields of a settings class.
+
+    The published scripts take settings as options of their own (`--lr 0.01`), so the error about
+    such an option says how it is written here.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the arguments."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if name not in _published_settings():
+                raise
+            raise click.UsageError(
+                f"No such option {error.option_name}: write --option {name}=VALUE", ctx
+            ) from error
+
+
+def _published_settings() -> set[str]:
+    from gigapath.finetune.probe import ProbeSettings
+    from gigapath.finetune.recipes import REPLACED
+    from gigapath.finetune.settings import FinetuneSettings
+
+    settings = (*fields(ProbeSettings), *fields(FinetuneSettings))
+    return {*REPLACED, *(field.name for field in settings)}
+
+
 @click.command(
     "probe-tiles",
+    cls=SettingsCommand,
     epilog=example("probe-tiles", "GigaPath_PCam_embeddings.zip --output runs/pcam --recipe pcam"),
 )
 @click.argument("embeddings", type=FILE_OR_FOLDER)
@@ -298,7 +328,7 @@ def probe_tiles(
 
 @click.command(
     "finetune-slides",
-    cls=RelaunchedCommand,
+    cls=SettingsCommand,
     epilog=example(
         "finetune-slides",
         "embeddings/features/ENCODER --labels cohort.csv --task task.yml --output runs/cohort",
@@ -444,7 +474,7 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 
 @click.command(
     "train-mil",
-    cls=RelaunchedCommand,
+    cls=SettingsCommand,
     epilog=example("train-mil", "features/ --labels labels.csv --splits splits/ --output runs/mil"),
 )
 @click.argument("features", type=FOLDER)
