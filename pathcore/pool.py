@@ -149,10 +149,12 @@ def _run_in_processes(
             if idle is None:
                 crew.append(_start(context, function))
                 return
+            try:
+                idle.connection.send((again[0],))
+            except (BrokenPipeError, ConnectionResetError):
+                crew.remove(idle)  # it died while it was idle, through no fault of this task
+                continue
             idle.task.append(again.popleft())
-            # A worker that died while it was idle is noticed when its answer is awaited.
-            with contextlib.suppress(BrokenPipeError):
-                idle.connection.send((idle.task[0],))
 
     try:
         while True:

@@ -244,7 +244,7 @@ class SlideListing:
         """Passes over ordinary pictures that show a slide of the listing.
 
         Thumbnails, masks and overlays lie beside slides, under the name of the slide or one that
-        begins with it: `a.png`, `a_thumbnail.jpg`, `a-mask.png`.
+        begins or ends with it: `a.png`, `a_thumbnail.jpg`, `mask-a.png`.
         """
         slides = {
             slide_id
@@ -252,8 +252,9 @@ class SlideListing:
             if any(path.suffix.lower() in SLIDE_SUFFIXES for path in paths)
         }
         for stem, paths in list(self._found.items()):
-            heads = (stem[: match.start()] for match in re.finditer(r"[^A-Za-z0-9]", stem))
-            slide = stem if stem in slides else next((h for h in heads if h in slides), None)
+            cuts = list(re.finditer(r"[^A-Za-z0-9]", stem))
+            names = [stem, *(stem[: c.start()] for c in cuts), *(stem[c.end() :] for c in cuts)]
+            slide = next((name for name in names if name in slides), None)
             for path in list(paths):
                 if slide is not None and path.suffix.lower() in PLAIN_SUFFIXES:
                     self._drop(path, "picture of a slide", f"of {self._found[slide][0].name}")
@@ -270,6 +271,8 @@ class SlideListing:
 
 def _distinct(paths: list[Path]) -> list[Path]:
     """Drops further links to a file that is listed already."""
+    if len(paths) == 1:  # resolving a path takes several system calls, on a network disk
+        return paths
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 

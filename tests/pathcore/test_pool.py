@@ -67,6 +67,24 @@ def test_a_dead_worker_costs_its_task(
     assert start_method == "spawn" or "exit code 9" in deaths[7]
 
 
+def test_a_worker_that_dies_while_idle_costs_no_task(module: Any) -> None:
+    """The pool waits for a task to come, kills its idle worker, and hands the task to a new one."""
+
+    def tasks() -> Any:
+        yield 10
+        yield 20  # drawn when 10 is done; the worker is idle at this moment
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        yield 30
+
+    deaths: list[int] = []
+    found = run_tasks(
+        module.work, tasks(), workers=1, on_death=lambda task, error: deaths.append(task) or ()
+    )
+    assert sorted(found) == [20, 40, 60] and not deaths
+
+
 def test_without_a_handler_the_run_ends(module: Any) -> None:
     with pytest.raises(WorkerDiedError, match="killed by SIGABRT; run the same command again"):
         list(run_tasks(module.work, [3], workers=1))

@@ -69,7 +69,16 @@ def test_a_series_in_two_folders_is_ambiguous(tmp_path: Path) -> None:
 
 def test_pictures_of_slides_are_no_slides(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs", "a.png", "a_thumbnail.JPG", "masks/a.png", "a-mask.bmp", "b.jpg")
-    touch(tmp_path, "ab.png", "._a.svs", "._b.jpg", ".hidden.svs", ".Trash/c.svs", "notes.txt")
+    touch(
+        tmp_path,
+        "ab.png",
+        "thumb_a.png",
+        "._a.svs",
+        "._b.jpg",
+        ".hidden.svs",
+        ".Trash/c.svs",
+        "notes.txt",
+    )
     listing = SlideListing(tmp_path)
     assert set(listing.slides) == {"a", "ab", "b"}
     assert listing.find("a") == tmp_path / "a.svs"
@@ -77,6 +86,7 @@ def test_pictures_of_slides_are_no_slides(tmp_path: Path) -> None:
         "a.png": "picture of a slide",
         "a_thumbnail.JPG": "picture of a slide",
         "a-mask.bmp": "picture of a slide",
+        "thumb_a.png": "picture of a slide",
         "masks/a.png": "picture of a slide",
         "._a.svs": "macOS metadata",
         "._b.jpg": "macOS metadata",
