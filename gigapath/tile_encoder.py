@@ -31,6 +31,9 @@ RESIZE_PX, CROP_PX = 256, 224
 """Of the published transform, as are mean and deviation:
 https://github.com/prov-gigapath/prov-gigapath#inference-with-the-tile-encoder."""
 
+_SLIDE_ENCODERS = {"prov-gigapath": HUB_NAME, "gigapath-flash": FLASH_HUB_NAME}
+"""Slide encoders by the preset of the tile encoder."""
+
 _HUB_PREFIXES = ("hf_hub:", "hf-hub:")
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -219,6 +222,32 @@ def encoder_transform(
     config = json.loads(source.config.read_text(encoding="utf-8"))
     # Before timm 0.9 the fields of pretrained_cfg stood in the configuration itself.
     return Transform.from_timm(config.get("pretrained_cfg") or config, source=str(source.config))
+
+
+def slide_encoder_of(
+    pretrained: str | os.PathLike[str], model_arch: str | None = None, *, named: bool = False
+) -> str | None:
+    """Returns the hub name of the slide encoder that was trained on a tile encoder; None if none.
+
+    Args:
+        pretrained: As for `create_model`.
+        model_arch: As for `create_model`.
+        named: Whether `pretrained` is a name of `pathcore.encoders` instead.
+    """
+    name = os.fspath(pretrained).replace("hf-hub:", "hf_hub:")
+    if named:
+        return _SLIDE_ENCODERS.get(name.partition("@")[0])
+    if name in (HUB_NAME, FLASH_HUB_NAME):
+        return name
+    if name in ("", RANDOM):
+        architecture = _architecture(model_arch or DEFAULT_ARCHITECTURE)
+    elif os.path.exists(name):
+        architecture = _choose(find_tile_weights(name), model_arch)
+    else:
+        return None
+    if not _is_published(architecture):
+        return None
+    return FLASH_HUB_NAME if architecture.model_args["embed_dim"] == 384 else HUB_NAME
 
 
 def _is_published(architecture: TileArchitecture) -> bool:

@@ -25,7 +25,7 @@ from gigapath.embed.slide_vectors import (
     slide_vector,
     write_slide_vector,
 )
-from gigapath.embed.tile_inference import TileEncoder, TileEncoderSpec, choose_device
+from gigapath.embed.tile_inference import TileEncoderSpec, choose_device, open_tile_encoder
 from gigapath.slide_encoder import LongNetViT
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
@@ -34,6 +34,7 @@ from wsi.features import (
     PART_TILES,
     EmbeddingError,
     FolderTiles,
+    PatchEncoder,
     SlideTiles,
     TileEmbeddings,
     embed_tiles,
@@ -293,8 +294,8 @@ def _worker_device(device: str | None, claims: Path | None) -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def _load_tile_encoder(spec: TileEncoderSpec, device: torch.device) -> TileEncoder:
-    return TileEncoder.open(spec, device=device)
+def _load_tile_encoder(spec: TileEncoderSpec, device: torch.device) -> PatchEncoder:
+    return open_tile_encoder(spec, device)
 
 
 @lru_cache(maxsize=1)

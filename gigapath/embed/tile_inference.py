@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 
 from gigapath import tile_encoder
 from gigapath.tile_encoder import CROP_PX
+from pathcore.encoders import Encoder, create_encoder, list_encoders
 from pathcore.encoders.transform import Transform
-from pathcore.files import sha256_of
+from pathcore.files import read_json, sha256_of
 from wsi.features import Resize
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIGEST_CHARS = 8
+_LIBRARIES = ("timm", "hf", "open_clip")
 
 
 def choose_device(device: str | None = None) -> torch.device:
@@ -66,6 +69,10 @@ class TileEncoderSpec:
         seed: Seed of random weights.
         transform: How tiles become the images that the encoder expects; by default the published
             transform of Prov-GigaPath.
+        named: Whether `pretrained` is a name for `pathcore.encoders.create_encoder`.
+        embed_dim: Length of the features of a named encoder.
+        patch_px: Side of the patches that the authors of a named encoder read from slides.
+        mpp: Micrometres per pixel of those patches.
     """
 
     pretrained: str
@@ -75,6 +82,10 @@ class TileEncoderSpec:
     digest: str = ""
     seed: int = 0
     transform: Transform | None = None
+    named: bool = False
+    embed_dim: int = 0
+    patch_px: int = 256
+    mpp: float = 0.5
 
 
 def describe_encoder(
@@ -82,10 +93,20 @@ def describe_encoder(
 ) -> TileEncoderSpec:
     """Finds the weights of a tile encoder and its transform, and gives them a unique name.
 
+    Args:
+        pretrained: As for `tile_encoder.create_model`, or a name for
+            `pathcore.encoders.create_encoder`: a preset, `timm:`, `hf:`, `open_clip:`, or a folder
+            that transformers or open_clip wrote.
+        model_arch: As for `tile_encoder.create_model`.
+        precision: fp32, bf16 or fp16.
+        seed: Seed of random weights.
+
     Raises:
         FileNotFoundError: If there are no weights.
-        ValueError: If the transform of the encoder is not known.
+        ValueError: If the transform of the encoder is not known, or the name is unknown.
     """
+    if model_arch is None and _is_named(pretrained):
+        return _describe_named(pretrained, precision)
     transform = tile_encoder.encoder_transform(pretrained, model_arch)
     if transform.output_px is None:
         raise ValueError(f"tile encoder {pretrained}: its transform gives no square images")
@@ -108,7 +129,107 @@ def describe_encoder(
 
 def embedding_width(spec: TileEncoderSpec) -> int:
     """Width of an encoder's embeddings, without loading its weights into a model."""
+    if spec.named:
+        return spec.embed_dim
     return tile_encoder.embedding_width(spec.pretrained, spec.model_arch)
+
+
+def _is_named(pretrained: str) -> bool:
+    """Whether a text is a name of `pathcore.encoders` rather than weights for `tile_encoder`."""
+    if pretrained in ("", tile_encoder.RANDOM) or pretrained.startswith(("hf_hub:", "hf-hub:")):
+        return False
+    path = Path(pretrained)
+    if path.is_dir():
+        config = path / "config.json"
+        if config.is_file():  # transformers writes a model_type, timm an architecture
+            content = read_json(config, what="tile encoder config")
+            return "architecture" not in content and "model_type" in content
+        return any((path / f / "open_clip_config.json").is_file() for f in (".", "open_clip"))
+    if path.is_file():
+        return False
+    head = re.split(r"[:@]", pretrained)[0]
+    return head in (*_LIBRARIES, *list_encoders()) or os.sep not in pretrained
+
+
+def _describe_named(name: str, precision: str) -> TileEncoderSpec:
+    """Describes an encoder of `pathcore.encoders`, which is built once for its digest."""
+    encoder = create_encoder(name, device="cpu")
+    scales = encoder.mpp or (0.5,)
+    return TileEncoderSpec(
+        name,
+        None,
+        precision,
+        encoder.folder_name,
+        encoder.digest,
+        transform=encoder.transform,
+        named=True,
+        embed_dim=encoder.embed_dim,
+        patch_px=encoder.patch_px or 256,
+        # Half a micrometre is what slides are tiled at here unless the authors say otherwise.
+        mpp=0.5 if 0.5 in scales else scales[0],
+    )
+
+
+def open_tile_encoder(
+    spec: TileEncoderSpec, device: torch.device | str = "cpu"
+) -> TileEncoder | NamedEncoder:
+    """Builds the tile encoder that a description names."""
+    if not spec.named:
+        return TileEncoder.open(spec, device=device)
+    precision = str(_DTYPES[spec.precision]).removeprefix("torch.")
+    encoder = create_encoder(spec.pretrained, device=device, precision=precision)
+    if encoder.digest != spec.digest:
+        raise ValueError(f"tile encoder {spec.pretrained}: its weights have changed meanwhile")
+    return NamedEncoder(encoder)
+
+
+class NamedEncoder:
+    """An encoder of `pathcore.encoders` as `wsi.features.embed_tiles` takes one.
+
+    Args:
+        encoder: The encoder.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._normalise = _Normalise(encoder.transform, encoder.device)
+
+    @property
+    def resize(self) -> Resize | None:
+        """How tiles are resized and cropped before `encode`; None leaves them as they are."""
+        transform = self.encoder.transform
+        if transform.output_px is None:
+            return None
+        return Resize(transform.output_px, transform.resize_px, transform.interpolation)
+
+    def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Maps RGB `(batch, height, width, 3)` to float32 `(batch, embed_dim)` on the CPU."""
+        return self.encoder.features(self._normalise(pixels))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a features file should say about the encoder."""
+        described = self.encoder.describe()
+        plain = {k: v for k, v in described.items() if isinstance(v, (str, int, float))}
+        nested = {k: json.dumps(v) for k, v in described.items() if isinstance(v, (dict, list))}
+        named = {"encoder_name": plain.pop("encoder"), "encoder_digest": plain.pop("digest")}
+        return {**named, **plain, **nested}
+
+
+class _Normalise:
+    """Converts pixels to `pixel_values` as ToTensor and Normalize of torchvision do, to the bit."""
+
+    def __init__(self, transform: Transform, device: torch.device) -> None:
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.device = device
+        self.mean = torch.tensor(transform.mean, **options).view(1, 3, 1, 1)
+        self.std = torch.tensor(transform.std, **options).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        images = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        values = images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return values.sub_(self.mean).div_(self.std)
 
 
 class TileEncoder:
@@ -146,9 +267,7 @@ class TileEncoder:
                 f"{self.transform.output_px} px; correct input_size or img_size in config.json"
             )
         self.crop_px = self.transform.output_px or CROP_PX
-        options: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        self._mean = torch.tensor(self.transform.mean, **options).view(1, 3, 1, 1)
-        self._std = torch.tensor(self.transform.std, **options).view(1, 3, 1, 1)
+        self._normalise = _Normalise(self.transform, self.device)
 
     @property
     def resize(self) -> Resize:
@@ -178,13 +297,7 @@ class TileEncoder:
         Returns:
             float32 `(batch, embed_dim)` on the device.
         """
-        images = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            images = images.pin_memory().to(self.device, non_blocking=True)
-        # As torchvision's ToTensor and Normalize compute, to the bit.
-        values = images.permute(0, 3, 1, 2).contiguous().float().div_(255)
-        values.sub_(self._mean).div_(self._std)
-        return self.encode_normalised(values)
+        return self.encode_normalised(self._normalise(pixels))
 
     @torch.inference_mode()
     def encode_normalised(self, values: Tensor) -> Tensor:

@@ -12,18 +12,24 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
 from gigapath.embed.device_claims import claim
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
 from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
+from pathcore.encoders import create_encoder
+from pathcore.encoders import presets as encoder_presets
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
+from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.features import EmbeddingError
-from wsi.store import read_features
+from wsi.reader import Region, Slide
+from wsi.store import read_attributes, read_features
 from wsi.tiling import PatchSpec
 
 ROOT = Path(__file__).parents[2]
@@ -249,3 +255,73 @@ def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
     first.communicate()
     third = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
     assert third.stdout == "1\n"  # given back by the one that was killed
+
+
+TINY_VIT: dict[str, Any] = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=4)
+
+
+@pytest.fixture
+def tiny_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A preset as another package adds it, and its weights as timm's models are stored."""
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    content = {
+        "extends": "uni",
+        "arguments": {**TINY_VIT, "init_values": 1e-5, "dynamic_img_size": True},
+        "transform": {"resize_px": 32, "crop_px": 32, "interpolation": "bilinear",
+                      "mean": [0.7, 0.5, 0.6], "std": [0.2, 0.25, 0.2]},
+        "embed_dim": 24, "patch_px": 40, "mpp": [1.0, 0.25],
+    }  # fmt: skip
+    (presets / "tiny-uni.json").write_text(json.dumps(content))
+    folders = encoder_presets._folders
+    monkeypatch.setattr(encoder_presets, "_folders", lambda: iter([*folders(), presets]))
+    for cached in (encoder_presets._files, encoder_presets._read):
+        cached.cache_clear()
+    torch.manual_seed(0)
+    model = timm.create_model("vit_large_patch16_224", num_classes=0, init_values=1e-5, **TINY_VIT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    torch.save(model.state_dict(), tmp_path / "weights.bin")
+    yield f"tiny-uni@{tmp_path / 'weights.bin'}"
+    monkeypatch.undo()
+    for cached in (encoder_presets._files, encoder_presets._read):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["preset", "open_clip", "hf"])
+def test_encoders_by_name_give_their_own_features(
+    folder: Path, tiny_preset: str, tmp_path: Path, kind: str
+) -> None:
+    if kind == "preset":
+        name = tiny_preset
+    else:
+        save = {"open_clip": save_open_clip, "hf": save_hugging_face}[kind]
+        name = str(save(tmp_path / "clip")) if kind == "hf" else str(tmp_path / "clip")
+        if kind == "open_clip":
+            save(tmp_path / "clip")
+    spec = describe_encoder(name)
+    assert (spec.patch_px, spec.mpp) == ((40, 1.0) if kind == "preset" else (256, 0.5))
+    settings = EmbeddingSettings(spec, None, PatchSpec(40, 0.5), batch_size=8, pictures=False)
+    slide = folder / "slides" / "b.svs"
+    assert embed_slides(slide, tmp_path / "out", settings, PLACEMENT, progress=False).written == 1
+    (path,) = (tmp_path / "out" / "features").rglob("b.h5")
+    features, coords = read_features(path)
+    encoder = create_encoder(name, device="cpu")
+    with Slide(slide) as opened:
+        images = [Image.fromarray(opened.read(Region(int(x), int(y), 40, 40))) for x, y in coords]
+    batches = [encoder.features(images[n : n + 8]) for n in range(0, len(images), 8)]
+    assert np.array_equal(features, torch.cat(batches).numpy())  # to the bit
+    attributes = read_attributes(path)
+    described = encoder.describe()
+    assert attributes["encoder_name"] == described["encoder"]
+    assert attributes["weights_sha256"] == attributes["encoder_digest"] == described["digest"]
+    assert json.loads(attributes["transform"]) == described["transform"]
+    assert attributes["precision"] == "float32" and attributes["feature"] == described["feature"]
+
+
+def test_names_that_are_no_encoder() -> None:
+    with pytest.raises(ValueError, match="did you mean uni2-h"):
+        describe_encoder("uni2h")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        describe_encoder("weights/of/nobody")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from gigapath import slide_encoder as slide_encoders
 from tests.gigapath.tiny_encoders import write_tile_encoder
+from tests.pathgen.tiny_encoders import save_open_clip
 from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.store import read_features
@@ -176,3 +177,18 @@ def test_wrong_use(encoders: list[object], tmp_path: Path) -> None:
     result = invoke(tmp_path / "empty", *out, *encoders)
     assert "neither a slide nor a tile like 01581x_25327y.png" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_of_another_house_stops_at_the_tiles(tmp_path: Path) -> None:
+    save_open_clip(tmp_path / "clip")
+    slide = write_svs(tmp_path / "s.svs", tissue_pixels(600, 500), mpp=0.5)
+    out = tmp_path / "out"
+    result = invoke(slide, "--output", out, "--tile-encoder", tmp_path / "clip", "--no-pictures")
+    assert result.exit_code == 0, result.output
+    assert "No slide encoder was trained on" in result.output
+    (path,) = (out / "features").rglob("s.h5")
+    features, _ = read_features(path)
+    assert features.shape == (4, 16)  # of 256 px at 0.5 micrometres
+    assert not (out / "slide_features").exists()
+    result = invoke(slide, "--output", out, "--tile-encoder", "uni2h")
+    assert result.exit_code in (1, 2) and "did you mean uni2-h" in result.output

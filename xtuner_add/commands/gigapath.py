@@ -53,7 +53,8 @@ class _GridSize(click.ParamType):
     default=_HUB,
     show_default=True,
     metavar="WEIGHTS",
-    help="hf_hub:OWNER/NAME, a folder with config.json and weights, a file, or random.",
+    help="A name of docs/encoders.md (uni2-h, timm:NAME@FILE, a folder, ...), hf_hub:OWNER/NAME, "
+    "a file of weights, or random.",
 )
 @click.option(
     "--tile-arch",
@@ -62,10 +63,9 @@ class _GridSize(click.ParamType):
 )
 @click.option(
     "--slide-encoder",
-    default=_HUB,
-    show_default=True,
     metavar="WEIGHTS",
-    help="hf_hub:OWNER/NAME, a file or folder, random, or none to stop at the tiles.",
+    help="hf_hub:OWNER/NAME, a file or folder, random, or none to stop at the tiles. [default: the "
+    "one that was trained on the tile encoder, if it is Prov-GigaPath's]",
 )
 @click.option(
     "--slide-arch",
@@ -85,9 +85,15 @@ class _GridSize(click.ParamType):
     type=_GridSize(),
     help="Cell size of the position grid in level-0 pixels, or tile. [default: the preset's]",
 )
-@click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the tiles.")
 @click.option(
-    "--patch-px", default=256, show_default=True, help="Size of a tile in pixels, at --mpp."
+    "--mpp",
+    type=float,
+    help="Micrometres per pixel of the tiles. [default: 0.5, or what the encoder was made for]",
+)
+@click.option(
+    "--patch-px",
+    type=int,
+    help="Size of a tile in pixels, at --mpp. [default: 256, or what the encoder was made for]",
 )
 @click.option(
     "--min-tissue", default=0.1, show_default=True, help="Smallest fraction of tissue in a tile."
@@ -186,7 +192,11 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
     settings = EmbeddingSettings(
         tile_encoder,
         _slide_encoder(options, tile_encoder, precision),
-        PatchSpec(options["patch_px"], options["mpp"], min_tissue=options["min_tissue"]),
+        PatchSpec(
+            tile_encoder.patch_px if options["patch_px"] is None else options["patch_px"],
+            tile_encoder.mpp if options["mpp"] is None else options["mpp"],
+            min_tissue=options["min_tissue"],
+        ),
         slide_mpp=options["slide_mpp"],
         masks=str(options["masks"].resolve()) if options["masks"] else None,
         coords=str(options["coords"].resolve()) if options["coords"] else None,
@@ -204,11 +214,23 @@ def _slide_encoder(
 ) -> SlideEncoderSpec | None:
     from gigapath.embed.slide_vectors import describe_slide_encoder
     from gigapath.embed.tile_inference import embedding_width
+    from gigapath.tile_encoder import slide_encoder_of
 
-    if options["slide_encoder"] == "none":
+    weights = options["slide_encoder"]
+    if weights is None:
+        weights = slide_encoder_of(
+            options["tile_encoder"], options["tile_arch"], named=tile_encoder.named
+        )
+        if weights is None:
+            click.echo(
+                f"No slide encoder was trained on {options['tile_encoder']}: embedding tiles "
+                "only. Name your own by --slide-encoder",
+                err=True,
+            )
+    if weights in (None, "none"):
         return None
     return describe_slide_encoder(
-        options["slide_encoder"],
+        weights,
         embedding_width(tile_encoder),
         model_arch=options["slide_arch"],
         preset=options["preset"],
