@@ -1,10 +1,10 @@
-"""Exact softmax attention that also returns its log-sum-exp, on whatever the machine offers.
+"""Exact softmax attention that returns its log-sum-exp, by the fastest available kernel.
 
-Every backend maps query, key and value, `(batch, heads, tokens, head_dim)` in any strides with the
-last one 1, to the output in that shape and the log-sum-exp `(batch, heads, tokens)` in float32 (or
-float64 for float64). Each has a backward pass that takes output and log-sum-exp as arguments: with
-those of a larger softmax, it gives the gradients of the larger softmax, which is how keys that
-were never materialised are accounted for (`gigapath.dilated_attention`).
+Every backend maps query, key and value `(batch, heads, tokens, head_dim)`, with any strides except
+that the last one is 1, to an output of the same shape and the log-sum-exp `(batch, heads, tokens)`
+in float32 (float64 for float64). The backward passes take output and log-sum-exp as arguments:
+given those of a softmax over more keys, they return the gradients of that softmax. This is how
+`gigapath.dilated_attention` accounts for keys that are never stored.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ Forward = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor, tuple[Any, .
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 SCORES_PER_CHUNK = 2**24
-"""Scores that the backend of plain matrix products holds at once: 64 MiB in float32."""
+"""Attention scores that the `math` backend holds at once: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One implementation of attention.
+    """An implementation of attention.
 
     Attributes:
-        forward: From query, key and value to output, log-sum-exp and what else `backward` needs.
-        backward: From gradient, query, key, value, output, log-sum-exp and the rest to the
-            gradients of query, key and value.
+        forward: Maps query, key and value to output, log-sum-exp and a tuple of whatever else
+            `backward` needs.
+        backward: Maps gradient, query, key, value, output, log-sum-exp and the elements of that
+            tuple to the gradients of query, key and value.
     """
 
     forward: Forward
@@ -145,7 +146,7 @@ def _cuda_efficient_backward(
     lse: Tensor,
     *rest: Any,
 ) -> Gradients:
-    # The kernel reads the log-sum-exp in rows of a multiple of 32.
+    # The kernel requires rows of the log-sum-exp padded to a multiple of 32.
     missing = -lse.shape[2] % 32
     padded = torch.nn.functional.pad(lse, (0, missing), value=math.inf).contiguous()
     gradients = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
@@ -168,7 +169,7 @@ def _flash_attn_forward(
 def _flash_attn_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
 ) -> Gradients:
-    # The package has no public backward pass; PyTorch carries the same kernel.
+    # The package has no public backward pass; PyTorch contains the same kernel.
     none = torch.zeros(2, dtype=torch.uint64, device=query.device)
     length, keys = query.shape[2], key.shape[2]
     return _cuda_flash_backward(
@@ -183,13 +184,13 @@ BACKENDS: dict[str, AttentionBackend] = {
     "cuda_efficient": AttentionBackend(_cuda_efficient_forward, _cuda_efficient_backward),
     "flash_attn": AttentionBackend(_flash_attn_forward, _flash_attn_backward),
 }
-"""`math`: chunked matrix products, on any device. `cpu`, `cuda_flash`, `cuda_efficient`: the
-kernels behind PyTorch's `scaled_dot_product_attention`. `flash_attn`: the package of that name."""
+"""`math`: chunked matrix products, on any device. `cpu`, `cuda_flash` and `cuda_efficient`: the
+kernels of PyTorch's `scaled_dot_product_attention`. `flash_attn`: the package flash-attn."""
 
 
 @cache
 def has_flash_attn() -> bool:
-    """Returns whether the package flash-attn is installed and can be imported."""
+    """Returns whether the package flash-attn can be imported."""
     try:
         import flash_attn
     except ImportError:
@@ -198,10 +199,10 @@ def has_flash_attn() -> bool:
 
 
 def select_backend(query: Tensor) -> str:
-    """Names the fastest backend for tensors of this device, dtype and head width.
+    """Returns the name of the fastest backend for the device, dtype and head width of a tensor.
 
     Args:
-        query: `(batch, tokens, heads, head_dim)` or any other shape with `head_dim` last.
+        query: Any shape with `head_dim` last.
     """
     head_dim, dtype, device = query.shape[-1], query.dtype, query.device
     if device.type == "cpu":
@@ -210,7 +211,7 @@ def select_backend(query: Tensor) -> str:
         return "math"
     if head_dim % 8:
         return "math"
-    # flash-attn 2 needs Ampere or newer, as does PyTorch's own copy of it.
+    # flash-attn 2 and PyTorch's copy of it need Ampere or newer.
     recent = torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or not recent:
         return "cuda_efficient"
@@ -218,10 +219,10 @@ def select_backend(query: Tensor) -> str:
 
 
 def get_backend(name: str) -> AttentionBackend:
-    """Returns the backend of this name.
+    """Returns the backend of a name.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: If there is none.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r}: expected one of {', '.join(sorted(BACKENDS))}")

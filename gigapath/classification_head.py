@@ -1,4 +1,4 @@
-"""A linear classifier over layers of the slide encoder; names and arguments as published."""
+"""Linear classifier on the slide encoder, with the published names and arguments."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from gigapath import slide_encoder
 
 
 def parse_layers(feat_layer: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Layers as numbers: `"11"`, `"5-11"`, 11 or `[5, 11]`.
+    """Parses layer numbers.
 
     Args:
-        feat_layer: 0 is the embedding, i the output of layer i; `depth` is the last.
-        depth: Layers of the encoder.
+        feat_layer: 0 is the input embedding, i the output of layer i.
+        depth: Number of layers of the encoder.
 
     Raises:
-        ValueError: No such layer.
+        ValueError: If there is no such layer.
+
+    Example:
+        >>> parse_layers("5-11", depth=12), parse_layers(11, depth=12)
+        ((5, 11), (11,))
     """
     parts = feat_layer.split("-") if isinstance(feat_layer, str) else feat_layer
     try:
@@ -29,27 +33,36 @@ def parse_layers(feat_layer: str | int | Sequence[int], depth: int) -> tuple[int
         layers = ()
     if not layers or not all(0 <= layer <= depth for layer in layers):
         raise ValueError(
-            f"feat_layer {feat_layer!r}: layers from 0 (embedding) to {depth} (last), joined by "
-            "'-', expected"
+            f"feat_layer {feat_layer!r}: expected layers from 0 (embedding) to {depth} (last), "
+            "joined by '-'"
         )
     return layers
 
 
 class ClassificationHead(nn.Module):
-    """Logits of slides.
+    """Slide encoder with a linear layer that classifies slides.
 
     Args:
         input_dim: Width of the tile embeddings.
-        latent_dim: Width of the encoder; 0 takes what it has.
-        feat_layer: Layers whose vectors are joined, such as `"11"` or `"5-11"`.
-        n_classes: Outputs.
-        model_arch: Size of the encoder.
-        pretrained: Its weights, as `gigapath.slide_encoder.create_model` takes them.
-        freeze: Train the classifier alone.
-        **kwargs: Further arguments of the encoder, for instance `global_pool`, `dropout`.
+        latent_dim: Width of the encoder, checked; 0 for whatever it is.
+        feat_layer: Layers whose embeddings are concatenated, such as `"11"` or `"5-11"`.
+        n_classes: Number of outputs.
+        model_arch: Architecture of the encoder.
+        pretrained: Weights of the encoder; see `gigapath.slide_encoder.create_model`.
+        freeze: Whether to train only the classifier.
+        **kwargs: Further arguments of the encoder, for instance `global_pool` or `dropout`.
 
     Raises:
-        ValueError: A layer or a width that the encoder does not have.
+        ValueError: If the encoder has no such layer or another width, or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> model = ClassificationHead(
+        ...     384, n_classes=3, model_arch="gigapath_slide_enc12l384d", pretrained=""
+        ... )
+        >>> coords = 256 * torch.arange(40).reshape(1, 20, 2)
+        >>> model(torch.zeros(1, 20, 384), coords).shape
+        torch.Size([1, 3])
     """
 
     def __init__(
@@ -67,7 +80,7 @@ class ClassificationHead(nn.Module):
         encoder = slide_encoder.create_model(pretrained, model_arch, input_dim, **kwargs)
         if latent_dim and latent_dim != encoder.embed_dim:
             raise ValueError(
-                f"latent_dim {latent_dim}: {model_arch} has {encoder.embed_dim}; leave it out"
+                f"latent_dim {latent_dim}: {model_arch} has {encoder.embed_dim}; omit latent_dim"
             )
         self.slide_encoder = encoder
         self.feat_layer = parse_layers(feat_layer, encoder.depth)
@@ -78,7 +91,7 @@ class ClassificationHead(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> ClassificationHead:
-        """Switches dropout; a frozen encoder never drops."""
+        """Sets the training mode; a frozen encoder stays in evaluation mode, without dropout."""
         super().train(mode)
         if self.freeze:
             self.slide_encoder.eval()
@@ -93,9 +106,10 @@ class ClassificationHead(nn.Module):
         """Classifies slides.
 
         Args:
-            images: `(num_slides, num_tiles, input_dim)`, or `(num_tiles, input_dim)` of one.
-            coords: `(num_slides, num_tiles, 2)`, x and y in pixels at level 0.
-            lengths: Tiles of each slide; the rest is padding.
+            images: Tile embeddings `(num_slides, num_tiles, input_dim)` or, of one slide,
+                `(num_tiles, input_dim)`.
+            coords: `(num_slides, num_tiles, 2)`, x and y in level-0 pixels.
+            lengths: Number of tiles per slide; the rest is padding.
 
         Returns:
             `(num_slides, n_classes)`.
@@ -107,7 +121,7 @@ class ClassificationHead(nn.Module):
 
     def _vectors(self, images: Tensor, coords: Tensor, lengths: Sequence[int] | None) -> Tensor:
         encoder = self.slide_encoder
-        if len(self.feat_layer) == 1:  # layers above are not run
+        if len(self.feat_layer) == 1:  # `embed` does not run the layers above
             pooling = "mean" if encoder.global_pool else "cls"
             return encoder.embed(images, coords, self.feat_layer[0], pooling, lengths=lengths)  # type: ignore[arg-type]
         layers = encoder(images, coords, all_layer_embed=True, lengths=lengths)
@@ -115,5 +129,5 @@ class ClassificationHead(nn.Module):
 
 
 def get_model(**kwargs: Any) -> ClassificationHead:
-    """`ClassificationHead`, by the name of the original's function."""
+    """Builds a `ClassificationHead`; the original's name for it."""
     return ClassificationHead(**kwargs)

@@ -1,18 +1,21 @@
-"""Dilated attention of LongNet: exact, with nothing padded, gathered or scattered.
+"""Dilated attention of LongNet, exact and without padding, gathering or scattering.
 
-LongNet (Ding et al. 2023, arXiv:2307.02486), section 3, with what the released GigaPath weights
-were trained with. A branch (segment length `s`, dilation `r`) cuts the sequence into segments of
-`s` tokens. Its heads form `r` groups of neighbours; those of group `g` attend, within a segment,
-among the tokens at positions `g, g + r, g + 2r, ...` only. At each token and head, the outputs of
-the branches that cover it are averaged with weights proportional to their softmax denominators
-(equation 10), which are constants in the backward pass.
+LongNet (Ding et al. 2023, arXiv:2307.02486), section 3, in the variant that the released GigaPath
+weights were trained with. A branch with segment length `s` and dilation `r` splits the sequence
+into segments of `s` tokens. Its heads form `r` groups of adjacent heads; heads of group `g` attend,
+within a segment, only among the tokens at positions `g, g + r, g + 2r, ...`. At each token and
+head, the outputs of the branches that cover it are averaged with weights proportional to their
+softmax denominators (equation 10), which are treated as constants in the backward pass.
 
-The published implementation pads: the sequence to whole segments, a segment to a multiple of `r`.
-The zeros stay in the softmax as keys of score 0 and value 0. Here they are only counted: `z` of
-them turn a log-sum-exp `l` into `log(exp(l) + z)` and scale the output accordingly.
+The published implementation pads the sequence to whole segments and each segment to a multiple of
+`r`, and the padding stays in the softmax as keys of score 0 and value 0. The weights were trained
+that way, so the zeros must count: leaving them out moves the output of the released model by 0.11
+at 1500 tokens. Here they are accounted for without being stored: `z` zeros turn a log-sum-exp `l`
+into `log(exp(l) + z)` and scale the output accordingly.
 
-The tokens of a group lie at equal distances, so a branch is a few attention calls over strided
-views. Shapes: B sequences, L tokens, H heads, D head width.
+The tokens of a group are equidistant, so a branch takes a few attention calls on strided views.
+
+Shapes: B sequences, L tokens, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -29,21 +32,18 @@ from torch import Tensor
 from gigapath.attention_backends import get_backend, select_backend
 
 UNCOVERED = -1e8
-"""Log-sum-exp of a branch at a token and head that it does not cover, as in the original."""
+"""Log-sum-exp of a branch where it does not cover a token and head, as in the original."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: which tokens and heads form its batch, heads and sequence.
-
-    Sizes and steps are of three axes. A step is (sequences, tokens, heads): how far one index
-    goes in each axis of `(B, L, H, D)`.
+    """A strided view of `(B, L, H, D)` on which one attention call works.
 
     Attributes:
-        start: The first element.
-        sizes: Batch, heads and tokens of the call.
-        steps: Steps of these axes.
-        zeros: Keys of the original's padding.
+        start: First element as (sequence, token, head).
+        sizes: Batch size, number of heads and number of tokens of the call.
+        steps: For each of these axes, the step in (sequences, tokens, heads).
+        zeros: Number of zero keys that the original's padding adds to the softmax.
     """
 
     start: tuple[int, int, int]
@@ -52,7 +52,7 @@ class Call:
     zeros: int
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Views `(B, L, H, D)` as `(batch, heads, tokens, D)`, `(B, L, H)` without the last."""
+        """Views `(B, L, H, D)` as `(batch, heads, tokens, D)`; `(B, L, H)` likewise, without D."""
         strides = tensor.stride()
         offset = tensor.storage_offset() + _dot(self.start, strides)
         steps = [_dot(step, strides) for step in self.steps]
@@ -66,7 +66,7 @@ def _dot(step: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def _merge(axes: list[tuple[int, tuple[int, int, int]]]) -> list[tuple[int, tuple[int, int, int]]]:
-    """Drops axes of size 1 and joins neighbours that one step describes."""
+    """Drops axes of size 1 and merges adjacent axes that a single step describes."""
     merged: list[tuple[int, tuple[int, int, int]]] = []
     for size, step in axes:
         if size == 1:
@@ -84,12 +84,12 @@ def _calls(
     tokens: tuple[int, int],
     zeros: int,
 ) -> Iterator[Call]:
-    """Puts the axes into batch and heads of as few calls as possible: the smallest are looped."""
+    """Yields as few calls as possible: the two largest axes become batch and heads."""
     axes = sorted(_merge(axes), key=lambda axis: axis[0])
     looped, kept = axes[:-2], axes[-2:]
     while len(kept) < 2:
         kept.insert(0, (1, (0, 0, 0)))
-    # Heads vary fastest in memory: the axis of smallest token step is theirs.
+    # The axis with the smallest token step becomes the heads, which vary fastest in memory.
     batch, heads = sorted(kept, key=lambda axis: (axis[1][0], axis[1][1]), reverse=True)
     count, dilation = tokens
     for index in itertools.product(*(range(size) for size, _ in looped)):
@@ -115,12 +115,12 @@ def branch_calls(
         num_sequences: B.
         length: L.
         num_heads: H.
-        segment_length: Tokens of a segment; all of them when it is longer than the sequence.
-        dilation: Distance of the tokens of a group.
+        segment_length: Tokens per segment, clipped to the sequence.
+        dilation: Distance between the tokens of a group.
     """
     segment = min(segment_length, length)
     padded = -(-segment // dilation)
-    # As if the heads were padded to a multiple of the dilation: the last groups may be smaller.
+    # The original pads the heads to a multiple of the dilation, so the last group may be smaller.
     group_heads = -(-num_heads // dilation)
     whole, rest = divmod(num_heads, group_heads)
     full, tail = divmod(length, segment)
@@ -149,7 +149,7 @@ def branch_calls(
 
 
 def _with_zeros(output: Tensor, lse: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """Adds keys of score 0 and value 0 to a softmax, in place of the output."""
+    """Adds `zeros` keys of score 0 and value 0 to a softmax; overwrites `output`."""
     if not zeros:
         return output, lse
     larger = torch.logaddexp(lse, lse.new_tensor(float(zeros)).log())
@@ -158,7 +158,11 @@ def _with_zeros(output: Tensor, lse: Tensor, zeros: int) -> tuple[Tensor, Tensor
 
 
 class _DilatedAttention(torch.autograd.Function):
-    """Attention calls and the weighted sum of their outputs."""
+    """All attention calls and the weighted sum of their outputs.
+
+    One autograd function, because the weights of the branches are constants in the backward pass
+    and the log-sum-exps that the kernels take there include the zero keys.
+    """
 
     @staticmethod
     def forward(
@@ -228,22 +232,28 @@ def dilated_attention(
     dilated_ratios: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:
-    """Attends in segments of several lengths, the longer the sparser.
+    """Computes dilated attention.
 
     Args:
         query: `(B, L, H, D)`.
-        key: The same shape.
-        value: The same shape.
-        segment_lengths: Tokens of a segment, by branch.
-        dilated_ratios: Dilation, by branch.
-        backend: A name of `gigapath.attention_backends.BACKENDS`; by default the fastest for the
-            device and dtype.
+        key: `(B, L, H, D)`.
+        value: `(B, L, H, D)`.
+        segment_lengths: Tokens per segment of each branch.
+        dilated_ratios: Dilation of each branch.
+        backend: A key of `gigapath.attention_backends.BACKENDS`; by default the fastest one for
+            the device and dtype.
 
     Returns:
-        `(B, L, H, D)`; zero where no branch covers a token and head.
+        `(B, L, H, D)`; zeros where no branch covers a token and head.
 
     Raises:
-        ValueError: Shapes, or numbers of segment lengths and ratios, differ; one is below 1.
+        ValueError: If the shapes or the numbers of segment lengths and ratios differ, or one of
+            these is below 1.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 100, 8, 16)
+        >>> dilated_attention(query, key, value, (16, 64), (1, 4)).shape
+        torch.Size([1, 100, 8, 16])
     """
     if query.dim() != 4 or query.shape != key.shape or query.shape != value.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))

@@ -1,9 +1,9 @@
-"""The LongNet encoder: pre-norm layers with dilated attention, over sequences without padding.
+"""LongNet encoder: pre-norm transformer layers with dilated attention over packed sequences.
 
-LongNet (arXiv:2307.02486) as in the released GigaPath weights: a LayerNorm before the output
-projection of the attention and of the feed-forward part (Magneto, arXiv:2210.06423), no positions
-of its own. Sequences of a batch follow each other in one row of tokens, so nothing is spent on
-padding and no token can see another slide. Names and shapes of parameters are the released ones.
+LongNet (arXiv:2307.02486) as in the released GigaPath weights: with a LayerNorm before the output
+projections of attention and feed-forward network (Magneto, arXiv:2210.06423), and without positions
+of its own. The sequences of a batch are packed one after the other, so that no work is spent on
+padding and no token attends to another slide. Parameters have the released names and shapes.
 
 Shapes: T tokens of all sequences together, D width.
 """
@@ -23,28 +23,32 @@ from torch.utils.checkpoint import checkpoint
 from gigapath.dilated_attention import dilated_attention
 
 LAYER_NORM_EPS = 1e-5
-"""Of all norms inside the encoder, as in the released weights' configuration."""
+"""Epsilon of all norms in the encoder, as in the configuration of the released weights."""
 
 CHUNK = 512
-"""Tokens that go through the feed-forward part at once without gradients: they stay in the cache
-and no hidden state of all tokens is ever held."""
+"""Tokens per call of the feed-forward network without gradients on a CPU: their hidden states fit
+in the cache, and the hidden states of all tokens are never held at once."""
 
 
 def default_segment_lengths(
     max_wsi_size: int = 262144, tile_size: int = 256, count: int = 5
 ) -> tuple[int, ...]:
-    """Segment lengths of the branches for slides of up to a size, as the original derives them.
+    """Derives the segment lengths of the attention branches from the size of the largest slide.
 
-    Powers of 2 at equal distances from 1024 tokens to the whole grid, rounded down: Prov-GigaPath,
-    Methods, "LongNet". 1024, 5792, 32768, 185363 and 1048576 for the released weights.
+    The lengths grow geometrically from 1024 tokens to the whole grid, rounded down (Prov-GigaPath,
+    Methods, "LongNet").
 
     Args:
-        max_wsi_size: Longer side of the largest slide in pixels at level 0.
-        tile_size: Side of a tile in pixels at level 0.
+        max_wsi_size: Longest side of the largest slide in level-0 pixels.
+        tile_size: Side of a tile in level-0 pixels.
         count: Number of branches.
 
     Raises:
-        ValueError: The slide is smaller than a tile.
+        ValueError: If the slide is smaller than a tile.
+
+    Example:
+        >>> default_segment_lengths()  # of the released weights
+        (1024, 5792, 32768, 185363, 1048576)
     """
     if max_wsi_size < tile_size or tile_size < 1:
         raise ValueError(f"max_wsi_size {max_wsi_size}: expected at least tile_size {tile_size}")
@@ -55,17 +59,18 @@ def default_segment_lengths(
 
 @dataclass(frozen=True)
 class LongNetConfig:
-    """What shapes a LongNet encoder.
+    """Configuration of a LongNet encoder.
 
     Attributes:
-        embed_dim: Width.
+        embed_dim: D.
         depth: Number of layers.
-        num_heads: Heads of each layer.
-        mlp_ratio: Width of the feed-forward part in widths.
-        segment_lengths: Tokens of a segment, by branch.
-        dilated_ratios: Distance of the tokens that see each other, by branch.
-        dropout: Of the embedding, the attention's and the feed-forward part's output.
-        drop_path_rate: Chance that the last layer is left out in training; from 0 upwards.
+        segment_lengths: Tokens per segment of each attention branch.
+        dilated_ratios: Distance between tokens that attend to each other, of each branch.
+        num_heads: Number of attention heads.
+        mlp_ratio: Width of the feed-forward network relative to D.
+        dropout: Dropout of the embedding and of the outputs of attention and feed-forward network.
+        drop_path_rate: Probability of dropping the last layer in training; rises linearly from 0
+            at the first layer.
     """
 
     embed_dim: int
@@ -79,7 +84,9 @@ class LongNetConfig:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim}: no multiple of {self.num_heads} heads")
+            raise ValueError(
+                f"embed_dim {self.embed_dim}: expected a multiple of num_heads {self.num_heads}"
+            )
         if len(self.segment_lengths) != len(self.dilated_ratios):
             raise ValueError(
                 f"segment_lengths {self.segment_lengths} and dilated_ratios "
@@ -88,11 +95,7 @@ class LongNetConfig:
 
 
 class DilatedSelfAttention(nn.Module):
-    """Projections around dilated attention.
-
-    Args:
-        config: The encoder's.
-    """
+    """Dilated self-attention with its projections."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -106,12 +109,13 @@ class DilatedSelfAttention(nn.Module):
         self.inner_attn_ln = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Maps `(T, D)`, sequences of these lengths, to the same."""
+        """Attends within each of the sequences packed in `tokens` `(T, D)`; returns `(T, D)`."""
         projected = [
             projection(tokens).unflatten(-1, (self.config.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         ]
         mixed, start = [], 0
+        # Neighbours of equal length are attended to in one call, as a batch.
         for length, run in groupby(lengths):
             count = len(list(run))
             stop = start + count * length
@@ -135,11 +139,7 @@ class DilatedSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with GELU and a norm between them.
-
-    Args:
-        config: The encoder's.
-    """
+    """Feed-forward network: linear, GELU, LayerNorm, linear."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -149,18 +149,18 @@ class FeedForward(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps `(T, D)` to the same."""
-        # GELU of half precision is computed in float32 inside, as the original does by casting.
+        """Maps `(T, D)` to `(T, D)`."""
+        # PyTorch computes GELU of half precision in float32; the original casts explicitly.
         output: Tensor = self.fc2(self.ffn_layernorm(F.gelu(self.fc1(tokens))))
         return output
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward part, each after a norm and added to its input.
+    """Pre-norm transformer layer.
 
     Args:
-        config: The encoder's.
-        index: Number of the layer.
+        config: Configuration of the encoder.
+        index: Number of the layer, which sets its drop path probability.
     """
 
     def __init__(self, config: LongNetConfig, index: int) -> None:
@@ -173,7 +173,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Maps `(T, D)` to the same; without gradients it may work in place."""
+        """Maps `(T, D)` to `(T, D)`; in evaluation without gradients, `tokens` is overwritten."""
         if not torch.is_grad_enabled() and not self.training:
             return self._infer(tokens, lengths)
         update = self.dropout(self.self_attn(self.self_attn_layer_norm(tokens), lengths))
@@ -188,7 +188,7 @@ class EncoderLayer(nn.Module):
         return tokens
 
     def _drop_sequences(self, update: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Stochastic depth, arXiv:1603.09382: leaves the update out for some sequences."""
+        """Drops the update of random sequences (stochastic depth, arXiv:1603.09382)."""
         if not self.training or not self.drop_path:
             return update
         keep = 1.0 - self.drop_path
@@ -199,11 +199,7 @@ class EncoderLayer(nn.Module):
 
 
 class LongNetEncoder(nn.Module):
-    """Layers of dilated attention, and a norm.
-
-    Args:
-        config: What shapes it.
-    """
+    """Stack of encoder layers with a final norm."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -214,19 +210,20 @@ class LongNetEncoder(nn.Module):
         self.grad_checkpointing = False
 
     def set_attention_backend(self, name: str | None) -> None:
-        """Sets the backend of all layers, a name of `attention_backends.BACKENDS`."""
+        """Sets the backend of all layers, a key of `attention_backends.BACKENDS`."""
         for module in self.modules():
             if isinstance(module, DilatedSelfAttention):
                 module.backend = name
 
     def hidden_states(self, tokens: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
-        """Yields `(T, D)` before the first layer and after each.
+        """Yields the hidden states `(T, D)` before the first layer and after each layer.
 
-        Without gradients, the next state may take the place of the last: use it before going on.
+        Without gradients the layers work in place, so a state must be used before the next one is
+        requested.
 
         Args:
-            tokens: `(T, D)`, the sequences one after the other; may be overwritten.
-            lengths: Tokens of each sequence.
+            tokens: Packed sequences `(T, D)`; may be overwritten.
+            lengths: Number of tokens of each sequence.
         """
         tokens = self.dropout(tokens)
         yield tokens
@@ -238,7 +235,7 @@ class LongNetEncoder(nn.Module):
             yield tokens
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Returns `(T, D)` after the last layer and the encoder's norm."""
+        """Returns the normalised hidden state `(T, D)` after the last layer."""
         for state in self.hidden_states(tokens, lengths):
             last = state
         output: Tensor = self.layer_norm(last)

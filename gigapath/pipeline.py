@@ -1,8 +1,9 @@
-"""The original's pipeline by its own names: tile a slide, load both encoders, run them.
+"""The published pipeline: tiles a slide, loads both encoders and runs them.
 
-`tile_one_slide` writes tiles as images, `run_inference_with_tile_encoder` reads such a folder. To
-embed many slides without images in between, use `xtuner-add embed` (`gigapath.embed.job`).
-Arguments after the original's are ours; where the original is wrong, its behaviour has a name.
+`tile_one_slide` writes tiles as images, and `run_inference_with_tile_encoder` reads such a folder.
+To embed many slides without writing images, use `xtuner-add embed` (`gigapath.embed.job`).
+Functions have the original's names and arguments, followed by keyword arguments of ours. Where the
+original is wrong, the default is right and an argument selects the original's behaviour.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from wsi.reader import Slide, SlideError
 
 SLIDE_ARCHITECTURE = "gigapath_slide_enc12l768d"
 TILE_WIDTH = 1536
-"""Sizes of the released slide encoder, which is the only one that the original loads here."""
+"""Architecture and input width of the released slide encoder, the only one the original loads."""
 
 _COLUMNS = ("slide_id", "tile_id", "image", "label", "tile_x", "tile_y", "occupancy")
 _TABLE, _FAILED, _SETTINGS = "dataset.csv", "failed_tiles.csv", "tiling.json"
@@ -72,29 +73,29 @@ def tile_one_slide(
     arithmetic: Arithmetic = "exact",
     progress: bool = True,
 ) -> Path:
-    """Writes the tiles of a slide that hold tissue as images, with a table and thumbnails.
+    """Writes the tissue tiles of a slide as images, with a table and thumbnails.
 
     Args:
         slide_file: The slide.
-        save_dir: Gets `output/SLIDE/01581x_25327y.png`, `output/SLIDE/dataset.csv`,
-            `output/SLIDE/failed_tiles.csv` and `thumbnails/`.
-        level: Of the slide that tiles are cut from. The encoders expect 0.5 micrometres a pixel.
+        save_dir: Output folder; receives `output/SLIDE/01581x_25327y.png`,
+            `output/SLIDE/dataset.csv`, `output/SLIDE/failed_tiles.csv` and `thumbnails/`.
+        level: Level of the slide to cut tiles from. The encoders expect 0.5 micrometres per pixel.
         tile_size: Side of a tile in pixels of that level.
-        mpp: Micrometres per pixel of the tiles, instead of a level.
-        slide_mpp: Micrometres per pixel of the slide, in place of what it says.
-        occupancy_threshold: A tile needs a larger share of tissue.
-        coordinates: How names and table count: level-0 pixels, or `published` with x and y of the
+        mpp: Resolution of the tiles in micrometres per pixel, in place of a level.
+        slide_mpp: Resolution of the slide, in place of what the file says.
+        occupancy_threshold: Fraction of tissue that a tile must exceed.
+        coordinates: Coordinates in names and table: `level0`, or `published` with x and y of the
             tissue's corner swapped, as the original writes them.
-        arithmetic: `published` computes luminance and occupancy in the original's 16-bit floats.
-        progress: Show a bar.
+        arithmetic: `published` computes luminance and occupancy in 16-bit floats, as the original.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The folder of the tiles. It is whole or absent; one that is there is left as it is.
+        The folder of the tiles. It is written completely or not at all; an existing one is kept.
 
     Raises:
-        SlideError: The slide cannot be opened.
-        ValueError: No such level, no tissue, no tile with enough of it, or something else lies in
-            the place of the tiles.
+        SlideError: If the slide cannot be opened.
+        ValueError: If there is no such level, no tissue, no tile with enough of it, or the folder
+            holds something else.
     """
     if not os.fspath(slide_file) or not os.fspath(save_dir):
         raise ValueError("tile_one_slide: slide_file and save_dir are needed")
@@ -147,7 +148,7 @@ def tile_one_slide(
 
 
 def load_tile_encoder_transforms() -> Callable[[Any], Tensor]:
-    """The published transform; see `tile_encoder.tile_transform`."""
+    """Returns the published transform; see `gigapath.tile_encoder.tile_transform`."""
     return tile_transform()
 
 
@@ -156,16 +157,17 @@ def load_tile_slide_encoder(
     local_slide_encoder_path: str = "",
     global_pool: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
-    """Loads both encoders of Prov-GigaPath, in evaluation mode.
+    """Loads both encoders of Prov-GigaPath in evaluation mode.
 
     Args:
-        local_tile_encoder_path: File or folder of weights; by default the hub or its cache.
+        local_tile_encoder_path: File or folder of weights; by default from the hub or its cache.
         local_slide_encoder_path: The same for the slide encoder.
-        global_pool: Mean of the tiles instead of the class token.
+        global_pool: Whether the slide encoder pools the mean of the tiles instead of the class
+            token.
 
     Raises:
-        FileNotFoundError: There are no weights.
-        ValueError: Weights that do not fit.
+        FileNotFoundError: If there are no weights.
+        ValueError: If the weights do not fit.
     """
     tile_model = tile_encoders.create_model(local_tile_encoder_path or tile_encoders.HUB_NAME)
     slide_model = slide_encoders.create_model(
@@ -228,22 +230,22 @@ def run_inference_with_tile_encoder(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Embeds images of tiles, named by their coordinates.
+    """Embeds tile images that are named by their coordinates.
 
     Args:
-        image_paths: The images, of one folder or several.
-        tile_encoder: The model; it is moved to the device, and in low precision converted.
-        batch_size: Images embedded at once.
-        device: By default a GPU where there is one.
-        precision: `auto` is fp16 on a GPU, as in the original, else fp32.
-        workers: Processes that read; 0 reads ahead in a thread.
-        progress: Show a bar.
+        image_paths: The images, from one or more folders.
+        tile_encoder: The model; moved to the device and converted to the precision.
+        batch_size: Number of images per batch.
+        device: Device; by default a GPU if there is one.
+        precision: `auto` is fp16 on a GPU, as in the original, and fp32 on a CPU.
+        workers: Number of reading processes; 0 reads ahead in a thread.
+        progress: Whether to show a progress bar.
 
     Returns:
-        `tile_embeds` float32 `(N, embed_dim)` and `coords` float32 `(N, 2)`, in the order given.
+        `tile_embeds` float32 `(N, embed_dim)` and `coords` float32 `(N, 2)`, in the given order.
 
     Raises:
-        ValueError: No images, a name without coordinates, or an image that cannot be read.
+        ValueError: If there are no images, a name has no coordinates, or an image cannot be read.
     """
     where = choose_device(device)
     encoder = TileEncoder(tile_encoder, device=where, precision=choose_precision(precision, where))
@@ -283,34 +285,33 @@ def run_inference_with_slide_encoder(
     device: str | None = None,
     precision: Precision = "auto",
 ) -> dict[str, Tensor]:
-    """Embeds one slide, or a batch of slides with as many tiles.
+    """Embeds one slide, or a batch of slides with the same number of tiles.
 
     Args:
         tile_embeds: `(N, embed_dim)` or `(batch, N, embed_dim)`.
-        coords: `(N, 2)` or `(batch, N, 2)`, level-0 pixels; see `slide_vectors.onto_slide` for
-            tiles that begin outside the slide.
-        slide_encoder_model: The model; it is moved to the device.
-        order: LongNet's vectors depend on the order of the tiles. `row-major` sorts them, as they
-            were in training; `given` leaves them, as the original does with whatever order a
-            folder is listed in.
-        device: By default a GPU where there is one.
-        precision: `auto` is fp16 on a GPU, as in the original, else fp32.
+        coords: `(N, 2)` or `(batch, N, 2)` in level-0 pixels. Tiles that begin outside the slide
+            are shifted onto it, see `gigapath.embed.slide_vectors.onto_slide`.
+        slide_encoder_model: The model; moved to the device.
+        order: LongNet depends on the order of the tiles. `row-major` sorts them, as in training;
+            `given` keeps the order, which in the original is that of a directory listing.
+        device: Device; by default a GPU if there is one.
+        precision: `auto` is fp16 on a GPU, as in the original, and fp32 on a CPU.
 
     Returns:
         `layer_0_embed` (before the first layer) to `layer_DEPTH_embed`, and `last_layer_embed`,
         float32 `(batch, dim)` each.
 
     Raises:
-        ValueError: No tiles, other lengths or width, values that are not finite, coordinates off
-            the grid or in another unit, or no such order.
+        ValueError: If there are no tiles, shapes differ, values are not finite, coordinates are off
+            the grid or in another unit, or there is no such order.
     """
     if order not in ("row-major", "given"):
-        raise ValueError(f"order {order!r}: row-major or given expected")
+        raise ValueError(f"order {order!r}: expected row-major or given")
     if tile_embeds.dim() == 2:
         tile_embeds, coords = tile_embeds[None], coords[None]
     if coords.shape != (*tile_embeds.shape[:2], 2):
         raise ValueError(
-            f"coords {tuple(coords.shape)}: {(*tile_embeds.shape[:2], 2)} expected, one per tile"
+            f"coords {tuple(coords.shape)}: expected {(*tile_embeds.shape[:2], 2)}, one per tile"
         )
     if order == "row-major":
         rows = torch.stack([row_major(places) for places in coords])[..., None]
@@ -328,7 +329,7 @@ def run_inference_with_slide_encoder(
 
 
 def row_major(coords: Tensor) -> Tensor:
-    """The order of tiles `(N, 2)` row by row, from left to right."""
+    """Returns the indices that sort tiles `(N, 2)` row by row, from left to right."""
     places = coords.detach().cpu().numpy()
     return torch.from_numpy(np.lexsort((places[:, 0], places[:, 1])))
 

@@ -1,9 +1,10 @@
-"""Positions of tiles on a slide: checked coordinates, and sine-cosine embeddings of their cells.
+"""Sine-cosine position embeddings of tiles, and checks of their coordinates.
 
-A slide lies on a grid of `ngrids` x `ngrids` cells of `tile_size` pixels at level 0 (Prov-GigaPath,
-Methods, "Slide-level pretraining", doi:10.1038/s41586-024-07441-w). The position of a cell is the
-sine-cosine embedding of its row beside that of its column, half the width each, so a table of
-`ngrids` rows serves both axes: 1.5 MB where the whole grid's table takes 2.86 GiB at width 768.
+A slide is covered by a grid of `ngrids` x `ngrids` cells of `tile_size` level-0 pixels
+(Prov-GigaPath, Methods, "Slide-level pretraining", doi:10.1038/s41586-024-07441-w). The embedding
+of a cell concatenates those of its row and its column, half the width each. One table of `ngrids`
+rows therefore serves both axes: 1.5 MB, where the table of the whole grid takes 2.86 GiB at width
+768.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from torch import Tensor
 OutOfGrid = Literal["error", "original"]
 
 CROWD = 64
-"""Mean number of different coordinates in an occupied cell above which the unit is taken to be
-wrong: tiles that overlap by 7/8 of their side reach it, indices of tiles exceed it by far."""
+"""Mean number of distinct coordinates per occupied cell above which the unit must be wrong: tiles
+that overlap by 7/8 of their side reach it, tile indices given as pixels exceed it by far."""
 
 FEW = 5
-"""Different coordinates in one single cell, next to each other, from which on it is as well."""
+"""Number of adjacent coordinates in a single cell from which on the unit must be wrong, too."""
 
 
 def axis_table(ngrids: int, dim: int) -> Tensor:
-    """Sine-cosine embeddings of the places along one axis.
+    """Computes the sine-cosine embeddings of the cells along one axis.
 
-    Attention Is All You Need, section 3.5 (arXiv:1706.03762), sines first, then cosines; computed
-    in float64, as float32 is off by up to 6e-5.
+    Section 3.5 of arXiv:1706.03762, with all sines before the cosines. Computed in float64, because
+    float32 is off by up to 6e-5.
 
     Args:
-        ngrids: Number of places.
-        dim: Width, even.
+        ngrids: Number of cells.
+        dim: Width of the embeddings.
 
     Returns:
-        `(ngrids, dim)` in float32, on the CPU.
+        float32 `(ngrids, dim)`, on the CPU.
 
     Raises:
-        ValueError: The width is odd.
+        ValueError: If the width is odd.
     """
     if dim % 2:
-        raise ValueError(f"width {dim} of an axis: expected an even number")
+        raise ValueError(f"dim {dim}: expected an even number")
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float64, device="cpu") / half
     frequencies = 1.0 / 10000.0**steps
@@ -50,14 +51,11 @@ def axis_table(ngrids: int, dim: int) -> Tensor:
 
 
 def grid_cells(coords: Tensor, tile_size: int) -> Tensor:
-    """Cells of the grid in which tiles lie.
+    """Returns the grid cells of tiles as int64 columns and rows `(..., 2)`.
 
     Args:
-        coords: `(..., 2)`, x and y in pixels at level 0.
-        tile_size: Side of a cell in pixels at level 0.
-
-    Returns:
-        `(..., 2)`, column and row, int64.
+        coords: `(..., 2)`, x and y in level-0 pixels.
+        tile_size: Side of a cell in level-0 pixels.
     """
     if coords.is_floating_point():
         return torch.floor(coords / tile_size).long()
@@ -65,18 +63,15 @@ def grid_cells(coords: Tensor, tile_size: int) -> Tensor:
 
 
 def position_index(coords: Tensor, tile_size: int, ngrids: int = 1000) -> Tensor:
-    """Rows of the whole grid's table as the original counts them, unchecked.
+    """Returns the indices `(...)` of tiles in the original's table of the whole grid, unchecked.
 
-    Row 0 is the class token's; cells follow column by column. Beyond the grid, rows are those of
-    other cells: the reason why `check_coords` exists.
+    Index 0 is the class token; cells follow column by column. Coordinates beyond the grid give the
+    index of another cell, which is why `check_coords` exists.
 
     Args:
-        coords: `(..., 2)`, x and y in pixels at level 0.
-        tile_size: Side of a cell in pixels at level 0.
-        ngrids: Cells along an axis.
-
-    Returns:
-        `(...)`, int64.
+        coords: `(..., 2)`, x and y in level-0 pixels.
+        tile_size: Side of a cell in level-0 pixels.
+        ngrids: Number of cells along each axis.
     """
     column, row = grid_cells(coords, tile_size).unbind(-1)
     return column * ngrids + row + 1
@@ -85,18 +80,18 @@ def position_index(coords: Tensor, tile_size: int, ngrids: int = 1000) -> Tensor
 def check_coords(
     coords: Tensor, tile_size: int, ngrids: int = 1000, what: str = "coords", first: int = 0
 ) -> None:
-    """Checks that tiles of one slide lie on the grid and that the unit can be right.
+    """Checks that the tiles of a slide lie on the grid and that their unit is plausible.
 
     Args:
-        coords: `(num_tiles, 2)`, x and y in pixels at level 0.
-        tile_size: Side of a cell in pixels at level 0.
-        ngrids: Cells along an axis.
-        what: The name of the coordinates in a message.
-        first: Number of the first tile in a message.
+        coords: `(num_tiles, 2)`, x and y in level-0 pixels.
+        tile_size: Side of a cell in level-0 pixels.
+        ngrids: Number of cells along each axis.
+        what: Name of the coordinates in errors.
+        first: Number of the first tile in errors.
 
     Raises:
-        ValueError: A coordinate is not a number, negative or beyond the grid, or so many lie in a
-            cell that they cannot be pixels.
+        ValueError: If a coordinate is not finite, negative or beyond the grid, or so many share a
+            cell that they cannot be level-0 pixels.
     """
     if coords.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
@@ -125,7 +120,7 @@ def check_coords(
 
 
 def _count_different(pairs: Tensor) -> int:
-    # As one number each: sorting rows takes a hundred times longer.
+    # Packed into one number each, because sorting rows takes a hundred times longer.
     numbers = pairs.to(torch.float64)
     return len((numbers[:, 0] * 2.0**31 + numbers[:, 1]).unique())
 
@@ -138,20 +133,20 @@ def _smallest_gap(coords: Tensor) -> float:
 def embed_positions(
     coords: Tensor, table: Tensor, tile_size: int, out_of_grid: OutOfGrid = "error"
 ) -> Tensor:
-    """Position embeddings of tiles.
+    """Looks up the position embeddings of tiles.
 
     Args:
-        coords: `(..., 2)`, x and y in pixels at level 0.
-        table: `(ngrids, dim / 2)` of `axis_table`.
-        tile_size: Side of a cell in pixels at level 0.
-        out_of_grid: `"error"`: coordinates were checked to lie on the grid. `"original"`: what
-            lies beyond it takes the row that the original's whole table has at that index.
+        coords: `(..., 2)`, x and y in level-0 pixels.
+        table: `(ngrids, dim / 2)` from `axis_table`.
+        tile_size: Side of a cell in level-0 pixels.
+        out_of_grid: `"error"`: the coordinates have been checked to lie on the grid. `"original"`:
+            coordinates beyond it get whatever the original's table of the grid has at their index.
 
     Returns:
-        `(..., dim)`, the row's half first.
+        `(..., dim)`, the half of the row first.
 
     Raises:
-        ValueError: The original has no row there either.
+        ValueError: If the original's table has no such index either.
     """
     ngrids = len(table)
     if out_of_grid == "error":

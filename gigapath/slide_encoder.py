@@ -1,7 +1,7 @@
-"""The slide encoder: tile embeddings and where they lie, to vectors of the slide.
+"""LongNet slide encoder: maps tile embeddings and their coordinates to slide embeddings.
 
-Prov-GigaPath (doi:10.1038/s41586-024-07441-w), Methods; LongNet over all tiles of a slide. Names of
-functions, arguments and parameters are the published ones; weights load as released.
+Prov-GigaPath (doi:10.1038/s41586-024-07441-w), Methods. Functions, arguments and parameters have
+their published names, and the released weights load unchanged.
 
 Shapes: B slides, L tiles of the longest, D width, C channels of a tile embedding, T tokens of all
 slides together, each slide's class token before its tiles.
@@ -33,7 +33,7 @@ FILE_NAMES = ("slide_encoder.pth", "slide_encoder.safetensors")
 """The released file, and the same tensors without pickle."""
 
 FINAL_NORM_EPS = 1e-6
-"""Of the norm after pooling, as in the released configuration."""
+"""Epsilon of the norm after pooling in the released configuration; PyTorch's default is 1e-5."""
 
 Padding = Literal["masked", "ignored"]
 Pooling = Literal["cls", "mean"]
@@ -45,19 +45,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gigapath_slide_enc12l1536d": {"embed_dim": 1536, "depth": 12},
     "gigapath_slide_enc12l384d": {"embed_dim": 384, "depth": 12},
 }
-"""Settings of `LongNetViT` by name: the published sizes (the last is GigaPath-Flash's, over its
-ViT-S/16 tile encoder with `in_chans` 384), and those registered."""
+"""Arguments of `LongNetViT` by architecture name. The last published size is GigaPath-Flash's,
+which takes the 384-wide embeddings of its ViT-S/16 tile encoder."""
 
 
 def register_architecture(name: str, **settings: Any) -> None:
-    """Makes a size known to `create_model`.
+    """Registers an architecture for `create_model`.
 
     Args:
-        name: Its name.
+        name: Name of the architecture.
         **settings: Arguments of `LongNetViT`, at least `embed_dim` and `depth`.
 
     Raises:
-        ValueError: The name is taken by other settings.
+        ValueError: If the name is registered with other settings.
     """
     if ARCHITECTURES.get(name, settings) != settings:
         raise ValueError(f"architecture {name!r} is registered with {ARCHITECTURES[name]}")
@@ -65,7 +65,7 @@ def register_architecture(name: str, **settings: Any) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Maps tile embeddings to the encoder's width: `proj` in the released weights."""
+    """Projects tile embeddings to the width of the encoder."""
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -78,28 +78,30 @@ class PatchEmbed(nn.Module):
 
 
 class LongNetViT(nn.Module):
-    """A class token and the tiles of a slide, with positions, through LongNet.
+    """LongNet over a class token and the tiles of a slide, with sine-cosine positions.
 
     Args:
         in_chans: C.
         embed_dim: D.
         depth: Number of layers.
-        slide_ngrids: Cells of the grid along an axis.
-        tile_size: Side of a cell in pixels at level 0; an attribute that may be set later.
-        max_wsi_size: Longer side of the largest slide in pixels at level 0; with `tile_size` it
-            sets the segment lengths.
-        global_pool: Mean of the tiles instead of the class token.
-        dropout: Of the embedding and of each layer's two outputs.
-        drop_path_rate: Chance that the last layer is left out in training.
-        num_heads: Heads of each layer.
-        mlp_ratio: Width of the feed-forward part in widths.
-        segment_lengths: Tokens of a segment by branch; by default from `max_wsi_size`.
-        dilated_ratios: Dilation by branch.
-        padding: `"masked"`: the tiles of a slide see no padding, and its vector is the same alone
-            and in a batch. `"ignored"`: padding is taken for tiles, as the original does.
-        out_of_grid: `"error"`: coordinates beyond the grid are refused. `"original"`: they take
-            the position of another cell, unseen.
-        check_inputs: Look for values that are not finite and coordinates that cannot be right.
+        slide_ngrids: Number of grid cells along each axis.
+        tile_size: Side of a grid cell in level-0 pixels; may be changed later.
+        max_wsi_size: Longest side of the largest slide in level-0 pixels; together with `tile_size`
+            it determines the segment lengths.
+        global_pool: Whether to pool the mean of the tiles instead of the class token.
+        dropout: Dropout of the embedding and of the two branches of each layer.
+        drop_path_rate: Probability of dropping the last layer in training; rises linearly from 0
+            at the first layer.
+        num_heads: Number of attention heads.
+        mlp_ratio: Width of the feed-forward network relative to D.
+        segment_lengths: Tokens per segment of each attention branch; by default derived from
+            `max_wsi_size`.
+        dilated_ratios: Dilation of each attention branch.
+        padding: `"masked"`: tiles do not attend to padding, so the embedding of a slide does not
+            depend on its batch. `"ignored"`: padding counts as tiles, as in the original.
+        out_of_grid: `"error"`: raise for coordinates beyond the grid. `"original"`: silently give
+            them the position of another cell, as in the original.
+        check_inputs: Whether to check for non-finite values and implausible coordinates.
 
     Attributes:
         embed_dim: D.
@@ -166,7 +168,7 @@ class LongNetViT(nn.Module):
         return self.encoder.config.depth
 
     def init_weights(self) -> None:
-        """Fills the parameters at random: Xavier's uniform (Glorot and Bengio 2010), biases 0."""
+        """Initialises weights with Xavier's uniform distribution and biases with zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -176,7 +178,7 @@ class LongNetViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each layer in the backward pass instead of keeping its activations."""
+        """Sets whether layers are recomputed in the backward pass to save activation memory."""
         self.encoder.grad_checkpointing = enable
 
     def forward(
@@ -187,23 +189,23 @@ class LongNetViT(nn.Module):
         padding_mask: Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
-        """Vectors of slides.
+        """Computes slide embeddings.
 
         Args:
-            x: `(B, L, C)`, tile embeddings; `(L, C)` is a batch of one.
-            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
-            all_layer_embed: Give the vector of every layer.
-            padding_mask: `(B, L)`, true where there is no tile: at the end of a slide.
-            lengths: Number of tiles of each slide, instead of a mask.
+            x: Tile embeddings `(B, L, C)`; `(L, C)` is a batch of one.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels.
+            all_layer_embed: Whether to return the embedding after every layer.
+            padding_mask: `(B, L)`, true for padding, which must follow the tiles of a slide.
+            lengths: Number of tiles per slide, in place of a mask.
 
         Returns:
-            `(1, B, D)`, so that `[0]` is the vectors as in the original's list of one and
-            `.squeeze()` works as published. With `all_layer_embed`, a list of depth + 1: `(B, D)`
-            of the embedding and after each layer. These skip the encoder's own norm, so the last
-            is not the default output.
+            `(1, B, D)`: `[0]` equals the original's list of one, and `.squeeze()` works as in its
+            README. With `all_layer_embed`, a list of depth + 1 tensors `(B, D)`: of the input
+            embedding, then after each layer. They skip the encoder's final norm, so the last one is
+            not the default output.
 
         Raises:
-            ValueError: The inputs do not fit each other, the model or the grid.
+            ValueError: If the inputs fit neither each other, nor the model, nor the grid.
         """
         tokens, sizes = self._embed(x, coords, padding_mask, lengths)
         pooling: Pooling = "mean" if self.global_pool else "cls"
@@ -227,24 +229,23 @@ class LongNetViT(nn.Module):
         *,
         tile_size: int | None = None,
     ) -> Tensor:
-        """Vectors of slides from a layer and with a pooling of choice; later layers are not run.
+        """Computes slide embeddings from a given layer; later layers are not run.
 
         Args:
             x: `(B, L, C)` or `(L, C)`.
-            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
-            layer: 0 is the embedding, i the state after layer i, without the encoder's norm;
-                `"final"` is the last one with it. The last norm follows the pooling in any case.
-            pooling: The class token, or the mean of the tiles.
-            padding_mask: As in `forward`.
-            lengths: As in `forward`.
-            tile_size: Side of a cell of the position grid in pixels at level 0; by default the
-                attribute of this name.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels; see `forward`.
+            layer: 0 is the input embedding, i the state after layer i, without the encoder's final
+                norm; `"final"` is the last state with it. A norm follows the pooling in any case.
+            pooling: `"cls"` for the class token, `"mean"` for the mean of the tiles.
+            padding_mask: See `forward`.
+            lengths: See `forward`.
+            tile_size: Side of a grid cell in level-0 pixels; by default that of the model.
 
         Returns:
             `(B, D)`.
 
         Raises:
-            ValueError: As in `forward`; or there is no such layer or pooling.
+            ValueError: See `forward`; or if there is no such layer or pooling.
         """
         state, sizes = self._state(x, coords, layer, padding_mask, lengths, tile_size)
         return self._pooled(layer, state, sizes, pooling)
@@ -258,22 +259,22 @@ class LongNetViT(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         with_cls: bool = False,
     ) -> Tensor:
-        """Tiles after a layer, as seen in their slide.
+        """Computes contextualised tile embeddings: the state of each tile after a layer.
 
         Args:
             x: `(B, L, C)` or `(L, C)`.
-            coords: `(B, L, 2)` or `(L, 2)`, x and y in pixels at level 0.
-            layer: As in `embed`.
-            padding_mask: As in `forward`.
-            lengths: As in `forward`.
-            with_cls: Put the class token in front.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels.
+            layer: See `embed`.
+            padding_mask: See `forward`.
+            lengths: See `forward`.
+            with_cls: Whether to prepend the class token.
 
         Returns:
-            `(B, L, D)`, or `(B, 1 + L, D)`; zero where there is no tile. Not normed, except for
-            `"final"` by the encoder's norm.
+            `(B, L, D)`, or `(B, 1 + L, D)` with the class token; zeros for padding. Only
+            `"final"` is normalised, by the encoder's final norm.
 
         Raises:
-            ValueError: As in `embed`.
+            ValueError: See `embed`.
         """
         state, sizes = self._state(x, coords, layer, padding_mask, lengths)
         if layer == "final":
@@ -302,7 +303,7 @@ class LongNetViT(nn.Module):
         lengths: Sequence[int] | Tensor | None,
         tile_size: int | None = None,
     ) -> tuple[Tensor, list[int]]:
-        """State after a layer, `(T, D)`, and the number of tokens of each slide."""
+        """Returns the state after a layer `(T, D)` and the number of tokens of each slide."""
         index = self.depth if layer == "final" else layer
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index <= self.depth:
             raise ValueError(f"layer {layer!r}: expected 0 to {self.depth} or 'final'")
@@ -320,7 +321,10 @@ class LongNetViT(nn.Module):
         lengths: Sequence[int] | Tensor | None,
         tile_size: int | None = None,
     ) -> tuple[Tensor, list[int]]:
-        """Class token and embedded tiles of all slides, `(T, D)`, and their numbers of tokens."""
+        """Returns the embedded tokens of all slides `(T, D)` and the number of tokens of each.
+
+        Slides are packed one after the other, so that no attention is spent on padding.
+        """
         x, coords = _batched(x, coords, self.in_chans)
         tiles = _slide_lengths(x, padding_mask, lengths)
         tile_size = self.tile_size if tile_size is None else tile_size
@@ -338,7 +342,7 @@ class LongNetViT(nn.Module):
         positions = embed_positions(places, self.pos_axis, tile_size, self.out_of_grid)  # type: ignore[arg-type]
         if not torch.is_autocast_enabled(embedded.device.type):
             positions = positions.to(embedded.dtype)
-        # Under autocast the sum, and with it the residual stream, is in float32.
+        # Under autocast positions stay float32, and with them the sum and the residual stream.
         embedded = embedded + positions
         cls_token = self.cls_token[0].to(embedded.dtype)
         pieces = [piece for slide in embedded.split(tiles) for piece in (cls_token, slide)]
@@ -347,7 +351,7 @@ class LongNetViT(nn.Module):
     def _check(self, x: Tensor, coords: Tensor, tiles: list[int], tile_size: int) -> None:
         for number, count in enumerate(tiles):
             slide = f" of slide {number}" if len(tiles) > 1 else ""
-            # The sums tell in one pass; only if one is not finite is it looked at closely.
+            # Row sums are one cheap pass; elements are checked only if a sum is not finite.
             finite = torch.isfinite(x[number, :count].sum(-1))
             if not bool(finite.all()):
                 finite = torch.isfinite(x[number, :count]).all(-1)
@@ -355,22 +359,17 @@ class LongNetViT(nn.Module):
                 index = int((~finite).nonzero()[0, 0])
                 raise ValueError(
                     f"x{slide}: the embedding of tile {index} holds values that are not finite "
-                    f"({int((~finite).sum())} of {count} tiles do)"
+                    f"({int((~finite).sum())} of {count} tiles)"
                 )
             if self.out_of_grid == "error":
                 check_coords(coords[number, :count], tile_size, self.slide_ngrids, f"coords{slide}")
 
 
 def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:
-    """Checks shapes, and makes one slide a batch of one.
-
-    Args:
-        x: `(B, L, C)` or `(L, C)`, tile embeddings.
-        coords: `(B, L, 2)` or `(L, 2)`.
-        in_chans: C.
+    """Checks shapes and adds a batch dimension to a single slide.
 
     Raises:
-        ValueError: The shapes do not fit, or there are no tiles.
+        ValueError: If the shapes do not fit, or there are no tiles.
     """
     if x.dim() not in (2, 3) or x.shape[-1] != in_chans:
         raise ValueError(f"x {tuple(x.shape)}: expected (B, L, {in_chans}) or (L, {in_chans})")
@@ -380,22 +379,18 @@ def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:
             f"coords {tuple(coords.shape)}: expected {expected} for x {tuple(x.shape)}"
         )
     if not x.shape[:-1].numel():
-        raise ValueError(f"x {tuple(x.shape)}: no tiles; leave slides without tissue out")
+        raise ValueError(f"x {tuple(x.shape)}: no tiles; skip slides without tissue")
     return (x, coords) if x.dim() == 3 else (x.unsqueeze(0), coords.unsqueeze(0))
 
 
 def _slide_lengths(
     x: Tensor, padding_mask: Tensor | None, lengths: Sequence[int] | Tensor | None
 ) -> list[int]:
-    """Number of tiles of each slide of a batch.
-
-    Args:
-        x: `(B, L, C)`.
-        padding_mask: `(B, L)`, true where there is no tile.
-        lengths: B numbers.
+    """Returns the number of tiles of each slide of a batch.
 
     Raises:
-        ValueError: Both are given, shapes differ, tiles follow padding, or a slide has no tile.
+        ValueError: If both a mask and lengths are given, shapes differ, tiles follow padding, or a
+            slide has no tiles.
     """
     batch, longest = x.shape[:2]
     if padding_mask is not None and lengths is not None:
@@ -410,8 +405,8 @@ def _slide_lengths(
         real = ~padding_mask.bool().reshape(batch, longest)
         if bool((real[:, 1:] & ~real[:, :-1]).any()):
             raise ValueError(
-                "padding_mask: tiles follow padding; it must be true where there is no tile, at "
-                "the end of a slide"
+                "padding_mask: tiles follow padding; it must be true for padding, which comes "
+                "after the tiles of a slide"
             )
         lengths = real.sum(1)
     if lengths is None:
@@ -426,19 +421,7 @@ def _slide_lengths(
 
 
 def _pool(state: Tensor, sizes: Sequence[int], pooling: Pooling) -> Tensor:
-    """One vector of each slide.
-
-    Args:
-        state: `(T, D)`, class token and tiles of the slides one after the other.
-        sizes: Number of tokens of each slide.
-        pooling: `"cls"`, the class token; `"mean"`, the mean of the tiles.
-
-    Returns:
-        `(B, D)`.
-
-    Raises:
-        ValueError: There is no such pooling.
-    """
+    """Pools the packed tokens `(T, D)` of slides with `sizes` tokens each to `(B, D)`."""
     if pooling == "cls":
         return torch.stack([slide[0] for slide in state.split(list(sizes))])
     if pooling == "mean":
@@ -537,7 +520,7 @@ def create_model(
         raise ValueError(f"model_arch {model_arch!r}: expected one of {', '.join(ARCHITECTURES)}")
     settings = {**ARCHITECTURES[model_arch], **kwargs}
     path = find_slide_weights(pretrained, local_dir) if os.fspath(pretrained) else None
-    # Not filled twice: PyTorch's own initialisation takes longer than reading the weights.
+    # On the meta device, because PyTorch's initialisation takes longer than reading the weights.
     with torch.device("meta"):
         model = LongNetViT(in_chans=in_chans, **settings)
     if path is None:
@@ -561,7 +544,7 @@ def create_model(
 
 
 def _hint(state: Mapping[str, Tensor], model_arch: str, in_chans: int) -> str:
-    """Names the architecture whose shapes a file has."""
+    """Names the architecture that the shapes of a file belong to, for an error."""
     projection = state.get("patch_embed.proj.weight")
     if projection is None or projection.dim() != 2:
         return ""

@@ -7,7 +7,13 @@ import importlib
 
 import pytest
 
-MODULES = ("gigapath.slide_encoder", "gigapath.finetune.mil")
+MODULES = (
+    "gigapath.classification_head",
+    "gigapath.dilated_attention",
+    "gigapath.finetune.mil",
+    "gigapath.longnet",
+    "gigapath.slide_encoder",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -90,7 +90,7 @@ def test_layers_are_left_out_for_whole_sequences_and_on_average_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_heads=5), "embed_dim 32: no multiple of 5 heads"),
+        (dict(num_heads=5), "embed_dim 32: expected a multiple of num_heads 5"),
         (dict(dilated_ratios=(1,)), "expected equally many"),
     ],
 )

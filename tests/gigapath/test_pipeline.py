@@ -150,7 +150,7 @@ def test_what_cannot_be_run(
     embeds, coords = torch.zeros(5, 48), torch.zeros(5, 2)
     coords[:, 0] = 256 * torch.arange(5)
     for arguments, message in (
-        ((embeds, coords[:4]), r"\(1, 4, 2\): \(1, 5, 2\) expected"),
+        ((embeds, coords[:4]), r"\(1, 4, 2\): expected \(1, 5, 2\)"),
         ((embeds[:, :40], coords), "expected .*48"),
         ((torch.full_like(embeds, float("nan")), coords), "not finite"),
         ((embeds, coords - 300), "lies at x=-300"),

@@ -148,5 +148,5 @@ def test_beyond_the_originals_table() -> None:
 
 
 def test_odd_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="width 7 of an axis"):
+    with pytest.raises(ValueError, match="dim 7"):
         axis_table(10, 7)

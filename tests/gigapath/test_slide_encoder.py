@@ -237,7 +237,7 @@ def nan_tile(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x=nan_tile), r"x of slide 1: the embedding of tile 3 .* \(1 of 20 tiles do\)"),
+        (dict(x=nan_tile), r"x of slide 1: the embedding of tile 3 .* \(1 of 20 tiles\)"),
         (dict(x=lambda x: x[..., :16]), r"x \(2, 20, 16\): expected \(B, L, 32\) or \(L, 32\)"),
         (dict(x=lambda x: x[:, :0], coords=lambda c: c[:, :0]), "no tiles"),
         (dict(x=lambda x: x[:0], coords=lambda c: c[:0]), "no tiles"),
@@ -313,7 +313,7 @@ def test_sums_that_overflow_are_no_bad_tiles() -> None:
         (dict(embed_dim=30), "embed_dim 30: expected a multiple of 4"),
         (dict(padding="mask"), "padding 'mask': expected one of masked, ignored"),
         (dict(out_of_grid="wrap"), "out_of_grid 'wrap'"),
-        (dict(embed_dim=36), "embed_dim 36: no multiple of 16 heads"),
+        (dict(embed_dim=36), "embed_dim 36: expected a multiple of num_heads 16"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
