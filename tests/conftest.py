@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 # Before huggingface_hub is imported: where there is no network, it would wait for one.
@@ -14,3 +17,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets pools fork although libraries of other tests have left threads behind.
+
+    A spawned worker would import everything anew, seconds for each call, and know neither the
+    functions of a test module nor what the test has patched. Tests of spawning patch it back.
+    """
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("fork")
+        monkeypatch.setattr("pathcore.pool._context", lambda: context)

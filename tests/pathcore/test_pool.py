@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pathcore import pool
 from pathcore.pool import WorkerDiedError, run_tasks
+
+CHOOSE_CONTEXT = pool._context  # before a fixture of all tests replaces it
 
 pytestmark = pytest.mark.multiproc
 
@@ -19,6 +23,7 @@ pytestmark = pytest.mark.multiproc
 MODULE = """
 import os, signal
 
+from pathcore import pool
 from pathcore.pool import run_tasks
 
 
@@ -83,6 +88,18 @@ def test_a_worker_that_dies_while_idle_costs_no_task(module: Any) -> None:
         module.work, tasks(), workers=1, on_death=lambda task, error: deaths.append(task) or ()
     )
     assert sorted(found) == [20, 40, 60] and not deaths
+
+
+def test_a_process_with_threads_does_not_fork() -> None:
+    """A lock that another thread holds at the fork would stay locked in the worker for ever."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert CHOOSE_CONTEXT().get_start_method() == "spawn"
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_without_a_handler_the_run_ends(module: Any) -> None:
