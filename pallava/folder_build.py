@@ -94,7 +94,8 @@ class FolderBuild:
     """
 
     def __init__(self, out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
-        self.out = Path(os.path.abspath(out))
+        # Through a link to a folder, existing or not, the folder itself is written.
+        self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.inputs = json.loads(json.dumps(inputs))
         self._rows: dict[str, dict[str, Any]] = {}
@@ -168,9 +169,10 @@ class FolderBuild:
             self._write_manifest()
             if self.out.is_dir():
                 self.out.rmdir()
+            # Before the renaming: a kill in between would leave it in the finished folder for ever.
+            (self.folder / _LOCK).unlink(missing_ok=True)
             os.replace(self.folder, self.out)
             fsync_path(self.out.parent)
-            (self.out / _LOCK).unlink(missing_ok=True)
             self.complete = True
         return {name: str(row["sha256"]) for name, row in self._rows.items()}
 

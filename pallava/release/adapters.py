@@ -1,8 +1,10 @@
-"""LoRA adapters as PEFT saves them, read for merging.
+"""LoRA adapters: reads what PEFT saved, and computes what it adds to a base model's weights.
 
-PEFT itself (github.com/huggingface/peft) is the reference: every rule here is held to its
-`merge_and_unload` by tests. It is not imported, because that takes longer than merging a model of
-a few billion parameters, and because it merges whole models in memory.
+LoRA, arXiv:2106.09685: `W + s B A`. DoRA, arXiv:2402.09353, equation 5: `m (W + s B A) / norm`,
+where the norm of each output is taken over its inputs. PEFT (github.com/huggingface/peft) is the
+reference: operations and their order are those of `peft/tuners/lora/layer.py` and `variants.py`
+(0.21), so that fp32 results are equal bit for bit. It is not imported here, because it merges whole
+models in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pallava.release.weights import WeightFolder
+from pallava.release.weights import TensorInfo, WeightFolder
 from pathcore.weights import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -38,7 +40,17 @@ _UNSUPPORTED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Settings under which the trained model is not base + B A, or which nobody here has checked."""
+"""Settings under which the trained model is not base + B A, or which no test here covers."""
+
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base model's weights as they are. PiSSA, OLoRA,
+CorDA, LoftQ and LoRA-GA subtract the initial `B A` from them: such an adapter belongs to a base
+model that is stored nowhere, and PEFT computes it anew whenever it loads the adapter."""
+
+_FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+_LINEAR = {"lora_A.weight", "lora_B.weight"}
 
 
 class AdapterError(CheckpointError):
@@ -52,7 +64,7 @@ class LoraPart:
     module: str
     scaling: float
     rank: int
-    transposed: bool = False
+    fan_in_fan_out: bool = False
     embedding: bool = False
     names: dict[str, str] = field(default_factory=dict)
 
@@ -142,8 +154,7 @@ class Adapter:
             raise AdapterError(f"{self.folder}: rank {rank} for {module}; at least 1 expected")
         # rsLoRA: arXiv:2312.03732
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        transposed = bool(self.config.get("fan_in_fan_out"))
-        return LoraPart(module, float(alpha) / divisor, rank, transposed)
+        return LoraPart(module, alpha / divisor, rank, bool(self.config.get("fan_in_fan_out")))
 
     def _check(self, weight_name: str, part: LoraPart) -> None:
         wanted = {"lora_embedding_A", "lora_embedding_B"} if part.embedding else _LINEAR
@@ -152,6 +163,12 @@ class Adapter:
             raise AdapterError(
                 f"{self.folder}: {part.module} has {sorted(part.names)} but lacks {missing}"
             )
+        for name in part.names.values():
+            if self.weights.info(name).dtype not in _FLOAT_TYPES:
+                raise AdapterError(
+                    f"{self.folder}: {name} is stored as {self.weights.info(name).dtype}; an "
+                    "adapter in fp32, fp16 or bf16 expected"
+                )
         a, b = (self.weights.info(name).shape for name in (part.a_name, part.b_name))
         if len(a) != 2 or len(b) != 2:
             raise AdapterError(
@@ -170,6 +187,140 @@ class Adapter:
             )
 
 
+@dataclass
+class LoadedPart:
+    """One adapter's matrices for one layer, in memory."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor | None
+    transposed: bool
+    source: str
+
+    def delta(self, start: int, stop: int | None) -> Tensor:
+        """What LoRA adds to the rows `start:stop` of the weight, `(rows, columns)`."""
+        if self.transposed:
+            product = (self.b @ self.a[:, start:stop]).T
+        else:
+            product = self.b[start:stop] @ self.a
+        return product.mul_(self.scaling)
+
+    def add_to(self, rows: Tensor, start: int, stop: int | None) -> Tensor:
+        """Adds the rows of the delta in one pass over the memory, in place."""
+        if self.transposed:
+            return rows.addmm_(self.a[:, start:stop].T, self.b.T, alpha=self.scaling)
+        return rows.addmm_(self.b[start:stop], self.a, alpha=self.scaling)
+
+
+def load_part(
+    adapter: Adapter,
+    part: LoraPart,
+    info: TensorInfo,
+    device: str,
+    stores_transposed: bool | None = None,
+) -> LoadedPart:
+    """Reads the matrices of a layer and checks that they fit the base weight.
+
+    Args:
+        adapter: The adapter.
+        part: The layer.
+        info: The base weight.
+        device: Device to put the matrices on.
+        stores_transposed: Whether the layer's class stores its weight as (inputs, outputs); None if
+            its class is unknown.
+
+    Raises:
+        AdapterError: If they do not fit.
+    """
+    a = adapter.read(part.a_name).to(device)
+    b = adapter.read(part.b_name).to(device)
+    shape = (b.shape[0], a.shape[1])
+    flipped = (shape[1], shape[0])
+    if part.embedding:
+        transposed = True
+    elif stores_transposed is not None:
+        transposed = stores_transposed
+    else:
+        # PEFT writes one `fan_in_fan_out` for all layers, the last one's, so that it is believed
+        # only where the shape does not decide.
+        transposed = part.fan_in_fan_out if shape == flipped else info.shape != shape
+    if info.shape != (flipped if transposed else shape):
+        raise AdapterError(
+            f"{adapter.folder}: {info.name} is {info.shape} in the base model, but the adapter "
+            f"was trained on {flipped if transposed else shape}; is it the right base model "
+            f"({adapter.base_model or 'not named by the adapter'})?"
+        )
+    name = part.names.get("lora_magnitude_vector")
+    magnitude = adapter.read(name).reshape(-1).to(device) if name else None
+    if magnitude is not None and magnitude.numel() != shape[0]:
+        raise AdapterError(
+            f"{adapter.folder}: {name} has {magnitude.numel()} values, {shape[0]} expected"
+        )
+    return LoadedPart(a, b, part.scaling, magnitude, transposed, str(adapter.folder))
+
+
+def needs_whole_weight(info: TensorInfo, parts: list[LoadedPart]) -> bool:
+    """Whether a weight cannot be merged in blocks of rows.
+
+    In fp32 it is computed whole, because the matrix product of a block may round differently; DoRA
+    on a transposed weight needs the norm of whole columns.
+    """
+    half = info.dtype in (torch.float16, torch.bfloat16)
+    return not half or any(part.transposed and part.magnitude is not None for part in parts)
+
+
+def merge_rows(rows: Tensor, parts: list[LoadedPart], start: int, stop: int | None) -> Tensor:
+    """Merges adapters, one after the other, into rows of a weight.
+
+    Args:
+        rows: The base weight's rows `start:stop`, of any floating-point type.
+        parts: What each adapter adds; all on the device of `rows`.
+        start: First row.
+        stop: Behind the last row; None for the end.
+
+    Returns:
+        The merged rows in the type of `rows`, rounded once.
+
+    Raises:
+        AdapterError: The result does not fit the type.
+    """
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    merged = rows.float() if half else rows.clone()
+    keeps_base = len(parts) > 1 and any(part.magnitude is not None for part in parts)
+    original = merged.clone() if keeps_base else merged
+    for part in parts:
+        if part.magnitude is not None:
+            merged = _dora(part, original, merged, part.delta(start, stop), start, stop)
+        elif half:
+            merged = part.add_to(merged, start, stop)
+        else:  # PEFT's operations: a fused one rounds differently
+            merged = merged.add_(part.delta(start, stop))
+    if not is_finite(merged, rows.dtype):
+        raise AdapterError(
+            f"{', '.join(part.source for part in parts)}: merging gives values that {rows.dtype} "
+            "cannot hold; the adapter is damaged, or the base model needs a wider type"
+        )
+    return merged.to(rows.dtype)
+
+
+def _dora(
+    part: LoadedPart,
+    original: Tensor,
+    merged: Tensor,
+    delta: Tensor,
+    start: int,
+    stop: int | None,
+) -> Tensor:
+    assert part.magnitude is not None
+    outputs_last = part.transposed
+    adapted = original.T + delta.T if outputs_last else original + delta
+    norm = torch.linalg.norm(adapted, dim=1)
+    magnitude = part.magnitude if outputs_last else part.magnitude[start:stop]
+    factor = (magnitude / norm).view(-1, 1)
+    return (factor.T if outputs_last else factor) * (merged + delta)
+
+
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether no value is NaN or lies outside the range of a type; one pass over the memory."""
     if not tensor.numel():
@@ -179,10 +330,8 @@ def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     return bool(low >= -limit) and bool(high <= limit)
 
 
-_LINEAR = {"lora_A.weight", "lora_B.weight"}
-
-
 def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Looks a module up as PEFT's `get_pattern_key` does."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -199,13 +348,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
         kind = str(config["peft_type"]).upper()
         numbers = config["r"], config["lora_alpha"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise AdapterError(f"{file}: no adapter config: {error!r}") from error
     if kind != "LORA":
         raise AdapterError(f"{file}: peft_type {kind}; only LoRA can be merged")
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not all(map(_is_number, numbers)):
         raise AdapterError(f"{file}: r and lora_alpha are {numbers}; numbers expected")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(config.get(setting), f"{file}: {setting}")
     for setting, meaning in _UNSUPPORTED.items():
         if config.get(setting):
             raise AdapterError(f"{file}: {setting} is set ({meaning}); this cannot be merged here")
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in _PLAIN_INITIALISATIONS:
+        raise AdapterError(
+            f"{file}: init_lora_weights {initialisation!r} changed the base model's weights before "
+            "training, so that the adapter does not fit the stored ones. Convert it to plain LoRA "
+            "with PEFT: save the untrained adapter, and after training call save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=UNTRAINED)"
+        )
     return config
+
+
+def _check_pattern(pattern: Any, what: str) -> None:
+    if pattern is not None and not isinstance(pattern, dict):
+        raise AdapterError(f"{what} is {pattern!r:.80}; names of modules with numbers expected")
+    for key, value in (pattern or {}).items():
+        if not _is_number(value):
+            raise AdapterError(f"{what}: {key!r} is {value!r:.80}; a number expected")
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"{what}: {key!r} is no regular expression: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,18 +17,21 @@ from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
 from pallava.release.card import write_card
-from pallava.release.merge import copy_files, write_config, write_shards
-from pallava.release.merge_plan import Merger, folder_identity
+from pallava.release.merge import (
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    Merger,
+    copy_files,
+    folder_identity,
+    write_config,
+    write_shards,
+)
 from pallava.release.pth_to_hf import Recipe, processor_config, read_conversion, with_chat_template
 from pallava.release.remote_code import AUTO_MAP, travelling_files
+from pallava.release.verify import verify_model
 from pathcore.weights import CheckpointError, read_state_dict
 
 IMAGE_TOKEN = "<image>"
-_TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    "*.model",
-)
-_LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def export(
@@ -39,6 +42,8 @@ def export(
     layout: Literal["pallava", "llava"] = "pallava",
     device: str | None = None,
     scores: dict[str, Any] | None = None,
+    force_base: bool = False,
+    probe: bool = True,
     progress: bool = True,
 ) -> dict[str, str]:
     """Writes one folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
@@ -52,24 +57,33 @@ def export(
         layout: `pallava`, or `llava` for transformers' own LLaVA classes.
         device: `cpu` or `cuda`; by default a GPU where there is one.
         scores: Metrics for the model card, by benchmark.
+        force_base: Skip the check that `base` is the model on which the adapter was trained.
+        probe: Compare the language model with PEFT's own on a few tokens.
         progress: Show a progress bar.
 
     Returns:
         SHA-256 digest by file name.
 
     Raises:
-        FileNotFoundError: A folder that is not there.
-        CheckpointError: Parts that do not fit, or a connector that `llava` has no place for.
+        FileNotFoundError: If a folder does not exist.
+        CheckpointError: If the parts do not fit each other, if the connector does not fit `layout`,
+            or if the result is not what was trained.
     """
     converted = Path(converted)
     recipe, _ = read_conversion(converted)
     if layout == "llava":
         refuse_llava(converted / "projector")
     adapter = converted / "llm_adapter"
-    merger = Merger(base, [adapter] if adapter.is_dir() else [], device)
+    merger = Merger(base, [adapter] if adapter.is_dir() else [], device, force_base=force_base)
+    if merger.base.model is None:
+        raise CheckpointError(
+            f"{base}: transformers does not know the architecture "
+            f"{merger.base.config.get('model_type')!r} of this language model, or it is quantised; "
+            "an exported model could not load it"
+        )
     connector = load_connector(converted / "projector")
     encoder = load_vision_encoder(converted / "visual_encoder")
-    _check_widths(merger.config, connector, encoder)
+    _check_widths(merger, connector, encoder)
     parts = [converted, converted / "projector", converted / "visual_encoder"]
     inputs = {"operation": "export", "scores": scores, **merger.identity()}
     inputs["parts"] = [folder_identity(part) for part in parts]
@@ -82,9 +96,18 @@ def export(
             write_shards(merger, plan, build, prefix="llm.", extra=extra, progress=progress)
             image_token_id = _write_tokenizer(build, merger, converted, recipe)
             _write_small_files(build, merger, recipe, connector, encoder, scores)
-            text_config = merger.config | plan.config_changes | {"tie_word_embeddings": False}
+            text_config = merger.base.config | plan.config_changes | {"tie_word_embeddings": False}
             config = _config(text_config, recipe, connector, encoder)
             write_config(build, config | {"image_token_id": image_token_id})
+            verify_model(
+                merger.base,
+                merger.adapters,
+                build.folder,
+                tied=False,
+                probe=probe,
+                load=_load_on_meta,
+                prefix="llm.",
+            )
         return build.finish()
 
 
@@ -139,7 +162,7 @@ def _write_tokenizer(build: FolderBuild, merger: Merger, converted: Path, recipe
 
     has_own = (converted / "tokenizer_config.json").is_file()
     source = converted if has_own else merger.base.folder
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, normalized=False, special=True)]},
         replace_additional_special_tokens=False,
@@ -149,7 +172,7 @@ def _write_tokenizer(build: FolderBuild, merger: Merger, converted: Path, recipe
         tokenizer.save_pretrained(folder)
         if recipe.prompt_template:
             with_chat_template(folder, recipe.prompt_template)
-        copy_files(folder, build, (*_TOKENIZER_FILES, "chat_template.*"))
+        copy_files(folder, build, TOKENIZER_FILES)
     stops = [
         tokenizer.convert_tokens_to_ids(word)
         for word in recipe.prompt_template.get("STOP_WORDS", [])
@@ -180,7 +203,7 @@ def _write_small_files(
     encoder: PLIPVisionEncoder,
     scores: dict[str, Any] | None,
 ) -> None:
-    copy_files(merger.base.folder, build, _LICENCES)
+    copy_files(merger.base.folder, build, LICENCE_FILES)
     for name, source in travelling_files().items():
         with build.file(name) as partial:
             partial.write_text(source, encoding="utf-8")
@@ -192,11 +215,24 @@ def _write_small_files(
         write_card(partial, recipe, connector.config, scores or {})
 
 
+def _load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from pallava.modeling.hf import PALLaVAForConditionalGeneration  # registers the Auto classes
+
+    return PALLaVAForConditionalGeneration.from_pretrained(
+        str(folder),
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+
+
 def _check_widths(
-    text_config: dict[str, Any], connector: ScaleInvariantConnector, encoder: PLIPVisionEncoder
+    merger: Merger, connector: ScaleInvariantConnector, encoder: PLIPVisionEncoder
 ) -> None:
+    # Not `hidden_size`: OPT's embeddings may be narrower than its layers, GPT-2 calls it `n_embd`.
+    width = merger.base.info(str(merger.base.input_embeddings)).shape[1]
     pairs = (
-        ("language model", text_config.get("hidden_size"), connector.config.llm_hidden_size),
+        ("language model", width, connector.config.llm_hidden_size),
         ("encoder", encoder.config.hidden_size, connector.config.visual_hidden_size),
     )
     for what, found, expected in pairs:

@@ -1,8 +1,9 @@
-"""LoRA adapters merged into a base model, shard by shard, without building the model.
+"""Merges LoRA adapters into a base model, shard by shard, without building the model.
 
-Every weight is read, changed and written in blocks of rows: memory is bounded by a few blocks (in
-fp32 by a few copies of one weight), whatever the size of the model. A killed merge continues at the
-shards where it stopped; at the end every file is read again and compared with what was written.
+Every weight is read, changed and written in blocks of rows, so memory is bounded by a few blocks
+(in fp32 by a few copies of one weight) whatever the size of the model. A killed merge continues at
+the shards where it stopped. At the end every file is read again and compared with what was written,
+and `pallava.release.verify` loads the folder with transformers.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,20 +25,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pallava.folder_build import FileDigest, FolderBuild
-from pallava.release.merge_plan import MergePlan, Merger, OutputTensor
-from pallava.release.weights import INDEX_NAME, SafetensorsWriter, TensorInfo, write_index
+from pallava.release.adapters import (
+    Adapter,
+    AdapterError,
+    load_part,
+    merge_rows,
+    needs_whole_weight,
+)
+from pallava.release.base_match import check_trained_on
+from pallava.release.base_model import BaseModel
+from pallava.release.verify import verify_model
+from pallava.release.weights import (
+    INDEX_NAME,
+    SafetensorsWriter,
+    TensorInfo,
+    WeightFolder,
+    row_blocks,
+    write_index,
+)
+from pathcore.files import file_identity
+from pathcore.weights import CheckpointError
+
+BLOCK_NUMEL = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""Elements merged at a time: on the CPU 4 MiB in fp32, which stay in its caches."""
+
+_BLOCKS_AT_A_TIME = 2
+"""One is read while another is merged."""
 
 _SHARDS_AT_A_TIME = 4
 """On the CPU; each holds a few blocks in memory, or a few copies of one weight in fp32."""
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "chat_template.*"),
 )
-_COPIED = (
-    *(*_TOKENIZER_FILES, "generation_config.json", "*.py"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def merge(
@@ -46,6 +69,8 @@ def merge(
     *,
     device: str | None = None,
     one_tensor_per_shard: bool = False,
+    force_base: bool = False,
+    probe: bool = True,
     progress: bool = True,
 ) -> dict[str, str]:
     """Merges LoRA adapters into a base model and writes a folder that loads without PEFT.
@@ -60,28 +85,355 @@ def merge(
         out: The folder to write; a killed merge continues in `OUT.partial`.
         device: `cpu` or `cuda`; by default a GPU where there is one.
         one_tensor_per_shard: Give every tensor a shard of its own.
+        force_base: Skip the check that `base` is the model on which the adapters were trained.
+        probe: Compare the result with PEFT's own model on a few tokens; see
+            `pallava.release.verify`.
         progress: Show a progress bar.
 
     Returns:
         SHA-256 digest by file name; verified by reading the files again.
 
     Raises:
-        FileNotFoundError: A folder that is not there, or holds no weights.
-        CheckpointError: Damaged weights, or adapters that do not fit them.
-        OutputExistsError: `out` holds something else.
+        FileNotFoundError: If a folder does not exist or holds no weights.
+        CheckpointError: If weights are damaged, if an adapter does not fit them or was trained on
+            another model, or if the result is not what PEFT computes.
+        OutputExistsError: If `out` holds something else.
     """
-    merger = Merger(base, adapters, device)
+    merger = Merger(base, adapters, device, force_base=force_base)
     plan = merger.plan(one_tensor_per_shard=one_tensor_per_shard)
     inputs = {"operation": "merge", "split": one_tensor_per_shard, **merger.identity()}
     with FolderBuild(out, inputs) as build:
         if not build.complete:
             write_shards(merger, plan, build, progress=progress)
-            tokenizers = [a.folder for a in merger.adapters if _has_tokenizer(a.folder)]
-            copy_files(merger.base.folder, build, _COPIED)
+            tokenizers = [
+                adapter.folder
+                for adapter in merger.adapters
+                if (adapter.folder / "tokenizer_config.json").is_file()
+            ]
+            copied = (*TOKENIZER_FILES, "generation_config.json", "*.py", *LICENCE_FILES)
+            copy_files(merger.base.folder, build, copied)
             for folder in tokenizers[-1:]:
-                copy_files(folder, build, _TOKENIZER_FILES)
-            write_config(build, merger.config | plan.config_changes)
+                copy_files(folder, build, TOKENIZER_FILES)
+            write_config(build, merger.base.config | plan.config_changes)
+            verify_model(merger.base, merger.adapters, build.folder, tied=plan.is_tied, probe=probe)
         return build.finish()
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """Where a tensor of the merged model comes from.
+
+    Args:
+        info: Its name, type and shape in the output.
+        source: Name in the base model or, if `adapter` is set, in that adapter.
+        adapter: Index of the adapter that replaces the base weight.
+        weight: The base weight's name under which adapters add to it; None for a plain copy.
+    """
+
+    info: TensorInfo
+    source: str
+    adapter: int | None = None
+    weight: str | None = None
+
+
+@dataclass
+class MergePlan:
+    """Every tensor of the output, by shard, and what changes in config.json.
+
+    Attributes:
+        shards: Tensors in the order in which they are written.
+        is_tied: Whether the output layer is the input embeddings and therefore not written.
+        config_changes: Fields of `config.json` that differ from the base's.
+    """
+
+    shards: list[list[OutputTensor]]
+    is_tied: bool
+    config_changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.info.num_bytes for shard in self.shards for tensor in shard)
+
+
+class Merger:
+    """A base model and adapters, ready to be merged.
+
+    Args:
+        base: Folder of a Hugging Face causal language model.
+        adapters: Folders that PEFT wrote, merged in this order.
+        device: `cpu` or `cuda`; by default a GPU where there is one.
+        force_base: Skip the check that `base` is the model on which the adapters were trained.
+
+    Raises:
+        FileNotFoundError: If a folder does not exist or holds no weights.
+        CheckpointError: If weights are damaged, or an adapter does not fit them.
+    """
+
+    def __init__(
+        self,
+        base: str | os.PathLike[str],
+        adapters: Sequence[str | os.PathLike[str]] = (),
+        device: str | None = None,
+        *,
+        force_base: bool = False,
+    ) -> None:
+        self.base = BaseModel(base)
+        self.adapters = [Adapter(folder) for folder in adapters]
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._check_targets()
+        if not force_base:
+            for adapter in self.adapters:
+                check_trained_on(adapter, self.base)
+
+    def plan(self, *, untie: bool = False, one_tensor_per_shard: bool = False) -> MergePlan:
+        """Decides what is written where.
+
+        Args:
+            untie: Write the output layer even if it equals the input embeddings.
+            one_tensor_per_shard: Give every tensor a shard of its own.
+        """
+        shards = [[self._output(name) for name in names] for names in self.base.shards()]
+        is_tied = self.base.is_tied and not untie and not self._is_one_side_changed()
+        changes = self._vocabulary(shards)
+        if self.base.is_tied and not is_tied:
+            embeddings = str(self.base.input_embeddings)
+            shard = next(s for s in shards if any(t.info.name == embeddings for t in s))
+            shard.append(self._untied_output())
+            changes["tie_word_embeddings"] = False
+        if one_tensor_per_shard:
+            shards = [[tensor] for shard in shards for tensor in shard]
+        # Wide types first, so that each tensor starts at a multiple of its element's size.
+        for shard in shards:
+            shard.sort(key=lambda tensor: -tensor.info.dtype.itemsize)
+        return MergePlan([shard for shard in shards if shard], is_tied, changes)
+
+    def blocks(self, tensor: OutputTensor) -> Iterator[Tensor]:
+        """Computes a tensor of the output in blocks of rows, on the CPU."""
+        info = self._source_info(tensor)
+        block = BLOCK_NUMEL["cuda" if self.device.startswith("cuda") else "cpu"]
+        parts = []
+        if tensor.weight is not None:
+            transposed = self.base.stores_transposed(tensor.weight)
+            parts = [
+                load_part(adapter, adapter.parts[tensor.weight], info, self.device, transposed)
+                for adapter in self.adapters
+                if tensor.weight in adapter.parts
+            ]
+        bias_parts = self._bias_parts(tensor)
+        whole = bool(parts) and needs_whole_weight(info, parts)
+        blocks = [(0, None)] if whole else row_blocks(info, block)
+
+        def merged(start: int, stop: int | None) -> Tensor:
+            rows = self._read(tensor, start, stop)
+            if parts:
+                rows = merge_rows(rows.to(self.device), parts, start, stop).cpu()
+            for bias, scaling in bias_parts:
+                rows = (rows + bias * scaling).to(rows.dtype)
+            return rows.to(tensor.info.dtype)
+
+        with ThreadPoolExecutor(_BLOCKS_AT_A_TIME) as pool:
+            ahead: deque[Future[Tensor]] = deque()
+            for span in blocks:
+                ahead.append(pool.submit(merged, *span))
+                if len(ahead) > _BLOCKS_AT_A_TIME:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the output depends on, to recognise a build from the same inputs."""
+        return {
+            "base": folder_identity(self.base.folder),
+            "adapters": [folder_identity(adapter.folder) for adapter in self.adapters],
+        }
+
+    def _output(self, name: str) -> OutputTensor:
+        info = self.base.info(name)
+        weight = name if any(name in adapter.parts for adapter in self.adapters) else None
+        return self._replaced(OutputTensor(info, name, None, weight))
+
+    def _replaced(self, tensor: OutputTensor) -> OutputTensor:
+        """Takes a tensor from the last adapter that stores it whole."""
+        for index, adapter in reversed(list(enumerate(self.adapters))):
+            source = adapter.replacements.get(tensor.info.name)
+            if source is None and self.base.is_tied:
+                source = self._tied_replacement(adapter, tensor.info.name)
+            if source is not None:
+                info = replace(tensor.info, shape=adapter.weights.info(source).shape)
+                return replace(tensor, info=info, source=source, adapter=index)
+        return tensor
+
+    def _tied_replacement(self, adapter: Adapter, name: str) -> str | None:
+        """Returns the other side's tensor where an adapter stores one side for both.
+
+        So it does if PEFT was told to keep them tied, and for the embeddings of a resized
+        vocabulary, which are stored although no module of theirs was trained.
+        """
+        sides = [str(self.base.input_embeddings), str(self.base.output_embeddings)]
+        if name not in sides:
+            return None
+        saved = adapter.config.get("modules_to_save") or []
+        modules = [side.removesuffix(".weight") for side in sides]
+        trained = any(m == key or m.endswith(f".{key}") for m in modules for key in saved)
+        if trained and not adapter.config.get("ensure_weight_tying"):
+            return None
+        return adapter.replacements.get(sides[1 - sides.index(name)])
+
+    def _source_info(self, tensor: OutputTensor) -> TensorInfo:
+        if tensor.adapter is None:
+            return self.base.info(tensor.source)
+        info = self.adapters[tensor.adapter].weights.info(tensor.source)
+        return replace(info, name=tensor.info.name, dtype=tensor.info.dtype)
+
+    def _read(self, tensor: OutputTensor, start: int, stop: int | None) -> Tensor:
+        if tensor.adapter is None:
+            return self.base.read(tensor.source, start, stop)
+        rows = self.adapters[tensor.adapter].read(tensor.source, start, stop)
+        return rows.to(tensor.info.dtype)
+
+    def _bias_parts(self, tensor: OutputTensor) -> list[tuple[Tensor, float]]:
+        """LoRA's own bias (`lora_bias`), which goes into the bias of the layer."""
+        weight = tensor.info.name.removesuffix(".bias") + ".weight"
+        if not tensor.info.name.endswith(".bias"):
+            return []
+        return [
+            (adapter.read(part.names["lora_B.bias"]), part.scaling)
+            for adapter in self.adapters
+            if (part := adapter.parts.get(weight)) and "lora_B.bias" in part.names
+        ]
+
+    def _check_targets(self) -> None:
+        if not self.adapters:
+            return
+        folder = self.base.folder
+        if self.base.is_quantised:
+            raise CheckpointError(
+                f"{folder}: config.json has a quantization_config; merge into the unquantised base "
+                "model"
+            )
+        if self.base.model is None and self.base.config.get("tie_word_embeddings") is not False:
+            raise CheckpointError(
+                f"{folder}: transformers does not know the architecture "
+                f"{self.base.config.get('model_type')!r}, so it is unknown whether its output "
+                'layer is tied to its embeddings; write "tie_word_embeddings": false into '
+                "config.json if it is not"
+            )
+        names = set(self.base)
+        if self.base.is_tied:
+            names.add(str(self.base.output_embeddings))
+        for adapter in self.adapters:
+            targets = {*adapter.parts, *adapter.replacements}
+            for weight, part in adapter.parts.items():
+                if "lora_B.bias" in part.names:
+                    targets.add(weight.removesuffix("weight") + "bias")
+            unknown = sorted(targets - names)
+            if unknown:
+                raise AdapterError(
+                    f"{adapter.folder}: {len(unknown)} of its {len(targets)} tensors have no place "
+                    f"in {self.base.folder}: {', '.join(unknown[:5])}; is it the right base model "
+                    f"({adapter.base_model or 'not named by the adapter'})?"
+                )
+        for name in {name for adapter in self.adapters for name in adapter.parts}:
+            # Types of one byte are the stored numbers of a quantisation, fp8 included.
+            if name in self.base and self.base.info(name).dtype.itemsize == 1:
+                raise CheckpointError(
+                    f"{self.base.folder}: {name} is quantised ({self.base.info(name).dtype}); "
+                    "merge into the unquantised base model"
+                )
+
+    def _is_one_side_changed(self) -> bool:
+        """Whether adapters leave tied input and output embeddings different from each other.
+
+        In training PEFT changes only the side that it wraps. Its own merge changes both, since they
+        are one tensor; this one unties them, so that the result computes what was trained.
+        """
+        sides = str(self.base.input_embeddings), str(self.base.output_embeddings)
+        if any(side in adapter.parts for adapter in self.adapters for side in sides):
+            return True
+        for adapter in reversed(self.adapters):
+            sources = [
+                adapter.replacements.get(side) or self._tied_replacement(adapter, side)
+                for side in sides
+            ]
+            if sources[0] and sources[1]:
+                return not _equal(adapter, sources[0], sources[1])
+            if sources[0] or sources[1]:
+                return True
+        return False
+
+    def _untied_output(self) -> OutputTensor:
+        embeddings, output = str(self.base.input_embeddings), str(self.base.output_embeddings)
+        info = replace(self.base.info(embeddings), name=output)
+        in_parts = any(output in adapter.parts for adapter in self.adapters)
+        return self._replaced(OutputTensor(info, embeddings, None, output if in_parts else None))
+
+    def _vocabulary(self, shards: list[list[OutputTensor]]) -> dict[str, Any]:
+        name = self.base.input_embeddings
+        sizes = [t.info.shape[0] for shard in shards for t in shard if t.info.name == name]
+        if not sizes or sizes[0] == self.base.info(str(name)).shape[0]:
+            return {}
+        return {"vocab_size": sizes[0]}
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """How a merged model compares with base and adapters.
+
+    Attributes:
+        num_tensors: How many tensors were compared.
+        num_equal: How many of them are equal bit for bit.
+        worst: The tensor that is furthest off, in roundings of its type.
+        roundings: How far; 1 is one unit in the last place.
+    """
+
+    num_tensors: int
+    num_equal: int
+    worst: str
+    roundings: float
+
+
+def check_merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    merged: str | os.PathLike[str],
+    *,
+    force_base: bool = False,
+    progress: bool = True,
+) -> MergeCheck:
+    """Merges once more, without writing, and compares with a model that was merged before.
+
+    Args:
+        base: The base model's folder.
+        adapters: The adapters, in their order.
+        merged: A model folder, merged by whatever program.
+        force_base: As for `merge`.
+        progress: Show a progress bar.
+
+    Raises:
+        CheckpointError: Other names or shapes.
+    """
+    merger, found = Merger(base, adapters, force_base=force_base), WeightFolder(merged)
+    tensors = [tensor for shard in merger.plan().shards for tensor in shard]
+    lacking = sorted({tensor.info.name for tensor in tensors} - set(found))
+    if lacking:
+        raise CheckpointError(f"{found.folder}: lacks {len(lacking)} tensors: {lacking[:5]}")
+    equal, worst, roundings = 0, "", 0.0
+    for tensor in tqdm(tensors, disable=not progress, desc="Comparing"):
+        name = tensor.info.name
+        if found.info(name).shape != tensor.info.shape:
+            raise CheckpointError(
+                f"{found.folder}: {name} is {found.info(name).shape}, {tensor.info.shape} expected"
+            )
+        start, distance = 0, 0.0
+        for rows in merger.blocks(tensor):
+            stop = start + len(rows) if rows.dim() else None
+            distance = max(distance, _roundings(rows, found.read(name, start, stop)))
+            start = stop or 0
+        equal += distance == 0
+        if distance > roundings:
+            worst, roundings = name, distance
+    return MergeCheck(len(tensors), equal, worst, roundings)
 
 
 def write_shards(
@@ -210,5 +562,27 @@ def _shard_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
+def _equal(adapter: Adapter, first: str, second: str) -> bool:
+    left, right = adapter.weights.info(first), adapter.weights.info(second)
+    return (left.shape, left.dtype) == (right.shape, right.dtype) and all(
+        torch.equal(adapter.weights.read(first, *block), adapter.weights.read(second, *block))
+        for block in row_blocks(left, BLOCK_NUMEL["cpu"])
+    )
+
+
+def folder_identity(folder: Path) -> list[Any]:
+    """What tells an input folder from a changed one without reading it."""
+    return [file_identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def _roundings(expected: Tensor, found: Tensor) -> float:
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, found) else float("inf")
+    if not expected.numel():
+        return 0.0
+    limits = torch.finfo(
+        found.dtype if found.dtype.itemsize < expected.dtype.itemsize else expected.dtype
+    )
+    expected, found = expected.double(), found.double()
+    unit = torch.maximum(expected.abs(), found.abs()).clamp(min=limits.tiny) * limits.eps
+    return float(((expected - found).abs() / unit).nan_to_num(float("inf")).max())

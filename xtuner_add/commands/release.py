@@ -62,7 +62,7 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
 
     Ends with exit code 1 if it is not.
     """
-    from pallava.release.unmerge import check_merge as check
+    from pallava.release.merge import check_merge as check
 
     with user_errors():
         result = check(base, adapters, merged)
@@ -80,7 +80,7 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
 @click.option("--rank", default=128, show_default=True, help="Rank of the adapter.")
 def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
     """Write a LoRA adapter that turns the model BASE into the model TUNED."""
-    from pallava.release.unmerge import extract_adapter as extract
+    from pallava.release.extract import extract_adapter as extract
 
     with user_errors():
         lost = extract(base, tuned, out, rank=rank)

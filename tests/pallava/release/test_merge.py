@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pallava.folder_build import read_manifest
-from pallava.release import merge_plan
+from pallava.release import merge as merging
 from pallava.release.adapters import AdapterError
-from pallava.release.merge import merge
-from pallava.release.merge_plan import Merger, OutputTensor
+from pallava.release.merge import Merger, OutputTensor, merge
 from pathcore.files import sha256_of
 from pathcore.weights import CheckpointError
 from tests.pallava.release.models import load, merged_by_peft, save_adapter, save_llama
@@ -130,7 +129,7 @@ def test_resized_embeddings(tmp_path: Path) -> None:
 def test_half_precision_is_rounded_once(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(merge_plan.BLOCK_NUMEL, "cpu", 1000)  # weights in several blocks
+    monkeypatch.setitem(merging.BLOCK_NUMEL, "cpu", 1000)  # weights in several blocks
     base = save_llama(tmp_path / "base", dtype)
     adapter = save_adapter(base, tmp_path / "adapter", **KINDS[kind])
     merge(base, [adapter], tmp_path / "out", progress=False)

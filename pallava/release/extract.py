@@ -1,79 +1,18 @@
-"""The way back: is this model that base with those adapters, and which adapter lies between two."""
+"""Computes the LoRA adapter that leads from one model to another."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pallava.release.adapters import CONFIG_NAME
-from pallava.release.merge_plan import Merger
 from pallava.release.weights import WeightFolder
 from pathcore.files import staged_files
 from pathcore.weights import CheckpointError
-
-
-@dataclass(frozen=True)
-class MergeCheck:
-    """How a merged model compares with base and adapters.
-
-    Attributes:
-        num_tensors: How many tensors were compared.
-        num_equal: How many of them are equal bit for bit.
-        worst: The tensor that is furthest off, in roundings of its type.
-        roundings: How far; 1 is one unit in the last place.
-    """
-
-    num_tensors: int
-    num_equal: int
-    worst: str
-    roundings: float
-
-
-def check_merge(
-    base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
-    merged: str | os.PathLike[str],
-    *,
-    progress: bool = True,
-) -> MergeCheck:
-    """Merges once more, without writing, and compares with a model that was merged before.
-
-    Args:
-        base: The base model's folder.
-        adapters: The adapters, in their order.
-        merged: A model folder, merged by whatever program.
-        progress: Show a progress bar.
-
-    Raises:
-        CheckpointError: Other names or shapes.
-    """
-    merger, found = Merger(base, adapters), WeightFolder(merged)
-    tensors = [tensor for shard in merger.plan().shards for tensor in shard]
-    lacking = sorted({tensor.info.name for tensor in tensors} - set(found))
-    if lacking:
-        raise CheckpointError(f"{found.folder}: lacks {len(lacking)} tensors: {lacking[:5]}")
-    equal, worst, roundings = 0, "", 0.0
-    for tensor in tqdm(tensors, disable=not progress, desc="Comparing"):
-        name = tensor.info.name
-        if found.info(name).shape != tensor.info.shape:
-            raise CheckpointError(
-                f"{found.folder}: {name} is {found.info(name).shape}, {tensor.info.shape} expected"
-            )
-        start, distance = 0, 0.0
-        for rows in merger.blocks(tensor):
-            stop = start + len(rows) if rows.dim() else None
-            distance = max(distance, _roundings(rows, found.read(name, start, stop)))
-            start = stop or 0
-        equal += distance == 0
-        if distance > roundings:
-            worst, roundings = name, distance
-    return MergeCheck(len(tensors), equal, worst, roundings)
 
 
 def extract_adapter(
@@ -164,16 +103,3 @@ def _low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     root = values[:rank].sqrt()
     lost = float(values[rank:].norm() / values.norm())
     return root[:, None] * right[:rank], left[:, :rank] * root, lost
-
-
-def _roundings(expected: Tensor, found: Tensor) -> float:
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, found) else float("inf")
-    if not expected.numel():
-        return 0.0
-    limits = torch.finfo(
-        found.dtype if found.dtype.itemsize < expected.dtype.itemsize else expected.dtype
-    )
-    expected, found = expected.double(), found.double()
-    unit = torch.maximum(expected.abs(), found.abs()).clamp(min=limits.tiny) * limits.eps
-    return float(((expected - found).abs() / unit).nan_to_num(float("inf")).max())

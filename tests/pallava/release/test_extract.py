@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pallava.release.merge import merge
-from pallava.release.unmerge import check_merge, extract_adapter
+from pallava.release.extract import extract_adapter
+from pallava.release.merge import check_merge, merge
 from pathcore.weights import CheckpointError
 from tests.pallava.release.models import load, save_adapter, save_llama
 
