@@ -263,6 +263,7 @@ def _load_exported(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"exported model {folder}: cannot be loaded: {error}") from error
     tokenizer = processor.tokenizer
+    template: PromptTemplate | str
     if getattr(tokenizer, "chat_template", None):
         template = _choose_exported(prompt_template, tokenizer.chat_template, folder)
     else:
@@ -402,7 +403,7 @@ def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
         slides = load_slide_encoder(folder)
         config = slides.config
         return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
-    images = load_vision_encoder(folder)
+    images: PLIPVisionEncoder = load_vision_encoder(folder)
     return images, _image_preparation(folder, images.config.image_size, sub_images)
 
 

@@ -82,7 +82,7 @@ def export(
             "an exported model could not load it"
         )
     connector = load_connector(converted / "projector")
-    encoder = load_vision_encoder(converted / "visual_encoder")
+    encoder: PLIPVisionEncoder = load_vision_encoder(converted / "visual_encoder")
     _check_widths(merger, connector, encoder)
     parts = [converted, converted / "projector", converted / "visual_encoder"]
     inputs = {"operation": "export", "scores": scores, **merger.identity()}

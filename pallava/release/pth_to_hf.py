@@ -30,7 +30,7 @@ from pallava.modeling.folders import (
     save_connector,
     save_vision_encoder,
 )
-from pallava.modeling.plip import published_names
+from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector, connector_state_dict
 from pallava.release.adapters import CONFIG_NAME
 from pallava.release.zero import load_checkpoint
@@ -220,7 +220,7 @@ def _save_encoder(state_dict: StateDict, recipe: Recipe, folder: Path) -> None:
         raise CheckpointError(
             "the encoder was trained, but the checkpoint holds no visual_encoder.*"
         )
-    encoder = load_vision_encoder(recipe.visual_encoder)
+    encoder: PLIPVisionEncoder = load_vision_encoder(recipe.visual_encoder)
     if trained:
         load_strict(encoder, trained, what="vision encoder", source="checkpoint")
     save_vision_encoder(encoder, folder, recipe.image_mean, recipe.image_std)

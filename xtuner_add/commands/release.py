@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,11 +12,29 @@ from xtuner_add.commands.options import (
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
+    add_options,
     device_option,
     example,
     user_errors,
 )
 from xtuner_add.paths import find_config
+
+
+def _checks_result(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of commands that merge adapters into a base model."""
+    options = [
+        click.option(
+            "--force-base",
+            is_flag=True,
+            help="Merge although the adapter seems to be of another base model.",
+        ),
+        click.option(
+            "--no-probe",
+            is_flag=True,
+            help="Do not compare the logits of a few tokens with PEFT's.",
+        ),
+    ]
+    return add_options(function, options)
 
 
 @click.command(
@@ -25,7 +44,15 @@ from xtuner_add.paths import find_config
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("out", type=ANY_PATH)
 @device_option
-def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None) -> None:
+@_checks_result
+def merge(
+    base: Path,
+    adapters: tuple[Path, ...],
+    out: Path,
+    device: str | None,
+    force_base: bool,
+    no_probe: bool,
+) -> None:
     """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
 
     Memory does not grow with the model, and data types are those of BASE. An interrupted run
@@ -34,7 +61,9 @@ def merge(base: Path, adapters: tuple[Path, ...], out: Path, device: str | None)
     from pallava.release.merge import merge as merge_folders
 
     with user_errors():
-        digests = merge_folders(base, adapters, out, device=device)
+        digests = merge_folders(
+            base, adapters, out, device=device, force_base=force_base, probe=not no_probe
+        )
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
@@ -132,6 +161,7 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
     help="metrics.json of an evaluation, for the model card; may be repeated.",
 )
 @device_option
+@_checks_result
 def export(
     base: Path,
     converted: Path,
@@ -139,6 +169,8 @@ def export(
     layout: str,
     scores: tuple[Path, ...],
     device: str | None,
+    force_base: bool,
+    no_probe: bool,
 ) -> None:
     """Write one folder that transformers loads: encoder, connector, merged language model.
 
@@ -155,6 +187,8 @@ def export(
             layout=layout,  # type: ignore[arg-type]
             device=device,
             scores=read_scores(scores),
+            force_base=force_base,
+            probe=not no_probe,
         )
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 

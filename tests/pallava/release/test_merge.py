@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from pallava.folder_build import read_manifest
 from pallava.release import merge as merging
@@ -114,6 +115,58 @@ def test_transposed_weights(tmp_path: Path) -> None:
         expected = merged_by_peft(tmp_path / "base", adapter)
         assert_equal(read(out), {k: v for k, v in expected.items() if k in read(out)})
         assert torch.equal(load(out).lm_head.weight, expected["lm_head.weight"])
+
+
+def test_square_matrices_of_conv1d_are_transposed_whatever_the_flag_says(tmp_path: Path) -> None:
+    """PEFT leaves `fan_in_fan_out` at the value of the last module, here that of the head."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
+    config.tie_word_embeddings = False
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    targets = ["c_proj", "lm_head"]
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
+    merge(tmp_path / "base", [adapter], tmp_path / "out", progress=False)
+    expected = merged_by_peft(tmp_path / "base", adapter)
+    found = read(tmp_path / "out")
+    assert_equal(found, {name: t for name, t in expected.items() if name in found})
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_changed_their_base_are_refused(kind: str, tmp_path: Path) -> None:
+    """PEFT subtracts the initial adapter from the base, which is stored nowhere."""
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", init_lora_weights=kind)
+    with pytest.raises(AdapterError, match=f"init_lora_weights '{kind}' changed the base model"):
+        merge(base, [adapter], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path: Path) -> None:
+    """Adapted layers have the same shapes in Llama and Mistral, and in two tunings of one model."""
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    torch.manual_seed(5)
+    changed = {name: t + 0.01 * torch.randn_like(t) for name, t in load(base).state_dict().items()}
+    other = load(base)
+    other.load_state_dict(changed)
+    other.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(AdapterError, match=r"whose weights are not those of .*tuned"):
+        merge(tmp_path / "tuned", [adapter], tmp_path / "out", progress=False)
+    config = json.loads((base / "config.json").read_text())
+    fields = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+    MistralForCausalLM(MistralConfig(**fields | {"head_dim": 12})).save_pretrained(
+        tmp_path / "mistral"
+    )
+    with pytest.raises(AdapterError, match="model_type"):
+        merge(tmp_path / "mistral", [adapter], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    digests = merge(
+        tmp_path / "tuned", [adapter], tmp_path / "out", progress=False, force_base=True
+    )
+    assert "model.safetensors.index.json" in digests or "model.safetensors" in digests
+    shutil.rmtree(base)
+    with pytest.raises(AdapterError, match="which is not to be found here"):
+        merge(tmp_path / "mistral", [adapter], tmp_path / "out2", progress=False)
 
 
 def test_resized_embeddings(tmp_path: Path) -> None:
