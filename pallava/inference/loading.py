@@ -403,7 +403,7 @@ def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
         slides = load_slide_encoder(folder)
         config = slides.config
         return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
-    images: PLIPVisionEncoder = load_vision_encoder(folder)
+    images: Any = load_vision_encoder(folder)
     return images, _image_preparation(folder, images.config.image_size, sub_images)
 
 
