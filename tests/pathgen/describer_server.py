@@ -49,6 +49,8 @@ class DescriberServer(ThreadingHTTPServer):
 def user_text(body: dict[str, Any]) -> str:
     """The first user message's text."""
     content = next(m["content"] for m in body["messages"] if m["role"] == "user")
+    if isinstance(content, str):
+        return content
     return next(part["text"] for part in content if part["type"] == "text")
 
 

@@ -239,3 +239,15 @@ def test_modes_run_for_real_and_wrong_options_are_seen(tmp_path: Path) -> None:
     wrong_option = run("train", "any.py", "--no-such-option")
     assert wrong_option.returncode == 2
     assert "usage: xtuner-add train" in wrong_option.stderr
+
+
+def test_the_documents_hold_the_exit_codes() -> None:
+    from pathcore import exit_codes
+
+    table = (Path(__file__).parents[2] / "docs/commands.md").read_text(encoding="utf-8")
+    codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    assert (
+        codes
+        == set(map(int, re.findall(r"^\| (\d) \|", table, flags=re.MULTILINE)))
+        == {0, 1, 2, 3}
+    )
