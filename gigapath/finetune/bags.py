@@ -1,4 +1,4 @@
-"""Slides as bags of tile embeddings, read from `.h5` or `.pt` when they are needed."""
+"""Bags of tile embeddings, read from `.h5` or `.pt` files on demand."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ Value = TypeVar("Value")
 SUFFIXES = (".h5", ".pt")
 
 PT_LIMIT_BYTES = 64 << 30
-"""Of a slide's `.pt`: a million tiles of 1536 values take 6 GB."""
+"""Largest `.pt` of a slide: a million tiles of 1536 values take 6 GB."""
 
 CELL_PX = 256
-"""Side of a cell of the grid where each file's tiles say how large they are."""
+"""Side of a grid cell if the cells follow the tile size of each file."""
 
 
 @dataclass(frozen=True)
 class Bag:
-    """A slide.
+    """The tiles of a slide.
 
     Attributes:
-        slide: Its id.
+        slide: Id of the slide.
         features: float32 `(num_tiles, in_chans)`.
-        coords: int64 `(num_tiles, 2)`: x and y in pixels at level 0; zeros where the file has none.
+        coords: int64 `(num_tiles, 2)`, x and y in level-0 pixels; zeros if the file has none.
     """
 
     slide: str
@@ -53,17 +53,18 @@ class Bag:
 
 @dataclass(frozen=True)
 class SlideFolder:
-    """Tile embeddings of slides, a file each.
+    """Folder of tile embeddings, one file per slide.
 
-    `SLIDE.h5` holds `features` and `coords`; `SLIDE.pt` a mapping of both, or features alone, which
-    do for models that need no places. An id may end in `.svs`, as in published tables.
+    `SLIDE.h5` holds `features` and `coords`. `SLIDE.pt` holds a mapping of both, or the features
+    alone, which suffices for models without positions. Ids may end in `.svs`, as in the published
+    tables.
 
     Attributes:
         path: The folder.
         needs_coords: Whether files without coordinates are refused.
-        cell_px: Side of a cell of the encoder's grid in pixels at level 0; tiles over the slide's
-            edge by less are shifted onto it. 0: the side that the tiles of each file have; cells
-            then become `CELL_PX` wide. None: coordinates stay as they are.
+        cell_px: Side of a cell of the encoder's grid in level-0 pixels; slides whose tiles begin
+            outside by less than a cell are shifted onto the grid. 0 for the tile size of each file,
+            with coordinates scaled to cells of `CELL_PX`. None to keep coordinates as they are.
     """
 
     path: Path
@@ -71,11 +72,11 @@ class SlideFolder:
     cell_px: int | None = None
 
     def file(self, slide: str) -> Path:
-        """Where a slide's embeddings lie.
+        """Returns the file of a slide.
 
         Raises:
-            FileNotFoundError: Neither `.h5` nor `.pt`.
-            UnsafeNameError: An id that is no file name.
+            FileNotFoundError: If there is neither `.h5` nor `.pt`.
+            UnsafeNameError: If the id cannot be a file name.
         """
         stem = check_name(slide.removesuffix(".svs"), room_bytes=len(SUFFIXES[0]))
         for suffix in SUFFIXES:
@@ -87,8 +88,9 @@ class SlideFolder:
         """Reads a slide.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: Damaged, no tiles, infinities or NaN, or no coordinates.
+            FileNotFoundError: If there is no file.
+            ValueError: If it is damaged, has no tiles or lacks coordinates, or if features are not
+                finite.
         """
         file = self.file(slide)
         features, coords = read_features(file) if file.suffix == ".h5" else self._read_pt(file)
@@ -97,7 +99,7 @@ class SlideFolder:
         return Bag(slide, values, self._onto_grid(torch.from_numpy(coords), file))
 
     def slides(self) -> list[str]:
-        """Ids of all files, without suffix."""
+        """Returns the ids of all files."""
         return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
 
     def encoder(self, slide: str) -> str:
@@ -117,7 +119,7 @@ class SlideFolder:
             return onto_slide(coords, self.cell_px)
         side = read_attributes(file).get("patch_size_level0") if file.suffix == ".h5" else None
         if not side:
-            raise ValueError(f"{file}: no patch_size_level0 at coords, which tile_size 0 needs")
+            raise ValueError(f"{file}: tile_size 0 needs the attribute patch_size_level0 of coords")
         cells = onto_slide(coords, int(side)).div(int(side), rounding_mode="floor")
         return cells * CELL_PX
 
@@ -127,13 +129,16 @@ class SlideFolder:
         if isinstance(value, Mapping):
             features, coords = value.get("features"), value.get("coords")
         if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(f"{file}: a tensor (num_tiles, dim), or features and coords, expected")
+            raise ValueError(f"{file}: expected a tensor (num_tiles, dim), or features and coords")
         if coords is None:
             if self.needs_coords:
-                raise ValueError(f"{file}: no coords; the slide encoder needs to know the places")
+                raise ValueError(f"{file}: no coords, which the slide encoder needs")
             coords = torch.zeros(len(features), 2)
         if not isinstance(coords, Tensor) or coords.shape != (len(features), 2):
-            raise ValueError(f"{file}: coords {getattr(coords, 'shape', coords)!s:.40}")
+            raise ValueError(
+                f"{file}: expected coords ({len(features)}, 2), "
+                f"found {getattr(coords, 'shape', coords)!s:.40}"
+            )
         return features.float().numpy(), coords.numpy().astype(np.int64)
 
 
@@ -255,23 +260,23 @@ class SlideScan(Dataset[dict[str, Any]]):
 
 
 def _most(values: Sequence[Value], default: Value) -> Value:
-    """Returns the most frequent value, the first of equals."""
+    """Returns the most frequent value; of ties, the first."""
     return Counter(values).most_common(1)[0][0] if values else default
 
 
 def choose_tiles(
     bag: Bag, max_tiles: int, tile_order: str, *, shuffle: bool = False, seed: int = 0
 ) -> Bag:
-    """The tiles of a slide that a model sees, in the order in which it sees them.
+    """Selects and orders the tiles of a slide.
 
     Args:
         bag: The slide.
-        max_tiles: At most so many; 0 for all.
-        tile_order: `row_major`: of too many tiles a random choice, then by row and column, as the
-            slide encoder was trained. `published`: the first ones in the file's order, or if
-            `shuffle` in random order.
-        shuffle: The task's `shuffle_tiles`.
-        seed: Of choice and order.
+        max_tiles: Maximum number of tiles; 0 for all.
+        tile_order: `row_major`: a random subset, sorted by row and column as in the pretraining of
+            the slide encoder. `published`: the first tiles of the file, or of a random order with
+            `shuffle`.
+        shuffle: Whether the task asks for `shuffle_tiles`.
+        seed: Seed of subset and order.
     """
     count = len(bag.features)
     generator = torch.Generator().manual_seed(seed)
@@ -288,20 +293,20 @@ def choose_tiles(
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed that is another one for other parts: run, epoch, slide."""
+    """Derives an independent seed from numbers such as run, epoch and slide."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Slides that go through a model at once.
+    """Padded bags of several slides.
 
     Attributes:
-        indices: Numbers of the slides.
-        features: float32 `(num_slides, most_tiles, in_chans)`, zeros at the end of shorter ones.
+        indices: Indices of the slides in `SlideBags.slides`.
+        features: float32 `(num_slides, most_tiles, in_chans)`, padded with zeros at the end.
         coords: int64 `(num_slides, most_tiles, 2)`.
-        lengths: Tiles of each.
-        labels: int64 `(num_slides,)`, or `(num_slides, num_classes)`.
+        lengths: Number of tiles per slide.
+        labels: int64 `(num_slides,)`, or `(num_slides, num_classes)` for multi-label tasks.
     """
 
     indices: tuple[int, ...]
@@ -312,15 +317,18 @@ class Batch:
 
 
 class SlideBags(Dataset[Batch]):
-    """Batches of slides by `(numbers, seed)`.
+    """Data set of batches, indexed by `(slide indices, seed)`.
+
+    The seed is part of the index, so that the tiles of a batch do not depend on the worker process
+    that reads it, nor on where a run was continued.
 
     Args:
         folder: The embeddings.
-        slides: Ids.
-        labels: Slide -> label.
-        max_tiles: As in `choose_tiles`.
-        tile_order: As in `choose_tiles`.
-        shuffle: As in `choose_tiles`.
+        slides: Slide ids.
+        labels: Label of each slide.
+        max_tiles: See `choose_tiles`.
+        tile_order: See `choose_tiles`.
+        shuffle: See `choose_tiles`.
     """
 
     def __init__(
@@ -365,14 +373,14 @@ class SlideBags(Dataset[Batch]):
     def loader(
         self, keys: Sequence[tuple[Sequence[int], int]], num_workers: int = 0
     ) -> DataLoader[Batch]:
-        """Reads batches ahead, in the order of the keys."""
+        """Returns a loader of the batches with these keys, in their order."""
         return DataLoader(self, batch_size=None, sampler=keys, num_workers=num_workers)  # type: ignore[arg-type]
 
 
 def pooled_vectors(
     folder: SlideFolder, slides: Sequence[str], *, progress: bool = False
 ) -> dict[str, NDArray[np.float32]]:
-    """Mean over the tiles of each slide, `(in_chans,)`."""
+    """Returns the mean over the tiles `(in_chans,)` of each slide."""
     shown = tqdm(slides, desc="mean over tiles", disable=not progress)
     return {slide: folder.read(slide).features.mean(dim=0).numpy() for slide in shown}
 
@@ -380,13 +388,14 @@ def pooled_vectors(
 def stored_vectors(
     folder: str | os.PathLike[str], slides: Sequence[str]
 ) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, str]]]:
-    """Slide embeddings, a file each: `.h5` with `features`, or a tensor in a `.pt`.
+    """Reads slide embeddings, one `.h5` with `features` or one `.pt` with a tensor per slide.
 
     Returns:
-        Slide -> `(embed_dim,)`, and `id`, `reason` of slides without a usable one.
+        The embedding `(embed_dim,)` of each slide, and `id` and `reason` of slides without a usable
+        one.
 
     Raises:
-        ValueError: No slide has one, or widths differ.
+        ValueError: If no slide has one, or widths differ.
     """
     found, bad = {}, []
     for slide in slides:
@@ -397,7 +406,7 @@ def stored_vectors(
     if not found:
         raise ValueError(f"slide embeddings {folder}: none can be used: {bad[:1]}")
     if len(widths := {len(vector) for vector in found.values()}) > 1:
-        raise ValueError(f"slide embeddings {folder}: of several widths: {sorted(widths)}")
+        raise ValueError(f"slide embeddings {folder}: expected one width, found {sorted(widths)}")
     return found, bad
 
 
@@ -411,9 +420,9 @@ def _read_vector(file: Path) -> NDArray[np.float32]:
     else:
         loaded = load_tensors(file.read_bytes())
         if not isinstance(loaded, Tensor):
-            raise ValueError(f"{file}: a tensor expected, got {type(loaded).__name__}")
+            raise ValueError(f"{file}: expected a tensor, found {type(loaded).__name__}")
         value = loaded.float().numpy()
     vector = np.asarray(value, dtype=np.float32).squeeze()
     if vector.ndim != 1 or not np.isfinite(vector).all():
-        raise ValueError(f"{file}: one finite vector expected, got shape {value.shape}")
+        raise ValueError(f"{file}: expected one finite vector, found shape {value.shape}")
     return vector

@@ -1,6 +1,6 @@
-"""Cheap comparisons on vectors: nearest neighbours and logistic regression, by scikit-learn.
+"""Baselines on vectors: nearest neighbours and logistic regression from scikit-learn.
 
-A vector is a tile's embedding, the mean of a slide's tiles, or a stored slide embedding.
+A vector is the embedding of a tile, the mean over the tiles of a slide, or a slide embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUM_NEIGHBOURS = 20
 """As in DINO's evaluation (Caron et al. 2021, https://arxiv.org/abs/2104.14294, section 4.1)."""
 
 C_GRID = tuple(10.0**power for power in range(-4, 3))
-"""Inverse strengths of the L2 penalty that the validation cases choose from."""
+"""Inverse strengths of the L2 penalty, chosen by the validation loss."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class VectorSplit:
     """Cases of one split.
 
     Attributes:
-        ids: Names.
+        ids: Names of the cases.
         vectors: float `(num_cases, embed_dim)`.
-        labels: int `(num_cases,)`, of several labels 0 or 1 `(num_cases, num_classes)`.
+        labels: int `(num_cases,)`, or zeros and ones `(num_cases, num_classes)` if multi-label.
     """
 
     ids: tuple[str, ...]
@@ -37,17 +37,17 @@ class VectorSplit:
 
 
 Predict = Callable[[Array], Array]
-"""Vectors `(num_cases, embed_dim)` -> probabilities `(num_cases, num_classes)`."""
+"""Maps vectors `(num_cases, embed_dim)` to probabilities `(num_cases, num_classes)`."""
 
 
 def fit_knn(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
-    """Nearest neighbours by cosine, weighted by nearness; needs no validation cases."""
+    """Fits distance-weighted nearest neighbours by cosine; ignores the validation cases."""
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import normalize
 
     def fitted(labels: Array) -> Any:
         count = min(NUM_NEIGHBOURS, len(train.vectors))
-        # On vectors of length 1 Euclidean distance orders as the cosine does, and BLAS computes it.
+        # Euclidean distance of unit vectors sorts like the cosine, and BLAS computes it.
         model = KNeighborsClassifier(count, weights="distance", algorithm="brute")
         return model.fit(normalize(train.vectors), labels)
 
@@ -56,9 +56,9 @@ def fit_knn(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Pr
 
 
 def fit_logistic(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
-    """Logistic regression on standardised vectors; validation loss chooses the penalty.
+    """Fits logistic regression on standardised vectors.
 
-    Without validation cases the penalty is scikit-learn's default.
+    The validation loss selects the penalty; without validation cases it is scikit-learn's default.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -85,7 +85,7 @@ METHODS: dict[str, Callable[[VectorSplit, VectorSplit | None, int], Predict]] = 
 
 
 def _each(fitted: Callable[[Array], Any], labels: Array, num_classes: int) -> Predict:
-    """One model of all classes, or one for each of several labels; absent classes get 0."""
+    """Fits one model of all classes, or one per label if multi-label; absent classes get 0."""
     if labels.ndim == 1:
         model = _model(fitted, labels)
         return lambda vectors: _spread(model, vectors, num_classes)
@@ -100,7 +100,7 @@ def _model(fitted: Callable[[Array], Any], labels: Array) -> Any:
 
 def _spread(model: Any, vectors: Array, num_classes: int) -> Array:
     table = np.zeros((len(vectors), num_classes))
-    if isinstance(model, int):  # training knew one class only
+    if isinstance(model, int):  # the only class in training
         table[:, model] = 1
     else:
         table[:, model.classes_] = model.predict_proba(vectors)
@@ -116,12 +116,12 @@ def _log_loss(labels: Array, probabilities: Array) -> float:
 
 
 def check_methods(methods: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
-    """Returns the methods, each once.
+    """Removes duplicates from methods.
 
     Raises:
-        ValueError: One that there is not.
+        ValueError: If a method is unknown.
     """
     known = (*own, *METHODS)
     if unknown := [name for name in methods if name not in known]:
-        raise ValueError(f"method {unknown[0]!r}: one of {', '.join(known)} expected")
+        raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(known)}")
     return tuple(dict.fromkeys(methods))

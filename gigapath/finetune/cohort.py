@@ -1,4 +1,4 @@
-"""The slides of a fine-tuning: labels, splits, and what is wrong with which file."""
+"""Slides of a fine-tuning: labels, splits, and which files cannot be used."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pathcore.files import StrPath
 
 @dataclass(frozen=True)
 class Cohort:
-    """The slides of a run.
+    """Slides of a run.
 
     Attributes:
-        labels: Slide -> label.
-        splits: Fold -> slides that can be used.
-        num_tiles: Slide -> number of tiles.
+        labels: Label of each slide.
+        splits: Usable slides of each fold.
+        num_tiles: Number of tiles of each slide.
         skipped: `id` and `reason` of skipped rows and slides.
         num_without_row: Number of feature files that the table does not name.
         encoder: Tile encoder of the features, as the files name it; empty if they do not.
@@ -56,21 +56,21 @@ def read_cohort(
     progress: bool,
     only_folds: Sequence[int] = (),
 ) -> Cohort:
-    """Reads tables and looks at every slide.
+    """Reads the tables and checks every slide.
 
     Args:
         folder: Tile embeddings.
-        table: csv with `slide_id`, labels and, where patients are known, `pat_id`.
+        table: csv with `slide_id`, labels and, optionally, patients.
         task: What is predicted.
-        out: Takes the splits that can be used, and what was found about each slide.
-        splits: Folder of tables, or None to make them.
-        settings: Of the training.
+        out: Folder for the usable splits and the result of the check.
+        splits: Folder of tables, or None to make splits.
+        settings: Settings of the training.
         progress: Whether to show a progress bar.
         only_folds: Numbers of the folds to run; all if empty.
 
     Raises:
         FileNotFoundError: If a table or fold does not exist.
-        ValueError: Tables that contradict themselves, or a fold without usable slides.
+        ValueError: If tables contradict themselves, or a fold has no usable slides.
     """
     labelled = read_labels(table, task)
     made, unknown = _splits(labelled, splits, settings)
@@ -127,7 +127,7 @@ def slide_folder(
 
 
 def _grid(settings: FinetuneSettings) -> tuple[int, int]:
-    """Side and number of the encoder's cells."""
+    """Returns side and number of the cells of the encoder's grid."""
     options = {**ARCHITECTURES[settings.model_arch], **settings.encoder}
     return settings.tile_size or CELL_PX, int(options.get("slide_ngrids", NUM_GRIDS))
 

@@ -1,8 +1,8 @@
-"""Recipes: YAML files that hold the settings of a probe or a fine-tuning.
+"""Recipes: YAML files with the settings of a probe or a fine-tuning.
 
 A recipe names fields of a settings class, and may start from another recipe::
 
-    _base_: panda.yml      # what is not said here is taken from there
+    _base_: panda.yml      # fields that are not set here come from there
     epochs: 2
 """
 
@@ -40,11 +40,11 @@ REPLACED = {
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a mapping from a YAML file, with what it inherits through `_base_`.
+    """Reads a mapping from a YAML file, including the fields it inherits through `_base_`.
 
     Raises:
-        FileNotFoundError: No such file, or none of a name it inherits from.
-        ValueError: No YAML, no mapping, or a file that inherits from itself.
+        FileNotFoundError: If the file or one that it inherits from does not exist.
+        ValueError: If it is not YAML, not a mapping, or inherits from itself.
     """
     return _content(Path(path), ())
 
@@ -56,17 +56,17 @@ def read_settings(
     *,
     others: tuple[str, ...] = (),
 ) -> Settings:
-    """Reads settings; options go before what the recipe says.
+    """Reads settings from a recipe; options override it.
 
     Args:
         kind: A dataclass whose fields have defaults.
-        path: The recipe; without one the defaults hold.
-        options: Field -> value.
+        path: The recipe; by default the defaults of `kind`.
+        options: Values by field.
         others: Fields of the recipe that are not settings.
 
     Raises:
-        FileNotFoundError: No such recipe.
-        ValueError: A field that there is not, or a value of another type; names it.
+        FileNotFoundError: If the recipe does not exist.
+        ValueError: If a field is unknown or a value has the wrong type; names it.
     """
     where = f"recipe {path}" if path is not None else "settings"
     content = {k: v for k, v in (read_yaml(path) if path else {}).items() if k not in others}
@@ -74,10 +74,10 @@ def read_settings(
 
 
 def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Builds a dataclass of numbers, text, flags and mappings from values, checked by field.
+    """Builds a dataclass of numbers, strings, flags and mappings, checking each field.
 
     Raises:
-        ValueError: A field that there is not, or a value of another type; names it.
+        ValueError: If a field is unknown or a value has the wrong type; names it.
     """
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -97,15 +97,15 @@ def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -
 def _converted(name: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML takes 2e-3 for text
+            return float(value)  # YAML 1.1 reads 2e-3 as a string
         except ValueError:
-            raise ValueError(f"{name}: a number expected, got {value!r}") from None
+            raise ValueError(f"{name}: expected a number, found {value!r}") from None
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # feat_layer: 11
     if hint in (int, float, bool, str) and type(value) is not hint:
-        raise ValueError(f"{name}: {hint.__name__} expected, got {value!r}")
+        raise ValueError(f"{name}: expected {hint.__name__}, found {value!r}")
     if hint not in (int, float, bool, str) and not isinstance(value, Mapping):
-        raise ValueError(f"{name}: a mapping expected, got {value!r}")
+        raise ValueError(f"{name}: expected a mapping, found {value!r}")
     return value
 
 
@@ -121,7 +121,7 @@ def _content(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path}: a mapping expected, got {content!r:.80}")
+        raise ValueError(f"recipe {path}: expected a mapping, found {content!r:.80}")
     if _BASE not in content:
         return content
     base = _content(path.parent / str(content.pop(_BASE)), (*seen, path.resolve()))

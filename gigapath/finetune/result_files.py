@@ -1,4 +1,4 @@
-"""What probing and fine-tuning write: predictions, a table with intervals, training curves."""
+"""Output of probing and fine-tuning: predictions, a table with intervals, training curves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = {
     "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1"),
     "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy"),
 }
-"""Columns of the table, by setting."""
+"""Columns of the table by setting."""
 
 
 def write_predictions(
@@ -40,7 +40,7 @@ def write_predictions(
     probabilities: NDArray[Any],
     classes: Sequence[str],
 ) -> None:
-    """Writes a csv: id, true and predicted class, probabilities; of several labels 0 or 1 each."""
+    """Writes a csv of ids, true and predicted classes (multi-label: 0 or 1) and probabilities."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     several = labels.ndim == 2
@@ -53,7 +53,7 @@ def write_predictions(
 
 
 def write_skipped(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `skipped.jsonl`, empty where nothing was left out."""
+    """Writes `skipped.jsonl`, empty if nothing was skipped."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / SKIPPED_NAME, lines)
 
@@ -62,14 +62,14 @@ def results_table(
     title: str, setting: str, rows: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
     head: Sequence[str], notes: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """A Markdown table of scores.
+    """Formats scores as a Markdown table.
 
     Args:
-        title: Above it.
+        title: Title above the table.
         setting: One of `gigapath.finetune.metrics.SETTINGS`.
         rows: First cells of each row, and the result of `score_predictions` or `spread`.
         head: Titles of the first cells.
-        notes: Paragraphs below.
+        notes: Paragraphs below the table.
     """
     names = SHOWN[setting]
     lines = [f"# {title}", "", "In brackets 95 % bootstrap intervals over test cases.", ""]
@@ -101,15 +101,15 @@ def draw_curves(
     scores: Sequence[str],
     chosen: float | None = None,
 ) -> None:
-    """Draws losses, scores and learning rate over a training into a PNG.
+    """Plots losses, scores and learning rate of a training as PNG.
 
     Args:
         path: The PNG.
-        history: Rows with `step`, `lr`, and the names below; a row may lack some of them.
-        step: Name of the horizontal axis in the rows.
-        losses: Names in the left panel.
-        scores: Names in the middle panel, from 0 to 1.
-        chosen: Step of the model that was kept, marked by a line.
+        history: Rows with `step`, `lr` and some of the names below.
+        step: Key of the horizontal axis.
+        losses: Keys in the left panel.
+        scores: Keys in the middle panel, from 0 to 1.
+        chosen: Step of the selected model, marked by a line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
-"""Slide classification over tile embeddings: fine-tuned slide encoder, and comparisons beside it.
+"""Slide classification from tile embeddings: fine-tuned slide encoder, bag models and baselines.
 
-For each method and fold a folder `METHOD/fold_K/` with weights, predictions, scores and curves;
-over all of them `results.json`, `results.md` and `summary.csv`. All methods see the same slides in
-the same splits. A killed run continues when it is called again.
+Each method and fold has a folder `METHOD/fold_K/` with weights, predictions, scores and curves;
+`results.json`, `results.md` and `summary.csv` cover all of them. All methods see the same slides in
+the same splits. A run that was stopped continues when it is called again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from pathcore.files import StrPath, folder_lock, remove_partials, write_json, wr
 
 SLIDE_ENCODER = "slide_encoder"
 
-_WEIGHTS = 3  # tells the seed of the weights from those of the trainer
+_WEIGHTS = 3  # keeps the seed of the weights apart from the seeds of the trainer, 0 to 2
 
 
 def finetune_slides(
@@ -161,7 +161,7 @@ class Runs:
     Args:
         cohort: The slides.
         task: What is predicted.
-        settings: Of the training.
+        settings: Settings of the training.
         folder: Tile embeddings.
         out: Output folder.
         models: Bag models by method name.
@@ -172,7 +172,7 @@ class Runs:
         heat_maps: Whether to draw attention maps.
 
     Attributes:
-        skipped: `id`, `reason` of slides without a usable slide embedding.
+        skipped: `id` and `reason` of slides without a usable slide embedding.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Settings of slide fine-tuning; names and defaults are the original's where it has them."""
+"""Settings of slide fine-tuning, with the original's names and defaults where it has them."""
 
 from __future__ import annotations
 
@@ -24,58 +24,63 @@ _AT_LEAST = {
     **dict.fromkeys(("num_resamples", "tile_size", "input_dim", "bag_size"), 0),
 }
 _LR_BATCH = 256
-"""Slides per step at which the rate is `blr`."""
+"""Number of slides per step for which `blr` is the learning rate."""
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How a slide classifier is trained.
+    """Settings of the training of a slide classifier.
 
     Attributes:
-        protocol: `corrected`; or `published`: the embedding's projection escapes the layer decay,
-            gradients that are left at the end of an epoch leak into the next, tiles come in the
-            order of the file or at random, and of too many the first are taken.
-        model_arch: Size of the slide encoder.
-        pretrained: Its weights, as `gigapath.slide_encoder.create_model` takes them.
-        encoder: Further arguments of the encoder.
+        protocol: `corrected`, or `published` with the defects of the original: the projection of
+            the embedding escapes the layer decay, gradients left at the end of an epoch leak into
+            the next, tiles keep the order of the file or come at random, and of too many tiles the
+            first ones are taken.
+        model_arch: Architecture of the slide encoder.
+        pretrained: Its weights; see `gigapath.slide_encoder.create_model`.
+        encoder: Further arguments of the slide encoder.
         input_dim: Width of the tile embeddings; 0 takes the width that most files have.
-        feat_layer: Layers whose vectors are joined: 0 the embedding, 12 the last of 12.
-        global_pool: Mean of the tiles instead of the class token.
-        freeze: Train the classifier alone.
-        tile_size: Side of a cell of the encoder's grid in pixels at level 0; 0 for the side that
-            the tiles of each file have there, 256 being what the original takes for any slide.
-        max_wsi_size: Longest side of a slide in pixels at level 0; sets the segment lengths.
-        dropout: Of the encoder.
-        drop_path_rate: Of the encoder's last layer.
-        grad_checkpointing: Compute layers again in the backward pass, to save memory.
-        epochs: Passes over the training slides.
-        warmup_epochs: Of the learning rate.
-        batch_size: Slides that go through the model at once, without seeing each other.
-        gc: Batches whose gradients make a step, over all processes.
-        lr: Learning rate; 0 takes `blr * batch_size * gc / 256`.
-        blr: Rate for 256 slides a step.
-        min_lr: At the end of the cosine.
+        feat_layer: Layers whose embeddings are concatenated: 0 is the input embedding, 12 the last
+            of 12 layers.
+        global_pool: Whether to pool the mean of the tiles instead of the class token.
+        freeze: Whether to train only the classifier.
+        tile_size: Side of a cell of the encoder's grid in level-0 pixels; 0 for the size of the
+            tiles in each file. The original uses 256 for every slide.
+        max_wsi_size: Longest side of a slide in level-0 pixels; determines the segment lengths.
+        dropout: Dropout of the encoder.
+        drop_path_rate: Drop path probability of the encoder's last layer.
+        grad_checkpointing: Whether to recompute layers in the backward pass to save memory.
+        epochs: Number of passes over the training slides.
+        warmup_epochs: Length of the warm-up of the learning rate.
+        batch_size: Slides per forward pass; they do not attend to each other.
+        gc: Batches whose gradients are accumulated per step, over all processes.
+        lr: Learning rate; 0 for `blr * batch_size * gc / 256`.
+        blr: Learning rate for 256 slides per step.
+        min_lr: Learning rate at the end of the cosine schedule.
         lr_scheduler: `cosine` with warm-up, or `fixed`.
         optim: `adamw` or `adam`.
         optim_wd: Weight decay.
-        layer_decay: Factor of the rate from a layer to the one below.
-        weighted_sample: Draw slides so that classes are equally frequent; not of several labels.
-        model_select: `last_epoch`, or `val`: the epoch with the best `monitor`.
+        layer_decay: Factor of the learning rate from each layer to the one below.
+        weighted_sample: Whether to draw slides so that classes are equally frequent; ignored for
+            multi-label tasks.
+        model_select: `last_epoch`, or `val` for the epoch with the best `monitor`.
         monitor: Score on the validation slides, or `loss`.
-        patience: Epochs without a better `monitor` after which training stops; 0 for never.
-        folds: How many; 0 for all tables of splits, or 10.
-        split_method: `k_fold` or `published`, where no tables of splits are given.
-        split_key: `slide_id` or `pat_id`; by default patients where they are known.
-        val_r: Share of validation slides.
-        test_r: Share of test slides, of `split_method` `published`.
+        patience: Number of epochs without a better `monitor` after which training stops; 0 never
+            stops.
+        folds: Number of folds; 0 for all tables of splits, or 10 if splits are made.
+        split_method: `k_fold` or `published`; used if no tables of splits are given.
+        split_key: `slide_id` or `pat_id`; by default patients if they are known.
+        val_r: Fraction of validation slides.
+        test_r: Fraction of test slides, for `split_method="published"`.
         max_tiles: Maximum number of tiles per slide; 0 uses the task's.
         bag_size: Maximum number of tiles per training slide, drawn anew in each epoch; validation
             and test slides keep all tiles. 0 for no limit.
-        precision: `bf16` computes products in bfloat16, `fp32` not.
-        num_workers: Processes that read slides ahead.
-        save_steps: Keep the state every so many steps too, not only after each epoch; 0 for not.
-        seed: Of weights, order, tiles, dropout and k-fold.
-        num_resamples: Of the bootstrap intervals.
+        precision: `fp32`, or `bf16` for autocast to bfloat16.
+        num_workers: Number of processes that read slides ahead.
+        save_steps: Number of steps after which the state is saved in addition to the end of each
+            epoch; 0 for never.
+        seed: Seed of weights, order, tiles, dropout and k-fold splits.
+        num_resamples: Number of resamples of the bootstrap intervals.
     """
 
     protocol: str = "corrected"
@@ -123,21 +128,23 @@ class FinetuneSettings:
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r}: one of {', '.join(values)} expected"
+                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(values)}"
                 )
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: {least} or more expected")
+                raise ValueError(f"{name} {getattr(self, name)}: expected {least} or more")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay {self.layer_decay}: above 0, at most 1 expected")
+            raise ValueError(f"layer_decay {self.layer_decay}: expected above 0 and at most 1")
         if self.val_r < 0 or self.test_r <= 0 or self.val_r + self.test_r >= 1:
-            raise ValueError(f"val_r {self.val_r}, test_r {self.test_r}: shares below 1 expected")
+            raise ValueError(
+                f"val_r {self.val_r}, test_r {self.test_r}: expected fractions that sum to below 1"
+            )
         if self.lr == 0 and self.blr <= 0:
-            raise ValueError(f"blr {self.blr}: more than 0 expected")
+            raise ValueError(f"blr {self.blr}: expected more than 0")
 
     @property
     def needs_val(self) -> bool:
-        """Whether there must be validation slides."""
+        """Whether the training needs validation slides."""
         return self.model_select == "val" or self.patience > 0
 
     @property
@@ -146,7 +153,7 @@ class FinetuneSettings:
         return self.lr or self.blr * self.batch_size * self.gc / _LR_BATCH
 
     def of_training(self) -> dict[str, Any]:
-        """What another run must share to continue this one; neither speed nor data."""
+        """Returns the settings that a run must share with the one it continues."""
         skipped = {"num_workers", "save_steps", "num_resamples", "folds", "grad_checkpointing"}
         skipped |= {"split_method", "split_key", "val_r", "test_r"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}

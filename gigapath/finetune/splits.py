@@ -1,4 +1,4 @@
-"""Which slides train, select and test: given tables, a k-fold partition, or the published draw."""
+"""Train, validation and test slides: from tables, by k-fold partition, or by the published draw."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PARTS = ("train", "val", "test")
 METHODS = ("k_fold", "published")
 
 DEFAULT_FOLDS = 10
-"""As the original's."""
+"""As in the original."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Slides of a fold; `val` may be empty."""
+    """Slide ids of a fold; `val` may be empty."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
 
     def only(self, slides: Mapping[str, object]) -> Split:
-        """The split with no other slides than these."""
+        """Returns the split restricted to these slides."""
         return Split(*(tuple(s for s in getattr(self, p) if s in slides) for p in PARTS))
 
 
@@ -42,21 +42,21 @@ def make_splits(
     split_key: str = "",
     seed: int = 0,
 ) -> dict[int, Split]:
-    """Divides slides into folds; all slides of a patient stay together.
+    """Splits slides into folds; all slides of a patient stay together.
 
     Args:
         labelled: Slides with labels.
-        method: `k_fold`: every slide is tested once; a fold's validation slides are the next
-            fold's test slides. `published`: the original's random draws, one per fold, from which
-            a slide may be tested never or often.
-        folds: How many; 0 for 10.
-        val_r: Share of validation slides; of `k_fold` only whether it is 0.
-        test_r: Share of test slides; of `published` only.
-        split_key: `slide_id` or `pat_id`; by default patients where the table names them.
-        seed: Of `k_fold`.
+        method: `k_fold`: every slide is tested once, and the validation slides of a fold are the
+            test slides of the next. `published`: independent random draws as in the original, so
+            that a slide may be tested never or several times.
+        folds: Number of folds; 0 for 10.
+        val_r: Fraction of validation slides; `k_fold` only looks at whether it is 0.
+        test_r: Fraction of test slides; only for `published`.
+        split_key: `slide_id` or `pat_id`; by default patients if the table names them.
+        seed: Seed of `k_fold`.
 
     Raises:
-        ValueError: Too few slides or folds, or no patients.
+        ValueError: If there are too few slides or folds, or no patients.
     """
     keys = _keys(labelled, split_key)
     folds = folds or DEFAULT_FOLDS
@@ -66,7 +66,7 @@ def make_splits(
         elif method == "k_fold":
             parts = _k_fold(labelled, keys, folds, val_r > 0, seed)
         else:
-            raise ValueError(f"split_method {method!r}: one of {', '.join(METHODS)} expected")
+            raise ValueError(f"split_method {method!r}: expected one of {', '.join(METHODS)}")
     except ValueError as error:
         raise ValueError(f"{len(keys)} slides or patients in {folds} folds: {error}") from error
     return {number: _slides(keys, split) for number, split in enumerate(parts)}
@@ -75,13 +75,13 @@ def make_splits(
 def published_split(
     keys: Sequence[str], fold: int, val_r: float = 0.1, test_r: float = 0.2
 ) -> tuple[list[str], list[str], list[str]]:
-    """The original's draw of slides or patients, in its order.
+    """Draws train, validation and test keys as the original does, in its order.
 
     Args:
-        keys: Each once, in the order of the table.
-        fold: Also the seed.
-        val_r: Share of validation; 0 for none.
-        test_r: Share of test.
+        keys: Slides or patients, each once, in the order of the table.
+        fold: Number of the fold, which is also the seed.
+        val_r: Fraction of validation keys; 0 for none.
+        test_r: Fraction of test keys.
     """
     from sklearn.model_selection import train_test_split
 
@@ -92,7 +92,7 @@ def published_split(
         val, test = train_test_split(rest, test_size=test_r / (val_r + test_r), random_state=fold)
     place = {key: number for number, key in enumerate(keys)}
     ordered = [sorted(part, key=place.__getitem__) for part in (train, val, test)]
-    # The original shuffles the training rows once more, by pandas' sample.
+    # The original shuffles the training rows once more, with pandas.DataFrame.sample.
     order = np.random.RandomState(fold).choice(len(train), size=len(train), replace=False)
     return [ordered[0][number] for number in order], ordered[1], ordered[2]
 
@@ -160,7 +160,7 @@ def read_splits(
 
 
 def write_splits(folder: Path, splits: Mapping[int, Split]) -> None:
-    """Writes the tables that `read_splits` reads."""
+    """Writes tables for `read_splits`."""
     folder.mkdir(parents=True, exist_ok=True)
     for fold, split in splits.items():
         for part in PARTS:
@@ -172,7 +172,7 @@ def check_parts(split: Split, fold: int, *, with_val: bool) -> None:
     """Checks that a fold can be trained and tested.
 
     Raises:
-        ValueError: A part that has to have slides has none.
+        ValueError: If a required part has no slides.
     """
     for part in PARTS if with_val else ("train", "test"):
         if not getattr(split, part):
@@ -183,17 +183,17 @@ def check_parts(split: Split, fold: int, *, with_val: bool) -> None:
 
 
 def _keys(labelled: LabelledSlides, split_key: str) -> dict[str, list[str]]:
-    """Slide or patient -> slides, in the order of the table."""
+    """Returns the slides of each slide or patient, in the order of the table."""
     patients = labelled.patients
     split_key = split_key or (PATIENT_KEY if patients else SLIDE_KEY)
     if split_key == SLIDE_KEY:
         return {slide: [slide] for slide in labelled.labels}
     if split_key != PATIENT_KEY:
-        raise ValueError(f"split_key {split_key!r}: {SLIDE_KEY} or {PATIENT_KEY} expected")
+        raise ValueError(f"split_key {split_key!r}: expected {SLIDE_KEY} or {PATIENT_KEY}")
     if without := [slide for slide in labelled.labels if slide not in patients]:
         raise ValueError(
             f"split_key {PATIENT_KEY}: {len(without)} slides without patient, first {without[0]}; "
-            f"with split_key {SLIDE_KEY} slides are divided by themselves"
+            f"set split_key to {SLIDE_KEY} to split slides without regard to patients"
         )
     keys: dict[str, list[str]] = {}
     for slide in labelled.labels:
@@ -217,7 +217,7 @@ def _k_fold(
         )
     slides = [(key, slide) for key, own in keys.items() for slide in own]
     labels = [labelled.labels[slide] for _, slide in slides]
-    # Combinations of several labels are too rare to be spread evenly.
+    # Combinations of several labels are too rare to be stratified.
     strata = [0 if label.ndim else int(label) for label in labels]
     groups = [key for key, _ in slides]
     folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

@@ -1,4 +1,4 @@
-"""What slides are classified into: task files as published, and tables of labels."""
+"""Classification tasks in the published file format, and tables of labels."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _FIELDS = {"name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_m
 
 @dataclass(frozen=True)
 class SlideTask:
-    """A task.
+    """What slides are classified into.
 
     Attributes:
-        name: Of the task.
+        name: Name of the task.
         setting: `multi_class` or `binary`: `label_column` holds one of the classes. `multi_label`:
-            each class is a column of 0 and 1.
+            each class has a column of 0 and 1.
         classes: Values of the labels, or names of the columns, in the order of the model's outputs.
-        max_tiles: Tiles of a slide that are used at most; 0 for all.
+        max_tiles: Maximum number of tiles per slide; 0 for all.
         label_column: Column of the labels, except with `multi_label`.
-        shuffle_tiles: Take tiles in random order; only `protocol: published` does so, since the
-            encoder depends on the order.
+        shuffle_tiles: Whether tiles come in random order. Only `protocol: published` does so,
+            because the slide encoder depends on the order.
     """
 
     name: str
@@ -48,41 +48,41 @@ class SlideTask:
 
     @property
     def several_labels(self) -> bool:
-        """Whether a slide may have several classes or none."""
+        """Whether a slide may have several classes, or none."""
         return self.setting == "multi_label"
 
     def columns(self) -> tuple[str, ...]:
-        """Columns of labels in a table."""
+        """Returns the label columns of a table."""
         return self.classes if self.several_labels else (self.label_column,)
 
     def encode(self, row: Mapping[str, str]) -> NDArray[np.int64]:
-        """A table's row as class number `()`, or as 0 and 1 `(num_classes,)`.
+        """Encodes the labels of a row as class index `()`, or as 0 and 1 `(num_classes,)`.
 
         Raises:
-            ValueError: A label that is not of the task.
+            ValueError: If a label is not one of the task's.
         """
         if self.several_labels:
             values = [_as_text(row[name]) for name in self.classes]
             for name, value in zip(self.classes, values, strict=True):
                 if value not in ("0", "1"):
-                    raise ValueError(f"label {name}: 0 or 1 expected, got {value!r}")
+                    raise ValueError(f"label {name}: expected 0 or 1, found {value!r}")
             return np.array(values, dtype=np.int64)
         value = _as_text(row[self.label_column])
         if value not in self.classes:
             raise ValueError(
-                f"{self.label_column} {value!r}: one of {', '.join(self.classes)} expected"
+                f"{self.label_column} {value!r}: expected one of {', '.join(self.classes)}"
             )
         return np.array(self.classes.index(value))
 
 
 @dataclass(frozen=True)
 class LabelledSlides:
-    """Slides of a table.
+    """Labelled slides of a table.
 
     Attributes:
-        labels: Slide -> what `SlideTask.encode` returned.
-        patients: Slide -> patient; empty where the table has no such column.
-        skipped: Rows that cannot be used: `id`, `reason`.
+        labels: Label of each slide, see `SlideTask.encode`.
+        patients: Patient of each slide; empty if the table has no such column.
+        skipped: `id` and `reason` of rows that cannot be used.
     """
 
     labels: Mapping[str, NDArray[np.int64]]
@@ -94,28 +94,28 @@ def read_task(path: str | os.PathLike[str]) -> SlideTask:
     """Reads a task file.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A field that is missing, unknown or of the wrong kind; names it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a field is missing, unknown or of the wrong type.
     """
     content = read_yaml(path)
     if unknown := sorted(set(content) - _FIELDS):
         raise ValueError(f"task {path}: no field {unknown[0]!r}; known: {sorted(_FIELDS)}")
     setting = content.get("setting", "multi_class")
     if setting not in SETTINGS:
-        raise ValueError(f"task {path}: setting {setting!r}: one of {', '.join(SETTINGS)} expected")
+        raise ValueError(f"task {path}: setting {setting!r}: expected one of {', '.join(SETTINGS)}")
     numbers = content.get("label_dict")
     if not isinstance(numbers, dict) or len(numbers) < (1 if setting == "multi_label" else 2):
-        raise ValueError(f"task {path}: label_dict: labels and their numbers expected")
+        raise ValueError(f"task {path}: label_dict: expected labels with their numbers")
     if sorted(map(str, numbers.values())) != sorted(map(str, range(len(numbers)))):
         raise ValueError(
-            f"task {path}: label_dict: numbers 0 to {len(numbers) - 1}, each once, expected, got "
-            f"{list(numbers.values())}"
+            f"task {path}: label_dict: expected each number from 0 to {len(numbers) - 1} once, "
+            f"found {list(numbers.values())}"
         )
     if setting == "binary" and len(numbers) != 2:
-        raise ValueError(f"task {path}: binary: 2 labels expected, got {len(numbers)}")
+        raise ValueError(f"task {path}: binary: expected 2 labels, found {len(numbers)}")
     max_tiles = content.get("max_tiles", 0)
     if not isinstance(max_tiles, int) or max_tiles < 0:
-        raise ValueError(f"task {path}: max_tiles {max_tiles!r}: a whole number expected")
+        raise ValueError(f"task {path}: max_tiles {max_tiles!r}: expected a whole number")
     classes = sorted(numbers, key=lambda name: int(numbers[name]))
     return SlideTask(
         str(content.get("name", Path(path).stem)),
@@ -154,8 +154,8 @@ def read_labels(
     """Reads a csv of slides: ids, labels and, in column `pat_id` or CLAM's `case_id`, patients.
 
     Raises:
-        FileNotFoundError: No such table.
-        ValueError: Columns that are missing, one slide with two labels, or no row that can be used.
+        FileNotFoundError: If the table does not exist.
+        ValueError: If columns are missing, a slide has two labels, or no row can be used.
     """
     labels: dict[str, NDArray[np.int64]] = {}
     patients: dict[str, str] = {}
@@ -183,11 +183,11 @@ def read_labels(
 
 
 def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> list[dict[str, str]]:
-    """Reads a csv as text, so that ids keep their zeros.
+    """Reads a csv as text, so that ids keep their leading zeros.
 
     Raises:
-        FileNotFoundError: No such table.
-        ValueError: No csv, or columns that are missing.
+        FileNotFoundError: If the table does not exist.
+        ValueError: If it is not a csv, or columns are missing.
     """
     import pandas as pd
 
@@ -208,6 +208,6 @@ def _shown(task: SlideTask, label: NDArray[np.int64]) -> str:
 
 
 def _as_text(value: str) -> str:
-    """A label as text; pandas and Excel write whole numbers as 1.0 where others are missing."""
+    """Normalises a label: pandas and Excel write 1 as 1.0 in columns with missing values."""
     value = value.strip()
     return value[:-2] if value.endswith(".0") and value[:-2].lstrip("-").isdigit() else value

@@ -1,9 +1,9 @@
-"""Training of a slide classifier on one fold, in one process or several, resumable.
+"""Resumable training of a slide classifier on one fold, in one process or several.
 
-The gradients of `gc` batches make a step. Batches are dealt to the processes in turn and their
-gradients are added up, so several processes compute what one does, up to the order of additions.
-Every random number derives from the seed, the epoch and the batch or slide, so a continued run, or
-one in another number of processes, draws the same.
+Each step accumulates the gradients of `gc` batches. Batches are assigned to the processes in turn
+and their gradients are summed, so that several processes compute what one does, up to the order of
+additions. Every random number derives from the seed, the epoch and the batch or slide, so that a
+continued run, or one with another number of processes, draws the same numbers.
 
 Learning rates follow the published code. Layer-wise decay: the classifier learns at the full rate,
 each layer below at `layer_decay` times the rate of the one above (BEiT,
@@ -44,17 +44,17 @@ _ENCODER = "slide_encoder."
 _LAYERS = f"{_ENCODER}encoder.layers."
 
 Order = Callable[[int], Sequence[int]]
-"""Epoch -> numbers of the training slides, in the order they are taken."""
+"""Maps an epoch to the indices of the training slides in their order."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the optimiser.
+    """A step of the optimizer.
 
     Attributes:
-        first: Number of its first batch in the epoch.
-        batches: Numbers of slides of each batch.
-        whole: Whether there are as many batches as steps have.
+        first: Number of its first batch within the epoch.
+        batches: Slide indices of each batch.
+        whole: Whether it has `gc` batches; the last step of an epoch may have fewer.
     """
 
     first: int
@@ -63,7 +63,7 @@ class Step:
 
 
 class Trainer:
-    """A model that is trained on one fold.
+    """Trains and tests a model on one fold.
 
     Args:
         model: A `MILModel`, or a module that is called as `model(features, coords, lengths=...)` on
@@ -112,10 +112,10 @@ class Trainer:
         ranks.share_parameters(model)
 
     def finish(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Trains what is left to train, tests, and returns the scores.
+        """Trains whatever is left to train, tests, and returns the scores.
 
         Args:
-            inputs: What the run is made from; a folder of another run is refused.
+            inputs: Everything the run depends on; a folder of a run with other inputs is refused.
         """
         self.ranks.first(lambda: check_inputs(self.folder, inputs))
         done = self.folder / "metrics.json"
@@ -126,7 +126,7 @@ class Trainer:
         return self.test()
 
     def train(self) -> None:
-        """Trains from where the folder's state stands to the last epoch, or the patience's end."""
+        """Trains from the saved state to the last epoch, or until `patience` is exhausted."""
         self._resume()
         while self.epoch < self.settings.epochs and not self._out_of_patience():
             self.train_epoch()
@@ -138,7 +138,7 @@ class Trainer:
             self._save_state()
 
     def train_epoch(self) -> list[float]:
-        """Trains one epoch, from the current step; returns the loss of each batch here."""
+        """Trains the rest of an epoch; returns the loss of each batch of this process."""
         plan = self.plan(self.epoch)
         num_batches = sum(len(step.batches) for step in plan)
         mine = [
@@ -170,7 +170,7 @@ class Trainer:
         return self.losses
 
     def plan(self, epoch: int) -> list[Step]:
-        """The steps of an epoch."""
+        """Returns the steps of an epoch."""
         order, size, count = list(self.order(epoch)), self.settings.batch_size, self.settings.gc
         batches = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
         steps = []
@@ -180,7 +180,7 @@ class Trainer:
         return steps
 
     def predict(self, bags: SlideBags) -> tuple[NDArray[np.float64], float]:
-        """Probabilities `(num_slides, num_classes)` and the mean loss, in every process."""
+        """Returns probabilities `(num_slides, num_classes)` and mean loss, in every process."""
         self.model.eval()
         numbers = range(self.ranks.rank, len(bags), self.ranks.world)
         seed = derived_seed(self.settings.seed, _TILES)
@@ -198,7 +198,7 @@ class Trainer:
         return np.stack([row[0] for row in rows]), float(np.mean([row[1] for row in rows]))
 
     def test(self) -> dict[str, Any]:
-        """Scores the kept weights on validation and test slides, and writes the predictions."""
+        """Scores the selected weights on validation and test slides and writes predictions."""
         from safetensors.torch import load_file
 
         weights = load_file(self.folder / WEIGHTS_NAME)
@@ -304,17 +304,17 @@ class Trainer:
         return entry
 
     def _goodness(self, entry: Mapping[str, Any]) -> tuple[float, float]:
-        """By the monitor, where it is defined, then by loss."""
+        """Sorts epochs by the monitor, if it is defined, then by loss."""
         if "val_loss" not in entry:
             return 0.0, 0.0
         value = entry.get(self.settings.monitor) if self.settings.monitor != "loss" else 0.0
         return (-1.0 if value is None else value), -entry["val_loss"]
 
     def _best(self) -> dict[str, Any]:
-        """The epoch whose weights are kept."""
+        """Returns the epoch whose weights are kept."""
         if self.settings.model_select == "last_epoch":
             return self.history[-1]
-        return max(self.history, key=self._goodness)  # of equals the first
+        return max(self.history, key=self._goodness)  # the first of ties
 
     def _keeps(self, entry: Mapping[str, Any]) -> bool:
         return self._best() is entry
@@ -334,9 +334,9 @@ class Trainer:
                 save_file(weights, partial)
 
     def _save_state(self) -> None:
-        """Keeps what a continued run needs."""
+        """Saves what is needed to continue the run."""
         losses = [value for part in self.ranks.gather(self.losses) for value in part]
-        if self.settings.protocol == "published":  # what leaks into the next epoch is kept too
+        if self.settings.protocol == "published":  # save the gradients that leak as well
             self.ranks.add_gradients(self.model.parameters())
             if not self.ranks.is_first:
                 self.optimizer.zero_grad()
@@ -384,14 +384,14 @@ class Trainer:
 
 
 def layer_id(name: str, depth: int, *, protocol: str = "corrected") -> int:
-    """Number of the layer that a parameter counts to: 0 the embedding, depth + 1 the top.
+    """Returns the layer that a parameter belongs to: 0 for the embedding, depth + 1 for the top.
 
-    The original compares with a prefix that the parameter's name does not have, so that the
-    embedding's projection learns at the full rate; `protocol="published"` does that too.
+    The original compares with a prefix that the name of the embedding's projection does not have,
+    so that it learns at the full rate; `protocol="published"` reproduces that.
 
     Args:
-        name: Of the parameter, from the classifier down.
-        depth: Layers of the slide encoder.
+        name: Name of the parameter in the classifier.
+        depth: Number of layers of the slide encoder.
         protocol: `corrected` or `published`.
     """
     if "cls_token" in name or "pos_embed" in name:
@@ -411,9 +411,9 @@ def scale_and_decay(
     layer_decay: float,
     protocol: str = "corrected",
 ) -> dict[str, tuple[float, float]]:
-    """Factor of the learning rate and weight decay of each trained parameter.
+    """Returns learning rate factor and weight decay of each trained parameter.
 
-    The factor is `layer_decay ** (depth + 1 - layer)`; vectors (norms and biases) do not decay.
+    The factor is `layer_decay ** (depth + 1 - layer)`. Norms and biases have no weight decay.
     """
     return {
         name: (
@@ -428,11 +428,11 @@ def scale_and_decay(
 def parameter_groups(
     model: nn.Module, settings: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser, one per pair of factor (`lr_scale`) and weight decay.
+    """Makes optimizer groups, one per pair of factor (`lr_scale`) and weight decay.
 
     Args:
         model: The model.
-        settings: What `scale_and_decay` returned.
+        settings: The result of `scale_and_decay`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -447,12 +447,12 @@ def parameter_groups(
 def learning_rate(
     epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int
 ) -> float:
-    """The rate at a point in time, `epoch` counting from 0 with fractions; the first step has 0.
+    """Returns the learning rate at a point of the training; that of the first step is 0.
 
     Args:
-        epoch: Batches that were seen, in epochs.
-        lr: At the end of the warm-up.
-        min_lr: At the end.
+        epoch: Number of epochs seen, with fractions.
+        lr: Learning rate at the end of the warm-up.
+        min_lr: Learning rate at the end of the training.
         warmup_epochs: Length of the warm-up.
         epochs: Length of the training.
     """
@@ -463,17 +463,17 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives each group its share of a rate."""
+    """Sets the learning rate of each group, scaled by its `lr_scale`."""
     groups: Iterable[dict[str, Any]] = optimizer.param_groups
     for group in groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Writes what a run is made from, or compares it with what is written.
+    """Writes the inputs of a run, or compares them with those of the run in the folder.
 
     Raises:
-        ValueError: The folder holds a run of other inputs; names them.
+        ValueError: If the folder holds a run with other inputs; names them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, wanted = folder / "config.json", json.loads(json.dumps(inputs))

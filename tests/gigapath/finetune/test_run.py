@@ -529,11 +529,11 @@ class TestRecipes:
         path = tmp_path / "recipe.yml"
         for text, message in {
             "epoch: 3": "near: epochs",
-            "epochs: many": "epochs: int",
-            "blr: fast": "blr: a number",
+            "epochs: many": "epochs: expected int",
+            "blr: fast": "blr: expected a number",
             "- a": "mapping",
             "_base_: recipe.yml": "inherits from itself",
-            "encoder: [1]": "encoder: a mapping",
+            "encoder: [1]": "encoder: expected a mapping",
             "a: [": "cannot be read",
         }.items():
             path.write_text(text)
