@@ -1,5 +1,6 @@
 """Distribution metadata of xtuner-add; build and tool settings stand in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -27,12 +28,18 @@ def read_requirements(name: str) -> list[str]:
     return [line for line in (raw.split("#")[0].strip() for raw in lines) if line]
 
 
+def read_version() -> str:
+    """Return the version that ``xtuner_add/__init__.py`` states, without importing it."""
+    source = (ROOT / "xtuner_add" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"', source, flags=re.MULTILINE)[1]
+
+
 extras = {name: read_requirements(name) for name in EXTRAS}
 extras["all"] = sorted({line for lines in extras.values() for line in lines})
 
 setup(
     name="xtuner-add",
-    version="0.1.0",
+    version=read_version(),
     description="Pathology vision-language models that train inside XTuner",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -44,7 +51,10 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
@@ -59,7 +69,7 @@ setup(
     # installation it lies inside `xtuner_add`: a package called `configs` would collide.
     package_dir={"xtuner_add.configs": "configs"},
     package_data={
-        "": ["*.css", "*.html", "*.j2", "*.json", "*.txt"],
+        "": ["*.css", "*.html", "*.j2", "*.json", "*.txt", "py.typed"],
         "pathcore.encoders": ["presets/*.json"],
         "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],
     },

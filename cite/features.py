@@ -126,12 +126,16 @@ def read_features(path: str | os.PathLike[str]) -> Features:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"features {path}: no such file; xtuner-add cite-features makes it")
+        raise FileNotFoundError(
+            f"features {path}: no such file; `xtuner-add cite-features` writes it"
+        )
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[_KEY])
             features, labels = file.get_tensor("features"), file.get_tensor("labels")
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"features {path}: not of xtuner-add cite-features ({error})") from error
+        raise ValueError(
+            f"features {path}: not a file of `xtuner-add cite-features` ({error})"
+        ) from error
     names = tuple(header.pop("names"))
     return Features(names, features, labels, header, str(path))

@@ -156,7 +156,7 @@ def read_text_embeddings(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"text embeddings {path}: no such file; write it with xtuner-add cite-texts"
+            f"text embeddings {path}: no such file; write it with `xtuner-add cite-texts`"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -164,7 +164,7 @@ def read_text_embeddings(
             embeddings, class_ids = (file.get_tensor(k) for k in ("text_embeddings", "class_ids"))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"text embeddings {path}: not a file of xtuner-add cite-texts ({error})"
+            f"text embeddings {path}: not a file of `xtuner-add cite-texts` ({error})"
         ) from error
     if _digest(embeddings) != header.get("digest"):
         raise ValueError(f"text embeddings {path}: damaged, the digest differs; write it again")

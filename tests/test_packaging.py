@@ -45,6 +45,21 @@ def test_top_level_holds_our_packages_only(members: set[str]) -> None:
     assert {"xtuner_add", "pallava"} <= packages <= OURS
 
 
+def test_every_package_says_that_it_is_typed(members: set[str]) -> None:
+    assert {f"{package}/py.typed" for package in OURS} <= members
+
+
+def test_the_version_is_said_once(wheel: Path) -> None:
+    import re
+
+    from xtuner_add import __version__
+
+    assert f"-{__version__}-" in wheel.name
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE) == [__version__]
+    assert __version__ not in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
 def test_every_config_is_shipped_inside_xtuner_add(members: set[str]) -> None:
     configs = {
         f"xtuner_add/configs/{path.relative_to(ROOT / 'configs').as_posix()}"

@@ -55,7 +55,7 @@ def test_disagreements_name_file_and_both_numbers(file: Path) -> None:
 
 
 def test_other_and_damaged_files(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="write_text_embeddings"):
+    with pytest.raises(FileNotFoundError, match="xtuner-add cite-texts"):
         read_text_embeddings(tmp_path / "none.safetensors")
     other = tmp_path / "other.safetensors"
     save_file(load_file(file), other)
