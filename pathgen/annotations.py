@@ -1,7 +1,7 @@
-"""PathGen's annotations: slide, position, caption; read one by one, checked one by one.
+"""Reads PathGen's annotations (slide, position, caption) row by row and checks each of them.
 
 The published file is one array of 1.6 million objects, 1.1 GB; JSON lines are read too. Fields:
-`wsi_id` (the data) or `WSI_id` (the script in PathGen's README), `position` (left and top in
+`wsi_id` (in the data) or `WSI_id` (in the script of PathGen's README), `position` (left and top in
 level-0 pixels, as strings or numbers), `caption`.
 """
 
@@ -29,7 +29,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class AnnotationError(ValueError):
-    """A row that is no annotation. `reason` is the same for all rows with the same fault."""
+    """A row that is not an annotation.
+
+    Attributes:
+        reason: A few words, the same for all rows with this fault.
+        detail: What was found.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -43,15 +48,15 @@ def read_annotations(
     """Reads a file of annotations in constant memory.
 
     Args:
-        path: A JSON array of objects, or one object a line.
-        patch_px: Side of the patches, in level-0 pixels.
+        path: A JSON array of objects, or one object per line.
+        patch_px: Side of the patches in level-0 pixels.
 
     Yields:
-        For each row, in order, the patch it asks for, or why it asks for none.
+        For each row, in order, the patch that it asks for, or why it asks for none.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Neither of both formats, or a file that breaks off.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has neither format, or ends in the middle of the array.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,10 +83,10 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
         Slide id, left, top, caption.
 
     Raises:
-        AnnotationError: Something is missing or is not what it should be.
+        AnnotationError: If a field is missing or invalid.
     """
     if not isinstance(row, dict):
-        raise AnnotationError("bad row", f"an object expected, got {row!r:.80}")
+        raise AnnotationError("bad row", f"expected an object, found {row!r:.80}")
     slide_id = next((row[name] for name in _ID_FIELDS if name in row), None)
     if slide_id is None:
         raise AnnotationError("bad id", f"no field wsi_id; fields: {sorted(map(str, row))!r:.80}")
@@ -91,17 +96,17 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
         raise AnnotationError("bad id", str(error)) from error
     position = row.get("position")
     if not isinstance(position, (list, tuple)) or len(position) != 2:
-        raise AnnotationError("bad position", f"two numbers expected, got {position!r:.80}")
+        raise AnnotationError("bad position", f"expected two numbers, found {position!r:.80}")
     caption = row.get("caption")
     if not isinstance(caption, str) or not caption.strip():
-        raise AnnotationError("bad caption", f"text expected, got {caption!r:.80}")
+        raise AnnotationError("bad caption", f"expected text, found {caption!r:.80}")
     if "\0" in caption or not _is_encodable(caption):
-        raise AnnotationError("bad caption", f"{caption!r:.80} holds what no text has")
+        raise AnnotationError("bad caption", f"{caption!r:.80} contains NUL or unpaired surrogates")
     return slide_id, _pixels(position[0]), _pixels(position[1]), caption
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether text has no unpaired surrogates; a loop over letters takes 50 times as long."""
+    """Whether text has no unpaired surrogates; a loop over characters takes far longer."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -110,7 +115,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def _pixels(value: Any) -> int:
-    """A whole number, or digits; `int` would also take ' 7', '1_0', True and 10.9."""
+    """Reads a whole number or digits; `int` would also accept ' 7', '1_0', True and 10.9."""
     number: int | None = None
     if isinstance(value, str):
         number = int(value) if _NUMBER.fullmatch(value) else None
@@ -120,10 +125,10 @@ def _pixels(value: Any) -> int:
         number = int(value)
     if number is None:
         raise AnnotationError(
-            "bad position", f"a whole number of pixels expected, got {value!r:.60}"
+            "bad position", f"expected a whole number of pixels, found {value!r:.60}"
         )
     if not -_MAX_POSITION < number < _MAX_POSITION:
-        raise AnnotationError("bad position", f"{number}: no slide is as large")
+        raise AnnotationError("bad position", f"{number}: larger than any slide")
     return number
 
 
@@ -132,7 +137,7 @@ def _begins_with_array(path: Path) -> bool:
         head = file.read(4096).removeprefix(_BOM).lstrip(_BLANKS)
     if head[:1] not in (b"[", b"{"):
         raise ValueError(
-            f"annotations {path}: a JSON array of objects, or one object a line, expected; it "
+            f"annotations {path}: expected a JSON array of objects, or one object per line; it "
             f"begins with {head[:40]!r}"
         )
     return head[:1] == b"["

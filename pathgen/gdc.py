@@ -1,7 +1,7 @@
-"""The GDC manifest of the slides that annotations need, for the GDC's data transfer tool.
+"""Writes the manifest with which the GDC's data transfer tool downloads the slides of annotations.
 
-PathGen's slides are TCGA's; the transfer tool fetches them by a UUID that annotations do not have.
-It is looked up in a listing of files (a manifest saved from the GDC portal), or asked of the GDC.
+PathGen's slides are from TCGA. The transfer tool downloads them by UUID, which annotations do not
+contain: it is looked up in a manifest saved from the GDC portal, or requested from the GDC.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wsi.requests import PatchRequest
 
 GDC_URL = "https://api.gdc.cancer.gov"
 COLUMNS = ("id", "filename", "md5", "size", "state")
-"""Of a manifest: https://docs.gdc.cancer.gov/Data_Transfer_Tool/Users_Guide/Preparing_for_Data_Download_and_Upload/"""
+"""Columns of a manifest: https://docs.gdc.cancer.gov/Data_Transfer_Tool/Users_Guide/Preparing_for_Data_Download_and_Upload/"""
 
 _BATCH = 200
 _TIMEOUT_S = 60
@@ -31,7 +31,7 @@ _SUFFIX = ".svs"
 
 @dataclass(frozen=True)
 class GdcFile:
-    """A line of a manifest."""
+    """One line of a manifest."""
 
     id: str
     filename: str
@@ -41,17 +41,17 @@ class GdcFile:
 
 
 def needed_slides(annotations: str | os.PathLike[str]) -> set[str]:
-    """The ids of the slides that a file of annotations asks for."""
+    """Returns the ids of the slides that a file of annotations asks for."""
     rows = read_annotations(annotations)
     return {row.slide_id for row in rows if isinstance(row, PatchRequest)}
 
 
 def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
-    """Reads a manifest, tab-separated, as the GDC portal saves it.
+    """Reads a tab-separated manifest, as the GDC portal saves it.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A column is missing.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,22 +61,22 @@ def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
         missing = {"id", "filename"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(
-                f"listing {path}: columns {', '.join(COLUMNS)} expected, as in a manifest of the "
-                f"GDC portal; found {reader.fieldnames}"
+                f"listing {path}: expected columns {', '.join(COLUMNS)}, as in a manifest of the "
+                f"GDC portal, found {reader.fieldnames}"
             )
         for row in reader:
             yield GdcFile(*(row.get(name) or "" for name in COLUMNS))
 
 
 def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile]:
-    """Asks the GDC for the files of slides, some hundred at a time.
+    """Asks the GDC for the files of slides, a few hundred at a time.
 
     Args:
         slide_ids: Ids as in annotations.
-        url: Of the GDC's interface.
+        url: Address of the GDC's API.
 
     Raises:
-        ConnectionError: No answer, or none that is understood.
+        ConnectionError: If there is no answer, or it cannot be understood.
     """
     iterator = iter(sorted(slide_ids))
     while batch := list(islice(iterator, _BATCH)):
@@ -103,7 +103,7 @@ def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile
                     state=str(hit.get("state", "")),
                 )
         except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ConnectionError(f"{url}/files: no good answer ({error!r})") from error
+            raise ConnectionError(f"{url}/files: no valid answer ({error!r})") from error
 
 
 def write_manifest(
@@ -114,10 +114,10 @@ def write_manifest(
     Args:
         path: The manifest.
         slide_ids: The slides that are needed.
-        files: Where to look them up; others are passed over.
+        files: Files of the GDC, of other slides too.
 
     Returns:
-        The ids of slides that were not found, sorted.
+        The ids of the slides that are not among the files, sorted.
     """
     wanted = set(slide_ids)
     found: Mapping[str, GdcFile] = {

@@ -1,4 +1,4 @@
-"""Selecting patches of many slides: features kept, one row per chosen patch, pictures to look at.
+"""Selects representative patches of many slides.
 
 Writes into one folder:
 
@@ -6,7 +6,7 @@ Writes into one folder:
     coords/<slide>.h5               the chosen patches, for `xtuner-add extract`
     pictures/<slide>.jpg            clusters and chosen patches on the slide
     selection.jsonl                 one row per chosen patch, with the reason
-    selection.left_out.jsonl        slides that could not be used, and why
+    selection.skipped.jsonl         slides and patches that were skipped, and why
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from pathgen.selection_picture import draw_selection
 from wsi.features import TileEmbeddings
 from wsi.reader import Slide
 from wsi.report import save_jpeg
-from wsi.slide_listing import SlideListing
+from wsi.slide_listing import PassedOver, SlideListing
 from wsi.store import Coordinates, read_attributes, read_coordinates, write_features
+
+SKIPPED_NAME = "selection.skipped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ class SelectionSettings:
     """How patches are selected.
 
     Attributes:
-        quota: Most patches of a slide; PathGen takes 256.
-        shares: Of the quota by source.
+        quota: Maximum number of patches per slide; PathGen takes 256.
+        shares: Fraction of the quota by source.
         clusters: See `pathgen.selection.cluster_count`.
-        max_similarity: From which patches are near-duplicates.
-        seed: Of k-means and draws.
-        classes: JSON of class descriptions; by default this package's.
-        cancer_type: Of slides that `cancer_types` does not name.
+        max_similarity: Cosine from which two patches are near-duplicates.
+        seed: Seed of k-means and draws.
+        classes: JSON file of class descriptions; by default that of this package.
+        cancer_type: Cancer type of slides that `cancer_types` does not name.
         batch_size: Patches encoded at once.
-        pictures: Draw them.
+        pictures: Whether to draw pictures.
     """
 
     quota: int = 256
@@ -63,18 +65,28 @@ class SelectionSettings:
 
 @dataclass
 class SelectionReport:
-    """What came of it: counts, and by slide why it was left out or what was damaged."""
+    """Outcome of a selection.
+
+    Attributes:
+        num_slides: Number of slides that have coordinates.
+        num_patches: Number of patches selected.
+        num_reused: Number of slides whose features an earlier run had computed.
+        skipped: For each slide that was skipped, why.
+        damaged: For each slide with patches that could not be read, how many.
+        passed_over: Files among the slides that are none.
+    """
 
     num_slides: int = 0
     num_patches: int = 0
     num_reused: int = 0
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     damaged: dict[str, int] = field(default_factory=dict)
+    passed_over: list[PassedOver] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether every patch of every slide was looked at."""
-        return not (self.left_out or self.damaged)
+        """Whether every patch of every slide was considered."""
+        return not (self.skipped or self.damaged)
 
 
 def select_patches(
@@ -98,22 +110,22 @@ def select_patches(
         settings: See `SelectionSettings`.
         cancer_types: Slide -> TCGA code.
         reports: Slide -> text of its report.
-        progress: Show a bar.
+        progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no coordinates in it.
-        ValueError: A cancer type without descriptions, or settings that make no sense.
+        FileNotFoundError: If there is no such folder, or no coordinates in it.
+        ValueError: If a cancer type has no descriptions, or the settings are invalid.
     """
     settings = settings or SelectionSettings()
     output = Path(output)
-    files = sorted(Path(coords).glob("*.h5"))
+    files = sorted(p for p in Path(coords).glob("*.h5") if not p.name.startswith("."))
     if not files:
         raise FileNotFoundError(f"coordinates {coords}: no .h5 files")
     listing = SlideListing(slides, exclude=[output, coords])
     job = _Job(output, encoder, settings, cancer_types or {}, reports or {})
-    report = SelectionReport()
-    names = (output / "selection.jsonl", output / "selection.left_out.jsonl")
-    with row_files(*names) as (rows_file, left_out_file):
+    report = SelectionReport(passed_over=listing.passed_over)
+    names = (output / "selection.jsonl", output / SKIPPED_NAME)
+    with row_files(*names) as (rows_file, skipped_file):
         for file in tqdm(files, desc="slides", unit="slide", disable=not progress):
             name = file.stem.removesuffix("_patches")
             report.num_slides += 1
@@ -121,15 +133,15 @@ def select_patches(
                 path = listing.find(check_name(name))
                 rows, found = job.select(name, file, path)
             except (ValueError, OSError) as error:
-                report.left_out[name] = str(error)
-                write_row(left_out_file, {"wsi_id": name, "reason": str(error)})
+                report.skipped[name] = str(error)
+                write_row(skipped_file, {"wsi_id": name, "reason": str(error)})
                 continue
             report.num_reused += found.reused
             report.num_patches += len(rows)
             if found.num_damaged:
                 report.damaged[name] = found.num_damaged
                 reason = f"{found.num_damaged} patches cannot be read"
-                write_row(left_out_file, {"wsi_id": name, "reason": reason})
+                write_row(skipped_file, {"wsi_id": name, "reason": reason})
             for row in rows:
                 write_row(rows_file, row)
     return report
@@ -139,8 +151,8 @@ def read_table(path: str | os.PathLike[str], field_name: str) -> dict[str, str]:
     """Reads texts by slide: JSON lines with `wsi_id` and the field, or one JSON object.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another form.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has another form.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Why a file does not open as a slide: OpenSlide has one message for everything."""
+"""Finds out why a file does not open as a slide, since OpenSlide has one message for everything."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _HEAD_BYTES = 512
 
 
 def is_tiff(path: Path) -> bool:
-    """Whether a file begins as a TIFF does."""
+    """Whether a file has the signature of a TIFF."""
     with open(path, "rb") as file:
         return file.read(4) in _TIFF_MAGICS
 
 
 def explain(path: Path) -> str | None:
-    """Says what is wrong with a file that should be a slide; None where nothing shows.
+    """Returns what is wrong with a file that should be a slide, or None if nothing is apparent.
 
-    Looks at the file only: missing, a folder, empty, text, a TIFF that ends early.
+    Tells missing and empty files, folders, text and truncated TIFF files apart.
     """
     try:
         status = os.stat(path)

@@ -63,10 +63,10 @@ class Backend(Protocol):
     magnification: float | None
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
-        """RGB `(height, width, 3)`; `x` and `y` in level-0 pixels, the rest in the level's."""
+        """Returns RGB `(height, width, 3)`; `x`, `y` in level-0 pixels, sizes in the level's."""
 
     def level_for(self, downsample: float) -> int:
-        """The coarsest level that is not coarser than `downsample`."""
+        """Returns the coarsest level that is not coarser than `downsample`."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -121,13 +121,15 @@ def _open_other_tiff(path: Path, because: SlideError) -> Backend:
 
 
 class OpenSlideBackend:
-    """A file that OpenSlide reads. After a failed read it is opened anew: the old handle is dead.
+    """A file that OpenSlide reads.
+
+    It is opened anew after a failed read, because every later read of the old handle fails too.
 
     Args:
         path: The file.
 
     Raises:
-        SlideError: OpenSlide does not open it.
+        SlideError: If OpenSlide cannot open it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -383,7 +385,7 @@ class PlainImageBackend:
         path: The file.
 
     Raises:
-        SlideError: Pillow does not read it, or it is too large for memory.
+        SlideError: If Pillow cannot read it, or it is too large for memory.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Slides: size, resolution, and regions as RGB.
+"""Reads slides: size, resolution, and regions as RGB.
 
-`Slide` reads what OpenSlide reads, and plain images. Where a slide is a plain grid of JPEG tiles
-it decodes each needed tile once, if that gives OpenSlide's pixels on this very file.
+`Slide` reads what OpenSlide reads, other TIFF files and plain images. If a level is a plain grid of
+JPEG tiles, it decodes each tile once for all regions on it, provided that this gives OpenSlide's
+pixels on this very file.
 
 Example:
     >>> import tempfile
@@ -36,10 +37,10 @@ MAX_SIDE_PX = 1 << 16
 """Longest side of a region, before and after scaling."""
 
 _LEVEL_TOLERANCE = 1.01
-"""A level that is this much too coarse still counts as fine enough: downsamples are rounded."""
+"""Factor by which a level may be too coarse and still be used, because downsamples are rounded."""
 
 _PLAUSIBLE_MPP = (0.01, 100.0)
-"""Outside this range, in micrometres, a resolution tag speaks of printing, not of microscopes."""
+"""Outside this range of micrometres a resolution tag describes a print: 72 dots per inch, say."""
 
 _PLAIN_GRIDS = ("aperio", "generic-tiff")
 _PROOF_TILES = 3
@@ -59,13 +60,13 @@ class ResolutionError(UnitError):
 
 @dataclass(frozen=True)
 class Region:
-    """A square of a slide and the size to give it.
+    """A square of a slide and the size of its image.
 
     Attributes:
         x_level0: Left edge in level-0 pixels; may lie outside the slide.
-        y_level0: Top edge.
+        y_level0: Top edge in level-0 pixels.
         size_level0: Side in level-0 pixels.
-        size_px: Side of the image that comes out.
+        size_px: Side of the resulting image.
     """
 
     x_level0: int
@@ -77,7 +78,7 @@ class Region:
         for name in ("size_level0", "size_px"):
             if not 0 < getattr(self, name) <= MAX_SIDE_PX:
                 raise ValueError(
-                    f"{name}: from 1 to {MAX_SIDE_PX} pixels expected, got {getattr(self, name)}"
+                    f"{name}: expected 1 to {MAX_SIDE_PX} pixels, found {getattr(self, name)}"
                 )
 
 
@@ -95,16 +96,16 @@ class Overview:
 
 
 class Slide:
-    """One open slide, for one thread at a time.
+    """An open slide, for use by one thread at a time.
 
     Args:
         path: The file.
-        mpp: Micrometres per pixel at level 0, in place of what the file says.
-        magnification: Of the objective, in place of what the file says.
-        decode_tiles: Whether the tiles may be decoded without OpenSlide where that is proven equal.
+        mpp: Micrometres per pixel at level 0, overriding what the file says.
+        magnification: Magnification of the objective, overriding what the file says.
+        decode_tiles: Whether tiles may be decoded without OpenSlide if that gives equal pixels.
 
     Raises:
-        SlideError: The file cannot be opened; the message says why.
+        SlideError: If the file cannot be opened; the message says why.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Slide:
     ) -> None:
         for name, value in (("mpp", mpp), ("magnification", magnification)):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: a positive number expected, got {value}")
+                raise ValueError(f"{name}: a positive number expected, found {value}")
         self.path = Path(path)
         self._backend: Backend = open_backend(self.path)
         self._mpp = mpp or _plausible(self._backend.mpp)
@@ -151,12 +152,12 @@ class Slide:
 
     @property
     def level_downsamples(self) -> Sequence[float]:
-        """How many level-0 pixels a pixel of each level spans."""
+        """Level-0 pixels per pixel of each level."""
         return self._backend.level_downsamples
 
     @property
     def known_mpp(self) -> float | None:
-        """Micrometres per pixel at level 0; None where neither the file nor the user says."""
+        """Micrometres per pixel at level 0; None if neither the file nor the user says."""
         return self._mpp
 
     @property
@@ -164,7 +165,7 @@ class Slide:
         """Micrometres per pixel at level 0.
 
         Raises:
-            ResolutionError: Neither the file nor the user says.
+            ResolutionError: If neither the file nor the user says.
         """
         if self._mpp is None:
             if self._backend.mpp_fault:
@@ -174,7 +175,7 @@ class Slide:
                 )
             hint = ""
             if self._magnification:
-                # 20x is about 0.5 um, the field's rule of thumb; scanners differ by a tenth.
+                # 20x is about 0.5 um, a rule of thumb: scanners differ by a tenth, so only a hint.
                 hint = f"; its objective, {self._magnification:g}x, suggests about "
                 hint += f"{10 / self._magnification:g}"
             raise ResolutionError(
@@ -205,7 +206,7 @@ class Slide:
             RGB `(size_px, size_px, 3)`.
 
         Raises:
-            SlideError: Damaged data under the region. Other regions can still be read.
+            SlideError: If the data under the region are damaged. Other regions can still be read.
         """
         (result,) = self.read_many([region])
         if isinstance(result, SlideError):
@@ -215,10 +216,11 @@ class Slide:
     def read_many(self, regions: Sequence[Region]) -> Iterator[NDArray[np.uint8] | SlideError]:
         """Reads regions in their order; tiles that they share are decoded once.
 
-        Sorted by position they need the least memory.
+        Regions sorted by position need the least memory.
 
         Yields:
-            For each region RGB `(size_px, size_px, 3)`, white outside the slide, or why not.
+            RGB `(size_px, size_px, 3)` for each region, white outside the slide, or why it cannot
+            be read.
         """
         start = 0
         while start < len(regions):  # a run of regions that are read from the same level
@@ -374,11 +376,11 @@ class Slide:
             return None  # OpenSlide makes more of its directory
 
     def _tiled_level(self, level: int, regions: Sequence[Region]) -> TiledLevel | None:
-        """The tiles of a level, where they give OpenSlide's pixels for these regions."""
+        """Returns the tiles of a level if decoding them gives OpenSlide's pixels for regions."""
         if self._tiles is None or level not in self._tiles.levels:
             return None
         scale = self.level_downsamples[level]
-        # Between two pixels OpenSlide interpolates.
+        # OpenSlide interpolates for positions between two pixels of the level.
         if scale != int(scale) or any(
             max(0, edge) % int(scale) for r in regions for edge in (r.x_level0, r.y_level0)
         ):
@@ -388,7 +390,7 @@ class Slide:
         return self._tiles.levels[level] if self._proven[level] else None
 
     def _is_equal(self, tiles: TiffTiles, level: int) -> bool:
-        """Compares the tiles that hold the most with OpenSlide, and the last one, at the edges."""
+        """Compares the last tile, which the edges cut, and those of most bytes with OpenSlide."""
         tiled, scale = tiles.levels[level], int(self.level_downsamples[level])
         richest = np.argsort(tiled.num_bytes, kind="stable")[-_PROOF_TILES:].tolist()
         compared = 0
@@ -401,7 +403,7 @@ class Slide:
                 expected = self._backend.read(x * scale, y * scale, level, width, height)
                 found = tiles.decode(tiled, number)[:height, :width]
             except (SlideError, TileError):
-                continue  # a damaged tile proves nothing
+                continue  # a damaged tile says nothing about the others
             if not np.array_equal(found, expected):
                 return False
             compared += 1
@@ -419,7 +421,7 @@ def _covered(start: int, end: int, scale: float) -> slice:
 
 
 def _inside(box: Box, size: tuple[int, int]) -> Box | None:
-    """The part of a box inside a level; None where there is none."""
+    """Returns the part of a box inside a level; None if there is none."""
     left, top = max(box[0], 0), max(box[1], 0)
     right, bottom = min(box[0] + box[2], size[0]), min(box[1] + box[3], size[1])
     return (left, top, right - left, bottom - top) if right > left and bottom > top else None
@@ -438,6 +440,6 @@ def _on_white(pixels: NDArray[np.uint8], box: Box, part: Box | None) -> NDArray[
 def _resized(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
     if pixels.shape[:2] == (size_px, size_px):
         return pixels
-    # Bicubic with support that grows with the scale, as TRIDENT does through Pillow.
+    # Antialiased bicubic, as TRIDENT resizes through Pillow.
     resized = Image.fromarray(pixels).resize((size_px, size_px), Image.Resampling.BICUBIC)
     return np.asarray(resized)

@@ -1,4 +1,4 @@
-"""Pictures of a slide that a person looks at: the slide, its tissue, its patches."""
+"""Pictures of a slide with its tissue and patches, for people to look at."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def draw_patches(
     max_side_px: int = 2048,
     colours: NDArray[np.uint8] | None = None,
 ) -> Image.Image:
-    """Draws squares on a thumbnail, and the tissue's outline.
+    """Draws patches and the outline of the tissue on a thumbnail.
 
     Args:
         slide: The slide.
         coords: `(N, 2)`, left and top in level-0 pixels.
         size_level0: Side of the squares.
-        mask: Where tissue is; None draws no outline.
+        mask: The tissue; by default no outline is drawn.
         max_side_px: Longer side of the picture.
         colours: `(N, 3)` RGB, one per square, for instance by cluster.
     """
@@ -57,7 +57,7 @@ def draw_patches(
 
 
 def save_jpeg(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes a picture as JPEG; the file is whole or absent."""
+    """Writes a picture as JPEG, atomically."""
     with atomic_file(path) as partial:
         image.save(partial, "JPEG", quality=_QUALITY)
 

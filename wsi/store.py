@@ -27,14 +27,14 @@ _MAGNIFICATIONS = ("level0", "target")
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What a coordinates file says.
+    """The content of a coordinates file.
 
     Attributes:
-        name: Of the slide, without suffix.
+        name: Id of the slide.
         coords: int64 `(N, 2)`: left and top in level-0 pixels.
         size_level0: Side of each patch in level-0 pixels.
         patch_px: Side of the image that each patch becomes.
-        mpp: Micrometres per pixel of that image, where the file says.
+        mpp: Micrometres per pixel of that image, if the file says.
     """
 
     name: str
@@ -52,14 +52,14 @@ def write_coordinates(
     name: str = "",
     style: CoordsStyle = "trident",
 ) -> None:
-    """Writes the patches of a slide; the file is whole or absent.
+    """Writes the coordinates of the patches of a slide, atomically.
 
     Args:
         path: The file.
-        slide: The slide that they lie on.
+        slide: The slide.
         tiling: The patches.
         name: Id of the slide; by default its file name without suffix.
-        style: `trident`, or `clam` for its readers of patches that need scaling.
+        style: `trident`, or `clam` for CLAM's readers, which cannot scale patches otherwise.
     """
     attributes = _trident_attributes(slide, tiling, name or slide.path.stem)
     if style == "clam":
@@ -77,8 +77,9 @@ def read_coordinates(path: StrPath) -> Coordinates:
     """Reads a coordinates file of this package, TRIDENT or CLAM.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No HDF5, no `coords`, or attributes that do not say how large a patch is.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not HDF5, has no `coords`, or its attributes do not tell the size of a
+            patch.
     """
     import h5py
 
@@ -96,7 +97,7 @@ def read_coordinates(path: StrPath) -> Coordinates:
     if coords.size == 0:  # TRIDENT writes an empty list so
         coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2 or not _are_whole(coords):
-        raise ValueError(f"coordinates {path}: whole numbers (N, 2) expected, got {coords.shape}")
+        raise ValueError(f"coordinates {path}: expected whole numbers (N, 2), found {coords.shape}")
     size_level0, patch_px = _sizes(path, attributes)
     name = attributes.get("name", path.stem.removesuffix("_patches"))
     name = name.decode() if isinstance(name, bytes) else str(name)
@@ -112,21 +113,21 @@ def write_features(
     encoder: str,
     attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes features and their coordinates; the file is whole or absent.
+    """Writes features and their coordinates, atomically.
 
     Args:
         path: The file.
         features: float `(N, dim)`.
         coords: int64 `(N, 2)`: left and top in level-0 pixels.
-        encoder: Name of what computed them.
-        attributes: Of the coordinates, for instance those of their file.
+        encoder: Name of the encoder that computed them.
+        attributes: Attributes of the coordinates, for instance those of the coordinates file.
 
     Raises:
-        ValueError: Not as many features as coordinates.
+        ValueError: If the numbers of features and coordinates differ.
     """
     if features.ndim != 2 or coords.shape != (len(features), 2):
         raise ValueError(
-            f"features {features.shape} and coords {coords.shape}: (N, dim) and (N, 2) expected"
+            f"features {features.shape} and coords {coords.shape}: expected (N, dim) and (N, 2)"
         )
     datasets = {"features": (features, {"encoder": encoder}), "coords": (coords, attributes or {})}
     _write(path, datasets, {"encoder": encoder})
@@ -136,7 +137,7 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Reads features `(N, dim)` and coordinates `(N, 2)` of this package, TRIDENT or CLAM.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: If there is no such file.
         ValueError: If one is missing, they differ in length, coordinates are not whole numbers, or
             features are not finite.
     """
@@ -171,7 +172,7 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def read_attributes(path: StrPath) -> dict[str, Any]:
-    """The attributes of a file's coordinates, to hand on to the features made from them."""
+    """Returns the attributes of `coords`, to copy to the features computed from them."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -180,8 +181,8 @@ def read_attributes(path: StrPath) -> dict[str, Any]:
 
 def _trident_attributes(slide: Slide, tiling: Tiling, name: str) -> dict[str, Any]:
     spec, (width, height) = tiling.spec, slide.dimensions
-    # TRIDENT scales by the quotient of both magnifications, so that must be exactly ours; 20x for
-    # 0.5 micrometres is the convention in its own code (10 / mpp).
+    # TRIDENT scales by the quotient of both magnifications, so it must be exactly our scale; 20x
+    # for 0.5 micrometres is the convention of its own code (10 / mpp).
     target = _whole(10 / spec.mpp)
     return {
         "patch_size": spec.patch_px,
@@ -210,7 +211,7 @@ def _clam_attributes(slide: Slide, level: int) -> dict[str, Any]:
 
 
 def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
-    """Side of a patch at level 0 and after scaling."""
+    """Returns the side of a patch at level 0 and after scaling."""
     try:
         patch_size = int(_number(attributes["patch_size"]))
         if "patch_px" in attributes:

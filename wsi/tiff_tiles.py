@@ -1,8 +1,8 @@
-"""JPEG tiles of TIFF and SVS files, each found by its offset and decoded by libjpeg-turbo.
+"""Decodes the JPEG tiles of TIFF and SVS files straight from their offsets, with libjpeg-turbo.
 
-Several times as fast as a general reader where patches share tiles. Holds for levels whose tiles
-lie in a plain grid; whether the pixels are those of OpenSlide is for the caller to prove on the
-file at hand (`wsi.reader` does).
+Several times as fast as a general reader if patches share tiles. Works for levels whose tiles form
+a plain grid; the caller must check on each file that the pixels equal OpenSlide's, as
+`wsi.reader` does.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Box = tuple[int, int, int, int]
 
 
 class TileError(ValueError):
-    """A tile that cannot be read or decoded; the message says which and why."""
+    """A tile that cannot be read or decoded."""
 
 
 @dataclass(frozen=True)
 class TiledLevel:
-    """Where the tiles of one level lie.
+    """Layout of the tiles of one level; sizes are in pixels of the level.
 
     Attributes:
-        width: In pixels, like `height`, `tile_width` and `tile_height`.
-        height: See `width`.
-        tile_width: See `width`.
-        tile_height: See `width`.
+        width: Width of the level.
+        height: Height of the level.
+        tile_width: Width of a tile.
+        tile_height: Height of a tile.
         offsets: Byte offset of each tile, row by row.
-        num_bytes: Length of each tile.
+        num_bytes: Number of bytes of each tile.
         tables: JPEG tables that the tiles share.
-        colorspace: In which the tiles are stored, where the JPEG data do not say.
+        colorspace: Colour space of the tiles, if the JPEG data do not say.
     """
 
     width: int
@@ -55,11 +55,11 @@ class TiledLevel:
 
     @property
     def num_columns(self) -> int:
-        """Tiles in a row."""
+        """Number of tiles in a row."""
         return -(-self.width // self.tile_width)
 
     def tiles_of(self, box: Box) -> list[int]:
-        """The numbers of the tiles under a box."""
+        """Returns the numbers of the tiles that a box overlaps."""
         left, top, width, height = box
         rows = range(top // self.tile_height, (top + height - 1) // self.tile_height + 1)
         columns = range(left // self.tile_width, (left + width - 1) // self.tile_width + 1)
@@ -71,13 +71,13 @@ class TiffTiles:
 
     Args:
         path: A TIFF or SVS file.
-        sizes: Width and height of the levels that are wanted.
+        sizes: Width and height of the levels to decode.
 
     Raises:
-        TileError: The file's directory cannot be read.
+        TileError: If the directory of the file cannot be read.
 
     Attributes:
-        levels: By number in `sizes`: the levels whose tiles can be decoded here.
+        levels: The levels whose tiles can be decoded here, by index in `sizes`.
     """
 
     def __init__(self, path: Path, sizes: Sequence[tuple[int, int]]) -> None:
@@ -98,7 +98,7 @@ class TiffTiles:
             RGB `(tile_height, tile_width, 3)`.
 
         Raises:
-            TileError: The file ends inside the tile, or the tile is no good JPEG.
+            TileError: If the file ends inside the tile, or the tile is not valid JPEG.
         """
         import imagecodecs
 
@@ -128,11 +128,11 @@ class TiffTiles:
     ) -> Iterator[NDArray[np.uint8] | TileError]:
         """Reads boxes in their order and decodes each tile once.
 
-        A tile is kept from its first to its last use. Where more than 256 MiB would be kept the
-        oldest go and are decoded again later.
+        A tile is kept from its first to its last use. If that takes more than 256 MiB, the oldest
+        tiles are dropped and decoded again later.
 
         Yields:
-            For each box RGB `(height, width, 3)`, or why it cannot be read.
+            RGB `(height, width, 3)` for each box, or why it cannot be read.
         """
         uses = Counter(number for box in boxes for number in level.tiles_of(box))
         tile_bytes = 3 * level.tile_width * level.tile_height
@@ -215,7 +215,7 @@ def _levels_of_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> dict[int, 
 
 
 def _is_plain(page: Any) -> bool:
-    """Whether a page has 8-bit RGB JPEG tiles, all of them there."""
+    """Whether a page has 8-bit RGB JPEG tiles and none of them is missing."""
     if not (page.is_tiled and page.compression == _JPEG and page.photometric in (_RGB, _YCBCR)):
         return False
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1:

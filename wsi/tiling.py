@@ -1,4 +1,4 @@
-"""Patches in a grid: how large, at which resolution, how much tissue."""
+"""Places patches on a slide in a grid, by size, resolution and amount of tissue."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from wsi.reader import MAX_SIDE_PX, Region, Slide, SlideError
 from wsi.tissue import TissueMask
 
 _ENLARGEMENT = 1.05
-"""Slides that are a little coarser than asked for are taken as they are: scanners differ."""
+"""Factor by which a slide may be coarser than asked for: scanners of one magnification differ."""
 
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """What patches to take from a slide.
+    """Size, resolution and selection of patches.
 
     Attributes:
         patch_px: Side of a patch, at `mpp`.
         mpp: Micrometres per pixel of the patches.
-        overlap_px: By how much neighbours overlap, at `mpp`.
-        min_tissue: Smallest share of a patch that is tissue.
-        over_edge: Whether to take patches that reach over the edge, white outside.
+        overlap_px: Overlap of neighbours, at `mpp`.
+        min_tissue: Minimum fraction of a patch that is tissue.
+        over_edge: Whether to keep patches that extend beyond the edge, white outside.
     """
 
     patch_px: int
@@ -34,22 +34,24 @@ class PatchSpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.patch_px <= MAX_SIDE_PX:
-            raise ValueError(f"patch_px: 1 to {MAX_SIDE_PX} expected, got {self.patch_px}")
+            raise ValueError(f"patch_px: expected 1 to {MAX_SIDE_PX}, found {self.patch_px}")
         if not 0 < self.mpp < 1000:
-            raise ValueError(f"mpp: a positive number of micrometres expected, got {self.mpp}")
+            raise ValueError(f"mpp: expected a positive number of micrometres, found {self.mpp}")
         if not 0 <= self.overlap_px < self.patch_px:
             raise ValueError(
                 f"overlap_px: 0 to {self.patch_px - 1} expected, got {self.overlap_px}"
             )
         if not 0 <= self.min_tissue <= 1:
-            raise ValueError(f"min_tissue: a share from 0 to 1 expected, got {self.min_tissue}")
+            raise ValueError(
+                f"min_tissue: expected a fraction from 0 to 1, found {self.min_tissue}"
+            )
 
     def to_level0(self, length_px: int, slide: Slide) -> int:
         """Converts a length at `mpp` to level-0 pixels of a slide.
 
         Raises:
-            ValueError: The slide is coarser than `mpp`: patches would be blown up.
-            ResolutionError: The slide's resolution is not known.
+            ValueError: If the slide is coarser than `mpp`, so that patches would be enlarged.
+            ResolutionError: If the resolution of the slide is not known.
         """
         if slide.mpp > self.mpp * _ENLARGEMENT:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Where on a slide tissue lies: by Otsu's threshold, or as the user says."""
+"""Finds the tissue of a slide, by Otsu's threshold or from masks that the user drew."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from skimage.filters import threshold_otsu
 from wsi.reader import Slide
 
 MIN_SATURATION = 8
-"""Grey levels below which nothing is tissue, whatever Otsu says: a slide may be bare glass. The
-fixed threshold of CLAM (https://github.com/mahmoodlab/CLAM) for the same channel."""
+"""Saturation up to which nothing is tissue, whatever Otsu says, because a slide may be bare glass.
+CLAM (https://github.com/mahmoodlab/CLAM) uses this constant for the same channel."""
 
 MASK_SIDE_PX = 2048
 _MAX_GLASS_SATURATION = 30
@@ -48,15 +48,15 @@ class TissueMask:
 
     @property
     def fraction(self) -> float:
-        """Share of the slide that is tissue."""
+        """Fraction of the slide that is tissue."""
         return float(self.mask.mean())
 
     def fractions(self, coords: NDArray[np.int64], size_level0: int) -> NDArray[np.float64]:
-        """Share of tissue in each square; what lies outside the slide counts as bare.
+        """Returns the fraction of tissue in each square; outside of the slide there is none.
 
         Args:
             coords: `(N, 2)`, left and top in level-0 pixels.
-            size_level0: Side of the squares.
+            size_level0: Side of the squares in level-0 pixels.
 
         Returns:
             `(N,)`, from 0 to 1.
@@ -65,7 +65,7 @@ class TissueMask:
         sums = np.zeros((height + 1, width + 1))
         sums[1:, 1:] = self.mask.cumsum(0).cumsum(1)
         scale = np.array([width, height]) / np.array(self.slide_size)
-        # Whole pixels of the mask, at least one, so that small patches have an answer too.
+        # At least one pixel of the mask, so that patches smaller than a pixel have a value too.
         low = np.floor(coords * scale + 0.5).astype(np.int64)
         high = np.maximum(np.floor((coords + size_level0) * scale + 0.5).astype(np.int64), low + 1)
         areas = (high - low).prod(1)
@@ -114,11 +114,11 @@ def _glass_threshold(saturation: NDArray[np.uint8]) -> float:
 
 
 def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
-    """Reads a mask that the user drew: an image of the whole slide, bright where tissue is.
+    """Reads a mask that the user drew: an image of the whole slide, not black where tissue is.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No image, or one whose sides have another ratio than the slide's.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not an image, or its aspect ratio differs from that of the slide.
     """
     path = Path(path)
     if not path.is_file():
@@ -130,7 +130,7 @@ def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
         raise ValueError(f"mask {path}: cannot be read as an image: {error}") from error
     width, height = slide.dimensions
     ratio = (mask.shape[1] / mask.shape[0]) / (width / height)
-    # One pixel of rounding in each side is no difference in shape.
+    # Sizes are rounded to whole pixels, so that a ratio may be off by one pixel of a side.
     slack = _ASPECT_TOLERANCE + 1 / min(mask.shape)
     if abs(ratio - 1) > slack:
         raise ValueError(
@@ -151,8 +151,8 @@ def geojson_mask(
         max_side_px: Longer side of the mask.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No GeoJSON, or no polygon in it.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not GeoJSON, or contains no polygon.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Processes of a job share out the GPUs of a machine, one each. Knows no torch."""
+"""Gives each process of a job a GPU of its own. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 _held: list[int] = []
-"""Descriptors of the locks that this process holds as long as it lives."""
+"""Descriptors of locks that this process holds until it ends."""
 
 
 def claim(folder: Path, number: int) -> int:
-    """Takes one of so many places for the life of this process; the system gives it back.
+    """Claims a GPU until this process ends; the operating system releases the claim.
 
     Args:
-        folder: Of the job, which all its processes see.
-        number: Places on this machine.
+        folder: The folder of the job, which all its processes see.
+        number: Number of GPUs of this machine.
 
     Returns:
-        The number of the place, from 0.
+        The index of the GPU.
 
     Raises:
-        RuntimeError: All are taken.
+        RuntimeError: If all are claimed.
     """
     if fcntl is None:
         return 0

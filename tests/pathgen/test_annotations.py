@@ -46,7 +46,7 @@ def test_positions_that_are_no_whole_numbers(value: Any) -> None:
 
 @pytest.mark.parametrize("position", [None, "41024", [], ["1"], ["1", "2", "3"], {"x": 1}])
 def test_positions_that_are_no_pairs(position: Any) -> None:
-    with pytest.raises(AnnotationError, match="two numbers expected"):
+    with pytest.raises(AnnotationError, match="expected two numbers"):
         parse(position=position)
 
 

@@ -85,7 +85,7 @@ def test_from_the_service_in_batches(service: str, tmp_path: Path) -> None:
 
 def test_no_good_answer(service: str, tmp_path: Path) -> None:
     Service.reply = b"<html>maintenance</html>"
-    with pytest.raises(ConnectionError, match="no good answer"):
+    with pytest.raises(ConnectionError, match="no valid answer"):
         write_manifest(tmp_path / "m.txt", IDS, ask_gdc(IDS, url=service))
     assert not (tmp_path / "m.txt").exists()
     with pytest.raises(ConnectionError):

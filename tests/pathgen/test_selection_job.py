@@ -161,7 +161,7 @@ def test_slides_that_cannot_be_used_are_named(folder: Path, spec: str, tmp_path:
     assert result.exit_code == 3, result.output
     left = {
         row["wsi_id"]: row["reason"]
-        for row in read_rows(tmp_path / "out" / "selection.left_out.jsonl")
+        for row in read_rows(tmp_path / "out" / "selection.skipped.jsonl")
     }
     assert set(left) == {"b", "gone", "text"}
     assert "no slide of this name" in left["gone"]

@@ -329,7 +329,7 @@ def select_patches(
     patch could not be read.
     """
     from pathcore.encoders import create_encoder
-    from pathgen.selection_job import SelectionSettings, read_table
+    from pathgen.selection_job import SKIPPED_NAME, SelectionSettings, read_table
     from pathgen.selection_job import select_patches as select
 
     with user_errors():
@@ -356,13 +356,17 @@ def select_patches(
         )
     click.echo(
         f"Wrote {output}: {report.num_patches:,} patches of "
-        f"{report.num_slides - len(report.left_out):,} slides; features of {report.num_reused:,} "
+        f"{report.num_slides - len(report.skipped):,} slides; features of {report.num_reused:,} "
         "slides were there already"
     )
+    for found in report.passed_over[:3]:
+        click.echo(f"Passed over {found.path}: {found.reason}", err=True)
+    if len(report.passed_over) > 3:
+        click.echo(f"Passed over {len(report.passed_over) - 3:,} more files", err=True)
     if not report.complete:
-        for name, reason in list(report.left_out.items())[:3]:
+        for name, reason in list(report.skipped.items())[:3]:
             click.echo(f"  {name}: {reason}", err=True)
-        click.echo(f"All reasons: {output / 'selection.left_out.jsonl'}", err=True)
+        click.echo(f"All reasons: {output / SKIPPED_NAME}", err=True)
         raise SystemExit(EXIT_SKIPPED)
 
 
