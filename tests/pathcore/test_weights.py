@@ -567,8 +567,9 @@ def test_a_prefix_goes_where_the_names_then_fit() -> None:
     teacher = {**prefixed("backbone."), "head.mlp.0.weight": torch.zeros(1)}
     assert_same(strip_prefix_to_fit(teacher, TENSORS))
     assert_same(strip_prefix_to_fit(TENSORS, TENSORS))
-    unknown = prefixed("tower.")
-    assert_same(strip_prefix_to_fit(unknown, TENSORS), unknown)
+    assert_same(strip_prefix_to_fit(prefixed("0.auto_model."), TENSORS))
+    towers = {**prefixed("text_model."), **prefixed("vision_model.")}
+    assert_same(strip_prefix_to_fit(towers, TENSORS), towers)
     named_like_a_prefix = {"model.weight": torch.zeros(1)}
     assert_same(strip_prefix_to_fit(named_like_a_prefix, ["model.weight"]), named_like_a_prefix)
 
@@ -579,25 +580,30 @@ def test_values_that_are_not_finite() -> None:
         check_finite({**TENSORS, "b.weight": torch.tensor([1.0, float("nan")])}, "a.pth")
 
 
-def test_the_loading_report_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "hidden", "message"),
+    [(2, 8, None), (3, 8, "16 missing"), (1, 8, "16 unexpected"), (2, 12, "another shape")],
+)
+def test_the_loading_report_of_transformers(
+    tmp_path: Path, layers: int, hidden: int, message: str | None
+) -> None:
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
     sizes = dict(vocab_size=11, hidden_size=8, num_attention_heads=2, intermediate_size=8)
-    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
-    for layers, hidden, message in ((1, 8, None), (2, 8, r"16 missing"), (1, 12, "another shape")):
-        config = BertConfig(**{**sizes, "hidden_size": hidden}, num_hidden_layers=layers)
-        _, report = BertModel.from_pretrained(
-            tmp_path,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            add_pooling_layer=False,
-        )
-        if message is None:
-            check_loading_report(report, what="BERT", source=tmp_path)
-        else:
-            with pytest.raises(CheckpointError, match=message):
-                check_loading_report(report, what="BERT", source=tmp_path)
+    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path)
+    config = BertConfig(**{**sizes, "hidden_size": hidden}, num_hidden_layers=layers)
+    model, report = BertModel.from_pretrained(
+        tmp_path,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        add_pooling_layer=False,
+    )
+    if message is None:
+        check_loading_report(report, model, what="BERT", source=tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_loading_report(report, model, what="BERT", source=tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", ".."])

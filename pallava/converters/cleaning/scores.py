@@ -53,7 +53,7 @@ class HFClassifier:
         model, report = AutoModelForImageClassification.from_pretrained(
             name, output_loading_info=True
         )
-        check_loading_report(report, what="classifier", source=name)
+        check_loading_report(report, model, what="classifier", source=name)
         self._model = model.to(self.device).eval()
 
     def indices(self, labels: Sequence[str]) -> list[int]:
