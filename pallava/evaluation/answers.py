@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from pathcore.files import StrPath
+
 _PATTERN = "rank*.jsonl"
 
 
@@ -91,16 +93,21 @@ def _read(lines: Iterable[bytes], digests: Mapping[str, str]) -> dict[str, str]:
     return answers
 
 
-def read_answers(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
     """Reads finished answers: a JSON list or JSON lines of `{question_id, answer}`, or an object.
 
+    Returns:
+        Answer by question id, and the number of answers whose id is only their position in a list.
+
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not such a file; names the place.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file; names the record.
     """
-    from pallava.evaluation.containers import read_records
+    from pallava.evaluation.containers import ID_FIELDS, read_records
 
     answers: dict[str, str] = {}
+    num_positions = 0
+    is_list = Path(path).suffix == ".jsonl" or Path(path).read_bytes()[:64].lstrip()[:1] == b"["
     for question_id, record in read_records(path):
         answer = record.get("answer") if isinstance(record, Mapping) else record
         if not isinstance(answer, str):
@@ -111,4 +118,9 @@ def read_answers(path: str | os.PathLike[str]) -> dict[str, str]:
         if question_id in answers:
             raise ValueError(f"{path}: two answers to {question_id!r}")
         answers[question_id] = answer
-    return answers
+        num_positions += (
+            is_list
+            and isinstance(record, Mapping)
+            and not any(field in record for field in ID_FIELDS)
+        )
+    return answers, num_positions

@@ -14,6 +14,9 @@ from pallava.rows import read_rows
 
 _CSV_FIELD_BYTES = 10 << 20
 
+ID_FIELDS = ("question_id", "qid", "id")
+"""Fields that hold the id of a record in a list, in the order in which they are tried."""
+
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """Yields `(id, record)` of a JSON, JSON-lines or pickle file.
@@ -146,7 +149,7 @@ def _plain_load(file: BinaryIO) -> Any:
 
 def _row_id(row: Any, number: int) -> str:
     if isinstance(row, Mapping):
-        for name in ("question_id", "qid", "id"):
+        for name in ID_FIELDS:
             if isinstance(row.get(name), str | int):
                 return str(row[name])
     return str(number)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: answers, scores as JSON and Markdown, details, rows left out."""
+"""Files that an evaluation writes: answers, scores as JSON and Markdown, details, skips."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pallava.skipping import SKIP_LOG_NAME, SkippedSample
 from pathcore.files import atomic_file, write_json, write_text
 
 Compat = Literal["none", "original"]
+Missing = Literal["wrong", "skip"]
 
 METRICS_NAME, TABLES_NAME, DETAILS_NAME = "metrics.json", "metrics.md", "details.jsonl"
 
@@ -27,6 +28,7 @@ def write_report(
     compat: Compat = "none",
     settings: Mapping[str, Any] | None = None,
     judged: Mapping[str, Any] | None = None,
+    missing: Missing = "wrong",
 ) -> dict[str, Any]:
     """Scores answers and writes everything; each file is whole or absent.
 
@@ -42,6 +44,9 @@ def write_report(
         compat: `original` puts the published scores first.
         settings: How the answers were made.
         judged: Scores of a judge, if there are.
+        missing: `wrong` counts a question without an answer as answered wrongly, as a user of the
+            score would expect; `skip` leaves it out of the denominators. Questions in `skipped`
+            are never counted.
 
     Returns:
         The content of `metrics.json`.
@@ -50,17 +55,23 @@ def write_report(
     result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
     write_json(work_dir / benchmark.result_name, result)
     _write_skipped(work_dir / SKIP_LOG_NAME, skipped)
+    unanswered = _unanswered(benchmark, answers, skipped)
     metrics: dict[str, Any] = {
         "benchmark": benchmark.name,
         "num_questions": len(benchmark.questions.questions) + len(benchmark.questions.skipped),
         "num_answers": len(answers),
         "num_skipped": len(skipped),
+        "num_missing": len(unanswered),
+        "missing": missing,
         "compat": compat,
         "settings": dict(settings or {}),
     }
-    if benchmark.score is not None and answers:
-        tables = benchmark.score(benchmark.questions.questions, answers, tokenizer)
-        _write_details(work_dir / DETAILS_NAME, benchmark, answers, tables.pop("details"))
+    # An empty answer is wrong by every rule, the published ones included.
+    filled = dict.fromkeys(unanswered, "") if missing == "wrong" else {}
+    scored = {**answers, **filled}
+    if benchmark.score is not None and scored:
+        tables = benchmark.score(benchmark.questions.questions, scored, tokenizer)
+        _write_details(work_dir / DETAILS_NAME, benchmark, scored, tables.pop("details"))
         metrics |= tables
     if judged:
         metrics["judged"] = dict(judged)
@@ -69,11 +80,25 @@ def write_report(
     return metrics
 
 
+def _unanswered(
+    benchmark: Benchmark, answers: Mapping[str, str], skipped: Sequence[SkippedSample]
+) -> list[str]:
+    """Returns the ids of questions that have a reference, but neither an answer nor an excuse."""
+    excused = {sample.id for sample in skipped}
+    return [
+        question.id
+        for question in benchmark.questions.questions
+        if question.answer is not None and question.id not in answers and question.id not in excused
+    ]
+
+
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The tables of `metrics.json` for people."""
+    """Formats the content of `metrics.json` as tables."""
     lines = [f"# {metrics['benchmark']}", ""]
+    rule = {"wrong": "counted as wrong", "skip": "not counted"}[metrics["missing"]]
+    absent = f"{metrics['num_missing']} missing ({rule}), " if metrics["num_missing"] else ""
     lines.append(
-        f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, "
+        f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, {absent}"
         f"{metrics['num_skipped']} skipped. Percent; in brackets 95 % bootstrap intervals."
     )
     ours = _score_tables(metrics)

@@ -336,6 +336,13 @@ def _end(num_skipped: int, work_dir: Path) -> None:
 @click.option("--work-dir", required=True, type=ANY_PATH, help="Folder for the report.")
 @click.option("--compat", type=click.Choice(["none", "original"]), default="none")
 @click.option(
+    "--missing",
+    type=click.Choice(["wrong", "skip"]),
+    default="wrong",
+    show_default=True,
+    help="Questions without an answer: count them as wrong, or not at all.",
+)
+@click.option(
     "--tokenizer", help="Tokenizer of the LLM, for the published token recall: folder or name."
 )
 @click.option(
@@ -353,7 +360,8 @@ def _end(num_skipped: int, work_dir: Path) -> None:
 def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     """Score answers to BENCHMARK: pathvqa, pmcvqa, zero-shot, ...; needs no model and no image.
 
-    Ends with exit code 3 if the judge left answers without a score; run it again to continue.
+    Ends with exit code 3 if questions have no answer, or if the judge left answers without a
+    score; run it again to continue.
     """
     from pallava.evaluation.answers import read_answers
     from pallava.evaluation.questions import NO_IMAGES
@@ -365,7 +373,13 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     extra = keyword_values(options["extra"])
     try:
         made = EVALUATIONS.get(benchmark)(options["data_path"], NO_IMAGES, **extra)
-        answers = read_answers(options["answers"])
+        answers, positions = read_answers(options["answers"])
+        if positions:
+            click.echo(
+                f"{options['answers']}: {positions} answers state no question_id and are taken in "
+                "the order of the questions",
+                err=True,
+            )
         judged, complete = _judge(made, answers, options) if options["judge"] else (None, True)
         metrics = write_report(
             made,
@@ -375,6 +389,7 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
             tokenizer=_tokenizer(options["tokenizer"]),
             compat=options["compat"],
             judged=judged,
+            missing=options["missing"],
         )
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
@@ -384,7 +399,9 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     click.echo(f"Written to {options['work_dir']}")
     if not complete:
         click.echo("The judge left answers without a score: run this again to continue.", err=True)
-    if not complete or metrics["num_skipped"]:
+    if metrics["num_missing"]:
+        click.echo(f"{metrics['num_missing']} questions have no answer.", err=True)
+    if not complete or metrics["num_skipped"] or metrics["num_missing"]:
         ctx.exit(EXIT_SKIPPED)
 
 

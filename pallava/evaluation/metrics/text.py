@@ -42,21 +42,31 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether two texts have the same words in the same order."""
-    return words(answer) == words(reference)
+    """Whether two texts have the same words in the same order.
+
+    Texts without a word, such as "A" (an article) and "+", are compared as they are.
+    """
+    found, expected = words(answer), words(reference)
+    if not found and not expected:
+        return _plain(answer) == _plain(reference)
+    return found == expected
 
 
 def token_scores(answer: str, reference: str) -> TokenScores:
-    """Precision, recall and F1 of words as multisets; two texts without words agree."""
+    """Returns precision, recall and F1 of words as multisets."""
     found, expected = words(answer), words(reference)
     if not found or not expected:
-        both = float(found == expected)
+        both = float(exact_match(answer, reference))
         return TokenScores(both, both, both)
     common = (Counter(found) & Counter(expected)).total()
     if not common:
         return TokenScores(0.0, 0.0, 0.0)
     precision, recall = common / len(found), common / len(expected)
     return TokenScores(precision, recall, 2 * precision * recall / (precision + recall))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def corpus_bleu(

@@ -31,6 +31,7 @@ from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
 from pallava.inference.assistant import Assistant
 from pallava.registry import EVALUATIONS
+from pallava.skipping import SkippedSample
 from tests.pallava import goldens
 from tests.pallava.evaluation.tiny_benchmark import make_data
 from tests.pallava.tiny_folders import make_folders
@@ -65,7 +66,7 @@ def test_batches_answer_as_questions_do_alone(
     assistant: Assistant, data: Path, tmp_path: Path
 ) -> None:
     run(assistant, data, tmp_path / "together")
-    found = read_answers(tmp_path / "together" / "pathvqa_result.json")
+    found = read_answers(tmp_path / "together" / "pathvqa_result.json")[0]
     questions = pathvqa(data).questions.questions
     assert list(found) == [question.id for question in questions]
     for question in questions:
@@ -312,7 +313,7 @@ def test_compat_puts_the_published_scores_first(
 @pytest.mark.parametrize("name", ["mixed", "no_number_type"])
 def test_a_report_of_recorded_answers_holds_the_recorded_scores(tmp_path: Path, name: str) -> None:
     benchmark = pathvqa(goldens.GOLDEN / "eval" / f"{name}_gt.json", NO_IMAGES)
-    answers = read_answers(goldens.GOLDEN / "eval" / f"{name}_pred.json")
+    answers = read_answers(goldens.GOLDEN / "eval" / f"{name}_pred.json")[0]
     metrics = write_report(benchmark, answers, [], tmp_path, tokenizer=goldens.tokenizer())
     expected = goldens.read_json(f"eval/{name}_expected_exact.json")["accuracy"]
     assert metrics["published"]["exact"] == expected
@@ -346,7 +347,7 @@ def test_letters_and_classes_are_reported(tmp_path: Path) -> None:
     data.write_text(
         json.dumps({k: v | {"question": "Which?", "image": "x"} for k, v in rows.items()})
     )
-    answers = read_answers(goldens.GOLDEN / "eval" / "pmc_pred.json")
+    answers = read_answers(goldens.GOLDEN / "eval" / "pmc_pred.json")[0]
     metrics = write_report(pmcvqa(data, NO_IMAGES), answers, [], tmp_path / "pmc")
     assert metrics["published"] == {"correct": 3, "wrong": 3, "accuracy": 50.0}
     assert metrics["scores"]["letters"]["accuracy"]["value"] == 100
@@ -358,7 +359,7 @@ def test_letters_and_classes_are_reported(tmp_path: Path) -> None:
             {key: {"question": "Which?", "image": "x"} for key in json.loads(labels.read_text())}
         )
     )
-    answers = read_answers(goldens.GOLDEN / "eval" / "f1_pred.jsonl")
+    answers = read_answers(goldens.GOLDEN / "eval" / "f1_pred.jsonl")[0]
     benchmark = zero_shot(data, NO_IMAGES, classes="oscc", labels=labels)
     metrics = write_report(benchmark, answers, [], tmp_path / "f1")
     printed = goldens.read_json("eval/f1_expected.json")["stdout"]
@@ -383,6 +384,41 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     benchmark = pathvqa(goldens.GOLDEN / "eval" / "mixed_gt.json", NO_IMAGES)
     with pytest.raises(ValueError, match="belong to no question"):
         write_report(benchmark, {"zz": "yes"}, [], tmp_path)
+
+
+def test_questions_without_an_answer_are_wrong_unless_they_are_not_to_count(
+    tmp_path: Path,
+) -> None:
+    rows = {
+        f"q{i}": {"question": "Is it?", "image": "x", "answer": "yes", "answer_type": "yes/no",
+                  "question_type": "other"}
+        for i in range(10)
+    }  # fmt: skip
+    data = tmp_path / "test.json"
+    data.write_text(json.dumps(rows))
+    benchmark = pathvqa(data, NO_IMAGES)
+    answers = {"q0": "yes", "q1": "no"}
+    metrics = write_report(benchmark, answers, [], tmp_path / "wrong")
+    assert metrics["num_missing"] == 8
+    assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 10
+    assert "8 missing (counted as wrong)" in (tmp_path / "wrong" / "metrics.md").read_text()
+    assert metrics["published"]["exact"]["overall"] == 10
+    metrics = write_report(benchmark, answers, [], tmp_path / "skip", missing="skip")
+    assert metrics["num_missing"] == 8
+    assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 50
+    assert "8 missing (not counted)" in (tmp_path / "skip" / "metrics.md").read_text()
+    unreadable = [SkippedSample(f"q{i}", "x", "truncated") for i in range(2, 10)]
+    metrics = write_report(benchmark, answers, unreadable, tmp_path / "images")
+    assert (metrics["num_missing"], metrics["num_skipped"]) == (0, 8)
+    assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 50
+
+
+def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    file.write_text('[{"answer": "yes"}, {"question_id": "7", "answer": "no"}]')
+    assert read_answers(file) == ({"0": "yes", "7": "no"}, 1)
+    file.write_text('{"0": {"answer": "yes"}, "1": "no"}')
+    assert read_answers(file) == ({"0": "yes", "1": "no"}, 0)
 
 
 def test_built_in_benchmarks_have_names() -> None:

@@ -1,0 +1,96 @@
+"""The part of a reply that is the answer: reasoning, tags and markup around it removed."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_REASONING = r"think|thinking|thought|thoughts|reasoning|reason|scratchpad|reflection|analysis"
+_OPENED = (
+    rf"(?:<(?:{_REASONING})>|\[(?:THINK|THINKING|REASONING)\]"
+    r"|\u25c1think\u25b7|<\|begin_of_thought\|>)"
+)
+_CLOSED = (
+    rf"(?:</(?:{_REASONING})>|\[/(?:THINK|THINKING|REASONING)\]"
+    r"|\u25c1/think\u25b7|<\|end_of_thought\|>)"
+)
+_BLOCK = re.compile(rf"{_OPENED}.*?{_CLOSED}", re.DOTALL | re.IGNORECASE)
+_TO_LAST_CLOSED = re.compile(rf".*{_CLOSED}", re.DOTALL | re.IGNORECASE)
+_UNFINISHED = re.compile(rf"{_OPENED}.*", re.DOTALL | re.IGNORECASE)
+_ANSWER_TAG = re.compile(
+    r"(?:<(?:answer|final_answer|final)>|\[ANSWER\])(.*?)"
+    r"(?:</(?:answer|final_answer|final)>|\[/ANSWER\]|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+# Tokens of chat templates: <|eot_id|>, <|im_end|>, </s>, <pad>.
+_SPECIAL = re.compile(r"<\|[\w/ -]{1,40}\|>|</?s>|<(?:pad|unk|eos|bos|image)>|\[/?INST\]")
+_SPEAKER = re.compile(r"\s*(?:assistant|gpt|model|bot)\s*:\s*", re.IGNORECASE)
+# A model that does not stop goes on with a turn of its own making.
+_NEXT_TURN = re.compile(r"\n\s*(?:#+\s*)?(?:question|human|user|instruction|q)\s*:", re.IGNORECASE)
+
+
+def answer_part(reply: str) -> str:
+    """Returns a reply without its reasoning, the tokens of chat templates and later turns.
+
+    Reasoning is what stands in `<think>` and its relatives. Where only the end of such a block is
+    there (the template opened it), the answer begins after the last one; where only the beginning
+    is there, the reply was cut off before an answer, and nothing is left. The content of the last
+    `<answer>` tag is the whole answer.
+
+    Example:
+        >>> answer_part("<think>Could be A.</think>The answer is B.<|eot_id|>")
+        'The answer is B.'
+        >>> answer_part("<think>Could be A.")
+        ''
+    """
+    text = _BLOCK.sub(" ", reply)
+    text = _TO_LAST_CLOSED.sub(" ", text)
+    text = _UNFINISHED.sub(" ", text)
+    tagged = _ANSWER_TAG.findall(text)
+    if tagged:
+        text = tagged[-1]
+    text = _SPECIAL.sub(" ", text)
+    if speaker := _SPEAKER.match(text):
+        text = text[speaker.end() :]
+    turn = _NEXT_TURN.search(text)
+    if turn and text[: turn.start()].strip():
+        text = text[: turn.start()]
+    return text.strip()
+
+
+_LATEX = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|rm|it|sf|bb)|mbox|emph)\s*\{([^{}]*)\}"
+)
+_BOXED = re.compile(
+    r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\\(?:boxed|fbox)\s+([A-Za-z])\b"
+)
+_LINE_START = re.compile(
+    r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]*|[-*+\u2022][ \t]+|\d{1,2}[.)][ \t]+)+", re.MULTILINE
+)
+_PAIRED_HTML = re.compile(
+    r"<(b|i|em|strong|u|code|p|span|mark)>(.*?)</\1>", re.DOTALL | re.IGNORECASE
+)
+
+
+def plain(text: str) -> str:
+    r"""Returns text without Markdown, HTML emphasis and LaTeX text commands.
+
+    Example:
+        >>> plain("## Answer\\n- **B**: $\\\\text{fibrosis}$")
+        'Answer\\nB: fibrosis'
+    """
+    text = unicodedata.normalize("NFKC", text)
+    text = text.replace("\u2018", "'").replace("\u2019", "'").replace("\u3002", ". ")
+    text = text.replace("\u201c", '"').replace("\u201d", '"')
+    for _ in range(2):  # \textbf{\text{B}}, <p><b>B</b></p>
+        text = _LATEX.sub(r"\1", text)
+        text = _PAIRED_HTML.sub(r"\2", text)
+    text = re.sub(r"\\[()\[\]]|\$", "", text)
+    text = re.sub(r"~~.*?~~", " ", text)  # struck out
+    text = re.sub(r"[*`]+|(?<!\w)_+|_+(?!\w)", "", _LINE_START.sub("", text))
+    return text.strip()
+
+
+def boxed(text: str) -> list[str]:
+    r"""Returns the contents of `\boxed{...}`, in order."""
+    return [first or second for first, second in _BOXED.findall(text)]
