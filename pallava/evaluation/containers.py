@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import pickletools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -138,9 +139,28 @@ def read_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """
     with open(path, "rb") as file:
         try:
+            _check_memo(file, os.path.getsize(path))
             return _plain_load(file)
         except Exception as error:  # a damaged pickle raises nearly any type
             raise ValueError(f"{path}: not read as a pickle of plain data: {error}") from error
+
+
+_MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
+
+
+def _check_memo(file: BinaryIO, num_bytes: int) -> None:
+    """Refuses a memo index beyond the file's size, which pickle would allocate room up to.
+
+    Nine bytes can ask for 16 GB in this way. An honest pickle numbers its objects from 0, and each
+    takes a byte at least.
+    """
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in _MEMO_OPCODES and int(argument) > num_bytes:
+            raise pickle.UnpicklingError(
+                f"it stores an object at place {argument} of its memo, though the file has "
+                f"{num_bytes} bytes"
+            )
+    file.seek(0)
 
 
 def _plain_load(file: BinaryIO) -> Any:

@@ -371,7 +371,9 @@ def _find_labels(text: str, inside: Sequence[_Mention], options: Mapping[str, st
             mention.role, last = "label", mention
 
 
-def _judge(text: str, mentions: Sequence[_Mention], options: Mapping[str, str]) -> None:
+def _judge(  # noqa: C901 - one rule of the grammar after another
+    text: str, mentions: Sequence[_Mention], options: Mapping[str, str]
+) -> None:
     """Sets the state of every mention from the words around it."""
     for group in _groups(text, mentions):
         first, last = group[0], group[-1]

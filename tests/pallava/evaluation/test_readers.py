@@ -239,3 +239,15 @@ def test_the_originals_zero_shot_file_takes_labels_from_a_second_one(tmp_path: P
     assert question.answer == "oral squamous cell carcinoma"
     (question,) = read_class_records(data, None, class_set).questions
     assert question.answer is None
+
+
+@pytest.mark.parametrize("opcode", [pickle.LONG_BINPUT, pickle.PUT])
+def test_a_pickle_that_asks_for_memory_it_cannot_fill_is_refused(
+    tmp_path: Path, opcode: bytes
+) -> None:
+    """Nine bytes that make pickle allocate 16 GB for its memo."""
+    index = (1 << 30).to_bytes(4, "little") if opcode == pickle.LONG_BINPUT else b"1073741824\n"
+    path = tmp_path / "test.pkl"
+    path.write_bytes(b"\x80\x02]" + opcode + index + b".")
+    with pytest.raises(ValueError, match="place 1073741824 of its memo"):
+        read_plain_pickle(path)
