@@ -20,6 +20,7 @@ from cite.projection import Projection
 from cite.prompted import PromptedEncoder
 from cite.text_scores import TextScores
 from pathcore.files import read_json, write_json
+from pathcore.images import load_image, to_rgb
 from pathcore.weights import load_strict, read_state_dict, write_state_dict
 
 WEIGHTS_NAME = "classifier.safetensors"
@@ -103,7 +104,7 @@ class Classifier(nn.Module):
         rest = iter(images)
         rows = [torch.empty(0, len(self.classes))]
         while batch := list(islice(rest, batch_size)):
-            pixels = torch.stack([self.preprocessing(_open(image)) for image in batch])
+            pixels = torch.stack([self.preprocessing(open_image(image)) for image in batch])
             rows.append(self(pixels.to(device)).softmax(dim=1).float().cpu())
         return torch.cat(rows)
 
@@ -180,13 +181,31 @@ def load_classifier(
     return model.eval().to(device)
 
 
-def _open(image: Picture) -> Image.Image | np.ndarray[Any, Any]:
-    if isinstance(image, (Image.Image, np.ndarray)):
-        return image
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{image}: cannot be read as an image: {error}") from error
+def open_image(image: Picture) -> Image.Image:
+    """Returns an image in any of the forms that `predict` takes as RGB.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is in another form, or is no image.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray):
+        if (
+            image.dtype != np.uint8
+            or image.ndim not in (2, 3)
+            or image.shape[2:] not in ((), (3,), (4,))
+        ):
+            raise ValueError(
+                f"image: expected uint8 pixels (height, width, 3), found {image.dtype} "
+                f"{image.shape}"
+            )
+        return to_rgb(Image.fromarray(image))
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(
+            "image: expected a path, a PIL image or uint8 pixels (height, width, 3), found "
+            f"{type(image).__name__}"
+        )
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"{image}: no such image file")
+    return load_image(image)

@@ -23,7 +23,7 @@ from pallava.engine.conversations import (
     process_text,
 )
 from pallava.image_index import index_images, path_inside
-from pallava.images import MAX_IMAGE_PIXELS, ImageError, load_image
+from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image
 
 __all__ = ["LLaVADataset", "load_processed_text", "process_text"]
 

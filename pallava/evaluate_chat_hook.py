@@ -11,8 +11,8 @@ from xtuner.dataset.utils import load_image as load_image_or_url
 from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
 from pallava.anyres import AnyRes, GridTies
-from pallava.images import load_image
 from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
+from pathcore.images import load_image
 
 
 class EvaluateChatHook(XTunerEvaluateChatHook):

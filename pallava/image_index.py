@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 from tqdm import tqdm
 
-from pallava.images import MAX_IMAGE_PIXELS, ImageError, image_size
+from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size
 
 _THREADS = 32  # opening a header waits for the disk or the network, not for the processor
 _SILENT_BELOW = 5000

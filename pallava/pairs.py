@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pallava.image_index import path_inside
-from pallava.images import ImageError, load_image
 from pallava.rows import pair_fault
 from pallava.skipping import SkipLog
+from pathcore.images import ImageError, load_image
 
 MAX_SKIPPED_SHARE = 0.1
 """More bad lines than this share mean a wrong file, not bad luck."""

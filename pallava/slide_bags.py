@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pallava.image_index import path_inside
-from pallava.images import ImageError
+from pathcore.images import ImageError
 
 if TYPE_CHECKING:
     import h5py

@@ -28,6 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pathcore.images import load_image
 from pathgen.rows import path_inside
 
 _PACKAGE = "pathgen.benchmarks"
@@ -49,10 +50,7 @@ class FileImage:
 
     def open(self) -> Any:
         """Returns it in RGB."""
-        from PIL import Image
-
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        return load_image(self.path)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pathcore.files import StrPath, atomic_file
+from pathcore.images import ImageError, image_size, load_image
 from pathcore.jobs import UnitError
 from pathcore.pool import ProgressBar, WorkerDiedError, run_tasks
 from wsi.reader import Region, Slide, SlideError
@@ -188,9 +189,8 @@ class FolderTiles:
         for index in indices:
             path = self.folder / self.files[index]
             try:
-                with Image.open(path) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                yield np.asarray(load_image(path))
+            except ImageError as error:
                 yield SlideError(f"{path}: cannot be read as an image: {error}")
 
     def digest(self) -> str:
@@ -360,9 +360,8 @@ def _spacing(coords: NDArray[np.int64]) -> int:
 
 def _side_of(path: Path) -> int:
     try:
-        with Image.open(path) as image:
-            return int(image.width)
-    except OSError as error:
+        return image_size(path)[0]
+    except ImageError as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 

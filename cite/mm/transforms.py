@@ -15,6 +15,8 @@ import torch
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image
 
+from pathcore.images import ImageError, load_image
+
 IMAGENET_NORM = {
     "mean": [123.675, 116.28, 103.53],
     "std": [58.395, 57.12, 57.375],
@@ -51,11 +53,10 @@ class LoadPatch:
         """Adds `img`, `img_shape` and `ori_shape`."""
         path = results["img_path"]
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            place = f"{results.get('ann_file', '?')}:{results.get('ann_line', '?')}"
-            raise ValueError(f"{place}: {path} cannot be read as an image: {error}") from error
+            pixels = np.asarray(load_image(path))
+        except ImageError as error:
+            line = f"{results.get('ann_file', '?')}:{results.get('ann_line', '?')}"
+            raise ValueError(f"{line}: {path} cannot be read as an image: {error}") from error
         results["img"] = pixels
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
         return results

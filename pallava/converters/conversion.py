@@ -17,12 +17,12 @@ from PIL import Image
 from pallava.converters.parts import PARTS_NAME, Joined, Part, run_in_parts
 from pallava.evaluation.questions import FileImage, ParquetImage, Question, RowError, find_image
 from pallava.image_index import path_inside
-from pallava.images import NETWORK_FORMATS, ImageError
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import IMAGE_TOKEN, check_row
 from pallava.text.encoding import image_files as image_names
 from pathcore.files import atomic_file, file_identity
+from pathcore.images import NETWORK_FORMATS, ImageError
 
 REPORT_NAME = "conversion.json"
 IMAGES_NAME = "images"

@@ -18,9 +18,9 @@ from pallava.converters.conversion import Conversion, Row, conversation, convert
 from pallava.converters.sources import as_mapping, read_json_rows
 from pallava.evaluation.questions import RowError, text_field
 from pallava.image_index import path_inside
-from pallava.images import image_size
 from pallava.rows import MAX_SKIPPED_SHARE
 from pallava.text.encoding import IMAGE_TOKEN
+from pathcore.images import image_size
 
 MAX_AREA_PX = 4096 * 4096
 """Larger images are left out, as by the published script (dataformat.py of PA-LLaVA)."""

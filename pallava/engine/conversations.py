@@ -14,7 +14,6 @@ from mmengine.config import Config, ConfigDict
 from torch.utils.data import Dataset
 
 from pallava.engine.skipping import default_skip_log
-from pallava.images import ImageError
 from pallava.rows import check_share, read_rows
 from pallava.skipping import SkipLog
 from pallava.text.encoding import (
@@ -26,6 +25,7 @@ from pallava.text.encoding import (
     image_files,
     interleaved_map_fn,
 )
+from pathcore.images import ImageError
 
 _ROWS_PER_PROCESS = 2000
 _REPLACEMENTS = 16

@@ -26,9 +26,9 @@ from pallava.distributed import open_gloo_group
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.image_digests import ImageDigests
 from pallava.evaluation.questions import Question
-from pallava.images import ImageError
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.skipping import SkippedSample
+from pathcore.images import ImageError
 
 _FORMAT = 2  # of the digests: raise it when an answer comes to depend on something else
 _WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks

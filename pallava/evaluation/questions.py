@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from pallava.image_index import path_inside
-from pallava.images import MAX_IMAGE_PIXELS, ImageError, load_image, to_rgb
 from pallava.rows import check_share
 from pallava.skipping import SkippedSample
+from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image, to_rgb
 
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 

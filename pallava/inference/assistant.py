@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from pallava.anyres import AnyRes
-from pallava.images import load_image, to_rgb
 from pallava.modeling.llava import PALLaVA
 from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 from pallava.text.turns import Turn, encode_turns
+from pathcore.images import load_image, to_rgb
 
 MAX_NEW_TOKENS = 1200
 """Longest answer, as in the published evaluation tools."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from pallava.images import ImageError, decode_image
 from pallava.inference.streaming import Sampling
 from pallava.text.turns import Role, Turn, check_turns
+from pathcore.images import ImageError, decode_image
 
 MAX_PIXELS = 100_000_000
 """Pixels of all images of a request together: 10,000 x 10,000, 300 MB in memory."""

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 from PIL import Image
 from torch import Tensor
 
-from pallava.images import decode_image
 from pallava.inference.streaming import Sampling
 from pallava.modeling.attention_maps import sub_image_attention
 from pallava.serving.page_parts import about, head, picture, shown_text
@@ -26,6 +25,7 @@ from pallava.serving.pictures import (
 from pallava.serving.service import BusyError, ModelService
 from pallava.serving.slides import MAX_REGION_PX, SlideInfo, SlideSource, square_around
 from pallava.text.turns import Turn
+from pathcore.images import decode_image
 
 EXAMPLES = (
     "Describe this image.",

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import cite
-from cite.classifier import Classifier, LinearScores, load_classifier
+from cite.classifier import Classifier, LinearScores, load_classifier, open_image
 from cite.encoders import build_encoder
 from cite.preprocessing import Preprocessing
 from cite.projection import Projection
@@ -73,7 +73,7 @@ def test_every_kind_of_picture(tmp_path: Path) -> None:
     torch.testing.assert_close(rows, rows[:1].expand_as(rows))
     assert classifier.predict([]).shape == (0, 2)
     (tmp_path / "q.png").write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"q\.png: cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"q\.png.*: not a readable image"):
         classifier.predict([tmp_path / "q.png"])
 
 
@@ -104,3 +104,13 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "classifier.json").write_text(json.dumps(config | {"format": 9}))
     with pytest.raises(ValueError, match="format 9, 1 expected"):
         load_classifier(tmp_path)
+
+
+def test_forms_of_images_that_are_refused(tmp_path: Path) -> None:
+    for image in (torch.zeros(3, 8, 8), np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3))):
+        with pytest.raises(ValueError, match="uint8 pixels"):
+            open_image(image)
+    with pytest.raises(FileNotFoundError, match="no such image"):
+        open_image(tmp_path / "absent.png")
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(open_image(tmp_path / "deep.png")).max() == 156

@@ -20,9 +20,9 @@ from xtuner.utils import PROMPT_TEMPLATE
 from pallava.anyres import AnyRes
 from pallava.dataset import LLaVADataset, process_text
 from pallava.default_collate_fn import default_collate_fn
-from pallava.images import ImageError, load_image
 from pallava.skipping import SkipLog
 from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from pathcore.images import ImageError, load_image
 from tests.pallava import goldens
 
 SIZES_PX = [(64, 64), (96, 40), (40, 120), (30, 30)]

@@ -14,8 +14,8 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.anyres import AnyRes
 from pallava.evaluate_chat_hook import EvaluateChatHook
-from pallava.images import ImageError
 from pallava.model import LLaVAModel
+from pathcore.images import ImageError
 from tests.pallava import goldens
 
 TOKENIZER = {

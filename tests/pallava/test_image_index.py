@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pallava.image_index import index_images, path_inside
-from pallava.images import ImageError
+from pathcore.images import ImageError
 
 
 def test_sizes_and_errors_of_many_images(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pallava.images import ImageError
 from pallava.pairs import (
     PairDataset,
     PairError,
@@ -21,6 +20,7 @@ from pallava.pairs import (
     read_captions,
 )
 from pallava.skipping import SkipLog
+from pathcore.images import ImageError
 
 
 def row(**changes):

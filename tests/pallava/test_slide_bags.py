@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pallava.images import ImageError
 from pallava.slide_bags import (
     BagFolder,
     SlideBag,
@@ -19,6 +18,7 @@ from pallava.slide_bags import (
     read_bag,
     read_slide_embedding,
 )
+from pathcore.images import ImageError
 from tests.pallava.bags import TILE_PX, write_bag
 
 NAN = np.ones((12, 32), np.float32)

@@ -196,7 +196,7 @@ def answer(
     LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
     folder, which holds all of them.
     """
-    from pallava.images import ImageError
+    from pathcore.images import ImageError
 
     batch_size, max_new_tokens = options.pop("batch_size"), options.pop("max_new_tokens")
     with user_errors(ImportError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pallava.image_index import path_inside
-from pallava.images import ImageError, load_image
+from pathcore.images import ImageError, load_image
 
 _THUMBNAIL_PX = 160
 _CELL_CHARACTERS = 160

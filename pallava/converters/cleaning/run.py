@@ -16,11 +16,11 @@ from pallava.converters.cleaning.steps import Candidate, Step, index_keys, index
 from pallava.converters.parts import Joined, Part, Shard, run_in_parts
 from pallava.converters.sources import read_json_rows
 from pallava.image_index import path_inside
-from pallava.images import ImageError
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import check_row, image_files
 from pathcore.files import file_identity
+from pathcore.images import ImageError
 
 REPORT_NAME = "cleaning.json"
 TABLES_NAME = "cleaning.md"

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from pallava.converters.cleaning.keywords import KeywordRule
 from pallava.converters.cleaning.scores import Classifier, ClipScorer
-from pallava.images import ImageError, image_size, load_image
 from pallava.text.encoding import IMAGE_TOKEN
+from pathcore.images import ImageError, image_size, load_image
 
 MIN_WORDS = 20
 """Captions with fewer words are dropped, as for PCaption-0.5M (PA-LLaVA, section on the data)."""

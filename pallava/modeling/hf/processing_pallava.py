@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, GridTies
-from pallava.images import to_rgb
+from pallava.modeling.rgb import to_rgb
 from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
 
 

@@ -122,3 +122,20 @@ def test_damaged_image_names_its_line(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"ann.txt:7: .*A_0.jpg cannot be read as an image"):
             LoadPatch()({"img_path": str(file), "ann_file": "ann.txt", "ann_line": 7})
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_and_floats_are_scaled(suffix: str, tmp_path: Path) -> None:
+    """Pillow's own conversion clips 16-bit grey to white and makes floats black."""
+    grey = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / f"grey{suffix}")
+    pixels = LoadPatch()({"img_path": str(tmp_path / f"grey{suffix}")})["img"]
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels[..., 0], (grey / 257).round())
+    if suffix == ".tif":
+        Image.fromarray((grey / 65535).astype(np.float32)).save(tmp_path / "float.tif")
+        found = LoadPatch()({"img_path": str(tmp_path / "float.tif")})["img"]
+        assert abs(found[..., 0].astype(int) - pixels[..., 0]).max() <= 1
+        Image.fromarray(grey.astype(np.float32)).save(tmp_path / "raw.tif")
+        with pytest.raises(ValueError, match=r"a\.txt:3: .*floating-point pixels outside 0\.\.1"):
+            LoadPatch()({"img_path": str(tmp_path / "raw.tif"), "ann_file": "a.txt", "ann_line": 3})

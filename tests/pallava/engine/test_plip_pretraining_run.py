@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from pallava.images import load_image
 from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import published_names
 from pallava.pairs import plain_resize
 from pallava.skipping import SkipLog
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.images import load_image
 from pathcore.weights import load_strict, read_state_dict
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pallava"

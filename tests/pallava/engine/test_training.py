@@ -156,9 +156,9 @@ def answers(folder: Path, out: Path) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pallava.anyres import AnyRes
-    from pallava.images import load_image
     from pallava.modeling.llava import PALLaVA
     from pallava.text.encoding import encode_prompt
+    from pathcore.images import load_image
     from tests.pallava.engine.tiny_run import save_image
 
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")

@@ -15,12 +15,12 @@ import torch
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.anyres import AnyRes
-from pallava.images import load_image
 from pallava.release.export import export
 from pallava.release.hub import plan_push, push
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.release.remote_code import travelling_files
 from pallava.text.encoding import encode_prompt
+from pathcore.images import load_image
 from pathcore.weights import CheckpointError
 from tests.pallava.engine.tiny_run import save_image
 from tests.pallava.goldens import CROSSATTN_STATE, RELEASED_PTH, TINY_LLAMA, model, tokenizer
@@ -125,8 +125,8 @@ def test_travelling_code_imports_itself_alone() -> None:
     # Each of these is read by whoever runs `trust_remote_code=True`: no file handling, no
     # registry, no checkpoint reader.
     assert [name.removesuffix(".py") for name in files] == [
-        *("anyres", "configuration_pallava", "encoding", "images", "linear", "llava"),
-        *("modeling_pallava", "plip", "processing_pallava", "qformer"),
+        *("anyres", "configuration_pallava", "encoding", "linear", "llava"),
+        *("modeling_pallava", "plip", "processing_pallava", "qformer", "rgb"),
     ]
     for name, source in files.items():
         for node in ast.walk(ast.parse(source, name)):

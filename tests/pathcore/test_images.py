@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pallava.anyres import AnyRes
-from pallava.images import (
+from pathcore.images import (
     MAX_IMAGE_PIXELS,
     ImageError,
     decode_image,

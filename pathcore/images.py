@@ -1,4 +1,4 @@
-"""Images as the model wants them: 8-bit RGB, whatever the file holds."""
+"""Reads images of any kind as 8-bit RGB, with limits on their size."""
 
 from __future__ import annotations
 

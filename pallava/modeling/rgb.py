@@ -1,0 +1,40 @@
+"""Images of any Pillow mode as RGB, for the processor that travels with an exported model.
+
+The same conversion as `pathcore.images.to_rgb`, which an exported model cannot import.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+
+def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
+    """Converts a decoded image of any Pillow mode to 8-bit RGB.
+
+    Args:
+        image: A loaded image.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If floating-point pixels are outside 0..1, so that their scale is unknown.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I"):
+        # 16-bit greyscale; Pillow's own conversion clips at 255 and returns a white square.
+        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
+        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise ValueError(
+                f"{name}: floating-point pixels outside 0..1 have no known scale; "
+                "save the image as 8-bit RGB"
+            )
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
