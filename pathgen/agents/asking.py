@@ -236,7 +236,12 @@ class Asker:
     def _keep(self, task: Task, outcome: _Outcome) -> None:
         self._spent += outcome.spent
         self._cache.keep(
-            task.digest, outcome.text, outcome.problem, self._backend.endpoint, outcome.spent
+            task.digest,
+            outcome.text,
+            outcome.problem,
+            self._backend.endpoint,
+            outcome.spent,
+            is_final=outcome.blame == "content" and outcome.problem is not None,
         )
 
     def _settle(self, task: Task, outcome: _Outcome) -> None:
@@ -246,7 +251,7 @@ class Asker:
             else:
                 shown = f"; the reply began {outcome.text[:120]!r}" if outcome.text else ""
                 same.state, same.reason = "failed", f"{outcome.problem}{shown}"
-        if outcome.text or outcome.blame == "image":
+        if outcome.text or outcome.blame in ("image", "limit", "content"):
             self._silent = 0
             return
         self._silent += 1

@@ -6,18 +6,24 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.parse import urlsplit, urlunsplit
+
+from pathcore.chat_api import (
+    content_of,
+    hint_for,
+    is_filtered,
+    open_client,
+    refusal_of,
+    shown_endpoint,
+)
 
 if TYPE_CHECKING:
     from openai import OpenAI
     from PIL.Image import Image
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
@@ -31,17 +37,18 @@ class Sampling:
 
     Attributes:
         max_tokens: Of one reply.
-        temperature: 0 for the likeliest words.
+        temperature: 0 for the most likely words; None leaves it to the endpoint, since some models
+            refuse the parameter.
         seed: Where the backend takes one.
     """
 
     max_tokens: int = 512
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or not 0 <= self.temperature <= 2:
-            raise ValueError("sampling: at least one token, a temperature from 0 to 2 expected")
+        if self.max_tokens < 1 or not 0 <= (self.temperature or 0.0) <= 2:
+            raise ValueError("sampling: expected at least one token, a temperature from 0 to 2")
 
     def parameters(self) -> dict[str, Any]:
         """For provenance."""
@@ -104,15 +111,16 @@ class Reply:
             not say.
         reply_tokens: Likewise.
         fault: Why there is no reply at all.
-        blame: Whose fault: the model's, which may do better when asked again; the image's, which
-            will not; the endpoint's, which has been asked often enough.
+        blame: What to do about a fault. `model`: may do better when asked again. `image`: will not.
+            `endpoint`: has been asked often enough. `limit`: the reply was cut off, as it would be
+            again. `content`: a verdict about the content, which is final and never asked again.
     """
 
     text: str = ""
     prompt_tokens: int | None = None
     reply_tokens: int | None = None
     fault: str | None = None
-    blame: Literal["model", "image", "endpoint"] = "model"
+    blame: Literal["model", "image", "endpoint", "limit", "content"] = "model"
 
 
 class Backend(Protocol):
@@ -154,7 +162,7 @@ class OpenAIBackend:
     The openai client retries failures, timeouts, 429 and 5xx with growing pauses.
 
     Attributes:
-        base_url: Up to and including `/v1`.
+        base_url: Its address, up to and including `/v1`.
         model: Its name there.
         sampling: See `Sampling`.
         concurrency: Requests at a time.
@@ -183,18 +191,9 @@ class OpenAIBackend:
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.max_retries < 0:
             raise ValueError("endpoint: concurrency of at least 1, a timeout and retries expected")
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"endpoint {parts.path!r}: a URL such as http://host:8000/v1 expected")
-        self.endpoint = urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
-        if not os.environ.get(KEY_VARIABLE):
-            raise ValueError(
-                f"{KEY_VARIABLE} is not set; for an endpoint without keys set it to any text"
-            )
-        from openai import OpenAI
-
-        self._client = OpenAI(
-            base_url=self.base_url, timeout=self.timeout_s, max_retries=self.max_retries
+        self.endpoint = shown_endpoint(self.base_url)
+        self._client = open_client(
+            self.base_url, timeout_s=self.timeout_s, max_retries=self.max_retries
         )
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
@@ -214,6 +213,8 @@ class OpenAIBackend:
         except ValueError as error:
             return Reply("", 0, 0, fault=str(error), blame="image")
         options: dict[str, Any] = {} if self.sampling.seed is None else {"seed": self.sampling.seed}
+        if self.sampling.temperature is not None:
+            options["temperature"] = self.sampling.temperature
         if self.structured and request.schema is not None:
             schema = {"name": "reply", "schema": request.schema}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -223,13 +224,15 @@ class OpenAIBackend:
             completion: Any = self._client.chat.completions.create(
                 model=self.model,
                 messages=messages,
-                temperature=self.sampling.temperature,
                 **{self.token_field: self.sampling.max_tokens, **options},
             )
         except fatal as error:
-            raise AgentError(f"{self.model} at {self.endpoint}: {error}") from error
+            hint = hint_for(error, self.base_url)
+            raise AgentError(f"{self.model} at {self.endpoint}: {error}{hint}") from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return Reply("", 0, 0, fault=f"refused: {error}", blame="endpoint")
+            blame: Literal["content", "endpoint"] = "content" if is_filtered(error) else "endpoint"
+            fault = f"refused: {error}{hint_for(error, self.base_url)}"
+            return Reply("", 0, 0, fault=fault, blame=blame)
         except openai.APIResponseValidationError as error:
             return Reply(fault=f"no completion: {error}")
         except openai.OpenAIError as error:
@@ -246,17 +249,21 @@ def _read_completion(completion: Any) -> Reply:
     prompt_tokens, reply_tokens = counts if known else (None, None)
     try:
         choice = completion.choices[0]
-        content, reason = choice.message.content, choice.finish_reason
+        message, reason = choice.message, choice.finish_reason
     except (AttributeError, IndexError, TypeError, KeyError):
         shown = f"no completion: {completion!r:.200}"
         return Reply("", prompt_tokens, reply_tokens, fault=shown)
-    fault = None
-    if reason == "length":
-        fault = "the reply was cut off at the largest number of tokens"
-    elif reason == "content_filter":
+    text = content_of(message)
+    if reason == "content_filter":
         fault = "the endpoint's content filter withheld the reply"
-    text = content if isinstance(content, str) else ""
-    return Reply(text, prompt_tokens, reply_tokens, fault=fault)
+        return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
+    if (refusal := refusal_of(message)) is not None:
+        fault = f"the model refuses: {refusal:.200}"
+        return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
+    if reason == "length":
+        fault = "the reply was cut off at the largest number of tokens; allow more of them"
+        return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="limit")
+    return Reply(text, prompt_tokens, reply_tokens)
 
 
 def open_image(path: Path) -> Image:

@@ -11,9 +11,10 @@ from pathgen.agents.budget import Spent
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     digest TEXT PRIMARY KEY, reply TEXT, problem TEXT, endpoint TEXT NOT NULL,
-    cost REAL NOT NULL, tokens INTEGER NOT NULL)"""
-_KEEP = """INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
+    cost REAL NOT NULL, tokens INTEGER NOT NULL, is_final INTEGER NOT NULL DEFAULT 0)"""
+_KEEP = """INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
     reply = excluded.reply, problem = excluded.problem, endpoint = excluded.endpoint,
+    is_final = excluded.is_final,
     cost = cost + excluded.cost, tokens = tokens + excluded.tokens"""
 _PATIENCE_S = 60.0
 
@@ -27,7 +28,10 @@ class Kept:
 
 
 class ReplyCache:
-    """Replies by the digest of what was asked. Failures are kept for their cost alone.
+    """Replies by the digest of what was asked.
+
+    Failures are kept for their cost, and verdicts about the content so that they are not asked for
+    again.
 
     Args:
         path: The file; made if need be. A killed process loses nothing that was kept.
@@ -44,6 +48,11 @@ class ReplyCache:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute(_TABLE)
+            columns = [row[1] for row in self._connection.execute("PRAGMA table_info(replies)")]
+            if "is_final" not in columns:  # a cache that an earlier version began
+                self._connection.execute(
+                    "ALTER TABLE replies ADD COLUMN is_final INTEGER NOT NULL DEFAULT 0"
+                )
             self._connection.commit()
         except sqlite3.DatabaseError as error:
             self._connection.close()
@@ -60,18 +69,40 @@ class ReplyCache:
         ).fetchone()
         return Kept(*row) if row else None
 
+    def verdict(self, digest: str) -> Kept | None:
+        """Returns why what has this digest is never answered, if that is final."""
+        row = self._connection.execute(
+            "SELECT problem, endpoint FROM replies WHERE digest = ? AND is_final", (digest,)
+        ).fetchone()
+        return Kept(*row) if row else None
+
     def keep(
-        self, digest: str, reply: str, problem: str | None, endpoint: str, spent: Spent
+        self,
+        digest: str,
+        reply: str,
+        problem: str | None,
+        endpoint: str,
+        spent: Spent,
+        *,
+        is_final: bool = False,
     ) -> None:
-        """Keeps a reply, or with a `problem` what was spent in vain.
+        """Keeps a reply, or the problem with it.
+
+        Args:
+            digest: Of what was asked.
+            reply: Text of the reply.
+            problem: Why the reply cannot be used.
+            endpoint: Who replied.
+            spent: What it cost.
+            is_final: Whether the problem will be the same whenever it is asked.
 
         Raises:
-            OSError: The file cannot be written, the disk is full for instance.
+            OSError: If the file cannot be written, for instance because the disk is full.
         """
         # SQLite stores UTF-8: half a surrogate pair in a useless reply must not stop the run.
         values = [text.encode(errors="replace").decode() for text in (reply, problem or "")]
         problem = values[1] if problem is not None else None
-        row = (digest, values[0], problem, endpoint, spent.cost, spent.tokens)
+        row = (digest, values[0], problem, endpoint, spent.cost, spent.tokens, int(is_final))
         try:
             self._connection.execute(_KEEP, row)
             self._connection.commit()

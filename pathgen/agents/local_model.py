@@ -119,7 +119,7 @@ class LocalBackend:
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"max_new_tokens": self.sampling.max_tokens, "do_sample": False}
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature:
             options |= {"do_sample": True, "temperature": self.sampling.temperature}
         return {**options, "pad_token_id": self._processor.tokenizer.pad_token_id}
 

@@ -233,6 +233,10 @@ class _Run:
             return task
         digest = request.digest(self.backend.model, self.backend.sampling.parameters())
         task = Task(line, row["id"], row, name, request, digest)
+        if (verdict := self.cache.verdict(digest)) is not None:
+            task.state, task.reason = "failed", verdict.text
+            task.endpoint, task.from_cache = verdict.endpoint, True
+            return task
         known = self.cache.get(digest)
         if known is not None:
             try:

@@ -24,7 +24,8 @@ class DescriberServer(ThreadingHTTPServer):
     """Behaves as a word in brackets, `[stall]` for instance, in the last user message says.
 
     `fail500`, `fail429`, `stall`: the first two requests fail so, the third succeeds; `always500`;
-    `bad400`; `html`, `brokenjson`, `nochoices`, `nousage`; `short`, `refusal`, `leak`, `cut`,
+    `bad400`; `filtered`, `filter400`, `declined`: verdicts about the content;
+    `html`, `brokenjson`, `nochoices`, `nousage`; `short`, `refusal`, `leak`, `cut`,
     `control`: replies that cannot be used; `once`: the first reply is a refusal. Otherwise
     `write(user text)` is the reply.
     """
@@ -37,6 +38,8 @@ class DescriberServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
+        self.paths: set[str] = set()
+        self.api_keys: set[str | None] = set()
         self.lock = threading.Lock()
         self.running = self.most_running = 0
         self.refuse: int | None = None
@@ -70,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             number = server.requests[text]
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
+            server.paths.add(self.path)
+            server.api_keys.add(self.headers["api-key"])
             server.running += 1
             server.most_running = max(server.most_running, server.running)
         try:
@@ -92,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(500, {"error": {"message": "never"}})
         elif mood == "bad400":
             self._send(400, {"error": {"message": "what is that"}})
+        elif mood == "filter400":
+            error = {"message": "The response was filtered", "code": "content_filter"}
+            self._send(400, {"error": error})
         elif mood == "brokenjson":
             self._send_bytes(200, b'{"choices": [', "application/json")
         elif mood == "html":
@@ -143,8 +151,12 @@ def _completion(content: str, mood: str) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "finish_reason": "length" if mood == "cut" else "stop",
-                "message": {"role": "assistant", "content": content},
+                "finish_reason": {"cut": "length", "filtered": "content_filter"}.get(mood, "stop"),
+                "message": {
+                    "role": "assistant",
+                    "content": None if mood in ("filtered", "declined") else content,
+                    **({"refusal": "I will not."} if mood == "declined" else {}),
+                },
             }
         ],
         **({} if mood == "nousage" else {"usage": usage}),

@@ -23,6 +23,15 @@ from xtuner_add.commands.options import (
 if TYPE_CHECKING:
     from pathgen.agents.steps import Step
 
+
+class _Temperature(click.ParamType):
+    name = "number|none"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | None:
+        """Returns a number from 0 to 2, or None for `none`."""
+        return None if value == "none" else click.FloatRange(0, 2).convert(value, param, ctx)
+
+
 _STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
 
 _WHOM = (
@@ -49,7 +58,8 @@ _HOW = (
                  default="max_tokens", show_default=True,
                  help="OpenAI's newer models need max_completion_tokens."),
     click.option("--max-reply-tokens", default=700, show_default=True, help="Longest reply."),
-    click.option("--temperature", default=0.0, show_default=True),
+    click.option("--temperature", type=_Temperature(), default="0", show_default=True,
+                 help="0 to 2, or none to leave it out: some models refuse the parameter."),
     click.option("--seed", type=int, help="Sampling seed, for endpoints that take one."),
     click.option("--cache", type=OUT_FILE,
                  help="SQLite file of replies. [default: OUT.cache.sqlite]"),

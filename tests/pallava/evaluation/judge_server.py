@@ -18,7 +18,8 @@ class JudgeServer(ThreadingHTTPServer):
     """Behaves as the candidate text of each request says.
 
     `fail500`, `fail429`, `stall`: the first two requests fail so, the third succeeds; `always500`;
-    `words`, `range`, `twice`: replies without a usable number; `brokenjson`, `nochoices`, `html`:
+    `bad400`, `filter400`, `filtered`: refused; `slow`: the reply takes a moment; `words`,
+    `range`, `twice`: replies without a usable number; `brokenjson`, `nochoices`, `html`:
     bodies that are no completion; `lie once`: no number at first, then one. Otherwise `score N`
     is replied as N.
     """
@@ -66,6 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if candidate.startswith("fail") and number <= 2:
             self._send(int(candidate[4:7]), {"error": {"message": "not now"}})
+        elif candidate.startswith("bad400"):
+            self._send(400, {"error": {"message": "what is that"}})
+        elif candidate == "filter400":
+            self._send(400, {"error": {"message": "no", "code": "content_filter"}})
         elif candidate == "always500":
             self._send(500, {"error": {"message": "never"}})
         elif candidate == "brokenjson":
@@ -77,7 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if candidate == "stall" and number <= 2:
                 time.sleep(STALL_S)
-            self._send(200, _completion(_content(candidate, number)))
+            if candidate.startswith("slow"):
+                time.sleep(0.4)
+            completion = _completion(_content(candidate, number))
+            if candidate == "filtered":
+                completion["choices"][0]["finish_reason"] = "content_filter"
+            self._send(200, completion)
 
     def _send(self, status: int, value: Any) -> None:
         self._send_bytes(status, json.dumps(value).encode(), "application/json")

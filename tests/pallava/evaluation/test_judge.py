@@ -125,6 +125,35 @@ def test_a_refusal_ends_the_run(server: JudgeServer, tmp_path: Path, status: int
     assert sum(server.requests.values()) < 4
 
 
+def test_one_answer_that_is_always_refused_blocks_nothing(
+    server: JudgeServer, tmp_path: Path
+) -> None:
+    prices = {"price_in": 10.0, "price_out": 30.0}
+    names = [*[f"score {n / 10}" for n in range(20)], "bad400", "filter400", "filtered"]
+    each = (100 * 10 + 10 * 30) / 1e6
+    found = ask(server, tmp_path, *names[10:], **prices, concurrency=2)
+    assert len(found.scores) == 10 and set(found.unreadable) == {*names[20:]}
+    assert found.cost == pytest.approx(11 * each)  # what was filtered is paid for, too
+    again = ask(server, tmp_path, *names, **prices, concurrency=2)
+    assert len(again.scores) == 20 and set(again.unreadable) == {*names[20:]}
+    assert again.cost == pytest.approx(21 * each)
+    assert server.requests["bad400"] == 2  # costs nothing, and may have been mended
+    assert server.requests["filter400"] == server.requests["filtered"] == 1
+    assert all(server.requests[name] == 1 for name in names[:20])
+    only = ask(server, tmp_path, *names, **prices)  # nothing is left to ask but this one
+    assert set(only.unreadable) == {*names[20:]} and len(only.scores) == 20
+
+
+def test_replies_under_way_are_kept_when_the_run_ends(server: JudgeServer, tmp_path: Path) -> None:
+    names = [*[f"bad400 {n}" for n in range(3)], *[f"slow {n}" for n in range(3)]]
+    with pytest.raises(JudgeError, match="what is that"):
+        ask(server, tmp_path, *names, price_in=10.0, price_out=30.0, concurrency=6)
+    before = dict(server.requests)
+    found = ask(server, tmp_path, *names[3:], price_in=10.0, price_out=30.0)
+    assert len(found.scores) == 3 and found.cost == pytest.approx(3 * 1300 / 1e6)
+    assert dict(server.requests) == before, "paid for already"
+
+
 def test_settings_that_make_no_sense_are_refused(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +176,9 @@ def test_settings_that_make_no_sense_are_refused(
         ("I give 6 out of 10", 6),
         ("9", 9),
         ("**9**", 9),
+        ('{"score": 1e1}', 10),
+        ("score: 7,5", 7.5),
+        ("7,5 / 10", 7.5),
         ("11", None),
         ("-1", None),
         ('{"score": -3}', None),

@@ -218,6 +218,62 @@ def test_a_dead_endpoint_ends_the_run_and_keeps_what_it_said(
     assert ask(server, tmp_path, "case 1")[0].counts["from cache"] == 1
 
 
+@pytest.mark.usefixtures("patches")
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [
+        ("filtered", "content filter withheld"),
+        ("filter400", "refused: "),
+        ("declined", "the model refuses: I will not."),
+    ],
+)
+def test_verdicts_about_the_content_are_results(
+    server: DescriberServer, tmp_path: Path, verdict: str, reason: str
+) -> None:
+    captions = [*[f"[{verdict}] case {n}" for n in range(40)], "case 99"]
+    report, rows = ask(server, tmp_path, *captions, concurrency=2)
+    assert [row["caption"] for row in rows] == [f"{WORDS} Field 99."]
+    assert report.counts["failed"] == 40 and not report.complete
+    assert all(reason in row["reason"] for row in read_rows(report.left_out))
+    assert set(server.requests.values()) == {1}, "asked once, although two attempts are allowed"
+    paid = 0 if verdict == "filter400" else 40
+    assert report.spent.tokens == (paid + 1) * (PROMPT_TOKENS + REPLY_TOKENS)
+    again, rows = ask(server, tmp_path, *captions)
+    assert len(rows) == 1 and again.counts["failed"] == 40
+    assert set(server.requests.values()) == {1}, "never paid for again"
+    assert again.spent == report.spent
+
+
+@pytest.mark.usefixtures("patches")
+def test_a_reply_that_was_cut_off_is_not_asked_for_with_the_same_limit(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    ask(server, tmp_path, "[cut] case 1")
+    assert sum(server.requests.values()) == 1
+
+
+@pytest.mark.usefixtures("patches")
+def test_a_temperature_may_be_left_out(server: DescriberServer, tmp_path: Path) -> None:
+    ask(server, tmp_path, "case 1", sampling=Sampling(temperature=None))
+    assert "temperature" not in server.bodies[-1]
+    with pytest.raises(ValueError, match="temperature from 0 to 2"):
+        Sampling(temperature=3.0)
+
+
+def test_a_cache_of_an_earlier_version_opens(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "c.sqlite") as old:
+        old.execute(
+            "CREATE TABLE replies (digest TEXT PRIMARY KEY, reply TEXT, problem TEXT, endpoint TEXT"
+            " NOT NULL, cost REAL NOT NULL, tokens INTEGER NOT NULL)"
+        )
+        old.execute("INSERT INTO replies VALUES ('a', 'text', NULL, 'e', 0.5, 7)")
+    old.close()
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    kept = cache.get("a")
+    assert kept is not None and kept.text == "text" and cache.verdict("a") is None
+    assert cache.spent() == Spent(0.5, 7)
+
+
 def test_bad_rows_are_left_out(server: DescriberServer, tmp_path: Path, patches: Path) -> None:
     (patches / "cut.png").write_bytes((patches / "1.png").read_bytes()[:60])
     (patches / "text.png").write_text("no image")

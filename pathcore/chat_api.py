@@ -1,0 +1,109 @@
+"""Clients of OpenAI-compatible endpoints: key, address, and what their refusals mean."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+_FILTER_WORDS = (
+    *("content_filter", "content filter", "content management policy"),
+    *("content_policy_violation", "ResponsibleAIPolicyViolation"),
+)
+
+
+def api_key() -> str:
+    """Returns the key from the environment, without the line break that shells leave at its end.
+
+    Raises:
+        ValueError: If there is none, or no HTTP header could carry it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        raise ValueError(
+            f"{KEY_VARIABLE} is not set; for an endpoint without keys set it to any text"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"{KEY_VARIABLE}: contains spaces, line breaks or characters that are not ASCII; copy "
+            "the key again"
+        )
+    return key
+
+
+def shown_endpoint(base_url: str) -> str:
+    """Returns an address without user, password and query, for reports and errors.
+
+    Raises:
+        ValueError: If it is not the address of an endpoint.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"endpoint {parts.path!r}: expected a URL such as http://host:8000/v1")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise ValueError(
+            f"endpoint {parts.path!r}: give the URL up to /v1; /chat/completions is added to it"
+        )
+    return urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
+
+
+def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
+    """Opens a client that retries failures, timeouts, 429 and 5xx with growing pauses.
+
+    A query in the address is sent with each request. Azure's classic endpoints
+    (`https://R.openai.azure.com/openai/deployments/D?api-version=V`) take the key in a header of
+    their own.
+
+    Raises:
+        ValueError: If the address or the key in the environment cannot be used.
+    """
+    from openai import OpenAI  # takes a second
+
+    shown_endpoint(base_url)
+    key, parts = api_key(), urlsplit(base_url)
+    query = dict(parse_qsl(parts.query))
+    options: dict[str, Any] = {"default_query": query} if query else {}
+    if "api-version" in query:
+        options["default_headers"] = {"api-key": key}
+    address = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+    return OpenAI(
+        base_url=address, api_key=key, timeout=timeout_s, max_retries=max_retries, **options
+    )
+
+
+def is_filtered(error: Exception) -> bool:
+    """Whether an endpoint refused a request because of its content, which is final."""
+    text = f"{getattr(error, 'code', '')} {getattr(error, 'body', '')} {error}".lower()
+    return any(word.lower() in text for word in _FILTER_WORDS)
+
+
+def hint_for(error: Exception, base_url: str) -> str:
+    """Returns what may help against an error of an endpoint, to add to its message."""
+    text = str(error).lower()
+    if getattr(error, "status_code", None) == 404 and "/v" not in urlsplit(base_url).path:
+        return f"; the URL probably lacks /v1: {base_url.rstrip('/')}/v1"
+    if "max_completion_tokens" in text:
+        return "; try --token-field max_completion_tokens"
+    if "temperature" in text:
+        return "; leave the temperature out by --temperature none, or set the one it takes"
+    return ""
+
+
+def refusal_of(message: Any) -> str | None:
+    """Returns the `refusal` of a chat message, if the model has refused to answer."""
+    refusal = getattr(message, "refusal", None)
+    return refusal if isinstance(refusal, str) and refusal.strip() else None
+
+
+def content_of(message: Any) -> str:
+    """Returns the text of a chat message; some gateways send a list of parts."""
+    content = getattr(message, "content", None)
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
