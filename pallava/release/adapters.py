@@ -113,6 +113,27 @@ class Adapter:
         """What the adapter was trained on, as its config says."""
         return str(self.config.get("base_model_name_or_path") or "")
 
+    def check_mergeable(self) -> None:
+        """Refuses kinds of LoRA whose trained model is not base + B A.
+
+        Raises:
+            AdapterError: If this is one.
+        """
+        file = self.folder / CONFIG_NAME
+        for setting, meaning in _UNSUPPORTED.items():
+            if self.config.get(setting):
+                raise AdapterError(
+                    f"{file}: {setting} is set ({meaning}); this cannot be merged here"
+                )
+        initialisation = self.config.get("init_lora_weights")
+        if initialisation not in _PLAIN_INITIALISATIONS:
+            raise AdapterError(
+                f"{file}: init_lora_weights {initialisation!r} changed the base model's weights "
+                "before training, so that the adapter does not fit the stored ones. Convert it to "
+                "plain LoRA with PEFT: save the untrained adapter, and after training call "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=UNTRAINED)"
+            )
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads rows of a tensor, in fp32 where it is stored in half precision.
 
@@ -356,17 +377,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: r and lora_alpha are {numbers}; numbers expected")
     for setting in ("rank_pattern", "alpha_pattern"):
         _check_pattern(config.get(setting), f"{file}: {setting}")
-    for setting, meaning in _UNSUPPORTED.items():
-        if config.get(setting):
-            raise AdapterError(f"{file}: {setting} is set ({meaning}); this cannot be merged here")
-    initialisation = config.get("init_lora_weights")
-    if initialisation not in _PLAIN_INITIALISATIONS:
-        raise AdapterError(
-            f"{file}: init_lora_weights {initialisation!r} changed the base model's weights before "
-            "training, so that the adapter does not fit the stored ones. Convert it to plain LoRA "
-            "with PEFT: save the untrained adapter, and after training call save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=UNTRAINED)"
-        )
     return config
 
 

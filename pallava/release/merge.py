@@ -180,6 +180,8 @@ class Merger:
     ) -> None:
         self.base = BaseModel(base)
         self.adapters = [Adapter(folder) for folder in adapters]
+        for adapter in self.adapters:
+            adapter.check_mergeable()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._check_targets()
         if not force_base:

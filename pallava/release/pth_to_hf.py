@@ -32,11 +32,12 @@ from pallava.modeling.folders import (
 )
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector, connector_state_dict
-from pallava.release.adapters import CONFIG_NAME
+from pallava.release.adapters import CONFIG_NAME, Adapter, AdapterError
+from pallava.release.base_match import BASE_NAME, describe_base, find_model
 from pallava.release.zero import load_checkpoint
 from pallava.text.chat_template import chat_template
 from pathcore.files import file_identity
-from pathcore.weights import CheckpointError, StateDict, load_strict
+from pathcore.weights import CheckpointError, StateDict, check_finite, load_strict
 
 _LLM = "llm."
 
@@ -95,8 +96,9 @@ def convert_checkpoint(
         SHA-256 digest by file name.
 
     Raises:
-        FileNotFoundError: No checkpoint or encoder.
-        CheckpointError: A checkpoint that does not fit the recipe.
+        FileNotFoundError: If there is no such checkpoint or encoder.
+        CheckpointError: If the checkpoint does not fit the recipe, or holds values that are not
+            finite.
     """
     path = Path(checkpoint)
     identity = [file_identity(p) for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
@@ -107,6 +109,7 @@ def convert_checkpoint(
         "fp32": fp32,
     }
     state_dict = load_checkpoint(path)
+    check_finite(state_dict, path)
     with FolderBuild(out, inputs) as build:
         if build.complete:
             return build.finish()
@@ -196,8 +199,35 @@ def _save_adapter(state_dict: StateDict, recipe: Recipe, folder: Path, fp32: boo
         .clone()
         for name, tensor in tensors.items()
     }
+    check_finite(tensors, "the adapter in half precision (keep its fp32 with --fp32)")
     (folder / CONFIG_NAME).write_text(_json(config))
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    _check_adapter(folder)
+    base = find_model(recipe.base_model)
+    if base is not None and (described := describe_base(base)):
+        (folder / BASE_NAME).write_text(_json(described))
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuses a checkpoint of another LoRA than the config's: rank, kind or modules."""
+    try:
+        adapter = Adapter(folder)
+    except AdapterError as error:
+        reason = str(error).removeprefix(f"{folder}: ").replace(CONFIG_NAME, "the training config")
+        raise CheckpointError(f"the checkpoint does not fit its config: {reason}") from error
+    targets = adapter.config["target_modules"]
+    if not isinstance(targets, list | tuple | set):
+        return  # a regular expression, or PEFT's "all-linear"
+    other = [
+        part.module
+        for part in adapter.parts.values()
+        if not any(part.module == t or part.module.endswith(f".{t}") for t in targets)
+    ]
+    if other:
+        raise CheckpointError(
+            f"the checkpoint does not fit its config: it holds LoRA for {', '.join(other[:5])}, "
+            f"the config's target_modules are {', '.join(sorted(targets))}"
+        )
 
 
 def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, MistralConfig, MistralForCausalLM
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.modeling.qformer import connector_state_dict
+from pallava.release.merge import merge
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint, read_conversion
 from pathcore.weights import CheckpointError, read_state_dict
 from tests.pallava.engine.tiny_run import CONFIGS, make_folder, run, save_encoder
@@ -66,6 +68,61 @@ def test_a_checkpoint_without_lora(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not LoRA"):
         convert_checkpoint(tmp_path / "whole.pth", recipe(tmp_path, lora={}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 8}, "rank 4 and 4, but the training config says 8"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj.* says 2"),
+        ({"use_dora": True}, "use_dora=True, which the tensors .* contradict"),
+        ({"target_modules": ["q_proj"]}, "target_modules are q_proj"),
+    ],
+)
+def test_a_checkpoint_of_another_lora_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    values = recipe(tmp_path, lora=LORA | changes)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(RELEASED_PTH, values, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["projector.", "lora_A"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverged_is_refused(part: str, value: float, tmp_path: Path) -> None:
+    state_dict = read_state_dict(RELEASED_PTH)
+    name = next(n for n, t in state_dict.items() if part in n and t.is_floating_point())
+    state_dict[name] = state_dict[name].clone()
+    state_dict[name].view(-1)[3] = value
+    torch.save({"state_dict": state_dict}, tmp_path / "iter_4.pth")
+    with pytest.raises(CheckpointError, match=rf"iter_4\.pth: {name} holds values .* not finite"):
+        convert_checkpoint(tmp_path / "iter_4.pth", recipe(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
+    state_dict = {n: t.float() for n, t in read_state_dict(RELEASED_PTH).items()}
+    name = next(n for n in state_dict if "lora_B" in n)
+    state_dict[name].view(-1)[0] = 1e5
+    torch.save({"state_dict": state_dict}, tmp_path / "iter_4.pth")
+    with pytest.raises(CheckpointError, match="--fp32"):
+        convert_checkpoint(tmp_path / "iter_4.pth", recipe(tmp_path), tmp_path / "out")
+    convert_checkpoint(tmp_path / "iter_4.pth", recipe(tmp_path), tmp_path / "out", fp32=True)
+
+
+def test_the_base_is_recorded_beside_the_adapter(tmp_path: Path) -> None:
+    """The base that an adapter names may be gone when it is merged."""
+    base = shutil.copytree(TINY_LLAMA, tmp_path / "llama")
+    convert_checkpoint(RELEASED_PTH, recipe(tmp_path, base_model=str(base)), tmp_path / "out")
+    shutil.rmtree(base)
+    config = AutoConfig.from_pretrained(TINY_LLAMA)
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("architectures", "model_type")}
+    other = MistralForCausalLM(MistralConfig(**fields))
+    other.save_pretrained(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="model_type mistral, not llama"):
+        merge(tmp_path / "llama", [tmp_path / "out" / "llm_adapter"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.slow
