@@ -6,10 +6,12 @@ that is too many, whatever its Content-Length says and whether it has one.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,12 @@ from typing import Any
 MAX_UPLOAD_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 """Of a request that carries no image: the page's messages with a long conversation in them."""
+
+BODY_GRACE_S = 30.0
+"""How long a body may take however small it is, and how long it may pause."""
+SLOWEST_BODY_BYTES_PER_S = 8 << 10
+"""Slower bodies are given up after the grace: 64 MiB may take over two hours, a trickle half a
+minute."""
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health",)
@@ -54,6 +62,7 @@ class GuardSettings:
         max_upload_bytes: Largest body at `upload_paths`.
         max_message_bytes: Largest body elsewhere.
         upload_paths: Where images arrive.
+        body_grace_s: How long a body may take however small it is, and how long it may pause.
     """
 
     hosts: tuple[str, ...] = ()
@@ -61,6 +70,7 @@ class GuardSettings:
     max_upload_bytes: int = MAX_UPLOAD_BYTES
     max_message_bytes: int = MAX_MESSAGE_BYTES
     upload_paths: tuple[str, ...] = ("/v1/chat/completions", "/gradio_api/upload")
+    body_grace_s: float = BODY_GRACE_S
 
 
 class Guard:
@@ -121,15 +131,31 @@ class Guard:
         uploads = scope["path"].rstrip("/") in self.settings.upload_paths
         return self.settings.max_upload_bytes if uploads else self.settings.max_message_bytes
 
+    def _patience_s(self, began: float, num_bytes: int) -> float:
+        """How long the next piece of a body may take."""
+        grace = self.settings.body_grace_s
+        end = began + grace + num_bytes / SLOWEST_BODY_BYTES_PER_S
+        return min(grace, max(0.0, end - time.monotonic()))
+
     async def _pass_on(self, scope: Any, receive: Receive, send: Send) -> None:
         limit, read, is_over, has_begun = self._limit(scope), 0, False, False
+        is_whole, began = False, time.monotonic()
         is_unread = bool({"content-length", "transfer-encoding"} & set(_headers(scope)))
 
         async def counted() -> Message:
-            nonlocal read, is_over, is_unread
+            nonlocal read, is_over, is_unread, is_whole
             if is_over:
                 return {"type": "http.disconnect"}
-            message = await receive()
+            if is_whole:  # what comes next is the client's leaving, however late
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._patience_s(began, read))
+            except asyncio.TimeoutError:
+                is_over = True
+                if not has_begun:
+                    await refuse(send, 408, "the request's body came too slowly; send it again")
+                return {"type": "http.disconnect"}
+            is_whole = not message.get("more_body")
             read += len(message.get("body", b""))
             if read <= limit:
                 is_unread = is_unread and bool(message.get("more_body"))

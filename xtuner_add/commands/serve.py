@@ -236,6 +236,7 @@ def _run(
     import uvicorn
 
     from pallava.serving.app import create_app
+    from pallava.serving.connections import timed_protocol
 
     # That Gradio calls others by outdated names is no concern of whoever starts the server.
     warnings.filterwarnings("ignore", module="gradio")
@@ -252,6 +253,7 @@ def _run(
             server_header=False,
             proxy_headers=False,
             limit_concurrency=_MAX_CONNECTIONS,
+            http=timed_protocol(),
             timeout_graceful_shutdown=3,
         )
         listening.listen()

@@ -25,11 +25,11 @@ NAME = "tiny"
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[int]:
+def serving(app: Any, **settings: Any) -> Iterator[int]:
     """Runs an application on a free port of loopback; gives the port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, **settings)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
