@@ -26,6 +26,8 @@ _CPU_BATCH = 8
 
 _OF_PROMPTS = ("prompt", "prompt_initialised")
 _ENCODER, _PROMPTS = "encoder.model.", "prompts."
+_PUBLISHED = "model."
+"""Prefix of the image tower within the backbone in checkpoints of the published code."""
 
 
 class PromptedEncoder(nn.Module):
@@ -203,7 +205,7 @@ def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state_dict)
     ours = ("backbone.prompt", "backbone.prompt_initialised")
     return {
-        name.removeprefix("backbone."): tensor
+        name.removeprefix("backbone.").removeprefix(_PUBLISHED): tensor
         for name, tensor in state_dict.items()
         if name.startswith("backbone.") and name not in ours
     }
@@ -267,8 +269,10 @@ def _to_own_names(
     for name in [name for name in state_dict if name.startswith(prefix)]:
         rest = name[len(prefix) :]
         if not rest.startswith((_ENCODER, _PROMPTS)):
-            place = _PROMPTS if rest in _OF_PROMPTS else _ENCODER
-            state_dict[f"{prefix}{place}{rest}"] = state_dict.pop(name)
+            owner = _PROMPTS if rest in _OF_PROMPTS else _ENCODER
+            if not hasattr(module.encoder.model, "model"):
+                rest = rest.removeprefix(_PUBLISHED)
+            state_dict[f"{prefix}{owner}{rest}"] = state_dict.pop(name)
     if not module.save_frozen:
         with module.whole_state_dict():
             own = module.state_dict(prefix=prefix)

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from cite.mm.samplers import DrawSampler
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import write_text
+from pathcore.weights import CheckpointError, shorten
 
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 """What `torch.load(weights_only=True)` reads; exactly these types."""
@@ -143,9 +145,50 @@ class MissingPatchesHook(Hook):
 
 @HOOKS.register_module()
 class ZeroShotHook(Hook):
-    """Lets `mim test ... --checkpoint none` test a model that was never trained."""
+    """Lets `mim test ... --checkpoint none` test a model that has nothing to train."""
 
     def before_run(self, runner: Any) -> None:
-        """Loads nothing if that is what the command says."""
-        if runner._load_from == "none":
-            runner._load_from = None
+        """Loads nothing if the command says so.
+
+        Raises:
+            ValueError: If the model has trainable parameters, which would be random.
+        """
+        if runner._load_from != "none":
+            return
+        trained = [name for name, p in runner.model.named_parameters() if p.requires_grad]
+        if trained:
+            raise ValueError(
+                f"--checkpoint none: {len(trained)} tensors of this config are trained and would "
+                f"be random ({shorten(trained)}); give a checkpoint, or use a zeroshot config"
+            )
+        runner._load_from = None
+
+
+@HOOKS.register_module()
+class CheckpointFitsHook(Hook):
+    """Stops if a checkpoint does not fit the model.
+
+    MMEngine loads whatever fits and only logs the rest, so that a checkpoint of another model would
+    be tested, or trained on, with random weights.
+    """
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Compares names and shapes before MMEngine loads.
+
+        Raises:
+            CheckpointError: If a tensor is missing, unexpected or of another shape.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        state_dict = checkpoint.get("state_dict", checkpoint)
+        state_dict = {name.removeprefix("module."): t for name, t in state_dict.items()}
+        try:
+            # torch rather than a comparison of names: load hooks rename tensors.
+            model.load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{runner._load_from} is not a checkpoint of this config: {_shorten_lines(error)}"
+            ) from error
+
+
+def _shorten_lines(error: Exception) -> str:
+    return "\n".join(line[:300] for line in str(error).splitlines()[:20])

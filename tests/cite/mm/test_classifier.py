@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import cite.mm  # noqa: F401
 from cite.mm.backbones import PromptedHF
 from cite.mm.heads import ProjectionNeck
+from cite.prompted import load_encoder
 from cite.text_embeddings import write_text_embeddings
 from tests.cite.goldens import CLIP_ARCH, CLIP_WEIGHTS, FP32, VIT_ARCH, read_arrays
 
@@ -225,3 +226,36 @@ def test_order_of_described_classes_is_stated() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _in_order(wrong, classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_checkpoints_of_the_published_code_land_entirely(
+    host: Any, text_file: Path, tuned: bool
+) -> None:
+    """They name the tower `backbone.model.*` and have no text embeddings."""
+    torch.manual_seed(1)
+    config = model_config(text_file, **(dict(frozen=False, prompt_length=0) if tuned else {}))
+    source, target = MODELS.build(config), MODELS.build(config)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ours = source.state_dict()
+    published = {}
+    for name, tensor in ours.items():
+        rest = name.removeprefix("backbone.")
+        is_tower = name.startswith("backbone.") and not rest.startswith("prompt")
+        if not name.startswith("head.") and rest != "prompt_initialised":
+            published[f"backbone.model.{rest}" if is_tower else name] = tensor
+    assert sum(name.startswith("backbone.model.") for name in published) > 20
+    target.load_state_dict(published, strict=True)
+    found = target.state_dict()
+    for name, tensor in ours.items():
+        if name.endswith("prompt_initialised"):
+            assert bool(found[name])  # a loaded prompt is not replaced by the mean token
+        elif not name.startswith("head."):
+            assert torch.equal(found[name], tensor), name
+    torch.save({"state_dict": published}, text_file.parent / "published.pth")
+    again = MODELS.build(config)
+    load_encoder(again.backbone.encoder, text_file.parent / "published.pth")
+    for name, tensor in again.backbone.encoder.model.state_dict().items():
+        assert torch.equal(tensor, source.backbone.encoder.model.state_dict()[name]), name

@@ -13,12 +13,14 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from cite.mm.hooks import (
+    CheckpointFitsHook,
     MissingPatchesHook,
     PortableCheckpointHook,
     ResumeDataHook,
     ZeroShotHook,
 )
 from cite.mm.samplers import ShuffledPatchSampler
+from pathcore.weights import CheckpointError
 
 
 def runner(work_dir: Path, **attributes: Any) -> Any:
@@ -114,6 +116,36 @@ def test_missing_patches_end_the_run_with_a_code(tmp_path: Path) -> None:
 
 def test_testing_without_a_checkpoint(tmp_path: Path) -> None:
     for given, expected in (("none", None), ("iter_1.pth", "iter_1.pth")):
-        run = runner(tmp_path, _load_from=given)
+        run = runner(tmp_path, _load_from=given, model=torch.nn.Identity())
         ZeroShotHook().before_run(run)
         assert run._load_from == expected
+
+
+def loaded(model: torch.nn.Module, state_dict: dict[str, Any]) -> None:
+    run = SimpleNamespace(model=model, _load_from="other.pth")
+    CheckpointFitsHook().after_load_checkpoint(run, {"state_dict": state_dict})
+
+
+def test_checkpoint_of_another_model_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded(model, own)
+    loaded(model, {f"module.{name}": tensor for name, tensor in own.items()})
+    for other, message in (
+        ({"blocks.0.weight": torch.zeros(2)}, r"(?s)other\.pth .*Missing key.*0\.weight"),
+        ({**own, "head.bias": torch.zeros(1)}, r"(?s)Unexpected key.*head\.bias"),
+        ({n: t for n, t in own.items() if n != "1.running_mean"}, r"(?s)Missing.*running_mean"),
+        ({**own, "0.weight": torch.zeros(2, 4)}, r"(?s)size mismatch for 0\.weight"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            loaded(model, other)
+
+
+def test_no_checkpoint_is_for_models_without_training() -> None:
+    model = torch.nn.Linear(3, 2)
+    run = SimpleNamespace(model=model, _load_from="none")
+    with pytest.raises(ValueError, match=r"2 tensors of this config are trained.*weight, bias"):
+        ZeroShotHook().before_run(run)
+    model.requires_grad_(False)
+    ZeroShotHook().before_run(run)
+    assert run._load_from is None

@@ -15,6 +15,7 @@ custom_hooks = [
     dict(type="ResumeDataHook"),
     dict(type="MissingPatchesHook"),
     dict(type="ZeroShotHook"),
+    dict(type="CheckpointFitsHook"),
 ]
 
 env_cfg = dict(
