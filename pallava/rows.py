@@ -62,7 +62,11 @@ def pair_fault(row: Any) -> str | None:
 
 def _is_unicode(text: str) -> bool:
     # JSON may escape half a surrogate pair, which neither files nor tokenizers take.
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_share(

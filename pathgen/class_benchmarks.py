@@ -167,7 +167,8 @@ def _folders(benchmark: ClassBenchmark, folder: Path) -> LabelledImages:
         paths: set[Path] = set()
         for pattern in patterns:
             for match in folder.glob(pattern):
-                paths.update(_image_files(match) if match.is_dir() else [match])
+                if not match.name.startswith("."):
+                    paths.update(_image_files(match) if match.is_dir() else [match])
         for path in sorted(paths):
             images.append(FileImage(path.relative_to(folder).as_posix(), path))
             labels.append(index)
@@ -284,7 +285,11 @@ def _plain(name: str) -> str:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")  # ._x.png of macOS
+    )
 
 
 def _parse(text: str, suffix: str) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pathcore.files import write_json
+from pathcore.files import folder_lock, write_json
 from pathgen.clip_export import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -95,12 +95,36 @@ def train_clip(
 
     Raises:
         FileNotFoundError: Data that is not there.
-        ValueError: Data too small for the batch, or a folder where another recipe was started.
+        ValueError: If the data are too small for the batch, or another recipe was started in the
+            folder.
+        FolderInUseError: If another run is training in the folder.
         TrainingError: The trainer failed; its log says why.
     """
+    if not is_first_machine:  # the first one holds the lock, in the folder that they share
+        return _train_stages(
+            recipe, Path(out), start, num_processes, num_packers, device, seed, is_first=False
+        )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with folder_lock(Path(out) / ".lock", folder=out):
+        return _train_stages(
+            recipe, Path(out), start, num_processes, num_packers, device, seed, is_first=True
+        )
+
+
+def _train_stages(
+    recipe: Recipe,
+    out: Path,
+    start: Start,
+    num_processes: int,
+    num_packers: int,
+    device: str | None,
+    seed: int,
+    *,
+    is_first: bool,
+) -> list[StageResult]:
     results, pretrained = [], recipe.pretrained
     for stage in recipe.stages:
-        folder = Path(out) / stage.name
+        folder = out / stage.name
         options = {**stage.options, **({"device": device} if device else {})}
         preprocessing = _preprocessing(recipe.model, pretrained, options)
         inputs = _inputs(recipe.model, pretrained, stage, options)
@@ -119,7 +143,7 @@ def train_clip(
             write_json(folder / "inputs.json", inputs)
             job = _job(recipe.model, pretrained, stage, options, preprocessing, shards, folder)
             _run(stage, job, folder, start)
-            if is_first_machine:
+            if is_first:
                 _export(recipe.model, stage, options, preprocessing, shards, folder, inputs)
             result = _await_result(folder, inputs)
         results.append(result)

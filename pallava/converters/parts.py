@@ -198,7 +198,11 @@ def _write_part(path: Path, part: Part) -> None:
 def _dump(row: Any) -> str:
     text = json.dumps(row, ensure_ascii=False)
     # Fields that nobody looks at may hold half a surrogate pair, which only an escape can write.
-    return json.dumps(row) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 def _join(paths: Sequence[Path], folder: Path, names: Sequence[str]) -> Joined:

@@ -217,7 +217,8 @@ def _class_files(folder: Path, item: ImageClass) -> Iterator[Path]:
     found: set[Path] = set()
     for pattern in item.folders:
         for match in folder.glob(pattern):
-            found.update(image_files(match) if match.is_dir() else [match])
+            if not match.name.startswith("."):
+                found.update(image_files(match) if match.is_dir() else [match])
     if not found:
         raise FileNotFoundError(
             f"{folder}: no images of class {item.name!r} below {', '.join(item.folders)}; adapt "

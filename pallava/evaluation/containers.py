@@ -68,7 +68,7 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     csv.field_size_limit(_CSV_FIELD_BYTES)
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for number, row in enumerate(reader):
@@ -76,6 +76,12 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
                 yield str(number), "another number of columns than the header" if wrong else row
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(
+                f"{path}, after line {reader.line_num}: not UTF-8 (byte 0x{byte:02x}); if it is "
+                f"Latin-1, convert it: iconv -f latin1 -t utf-8 {path.name}"
+            ) from error
 
 
 def parquet_files(path: str | os.PathLike[str], split: str = "test") -> list[Path]:

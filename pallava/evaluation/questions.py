@@ -231,11 +231,18 @@ def text_field(row: Mapping[str, Any], *names: str) -> str:
         value = row.get(name)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             text = str(value).strip()
-            if text:
+            if text and text.lower() != "nan":  # pandas writes missing values so
                 return text
     raise RowError(f"{names[0]}: text expected, got {row.get(names[0])!r:.80}")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, by name, in order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    """Returns the image files below a folder, by name, in order.
+
+    Hidden files are none: archives made on a Mac hold metadata named `._image.tif`.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pathcore import files
+from pathcore.files import FolderInUseError
 from pathgen import clip_training
 from pathgen.clip_export import ExportError, hugging_face_config
 from pathgen.clip_recipe import read_recipe
@@ -80,6 +82,24 @@ def test_finished_stages_are_not_trained_again(trained: dict[str, Any]) -> None:
     other = read_recipe(RECIPE, data=trained["data"], options={"lr": 0.5})
     with pytest.raises(ValueError, match="other options"):
         train_clip(other, trained["out"], start=never, device="cpu")
+
+
+def test_two_runs_on_one_folder(
+    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LOCK_PATIENCE_S", 0.1)
+    recipe = read_recipe(RECIPE, data=trained["data"])
+    seen: list[str] = []
+
+    def second(_: object) -> int:
+        with pytest.raises(FolderInUseError, match="another process is working on this folder"):
+            train_clip(recipe, tmp_path / "out", start=second, device="cpu")
+        seen.append("refused")
+        return 137
+
+    with pytest.raises(TrainingError, match="exit code 137"):
+        train_clip(recipe, tmp_path / "out", start=second, device="cpu")
+    assert seen == ["refused"]
 
 
 def one_stage(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pallava.converters.cleaning.report import write_page, write_tables
-from pallava.converters.cleaning.steps import Candidate, Step, index_keys, index_step
+from pallava.converters.cleaning.steps import Candidate, RowIndex, Step, index_step
 from pallava.converters.parts import Joined, Part, Shard, run_in_parts
 from pallava.converters.sources import read_json_rows
 from pallava.image_index import path_inside
@@ -215,12 +215,18 @@ def _report(
 
 def _compare_index(index: frozenset[str], stage: Path, name: str) -> dict[str, int]:
     """Counts, and lists in a file, the entries of the index that no row has."""
-    missing = set(index)
+    missing, known, example = set(index), RowIndex(index), ""
     for row in _stored(stage / name):
-        missing -= index_keys(row)
+        missing -= known.entries_of(row)
     for row in _stored(stage / DROPPED_NAME):
         if row["step"] != "index":
-            missing -= index_keys(row)
+            missing -= known.entries_of(row)
+        example = example or f"id {row.get('id')!r}, image {row.get('image')!r}"
+    if len(missing) == len(index):
+        raise ValueError(
+            f"index: names none of the rows; it has {next(iter(sorted(index)))!r}, the first row "
+            f"that it does not name {example}"
+        )
     lines = "".join(f"{entry}\n" for entry in sorted(missing))
     (stage / MISSING_NAME).write_text(lines, encoding="utf-8")
     return {"num_entries": len(index), "num_missing": len(missing)}

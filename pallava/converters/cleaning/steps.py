@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -131,34 +133,63 @@ def size_step(max_area_px: int = MAX_AREA_PX, min_side_px: int = 1) -> RowStep:
 
 
 def index_step(entries: frozenset[str]) -> RowStep:
-    """Keeps the rows that a published list names, by id or by image; see `index_keys`."""
+    """Keeps the rows that a published list names; see `RowIndex`."""
     digest = hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
+    index = RowIndex(entries)
 
     def fault(candidate: Candidate) -> str | None:
-        return None if entries.intersection(index_keys(candidate.row)) else "not in the index"
+        return None if index.entries_of(candidate.row) else "not in the index"
 
     return RowStep("index", fault, {"entries": len(entries), "sha256": digest})
 
 
-def index_keys(row: Mapping[str, Any]) -> set[str]:
-    """What a list may call a row: its id, or its image with or without folder and suffix."""
-    keys = {str(row.get("id"))}
-    names = row.get("image") or []
-    for name in [names] if isinstance(names, str) else names:
-        path = PurePosixPath(str(name))
-        keys |= {str(path), path.name, path.stem, str(path.with_suffix("")) if path.name else ""}
-    return keys - {""}
+class RowIndex:
+    """A published list of rows, by id or by image.
+
+    An entry names an image with or without suffix, and with more or fewer folders than the row:
+    `PMC_OA/images/x.jpg`, `images/x.jpg`, `x.jpg` and `x` are the same image.
+
+    Args:
+        entries: The list.
+    """
+
+    def __init__(self, entries: frozenset[str]) -> None:
+        self._entries = entries
+        self._by_end: dict[str, set[str]] = {}
+        for entry in entries:
+            for end in _path_ends(entry):
+                self._by_end.setdefault(end, set()).add(entry)
+
+    def entries_of(self, row: Mapping[str, Any]) -> set[str]:
+        """Returns the entries that name a row."""
+        found = {str(row.get("id"))} & self._entries
+        names = row.get("image") or []
+        for name in [names] if isinstance(names, str) else names:
+            path = PurePosixPath(str(name))
+            found |= _path_ends(str(name)) & self._entries
+            if path.name:
+                for whole in (str(path), str(path.with_suffix(""))):
+                    found |= self._by_end.get(whole, set())
+        return found
+
+
+def _path_ends(name: str) -> set[str]:
+    """Returns a path and its ends, `b/c.png` and `c.png` for `a/b/c.png`, also without suffix."""
+    path = PurePosixPath(name)
+    ends = [PurePosixPath(*path.parts[start:]) for start in range(len(path.parts))]
+    return {text for end in ends if end.name for text in (str(end), str(end.with_suffix("")))}
 
 
 def read_index(path: str | os.PathLike[str]) -> frozenset[str]:
     """Reads a published list of ids or image names.
 
-    A text file with one a line, a CSV (its column `image`, `image_path`, `image_id` or `id`, or its
-    first), JSON or JSON lines: texts, or objects with one of these fields.
+    A text file with one per line, a CSV (its column `image`, `image_path`, `image_id` or `id`;
+    without such a name its first column), JSON or JSON lines: texts, or objects with one of these
+    fields.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: It names nothing.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it names nothing.
     """
     path = Path(path)
     try:
@@ -173,9 +204,14 @@ def read_index(path: str | os.PathLike[str]) -> frozenset[str]:
 def _index_entries(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            rows = csv.DictReader(file)
-            first = (rows.fieldnames or [""])[0]
-            yield from (_entry(row) or str(row.get(first) or "") for row in rows)
+            rows = csv.reader(file)
+            head = next(rows, [])
+            columns = [head.index(name) for name in _INDEX_FIELDS if name in head]
+            column = columns[0] if columns else 0
+            # An unknown name is a header if it is a word; ids and image names hold digits or dots.
+            is_head = columns or re.fullmatch(r"[^\W\d]+", head[0] if head else "")
+            for row in rows if is_head else itertools.chain([head], rows):
+                yield row[column].strip() if len(row) > column else ""
         elif path.suffix == ".json":
             content = json.load(file)
             # An object holds one list for each source dataset.

@@ -140,6 +140,8 @@ def test_unreadable_rows_are_recorded(tmp_path: Path) -> None:
         ("list.json", '["i1", {"image": "i3.png"}, {"id": "unknown"}]'),
         ("sets.json", '{"pmc_oa": ["i1.png", "p3"], "quilt": ["unknown"]}'),
         ("list.jsonl", '{"id": "p1"}\n"i3.png"\n"unknown"\n'),
+        ("no_header.csv", "i1.png\np3\nunknown\n"),
+        ("folders.txt", "PMC_OA/images/i1.png\nPMC_OA/images/i3\nunknown\n"),
     ],
 )
 def test_published_indices(tmp_path: Path, name: str, content: str) -> None:
@@ -149,6 +151,13 @@ def test_published_indices(tmp_path: Path, name: str, content: str) -> None:
     assert report is not None and report["index"] == {"num_entries": 3, "num_missing": 1}
     assert (tmp_path / "out" / "index_missing.txt").read_text() == "unknown\n"
     assert [row["id"] for row in read_lines(tmp_path / "out" / "pairs.jsonl")] == ["p1"]
+
+
+def test_an_index_of_other_images_is_an_error(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path, [CAPTION] * 5)
+    index = frozenset({"other/i1.jpg", "i9.png"})
+    with pytest.raises(ValueError, match=r"index: names none of the rows; it has 'i9\.png'"):
+        clean(pairs, tmp_path / "out", [size_step(100)], index=index)
 
 
 def test_an_index_that_names_nothing(tmp_path: Path) -> None:

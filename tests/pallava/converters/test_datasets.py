@@ -141,3 +141,37 @@ def test_halves_of_surrogates_are_bad_rows(tmp_path: Path) -> None:
         file.write((tmp_path / "data" / "more.jsonl").read_bytes())
     report = convert(CONVERTERS.get("pmc-oa")(data), tmp_path / "out", check_images=False)
     assert report["num_skipped"] == 1
+
+
+def test_missing_captions_of_pandas_are_no_captions(tmp_path: Path) -> None:
+    data = published.quilt(
+        tmp_path / "quilt",
+    )
+    table = data / "quilt_1M_lookup.csv"
+    lines = table.read_text(encoding="utf-8").splitlines()
+    lines += [lines[1].replace(published.CAPTION, "nan").replace("0,", "9,", 1)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    report, rows = run("quilt-1m", data, tmp_path / "out")
+    assert report["num_skipped"] == 1 and len(rows) == 3
+    data = published.pmc_oa(tmp_path / "pmc", count=12)
+    with (data / "pmc_oa.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"image": "PMC100_Fig1_0.jpg", "caption": NaN}\n')
+    report, rows = run("pmc-oa", data, tmp_path / "pmc_out")
+    assert report["num_skipped"] == 1 and not [row for row in rows if "nan" in row["caption"]]
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    data = published.quilt(tmp_path / "data")
+    table = data / "quilt_1M_lookup.csv"
+    text = table.read_text(encoding="utf-8").replace(published.CAPTION, "5 \u00b5m, na\u00efve")
+    table.write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"not UTF-8 \(byte 0xb5\).*iconv -f latin1"):
+        run("quilt-1m", data, tmp_path / "out")
+
+
+def test_metadata_of_macos_is_no_image(tmp_path: Path) -> None:
+    data = published.bach(tmp_path / "data")
+    for folder in (data / "Photos").iterdir():
+        (folder / "._no001.tif").write_bytes(b"Mac OS X")
+    report = write_class_folders(CONVERTERS.get("bach")(data), tmp_path / "out")
+    assert tuple(report["num_by_class"].values()) == (1, 1, 1, 1)
