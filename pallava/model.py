@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
+from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import MultimodalMixin, SubImageMask
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
@@ -250,7 +251,13 @@ def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
     from xtuner.registry import BUILDER
 
     name = value.get("pretrained_model_name_or_path")
+    if name is not None:
+        # Otherwise transformers asks on the terminal whether to run the code of a folder with
+        # `auto_map`, and takes the answer from piped input.
+        value.setdefault("trust_remote_code", False)
     try:
+        if name is not None:
+            check_model_name(name)
         if max_position_embeddings is not None:
             value["config"] = _stretched_config(name, max_position_embeddings)
         traverse_dict(value)
@@ -262,7 +269,7 @@ def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
 def _stretched_config(name: str, max_position_embeddings: int) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if max_position_embeddings > config.max_position_embeddings:
         factor = -(-max_position_embeddings // config.max_position_embeddings)
         config.rope_scaling = {"rope_type": "linear", "factor": float(factor)}

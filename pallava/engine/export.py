@@ -30,7 +30,8 @@ def save_trained_parts(
 
     Args:
         model: A `pallava.model.LLaVAModel` with the checkpoint's tensors in it.
-        cfg: The training config, with `tokenizer` and `image_processor`.
+        cfg: The training config, with `tokenizer` and `image_processor`; None if the model needs
+            neither, and then no prompt template is recorded.
         save_dir: Receives `llm_adapter/` (or the language model itself), `projector/` and
             `visual_encoder/`.
         fp32: Write the language model's part in fp32 instead of fp16.
@@ -42,7 +43,8 @@ def save_trained_parts(
         model.llm.half()
     save_dir.mkdir(parents=True, exist_ok=True)
     # What asks the model later reads its template here; see `pallava.inference.loading`.
-    write_json(save_dir / CONVERSION_NAME, {"prompt_template": trained_template(cfg).fields()})
+    if cfg is not None:
+        write_json(save_dir / CONVERSION_NAME, {"prompt_template": trained_template(cfg).fields()})
     if model.use_llm_lora:
         _say("LLM adapter", save_dir / "llm_adapter")
         model.llm.save_pretrained(save_dir / "llm_adapter", **save_pretrained_kwargs)

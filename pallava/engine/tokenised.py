@@ -69,7 +69,7 @@ def settings_from_names(
     if map_fn not in ("llava", "interleaved"):
         raise ValueError(f"map_fn {map_fn}: llava or interleaved expected")
     return TextSettings(
-        AutoTokenizer.from_pretrained(tokenizer, padding_side="right"),
+        AutoTokenizer.from_pretrained(tokenizer, padding_side="right", trust_remote_code=False),
         llava_map_fn if map_fn == "llava" else None,
         template_map_fn_factory(template=PROMPT_TEMPLATE[prompt_template]),
         max_length,

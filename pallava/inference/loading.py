@@ -186,10 +186,10 @@ def _llava_folder(llava: _PathLike) -> Path:
 def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path:
     trained = folder / "visual_encoder"
     if trained.is_dir():
-        if visual_encoder is not None and Path(visual_encoder).resolve() != trained.resolve():
+        if visual_encoder is not None and not _same_encoder(trained, Path(visual_encoder)):
             raise ValueError(
-                f"{folder} holds the encoder it was trained with; leave --visual-encoder "
-                f"{visual_encoder} out"
+                f"{trained} holds the encoder that the connector was trained with, and the weights "
+                f"in {visual_encoder} are others; leave --visual-encoder out"
             )
         return trained
     if visual_encoder is None:
@@ -198,6 +198,25 @@ def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path:
             "--visual-encoder"
         )
     return Path(visual_encoder)
+
+
+def _same_encoder(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same weights, under Hugging Face's or the published names.
+
+    `pth-to-hf` copies a frozen encoder, too, so that the published command lines name it although
+    the folder holds it.
+    """
+    if first.resolve() == second.resolve():
+        return True
+    import torch
+
+    from pallava.modeling.plip import published_names
+    from pathcore.weights import read_state_dict
+
+    left, right = (published_names(read_state_dict(folder)) for folder in (first, second))
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor, right[name]) for name, tensor in left.items()
+    )
 
 
 def _adapter_folder(llm: _PathLike, folder: Path, use_adapter: bool | None) -> Path | None:
@@ -254,14 +273,16 @@ def _load_exported(
     from pallava.anyres import AnyRes
     from pallava.inference.assistant import Assistant
     from pallava.modeling.hf import PALLaVAForConditionalGeneration
+    from pathcore.weights import check_loading_report
 
     try:
-        model = PALLaVAForConditionalGeneration.from_pretrained(
-            str(folder), **_dtype_argument(precision)
+        model, report = PALLaVAForConditionalGeneration.from_pretrained(
+            str(folder), output_loading_info=True, **_dtype_argument(precision)
         )
-        processor = AutoProcessor.from_pretrained(str(folder))
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"exported model {folder}: cannot be loaded: {error}") from error
+    check_loading_report(report, model, what="exported model", source=folder)
     tokenizer = processor.tokenizer
     template: PromptTemplate | str
     if getattr(tokenizer, "chat_template", None):
@@ -348,13 +369,54 @@ def _dtype_argument(precision: torch.dtype | None) -> dict[str, Any]:
 def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pathcore.weights import check_loading_report
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(name), **_dtype_argument(precision))
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        check_model_name(name)
+        # Without trust_remote_code=False, transformers asks on the terminal whether to run the
+        # code of a folder with `auto_map`, and takes the answer from piped input.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(name),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_dtype_argument(precision),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"language model {name}: cannot be loaded: {error}") from error
+        is_named = Path(name).is_dir() or isinstance(error, FileNotFoundError)
+        where = "" if is_named else "no such folder, and the hub does not give it: "
+        raise FileNotFoundError(
+            f"language model {name}: cannot be loaded: {where}{_explain(error)}"
+        ) from error
+    check_loading_report(report, model, what="language model", source=name)
     _make_greedy(model, tokenizer)
     return model, tokenizer
+
+
+def check_model_name(name: _PathLike) -> None:
+    """Refuses a path at which there is no model, before transformers takes it for a hub's name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("no config.json in this folder")
+    elif folder.is_absolute() or str(name).startswith((".", "~")) or len(folder.parts) > 2:
+        raise FileNotFoundError("no such folder, and not a name on the hub (owner/name)")
+
+
+def _explain(error: Exception) -> str:
+    """Shortens transformers' errors to what helps."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "its config.json names code of its own (auto_map), which is never run; a model whose "
+            "class is part of transformers expected"
+        )
+    # The rest lists every class that transformers knows.
+    return " ".join(text.split("Model type should be one of")[0].split())
 
 
 def _make_greedy(llm: Any, tokenizer: Any) -> None:

@@ -738,7 +738,7 @@ def _transformers_texts(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, TypeError):  # TypeError: a slow tokenizer without its files
         logger.warning("%s: no tokenizer, so texts cannot be encoded", model)
         return None

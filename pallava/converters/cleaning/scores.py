@@ -49,9 +49,11 @@ class HFClassifier:
         self.identity = _identity(name)
         self.batch_size = batch_size
         self.device = _device(device)
-        self._processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
+        self._processor = AutoImageProcessor.from_pretrained(
+            name, use_fast=False, trust_remote_code=False
+        )
         model, report = AutoModelForImageClassification.from_pretrained(
-            name, output_loading_info=True
+            name, output_loading_info=True, trust_remote_code=False
         )
         check_loading_report(report, model, what="classifier", source=name)
         self._model = model.to(self.device).eval()

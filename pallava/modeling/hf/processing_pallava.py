@@ -146,4 +146,9 @@ def _flatten(images: Any) -> list[Image.Image]:
         return []
     if isinstance(images, Image.Image):
         return [images]
+    if not isinstance(images, list | tuple):  # a path is a sequence of texts without end
+        raise ValueError(
+            f"images: PIL images or lists of them expected, got {type(images).__name__}; open "
+            "files with PIL.Image.open first"
+        )
     return [image for item in images for image in _flatten(item)]

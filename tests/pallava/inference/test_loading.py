@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from pallava import load_model
 from pallava.inference.assistant import Assistant
 from pallava.inference.loading import fingerprint
+from pallava.modeling.folders import load_vision_encoder, save_vision_encoder
 from pallava.text.templates import PROMPT_TEMPLATES, find_template
 from pathcore.weights import CheckpointError
 from tests.pallava import goldens
@@ -190,6 +191,66 @@ def test_missing_parts_are_named(folders: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "none", folders / "llava", folders / "plip", device="cpu")
     with pytest.raises(ValueError, match="dtype 'fp12'"):
         load(folders, dtype="fp12")
+
+
+def test_the_encoder_may_be_named_though_the_folder_holds_it(folders: Path, tmp_path: Path) -> None:
+    """The published command lines name it; `pth-to-hf` stores frozen encoders, too."""
+    llava = shutil.copytree(folders / "llava", tmp_path / "llava")
+    save_vision_encoder(load_vision_encoder(folders / "plip"), llava / "visual_encoder")
+    named = load_model(folders / "llama", llava, folders / "plip", device="cpu")
+    question = picture(IMAGES[0]), QUESTIONS[0]
+    assert named.answer(*question) == load(folders).answer(*question)
+    other = shutil.copytree(folders / "plip", tmp_path / "plip")
+    tensors = load_file(other / "model.safetensors")
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + 1}, other / "model.safetensors")
+    with pytest.raises(ValueError, match=r"are others; leave --visual-encoder out"):
+        load_model(folders / "llama", llava, other, device="cpu")
+
+
+def test_an_absent_language_model_is_named(folders: Path, tmp_path: Path) -> None:
+    for name in (tmp_path / "absent", "./absent", "a/b/c", "absent"):
+        with pytest.raises(FileNotFoundError, match=rf"language model {name}: .*no such folder"):
+            load_model(name, folders / "llava", folders / "plip", device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in this folder"):
+        load_model(tmp_path / "empty", folders / "llava", folders / "plip", device="cpu")
+    with pytest.raises(FileNotFoundError, match="CLIPVisionConfig") as caught:
+        load_model(folders / "plip", folders / "llava", folders / "plip", device="cpu")
+    assert len(str(caught.value)) < 500
+
+
+def test_code_of_a_folder_is_not_run_whatever_stdin_says(folders: Path, tmp_path: Path) -> None:
+    """transformers asks "Do you wish to run the custom code? [y/N]" unless told not to."""
+    model = shutil.copytree(folders / "llama", tmp_path / "llama")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "evil.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code = (
+        "import sys\nfrom pallava import load_model\n"
+        "try:\n    load_model(*sys.argv[1:], device='cpu')\n"
+        "except FileNotFoundError as error:\n    print('REFUSED', error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, (model, folders / "llava", folders / "plip"))],
+        input="y\ny\ny\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "REFUSED" in result.stdout and "auto_map" in result.stdout, result.stderr
+    assert "[y/N]" not in result.stdout + result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_language_model_without_its_head_is_refused(folders: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folders / "llama", tmp_path / "llama")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        load_model(model, folders / "llava", folders / "plip", device="cpu")
 
 
 def test_a_broken_adapter_is_refused(folders: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.anyres import AnyRes
@@ -134,6 +136,13 @@ def test_travelling_code_imports_itself_alone() -> None:
                 assert (node.module or "").split(".")[0] != "pallava", name
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] != "pallava" for alias in node.names), name
+
+
+@pytest.mark.parametrize("image", ["a.png", Path("a.png"), np.zeros((8, 8, 3), np.uint8)])
+def test_the_processor_takes_images_not_paths(image: Any, folders: dict[str, Path]) -> None:
+    processor = AutoProcessor.from_pretrained(folders["released"])
+    with pytest.raises(ValueError, match=r"PIL images .* expected, got .*PIL\.Image\.open"):
+        processor(images=[image], text=["<image>\nWhat?"])
 
 
 def test_refuses_stock_llava(folders: dict[str, Path], tmp_path: Path) -> None:
