@@ -19,20 +19,26 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any
     """Yields `(line number, row)`; for a line that is no object with an id, what is wrong with it.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is one JSON array.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as lines:  # as bytes: one line of another encoding is one bad row
         for number, line in enumerate(lines, start=1):
+            if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise ValueError(
+                    f"{path}: expected JSON lines, one object per line, found an array: "
+                    f"jq -c '.[]' {path.name}"
+                )
             if line.strip():
                 yield number, _parse(line)
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse_constant)
         line.decode()
         # Half a surrogate pair can be written in JSON but not in UTF-8.
         json.dumps(row, ensure_ascii=False).encode()
@@ -43,6 +49,11 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     if not isinstance(row.get("id"), str) or not row["id"]:
         return f"id: text expected, got {row.get('id')!r:.80}"
     return row
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuses NaN and infinity, which Python reads and other readers of JSON do not."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def row_digest(row: Mapping[str, Any]) -> str:

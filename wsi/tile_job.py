@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class TileSettings:
         whole_slide: Whether to keep patches without tissue.
         mpp: Micrometres per pixel of all slides, overriding what the files say.
         style: Whose attributes the coordinate files have.
+        level0: Whether patches have the resolution of their slide, so that the lengths of `spec`
+            are level-0 pixels; `spec.mpp` is ignored.
     """
 
     spec: PatchSpec
@@ -46,6 +48,7 @@ class TileSettings:
     whole_slide: bool = False
     mpp: float | None = None
     style: CoordsStyle = "trident"
+    level0: bool = False
 
 
 def tile_slides(
@@ -97,8 +100,9 @@ def tile_slides(
 def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
     name, out = unit.slide_id, unit.out
     with Slide(unit.path, mpp=settings.mpp) as slide:
+        spec = replace(settings.spec, mpp=slide.mpp) if settings.level0 else settings.spec
         tiling, mask = place_patches(
-            slide, settings.spec, settings.masks, name=name, whole_slide=settings.whole_slide
+            slide, spec, settings.masks, name=name, whole_slide=settings.whole_slide
         )
         picture = draw_patches(slide, tiling.coords, tiling.size_level0, mask=mask)
         save_jpeg(picture, out / OVERLAYS_FOLDER / f"{name}.jpg")

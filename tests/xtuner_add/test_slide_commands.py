@@ -105,6 +105,16 @@ def test_tile_with_masks_and_styles(slides: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
+def test_patches_in_level0_pixels(slides: Path, tmp_path: Path) -> None:
+    options = ("--level0", "--patch-px", 300, "--overlap-px", 100, "--whole-slide", "--workers", 1)
+    result = invoke("tile", slides, "--output", tmp_path / "o", *options)
+    assert result.exit_code == 0, result.output
+    for name, mpp in (("TCGA.A", 0.25), ("TCGA.B", 0.5)):
+        found = read_coordinates(tmp_path / "o" / "coords" / f"{name}.h5")
+        assert (found.size_level0, found.patch_px, found.mpp) == (300, 300, mpp)
+        assert set(np.diff(np.unique(found.coords[:, 0]))) == {200}
+
+
 def test_one_slide_and_no_slides(slides: Path, tmp_path: Path) -> None:
     one = invoke("tile", slides / "TCGA.B.svs", "--output", tmp_path / "o", "--slide-mpp", 0.4,
                  "--whole-slide", "--workers", 1)  # fmt: skip

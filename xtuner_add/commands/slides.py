@@ -75,6 +75,12 @@ def _job_options(function: _Function) -> _Function:
 )
 @click.option("--whole-slide", is_flag=True, help="Every patch, with or without tissue.")
 @click.option(
+    "--level0",
+    is_flag=True,
+    help="Patches at the resolution of each slide instead of --mpp: --patch-px counts level-0 "
+    "pixels, as PathGen's 672 do.",
+)
+@click.option(
     "--coords-style",
     type=click.Choice(["trident", "clam"]),
     default="trident",
@@ -92,6 +98,7 @@ def tile(
     over_edge: bool,
     masks: Path | None,
     whole_slide: bool,
+    level0: bool,
     coords_style: str,
     workers: int | None,
     retry_skipped: bool,
@@ -114,6 +121,7 @@ def tile(
             PatchSpec(patch_px, mpp, overlap_px, min_tissue, over_edge),
             masks=str(masks.resolve()) if masks else None,
             whole_slide=whole_slide,
+            level0=level0,
             mpp=slide_mpp,
             style=coords_style,  # type: ignore[arg-type]
         )

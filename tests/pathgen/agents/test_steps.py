@@ -260,6 +260,22 @@ def test_a_temperature_may_be_left_out(server: DescriberServer, tmp_path: Path) 
         Sampling(temperature=3.0)
 
 
+def test_rows_that_are_no_json_lines(
+    server: DescriberServer, tmp_path: Path, patches: Path
+) -> None:
+    backend = OpenAIBackend(server.url, "m")
+    array = tmp_path / "array.json"
+    array.write_text('[{"id": "a", "image": "0.png"}]')
+    with pytest.raises(ValueError, match="expected JSON lines, one object per line, found an arr"):
+        run_step(describe(), backend, array, tmp_path / "o.jsonl", images=patches, progress=False)
+    bad = tmp_path / "nan.jsonl"
+    bad.write_text('{"id": "a", "image": "0.png", "caption": NaN}\n')
+    out = tmp_path / "out.jsonl"
+    report = run_step(describe(), backend, bad, out, images=patches, progress=False)
+    assert "NaN is not JSON" in read_rows(report.left_out)[0]["reason"]
+    assert not server.requests
+
+
 def test_a_cache_of_an_earlier_version_opens(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "c.sqlite") as old:
         old.execute(
