@@ -23,6 +23,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,10 +44,14 @@ class Registry:
         kind: what the registry holds, in the singular, for messages ("connector").
         builtin_modules: modules that register the built-in entries when imported; imported at the
             first look-up that fails without them, or at the first listing.
+        shares_models: whether names in MMEngine's `MODELS` are found, if MMEngine is loaded.
     """
 
-    def __init__(self, kind: str, builtin_modules: Iterable[str] = ()) -> None:
+    def __init__(
+        self, kind: str, builtin_modules: Iterable[str] = (), *, shares_models: bool = False
+    ) -> None:
         self.kind = kind
+        self._shares_models = shares_models
         self._builtin_modules = tuple(builtin_modules)
         self._builtins_loaded = False
         self._entries: dict[str, Any] = {}
@@ -86,9 +91,14 @@ class Registry:
             self._load_builtins()
         if name not in self._entries:
             load_plugins()
-        if name not in self._entries:
-            raise ValueError(self._unknown(name))
-        return self._entries[name]
+        if name in self._entries:
+            return self._entries[name]
+        # A part registered with `@MODELS.register_module()` is found by its name here too. Looked
+        # up without an import, because this module must work without MMEngine.
+        registries = sys.modules.get("mmengine.registry")
+        if self._shares_models and registries and name in registries.MODELS.module_dict:
+            return registries.MODELS.module_dict[name]
+        raise ValueError(self._unknown(name))
 
     def names(self) -> list[str]:
         """Return every registered name in order, built-in parts and plug-ins included."""
@@ -199,13 +209,15 @@ def _origin(target: Any) -> str:
     return f"{getattr(target, '__module__', '?')}:{name}"
 
 
-ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.folders",))
+ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.folders",), shares_models=True)
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
 ``features(pixel_values, select_layer)``; or, for inputs other than pixels, with ``visual_tokens``
 and ``blank`` as `pallava.modeling.slide_tokens.SlideTokenEncoder` has them. In configs:
 ``visual_encoder="name:folder"``."""
 
-CONNECTORS = Registry("connector", builtin_modules=("pallava.modeling.folders",))
+CONNECTORS = Registry(
+    "connector", builtin_modules=("pallava.modeling.folders",), shares_models=True
+)
 """Modules that turn the features of thumbnails and sub-images into LLM embeddings: classes built
 from a `pallava.modeling.qformer.ConnectorConfig`, called as `ScaleInvariantConnector` is, with its
 properties ``uses_sub_images`` and ``dtype``. In configs:
