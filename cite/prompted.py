@@ -125,6 +125,13 @@ class PromptedEncoder(nn.Module):
             raise ValueError(
                 f"pixel_values: (batch, 3, height, width) expected, got {tuple(pixel_values.shape)}"
             )
+        size = self.encoder.image_size
+        if size is not None and tuple(pixel_values.shape[2:]) != tuple(size):
+            raise ValueError(
+                f"pixel_values: the encoder takes images of {size[0]} x {size[1]} px, found "
+                f"{pixel_values.shape[2]} x {pixel_values.shape[3]}; set ResizePatch(size=...), or "
+                "the encoder's image size, which fits the positions"
+            )
         if self.prompts is not None and not self.prompts.checked:
             with torch.no_grad():
                 self.prompts.initialise(self.encoder.embed(pixel_values))

@@ -212,7 +212,8 @@ def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:
         return OpenCLIPTextEncoder(**arguments)
     if type == "hf_clip":
         return HuggingFaceCLIPTextEncoder(**arguments)
-    raise ValueError(f"text encoder {type!r}: one of {KINDS} expected")
+    near = f"; the published {type!r} is {type.lower()!r}" if type.lower() in KINDS else ""
+    raise ValueError(f"text encoder {type!r}: one of {KINDS} expected{near}")
 
 
 def find_model(name: str) -> str:

@@ -27,6 +27,8 @@ class Encoder(nn.Module, ABC):
         embed_dim: E.
         num_prefix: Class and register tokens, before the patches.
         pools_class_token: Whether the features depend on the class token of the last block alone.
+        image_size: Height and width of the only images that it takes; None if it takes others, or
+            its library checks.
         lora_targets: Names of the linear layers that LoRA adapts by default.
         spec: Description from which `build_encoder` builds it again, as JSON values.
     """
@@ -36,6 +38,7 @@ class Encoder(nn.Module, ABC):
     embed_dim: int
     num_prefix: int = 1
     pools_class_token: bool = True
+    image_size: tuple[int, int] | None = None
     lora_targets: Sequence[str] = ()
     spec: dict[str, Any]
 

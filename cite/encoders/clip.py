@@ -47,6 +47,8 @@ class OpenCLIPEncoder(Encoder):
         self.width = self.model.conv1.out_channels
         self.embed_dim = self.model.output_dim if project else self.width
         self.pools_class_token = self.model.pool_type == "tok"
+        height, width = self.model.image_size
+        self.image_size = (height, width)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """See `Encoder`; the tokens after `ln_pre`."""
@@ -115,8 +117,14 @@ def _read_config(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     if found is None:
         import difflib
 
-        near = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
-        raise ValueError(f"arch {arch!r}: open_clip does not know it; near: {', '.join(near)}")
+        known = open_clip.list_models()
+        openai = f"{arch.replace('/', '-')}-quickgelu"
+        if openai in known:
+            # OpenAI's weights compute another GELU: under the plain name features differ, silently.
+            near = f"OpenAI's CLIP is {openai!r}"
+        else:
+            near = f"near: {', '.join(difflib.get_close_matches(arch, known, n=3))}"
+        raise ValueError(f"arch {arch!r}: open_clip does not know it; {near}")
     return {k: found[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in found}
 
 

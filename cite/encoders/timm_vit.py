@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from cite.blocks import Block, Packed, normalise
 from cite.encoders.base import Encoder, fit_positions
+from pathcore.encoders.layouts import fit_layout, pools_patches
 from pathcore.files import read_json
+
+_log = logging.getLogger(__name__)
 
 
 class TimmEncoder(Encoder):
@@ -30,9 +34,15 @@ class TimmEncoder(Encoder):
 
     def __init__(self, model: str, model_args: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        arguments = {"num_classes": 0, **(model_args or {})}
-        self.spec = {"kind": "timm", "model": model, "model_args": arguments}
-        self.model = _create(model, arguments)
+        self._name = model
+        self._build({"num_classes": 0, **(model_args or {})})
+
+    def _build(self, arguments: dict[str, Any]) -> None:
+        self.spec = {"kind": "timm", "model": self._name, "model_args": arguments}
+        self.model = _create(self._name, arguments)
+        patch_embed = self.model.patch_embed
+        if patch_embed.strict_img_size and not self.model.dynamic_img_size:
+            self.image_size = patch_embed.img_size
         self.width = self.model.embed_dim
         self.embed_dim = self.model.num_features
         self.num_prefix = self.model.num_prefix_tokens
@@ -72,8 +82,18 @@ class TimmEncoder(Encoder):
         return normalise(model.fc_norm, model.pool(normalise(model.norm, hidden_states.float())))
 
     def adapt_checkpoint(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Leaves the classifier out and fits the position embeddings."""
-        adapted = {k: v for k, v in state_dict.items() if not k.startswith(("head.", "mask_token"))}
+        """Renames the layouts of DINOv2, MAE and others, drops what only training needs.
+
+        Weights that were fine-tuned on the mean of the patches (MAE's `fc_norm`) switch the model
+        to that pooling: their class token was never normalised.
+        """
+        arguments = self.spec["model_args"]
+        if self.pools_class_token and pools_patches(state_dict):
+            self._build({**arguments, "global_pool": "avg"})
+        fitted = fit_layout(state_dict, self.model)
+        if dropped := fitted.describe():
+            _log.info("%s: dropped %s", self.spec["model"], dropped)
+        adapted = {k: v for k, v in fitted.state_dict.items() if not k.startswith("head.")}
         model = self.model
         if model.pos_embed is not None:
             prefix = 0 if model.no_embed_class else self.num_prefix

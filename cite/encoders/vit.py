@@ -78,6 +78,7 @@ class ViTEncoder(Encoder):
         self.spec = {"kind": "vit", "arch": sizes, **options}
         self.model = _ViT(sizes, **options)
         self.num_heads = sizes["num_heads"]
+        self.image_size = (img_size, img_size)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """See `Encoder`."""

@@ -11,5 +11,6 @@ from cite.mm import features as features
 from cite.mm import heads as heads
 from cite.mm import hooks as hooks
 from cite.mm import metrics as metrics
+from cite.mm import published as published
 from cite.mm import samplers as samplers
 from cite.mm import transforms as transforms

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from cite.encoders import build_encoder
 from cite.encoders.timm_vit import read_timm_folder
+from cite.mm.published import published_arguments
 from cite.prompted import PromptedEncoder
 
 
+@published_arguments({"float16": "precision='fp16'"})
 class _Backbone(PromptedEncoder):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """Maps images to a tuple of one tensor `(batch, embed_dim)`, as the hosts expect."""

@@ -13,6 +13,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from cite.mm.published import published_arguments
 from cite.splits import slide_id
 
 GASTRIC_CLASSES = (
@@ -24,6 +25,12 @@ GASTRIC_CLASSES = (
 
 
 @DATASETS.register_module()
+@published_arguments(
+    {
+        "patch_balance": "sampler=dict(type='PatchBalancedSampler') of the data loader",
+        "slide_balance": "sampler=dict(type='SlideBalancedSampler') of the data loader",
+    }
+)
 class PatchDataset(BaseDataset):
     """Patches with labels, from an annotation file of lines `filename label`.
 

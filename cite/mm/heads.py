@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 from torch.nn import functional as F
 
+from cite.mm.published import FLOAT16, published_arguments
 from cite.mm.samples import labels_of, with_predictions
 from cite.projection import Projection
 from cite.text_embeddings import (
@@ -21,6 +22,7 @@ from cite.text_scores import TEMPERATURE, TextScores
 
 
 @MODELS.register_module()
+@published_arguments(FLOAT16)
 class ProjectionNeck(Projection):
     """Projects image features to the width of the text embeddings.
 
@@ -60,6 +62,13 @@ class ProjectionNeck(Projection):
 
 
 @MODELS.register_module()
+@published_arguments(
+    {
+        **FLOAT16,
+        "learnable_t": "learnable_temperature",
+        "text_feature_file": "text_embeddings, a file of `xtuner-add cite-texts`",
+    }
+)
 class TextEmbeddingHead(TextScores):
     """Classifies by likeness to text embeddings; without a neck this is zero-shot.
 

@@ -282,3 +282,31 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"c\.pt: cannot be read as a checkpoint"):
         PromptedEncoder(build_encoder("vit", arch=VIT_ARCH), checkpoint=tmp_path / "c.pt")
+
+
+def write_mae(path: Path, *, tuned: bool) -> nn.Module:
+    """What MAE's trainer stores: encoder and decoder, or after fine-tuning `fc_norm` and a head."""
+    pool = "avg" if tuned else "token"
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, global_pool=pool, **TIMM_SMALL)
+    shake(model)
+    state_dict = dict(model.state_dict())
+    if tuned:
+        state_dict |= {"head.weight": torch.zeros(2, 32), "head.bias": torch.zeros(2)}
+    else:
+        state_dict |= {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.ones(2)}
+        state_dict |= {"decoder_blocks.0.norm1.weight": torch.ones(16)}
+    torch.save({"model": state_dict, "epoch": 3}, path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_mae_with_its_decoder_and_fine_tuned(tuned: bool, tmp_path: Path) -> None:
+    model = write_mae(tmp_path / "mae.pth", tuned=tuned)
+    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
+    prompted = PromptedEncoder(encoder, checkpoint=tmp_path / "mae.pth")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(prompted(images), model(images), **FP32)
+    assert encoder.pools_class_token is not tuned
+    again = build_encoder(**encoder.spec)  # the pooling travels with the description
+    assert again.pools_class_token is not tuned

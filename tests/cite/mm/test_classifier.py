@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -259,3 +260,41 @@ def test_checkpoints_of_the_published_code_land_entirely(
     load_encoder(again.backbone.encoder, text_file.parent / "published.pth")
     for name, tensor in again.backbone.encoder.model.state_dict().items():
         assert torch.equal(tensor, source.backbone.encoder.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(type="PromptedCLIPImageBackbone", arch="ViT-B/16"), "is PromptedOpenCLIP here"),
+        (dict(type="CLIPImageBackbone"), "PromptedOpenCLIP without prompts"),
+        (dict(type="MyLinearClsHead", num_classes=3), "is LinearClsHead"),
+        (dict(type="PromptedOpenCLIP", arch="ViT-B-16", float16=True), "precision='fp16'"),
+        (dict(type="ProjectionNeck", in_features=2, out_features=2, float16=True), "'float16'"),
+        (dict(type="TextEmbeddingHead", learnable_t=True), "learnable_temperature"),
+        (dict(type="PromptedOpenCLIP", arch="ViT-B/16"), "OpenAI's CLIP is 'ViT-B-16-quickgelu'"),
+    ],
+)
+def test_published_names_and_arguments_are_answered(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        MODELS.build(config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_published_transform_and_balance_are_answered() -> None:
+    with pytest.raises(ValueError, match="CLIPPreprocess of the published code is LoadPatch"):
+        TRANSFORMS.build(dict(type="CLIPPreprocess"))
+    with pytest.raises(ValueError, match=r"patch_balance.*PatchBalancedSampler"):
+        DATASETS.build(dict(type="PatchGastric", ann_file="a.txt", patch_balance=True))
+
+
+def test_images_of_another_size(text_file: Path) -> None:
+    for config in (
+        dict(type="PromptedOpenCLIP", arch=CLIP_ARCH),
+        dict(type="PromptedTimm", model="vit_tiny_patch16_224", model_args=dict(img_size=32)),
+        dict(type="PromptedViT", arch="deit-tiny", img_size=32),
+    ):
+        backbone = MODELS.build(config)
+        height, width = backbone.encoder.image_size
+        for size in ((height, 2 * width), (height + 6, width + 6)):
+            with pytest.raises(ValueError, match=rf"takes images of {height} x {width} px, found"):
+                backbone(torch.zeros(1, 3, *size))
