@@ -23,13 +23,16 @@ from pathlib import Path
 import click
 
 from pallava.skipping import SkipLog
-from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE
 from xtuner_add.modes import Mode
 from xtuner_add.paths import find_config
 
 OUTCOME_VARIABLE = "XTUNER_ADD_OUTCOME"
 """Environment variable naming the file in which a finished training says where
 it recorded the samples it left out."""
+
+DEBUG_VARIABLE = "XTUNER_ADD_DEBUG"
+"""Environment variable that asks a training for tracebacks; set by ``train --debug``."""
 
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -94,7 +97,8 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
 
     Returns:
         0 on success; the child's own code on failure (128 + n if signal n ended it);
-        `EXIT_SKIPPED` if a training finished but left samples out.
+        `EXIT_SKIPPED` if a training finished but skipped samples; `EXIT_USAGE`, with one line
+        that says why, if it cannot start with this config and data.
 
     Raises:
         FileNotFoundError: if the config exists neither as a file nor by name.
@@ -103,12 +107,32 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     if mode.takes_config and arguments and not arguments[0].startswith("-"):
         arguments[0] = str(find_config(arguments[0]))
-    command = build_command(mode, arguments, os.environ)
+    environ = dict(os.environ)
+    if mode.name == "train":
+        if "--debug" in arguments:
+            arguments.remove("--debug")
+            environ[DEBUG_VARIABLE] = "1"
+        if arguments and Path(arguments[0]).is_file() and "-h" not in arguments:
+            # Imported here: help and the other modes need no config parser.
+            from xtuner_add.training_check import TrainingInputError, check_training
+
+            try:
+                check_training(Path(arguments[0]), arguments[1:], environ)
+            except TrainingInputError as error:
+                if DEBUG_VARIABLE in environ:
+                    raise
+                if environ.get("RANK", "0") == "0":
+                    click.echo(f"Error: {error}", err=True)
+                return EXIT_USAGE
+    command = build_command(mode, arguments, environ)
     with tempfile.TemporaryDirectory(prefix="xtuner-add-") as folder:
         outcome = Path(folder, "outcome.json")
-        code = run_child(command, {**child_environ(os.environ), OUTCOME_VARIABLE: str(outcome)})
+        code = run_child(command, {**child_environ(environ), OUTCOME_VARIABLE: str(outcome)})
         if code == 0 and outcome.is_file():
             code = report_skipped_samples(outcome)
+        elif code == EXIT_FAILED and outcome.is_file():
+            # torchrun ends with 1 whatever its processes end with.
+            code = int(json.loads(outcome.read_text(encoding="utf-8")).get("code", code))
     return code
 
 

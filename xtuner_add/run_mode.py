@@ -12,11 +12,13 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from xtuner_add.launch import OUTCOME_VARIABLE
+from pathcore.exit_codes import EXIT_FAILED, EXIT_USAGE
+from xtuner_add.launch import DEBUG_VARIABLE, OUTCOME_VARIABLE
 from xtuner_add.modes import MODES, Mode
 from xtuner_add.paths import own_configs
 
@@ -37,7 +39,11 @@ def main(argv: Sequence[str]) -> None:
     _announce_own_configs()
     sys.argv = [f"xtuner-add {mode.name}", *argv[1:]]
     with configs_fitted_to_machine() if mode.adapts_config else contextlib.nullcontext():
-        _run(mode)
+        if mode.name == "train" and not os.environ.get(DEBUG_VARIABLE):
+            with _errors_in_one_line():
+                _run(mode)
+        else:
+            _run(mode)
     if mode.name == "train":
         _write_outcome()
 
@@ -63,6 +69,38 @@ def configs_fitted_to_machine() -> Iterator[None]:
         yield
     finally:
         Config.fromfile = staticmethod(original)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for errors that a user can mend.
+
+    Exit code 2 if the training had not begun, 1 if it had. Other exceptions keep their traceback.
+    """
+    from pallava.engine.hooks import DivergedError
+
+    try:
+        yield
+    except (ValueError, OSError, TypeError, LookupError, ImportError, AssertionError) as error:
+        code = EXIT_FAILED if _had_begun(error) else EXIT_USAGE
+        named = isinstance(error, ValueError | OSError)
+        text = str(error) if named else f"{type(error).__name__}: {error}"
+        _end(code, f"{text} (run again with --debug for the traceback)", error)
+    except DivergedError as error:
+        _end(EXIT_FAILED, str(error), error)
+
+
+def _end(code: int, text: str, error: BaseException) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Error: {text}", file=sys.stderr, flush=True)
+    if target := os.environ.get(OUTCOME_VARIABLE):
+        Path(target).write_text(json.dumps({"code": code}))
+    raise SystemExit(code) from error
+
+
+def _had_begun(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == "run_iter" for frame, _ in frames)
 
 
 def _announce_own_configs() -> None:

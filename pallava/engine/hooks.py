@@ -55,3 +55,51 @@ class SkippedSamplesHook(Hook):
                 f"{len(skipped)} sample(s) were left out, for instance {skipped[0].file}: "
                 f"{skipped[0].reason}. All of them: {log.path}"
             )
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are NaN or infinite: going on would only spend hours on them."""
+
+
+@HOOKS.register_module()
+class StopOnDivergenceHook(Hook):
+    """Ends a run whose loss or trained weights are NaN or infinite, before they are saved.
+
+    `adapt_config` adds it to every config that `xtuner-add train` reads.
+
+    Raises:
+        DivergedError: Names the iteration and what to try.
+    """
+
+    # Before CheckpointHook (VERY_LOW), so that no checkpoint of such weights is left behind.
+    priority = "LOW"
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: dict[str, Any] | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Checks the losses of one iteration."""
+        del batch_idx, data_batch
+        for name, value in (outputs or {}).items():
+            is_loss = "loss" in name and isinstance(value, torch.Tensor) and value.numel() == 1
+            if is_loss and not torch.isfinite(value):
+                raise DivergedError(self._message(runner, f"{name} is {value.item()}"))
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Checks the trained weights: the step after the last loss may have spoilt them."""
+        del checkpoint
+        for name, parameter in runner.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise DivergedError(self._message(runner, f"{name} holds NaN or infinite values"))
+
+    @staticmethod
+    def _message(runner: Any, what: str) -> str:
+        return (
+            f"training diverged at iteration {runner.iter + 1}: {what}; nothing was saved from it. "
+            "Resume from an earlier checkpoint (--resume), or start again with a lower "
+            "optim_wrapper.optimizer.lr, a longer warm-up or bfloat16; if iteration 1 is affected, "
+            "check model.pretrained_pth and the data"
+        )

@@ -8,11 +8,16 @@ torch and DeepSpeed versions. Nothing here runs at import.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 _ONEBIT = "deepspeed.runtime.fp16.onebit"
 _SINGLE_PROCESS = {
@@ -21,6 +26,21 @@ _SINGLE_PROCESS = {
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
 }
+
+
+_DIVERGENCE_HOOK = "StopOnDivergenceHook"
+
+_without_device: list[bool] = []
+
+
+@contextmanager
+def without_device() -> Iterator[None]:
+    """Lets configs be parsed without starting torch, for checks that need no device."""
+    _without_device.append(True)
+    try:
+        yield
+    finally:
+        _without_device.pop()
 
 
 def choose_runtime() -> dict[str, Any]:
@@ -33,6 +53,8 @@ def choose_runtime() -> dict[str, Any]:
         `optim_wrapper`: type and precision to unpack into the config's own; `backend` for
         `env_cfg.dist_cfg`; `model_wrapper_cfg` for data-parallel runs; `device`.
     """
+    if _without_device:
+        return {"device": "cpu", "backend": "gloo", "optim_wrapper": {}, "model_wrapper_cfg": None}
     import torch
 
     prepare_host()
@@ -78,9 +100,18 @@ def adapt_config(cfg: Any) -> Any:
     optim_wrapper = cfg.get("optim_wrapper")
     if optim_wrapper:
         _keep_learning_rates(optim_wrapper)
+        hooks = list(cfg.get("custom_hooks") or ())
+        if not any(_type_name(hook.get("type")).endswith(_DIVERGENCE_HOOK) for hook in hooks):
+            import pallava.engine.hooks  # noqa: F401  registers the hook
+
+            cfg.custom_hooks = [*hooks, {"type": _DIVERGENCE_HOOK}]
     if torch.cuda.is_available():
         return cfg
     if optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper"):
+        _logger.warning(
+            "no GPU: mixed precision (%s) of the config becomes fp32",
+            optim_wrapper.get("dtype", "float16"),
+        )
         optim_wrapper["type"] = "OptimWrapper"
         for name in ("loss_scale", "dtype", "use_fsdp"):
             optim_wrapper.pop(name, None)

@@ -44,6 +44,11 @@ class Line(BaseModel):
             with open(os.environ["STARTED"], "w") as file:
                 file.write(str(os.getpid()))
             time.sleep(120)
+        self.calls = getattr(self, "calls", 0) + 1
+        if os.environ.get("NAN_AT") == str(self.calls):
+            data = data * float("nan")
+        if os.environ.get("SPOIL_AT") == str(self.calls):
+            self.layer.bias.register_hook(lambda gradient: gradient * float("inf"))
         return {"loss": self.layer(data).square().mean()}
 """
 
@@ -115,6 +120,18 @@ def test_skipped_samples_show_in_the_exit_code(workplace: Workplace) -> None:
     assert (workplace.folder / "work_dirs" / "line" / "iter_4.pth").is_file()
     (log,) = workplace.folder.glob("work_dirs/line/*/skipped_samples.jsonl")
     assert f"Training finished, but 2 samples were skipped: see {log}" in output
+
+
+@pytest.mark.parametrize("how", ["NAN_AT", "SPOIL_AT"])
+def test_a_run_that_diverges_fails_and_leaves_no_checkpoint(workplace: Workplace, how: str) -> None:
+    # SPOIL_AT: the loss of the last step is finite, the step itself ruins the weights.
+    number = "3" if how == "NAN_AT" else "4"
+    code, output = workplace.train("--work-dir", "out", **{how: number})
+    assert code == 1, output
+    line = next(line for line in output.splitlines() if line.startswith("Error: "))
+    assert f"training diverged at iteration {number}" in line and "optimizer.lr" in line
+    assert "Traceback" not in output
+    assert not list((workplace.folder / "out").glob("*.pth"))
 
 
 @pytest.mark.multiproc

@@ -1,0 +1,421 @@
+"""What is wrong with a training before torch, XTuner and DeepSpeed are started.
+
+A start takes half a minute and ends, for a misspelt path, in forty lines of traceback. Everything
+here is read from the config file, folder listings and the first rows of the data. Whatever it does
+not understand (a config for another model, a data set of a third party) it leaves to the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pallava.engine import runtime
+from pallava.rows import check_share, read_rows
+from pallava.text.encoding import check_row, image_files
+from pallava.text.templates import PROMPT_TEMPLATES
+from xtuner_add.launch import LaunchError, Processes
+from xtuner_add.paths import xtuner_dir
+
+_ROWS_CHECKED = 200
+_RUNNER_KEY_NAMES = (
+    "model train_dataloader val_dataloader test_dataloader train_cfg val_cfg test_cfg "
+    "optim_wrapper param_scheduler val_evaluator test_evaluator default_hooks "
+    "custom_hooks data_preprocessor load_from resume launcher env_cfg log_processor "
+    "log_level visualizer default_scope randomness work_dir experiment_name "
+    "model_wrapper_cfg strategy runner_type auto_scale_lr framework tokenizer "
+    "custom_imports sequence_parallel_size "
+)
+_RUNNER_KEYS = frozenset(_RUNNER_KEY_NAMES.split())
+_POSITIVE = ("train_dataloader.batch_size", "optim_wrapper.accumulative_counts")
+_POSITIVE += ("train_cfg.max_epochs", "train_cfg.max_iters", "train_dataloader.dataset.max_length")
+
+
+class TrainingInputError(ValueError):
+    """A training that cannot work, and what to change."""
+
+
+def check_training(
+    config: Path, arguments: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> None:
+    """Checks config, options, paths, first rows, checkpoint and schedule of a training.
+
+    Args:
+        config: The config file.
+        arguments: What follows the config on the command line.
+        environ: Tells how many processes there will be.
+
+    Raises:
+        TrainingInputError: If something is wrong: one line that names the option or field, what
+            was found, what was expected and what to do.
+    """
+    known = _parse(arguments)
+    cfg = _read(config, known.cfg_options or {})
+    _check_arguments(known)
+    _check_numbers(cfg)
+    for where, part in _typed_parts(cfg, ""):
+        _check_names(where, part)
+    model = cfg.get("model")
+    dataset = _at(cfg, "train_dataloader.dataset")
+    if isinstance(model, dict) and "llm" in model:
+        _check_model(model)
+    _check_tokenizer(cfg)
+    rows = _check_dataset(dataset) if isinstance(dataset, dict) else None
+    if rows:
+        _check_schedule(cfg, rows, environ)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(prog="xtuner-add train", add_help=False, allow_abbrev=False)
+    for name in ("--work-dir", "--deepspeed", "--resume", "--seed", "--launcher"):
+        parser.add_argument(name)
+    parser.add_argument("--local_rank", "--local-rank")
+    parser.add_argument("--cfg-options", nargs="+", action=_Options, base=DictAction)
+    return parser.parse_known_args(list(arguments))[0]
+
+
+class _Options(argparse.Action):
+    """MMEngine's `KEY=VALUE` syntax, with an error that shows it."""
+
+    def __init__(self, *args: Any, base: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parse_value = base._parse_iterable
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        options = {}
+        for text in values:
+            key, separator, value = text.partition("=")
+            if not separator or not key:
+                raise TrainingInputError(f"--cfg-options {text!r}: KEY=VALUE expected")
+            options[key] = self._parse_value(value)
+        setattr(namespace, self.dest, options)
+
+
+def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
+    from mmengine.config import Config
+
+    try:
+        with runtime.without_device():
+            cfg = Config.fromfile(str(config))
+    except Exception as error:  # a config is the user's own code and may raise anything
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise TrainingInputError(
+            f"config {config}{line}: cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    top = set(cfg._to_lazy_dict())
+    for key in options:
+        name = key.partition(".")[0]
+        if name not in top and name not in _RUNNER_KEYS:
+            near = difflib.get_close_matches(name, sorted(top | _RUNNER_KEYS), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TrainingInputError(f"--cfg-options {key}: {config.name} has no {name}{hint}")
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
+        raise TrainingInputError(f"--cfg-options: {type(error).__name__}: {error}") from error
+    return cfg._to_lazy_dict()
+
+
+def _check_arguments(known: argparse.Namespace) -> None:
+    if known.resume and not Path(known.resume).exists():
+        raise TrainingInputError(f"--resume {known.resume}: no such checkpoint")
+    if known.work_dir and Path(known.work_dir).exists() and not Path(known.work_dir).is_dir():
+        raise TrainingInputError(f"--work-dir {known.work_dir}: a file, a folder expected")
+    if known.deepspeed and not Path(known.deepspeed).is_file():
+        names = sorted(path.stem for path in (xtuner_dir() / "configs/deepspeed").glob("*.json"))
+        if known.deepspeed not in names:
+            raise TrainingInputError(
+                f"--deepspeed {known.deepspeed}: no such file and none of {', '.join(names)}"
+            )
+
+
+def _check_numbers(cfg: dict[str, Any]) -> None:
+    for path in _POSITIVE:
+        value = _at(cfg, path)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise TrainingInputError(f"{path}: {value!r}; a whole number of 1 or more expected")
+    rate = _at(cfg, "optim_wrapper.optimizer.lr")
+    if rate is not None and not (
+        isinstance(rate, int | float) and rate >= 0 and math.isfinite(rate)
+    ):
+        raise TrainingInputError(f"optim_wrapper.optimizer.lr: {rate!r}; 0 or more expected")
+
+
+def _typed_parts(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(value, dict):
+        if "type" in value:
+            yield where, value
+        for key, item in value.items():
+            yield from _typed_parts(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _typed_parts(item, f"{where}[{index}]")
+
+
+def _check_names(where: str, part: dict[str, Any]) -> None:
+    """Checks the argument names of this project's classes and the names of prompt templates."""
+    template = str(_dotted(part.get("template")))
+    if template.startswith("xtuner.utils.PROMPT_TEMPLATE."):
+        name = template.rpartition(".")[2]
+        if name not in PROMPT_TEMPLATES:
+            near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise TrainingInputError(
+                f"{where}.template: PROMPT_TEMPLATE.{name}: {hint}Known: "
+                f"{', '.join(PROMPT_TEMPLATES)}"
+            )
+    dotted = _dotted(part["type"])
+    if not isinstance(dotted, str) or not dotted.startswith("pallava."):
+        return
+    accepted = _accepted(*dotted.rsplit(".", 1))
+    for name in part:
+        if accepted is not None and name not in accepted and name != "type":
+            near = difflib.get_close_matches(name, sorted(accepted), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise TrainingInputError(
+                f"{where}.{name}: {dotted} has no such argument; {hint}It takes "
+                f"{', '.join(sorted(accepted))}"
+            )
+
+
+def _accepted(module: str, name: str) -> set[str] | None:
+    """Arguments of a class, read from its source, since importing it would start torch."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    arguments = function.args
+                    if arguments.kwarg is not None:
+                        return None
+                    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+                    return {argument.arg for argument in every} - {"self"}
+    return None
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    llm = model["llm"]
+    config = None
+    if isinstance(llm, dict):
+        config = _check_language_model("model.llm", llm.get("pretrained_model_name_or_path"))
+    encoder = model.get("visual_encoder")
+    vision = None
+    if isinstance(encoder, str) and not (":" in encoder and not Path(encoder).exists()):
+        vision = _check_encoder(encoder)
+    pretrained = model.get("pretrained_pth")
+    if pretrained is not None:
+        _check_checkpoint(model, str(pretrained), config, vision)
+
+
+def _check_language_model(where: str, name: Any) -> dict[str, Any] | None:
+    """Returns `config.json` of a local folder; None for a name on the hub."""
+    if not isinstance(name, str):
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.exists()
+        if looks_local or folder.parent.is_dir():
+            raise TrainingInputError(
+                f"{where}: language model {name}: no such folder; set "
+                "pretrained_model_name_or_path to a folder, or to a name on the hub (owner/name)"
+            )
+        return None
+    config = _json_object(folder / "config.json", where)
+    kind = str(config.get("model_type"))
+    if kind in ("clip", "clip_vision_model", "siglip", "bert", "pallava") or (
+        "vision_config" in config
+    ):
+        raise TrainingInputError(
+            f"{where}: {folder} holds a model of the type {kind}, a causal language model expected"
+        )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise TrainingInputError(f"{where}: {folder}: no weights (*.safetensors or *.bin)")
+    return config
+
+
+def _check_encoder(encoder: str) -> dict[str, Any]:
+    folder = Path(encoder)
+    if not folder.is_dir():
+        raise TrainingInputError(
+            f"model.visual_encoder: PLIP folder {encoder}: no such folder; set it to a folder with "
+            "config.json and weights of PLIP or CLIP"
+        )
+    config = _json_object(folder / "config.json", "model.visual_encoder")
+    config = config.get("vision_config") or config
+    if "num_attention_heads" not in config or "image_size" not in config:
+        raise TrainingInputError(
+            f"model.visual_encoder: {folder / 'config.json'} describes a "
+            f"{config.get('model_type')}, a CLIP vision encoder expected"
+        )
+    return dict(config)
+
+
+def _check_checkpoint(
+    model: dict[str, Any],
+    path: str,
+    llm: dict[str, Any] | None,
+    vision: dict[str, Any] | None,
+) -> None:
+    if not Path(path).exists():
+        raise TrainingInputError(f"model.pretrained_pth: {path}: no such checkpoint")
+    from pathcore.weights import CheckpointError, check_finite, read_state_dict
+
+    try:
+        tensors = read_state_dict(path, mmap=Path(path).is_file())
+        check_finite(tensors, path)
+    except CheckpointError as error:
+        raise TrainingInputError(f"model.pretrained_pth: {error}") from error
+    rank = (model.get("llm_lora") or {}).get("r")
+    for name, tensor in tensors.items():
+        if ".lora_A." in name and isinstance(rank, int) and tensor.shape[0] != rank:
+            raise TrainingInputError(
+                f"model.pretrained_pth: {path} holds LoRA of rank {tensor.shape[0]}, "
+                f"model.llm_lora.r is {rank}; set r={tensor.shape[0]} and lora_alpha to the value "
+                "of that training"
+            )
+        # The connector's last layer ends in the language model's width, its cross-attention
+        # begins with the encoder's.
+        for what, config, ending, axis in (
+            ("language model", llm, "projector.model.mlp.0.weight", 0),
+            ("vision encoder", vision, "crossattention.self.key.weight", 1),
+        ):
+            width = (config or {}).get("hidden_size")
+            if width and name.endswith(ending) and tensor.shape[axis] != width:
+                raise TrainingInputError(
+                    f"model.pretrained_pth: {path} belongs to a {what} {tensor.shape[axis]} wide "
+                    f"({name}), the config's is {width} wide"
+                )
+
+
+def _check_tokenizer(cfg: dict[str, Any]) -> None:
+    for where in ("tokenizer", "train_dataloader.dataset.tokenizer"):
+        name = _at(cfg, f"{where}.pretrained_model_name_or_path")
+        if isinstance(name, str) and not Path(name).is_dir() and name.startswith((".", "/", "~")):
+            raise TrainingInputError(f"{where}: {name}: no such folder")
+        folder = Path(name) if isinstance(name, str) else None
+        if folder and folder.is_dir() and not any([*folder.glob("tok*"), *folder.glob("vocab*")]):
+            raise TrainingInputError(f"{where}: {name}: no tokenizer files in this folder")
+
+
+def _check_dataset(dataset: dict[str, Any]) -> int | None:
+    """Checks paths and first rows; returns the number of rows where it is known."""
+    where = "train_dataloader.dataset"
+    images = dataset.get("image_folder")
+    for name in ("image_folder", "features_folder"):
+        folder = dataset.get(name)
+        if isinstance(folder, str) and not Path(folder).is_dir():
+            what = "a file, a folder expected" if Path(folder).exists() else "no such folder"
+            raise TrainingInputError(f"{where}.{name}: {name} {folder}: {what}")
+    processed = dataset.get("offline_processed_text_folder")
+    if isinstance(processed, str):
+        if not (Path(processed) / "dataset_info.json").is_file():
+            raise TrainingInputError(
+                f"{where}.offline_processed_text_folder: {processed}: no folder written by "
+                "`xtuner-add tokenise`"
+            )
+        return None
+    data_path = dataset.get("data_path")
+    if not isinstance(data_path, str) or "pallava." not in str(_dotted(dataset.get("type"))):
+        return None
+    field = "slide" if "features_folder" in dataset else "image"
+    faults: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    total = with_images = 0
+    try:
+        for number, row in itertools.islice(read_rows(data_path), _ROWS_CHECKED):
+            total += 1
+            fault = check_row(row, field) if isinstance(row, Mapping) else f"no object: {row!s:.80}"
+            if fault:
+                faults[str(number)] = f"{data_path}, row {number}: {fault}"
+                continue
+            files = image_files(row, field)
+            with_images += bool(files)
+            if field == "image" and isinstance(images, str):
+                for file in files:
+                    if not (Path(images) / file).is_file():
+                        absent[str(number)] = f"row {number}: {Path(images) / file}"
+        # A few bad rows are skipped by the run; all of the first ones mean a wrong file.
+        check_share(len(faults), total, f"data_path {data_path}", faults, most=1, max_share=0.5)
+        check_share(
+            len(absent), with_images, f"image_folder {images}", absent, most=1, max_share=0.9
+        )
+    except (ValueError, OSError) as error:
+        raise TrainingInputError(f"{where}: {' '.join(str(error).split())}") from error
+    if not total:
+        raise TrainingInputError(f"{where}.data_path: {data_path}: no rows")
+    if total < _ROWS_CHECKED:
+        return total
+    with Path(data_path).open("rb") as lines:
+        return sum(1 for line in lines if line.strip()) if data_path.endswith(".jsonl") else None
+
+
+def _check_schedule(cfg: dict[str, Any], rows: int, environ: Mapping[str, str]) -> None:
+    """Refuses a warm-up of less than two iterations, in which the rate never leaves its start."""
+    batch = _at(cfg, "train_dataloader.batch_size")
+    schedulers = cfg.get("param_scheduler")
+    try:
+        processes = Processes.from_environ(environ)
+    except LaunchError:
+        return  # said by the launcher itself
+    world = processes.nnodes * processes.nproc_per_node
+    if not isinstance(batch, int) or not isinstance(schedulers, list):
+        return
+    steps = math.ceil(rows / (batch * world))
+    for index, scheduler in enumerate(schedulers):
+        if not isinstance(scheduler, dict) or not scheduler.get("convert_to_iter_based"):
+            continue
+        begin, end = scheduler.get("begin", 0), scheduler.get("end")
+        if "LinearLR" not in str(_dotted(scheduler.get("type"))) or not end:
+            continue
+        warmup = int(end * steps) - int(begin * steps)
+        if warmup < 2:
+            needed = math.ceil(200 / steps) / 100
+            raise TrainingInputError(
+                f"param_scheduler[{index}]: the warm-up of {end:g} epochs is {warmup} "
+                f"iteration(s): {rows} rows are {steps} iteration(s) an epoch "
+                f"({world} process(es) x batch {batch}). Below 2 iterations the learning rate "
+                f"stays at its start value; set param_scheduler.{index}.end={needed + begin:g} "
+                f"and param_scheduler.{index + 1}.begin={needed + begin:g}, or a smaller batch"
+            )
+
+
+def _json_object(file: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise TrainingInputError(f"{where}: {file.parent}: no {file.name} in it") from error
+    except (OSError, ValueError) as error:
+        raise TrainingInputError(f"{where}: {file}: no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TrainingInputError(f"{where}: {file}: a JSON object expected")
+    return value
+
+
+def _dotted(value: Any) -> Any:
+    """The dotted name of a lazily imported object of a new-style config; others as they are."""
+    if type(value).__name__ in ("LazyObject", "LazyAttr"):
+        return f"{value._module}.{value}"
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value
+
+
+def _at(cfg: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(cfg, dict):
+            return None
+        cfg = cfg.get(name)
+    return cfg
