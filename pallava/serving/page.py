@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +39,12 @@ _SESSIONS = 64
 _SESSION_S = 3600
 _SWEEP_S = 600
 _THUMBNAIL_PX = 1000
+_ASKED_PX = 160
 _FIRST_REGION_UM = 500.0
+_NO_IMAGE = (
+    "No image is chosen, so the model was not asked. Choose an image, or click on the slide, and "
+    "ask again."
+)
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -48,14 +55,18 @@ class Session:
     Attributes:
         turns: The conversation.
         pixels: The image in front of the visitor, as the model reads it.
+        shown: The same image, small, for the conversation.
         is_new: No question showed it to the model yet.
         centre: Of the region on the slide, as fractions.
+        unit: In which the side of a region is given.
     """
 
     turns: list[Turn] = field(default_factory=list)
     pixels: Tensor | None = None
+    shown: Image.Image | None = None
     is_new: bool = False
     centre: tuple[float, float] = (0.5, 0.5)
+    unit: Literal["µm", "px"] = "µm"
 
 
 def mount_page(service: ModelService, slides: SlideSource | None, max_pixels: int) -> FastAPI:
@@ -240,7 +251,9 @@ class Page:
         slide = [parts["slide"], parts["about"]]
         names = self.slides.names
         blocks.load(lambda: gr.Dropdown(choices=names()), None, name, **_QUIET)
-        name.input(self.take_slide, name, [*slide, size], **_QUIET)
+        name.input(
+            self.take_slide, [name, session], [*slide, size, parts["upload"], *outputs], **_QUIET
+        )
         inputs = [name, size, session]
         parts["slide"].select(self.take_click, inputs, [*slide, *outputs], **_QUIET)
         size.submit(self.take_region, inputs, [*slide, *outputs], **_QUIET)
@@ -260,16 +273,24 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
         return await self._show(image, session)
 
-    async def take_slide(self, name: str | None) -> list[Any]:
-        """Shows a slide from the listing."""
+    async def take_slide(self, name: str | None, session: Session | None) -> list[Any]:
+        """Shows a slide from the listing, and puts the image away that was asked about before.
+
+        Otherwise a question about the slide would go to that image until a region is chosen.
+        """
+        session = session or Session()
         if name is None:
-            return [None, "", gr.skip()]
+            return [None, "", gr.skip(), None, *_put_away(session)]
         info, thumbnail = await self._slide(name)
-        if info.mpp is None:
+        size: Any = gr.skip()  # a size that the visitor chose stays while it means the same
+        unit: Literal["µm", "px"] = "px" if info.mpp is None else "µm"
+        if unit == "px":
             side = float(max(1, min(info.width_px, info.height_px) // 4))
-            return [thumbnail, about(info), gr.Number(side, label="Side of the region (px)")]
-        size = gr.Number(_FIRST_REGION_UM, label="Side of the region (µm)")
-        return [thumbnail, about(info), size]
+            size = gr.Number(side, label="Side of the region (px)")
+        elif session.unit != unit:
+            size = gr.Number(_FIRST_REGION_UM, label="Side of the region (µm)")
+        session.unit = unit
+        return [thumbnail, about(info), size, None, *_put_away(session)]
 
     async def take_click(
         self, name: str | None, size: float | None, session: Session | None, event: gr.SelectData
@@ -320,6 +341,8 @@ class Page:
         anyres = assistant.anyres
         pixels = await asyncio.to_thread(assistant.pixel_values, image)
         session.pixels, session.is_new = pixels, True
+        session.shown = image.copy()
+        session.shown.thumbnail((_ASKED_PX, _ASKED_PX))
         cut = await asyncio.to_thread(cut_picture, image, anyres)
         tiles = tile_pictures(pixels, anyres)
         captions = ["thumbnail", *(f"sub-image {number}" for number in range(1, len(tiles)))]
@@ -351,10 +374,16 @@ class Page:
         question = question.strip()
         if not question:
             return
-        images = (session.pixels,) if session.pixels is not None and session.is_new else ()
+        if session.pixels is None or session.shown is None:
+            refusal = {"role": "assistant", "content": _NO_IMAGE}
+            yield [*history, {"role": "user", "content": question}, refusal], session
+            return
+        images = (session.pixels,) if session.is_new else ()
         earlier = session.turns
         turns = [*earlier, Turn("user", question, images)]
-        history = [*history, {"role": "user", "content": question}]
+        # The image stands beside every question: what is chosen may change between two of them.
+        asked = {"path": _saved(session.shown), "alt_text": "The image that is asked about"}
+        history = [*history, {"role": "user", "content": [asked, question]}]
         try:
             sampling = Sampling(int(length), float(temperature), seed=int(seed or 0))
             answers = self.service.ask(turns, sampling)
@@ -377,6 +406,15 @@ class Page:
             yield [*history, {"role": "assistant", "content": "(no answer)"}], session
 
 
+def _saved(image: Image.Image) -> str:
+    """Writes a picture where Gradio serves files from and old ones are deleted."""
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"asked-{secrets.token_hex(8)}.png"
+    image.save(path)
+    return str(path)
+
+
 def _start_over(session: Session | None) -> tuple[list[Any], Session]:
     session = session or Session()
     session.turns, session.is_new = [], session.pixels is not None
@@ -385,5 +423,5 @@ def _start_over(session: Session | None) -> tuple[list[Any], Session]:
 
 def _put_away(session: Session | None) -> list[Any]:
     session = session or Session()
-    session.pixels, session.is_new = None, False
+    session.pixels, session.shown, session.is_new = None, None, False
     return [session, None, None, None, ""]

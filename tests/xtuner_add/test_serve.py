@@ -139,7 +139,7 @@ def test_a_data_url_in_a_message_is_not_written(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "link.png", "tissue.tiff/../x"])
 def test_a_slide_is_looked_up_in_the_listing(server: Server, name: str) -> None:
-    assert join(server, functions(server)["take_slide"], [name]).status_code in (200, 422)
+    assert join(server, functions(server)["take_slide"], [name, None]).status_code in (200, 422)
     assert not events(server)[-1]["success"]
 
 
@@ -343,6 +343,28 @@ def test_an_image_is_dropped_asked_about_and_answered(page: Any, assistant: Assi
     page.click("#fresh")  # while the second answer is coming
     page.wait_for_function("!document.querySelector('#chat [data-testid=bot]')")
     ask(page, "Is fibrosis shown?", 1, expected)  # a new conversation keeps the image
+    assert page.locator("#chat [data-testid=user] img").count() == 1
+
+
+@pytest.mark.slow
+def test_a_slide_that_is_chosen_but_not_clicked_is_not_asked_about(page: Any) -> None:
+    page.set_input_files("#picture input[type=file]", str(PICTURE))
+    page.wait_for_selector("#cut img")
+    page.get_by_role("tab", name="Region of a slide").click()
+    page.click("#slide-name input")
+    page.get_by_role("option", name="tissue.tiff").click()
+    page.wait_for_selector("#slide img")
+    page.wait_for_function("!document.querySelector('#cut img')")
+    ask(page, "What is shown in this slide?", 1)
+    assert "No image is chosen" in page.locator("#chat [data-testid=bot]").first.inner_text()
+    assert page.locator("#chat [data-testid=user] img").count() == 0
+    box = page.locator("#slide img").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5)
+    page.wait_for_selector("#attention img")
+    ask(page, "And here?", 2)
+    page.wait_for_selector("#chat [data-testid=user] img")
+    red, green, blue = mean_colour(page, "#chat [data-testid=user] img")[2:]
+    assert abs(red - 192) < 25 and abs(green - 128) < 25 and abs(blue - 63) < 25
 
 
 @pytest.mark.slow
