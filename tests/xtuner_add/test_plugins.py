@@ -1,7 +1,8 @@
-"""A stranger's package, really installed, adds an encoder, a connector and a sub-command."""
+"""A stranger's package, really installed, adds parts, data and a sub-command."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "plugin_package"
 
@@ -123,3 +125,27 @@ def test_listing_fails_when_a_plugin_is_broken(environ: dict[str, str], tmp_path
     assert result.returncode == 1
     assert "not loaded: lame_parts (not_there): ModuleNotFoundError" in result.stderr
     assert "acme_mean" in result.stdout
+
+
+def test_datasets_and_evaluation_sets_are_used_by_name(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "cases.csv").write_text("file,finding\n1.png,Normal mucosa.\n")
+    converted = run(
+        environ, *CLI, "convert-dataset", "acme-cases", str(tmp_path / "cases.csv"),
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert converted.returncode == 0, converted.stderr
+    row = json.loads((tmp_path / "out" / "pairs.jsonl").read_text())
+    assert (row["caption"], row["source"]) == ("Normal mucosa.", "acme cases")
+
+    question = {"question": "Is it normal?", "image": "1.png", "answer": "yes"}
+    (tmp_path / "test.json").write_text(json.dumps({"a": {**question, "answer_type": "yes/no"}}))
+    (tmp_path / "answers.json").write_text(json.dumps([{"question_id": "a", "answer": "Yes."}]))
+    scored = run(
+        environ, *CLI, "score", "acme-vqa", "--data-path", str(tmp_path / "test.json"),
+        "--answers", str(tmp_path / "answers.json"), "--work-dir", str(tmp_path / "scores"),
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    assert "# acme-vqa" in scored.stdout and "100.00" in scored.stdout
