@@ -29,6 +29,8 @@ class _OpenSlide:
     slide: Slide
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_users: int = 0
+    thumbnails: dict[int, Image.Image] = field(default_factory=dict)
+    """By longer side. A slide of a single level is read whole for it, and every click needs it."""
 
 
 class SlideFolder:
@@ -60,14 +62,20 @@ class SlideFolder:
     def info(self, name: str) -> SlideInfo:
         """Returns size and resolution of a slide."""
 
-        def read(slide: Slide) -> SlideInfo:
+        def read(slide: Slide, _: object) -> SlideInfo:
             return SlideInfo(name, *slide.dimensions, slide.known_mpp)
 
         return self._use(name, read)
 
     def thumbnail(self, name: str, max_side_px: int) -> Image.Image:
         """Returns the whole slide as RGB, with a longer side of at most `max_side_px`."""
-        return self._use(name, lambda slide: slide.thumbnail(max_side_px))
+
+        def read(slide: Slide, kept: dict[int, Image.Image]) -> Image.Image:
+            if max_side_px not in kept:
+                kept[max_side_px] = slide.thumbnail(max_side_px)
+            return kept[max_side_px].copy()
+
+        return self._use(name, read)
 
     def region(
         self, name: str, left_level0: int, top_level0: int, side_level0: int, max_side_px: int
@@ -80,7 +88,7 @@ class SlideFolder:
         """
         side_px = min(side_level0, max_side_px)
 
-        def read(slide: Slide) -> Image.Image:
+        def read(slide: Slide, _: object) -> Image.Image:
             scale = side_level0 / side_px
             fitting = [own for own in slide.level_downsamples if own <= scale]
             read_px = round(side_level0 / max(fitting, default=1.0))
@@ -114,7 +122,7 @@ class SlideFolder:
         for path in unused[: max(0, len(self._open) - _KEPT_OPEN)]:
             self._open.pop(path).slide.close()
 
-    def _use(self, name: str, read: Callable[[Slide], _Result]) -> _Result:
+    def _use(self, name: str, read: Callable[[Slide, dict[int, Image.Image]], _Result]) -> _Result:
         """Reads from a slide while no other thread does."""
         if name not in self._paths:
             self.names()
@@ -130,7 +138,7 @@ class SlideFolder:
                 opened.num_users += 1
             try:
                 with opened.lock:
-                    return read(opened.slide)
+                    return read(opened.slide, opened.thumbnails)
             finally:
                 with self._lock:
                     opened.num_users -= 1

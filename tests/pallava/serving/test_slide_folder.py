@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from pallava.serving.slide_folder import SlideFolder
@@ -32,6 +34,44 @@ def test_size_and_resolution_are_read(slides: SlideFolder) -> None:
 def test_a_thumbnail_is_the_whole_slide(slides: SlideFolder) -> None:
     assert slides.thumbnail("tissue.tiff", 256).size == (256, 128)
     assert slides.thumbnail("photo.png", 256).size == (171, 256)
+
+
+def test_a_slide_of_one_level_is_never_in_memory_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 6000
+    tile = np.full((512, 512, 3), 200, np.uint8)
+    tifffile.imwrite(
+        tmp_path / "flat.tiff", (tile for _ in range(12 * 12)), shape=(side, side, 3),
+        dtype=np.uint8, tile=(512, 512), compression="jpeg", photometric="rgb",
+    )  # fmt: skip
+    monkeypatch.setattr("wsi.reader._BAND_PX", 1 << 20)
+    slides = SlideFolder(tmp_path)
+    tracemalloc.start()
+    try:
+        found = slides.thumbnail("flat.tiff", 500)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.size == (500, 500)
+    assert abs(int(np.asarray(found).mean()) - 200) < 3
+    assert peak < side * side * 3 / 4
+    # Every click on the slide needs the picture again; it is read once.
+    monkeypatch.setattr("wsi.reader.Slide.overview", None)
+    assert slides.thumbnail("flat.tiff", 500).tobytes() == found.tobytes()
+    with pytest.raises(ValueError, match="choose a smaller region"):
+        SlideFolder(make_flat(tmp_path / "large")).region("large.tiff", 0, 0, 9000, 2048)
+
+
+def make_flat(folder: Path, side: int = 9000) -> Path:
+    folder.mkdir()
+    tile = np.full((1024, 1024, 3), 200, np.uint8)
+    count = -(-side // 1024)
+    tifffile.imwrite(
+        folder / "large.tiff", (tile for _ in range(count * count)), shape=(side, side, 3),
+        dtype=np.uint8, tile=(1024, 1024), compression="jpeg", photometric="rgb",
+    )  # fmt: skip
+    return folder
 
 
 @pytest.mark.parametrize("name", ["tissue.tiff", "photo.png"])
