@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -74,6 +77,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         use_activation_checkpointing: bool = True,
         max_position_embeddings: int | None = None,
     ) -> None:
+        _warn_of_plain_xtuner()
         prepare_host()  # published configs name nothing of ours that would run earlier
         super().__init__()
         self.freeze_llm = freeze_llm
@@ -223,6 +227,18 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         check_names(expected, pretrained, what="trained part of the model", source=source)
         self.load_state_dict(dict(pretrained), strict=False)
         print_log(f"Loaded {len(expected)} tensors from {source}", "current")
+
+
+def _warn_of_plain_xtuner() -> None:
+    """Says in one line what MMEngine's assertion about AmpOptimWrapper on a CPU will not say."""
+    plain = Path(sys.argv[0]).parts[-3:] == ("xtuner", "tools", "train.py")
+    if plain and not torch.cuda.is_available():
+        print_log(
+            "no GPU: plain `xtuner train` stops at AmpOptimWrapper on a CPU; `xtuner-add train` "
+            "with the same arguments trains in fp32",
+            "current",
+            logging.WARNING,
+        )
 
 
 def build_encoder(value: Any) -> nn.Module:

@@ -63,6 +63,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         super().__init__()
         self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
         self._index: Any = None
+        self._undecodable: set[str] = set()
+        self._next_check = 1
         if offline_processed_text_folder is not None:
             if data_path is not None:
                 print_log(
@@ -72,6 +74,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     level=logging.WARNING,
                 )
             self.text_data = load_processed_text(offline_processed_text_folder)
+            self._num_skipped_at_start = len(self.skip_log.read())
             return
         if data_path is None or tokenizer is None:
             raise ValueError(
@@ -89,6 +92,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             skip_log=self.skip_log,
             image_field=image_field,
         )
+        self._num_skipped_at_start = len(self.skip_log.read())
 
     def __len__(self) -> int:
         """Number of usable rows."""
@@ -109,15 +113,34 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         for step in range(min(_REPLACEMENTS, len(self))):
             row = self.text_data[(index + step) % len(self)]
             try:
-                return {
-                    "input_ids": row["input_ids"],
-                    "labels": row["labels"],
-                    "pixel_values": [self.read_image(name) for name in _used_files(row)],
-                }
+                images = [self.read_image(name) for name in _used_files(row)]
             except ImageError as found:
                 error = found
                 self._record(row, str(found))
+                self._undecodable.add(f"{row.get('id', '')} {row.get('image')}")
+                continue
+            if error is not None:
+                self._check_undecodable(error)
+            return {
+                "input_ids": row["input_ids"],
+                "labels": row["labels"],
+                "pixel_values": images,
+            }
         raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
+
+    def _check_undecodable(self, error: ImageError) -> None:
+        """Holds the limit of a tenth for images whose header is sound but which cannot be decoded.
+
+        Data-loader workers and ranks each see a part of the rows; their common skip log tells how
+        many failed in all. It is read when the number of own failures has doubled: reading it each
+        time would cost the square of a long list.
+        """
+        number = len(self._undecodable)
+        if number < self._next_check:
+            return
+        self._next_check = 2 * number
+        bad = max(number, len(self.skip_log.read()) - self._num_skipped_at_start)
+        check_share(bad, len(self), "images that cannot be decoded", {"": str(error)})
 
     @property
     def modality_length(self) -> list[int]:
@@ -177,6 +200,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             else:
                 keep.append(index)
         check_share(total - len(keep), total, f"images in {folder}", bad)
+        # Judged; what is recorded from here on failed in decoding.
+        self._num_skipped_at_start = len(self.skip_log.read())
         self.text_data = self.text_data.select(keep)
 
     def _files_of_rows(self) -> Iterator[list[str]]:

@@ -262,6 +262,30 @@ def test_a_truncated_image_is_found_when_it_is_read(folder: Folder) -> None:
     assert "cannot be decoded" in folder.skipped()["1"]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_more_than_a_tenth_of_undecodable_images_stops_the_run(
+    folder: Folder, num_workers: int
+) -> None:
+    rows = folder.add_images(24)
+    for index in range(0, 24, 2):
+        break_file(folder.images / f"{index}.png", "truncated")
+    dataset = folder.dataset(rows)
+    assert len(dataset) == 24  # the headers are whole
+    loader = DataLoader(dataset, 4, collate_fn=default_collate_fn, num_workers=num_workers)
+    with pytest.raises(ValueError, match="of 24 rows cannot be used, more than a tenth"):
+        list(loader)
+
+
+def test_two_undecodable_images_of_twenty_four_do_not(folder: Folder) -> None:
+    rows = folder.add_images(24)
+    for index in (3, 9):
+        break_file(folder.images / f"{index}.png", "truncated")
+    dataset = folder.dataset(rows)
+    for _ in range(2):  # an image that fails in every epoch is one image
+        assert len([dataset[index] for index in range(24)]) == 24
+    assert set(folder.skipped()) == {"3", "9"}
+
+
 def test_when_the_storage_is_gone_the_run_stops(folder: Folder) -> None:
     dataset = folder.dataset(folder.add_images(20))
     for path in folder.images.iterdir():
