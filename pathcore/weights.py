@@ -122,7 +122,7 @@ def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> Stat
         return _read_folder(path, mmap)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file or folder")
-    container = _recognise(path)
+    container = recognise_container(path)
     if container == "safetensors":
         return _read_safetensors(path)
     if container == "torchscript":
@@ -144,7 +144,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         CheckpointError: If it is no such file, or holds objects that are not allowed.
     """
     path = Path(path)
-    return _torch_load(path, mmap=_recognise(path) == "zip")
+    return _torch_load(path, mmap=recognise_container(path) == "zip")
 
 
 def write_state_dict(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
@@ -428,7 +428,7 @@ def _read_shards(index: Path, mmap: bool) -> StateDict:
     return state_dict
 
 
-def _recognise(file: Path) -> str:
+def recognise_container(file: Path) -> str:
     """Returns what a file is: by its content, not by its suffix.
 
     One of `safetensors`, `zip`, `deflated` (a zip with compression), `torchscript` and `pickle`

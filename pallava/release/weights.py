@@ -28,6 +28,7 @@ from pathcore.weights import (
     check_plain,
     read_shard_index,
     read_state_dict,
+    recognise_container,
 )
 
 DTYPES: dict[str, torch.dtype] = {
@@ -96,6 +97,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        recognise_container(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
         try:
             # The library refuses headers that are damaged or made to mislead: overlapping or
@@ -154,6 +156,12 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_bytes = 0
+        if recognise_container(path) == "deflated":
+            # It could be read, but only as a whole, and transformers cannot read it at all.
+            raise CheckpointError(
+                f"{path}: the tensors are compressed, as zip programs do and PyTorch never does; "
+                "write the file again: torch.save(torch.load(FILE, weights_only=True), FILE)"
+            )
         self._mapped = read_state_dict(path, mmap=True)
         self._lock = Lock()  # several shards may be made of one file
         self.tensors = {

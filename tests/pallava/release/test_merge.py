@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pallava.folder_build import read_manifest
 from pallava.release import merge as merging
 from pallava.release.adapters import AdapterError
 from pallava.release.merge import Merger, OutputTensor, merge
+from pallava.release.weights import SafetensorsFile
 from pathcore.files import sha256_of
 from pathcore.weights import CheckpointError
 from tests.pallava.release.models import load, merged_by_peft, save_adapter, save_llama
@@ -223,7 +226,9 @@ def as_bin(folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
         file.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def test_tied_embeddings_stay_tied_unless_one_side_changed(tmp_path: Path) -> None:
@@ -307,21 +312,31 @@ def test_one_bad_shard_stops_the_others(
     assert len(begun) < len(read(base))
 
 
+DAMAGED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"r": 16}, "says 16"),
+    "ia3": ({"peft_type": "IA3"}, "only LoRA"),
+    "alora": ({"alora_invocation_tokens": [1]}, "cannot be merged"),
+    "regex": ({"rank_pattern": {"q_proj(": 2}}, "no regular expression"),
+    "pattern_list": ({"rank_pattern": ["q_proj"]}, "names of modules with numbers expected"),
+    "pattern_text": ({"alpha_pattern": {"q_proj": "eight"}}, "'eight'; a number expected"),
+}
+
+
 def broken(kind: str, base: Path, adapter: Path) -> str:
     """Damages a folder; returns what the error must say."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     first = next(name for name in tensors if "lora_A" in name)
-    if kind == "nan":
+    if kind in DAMAGED_CONFIGS:
+        changes, message = DAMAGED_CONFIGS[kind]
+        config |= changes
+    elif kind == "nan":
         tensors[first][0, 0] = math.nan
         message = "infinities or NaN"
     elif kind == "half":
         del tensors[first]
         message = "lacks"
-    elif kind == "rank":
-        config["r"] = 16
-        message = "says 16"
     elif kind == "other_base":
         tensors = {name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}
         message = "right base model"
@@ -331,15 +346,20 @@ def broken(kind: str, base: Path, adapter: Path) -> str:
     elif kind == "overflow":
         tensors[first] *= 1e38
         message = "cannot hold"
-    elif kind == "ia3":
-        config["peft_type"] = "IA3"
-        message = "only LoRA"
-    elif kind == "alora":
-        config["alora_invocation_tokens"] = [1]
-        message = "cannot be merged"
     elif kind == "training_names":
         tensors = {n.replace(".weight", ".default.weight"): t for n, t in tensors.items()}
         message = "pth-to-hf"
+    elif kind == "int8":
+        tensors = {n: t.to(torch.int8) for n, t in tensors.items()}
+        message = "stored as torch.int8"
+    elif kind == "fp8":
+        tensors = {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}
+        message = "stored as torch.float8_e4m3fn"
+    elif kind == "fp8_base":
+        for shard in base.glob("*.safetensors"):
+            eighth = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(shard).items()}
+            save_file(eighth, shard, metadata={"format": "pt"})
+        message = "quantised"
     else:
         (base / "config.json").write_text(
             json.dumps(
@@ -353,7 +373,7 @@ def broken(kind: str, base: Path, adapter: Path) -> str:
 
 
 BREAKAGES = ["nan", "half", "rank", "other_base", "width", "overflow", "ia3", "alora", "quantised"]
-BREAKAGES += ["training_names"]
+BREAKAGES += ["training_names", "regex", "pattern_list", "pattern_text", "int8", "fp8", "fp8_base"]
 
 
 @pytest.mark.parametrize("kind", BREAKAGES)
@@ -373,6 +393,105 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="no safetensors file"):
             merge(base, [], tmp_path / "out", progress=False)
+
+
+def safetensors_bytes(header: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+F32 = {"dtype": "F32", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [4, 12]}},
+        {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [0, 8]}},
+        {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [12, 20]}},
+        {"a": F32 | {"data_offsets": [0.0, 8.0]}, "b": F32 | {"data_offsets": [8, 16]}},
+        {"a": F32 | {"data_offsets": [0, 8], "shape": "2"}, "b": F32 | {"data_offsets": [8, 16]}},
+        {"a": F32 | {"data_offsets": [0, 8], "shape": [2**62, 8]}},
+        {"a": F32 | {"data_offsets": [0, 8]}},
+    ],
+    ids=["overlap", "alias", "gap", "floats", "text", "huge", "trailing"],
+)
+def test_what_the_safetensors_library_refuses_is_refused(
+    header: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(safetensors_bytes(header, bytes(20)))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no safetensors file"):
+        SafetensorsFile(file)
+
+
+def test_deeply_nested_json(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    deep = "[" * 200_000
+    (base / "model.safetensors.index.json").unlink()
+    (base / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        merge(base, [adapter], tmp_path / "out", progress=False)
+    (adapter / "adapter_config.json").write_text(deep)
+    with pytest.raises(CheckpointError, match="no adapter config"):
+        merge(save_llama(tmp_path / "other"), [adapter], tmp_path / "out", progress=False)
+    (base / "config.json").write_text(deep)
+    with pytest.raises(CheckpointError, match=r"config\.json: no JSON"):
+        merge(base, [adapter], tmp_path / "out", progress=False)
+
+
+def test_a_compressed_bin_is_refused(tmp_path: Path) -> None:
+    """torch maps compressed tensors, too, and returns the compressed bytes as their values."""
+    base = save_llama(tmp_path / "base")
+    as_bin(base)
+    for file in base.glob("*.bin"):
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry: archive.read(entry) for entry in archive.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"\.bin: the tensors are compressed"):
+        merge(base, [], tmp_path / "out", one_tensor_per_shard=True, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_none_are_named(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", max_shard_size="1GB")
+    file = base / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        merge(base, [], tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_through_a_link_the_folder_itself_is_written(dangling: bool, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    target = tmp_path / "disk" / "model"
+    if not dangling:
+        target.mkdir(parents=True)
+    (tmp_path / "out").symlink_to(target)
+    merge(base, [], tmp_path / "out", progress=False)
+    assert_equal(read(target), read(base))
+    assert (tmp_path / "out").is_symlink() and not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_kill_before_the_renaming_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_llama(tmp_path / "base")
+    replace = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target) == tmp_path / "out":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [], tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not list(tmp_path.glob("**/.lock"))
 
 
 def test_shards_outside_the_folder(tmp_path: Path) -> None:
