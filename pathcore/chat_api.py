@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -62,7 +65,7 @@ def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
     Raises:
         ValueError: If the address or the key in the environment cannot be used.
     """
-    from openai import OpenAI  # takes a second
+    from openai import DefaultHttpxClient, OpenAI  # takes a second
 
     shown_endpoint(base_url)
     key, parts = api_key(), urlsplit(base_url)
@@ -71,9 +74,49 @@ def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
     if "api-version" in query:
         options["default_headers"] = {"api-key": key}
     address = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
-    return OpenAI(
-        base_url=address, api_key=key, timeout=timeout_s, max_retries=max_retries, **options
+    http_client = DefaultHttpxClient(
+        timeout=timeout_s, event_hooks={"response": [_limit_body(timeout_s)]}
     )
+    return OpenAI(
+        base_url=address,
+        api_key=key,
+        timeout=timeout_s,
+        max_retries=max_retries,
+        http_client=http_client,
+        **options,
+    )
+
+
+def _limit_body(timeout_s: float) -> Callable[[Any], None]:
+    """Returns a hook that limits the time in which the body of a response must arrive.
+
+    httpx limits the time between two pieces, so that a server which sends a blank now and then
+    holds a request for ever.
+    """
+    from openai import DefaultHttpxClient  # takes a second
+
+    # The client library that this version of openai stands on: httpx, or a fork of it.
+    httpx: Any = importlib.import_module(DefaultHttpxClient.__mro__[1].__module__.split(".")[0])
+
+    class Limited(httpx.SyncByteStream):  # type: ignore[misc]
+        def __init__(self, response: Any) -> None:
+            self.stream: Any = response.stream
+            self.request = response.request
+            self.deadline = time.monotonic() + timeout_s
+
+        def __iter__(self) -> Iterator[bytes]:
+            for piece in self.stream:
+                if time.monotonic() > self.deadline:
+                    raise httpx.ReadTimeout("the reply takes too long", request=self.request)
+                yield piece
+
+        def close(self) -> None:
+            self.stream.close()
+
+    def limit(response: Any) -> None:
+        response.stream = Limited(response)
+
+    return limit
 
 
 def is_filtered(error: Exception) -> bool:

@@ -60,6 +60,16 @@ def test_addresses_of_azure_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
             shown_endpoint(bad)
 
 
+def test_a_reply_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with running_server() as server:
+        client = open_client(server.url, timeout_s=0.5, max_retries=0)
+        message: Any = {"role": "user", "content": "[drip] case 1"}
+        with pytest.raises(openai.APITimeoutError):
+            client.chat.completions.create(model="m", messages=[message])
+        client.close()
+
+
 def test_what_refusals_mean() -> None:
     assert is_filtered(ValueError("The response was filtered: content_filter"))
     assert not is_filtered(ValueError("Unsupported parameter: 'temperature'"))

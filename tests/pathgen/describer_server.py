@@ -100,6 +100,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif mood == "filter400":
             error = {"message": "The response was filtered", "code": "content_filter"}
             self._send(400, {"error": error})
+        elif mood == "drip":  # one blank at a time, for six seconds
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(60):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+            self.close_connection = True
         elif mood == "brokenjson":
             self._send_bytes(200, b'{"choices": [', "application/json")
         elif mood == "html":
