@@ -255,7 +255,8 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = raw.decode("utf-8").strip()
+                # Excel and Notepad begin UTF-8 files with a byte order mark.
+                line = raw.decode("utf-8").lstrip("\ufeff").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: no UTF-8 text") from error
             if line:

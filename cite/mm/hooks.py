@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from cite.mm.samplers import DrawSampler
+from cite.text_scores import TextScores
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import write_text
 from pathcore.weights import CheckpointError, shorten
@@ -188,6 +189,57 @@ class CheckpointFitsHook(Hook):
             raise CheckpointError(
                 f"{runner._load_from} is not a checkpoint of this config: {_shorten_lines(error)}"
             ) from error
+
+
+@HOOKS.register_module()
+class ClassesAgreeHook(Hook):
+    """Stops if head and data have different classes: labels would be compared with other texts."""
+
+    def before_train(self, runner: Any) -> None:
+        """Checks the training data, and warns of slides that also validate."""
+        _check_classes(runner, runner.train_loop.dataloader.dataset)
+        if runner._val_loop is not None:
+            shared = _slides(runner.train_loop.dataloader.dataset) & _slides(
+                runner.val_loop.dataloader.dataset
+            )
+            if shared:
+                runner.logger.warning(
+                    f"{len(shared)} slide(s) both train and validate, for instance {min(shared)}: "
+                    "validation scores will be too high"
+                )
+
+    def before_val(self, runner: Any) -> None:
+        """Checks the validation data."""
+        _check_classes(runner, runner.val_loop.dataloader.dataset)
+
+    def before_test(self, runner: Any) -> None:
+        """Checks the test data."""
+        _check_classes(runner, runner.test_loop.dataloader.dataset)
+
+
+def _check_classes(runner: Any, dataset: Any) -> None:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    head, classes = getattr(model, "head", None), list(dataset.metainfo.get("classes") or ())
+    named = list(head.classes) if isinstance(head, TextScores) else None
+    count = len(named) if named is not None else getattr(head, "num_classes", None)
+    if not classes or count is None:
+        return
+    source = getattr(dataset, "ann_file", type(dataset).__name__)
+    if count != len(classes):
+        raise ValueError(
+            f"{source}: {len(classes)} classes ({', '.join(classes)}), but the head has {count}"
+        )
+    if named is not None and named != classes and set(named) == set(classes):
+        raise ValueError(
+            f"{source}: classes in the order {', '.join(classes)}, but the head has "
+            f"{', '.join(named)}; use the same order in both"
+        )
+
+
+def _slides(dataset: Any) -> set[str]:
+    if len(dataset) == 0 or "slide" not in dataset.get_data_info(0):
+        return set()
+    return {dataset.get_data_info(index)["slide"] for index in range(len(dataset))}
 
 
 def _shorten_lines(error: Exception) -> str:

@@ -34,6 +34,10 @@ def test_lines_become_samples(tmp_path: Path) -> None:
     assert first["slide"] == "A 1"
     assert [dataset.get_data_info(i)["ann_line"] for i in range(3)] == [1, 2, 4]
     assert dataset[1]["draw"] is None
+    annotations = (tmp_path / "ann.txt").read_bytes()
+    (tmp_path / "ann.txt").write_bytes(b"\xef\xbb\xbf" + annotations)  # as Notepad saves it
+    again = PatchGastric(data_root=str(tmp_path), ann_file="ann.txt", data_prefix="patches")
+    assert again.get_data_info(0)["img_path"] == first["img_path"]
 
 
 def test_any_folder_of_patches_with_classes_of_its_own(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader
 
 from cite.mm.hooks import (
     CheckpointFitsHook,
+    ClassesAgreeHook,
     MissingPatchesHook,
     PortableCheckpointHook,
     ResumeDataHook,
     ZeroShotHook,
 )
 from cite.mm.samplers import ShuffledPatchSampler
+from cite.text_embeddings import TextEmbeddings
+from cite.text_scores import TextScores
 from pathcore.weights import CheckpointError
 
 
@@ -149,3 +152,49 @@ def test_no_checkpoint_is_for_models_without_training() -> None:
     model.requires_grad_(False)
     ZeroShotHook().before_run(run)
     assert run._load_from is None
+
+
+class Listed:
+    """Patches of slides with class names, as a data set gives them to a hook."""
+
+    ann_file = "val.txt"
+
+    def __init__(self, classes: str, slides: str = "") -> None:
+        self.metainfo, self.slides = {"classes": list(classes)}, slides
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        return {"slide": self.slides[index]}
+
+
+def run_over(head: Any, train: Listed, val: Listed) -> Any:
+    def loop(data: Listed) -> Any:
+        return SimpleNamespace(dataloader=SimpleNamespace(dataset=data))
+
+    model = torch.nn.Module()
+    model.head = head
+    return SimpleNamespace(
+        model=model, train_loop=loop(train), val_loop=loop(val), _val_loop=True,
+        test_loop=loop(val), logger=logging.getLogger("cite"),
+    )  # fmt: skip
+
+
+def test_classes_of_head_and_data_agree(caplog: pytest.LogCaptureFixture) -> None:
+    texts = TextEmbeddings(torch.eye(3), torch.arange(3), tuple("abc"), tuple("abc"))
+    hook, head = ClassesAgreeHook(), TextScores(texts)
+    with caplog.at_level(logging.WARNING):
+        hook.before_train(run_over(head, Listed("abc", "pqq"), Listed("abc", "rs")))
+        assert not caplog.records
+        hook.before_train(run_over(head, Listed("abc", "pqq"), Listed("abc", "rq")))
+    assert "1 slide(s) both train and validate, for instance q" in caplog.text
+    hook.before_test(run_over(head, Listed("abc"), Listed("xyz")))  # descriptions, not names
+    with pytest.raises(ValueError, match=r"val\.txt: 2 classes \(a, b\), but the head has 3"):
+        hook.before_test(run_over(head, Listed("abc"), Listed("ab")))
+    with pytest.raises(ValueError, match="order b, a, c, but the head has a, b, c"):
+        hook.before_val(run_over(head, Listed("abc"), Listed("bac")))
+    linear = torch.nn.Linear(2, 2)
+    linear.num_classes = 2
+    with pytest.raises(ValueError, match=r"3 classes .* but the head has 2"):
+        hook.before_train(run_over(linear, Listed("abc"), Listed("abc")))

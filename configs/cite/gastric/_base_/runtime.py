@@ -16,6 +16,7 @@ custom_hooks = [
     dict(type="MissingPatchesHook"),
     dict(type="ZeroShotHook"),
     dict(type="CheckpointFitsHook"),
+    dict(type="ClassesAgreeHook"),
 ]
 
 env_cfg = dict(
