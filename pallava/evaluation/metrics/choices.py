@@ -9,6 +9,8 @@ letter is read by the texts of the options.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -273,18 +275,18 @@ def _parse(text: str, options: Mapping[str, str]) -> str | None:
 
 def _mentions(text: str, options: Mapping[str, str]) -> list[_Mention]:
     segments = _segments(text)
-    found = []
+    starts = [start for start, _ in segments]
+    found: list[_Mention] = []
+    by_segment: dict[tuple[int, int], list[_Mention]] = defaultdict(list)
     for match in _LETTER.finditer(text):
         letter, start = match.group().upper(), match.start()
         if letter not in options:
             continue
-        segment = next(span for span in segments if span[0] <= start < span[1])
+        segment = segments[bisect_right(starts, start) - 1]
         if _is_letter(text, start, options[letter], match.group(), segment):
             found.append(_Mention(letter, start, segment))
-    for segment in segments:
-        inside = [m for m in found if m.segment == segment]
-        if not inside:
-            continue
+            by_segment[segment].append(found[-1])
+    for segment, inside in by_segment.items():
         rest = "".join(
             text[first:last]
             for first, last in zip(
@@ -375,6 +377,7 @@ def _judge(  # noqa: C901 - one rule of the grammar after another
     text: str, mentions: Sequence[_Mention], options: Mapping[str, str]
 ) -> None:
     """Sets the state of every mention from the words around it."""
+    starts = [mention.start for mention in mentions]
     for group in _groups(text, mentions):
         first, last = group[0], group[-1]
         separators = text[first.end : last.start]
@@ -384,8 +387,8 @@ def _judge(  # noqa: C901 - one rule of the grammar after another
             continue
         for mention in group:
             mention.state = _stated_before(text, mention)
-        after = text[last.end : last.segment[1]]
-        after = after[: _next_start(mentions, last, len(text)) - last.end]
+        following = starts[bisect_right(starts, last.start) :][:1]
+        after = text[last.end : min([last.segment[1], *following])]
         rest = _after_own_text(after, options[last.letter])
         verdict = _DENIED_AFTER.match(rest) or _verdict(rest, last, "no")
         if verdict and last.state == "stated" and re.match(r"\s*(?:,|which|that)", verdict.group()):
@@ -461,10 +464,6 @@ def _stated_before(text: str, mention: _Mention) -> State:
     return "stated" if any(cue.search(before) for cue in cues) else "mentioned"
 
 
-def _next_start(mentions: Sequence[_Mention], mention: _Mention, end: int) -> int:
-    return next((m.start for m in mentions if m.start > mention.start), end)
-
-
 def _after_own_text(after: str, option: str) -> str:
     """The words after a letter, its dress and its option's text."""
     rest = re.sub(rf"^{_CLOSE}+", "", after)
@@ -493,19 +492,8 @@ _DENYING = {
     "except", "free", "against", "non",
 }  # fmt: skip
 _LINKS = {
-    "is",
-    "are",
-    "was",
-    "were",
-    "be",
-    "can",
-    "could",
-    "has",
-    "have",
-    "been",
-    "clearly",
-    "seems",
-}
+    "is", "are", "was", "were", "be", "been", "can", "could", "has", "have", "clearly", "seems",
+}  # fmt: skip
 _DENYING_AFTER = {
     "not", "absent", "excluded", "unlikely", "ruled", "wrong", "incorrect", "negative", "missing",
     "lacking", "false", "cannot",
@@ -530,16 +518,13 @@ def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
         if said[start : start + len(option)] == list(option)
     ]
     # "Invasive carcinoma" holds the option "carcinoma" too: the longer one is meant.
-    spans = sorted(
-        span
-        for span in spans
-        if not any(
-            other[0] <= span[0] and span[1] <= other[1] and other[1] - other[0] > span[1] - span[0]
-            for other in spans
-        )
-    )
+    spans.sort(key=lambda span: (span[0], -span[1]))
     named, denied_to = set(), -1
+    longest = (0, 0)
     for start, end, letter in spans:
+        if end <= longest[1] and (start, end) != longest:
+            continue
+        longest = (start, end)
         # "No necrosis, fibrosis or fat": the negation holds for the whole enumeration.
         listed = denied_to >= 0 and set(said[denied_to:start]) <= {"or", "and", "nor"}
         listed = listed and not _is_contrast(text, said, denied_to, start, clauses)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pallava.evaluation.metrics.choices import contains
+from pallava.evaluation.metrics.replies import answer_part, plain
 from pallava.evaluation.metrics.text import words
 
 Counts = NDArray[np.int64]
@@ -85,7 +86,7 @@ def parse_class(answer: str, wordings: Mapping[str, Sequence[str]]) -> str | Non
         >>> parse_class("This is a squamous cell carcinoma.", wordings)
         'oscc'
     """
-    said = words(answer)
+    said = words(plain(answer_part(answer)))
     named = {
         (name, tuple(text))
         for name, texts in wordings.items()

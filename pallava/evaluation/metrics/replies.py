@@ -14,9 +14,7 @@ _CLOSED = (
     rf"(?:</(?:{_REASONING})>|\[/(?:THINK|THINKING|REASONING)\]"
     r"|\u25c1/think\u25b7|<\|end_of_thought\|>)"
 )
-_BLOCK = re.compile(rf"{_OPENED}.*?{_CLOSED}", re.DOTALL | re.IGNORECASE)
-_TO_LAST_CLOSED = re.compile(rf".*{_CLOSED}", re.DOTALL | re.IGNORECASE)
-_UNFINISHED = re.compile(rf"{_OPENED}.*", re.DOTALL | re.IGNORECASE)
+_BEGINNING, _END = (re.compile(mark, re.IGNORECASE) for mark in (_OPENED, _CLOSED))
 _ANSWER_TAG = re.compile(
     r"(?:<(?:answer|final_answer|final)>|\[ANSWER\])(.*?)"
     r"(?:</(?:answer|final_answer|final)>|\[/ANSWER\]|\Z)",
@@ -43,9 +41,7 @@ def answer_part(reply: str) -> str:
         >>> answer_part("<think>Could be A.")
         ''
     """
-    text = _BLOCK.sub(" ", reply)
-    text = _TO_LAST_CLOSED.sub(" ", text)
-    text = _UNFINISHED.sub(" ", text)
+    text = _without_reasoning(reply)
     tagged = _ANSWER_TAG.findall(text)
     if tagged:
         text = tagged[-1]
@@ -56,6 +52,22 @@ def answer_part(reply: str) -> str:
     if turn and text[: turn.start()].strip():
         text = text[: turn.start()]
     return text.strip()
+
+
+def _without_reasoning(text: str) -> str:
+    # By hand: regular expressions that span a whole block take quadratic time on long replies.
+    kept, place = [], 0
+    while beginning := _BEGINNING.search(text, place):
+        kept.append(text[place : beginning.start()])
+        end = _END.search(text, beginning.end())
+        if end is None:  # cut off while reasoning
+            place = len(text)
+            break
+        place = end.end()
+    kept.append(text[place:])
+    rest = " ".join(kept)
+    *_, last = [None, *_END.finditer(rest)]  # of a block that the template opened
+    return rest if last is None else rest[last.end() :]
 
 
 _LATEX = re.compile(
@@ -76,8 +88,8 @@ def plain(text: str) -> str:
     r"""Returns text without Markdown, HTML emphasis and LaTeX text commands.
 
     Example:
-        >>> plain("## Answer\\n- **B**: $\\\\text{fibrosis}$")
-        'Answer\\nB: fibrosis'
+        >>> plain("## Answer\n- **B**: $\\text{fibrosis}$")
+        'Answer\nB: fibrosis'
     """
     text = unicodedata.normalize("NFKC", text)
     text = text.replace("\u2018", "'").replace("\u2019", "'").replace("\u3002", ". ")

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pallava.evaluation.metrics.replies import answer_part, plain
+
 _ARTICLES = {"a", "an", "the"}
 _X_RAY = re.compile(r"\bx[\s-]?rays?\b")
 # A hyphen or slash joins a word (cd3-positive, h/e); a stop or comma joins digits (1.5, 1,000).
@@ -96,13 +98,13 @@ def corpus_bleu(
 def parse_yes_no(answer: str) -> str | None:
     """Reads `yes` or `no` from an answer, or None when it says neither or both.
 
-    The first word decides; otherwise the only one of the two that occurs.
+    The first word after any reasoning decides; otherwise the only one of the two that occurs.
 
     Example:
         >>> parse_yes_no("No, yes would be wrong."), parse_yes_no("The answer is yes.")
         ('no', 'yes')
     """
-    found = words(answer)
+    found = words(plain(answer_part(answer)))
     if found and found[0] in ("yes", "no"):
         return found[0]
     said = {word for word in found if word in ("yes", "no")}

@@ -86,6 +86,9 @@ def test_letters_leave_option_texts() -> None:
         ("It is not a yes", None),
         ("fibrosis", None),
         ("normal", None),
+        ("<think>Is it? No, wait.</think>Yes.", "yes"),
+        ("<think>It could be yes", None),
+        ("**Yes**, it is", "yes"),
     ],
 )
 def test_yes_and_no_are_read(answer: str, said: str | None) -> None:
@@ -196,6 +199,7 @@ WORDINGS = {
         ("normal or carcinoma", None),
         ("not a carcinoma", None),
         ("I see tissue without tumour", "clear"),
+        ("<think>Not normal? Or carcinoma?</think><answer>normal</answer>", "normal"),
         ("", None),
     ],
 )
