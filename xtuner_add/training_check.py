@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib.util
 import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from pallava.engine import runtime
+import pallava
 from pallava.rows import check_share, read_rows
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
@@ -106,7 +108,7 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     from mmengine.config import Config
 
     try:
-        with runtime.without_device():
+        with _without_engine():
             cfg = Config.fromfile(str(config))
     except Exception as error:  # a config is the user's own code and may raise anything
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
@@ -125,6 +127,28 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
         raise TrainingInputError(f"--cfg-options: {type(error).__name__}: {error}") from error
     return cfg._to_lazy_dict()
+
+
+@contextmanager
+def _without_engine() -> Iterator[None]:
+    """Lets a config ask `pallava.engine.runtime` for the machine without importing torch.
+
+    Any answer will do: the parsed config is looked at, never built.
+    """
+    names = ("pallava.engine", "pallava.engine.runtime")
+    before = {name: sys.modules.get(name) for name in names}
+    for name in names:
+        sys.modules[name] = ModuleType(name)
+    answer = {"device": "cpu", "backend": "gloo", "optim_wrapper": {}, "model_wrapper_cfg": None}
+    sys.modules[names[1]].choose_runtime = lambda: dict(answer)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def _check_arguments(known: argparse.Namespace) -> None:
@@ -193,10 +217,11 @@ def _check_names(where: str, part: dict[str, Any]) -> None:
 
 def _accepted(module: str, name: str) -> set[str] | None:
     """Arguments of a class, read from its source, since importing it would start torch."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
+    # By path: find_spec("pallava.engine.hooks") would import pallava.engine, and XTuner with it.
+    file = Path(pallava.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    if not file.is_file():
         return None
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             for function in node.body:
                 if isinstance(function, ast.FunctionDef) and function.name == "__init__":

@@ -11,8 +11,6 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -30,18 +28,6 @@ _SINGLE_PROCESS = {
 
 _DIVERGENCE_HOOK = "StopOnDivergenceHook"
 
-_without_device: list[bool] = []
-
-
-@contextmanager
-def without_device() -> Iterator[None]:
-    """Lets configs be parsed without starting torch, for checks that need no device."""
-    _without_device.append(True)
-    try:
-        yield
-    finally:
-        _without_device.pop()
-
 
 def choose_runtime() -> dict[str, Any]:
     """Chooses device, precision and communication for this machine.
@@ -53,8 +39,6 @@ def choose_runtime() -> dict[str, Any]:
         `optim_wrapper`: type and precision to unpack into the config's own; `backend` for
         `env_cfg.dist_cfg`; `model_wrapper_cfg` for data-parallel runs; `device`.
     """
-    if _without_device:
-        return {"device": "cpu", "backend": "gloo", "optim_wrapper": {}, "model_wrapper_cfg": None}
     import torch
 
     prepare_host()
