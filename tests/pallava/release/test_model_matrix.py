@@ -153,7 +153,8 @@ def test_merged_and_exported_models_compute_what_peft_computes(
         merge(base, [adapter], merged, progress=False)
         found = logits(load_whole(AutoModelForCausalLM, merged))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=kind)
-        export(base, converted, exported, progress=False)
+        # Merging has compared the same tensors with PEFT already, except for their names.
+        export(base, converted, exported, probe=kind == "lora", progress=False)
         whole = load_whole(PALLaVAForConditionalGeneration, exported)
         torch.testing.assert_close(logits(whole.llm), expected, rtol=1e-4, atol=1e-4, msg=kind)
         shutil.rmtree(adapter)
