@@ -56,12 +56,17 @@ param_scheduler[1].update(eta_min=1e-6, begin=warmup_ratio * 3, end=3)
 train_cfg.update(max_epochs=3)
 
 # Runtime
-custom_hooks[3] = dict(
-    type=EvaluateSlideHook,
-    tokenizer=tokenizer,
-    in_features=in_features,
-    every_n_iters=1000,
-    evaluation_inputs=["Describe the slide."],
-    evaluation_slides="data/evaluation.h5",
-    prompt_template=prompt_template,
-)
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=SkippedSamplesHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+    dict(
+        type=EvaluateSlideHook,
+        tokenizer=tokenizer,
+        in_features=in_features,
+        every_n_iters=1000,
+        evaluation_inputs=["Describe the slide."],
+        evaluation_slides="data/evaluation.h5",
+        prompt_template=prompt_template,
+    ),
+]

@@ -30,9 +30,15 @@ from pallava.model import LLaVAModel
 
 runtime = __import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()
 
-# Model
+# Paths: all that a user must set. A config that inherits this one changes them where they are
+# used (`train_dataloader["dataset"].update(data_path=...)`): values, not names, are inherited.
 llm_name_or_path = "meta-llama/Meta-Llama-3-8B-Instruct"
 visual_encoder = "checkpoints/plip"
+data_path = "data/conversations.jsonl"
+image_folder = "data/images"
+evaluation_image = "data/evaluation.png"
+
+# Model
 tokenizer = dict(
     type=AutoTokenizer.from_pretrained,
     pretrained_model_name_or_path=llm_name_or_path,
@@ -71,8 +77,8 @@ train_dataloader = dict(
     persistent_workers=True,
     dataset=dict(
         type=LLaVADataset,
-        data_path="data/conversations.jsonl",
-        image_folder="data/images",
+        data_path=data_path,
+        image_folder=image_folder,
         tokenizer=tokenizer,
         image_processor=image_processor,
         dataset_map_fn=llava_map_fn,
@@ -123,7 +129,7 @@ custom_hooks = [
         image_processor=image_processor,
         every_n_iters=1000,
         evaluation_inputs=["Describe the image."],
-        evaluation_images="data/evaluation.png",
+        evaluation_images=evaluation_image,
         prompt_template=prompt_template,
     ),
 ]
