@@ -63,7 +63,8 @@ OPTIONS: dict[str, str] = {
     "embed": "--tile-encoder encoders --slide-encoder encoders --slide-arch tiny_slide_enc "
     "--patch-px 64 --batch-size 8 --device cpu --quiet",
     "probe-tiles": f"{_CPU} --recipe pcam_tiny --option num_resamples=20",
-    "finetune-slides": f"{_CPU} --recipe cohort_tiny --option num_resamples=20",
+    "finetune-slides": f"{_CPU} --recipe cohort_tiny --option num_resamples=20 --option epochs=1 "
+    "--fold 0",
     "train-mil": f"{_CPU} --epochs 1 --fold 0",
     "chat": "--device cpu --max-new-tokens 4",
     "describe": "--concurrency 2",

@@ -85,7 +85,7 @@ def cohort(root: Path, features: str = "cohort_features") -> None:
 
 def training(root: Path) -> None:
     """What the tiny configs train on."""
-    tiny_run.make_folder(root, num_images=8)
+    tiny_run.make_folder(root, num_images=20)  # warm-up takes two steps
     lines = (root / "data/tiny/conversations.jsonl").read_text().splitlines()
     kept = [line for line in lines if "absent.png" not in line]  # its test is test_training.py
     (root / "data/tiny/conversations.jsonl").write_text("\n".join(kept))
