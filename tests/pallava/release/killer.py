@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peft  # noqa: F401 - or every child would import it
 import torch
 
 from pallava.folder_build import read_manifest
