@@ -344,6 +344,9 @@ def test_an_image_is_dropped_asked_about_and_answered(page: Any, assistant: Assi
     page.wait_for_function("!document.querySelector('#chat [data-testid=bot]')")
     ask(page, "Is fibrosis shown?", 1, expected)  # a new conversation keeps the image
     assert page.locator("#chat [data-testid=user] img").count() == 1
+    assert not page.locator("#chat button[title=Share]").is_visible()
+    page.set_viewport_size({"width": 390, "height": 844})  # a phone
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
 
 
 @pytest.mark.slow
