@@ -38,8 +38,13 @@ _RUNNER_KEY_NAMES = (
     "custom_imports sequence_parallel_size "
 )
 _RUNNER_KEYS = frozenset(_RUNNER_KEY_NAMES.split())
-_POSITIVE = ("train_dataloader.batch_size", "optim_wrapper.accumulative_counts")
-_POSITIVE += ("train_cfg.max_epochs", "train_cfg.max_iters", "train_dataloader.dataset.max_length")
+_POSITIVE = (
+    "train_dataloader.batch_size",
+    "optim_wrapper.accumulative_counts",
+    "train_cfg.max_epochs",
+    "train_cfg.max_iters",
+    "train_dataloader.dataset.max_length",
+)
 
 
 class TrainingInputError(ValueError):
@@ -139,7 +144,12 @@ def _without_engine() -> Iterator[None]:
     before = {name: sys.modules.get(name) for name in names}
     for name in names:
         sys.modules[name] = ModuleType(name)
-    answer = {"device": "cpu", "backend": "gloo", "optim_wrapper": {}, "model_wrapper_cfg": None}
+    answer: dict[str, Any] = {
+        "device": "cpu",
+        "backend": "gloo",
+        "optim_wrapper": {},
+        "model_wrapper_cfg": None,
+    }
     sys.modules[names[1]].choose_runtime = lambda: dict(answer)  # type: ignore[attr-defined]
     try:
         yield

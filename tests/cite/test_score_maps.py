@@ -117,7 +117,7 @@ def test_by_command(tmp_path: Path) -> None:
         [*command, "--patch-px", "40"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.returncode == 3
-    assert "t_1.png: cannot be read as an image" in result.stderr
+    assert "t_1.png': not a readable image" in result.stderr
     assert "Drew 1 of 2 slides" in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["s.csv", "s.png"]
     lines = (tmp_path / "out" / "s.csv").read_text().splitlines()
