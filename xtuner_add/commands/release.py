@@ -86,7 +86,10 @@ def split(model: Path, out: Path) -> None:
 @click.argument("base", type=FOLDER)
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("merged", type=FOLDER)
-def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
+@click.option(
+    "--force-base", is_flag=True, help="Check although the adapter seems to be of another model."
+)
+def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path, force_base: bool) -> None:
     """Check that MERGED is BASE with ADAPTERS, to one rounding.
 
     Ends with exit code 1 if it is not.
@@ -94,7 +97,7 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path) -> None:
     from pallava.release.merge import check_merge as check
 
     with user_errors():
-        result = check(base, adapters, merged)
+        result = check(base, adapters, merged, force_base=force_base)
     click.echo(f"{result.num_equal} of {result.num_tensors} tensors are equal bit for bit")
     if result.roundings:
         click.echo(f"largest difference: {result.roundings:.3g} roundings, in {result.worst}")
