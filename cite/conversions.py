@@ -6,6 +6,7 @@ A table lists pairs of names and is read both ways. `{}` stands for the number o
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pathcore.encoders.layouts import TRAINING_ONLY, pools_patches, unchunk_block
+from pathcore.weights import shorten
+
+_log = logging.getLogger(__name__)
 
 
 class ConversionError(ValueError):
@@ -228,11 +234,95 @@ TIMM_HF_DINOV2 = NameTable(
         ("blocks.{}.ls2.gamma", f"{_HF_LAYER}layer_scale2.lambda1"),
         ("blocks.{}.mlp.fc1.*", f"{_HF_LAYER}mlp.fc1.*"),
         ("blocks.{}.mlp.fc2.*", f"{_HF_LAYER}mlp.fc2.*"),
+        # Meta's own names; timm calls SwiGLU's layers fc1 and fc2 and the registers reg_token.
+        ("blocks.{}.mlp.w12.*", f"{_HF_LAYER}mlp.weights_in.*"),
+        ("blocks.{}.mlp.w3.*", f"{_HF_LAYER}mlp.weights_out.*"),
+        ("register_tokens", "embeddings.register_tokens"),
     ),
     fused=_HF_FUSED,
     unused_left=(r"head\..*", "mask_token"),
     unused_right=(r"classifier\..*", r"embeddings\.mask_token"),
 )
+
+
+_PATCHES = "patch_embed.proj.weight"
+
+
+def published_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes the ViT out of what MAE, RETFound, DINO (HIPT) and DINOv2 store, in timm's names.
+
+    The decoder, heads and mask token of the training are dropped with a warning, and a prefix such
+    as `backbone.` is removed.
+
+    Raises:
+        ConversionError: If there is no ViT, or more than one, or one that pools its patches.
+    """
+    prefixes = [name.removesuffix(_PATCHES) for name in state_dict if name.endswith(_PATCHES)]
+    prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+    if len(prefixes) != 1:
+        raise ConversionError(
+            f"timm: one ViT with {_PATCHES} expected, found {len(prefixes)} among "
+            f"{len(state_dict)} names (the first is {next(iter(state_dict), None)})"
+        )
+    found, dropped = {}, []
+    for name, tensor in state_dict.items():
+        inner = unchunk_block(name.removeprefix(prefixes[0]))
+        if name.startswith(prefixes[0]) and not inner.startswith(TRAINING_ONLY):
+            found[inner] = tensor
+        else:
+            dropped.append(name)
+    if pools_patches(found):
+        raise ConversionError(
+            "weights fine-tuned on the mean of the patches (fc_norm, no norm): the target formats "
+            "read the class token, which was never trained; load them with PromptedTimm instead"
+        )
+    if dropped:
+        kinds = sorted({name.split(".")[0] for name in dropped})
+        _log.warning("Dropped %d tensors that only training uses: %s", len(dropped), shorten(kinds))
+    return _dinov2_to_timm(found)
+
+
+def _dinov2_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gives DINOv2 timm's names; with registers timm keeps no position for the class token."""
+    state_dict = {
+        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor
+        for name, tensor in state_dict.items()
+    }
+    if "register_tokens" in state_dict:
+        positions = state_dict["pos_embed"]
+        state_dict["reg_token"] = state_dict.pop("register_tokens")
+        state_dict["cls_token"] = state_dict["cls_token"] + positions[:, :1]
+        state_dict["pos_embed"] = positions[:, 1:]
+    return state_dict
+
+
+def _timm_to_dinov2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes `_dinov2_to_timm`; the class token keeps its position, which becomes zero."""
+    named = {}
+    for name, tensor in state_dict.items():
+        stem, is_mlp, rest = name.partition(".mlp.fc")
+        first, second = (state_dict.get(f"{stem}.mlp.fc{n}.weight") for n in (1, 2))
+        if is_mlp and first is not None and second is not None:
+            # SwiGLU computes two halves of its hidden layer and multiplies them.
+            is_swiglu = first.shape[0] == 2 * second.shape[1]
+            layer = "fc" + rest[0] if not is_swiglu else "w12" if rest[0] == "1" else "w3"
+            name = f"{stem}.mlp.{layer}{rest[1:]}"
+        named[name] = tensor
+    if "reg_token" in named:
+        positions = named["pos_embed"]
+        named["register_tokens"] = named.pop("reg_token")
+        named["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return named
+
+
+def hf_dinov2_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts DINOv2 of transformers, with or without registers and SwiGLU."""
+    return _dinov2_to_timm(TIMM_HF_DINOV2.to_left(state_dict))
+
+
+def timm_to_hf_dinov2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts DINOv2 of timm to the names of transformers."""
+    return TIMM_HF_DINOV2.to_right(_timm_to_dinov2(state_dict))
 
 
 def moco_v3_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,17 +358,17 @@ def clip_vision_to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 _TO_TIMM: dict[str, Convert] = {
-    "timm": dict,
+    "timm": published_to_timm,
     "moco-v3": moco_v3_to_timm,
     "mm": MM_TIMM.to_right,
     "hf-vit": TIMM_HF_VIT.to_left,
-    "hf-dinov2": TIMM_HF_DINOV2.to_left,
+    "hf-dinov2": hf_dinov2_to_timm,
 }
 _FROM_TIMM: dict[str, Convert] = {
     "timm": dict,
     "mm": MM_TIMM.to_left,
     "hf-vit": TIMM_HF_VIT.to_right,
-    "hf-dinov2": TIMM_HF_DINOV2.to_right,
+    "hf-dinov2": timm_to_hf_dinov2,
 }
 _CLIP: dict[tuple[str, str], Convert] = {
     ("clip", "hf-clip"): clip_vision_to_hf,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pathcore.weights import StateDict, shorten, strip_prefix_to_fit
 
-_TRAINING_ONLY = (
+TRAINING_ONLY = (
     "decoder_",  # MAE's decoder: embed, blocks, norm, pred, pos_embed
     "mask_token",  # MAE's decoder input, DINOv2's and iBOT's masked patches
     "head.",
@@ -90,7 +90,7 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
         model: The network, on any device; only its names and shapes are read.
     """
     expected = model.state_dict()
-    found = {_CHUNKED_BLOCK.sub(r"\1blocks.\2.", name): t for name, t in state_dict.items()}
+    found = {unchunk_block(name): t for name, t in state_dict.items()}
     for _ in range(3):  # prefixes stand before each other, as in `module.backbone.`
         stripped = strip_prefix_to_fit(found, _aliases(expected), _PREFIXES)
         if len(stripped) == len(found) and set(stripped) == set(found):
@@ -100,7 +100,7 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
         name
         for name in found
         if name not in expected
-        and (name.startswith((*_TRAINING_ONLY, *_OTHER_TOWER)) or name.endswith(_RECOMPUTED))
+        and (name.startswith((*TRAINING_ONLY, *_OTHER_TOWER)) or name.endswith(_RECOMPUTED))
     )
     # timm recognises DINOv2 by its mask token, so that one stays until its filter has run.
     kept = {name: t for name, t in found.items() if name not in dropped or name == "mask_token"}
@@ -109,6 +109,11 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
     taken = {id(tensor) for tensor in found.values()}
     outside = tuple(name for name, tensor in state_dict.items() if id(tensor) not in taken)
     return FittedLayout(fitted, (*outside, *dropped))
+
+
+def unchunk_block(name: str) -> str:
+    """Removes the chunk number that DINOv2's distributed training puts before a block's."""
+    return _CHUNKED_BLOCK.sub(r"\1blocks.\2.", name)
 
 
 def pools_patches(state_dict: Mapping[str, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from cite.conversions import SOURCES, TARGETS, ConversionError, convert
 from cite.encoders import build_encoder
 from cite.prompted import PromptedEncoder
+from pathcore.weights import read_state_dict
 from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,105 @@ def test_dinov2() -> None:
     torch.testing.assert_close(found, model(images()).detach(), **FP32)
     back = convert(hf, "hf-dinov2", "timm")
     assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+
+
+DINOV2: dict[str, Any] = dict(img_size=28, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+HF_DINOV2: dict[str, Any] = dict(image_size=28, patch_size=14, hidden_size=32)
+HF_DINOV2 |= dict(num_hidden_layers=2, num_attention_heads=2, layer_norm_eps=1e-6)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_dinov2_with_registers_and_swiglu(registers: bool, swiglu: bool) -> None:
+    size = "giant" if swiglu else "base"
+    # SwiGLU's hidden width in transformers: two thirds of 4 x 32, rounded up to a multiple of 8.
+    options = {**DINOV2, "mlp_ratio": 2 * 88 / 32} if swiglu else DINOV2
+    name = f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2"
+    torch.manual_seed(0)
+    model = timm.create_model(name, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    pixels = torch.randn(2, 3, 28, 28)
+    expected, state = model(pixels).detach(), model.state_dict()
+    values = {**HF_DINOV2, "use_swiglu_ffn": swiglu}
+    if registers:
+        values["num_register_tokens"] = 4
+    kind = "dinov2_with_registers" if registers else "dinov2"
+    theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **values))
+    hf = convert(state, "timm", "hf-dinov2")
+    report = theirs.eval().load_state_dict(hf, strict=False)
+    assert not report.unexpected_keys
+    assert report.missing_keys == ["embeddings.mask_token"]
+    found = theirs(pixels).last_hidden_state[:, 0].detach()
+    torch.testing.assert_close(found, expected, **FP32)
+
+    back = convert(theirs.state_dict(), "hf-dinov2", "timm")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], v) for k, v in state.items())
+    # Meta's release: its own names, a position for the class token, a mask token.
+    official = {
+        k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if swiglu else k: v
+        for k, v in state.items()
+    } | {"mask_token": torch.zeros(1, 32)}
+    if registers:
+        official["register_tokens"] = official.pop("reg_token")
+        positions = official["pos_embed"]
+        official["pos_embed"] = torch.cat([torch.ones(1, 1, 32), positions], dim=1)
+        official["cls_token"] = official["cls_token"] - 1
+    theirs.load_state_dict(convert(official, "timm", "hf-dinov2"), strict=False)
+    found = theirs(pixels).last_hidden_state[:, 0].detach()
+    torch.testing.assert_close(found, expected, **FP32)
+
+
+def test_what_mae_and_dino_store_beside_the_encoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RETFound is MAE with its decoder, optimizer and arguments; HIPT a DINO teacher."""
+    state = timm_vit().state_dict()
+    decoder = {f"decoder_{part}": torch.zeros(2) for part in ("pos_embed", "blocks.0.norm1.weight")}
+    expected = convert(state, "timm", "mm")
+    checkpoints = {
+        "mae": {"model": {**state, "mask_token": torch.zeros(1, 1, 4), **decoder}},
+        "hipt": {
+            "student": {f"module.backbone.{k}": -v for k, v in state.items()},
+            "teacher": {f"backbone.{k}": v for k, v in state.items()}
+            | {"head.mlp.0.weight": torch.zeros(2)},
+            "args": argparse.Namespace(arch="vit_small"),
+        },
+        "dinov2": {
+            "teacher": {
+                f"backbone.{k.replace('blocks.', 'blocks.0.')}": v for k, v in state.items()
+            }
+            | {"dino_head.mlp.0.weight": torch.zeros(2)}
+        },
+    }
+    for name, content in checkpoints.items():
+        torch.save(content, tmp_path / name)
+        found = convert(read_state_dict(tmp_path / name), "timm", "mm")
+        assert found.keys() == expected.keys(), name
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert "Dropped 3 tensors that only training uses: decoder_blocks, decoder_pos_embed" in (
+        caplog.text
+    )
+
+
+def test_weights_that_pool_their_patches_are_not_converted() -> None:
+    """MAE fine-tunes on the mean of the patches, with `fc_norm` in place of `norm`."""
+    state = timm_vit(global_pool="avg").state_dict()
+    assert "fc_norm.weight" in state and "norm.weight" not in state
+    for target in ("mm", "hf-vit"):
+        with pytest.raises(ConversionError, match="mean of the patches"):
+            convert(state, "timm", target)
+
+
+def test_two_encoders_in_one_file_are_not_chosen_from() -> None:
+    state = timm_vit().state_dict()
+    both = {f"student.{k}": v for k, v in state.items()} | {f"ema.{k}": v for k, v in state.items()}
+    with pytest.raises(ConversionError, match=r"one ViT .* expected, found 2"):
+        convert(both, "timm", "mm")
+    with pytest.raises(ConversionError, match=r"found 0"):
+        convert({"layer1.0.conv1.weight": torch.zeros(1)}, "timm", "mm")
 
 
 def test_clip_and_back() -> None:
