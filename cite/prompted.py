@@ -100,11 +100,19 @@ class PromptedEncoder(nn.Module):
             lower_precision(encoder, PRECISIONS[precision])
         if lora is not None:
             _add_lora(encoder, lora)
-        spec = PromptSpec.from_arguments(
-            *(prompt_length, prompt_layers, prompt_pos, prompt_init, prompt_noise_std),
-            num_blocks=len(encoder.blocks()),
-        )
-        self.prompts = Prompts(spec, encoder.width) if prompt_length else None
+        num_blocks = len(encoder.blocks())
+        self.prompts = None
+        if num_blocks:
+            spec = PromptSpec.from_arguments(
+                *(prompt_length, prompt_layers, prompt_pos, prompt_init, prompt_noise_std),
+                num_blocks=num_blocks,
+            )
+            self.prompts = Prompts(spec, encoder.width) if prompt_length else None
+        elif prompt_length:
+            raise ValueError(
+                f"prompt_length {prompt_length}: {encoder.spec['model']} takes no prompts, 0 "
+                "expected; prompts need a plain ViT"
+            )
         self.register_load_state_dict_pre_hook(_to_own_names)
         self.register_state_dict_post_hook(_to_published_names)
         self.train()
@@ -202,8 +210,25 @@ def load_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
     state_dict = encoder.adapt_checkpoint(only_backbone(read_state_dict(path)))
     described = {k: v for k, v in encoder.spec.items() if k != "kind"}
     load_strict(
-        encoder.model, state_dict, what=f"{encoder.spec['kind']} {described}", source=str(path)
+        encoder.model,
+        state_dict,
+        what=f"{encoder.spec['kind']} {described}",
+        source=str(path),
+        hint=_name_architecture,
     )
+
+
+def _name_architecture(state_dict: Mapping[str, Tensor]) -> str:
+    """Says whose weights these are, where the names tell and another backbone would take them."""
+    if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
+        return "These are weights of CTransPath: UnpromptedTimm(model='ctranspath')."
+    if any("relative_position_bias_table" in name for name in state_dict):
+        return "These are weights of a Swin: UnpromptedTimm(model='swin_...')."
+    if any(".dcn." in name for name in state_dict):
+        return "These are weights of InternImage, which no backbone here builds."
+    if "layer1.0.conv1.weight" in state_dict:
+        return "These are weights of a ResNet: UnpromptedTimm(model='resnet...')."
+    return ""
 
 
 def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cite.encoders.base import Encoder
 
-KINDS = ("open_clip", "vit", "timm", "hf")
+KINDS = ("open_clip", "vit", "timm", "hf", "whole")
 
 
 def build_encoder(kind: str, **arguments: Any) -> Encoder:
@@ -14,7 +14,7 @@ def build_encoder(kind: str, **arguments: Any) -> Encoder:
 
     Args:
         kind: One of `KINDS`: a tower of open_clip, the ViT of MMClassification and MMPreTrain, a
-            ViT of timm, a vision model of transformers.
+            ViT of timm, a vision model of transformers, or any model of timm without prompts.
         **arguments: Those of the class.
 
     Raises:
@@ -36,4 +36,8 @@ def build_encoder(kind: str, **arguments: Any) -> Encoder:
         from cite.encoders.hugging_face import HuggingFaceEncoder
 
         return HuggingFaceEncoder(**arguments)
+    if kind == "whole":
+        from cite.encoders.whole import WholeEncoder
+
+        return WholeEncoder(**arguments)
     raise ValueError(f"encoder {kind!r}: one of {KINDS} expected")

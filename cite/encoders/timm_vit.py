@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cite.blocks import Block, Packed, normalise
 from cite.encoders.base import Encoder, fit_positions
 from pathcore.encoders.layouts import fit_layout, pools_patches
+from pathcore.encoders.networks import NETWORKS
 from pathcore.files import read_json
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class TimmEncoder(Encoder):
             self._build({**arguments, "global_pool": "avg"})
         fitted = fit_layout(state_dict, self.model)
         if dropped := fitted.describe():
-            _log.info("%s: dropped %s", self.spec["model"], dropped)
+            _log.warning("%s: dropped %s", self.spec["model"], dropped)
         adapted = {k: v for k, v in fitted.state_dict.items() if not k.startswith("head.")}
         model = self.model
         if model.pos_embed is not None:
@@ -133,6 +134,8 @@ def _create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         arguments["mlp_layer"] = _mlp_layer(arguments["mlp_layer"])
     if isinstance(arguments.get("act_layer"), str):
         arguments["act_layer"] = timm.layers.get_act_layer(arguments["act_layer"])
+    if name in NETWORKS:
+        raise ValueError(f"model {name!r} takes no prompts; use UnpromptedTimm")
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except RuntimeError as error:
@@ -147,7 +150,7 @@ def _create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not plain:
         raise ValueError(
             f"model {name!r}: a VisionTransformer of timm with plain blocks expected, found "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}; without prompts use UnpromptedTimm"
         )
     return model
 

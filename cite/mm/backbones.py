@@ -121,6 +121,22 @@ class PromptedTimm(_Backbone):
 
 
 @MODELS.register_module()
+class UnpromptedTimm(_Backbone):
+    """CTransPath, or any model of timm (Swin, ResNet, ...), without prompts.
+
+    Args:
+        model: `ctranspath`, `keep`, or a name that timm knows.
+        model_args: Arguments of `timm.create_model`.
+        **arguments: Those of `PromptedEncoder`.
+    """
+
+    def __init__(
+        self, model: str, model_args: Mapping[str, Any] | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(build_encoder("whole", model=model, model_args=model_args), **arguments)
+
+
+@MODELS.register_module()
 class PromptedHF(_Backbone):
     """A vision model of transformers.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cite.encoders import build_encoder
 from cite.encoders.base import Encoder, resize_positions
 from cite.encoders.vit import as_arguments
 from cite.prompted import PromptedEncoder, merge_lora
+from pathcore.encoders.networks import ctranspath
 from pathcore.weights import CheckpointError
 from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
 
@@ -310,3 +312,64 @@ def test_mae_with_its_decoder_and_fine_tuned(tuned: bool, tmp_path: Path) -> Non
     assert encoder.pools_class_token is not tuned
     again = build_encoder(**encoder.spec)  # the pooling travels with the description
     assert again.pools_class_token is not tuned
+
+
+SWIN: dict[str, Any] = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), img_size=56)
+
+
+def ctranspath_file(path: Path) -> nn.Module:
+    """CTransPath in the layout of its release: timm 0.5.4's names and buffers, a classifier."""
+    torch.manual_seed(0)
+    model = ctranspath(**SWIN)
+    shake(model)
+    state = {
+        re.sub(r"layers\.(\d)\.down", lambda m: f"layers.{int(m[1]) - 1}.down", name): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(4, 49, 49)
+    state["head.weight"] = torch.zeros(1000, 48)
+    torch.save({"model": state}, path)
+    return model.eval()
+
+
+def test_ctranspath_without_prompts(tmp_path: Path) -> None:
+    theirs = ctranspath_file(tmp_path / "ctranspath.pth")
+    arguments = dict(model="ctranspath", model_args=SWIN)
+    encoder = build_encoder("whole", **arguments)
+    model = PromptedEncoder(encoder, checkpoint=tmp_path / "ctranspath.pth").train()
+    pixels = images(56)
+    torch.testing.assert_close(model(pixels), theirs(pixels).detach(), **FP32)
+    assert not model(pixels).requires_grad
+    assert build_encoder(**json.loads(json.dumps(encoder.spec))).spec == encoder.spec
+    trained = PromptedEncoder(build_encoder("whole", **arguments), frozen=False)
+    trained(pixels).sum().backward()
+    assert all(p.grad is not None for n, p in trained.named_parameters() if "norm.weight" in n)
+    with pytest.raises(ValueError, match="takes no prompts"):
+        PromptedEncoder(build_encoder("whole", **arguments), prompt_length=1)
+    with pytest.raises(ValueError, match="56 x 56 px, found 64 x 64"):
+        model(images(64))
+    with pytest.raises(ValueError, match=r"'ctranspath' takes no prompts; use UnpromptedTimm"):
+        build_encoder("timm", model="ctranspath")
+
+
+def test_weights_say_which_backbone_takes_them(tmp_path: Path) -> None:
+    ctranspath_file(tmp_path / "ctranspath.pth")
+    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
+    with pytest.raises(CheckpointError, match=r"of CTransPath: UnpromptedTimm"):
+        PromptedEncoder(encoder, checkpoint=tmp_path / "ctranspath.pth")
+    torch.manual_seed(0)
+    resnet = timm.create_model("resnet18", num_classes=5).eval()
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"of a ResNet: UnpromptedTimm"):
+        PromptedEncoder(encoder, checkpoint=tmp_path / "resnet.pth")
+    model = PromptedEncoder(
+        build_encoder("whole", model="resnet18"), checkpoint=tmp_path / "resnet.pth"
+    )
+    expected = resnet.forward_head(resnet.forward_features(images()), pre_logits=True)
+    torch.testing.assert_close(model(images()), expected.detach(), **FP32)
+    half = {k: v for k, v in resnet.state_dict().items() if not k.startswith("layer4")}
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*layer4\.0\.conv1\.weight"):
+        PromptedEncoder(build_encoder("whole", model="resnet18"), checkpoint=tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"model 'resnet17000': one of ctranspath"):
+        build_encoder("whole", model="resnet17000")

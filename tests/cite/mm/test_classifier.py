@@ -298,3 +298,15 @@ def test_images_of_another_size(text_file: Path) -> None:
         for size in ((height, 2 * width), (height + 6, width + 6)):
             with pytest.raises(ValueError, match=rf"takes images of {height} x {width} px, found"):
                 backbone(torch.zeros(1, 3, *size))
+
+
+def test_ctranspath_as_a_linear_baseline(host: Any) -> None:
+    """Features of a network that takes no prompts; only the head is trained."""
+    swin = dict(embed_dim=24, depths=[2, 2], num_heads=[2, 4], img_size=56)
+    backbone = dict(type="UnpromptedTimm", model="ctranspath", model_args=swin)
+    head = dict(type="LinearClsHead", num_classes=3, in_channels=48)
+    model = MODELS.build(dict(type="ImageClassifier", backbone=backbone, head=head)).train()
+    samples = samples_of(host, [0, 1, 2])
+    model(torch.randn(3, 3, 56, 56), samples, mode="loss")["loss"].backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {"head.fc.weight", "head.fc.bias"}
