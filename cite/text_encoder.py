@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,6 +205,11 @@ def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:
     Raises:
         ValueError: No such kind.
     """
+    if "key" in arguments:
+        raise ValueError(
+            f"text encoder {type!r}: argument 'key' of the published code is `pooling` here: "
+            "'pooler_output' is pooling='pooler', 'last_hidden_state' is 'cls' or 'mean'"
+        )
     if type == "bert":
         return BertTextEncoder(**arguments)
     if type == "sentence":
@@ -284,12 +290,19 @@ def _load_weights(model_class: Any, source: str, name: str) -> tuple[Any, list[s
     Returns:
         The model, and the names of missing tensors.
     """
-    model, report = model_class.from_pretrained(
-        source,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # or a bare RuntimeError; they are in the report
-        trust_remote_code=False,
-    )
+    # transformers warns about names that only differ by a prefix; all is checked below.
+    log = logging.getLogger("transformers.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        model, report = model_class.from_pretrained(
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or a bare RuntimeError; they are in the report
+            trust_remote_code=False,
+        )
+    finally:
+        log.setLevel(level)
     if report["missing_keys"] and Path(source).is_dir():
         # from_pretrained maps its own prefixes (`bert.`) only.
         own = model.state_dict()

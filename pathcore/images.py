@@ -92,13 +92,19 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
         name: What to call it in an error.
 
     Raises:
-        ImageError: Floating-point pixels outside 0..1, whose scale cannot be known.
+        ImageError: If floating-point pixels are outside 0..1, or 32-bit ones outside 0..65535, so
+            that their scale is unknown.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if image.readonly else image
     if image.mode.startswith("I"):
         # 16-bit greyscale; Pillow's own conversion clips at 255 and returns a white square.
-        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
+        grey = np.asarray(image, dtype=np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ImageError(
+                f"{name}: 32-bit pixels from {grey.min()} to {grey.max()} have no known scale; "
+                "save the image as 8-bit RGB"
+            )
         return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         values = np.asarray(image)

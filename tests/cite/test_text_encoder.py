@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,22 @@ def test_a_real_sentence_encoder_knows_the_words() -> None:
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="text encoder 'gpt'"):
         build_text_encoder("gpt")
+
+
+def test_the_published_key_is_answered() -> None:
+    with pytest.raises(ValueError, match=r"'key' of the published code is `pooling`"):
+        build_text_encoder("bert", model=TINY_BERT, key="pooler_output")
+
+
+def test_loading_warns_of_nothing_that_was_mended(
+    bert_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {f"tower.{name}": tensor for name, tensor in stored(bert_folder).items()}
+    save_file(tensors, bert_folder / "model.safetensors", {"format": "pt"})
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        build_text_encoder("bert", model=str(bert_folder))
+    finally:
+        library.removeHandler(caplog.handler)
+    assert "newly initialized" not in caplog.text

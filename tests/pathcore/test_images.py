@@ -117,6 +117,13 @@ def test_fractions_of_unknown_scale_are_an_error(tmp_path: Path, value: float) -
         load_image(path)
 
 
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_32_bit_grey_of_unknown_scale_is_an_error(tmp_path: Path, value: int) -> None:
+    Image.fromarray(np.full((4, 4), value, np.int32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match=rf"a\.tiff: 32-bit pixels from {value} to {value}"):
+        load_image(tmp_path / "a.tiff")
+
+
 def test_one_pixel(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.new("RGB", (1, 1), (9, 8, 7)), "a.png")
     assert image_size(path) == (1, 1)
