@@ -146,6 +146,12 @@ class Prompts(nn.Module):
     def _add(self, hidden_states: Tensor, prompt: Tensor, num_prefix: int) -> Tensor:
         num_patches = hidden_states.shape[1] - num_prefix
         repeats, rest = divmod(num_patches, len(prompt))
+        if not repeats:
+            # The published code adds nothing then, and trains prompts that have no gradient.
+            raise ValueError(
+                f"prompt_length {len(prompt)} with prompt_pos='add': at most {num_patches}, one "
+                "for each patch token, expected"
+            )
         added = prompt.repeat(repeats, 1)
         return hidden_states + nn.functional.pad(added, (0, 0, num_prefix, rest))
 

@@ -8,6 +8,7 @@ patches train.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ PUBLISHED_SUBTYPES = {
 PUBLISHED_NUM_SLIDES = (1, 2, 4, 8, 16)
 PUBLISHED_VAL = 0.8
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+
 Patch = tuple[str, int]
 """File name and label: one line of an annotation file."""
 
@@ -40,6 +43,7 @@ class Split:
         val: Patches that validate, class after class.
         num_slides: Slides by class, those without patches included.
         without_slide_id: Listed names that hold no slide id.
+        no_images: Listed names that do not end as those of images do, such as unfinished downloads.
         unknown: Slide id -> number of patches, of ids that are no slide of a class.
         without_patches: Slides of which no patch is listed.
     """
@@ -48,6 +52,7 @@ class Split:
     val: list[Patch]
     num_slides: list[int]
     without_slide_id: list[str] = field(default_factory=list)
+    no_images: list[str] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     without_patches: list[str] = field(default_factory=list)
 
@@ -85,7 +90,8 @@ def read_captions(
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A missing column, a slide named twice, or a class without a slide.
+        ValueError: If a line is no UTF-8, a column is missing, a slide is named twice, or a class
+            has no slide.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,7 +99,15 @@ def read_captions(
             f"{path}: no such file; put captions.csv of PatchGastric there, or name it"
         )
     labels: dict[str, int] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: no UTF-8 text; a spreadsheet wrote it in another encoding, save it as "
+            "CSV UTF-8"
+        ) from error
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         missing = {"id", "subtype"} - set(rows.fieldnames or ())
         if missing:
@@ -102,7 +116,7 @@ def read_captions(
                 f"{', '.join(rows.fieldnames or ()) or 'nothing'}"
             )
         for row in rows:
-            slide, subtype = row["id"], (row["subtype"] or "").strip()
+            slide, subtype = (row["id"] or "").strip(), (row["subtype"] or "").strip()
             if subtype not in subtypes:
                 continue
             if slide in labels:
@@ -147,6 +161,9 @@ def split_slides(
     for name in listing:
         if "\n" in name or "\r" in name:
             raise ValueError(f"patch name {name!r} holds a line break; rename the file")
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            result.no_images.append(name)
+            continue
         try:
             slide = slide_id(name)
         except ValueError:
@@ -165,9 +182,19 @@ def split_slides(
                 raise ValueError(
                     f"class {label} has no slide with patches for {side}: {len(slides[label])} "
                     f"slides in captions.csv, {int(len(slides[label]) * val)} of them for "
-                    "validation; check the folder of patches, or choose another share"
+                    f"validation{_compare_ids(result, labels)}; check the folder of patches, or "
+                    "choose another share"
                 )
     return result
+
+
+def _compare_ids(split: Split, labels: Mapping[str, int]) -> str:
+    """Shows an id of each side where no patch belongs to any slide: they are then spelt apart."""
+    if len(split.without_patches) < len(labels):
+        return ""
+    names = [*split.unknown, *split.without_slide_id, *split.no_images]
+    found = f"patch names such as {names[0]!r}" if names else "no patches at all"
+    return f". No patch belongs to a slide: ids such as {next(iter(labels))!r}, {found}"
 
 
 def choose_slides(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class PatchDataset(BaseDataset):
         """Reads and checks the annotation file."""
         samples = []
         seen: dict[str, dict[str, Any]] = {}
+        counts: Counter[str] = Counter()
         for number, line in _read_lines(self.ann_file):
             sample = self._parse_line(line, number)
             slide = sample.get("slide")
@@ -108,6 +110,14 @@ class PatchDataset(BaseDataset):
                     f"and {first['gt_label']} in line {first['ann_line']}"
                 )
             samples.append(sample)
+            counts[sample["img_path"]] += 1
+        if repeated := [path for path, count in counts.items() if count > 1]:
+            print_log(
+                f"{self.ann_file}: {len(repeated)} patches are listed more than once and count as "
+                f"often, for instance {repeated[0]}",
+                logger="current",
+                level=logging.WARNING,
+            )
         if not samples:
             raise ValueError(f"{self.ann_file}: no lines; expected `filename label` in each")
         samples = self._without_missing(samples)

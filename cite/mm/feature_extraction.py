@@ -56,13 +56,20 @@ def extract_features(
         Images that could not be read, with the reason.
 
     Raises:
-        ValueError: No such split in the config, or not one image could be read.
+        ValueError: If the config has no such split, prompts are untrained, or no image at all
+            could be read.
     """
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(cfg_options or {})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dataset = build_dataset(cfg, split)
     backbone, preprocessor = _build_model(cfg, checkpoint, device)
+    if checkpoint is None and getattr(backbone, "prompts", None) is not None:
+        # Prompts of `token` initialisation would even depend on the first batch.
+        raise ValueError(
+            f"{config}: its backbone has prompts, which are untrained without a checkpoint; give "
+            "checkpoint=, or set model.backbone.prompt_length=0"
+        )
     writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint))
     rest = _Readable(dataset, writer.num_done)
     loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)

@@ -20,6 +20,7 @@ from tests.cite.goldens import (
     CLIP_WEIGHTS,
     FP16,
     FP32,
+    VIT_ARCH,
     clip_encoder,
     read_arrays,
     vit_encoder,
@@ -374,3 +375,14 @@ def test_wrong_input_is_named() -> None:
         ValueError, match=r"\(batch, 3, height, width\) expected, got \(3, 32, 32\)"
     ):
         clip_encoder()(torch.zeros(3, 32, 32))
+
+
+def test_more_added_prompts_than_patches_are_refused() -> None:
+    model = PromptedEncoder(
+        build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8),
+        prompt_length=17,
+        prompt_pos="add",
+        prompt_init="normal",
+    )
+    with pytest.raises(ValueError, match=r"prompt_length 17 .*at most 16, one for each patch"):
+        model(torch.zeros(1, 3, 32, 32))

@@ -100,3 +100,22 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         write_patches(file, [("\ud800_0.jpg", 0)])
     assert file.read_text() == "a_0.jpg 0\n"
     assert [path.name for path in tmp_path.iterdir()] == ["train.txt"]
+
+
+def test_captions_in_another_encoding_name_file_and_line(tmp_path: Path) -> None:
+    file = captions(tmp_path / "captions.csv", [("a", SUBTYPES[0]), ("b", SUBTYPES[1])])
+    file.write_bytes(file.read_bytes() + "c,x,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"captions\.csv:4: no UTF-8 text"):
+        read_captions(file)
+
+
+def test_blanks_around_ids_and_files_that_are_no_images(tmp_path: Path) -> None:
+    rows = [(f" {label}x{number} ", SUBTYPES[label]) for label in range(3) for number in range(2)]
+    labels = read_captions(captions(tmp_path / "captions.csv", rows))
+    listing = [f"{slide}_0.jpg" for slide in labels]
+    listing += ["0x0_notes.txt", "0x0_9.jpg.part", "0x0_1.TIFF"]
+    split = split_slides(labels, listing, val=0.5)
+    assert split.no_images == ["0x0_notes.txt", "0x0_9.jpg.part"]
+    assert len(split.train) + len(split.val) == 7
+    with pytest.raises(ValueError, match=r"No patch belongs to a slide: .*'0x0', .*'0-0'"):
+        split_slides(labels, ["0-0_0.jpg"], val=0.5)

@@ -88,3 +88,14 @@ def test_missing_data_is_named_and_nothing_is_written(data: Path, tmp_path: Path
         assert result.returncode == 1
         assert message in result.stderr
         assert not (tmp_path / "ann").exists()
+
+
+def test_few_slides_and_folders_of_patches_are_said(data: Path, tmp_path: Path) -> None:
+    result = run("--num-slides", "2", "--num-slides", "40", "--output", tmp_path / "ann", cwd=data)
+    assert result.returncode == 0
+    assert "train_40: class 0 has only 13 training slides" in result.stdout
+    assert "train_2:" not in result.stdout
+    (tmp_path / "patches" / "slide1").mkdir(parents=True)
+    result = run("--patches", tmp_path / "patches", cwd=data)
+    assert result.returncode == 1
+    assert "holds folders (slide1, ...) and no patches" in result.stderr

@@ -15,6 +15,7 @@ from cite.splits import (
     choose_slides,
     published_names,
     read_captions,
+    slide_id,
     split_slides,
     write_patches,
 )
@@ -27,6 +28,9 @@ from xtuner_add.commands.options import (
     name_values,
     user_errors,
 )
+
+_LOOKED_AT = 20
+"""Names that are asked whether they are folders: a folder has 10**5 patches, on slow disks."""
 
 
 def _list_names(folder: Path, order: str) -> list[str]:
@@ -48,6 +52,11 @@ def _list_names(folder: Path, order: str) -> list[str]:
             f"{folder}: no such folder; unzip patches_captions.zip there, or name it by --patches"
         )
     names = os.listdir(folder)
+    if names and all((folder / name).is_dir() for name in names[:_LOOKED_AT]):
+        raise ValueError(
+            f"{folder}: holds folders ({min(names)}, ...) and no patches; move the patches up, or "
+            "name one folder by --patches"
+        )
     return sorted(names) if order == "sorted" else names
 
 
@@ -66,6 +75,11 @@ def _report(split: Split) -> None:
         click.echo(
             f"Skipped {len(split.without_slide_id)} names without a slide id, for instance "
             f"{split.without_slide_id[0]}"
+        )
+    if split.no_images:
+        click.echo(
+            f"Skipped {len(split.no_images)} files that are no images, for instance "
+            f"{split.no_images[0]}"
         )
     if split.without_patches:
         click.echo(
@@ -151,6 +165,14 @@ def splits(
             file = folder / published_names(val, number, suffix)
             write_patches(file, chosen, final_newline=False)
     _report(split)
+    classes = range(len(split.num_slides))
+    slides = [len({slide_id(name) for name, c in split.train if c == label}) for label in classes]
+    for number in num_slides:
+        if short := [label for label in classes if slides[label] < number]:
+            click.echo(
+                f"train_{number}: class {short[0]} has only {slides[short[0]]} training slides, "
+                "all of which are in it"
+            )
     click.echo(f"Wrote {2 + len(few)} files to {folder}")
 
 

@@ -99,3 +99,15 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "ann.txt").write_bytes(b"A_0.jpg 0\n\xff\xfe_0.jpg 1\n")
     with pytest.raises(ValueError, match=r"ann.txt:2: no UTF-8 text"):
         PatchGastric(**arguments)
+
+
+def test_a_patch_that_is_listed_twice_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("cite.mm.datasets.print_log", lambda text, **_: said.append(text))
+    dataset = PatchGastric(**write(tmp_path, ["A_0.jpg 0", "B_0.jpg 1", "C_0.jpg 2", "A_0.jpg 0"]))
+    assert len(dataset) == 4
+    assert len(said) == 1
+    assert "1 patches are listed more than once" in said[0]
+    assert said[0].endswith("A_0.jpg")

@@ -216,6 +216,16 @@ def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
         extract_features(config, tmp_path / "o.safetensors", split="val")
 
 
+def test_untrained_prompts_give_no_features(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has prompts, which are untrained without a checkpoint"):
+        extract_features(
+            config,
+            tmp_path / "o.safetensors",
+            cfg_options={"model.backbone.prompt_length": 1},
+            progress=False,
+        )
+
+
 def test_text_embeddings_by_command(tmp_path: Path) -> None:
     from cite.text_embeddings import read_text_embeddings
 
