@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
 from typing import Any
 
 _WRAPPER = {
@@ -32,21 +30,11 @@ def choose_wrapper() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from pathcore.ranks import open_gloo_group
+
     if torch.cuda.is_available():
         return dict(_WRAPPER)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
-        atexit.register(_close_group)
+        open_gloo_group()
     # MMEngine passes device_ids=[LOCAL_RANK] of its own accord, which DDP refuses on CPU.
     return _WRAPPER | {"device_ids": None}
-
-
-def _close_group() -> None:
-    """Ends gloo's threads before Python ends: one that frees a tensor later aborts the process.
-
-    After an error the other processes may wait in a collective for ever, and so would this.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()

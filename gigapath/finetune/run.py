@@ -50,8 +50,8 @@ from gigapath.finetune.splits import (
 )
 from gigapath.finetune.tasks import SlideTask, read_task
 from gigapath.finetune.trainer import WEIGHTS_NAME, Trainer, check_inputs
-from gigapath.ranks import Ranks
 from pathcore.files import StrPath, folder_lock, remove_partials, write_json, write_text
+from pathcore.ranks import Ranks
 
 SLIDE_ENCODER = "slide_encoder"
 

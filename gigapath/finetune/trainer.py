@@ -33,8 +33,8 @@ from gigapath.finetune.mil import BagOutput, MILModel, classification_loss
 from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.tasks import SlideTask
-from gigapath.ranks import Ranks
 from pathcore.files import atomic_file, write_json
+from pathcore.ranks import Ranks
 
 STATE_NAME, WEIGHTS_NAME = "state.pt", "model.safetensors"
 

@@ -194,7 +194,7 @@ def _open_gloo_group() -> None:
     """Opens the process group before MMEngine does, which would call CUDA even for gloo."""
     import torch.distributed as dist
 
-    from pallava.distributed import open_gloo_group
+    from pathcore.ranks import open_gloo_group
 
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
         open_gloo_group()

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
-from pallava.distributed import open_gloo_group
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.image_digests import ImageDigests
 from pallava.evaluation.questions import Question
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.skipping import SkippedSample
 from pathcore.images import ImageError
+from pathcore.ranks import open_gloo_group
 
 _FORMAT = 2  # of the digests: raise it when an answer comes to depend on something else
 _WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks

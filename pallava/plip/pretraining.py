@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pallava.distributed import all_gather, all_gather_with_grad, rank_and_world_size
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.plip_text import PLIPTextEncoder
 from pallava.plip.losses import contrastive_loss, hard_negatives
+from pathcore.ranks import all_gather, all_gather_with_grad, rank_and_world_size
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 """Limits of the learned temperature (ALBEF, github.com/salesforce/ALBEF)."""

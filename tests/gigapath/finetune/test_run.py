@@ -19,7 +19,7 @@ from gigapath.finetune.run import BagModel, finetune_slides
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.tasks import SlideTask
 from gigapath.finetune.trainer import Trainer, learning_rate, parameter_groups, scale_and_decay
-from gigapath.ranks import Ranks
+from pathcore.ranks import Ranks
 from tests.gigapath import golden_recipe
 from tests.gigapath.slide_cohort import (
     DIM,

@@ -1,8 +1,10 @@
-"""The processes of a training: one, or those that torchrun started."""
+"""Processes that work together: one, or those that torchrun or another launcher started."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import TracebackType
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
@@ -18,8 +20,61 @@ PATIENCE = timedelta(hours=6)
 """How long processes wait for the first one, which alone checks slides and writes files."""
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """Returns this process's number and the number of processes; `(0, 1)` without a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def open_gloo_group(timeout: timedelta | None = None) -> None:
+    """Opens the process group that a launcher's variables describe, and closes it at exit.
+
+    Args:
+        timeout: How long a process waits for the others; torch's default if None.
+    """
+    dist.init_process_group("gloo", timeout=timeout)
+    atexit.register(_close_group)
+
+
+def _close_group() -> None:
+    """Closes the group while Python still runs.
+
+    gloo's threads abort a process in which they free a tensor after the interpreter ended. A
+    process that failed leaves the group open: the others may be waiting in a collective for ever,
+    and closing would wait with them.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def all_gather(tensor: Tensor) -> Tensor:
+    """Concatenates the tensors of all ranks along the first axis, in rank order.
+
+    All must have the same shape. No gradient flows back.
+    """
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """Like `all_gather`, but each part gets the sum of the gradients of all ranks that used it."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return tensor
+    # Imported here: it starts RPC machinery that a single process does not need.
+    from torch.distributed.nn.functional import all_gather as differentiable_all_gather
+
+    return torch.cat(differentiable_all_gather(tensor.contiguous()))
+
+
 class Ranks:
-    """This process among those of the training; a context manager.
+    """This process among those of a job; a context manager that joins and leaves the group.
 
     Reads `RANK`, `WORLD_SIZE` and `LOCAL_RANK`; without them the process is alone.
 
@@ -28,8 +83,8 @@ class Ranks:
 
     Attributes:
         rank: Number of the process.
-        world: How many there are.
-        device: Where it computes: on GPUs each process has its own.
+        world: Number of processes.
+        device: Device of this process; each has a GPU of its own.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -67,10 +122,10 @@ class Ranks:
             self._started = False
 
     def first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, in all of them; the others wait.
+        """Runs `work` in the first process and returns its result in all; the others wait.
 
         Raises:
-            ValueError: The first process could not do it; says why.
+            ValueError: If `work` raised in the first process; has its message.
         """
         if self.world == 1:
             return work()
@@ -87,7 +142,7 @@ class Ranks:
         return found
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, by number."""
+        """Returns the values of all processes, in rank order."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -95,7 +150,7 @@ class Ranks:
         return found
 
     def share_parameters(self, model: nn.Module) -> None:
-        """Gives all processes the first one's parameters and buffers."""
+        """Copies the first process's parameters and buffers to all."""
         if self.world > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
@@ -103,7 +158,7 @@ class Ranks:
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces gradients by their sum over the processes.
 
-        A parameter without gradient in all of them keeps none, so that the optimiser leaves it.
+        A parameter without a gradient in all of them keeps none, so that the optimiser skips it.
         """
         if self.world == 1:
             return
