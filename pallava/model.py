@@ -14,6 +14,7 @@ import torch
 from mmengine import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
@@ -92,7 +93,8 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         config = ConnectorConfig(
             **{
                 "visual_hidden_size": width,
-                "llm_hidden_size": self.llm.config.hidden_size,
+                # Not `hidden_size`: the embeddings of some OPT models are narrower.
+                "llm_hidden_size": self.llm.get_input_embeddings().weight.shape[1],
                 "num_attention_heads": self.visual_encoder.config.num_attention_heads,
                 "num_hidden_layers": num_hidden_layers,
                 "cross_attention_freq": cross_attention_freq,
@@ -303,7 +305,7 @@ def _add_lora(llm: nn.Module, lora: Any) -> nn.Module:
             {
                 name.rpartition(".")[2]
                 for name, module in llm.named_modules()
-                if isinstance(module, nn.Linear) and module is not output
+                if isinstance(module, (nn.Linear, Conv1D)) and module is not output
             }
         )
     # XTuner's way would first copy a half-precision base to fp32: twice the memory for nothing.

@@ -88,10 +88,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def save_base(family: str, folder: Path) -> Path:
+def save_base(family: str, folder: Path, **changes: Any) -> Path:
     name, sizes = FAMILIES[family]
     suffix = "TextConfig" if name == "Gemma3" else "Config"
-    config = getattr(transformers, f"{name}{suffix}")(**sizes)
+    config = getattr(transformers, f"{name}{suffix}")(**(sizes | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
