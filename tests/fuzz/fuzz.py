@@ -185,7 +185,7 @@ def checkpoints_case(folder: Path) -> Case:
 
 def rows_case(folder: Path) -> Case:
     """Files of JSON lines: sound lines come back as they are, the others as reasons."""
-    from pathcore.rows import read_rows
+    from pathgen.rows import read_rows
 
     def case(rng: random.Random, work: Path) -> str:
         rows = [{"id": f"r{i}", "image": f"{i}.png", "caption": "é" * i} for i in range(12)]
@@ -303,7 +303,6 @@ def http_case(folder: Path) -> Case:
     def ask(raw: bytes) -> int:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(raw)
-            connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(65536)
         return int(answer.split()[1]) if answer.startswith(b"HTTP/") else 0
 
