@@ -79,7 +79,19 @@ def make_encoder(folder: Path) -> None:
     model = timm.create_model("vit_giant_patch14_dinov2", **model_args)
     folder.mkdir()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    config = {"architecture": "vit_giant_patch14_dinov2", "model_args": model_args}
+    # The published transform: 256 px, of which the middle 224.
+    transform = {
+        "input_size": [3, 224, 224],
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    config = {
+        "architecture": "vit_giant_patch14_dinov2",
+        "model_args": model_args,
+        "pretrained_cfg": transform,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

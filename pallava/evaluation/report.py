@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pallava.evaluation.benchmarks import Benchmark
 from pallava.skipping import SKIP_LOG_NAME, SkippedSample
-from pathcore.files import atomic_file, write_json, write_text
+from pathcore.files import atomic_file, remove_partials, write_json, write_text
 
 Compat = Literal["none", "original"]
 Missing = Literal["wrong", "skip"]
@@ -52,6 +52,7 @@ def write_report(
         The content of `metrics.json`.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
+    remove_partials(work_dir)  # of a run that was killed while it wrote
     result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
     write_json(work_dir / benchmark.result_name, result)
     _write_skipped(work_dir / SKIP_LOG_NAME, skipped)
