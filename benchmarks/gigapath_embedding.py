@@ -178,7 +178,7 @@ def floor(slide: Path, encoder: Path, out: Path) -> int:
         ]
         batch, number = [], 0
         for pixels in opened.read_many(places):
-            batch.append(fit(pixels, 224, 256))  # type: ignore[arg-type]
+            batch.append(fit(pixels, model.resize))  # type: ignore[arg-type]
             number += 1
             if len(batch) == BATCH or number == len(places):
                 model.encode(np.stack(batch))
