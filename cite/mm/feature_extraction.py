@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cite.features import FeatureWriter
-from pathcore.files import sha256_of
+from pathcore.files import folder_lock, sha256_of
 from pathcore.weights import read_state_dict
 
 SPLITS = ("train", "val", "test")
@@ -70,20 +71,23 @@ def extract_features(
             f"{config}: its backbone has prompts, which are untrained without a checkpoint; give "
             "checkpoint=, or set model.backbone.prompt_length=0"
         )
-    writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint))
-    rest = _Readable(dataset, writer.num_done)
-    loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)
-    bar = tqdm(total=len(dataset), initial=writer.num_done, disable=not progress, unit="img")
-    for batches in _in_parts(loader, part_size):
-        rows = [torch.empty(0, backbone.embed_dim)]
-        for batch in batches:
-            if good := [item for item in batch if "inputs" in item]:
-                rows.append(_encode(backbone, preprocessor, good))
-            bar.update(len(batch))
-        items = [item for batch in batches for item in batch]
-        _write(writer, items, torch.cat(rows))
-    bar.close()
-    return writer.finish()
+    lock = Path(out).with_name(f".{Path(out).name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(lock, folder=out):
+        writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint))
+        rest = _Readable(dataset, writer.num_done)
+        loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)
+        bar = tqdm(total=len(dataset), initial=writer.num_done, disable=not progress, unit="img")
+        for batches in _in_parts(loader, part_size):
+            rows = [torch.empty(0, backbone.embed_dim)]
+            for batch in batches:
+                if good := [item for item in batch if "inputs" in item]:
+                    rows.append(_encode(backbone, preprocessor, good))
+                bar.update(len(batch))
+            items = [item for batch in batches for item in batch]
+            _write(writer, items, torch.cat(rows))
+        bar.close()
+        return writer.finish()
 
 
 def build_dataset(cfg: Config, split: str) -> Any:

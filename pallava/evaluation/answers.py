@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from pathcore.files import StrPath
+from pathcore.files import StrPath, folder_lock
 
 _PATTERN = "rank*.jsonl"
 
@@ -37,9 +38,12 @@ class AnswerLog:
         self.folder = Path(folder)
         self.path = self.folder / f"rank{rank:03d}.jsonl"
         self._descriptor: int | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> AnswerLog:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Two runs in one folder would ask, and pay for, the same questions.
+        self._stack.enter_context(folder_lock(self.path, folder=self.folder.parent))
         cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if cut_off and self.path.stat().st_size:
@@ -55,6 +59,7 @@ class AnswerLog:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+        self._stack.close()
 
     def append(self, answers: Mapping[str, tuple[str, str]]) -> None:
         """Writes `id -> (digest, answer)` and forces it to disk."""

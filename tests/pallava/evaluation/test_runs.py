@@ -32,6 +32,8 @@ from pallava.evaluation.runs import evaluate
 from pallava.inference.assistant import Assistant
 from pallava.registry import EVALUATIONS
 from pallava.skipping import SkippedSample
+from pathcore import files
+from pathcore.files import FolderInUseError
 from tests.pallava import goldens
 from tests.pallava.evaluation.tiny_benchmark import make_data
 from tests.pallava.tiny_folders import make_folders
@@ -411,6 +413,21 @@ def test_questions_without_an_answer_are_wrong_unless_they_are_not_to_count(
     metrics = write_report(benchmark, answers, unreadable, tmp_path / "images")
     assert (metrics["num_missing"], metrics["num_skipped"]) == (0, 8)
     assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 50
+
+
+def test_a_second_run_in_one_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LOCK_PATIENCE_S", 0.1)
+    folder = tmp_path / "run" / "answers"
+    with AnswerLog(folder, rank=0) as log:
+        log.append({"q": ("0af3", "yes")})
+        with pytest.raises(FolderInUseError, match=r"run: another process is working"):
+            AnswerLog(folder, rank=0).__enter__()
+        with AnswerLog(folder, rank=1):  # another process of the same run
+            pass
+    with AnswerLog(folder, rank=0) as again:
+        assert again.read({"q": "0af3"}) == {"q": "yes"}
 
 
 def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None:
