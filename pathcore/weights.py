@@ -76,6 +76,9 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 )
 
 
+_FOLDER_FLAG = 0x10
+"""Of MS-DOS, in the attributes of an archive's entry."""
+
 _DAMAGED_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -462,8 +465,13 @@ def _recognise_archive(file: Path) -> str:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             deflated = any(entry.compress_type for entry in archive.infolist())
+            # torch reads nothing for an entry marked as a folder, and returns what happened to be
+            # in memory there.
+            folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER_FLAG]
     except _DAMAGED_ARCHIVE as error:
         raise _damaged(file, error) from error
+    if folders and any(not name.endswith("/") for name in folders):
+        raise _damaged(file, f"{folders[0]} is marked as a folder")
     # Archives of TorchScript have data.pkl too, so constants.pkl decides.
     if any(name.split("/")[1:2] == ["constants.pkl"] for name in names):
         return "torchscript"

@@ -648,3 +648,14 @@ def test_a_damaged_directory_of_an_archive_is_one_clear_error(tmp_path: Path) ->
     (tmp_path / "model.pth").write_bytes(content[:end] + b"\xff" + content[end + 1 :])
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_state_dict(tmp_path / "model.pth")
+
+
+def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path: Path) -> None:
+    """torch reads nothing for it and returns what happened to be in memory."""
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "model.pth")
+    content = bytearray((tmp_path / "model.pth").read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10
+    (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="data/0 is marked as a folder"):
+        read_state_dict(tmp_path / "model.pth")
