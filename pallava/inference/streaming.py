@@ -25,6 +25,9 @@ _JOINED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _IDEOGRAPHS = ("\u2e80", "\u9fff")  # scripts without spaces between words
 
 
+_COLDEST = 1e-4
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How words are chosen and when to end.
@@ -45,6 +48,15 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest word is taken each time.
+
+        So it is at temperatures close to 0 as well, by which logits cannot be divided: they would
+        become infinite.
+        """
+        return self.temperature < _COLDEST
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -149,7 +161,7 @@ def _generation_kwargs(
     kwargs = assistant.generation_kwargs(max_new_tokens)
     for name in ("stop_strings", "tokenizer"):  # the listener looks for them
         kwargs.pop(name, None)
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         kwargs |= {
             "do_sample": True,
             "temperature": sampling.temperature,
@@ -161,7 +173,7 @@ def _generation_kwargs(
 
 @contextmanager
 def _random_choices(assistant: Assistant, sampling: Sampling) -> Iterator[None]:
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         yield
         return
     devices = [assistant.device] if assistant.device.type == "cuda" else []

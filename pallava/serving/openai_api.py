@@ -117,9 +117,13 @@ def _error(
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        content = json.loads(body)
+        if b"\\ud" in body.lower():
+            # Half a surrogate pair can be written in JSON, but neither tokenised nor sent back.
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the request is no JSON: {error}") from error
+    return content
 
 
 class _ClientGone(Exception):

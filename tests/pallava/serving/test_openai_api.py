@@ -213,6 +213,21 @@ def slow(assistant: Assistant) -> SlowAssistant:
     return SlowAssistant.like(assistant)
 
 
+@pytest.mark.parametrize("body", [b'{"\\ud800": 1}', b'{"messages": [{"content": "a\\uDC00"}]}'])
+def test_half_a_surrogate_pair_is_refused(port: int, body: bytes) -> None:
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", content=body, timeout=60)
+    assert answer.status_code == 400
+    assert "no JSON" in answer.json()["error"]["message"]
+
+
+def test_emoji_and_temperatures_close_to_zero_are_no_faults(port: int) -> None:
+    plain = post(port, max_tokens=8).json()["choices"]
+    cold = post(port, max_tokens=8, temperature=1e-320)
+    assert cold.status_code == 200 and cold.json()["choices"] == plain
+    emoji = {"role": "user", "content": "\U0001f52c?"}
+    assert post(port, messages=[emoji], max_tokens=4).status_code == 200
+
+
 def test_a_full_queue_is_refused_with_the_time_to_come_back(slow: SlowAssistant) -> None:
     service = ModelService(slow, NAME, max_waiting=1)
     with serving(create_app(service)) as port:
