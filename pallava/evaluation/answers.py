@@ -120,6 +120,13 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
                 f"{path}, {question_id!r}: {{question_id, answer}} with text expected, got "
                 f"{record!r:.80}"
             )
+        try:
+            answer.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path}, {question_id!r}: the answer holds half a surrogate pair, which no file "
+                "can store; write it again without"
+            ) from error
         if question_id in answers:
             raise ValueError(f"{path}: two answers to {question_id!r}")
         answers[question_id] = answer

@@ -434,6 +434,9 @@ def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None
     file = tmp_path / "answers.json"
     file.write_text('[{"answer": "yes"}, {"question_id": "7", "answer": "no"}]')
     assert read_answers(file) == ({"0": "yes", "7": "no"}, 1)
+    file.write_text('[{"question_id": "7", "answer": "\\ud800"}]')
+    with pytest.raises(ValueError, match=r"answers\.json, '7': the answer holds half a surrogate"):
+        read_answers(file)
     file.write_text('{"0": {"answer": "yes"}, "1": "no"}')
     assert read_answers(file) == ({"0": "yes", "1": "no"}, 0)
 
