@@ -11,7 +11,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load_model` when it is asked for: importing the package stays cheap."""
+    """Imports `load_model` on first access, so that `import pallava` does not import torch."""
     if name == "load_model":
         from pallava.inference.loading import load_model
 

@@ -1,8 +1,8 @@
-"""Any-resolution input: a thumbnail and the sub-images of the grid that suits the image best.
+"""Any-resolution input: a thumbnail plus the sub-images of the best-fitting grid.
 
-PA-LLaVA, section III-B (doi:10.1109/BIBM62325.2024.10821785): the thumbnail is seen whole, the
-sub-images keep the detail that shrinking loses. The grids and their order are those of the
-published code, on which the released weights depend.
+PA-LLaVA, section III-B (doi:10.1109/BIBM62325.2024.10821785): the thumbnail shows the whole image,
+and the sub-images keep the detail that downscaling loses. The grids and their order are those of
+the published code, on which the released weights depend.
 """
 
 from __future__ import annotations
@@ -29,27 +29,32 @@ GRIDS: tuple[tuple[int, int], ...] = (
     *((1, 7), (7, 1)),
     *((1, 8), (2, 4), (4, 2), (8, 1)),
 )
-"""Allowed `(columns, rows)`, 4 to 8 sub-images, in the published order of search."""
+"""Allowed `(columns, rows)`, 4 to 8 sub-images, in the search order of the published code."""
 
 
 def choose_grid(
     width_px: int, height_px: int, tile_px: int, ties: GridTies = "published"
 ) -> tuple[int, int]:
-    """Chooses the grid that keeps most of the image's pixels and wastes least canvas.
+    """Chooses the grid that preserves most of the image's pixels, then wastes the least canvas.
 
     Args:
         width_px: Width of the image.
         height_px: Height of the image.
         tile_px: Side of a sub-image.
-        ties: What decides between grids that keep and waste the same. `published`: the first in
-            the published order, which gives every square of up to `tile_px` a 1x4 strip, three
-            quarters of it black. `largest_scale`: the grid in which the image is largest.
+        ties: Rule for grids that preserve and waste the same number of pixels. `published` takes
+            the first in the published order, which gives every square of up to `tile_px` a 1x4
+            strip, three quarters of it black; `largest_scale` takes the grid that shows the image
+            largest.
 
     Returns:
         `(columns, rows)`.
 
     Raises:
-        ValueError: A side below one pixel, or an unknown `ties`.
+        ValueError: If a side is below one pixel, or `ties` is unknown.
+
+    Example:
+        >>> choose_grid(800, 400, tile_px=224)
+        (4, 2)
     """
     if min(width_px, height_px, tile_px) < 1:
         raise ValueError(
@@ -64,11 +69,11 @@ def choose_grid(
         kept = min(int(width_px * scale) * int(height_px * scale), width_px * height_px)
         return -kept, canvas_w * canvas_h - kept, -scale if ties == "largest_scale" else 0.0
 
-    return min(GRIDS, key=cost)  # min() returns the first of equals, as the published search does
+    return min(GRIDS, key=cost)  # ties go to the first grid, as in the published search
 
 
 def fit_to_canvas(image: Image.Image, canvas_px: tuple[int, int]) -> Image.Image:
-    """Resizes an image to fit a canvas, keeping its aspect ratio, and centres it on black."""
+    """Resizes an image to fit a black canvas, keeping its aspect ratio, and centres it."""
     width_px, height_px = image.size
     canvas_w, canvas_h = canvas_px
     scale_w, scale_h = canvas_w / width_px, canvas_h / height_px
@@ -85,10 +90,14 @@ def fit_to_canvas(image: Image.Image, canvas_px: tuple[int, int]) -> Image.Image
 def split_image(
     image: Image.Image, tile_px: int, ties: GridTies = "published"
 ) -> list[Image.Image]:
-    """Makes the thumbnail and the sub-images, row by row, of one RGB image.
+    """Splits an RGB image into its thumbnail and sub-images, row by row.
 
     Returns:
-        `[thumbnail, sub_image_1, ...]`, each `tile_px` square; 4 to 8 sub-images.
+        `[thumbnail, sub_image_1, ...]`, each `tile_px` square, with 4 to 8 sub-images.
+
+    Example:
+        >>> len(split_image(Image.new("RGB", (800, 400)), tile_px=224))
+        9
     """
     columns, rows = choose_grid(*image.size, tile_px, ties)
     canvas = fit_to_canvas(image, (columns * tile_px, rows * tile_px))
@@ -97,21 +106,21 @@ def split_image(
         for y in range(rows)
         for x in range(columns)
     ]
-    # The thumbnail is squeezed into a square: the aspect ratio is not kept, as published.
+    # As in the published code, the thumbnail is squeezed into a square: the aspect ratio changes.
     thumbnail = image.resize((tile_px, tile_px), Image.Resampling.BICUBIC)
     return [thumbnail, *(canvas.crop(box) for box in boxes)]
 
 
 @dataclass(frozen=True)
 class AnyRes:
-    """Turns an RGB image into the stack of normalised tiles that the encoder reads.
+    """Converts an RGB image to the stack of normalised tiles that the encoder reads.
 
     Args:
-        tile_px: Side of a tile, the encoder's image size.
+        tile_px: Side of a tile, equal to the encoder's image size.
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
-        sub_images: False gives the thumbnail alone, for encoders without a scale-invariant
-            connector.
+        sub_images: Whether to add sub-images; False yields the thumbnail alone, for models without
+            a scale-invariant connector.
         ties: See `choose_grid`.
 
     Example:
@@ -129,10 +138,10 @@ class AnyRes:
     def from_image_processor(
         cls, processor: object, *, sub_images: bool = True, ties: GridTies = "published"
     ) -> AnyRes:
-        """Takes tile size and statistics from a Hugging Face image processor.
+        """Takes tile size and channel statistics from a Hugging Face image processor.
 
         Raises:
-            ValueError: The processor states no size.
+            ValueError: If the processor does not state a single square size.
         """
         size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
         sides = {size.get(key) for key in ("height", "width", "shortest_edge")} if size else set()
@@ -162,7 +171,7 @@ class AnyRes:
         return (pixels - mean) / std
 
     def num_sub_images(self, width_px: int, height_px: int) -> int:
-        """How many sub-images an image of this size has: what a grouping sampler needs."""
+        """Returns the number of sub-images for an image size, by which samplers group batches."""
         if not self.sub_images:
             return 0
         columns, rows = choose_grid(width_px, height_px, self.tile_px, self.ties)

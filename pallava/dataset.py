@@ -1,8 +1,8 @@
-"""LLaVA conversations about images, for `xtuner train`. The import path is public.
+"""LLaVA conversations about images, for `xtuner train`. Published configs import this module.
 
-Rows of `conversations.jsonl` (or `.json`): `id`, `image` (a file, a list of files, or absent),
-`conversations` `[{from: human|gpt, value}]` with `<image>` marks. A row or image that cannot be
-used is written to the run's skip log and left out.
+Rows of `conversations.jsonl` (or `.json`) have the fields `id`, `image` (a file, a list of files,
+or absent) and `conversations` `[{from: human|gpt, value}]` with `<image>` tokens. A row or image
+that cannot be used is recorded in the run's skip log and skipped.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ __all__ = ["LLaVADataset", "load_processed_text", "process_text"]
 
 
 class LLaVADataset(ConversationDataset):
-    """Tokenised conversations with their images as stacks of tiles.
+    """Tokenized conversations with their images as stacks of tiles.
 
     Args:
-        image_folder: Where the rows' image files lie.
-        image_processor: A Hugging Face image processor or its config: size, mean and std.
-        data_path: `.json` or `.jsonl` of rows; needs `tokenizer`.
-        tokenizer: A Hugging Face tokenizer or its config.
-        offline_processed_text_folder: A folder written by `datasets.save_to_disk` with
-            `input_ids`, `labels` and `image`; used instead of `data_path`.
-        max_dataset_length: Take this many rows at random.
-        dataset_map_fn: Row -> `{"conversation": [...]}`; XTuner's `llava_map_fn` (one image, moved
-            to the front, as published) or `pallava.text.encoding.interleaved_map_fn` (the default).
-        template_map_fn: The prompt template, XTuner's `template_map_fn_factory`.
-        max_length: Longer token sequences are cut.
-        pad_image_to_square: Pad with the mean colour before tiling.
-        anyres_image: False gives the thumbnail alone.
+        image_folder: Folder that the image paths of the rows are relative to.
+        image_processor: Hugging Face image processor or its config; provides size, mean and std.
+        data_path: `.json` or `.jsonl` file of rows; requires `tokenizer`.
+        tokenizer: Hugging Face tokenizer or its config.
+        offline_processed_text_folder: Folder written by `datasets.save_to_disk` with `input_ids`,
+            `labels` and `image`; replaces `data_path`.
+        max_dataset_length: Number of rows to sample at random; all rows by default.
+        dataset_map_fn: Maps a row to `{"conversation": [...]}`: XTuner's `llava_map_fn` (one image,
+            moved to the front, as published) or `pallava.text.encoding.interleaved_map_fn` (the
+            default).
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        max_length: Maximum number of tokens; longer sequences are truncated.
+        pad_image_to_square: Whether to pad with the mean colour before tiling.
+        anyres_image: Whether to add sub-images; False yields the thumbnail alone.
         grid_ties: See `pallava.anyres.choose_grid`.
-        check_images: `header` opens every image once at the start, so that missing files show
-            before the first step and batches can be grouped by cost; `none` trusts them.
-        max_pixels: Larger images are left out.
-        skip_log: Where left-out samples are recorded; by default beside the run's log.
-        map_num_proc: Processes that tokenise; by default chosen by the number of rows.
+        check_images: `header` opens every image once at the start, which finds missing files before
+            the first step and lets batches be grouped by cost; `none` skips the check.
+        max_pixels: Maximum number of pixels; larger images are skipped.
+        skip_log: File that records skipped samples; beside the run's log by default.
+        map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
 
     Raises:
-        FileNotFoundError: A folder or file that is not there.
-        ValueError: Arguments that do not go together, or too many unusable rows.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If arguments conflict, or too many rows are unusable.
     """
 
     def __init__(
@@ -104,15 +105,15 @@ class LLaVADataset(ConversationDataset):
         """Reads an image as a stack of tiles `(1 + num_sub_images, 3, S, S)`.
 
         Raises:
-            ImageError: It cannot be read, or is too large.
+            ImageError: If the image cannot be read or is too large.
         """
         return self.anyres(self.load_image(name))
 
     def load_image(self, name: str) -> Any:
-        """Decodes an image to RGB, and pads it if that was asked for.
+        """Decodes an image to RGB and pads it if `pad_image_to_square` is set.
 
         Raises:
-            ImageError: It cannot be read, or is too large.
+            ImageError: If the image cannot be read or is too large.
         """
         image = load_image(path_inside(self.image_folder, name), max_pixels=self.max_pixels)
         if self.pad_image_to_square:
@@ -125,7 +126,7 @@ class LLaVADataset(ConversationDataset):
         return image
 
     def count_sub_images(self, name: str) -> int:
-        """Sub-images of an image whose header was read."""
+        """Returns the number of sub-images, from the image size that the header check read."""
         return self.anyres.num_sub_images(*self._padded(self._index.size(name)))
 
     def _padded(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Samples to a batch. The import path is public: published configs name it."""
+"""Collates samples to a batch. Published configs import this module, so the path is public."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pallava.text.encoding import IGNORE_INDEX
 
 PAD_INDEX = 0
-"""XTuner's `DEFAULT_PAD_TOKEN_INDEX`; padding is masked, so that its value does not matter."""
+"""XTuner's `DEFAULT_PAD_TOKEN_INDEX`; padding is masked, so the value has no effect."""
 
 
 def default_collate_fn(
@@ -22,24 +22,31 @@ def default_collate_fn(
     use_varlen_attn: bool = False,
     mask: Literal["exact", "published"] = "exact",
 ) -> dict[str, Any]:
-    """Pads the texts of a batch on the right and lists its images.
+    """Pads the texts of a batch on the right and collects its images in a list.
 
     Args:
         instances: Samples with `input_ids`, `labels` and, for samples with images, `pixel_values`:
-            one stack `(1 + num_sub_images, 3, S, S)` or a list of them.
-        pad_index: Id of padding.
-        return_hf_format: Return the bare dictionary instead of MMEngine's `data`/`data_samples`.
-        use_varlen_attn: Not supported for image conversations; must be False.
-        mask: `exact` marks the tokens that are there. `published` reproduces the original, which
-            indexes rows instead of columns and so marks everything (harmless with padding on the
-            right, where no learned token looks at it).
+            one stack `(1 + num_sub_images, 3, S, S)` or a list of stacks.
+        pad_index: Token id used for padding.
+        return_hf_format: Whether to return the bare dictionary instead of MMEngine's
+            `data`/`data_samples`.
+        use_varlen_attn: Must be False; packing is not supported for conversations about images.
+        mask: `exact` masks the padding. `published` reproduces the original code, which indexes
+            rows instead of columns and so masks nothing. With padding on the right this is
+            harmless: no token with a label attends to it.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` `(B, longest)`, `attention_mask` of the same shape and
-        `pixel_values`, a list of all images in reading order, absent when there is none.
+        `input_ids`, `labels`, `position_ids` and `attention_mask`, each `(B, longest)`, and
+        `pixel_values`, a list of all images in reading order, which is absent if there are none.
 
     Raises:
-        ValueError: `use_varlen_attn` was asked for.
+        ValueError: If `use_varlen_attn` is True.
+
+    Example:
+        >>> samples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        ...            {"input_ids": [1, 2], "labels": [-100, 2]}]
+        >>> default_collate_fn(samples)["data"]["attention_mask"].int().tolist()
+        [[1, 1, 1], [1, 1, 0]]
     """
     if use_varlen_attn:
         raise ValueError(

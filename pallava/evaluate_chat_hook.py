@@ -1,4 +1,4 @@
-"""Questions asked during training. The import path is public: published configs name it."""
+"""Sample questions during training. Published configs import this module; the path is public."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from pathcore.images import load_image
 
 
 class EvaluateChatHook(XTunerEvaluateChatHook):
-    """Asks the model about a few images every now and then, sub-images included.
+    """Asks the model sample questions during training and logs the answers.
 
-    The original showed the connector the thumbnail alone; here it sees what training shows it.
+    The original hook showed the connector the thumbnail alone; this one also passes the sub-images,
+    as training does.
 
     Args:
         tokenizer: Config of the tokenizer.
-        evaluation_inputs: Questions.
-        evaluation_images: One image for all questions or one for each: files or URLs. Without
-            images the questions are asked as text.
-        image_processor: Config of a Hugging Face image processor; needed with images.
-        anyres_image: Cut images into sub-images, as the data set does.
-        projector_type: Not used; published configs pass it.
+        evaluation_inputs: Questions to ask.
+        evaluation_images: One image for all questions or one per question: files or URLs. Without
+            images, the questions are asked as text.
+        image_processor: Config of a Hugging Face image processor; required with images.
+        anyres_image: Whether to add sub-images, as the dataset does.
+        projector_type: Unused; published configs pass it.
         grid_ties: See `pallava.anyres.choose_grid`.
-        kwargs: As for XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
+        kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
 
     Raises:
-        FileNotFoundError: An evaluation image that is not there, before hours are spent.
-        ValueError: Images without an image processor, or not one for each question.
+        FileNotFoundError: If an evaluation image does not exist; raised before training starts.
+        ValueError: If images are given without an image processor, or their number does not match.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         **kwargs: Any,
     ) -> None:
         del projector_type
-        # The host appends to its default list, which all its instances would share.
+        # XTuner's hook appends to its mutable default, which all instances would then share.
         kwargs["stop_words"] = list(kwargs.get("stop_words") or ())
         super().__init__(
             tokenizer=tokenizer,
@@ -81,7 +82,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         max_new_tokens: int | None = None,
         save_eval_output: bool = False,
     ) -> None:
-        """Asks every question about its image and logs the answer."""
+        """See XTuner's hook; passes sub-images as well."""
         images = self.evaluation_images
         questions = [f"{IMAGE_TOKEN}\n{question}" for question in self.evaluation_inputs]
         asked = [(question, [image]) for question, image in zip(questions, images, strict=True)]
@@ -95,7 +96,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         max_new_tokens: int | None = None,
         save_eval_output: bool = False,
     ) -> None:
-        """Asks every question without an image; the host would call a method that is not there."""
+        """See XTuner's hook, whose own version calls a method that LLaVA models lack."""
         asked: list[tuple[str, list[torch.Tensor]]] = [(q, []) for q in self.evaluation_inputs]
         self._ask(asked, runner, model, device, max_new_tokens, save_eval_output)
 

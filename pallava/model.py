@@ -1,4 +1,4 @@
-"""PA-LLaVA as XTuner trains it. The import path is public: published configs name it."""
+"""PA-LLaVA as an XTuner model. Published configs import `pallava.model`, so the path is public."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ from pathcore.weights import CheckpointError, check_names, read_state_dict
 class LLaVAModel(MultimodalMixin, BaseModel):
     """Vision encoder, connector and language model for `xtuner train`.
 
-    Only what is trained is in the state dict: LoRA and connector in both published stages.
+    The state dict holds trained parts only: LoRA and the connector in both published stages.
 
     Args:
         llm: Config or module of a causal language model.
-        visual_encoder: A PLIP or CLIP folder, `name:folder` for an encoder registered under that
-            name, a config, or a module with `features` and `config`; or one for whole slides, as
+        visual_encoder: Folder of a PLIP or CLIP encoder, `name:folder` for a registered encoder, a
+            config, or a module with `features` and `config`; for whole slides, a module such as
             `pallava.modeling.slide_tokens.SlideTokenEncoder`.
-        freeze_llm: Keep the base language model as it is.
-        freeze_visual_encoder: Keep the encoder as it is.
-        visual_select_layer: Hidden state of the encoder that is used.
-        pretrained_pth: Checkpoint of an earlier stage, in any published form; its connector's keys
-            decide between released and scale-invariant mode.
+        freeze_llm: Whether to freeze the base language model.
+        freeze_visual_encoder: Whether to freeze the encoder.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
+        pretrained_pth: Checkpoint of an earlier stage, in any published format. The keys of its
+            connector decide between released and scale-invariant mode.
         projector_type: Registered name of the connector.
-        projector_depth: Linear layers at the connector's end.
-        cross_attention: True for scale-invariant mode, False for released mode. By default that of
-            `pretrained_pth`, and without one scale-invariant.
-        cross_attention_freq: Every how many connector layers sub-images are attended to.
-        num_hidden_layers: Depth of the connector.
+        projector_depth: Number of linear layers in the connector's final projection.
+        cross_attention: True for scale-invariant mode, False for released mode. Defaults to the
+            mode of `pretrained_pth`, or scale-invariant without one.
+        cross_attention_freq: Interval between connector layers that attend to sub-images.
+        num_hidden_layers: Number of connector layers.
         connector: Further fields of `ConnectorConfig`.
         sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
-        llm_lora: LoRA config for the language model; `target_modules` None means all its linear
-            layers but the output.
-        use_activation_checkpointing: Recompute layers in the backward pass.
-        max_position_embeddings: Stretch the rotary positions of the language model to this length.
+        llm_lora: LoRA config for the language model; `target_modules=None` selects all linear
+            layers except the output layer.
+        use_activation_checkpointing: Whether to recompute activations in the backward pass.
+        max_position_embeddings: Context length to which the rotary position embeddings are
+            linearly scaled.
 
     Raises:
-        FileNotFoundError: A folder or checkpoint that is not there.
-        CheckpointError: A checkpoint that does not fit, or of another mode than asked for.
+        FileNotFoundError: If a folder or checkpoint does not exist.
+        CheckpointError: If a checkpoint does not fit, or was trained in a mode other than
+            `cross_attention` asks for.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         max_position_embeddings: int | None = None,
     ) -> None:
         _warn_of_plain_xtuner()
-        prepare_host()  # published configs name nothing of ours that would run earlier
+        prepare_host()  # with published configs, this is the first of our code to run
         super().__init__()
         self.freeze_llm = freeze_llm
         self.freeze_visual_encoder = freeze_visual_encoder
@@ -115,10 +117,10 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             self._load_pretrained(pretrained, str(pretrained_pth))
 
     def init_weights(self) -> None:
-        """Nothing: all weights are set when the model is built."""
+        """Does nothing: the constructor already initialised or loaded all weights."""
 
     def activation_checkpointing_enable(self) -> None:
-        """Recomputes layers in the backward pass; non-re-entrant, so that DDP works with it."""
+        """Enables activation checkpointing, non-re-entrant because DDP requires it."""
         self.llm.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
@@ -127,13 +129,13 @@ class LLaVAModel(MultimodalMixin, BaseModel):
                 part.gradient_checkpointing_enable()
 
     def activation_checkpointing_disable(self) -> None:
-        """Keeps activations, as generation needs."""
+        """Disables activation checkpointing, as generation requires."""
         for part in (self.llm, self.visual_encoder, self.projector):
             if hasattr(part, "gradient_checkpointing_disable"):
                 part.gradient_checkpointing_disable()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The trained tensors alone, in the published names, and the connector's one buffer."""
+        """Returns the trained tensors in their published names, and the connector's one buffer."""
         prefix = kwargs.get("prefix", "")
         trained = {
             prefix + name for name, tensor in self.named_parameters() if tensor.requires_grad
@@ -153,14 +155,14 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         """Runs one batch.
 
         Args:
-            data: `input_ids`, `attention_mask`, `labels` and, if there are images, `pixel_values`,
-                as `default_collate_fn` makes them.
-            data_samples: Not used; MMEngine passes it.
-            mode: `loss` gives `{"loss": ...}`, `tensor` the language model's output, `predict` a
+            data: Batch from `default_collate_fn`: `input_ids`, `attention_mask`, `labels` and, if
+                there are images, `pixel_values`.
+            data_samples: Unused; MMEngine passes it.
+            mode: `loss` returns `{"loss": ...}`, `tensor` the language model's output, `predict` a
                 list of logits.
 
         Raises:
-            ValueError: Another mode.
+            ValueError: If `mode` is none of these.
         """
         del data_samples
         inputs = self.prepare_inputs(
@@ -189,19 +191,19 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         save_format: str = "xtuner",
         **kwargs: Any,
     ) -> None:
-        """Writes what was trained, for `xtuner convert pth_to_hf`.
+        """Writes the trained parts, as called by `xtuner convert pth_to_hf`.
 
         Args:
-            cfg: The training config, for tokenizer and image processor.
-            save_dir: Where `llm_adapter/`, `projector/` and, if trained, the encoder and the
-                language model go.
-            fp32: Keep the language model's fp32; otherwise half precision.
-            save_pretrained_kwargs: For Hugging Face's `save_pretrained`.
-            save_format: `xtuner`; the stock LLaVA formats have no place for this connector.
-            kwargs: Not used.
+            cfg: Training config, from which tokenizer and image processor are built.
+            save_dir: Output folder for `llm_adapter/`, `projector/` and, if they were trained, the
+                encoder and the language model.
+            fp32: Whether to keep the language model in fp32 instead of half precision.
+            save_pretrained_kwargs: Keyword arguments for Hugging Face's `save_pretrained`.
+            save_format: Must be `xtuner`; the stock LLaVA formats cannot represent this connector.
+            kwargs: Unused.
 
         Raises:
-            ValueError: Another format.
+            ValueError: If `save_format` is not `xtuner`.
         """
         from pallava.engine.export import save_trained_parts
 
@@ -224,7 +226,8 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         encoder = "visual_encoder."
         is_of_images = not any(name.startswith(encoder) for name in pretrained)
         if is_of_images and hasattr(self.visual_encoder, "visual_tokens"):
-            # LoRA and connector of stages on images are a start for slides.
+            # A checkpoint trained on images may initialise LoRA and connector of a slide model, but
+            # has no weights for the slide encoder.
             expected = {n: t for n, t in expected.items() if not n.startswith(encoder)}
         check_names(expected, pretrained, what="trained part of the model", source=source)
         self.load_state_dict(dict(pretrained), strict=False)
@@ -232,7 +235,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
 
 
 def _warn_of_plain_xtuner() -> None:
-    """Says in one line what MMEngine's assertion about AmpOptimWrapper on a CPU will not say."""
+    """Warns that plain `xtuner train` fails on a CPU, where MMEngine raises a bare assertion."""
     plain = Path(sys.argv[0]).parts[-3:] == ("xtuner", "tools", "train.py")
     if plain and not torch.cuda.is_available():
         print_log(
@@ -247,7 +250,7 @@ def build_encoder(value: Any) -> nn.Module:
     """Builds the vision encoder from a folder, a registered name, a config or a module.
 
     Raises:
-        FileNotFoundError: A folder that is not there.
+        FileNotFoundError: If the folder does not exist.
     """
     if isinstance(value, nn.Module):
         return value
@@ -270,8 +273,8 @@ def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
 
     name = value.get("pretrained_model_name_or_path")
     if name is not None:
-        # Otherwise transformers asks on the terminal whether to run the code of a folder with
-        # `auto_map`, and takes the answer from piped input.
+        # Otherwise transformers prompts on the terminal whether to run the code named by a folder's
+        # `auto_map`, and would read the answer from piped input.
         value.setdefault("trust_remote_code", False)
     try:
         if name is not None:
@@ -280,7 +283,7 @@ def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
             value["config"] = _stretched_config(name, max_position_embeddings)
         traverse_dict(value)
         return BUILDER.build(value)
-    except (OSError, HFValidationError) as error:  # the second one for absolute paths
+    except (OSError, HFValidationError) as error:  # HFValidationError for absolute paths
         raise FileNotFoundError(f"language model {name!r} cannot be loaded: {error}") from error
 
 
@@ -308,14 +311,15 @@ def _add_lora(llm: nn.Module, lora: Any) -> nn.Module:
                 if isinstance(module, (nn.Linear, Conv1D)) and module is not output
             }
         )
-    # XTuner's way would first copy a half-precision base to fp32: twice the memory for nothing.
+    # XTuner's own helper first casts a half-precision base to fp32, which doubles memory without
+    # any benefit to the frozen weights.
     return get_peft_model(llm, config)
 
 
 def _from_checkpoint(
     asked: bool | None, width: int, pretrained: Mapping[str, Tensor] | None, source: object
 ) -> dict[str, Any]:
-    """Mode and feed-forward width: an earlier stage's connector decides, where there is one."""
+    """Takes mode and feed-forward width from an earlier stage's connector if there is one."""
     tensors = connector_state_dict(pretrained or {})
     if not tensors:
         return {"cross_attention": asked is not False, "intermediate_size": 4 * width}

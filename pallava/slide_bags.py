@@ -1,8 +1,9 @@
-"""Bags of tile features of whole slides, read from the files that tile encoders write.
+"""Tile features of whole slides, read from the HDF5 files that tile encoders write.
 
-`features/<encoder>/<slide>.h5` holds `features` `(N, D)` float16 or float32 and `coords` `(N, 2)`,
-left and top of each tile in level-0 pixels, with the tile's side among the attributes of `coords`
-as TRIDENT or CLAM name it. `<slide>.h5` of a slide encoder holds `features` `(D,)` or `(1, D)`.
+`features/<encoder>/<slide>.h5` holds `features` `(N, D)` in float16 or float32 and `coords`
+`(N, 2)`, the top left corner of each tile in level-0 pixels; attributes of `coords` give the tile
+size in TRIDENT's or CLAM's form. A slide encoder's `<slide>.h5` holds `features` `(D,)` or
+`(1, D)`.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ if TYPE_CHECKING:
     import h5py
 
 MAX_TILES = 1_000_000
-"""Larger bags are refused: a slide of 200,000 px a side holds 610,000 tiles of 256 px."""
+"""Default limit on the bag size; 200,000 x 200,000 px hold 610,000 tiles of 256 px."""
 
 SUFFIX = ".h5"
 
 _THREADS = 16
-_MOST_OVERLAPPING = 64  # tiles that share one place: a stride of an eighth of the side
+_MOST_OVERLAPPING = 64  # tiles per grid cell: a stride of an eighth of the tile side
 
 
 class SlideBagError(ImageError):
-    """A bag that cannot be used; data sets and command lines treat it as an unreadable image."""
+    """Raised for an unusable bag; datasets and commands treat it as an unreadable image."""
 
 
 class SlideBag(NamedTuple):
     """The tiles of one slide.
 
-    A named tuple, which data loaders, MMEngine and DDP know how to move.
+    It is a named tuple because data loaders, MMEngine and DDP know how to move those to a device.
 
     Attributes:
-        features: `(N, D)`, as stored.
-        positions: float32 `(N, 2)`: left and top in sides of a tile, from the slide's corner.
-        slide_embedding: `(E,)`, what a slide encoder made of the tiles, or None.
+        features: `(N, D)`, in the stored dtype.
+        positions: float32 `(N, 2)`: left and top in units of the tile side, from the slide's
+            corner.
+        slide_embedding: `(E,)` slide-level embedding, or None.
     """
 
     features: Tensor
@@ -62,11 +64,11 @@ class SlideBag(NamedTuple):
 
 @dataclass(frozen=True)
 class BagIndex:
-    """What the headers of many bags say.
+    """Sizes of many bags, read from their headers.
 
     Attributes:
-        num_tiles: By name.
-        errors: Why a bag cannot be used, by name.
+        num_tiles: Number of tiles by slide name.
+        errors: Reason why a bag cannot be used, by slide name.
     """
 
     num_tiles: dict[str, int] = field(default_factory=dict)
@@ -75,17 +77,17 @@ class BagIndex:
 
 @dataclass(frozen=True)
 class BagFolder:
-    """Bags by the names that rows of data give them.
+    """Folder of bags, addressed by the slide names that data rows contain.
 
     Args:
-        folder: Where `<slide>.h5` lie; names may have sub-folders, and the suffix or not.
-        in_features: Width of the features that is expected; None takes any.
-        slide_embeddings: A folder with the slide encoder's files under the same names, or None.
-        tile_size_level0: Side of a tile in level-0 pixels, for files that do not state it.
-        max_tiles: Larger bags are refused.
+        folder: Folder of `<slide>.h5` files; names may contain sub-folders and may omit the suffix.
+        in_features: Expected width of the features; None accepts any.
+        slide_embeddings: Folder with the slide encoder's files under the same names, or None.
+        tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
+        max_tiles: Maximum number of tiles; larger bags are rejected.
 
     Raises:
-        FileNotFoundError: A folder that is not there.
+        FileNotFoundError: If a folder does not exist.
     """
 
     folder: Path
@@ -103,7 +105,7 @@ class BagFolder:
         """Reads the bag of a slide.
 
         Raises:
-            SlideBagError: A name that leads out of the folder, or a bag that cannot be used.
+            SlideBagError: If the name points outside the folder, or the bag cannot be used.
         """
         bag = read_bag(
             self._path(self.folder, name),
@@ -117,7 +119,7 @@ class BagFolder:
         return bag._replace(slide_embedding=embedding)
 
     def index(self, names: Iterable[str]) -> BagIndex:
-        """Opens the header of every named bag."""
+        """Reads the headers of the named bags, in parallel threads."""
         names, index = list(names), BagIndex()
 
         def measure(name: str) -> tuple[str, int, str]:
@@ -149,11 +151,11 @@ class BagFolder:
 
 @dataclass(frozen=True)
 class SlidePreparation:
-    """What a model of whole slides does with a file that is shown to it.
+    """Input preparation of a whole-slide model: reads files of tile features.
 
     Args:
-        in_features: Width of the tile features that it takes.
-        slide_embedding_features: Width of the slide embedding that it takes; 0 for none.
+        in_features: Width of the tile features that the model expects.
+        slide_embedding_features: Width of the slide embedding that the model expects; 0 for none.
     """
 
     in_features: int
@@ -162,10 +164,10 @@ class SlidePreparation:
     def __call__(self, path: Any) -> SlideBag:
         """Reads a file of tile features.
 
-        A model with slide embeddings finds them in `<slide>.embedding.h5` beside it.
+        If the model takes slide embeddings, `<slide>.embedding.h5` beside the file is read as well.
 
         Raises:
-            SlideBagError: A file, or anything else than a file, that cannot be used.
+            SlideBagError: If `path` is not a path, or the file cannot be used.
         """
         if not isinstance(path, str | os.PathLike):
             raise SlideBagError(
@@ -179,7 +181,7 @@ class SlidePreparation:
 
 
 def embedding_beside(path: str | os.PathLike[str]) -> Path:
-    """Where the slide embedding of a lone file of tile features lies: `<slide>.embedding.h5`."""
+    """Returns the slide embedding path beside a tile feature file: `<slide>.embedding.h5`."""
     return Path(path).with_suffix(f".embedding{SUFFIX}")
 
 
@@ -190,17 +192,18 @@ def read_bag(
     tile_size_level0: int | None = None,
     max_tiles: int = MAX_TILES,
 ) -> SlideBag:
-    """Reads tile features and their places.
+    """Reads tile features and their positions.
 
     Args:
-        path: The HDF5 file.
-        in_features: Width of the features that is expected; None takes any.
-        tile_size_level0: Side of a tile in level-0 pixels, for files that do not state it.
-        max_tiles: Larger bags are refused.
+        path: HDF5 file.
+        in_features: Expected width of the features; None accepts any.
+        tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
+        max_tiles: Maximum number of tiles; larger bags are rejected.
 
     Raises:
-        SlideBagError: No such file, no HDF5, cut off, no tile, arrays that do not fit each other
-            or the encoder, values that are no numbers, or coordinates in another unit.
+        SlideBagError: If the file does not exist, is not HDF5 or is truncated, holds no tiles,
+            holds arrays that do not match each other or the encoder, contains NaN or infinity, or
+            its coordinates are not in level-0 pixels.
     """
     with _opened(Path(path)) as file:
         num_tiles, _ = _check_shapes(file, in_features, max_tiles)
@@ -223,10 +226,10 @@ def read_bag(
 
 
 def read_slide_embedding(path: str | os.PathLike[str]) -> Tensor:
-    """Reads what a slide encoder made of a slide: `(E,)` float32.
+    """Reads a slide-level embedding `(E,)` as float32.
 
     Raises:
-        SlideBagError: No such file, or not one finite vector in it.
+        SlideBagError: If the file does not exist or does not hold exactly one finite vector.
     """
     with _opened(Path(path)) as file:
         if not hasattr(file.get("features"), "shape"):
@@ -243,7 +246,7 @@ def read_slide_embedding(path: str | os.PathLike[str]) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Any:
-    """Opens a file; whatever HDF5 raises while it is read becomes a `SlideBagError`."""
+    """Opens an HDF5 file; errors raised by h5py inside the block become `SlideBagError`."""
     import h5py
 
     try:
@@ -260,7 +263,7 @@ def _opened(path: Path) -> Any:
 
 
 def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> tuple[int, int]:
-    """Returns number of tiles and width, from the header alone."""
+    """Returns the number of tiles and the feature width, from the header alone."""
     path = file.filename
     absent = [name for name in ("features", "coords") if not hasattr(file.get(name), "shape")]
     if absent:
@@ -268,7 +271,7 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
             f"slide features {path}: no dataset {' and '.join(absent)}, {_listed(file)}"
         )
     shape, places = tuple(file["features"].shape), tuple(file["coords"].shape)
-    if len(shape) == 3 and shape[0] == 1:  # some writers keep a batch of one
+    if len(shape) == 3 and shape[0] == 1:  # some writers keep a batch dimension of one
         shape = shape[1:]
     if len(shape) != 2 or places != (shape[0], 2):
         raise SlideBagError(
@@ -292,7 +295,7 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
 
 
 def _tile_size(path: Path, coords: NDArray[np.int64], attributes: Mapping[str, Any]) -> int:
-    """Side of a tile in level-0 pixels: what the attributes say, else the step of the grid."""
+    """Returns the tile side in level-0 pixels, from the attributes or the grid spacing."""
     try:
         if "patch_size_level0" in attributes:
             side = int(attributes["patch_size_level0"])
@@ -319,7 +322,7 @@ def _tile_size(path: Path, coords: NDArray[np.int64], attributes: Mapping[str, A
 
 
 def _grid_step(coords: NDArray[np.int64]) -> int:
-    """Distance of neighbours on a regular grid; 0 where there is none, 1 for a single tile."""
+    """Returns the spacing of a regular grid; 0 if there is none, 1 for a single tile."""
     if len(coords) == 1:
         return 1
     offsets = coords - coords.min(axis=0)

@@ -1,1 +1,1 @@
-"""Trained models that answer: loading folders, single and batched questions, streamed chat."""
+"""Inference with trained models: loading, single and batched questions, streamed chat."""

@@ -1,4 +1,4 @@
-"""A model that is ready to be asked: images and questions in, answers out, one or many."""
+"""A loaded PA-LLaVA that answers questions about images, one at a time or in batches."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from pallava.text.turns import Turn, encode_turns
 from pathcore.images import load_image, to_rgb
 
 MAX_NEW_TOKENS = 1200
-"""Longest answer, as in the published evaluation tools."""
+"""Default limit on generated tokens; the published evaluation tools use the same."""
 
+# Llama-3-Instruct ends a turn with this token, although its tokenizer names <|end_of_text|> as EOS.
 _END_OF_TURN = "<|eot_id|>"
 
 ImageLike = Image.Image | str | os.PathLike[str] | SlideBag | None
 
 
 class Assistant:
-    """A PA-LLaVA with its tokenizer and image preparation; `pallava.load_model` makes one.
+    """PA-LLaVA with its tokenizer and image preprocessing; created by `pallava.load_model`.
 
-    Answers are greedy. A batch is padded on the left and gives the answers that its questions get
-    alone, up to the rounding of half precision.
+    Decoding is greedy. Batches are padded on the left, and each question gets the answer that it
+    would get alone, up to rounding in half precision.
 
     Args:
         model: Encoder, connector and language model: a module with `MultimodalMixin`'s attributes.
-        tokenizer: Of the language model.
-        anyres: Image preparation; `SlidePreparation` for a model of whole slides, whose images are
+        tokenizer: Tokenizer of the language model.
+        anyres: Image preprocessing; `SlidePreparation` for a whole-slide model, whose inputs are
             files of tile features.
-        prompt_template: A template or its name; `tokenizer` for the one the tokenizer carries.
+        prompt_template: Prompt template or its name; `tokenizer` selects the tokenizer's own.
         bos: `single`, as in training, or `double`, as in the published evaluation tools.
-        fingerprint: Tells these weights from others, for caches of answers.
+        fingerprint: Hash that identifies the weights, used as a key by answer caches.
 
     Attributes:
-        prompt_template: Name of the template; `unnamed` for one that XTuner has no name for.
-        stop_ids: Tokens that end an answer.
-        stop_strings: Texts that do and are no tokens of the vocabulary.
+        prompt_template: Name of the template; `unnamed` if XTuner has no name for it.
+        stop_ids: Token ids that end an answer.
+        stop_strings: Stop words that are not single tokens of the vocabulary.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class Assistant:
 
     @property
     def device(self) -> torch.device:
-        """Where the language model reads its inputs."""
+        """Device on which the language model expects its inputs."""
         return self.model.llm.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the language model's weights."""
+        """Dtype of the language model's weights."""
         return self.model.llm.get_input_embeddings().weight.dtype
 
     def answer(
@@ -94,12 +95,12 @@ class Assistant:
         """Answers one question about one image.
 
         Args:
-            image: Pillow image or file; None for a question without one.
-            question: Without template.
-            max_new_tokens: Longest answer, in tokens.
+            image: Pillow image or path of an image file; None for a text-only question.
+            question: Question text, without the prompt template.
+            max_new_tokens: Maximum length of the answer in tokens.
 
         Raises:
-            ImageError: A file that cannot be read.
+            ImageError: If the image file cannot be read.
 
         Example::
 
@@ -115,11 +116,21 @@ class Assistant:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
-        """Answers many questions, each about its own image, in one batch.
+        """Answers several questions in one batch, each about its own image.
+
+        Args:
+            images: One image per question; None for a text-only question.
+            questions: Question texts, without the prompt template.
+            max_new_tokens: Maximum length of each answer in tokens.
 
         Raises:
-            ImageError: A file that cannot be read.
-            ValueError: Not as many images as questions, or none.
+            ImageError: If an image file cannot be read.
+            ValueError: If `images` and `questions` differ in length or are empty.
+
+        Example::
+
+            model = load_model("Meta-Llama-3-8B-Instruct", "pallava_hf", "plip")
+            model.answer_batch(["a.png", "b.png"], ["Is there necrosis?", "Which organ is this?"])
         """
         if len(images) != len(questions) or not questions:
             raise ValueError(
@@ -140,7 +151,7 @@ class Assistant:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
-        """As `answer_batch`, from what `encode` and `pixel_values` return."""
+        """Answers a batch of prompts already prepared by `encode` and `pixel_values`."""
         longest = max(map(len, prompts))
         input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
@@ -158,10 +169,12 @@ class Assistant:
         return [self.decode(row) for row in new_ids.tolist()]
 
     def prompt(self, question: str, *, has_image: bool) -> str:
-        """Puts a question into the template, the image in front unless the text places it.
+        """Renders a question with the prompt template.
+
+        The image token is prepended unless the question already contains it.
 
         Raises:
-            ValueError: Image marks and image do not agree.
+            ValueError: If the question contains more image tokens than there are images.
         """
         marks = question.count(IMAGE_TOKEN)
         if marks > has_image:
@@ -176,21 +189,21 @@ class Assistant:
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
         )
-        return rendered.removeprefix(self.tokenizer.bos_token or "")  # encode() adds it
+        return rendered.removeprefix(self.tokenizer.bos_token or "")  # encode() adds the BOS
 
     def encode(self, question: str, *, has_image: bool) -> list[int]:
-        """Token ids of a question in its template."""
+        """Tokenizes a question in its prompt template."""
         return encode_prompt(self.tokenizer, self.prompt(question, has_image=has_image), self.bos)
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of a conversation up to its next answer; see `pallava.text.turns`."""
+        """Tokenizes a conversation up to its next answer; see `pallava.text.turns`."""
         return encode_turns(self.tokenizer, self._template, turns, self.bos)
 
     def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag) -> Any:
-        """Prepares an image: `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
+        """Preprocesses an image to `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
 
-        A model of whole slides reads a file of tile features and gives a `SlideBag`. What was
-        prepared before is returned as it is.
+        A whole-slide model reads a file of tile features instead and returns a `SlideBag`. Tensors
+        and bags are returned unchanged.
         """
         if isinstance(image, Tensor | SlideBag):
             return image
@@ -200,7 +213,7 @@ class Assistant:
         return self.anyres(decoded)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids up to the first that ends an answer."""
+        """Decodes generated ids up to the first stop token or stop word."""
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
         text = str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
         for word in self.stop_strings:
@@ -208,14 +221,14 @@ class Assistant:
         return text.strip()
 
     def has_stop_string(self, ids: Sequence[int]) -> bool:
-        """Whether generated ids hold a stop word that is no token of the vocabulary."""
+        """Whether the generated text contains a stop word that is not a single token."""
         if not self.stop_strings:
             return False
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return any(word in text for word in self.stop_strings)
 
     def generation_kwargs(self, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
-        """Keyword arguments for `generate`: greedy, and when to stop."""
+        """Returns keyword arguments for `generate`: greedy decoding and the stop conditions."""
         pad = self.tokenizer.pad_token_id
         kwargs: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,

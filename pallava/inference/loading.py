@@ -1,4 +1,4 @@
-"""From folders to a model that answers: `load_model`."""
+"""Loads a trained PA-LLaVA from its folders; see `load_model`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ _logger = logging.getLogger(__name__)
 _PathLike = str | os.PathLike[str]
 _USUAL_TEMPLATE = "llama3_chat"
 CONVERSION_NAME = "conversion.json"
-"""In a converted folder: what its training config says, the prompt template among it."""
+"""File in a converted folder that records settings of the training config: the prompt template."""
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".txt", ".model", ".jinja")
+# 32 samples of 64 KiB read 2 MiB of a weight file, where hashing all of it would read gigabytes.
 _SAMPLES, _SAMPLE_BYTES = 32, 64 << 10
 
 
@@ -44,31 +45,33 @@ def load_model(
     use_adapter: bool | None = None,
     visual_select_layer: int = -2,
 ) -> Assistant:
-    """Loads a trained PA-LLaVA.
+    """Loads a trained PA-LLaVA for inference.
 
     Args:
-        llm: Folder or hub name of the language model: the base model, to which the adapter in
-            `llava` is added, or one with the adapter merged into it. Or an exported folder, which
-            holds all parts; `llava` and `visual_encoder` are then left out.
-        llava: Folder that `xtuner convert pth_to_hf` wrote: `projector/`, and where they were
-            trained `llm_adapter/` and `visual_encoder/`. By default `llm` itself.
-        visual_encoder: PLIP, CLIP or slide token encoder folder; by default the one in `llava`.
-        prompt_template: XTuner's name of a template, or `tokenizer`. By default the one used in
-            training, which both kinds of folder record; another one is used with a warning.
-        bos: `double` asks as the published evaluation tools do.
-        dtype: A torch type, `fp16`, `bf16`, `fp32` or `auto` (as stored). By default bf16 or fp16
+        llm: Folder or Hub name of the language model, either the base model, to which the adapter
+            in `llava` is applied, or a model with the adapter already merged. It may also be an
+            exported folder, which holds all parts; `llava` and `visual_encoder` must then be None.
+        llava: Folder written by `xtuner convert pth_to_hf`, with `projector/` and, if they were
+            trained, `llm_adapter/` and `visual_encoder/`. Defaults to `llm`.
+        visual_encoder: Folder of a PLIP, CLIP or slide token encoder. Defaults to the one in
+            `llava`.
+        prompt_template: XTuner name of a prompt template, or `tokenizer`. Defaults to the template
+            used in training, which both kinds of folder record; a different one logs a warning.
+        bos: `double` prepends two BOS tokens, as the published evaluation tools do.
+        dtype: A torch dtype, `fp16`, `bf16`, `fp32` or `auto` (as stored). Defaults to bf16 or fp16
             on a GPU and fp32 on a CPU.
-        device: By default the current GPU if there is one.
-        use_adapter: Add `llava/llm_adapter`. By default if it is there, unless `llm` lies inside
-            `llava`, where `xtuner convert merge` is told to write the merged model.
-        visual_select_layer: Hidden state of the encoder that is used.
+        device: Device of the model. Defaults to the current GPU if there is one.
+        use_adapter: Whether to apply `llava/llm_adapter`. By default it is applied if it exists,
+            unless `llm` lies inside `llava`: that is where `xtuner convert merge` writes the merged
+            model, which already contains the adapter.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
 
     Returns:
         A model with `answer(image, question)` and `answer_batch(images, questions)`.
 
     Raises:
-        FileNotFoundError: A folder that is not there, or lacks a part.
-        CheckpointError: Weights that do not fit each other.
+        FileNotFoundError: If a folder does not exist or lacks a part.
+        CheckpointError: If the weights of the parts do not fit each other.
 
     Example::
 
@@ -127,13 +130,13 @@ def load_model(
 
 
 def fingerprint(llm: _PathLike, *folders: Path | None) -> str:
-    """Tells these weights from others without reading gigabytes.
+    """Returns a hash that identifies a set of weights without reading gigabytes.
 
-    Configs and tokenizers are read whole; of weight files, the size and 32 samples of 64 KiB.
+    Configs and tokenizers are hashed whole; of weight files, the size and 32 samples of 64 KiB.
 
     Args:
-        llm: Folder or hub name of the language model.
-        folders: Further folders; None for one that is not used.
+        llm: Folder or Hub name of the language model.
+        folders: Folders of the other parts; None for a part that is not used.
     """
     digest = hashlib.sha256()
     for folder in (_local_folder(llm), *folders):
@@ -201,10 +204,10 @@ def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path:
 
 
 def _same_encoder(first: Path, second: Path) -> bool:
-    """Whether two folders hold the same weights, under Hugging Face's or the published names.
+    """Checks whether two folders hold the same weights, under Hugging Face's or published names.
 
-    `pth-to-hf` copies a frozen encoder, too, so that the published command lines name it although
-    the folder holds it.
+    `pth-to-hf` copies even a frozen encoder into its output, so the published command lines pass
+    `--visual-encoder` although the folder already contains that encoder.
     """
     if first.resolve() == second.resolve():
         return True
@@ -237,7 +240,7 @@ def _adapter_folder(llm: _PathLike, folder: Path, use_adapter: bool | None) -> P
 
 
 def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    """The type to load with; None for the stored one."""
+    """Resolves the dtype to load with; None keeps the stored dtype."""
     import torch
 
     if dtype is None:
@@ -302,7 +305,7 @@ def _load_exported(
 
 
 def recorded_template(folder: Path) -> PromptTemplate | None:
-    """The template that training used, as recorded beside its weights; None without a record.
+    """Reads the prompt template recorded beside trained weights; None without a record.
 
     Raises:
         ValueError: If the record is damaged.
@@ -340,7 +343,7 @@ def _choose_template(
 
 
 def _choose_exported(asked: str | None, chat_template: str, folder: Path) -> str:
-    """As `_choose_template`, for folders whose tokenizer carries the template of the training."""
+    """Chooses the template of an exported folder, whose tokenizer carries the training template."""
     if asked is None or asked == TOKENIZER_TEMPLATE:
         return TOKENIZER_TEMPLATE
     template, recorded = find_template(asked), known_template(chat_template)
@@ -373,8 +376,8 @@ def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]
 
     try:
         check_model_name(name)
-        # Without trust_remote_code=False, transformers asks on the terminal whether to run the
-        # code of a folder with `auto_map`, and takes the answer from piped input.
+        # Without trust_remote_code=False, transformers prompts on the terminal whether to run the
+        # code named by a folder's `auto_map`, and would read the answer from piped input.
         model, report = AutoModelForCausalLM.from_pretrained(
             str(name),
             trust_remote_code=False,
@@ -394,10 +397,10 @@ def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]
 
 
 def check_model_name(name: _PathLike) -> None:
-    """Refuses a path at which there is no model, before transformers takes it for a hub's name.
+    """Rejects a path without a model before transformers mistakes it for a Hub name.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the path holds no model.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -408,19 +411,19 @@ def check_model_name(name: _PathLike) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """Shortens transformers' errors to what helps."""
+    """Shortens an error of transformers to the part that helps the user."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
             "its config.json names code of its own (auto_map), which is never run; a model whose "
             "class is part of transformers expected"
         )
-    # The rest lists every class that transformers knows.
+    # transformers goes on to list every model type it supports.
     return " ".join(text.split("Model type should be one of")[0].split())
 
 
 def _make_greedy(llm: Any, tokenizer: Any) -> None:
-    """Replaces the sampling settings of chat models, which would stand above do_sample=False."""
+    """Resets the generation config, so that the sampling settings of chat models do not apply."""
     from transformers import GenerationConfig
 
     ends = llm.generation_config.eos_token_id
@@ -442,14 +445,14 @@ def _add_adapter(model: Any, folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: this adapter does not fit the language model: {error}"
         ) from error
-    # PEFT only warns about tensors that are missing or superfluous.
+    # PEFT only warns about missing and unexpected tensors.
     expected = get_peft_model_state_dict(adapted)
     check_names(expected, tensors, what="language model's adapter", source=str(folder))
     return adapted
 
 
 def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
-    """The encoder of a folder, and what prepares its inputs."""
+    """Loads the encoder of a folder and the preprocessing that belongs to it."""
     from pallava.modeling.folders import (
         SLIDE_TOKENS_MODEL_TYPE,
         load_slide_encoder,
@@ -478,5 +481,5 @@ def _image_preparation(folder: Path, tile_px: int, sub_images: bool) -> Any:
         tile_px=tile_px,
         image_mean=tuple(stated.get("image_mean", CLIP_MEAN)),
         image_std=tuple(stated.get("image_std", CLIP_STD)),
-        sub_images=sub_images,  # without cross-attention nobody looks at them
+        sub_images=sub_images,  # without cross-attention the connector ignores them
     )

@@ -1,4 +1,4 @@
-"""Answers word by word while they are generated."""
+"""Streams answers while they are generated."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from pallava.text.turns import Turn
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-_UNFINISHED = "\ufffd"  # bytes of a character whose other bytes are still to come
+_UNFINISHED = "\ufffd"  # a multi-byte character of which only some bytes have been generated
 _LAST_SPACE = re.compile(r"\s(?=\S*$)")
 _JOINED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-"""What `clean_up_tokenization` of transformers joins to the word before."""
+"""Tokens that `clean_up_tokenization` of transformers joins to the preceding word."""
 _IDEOGRAPHS = ("\u2e80", "\u9fff")  # scripts without spaces between words
 
-
+# Below this temperature the scaled logits would overflow, so decoding is greedy.
 _COLDEST = 1e-4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How words are chosen and when to end.
+    """Sampling parameters and stop conditions.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest word each time, as `Assistant.answer`.
-        top_p: Choose among the likeliest words that together have this probability.
-        seed: For repeatable choices; by default a new one each time.
-        stop: Texts before which the answer ends.
+        max_new_tokens: Maximum length of the answer in tokens.
+        temperature: Sampling temperature; 0 decodes greedily, as `Assistant.answer` does.
+        top_p: Nucleus sampling: tokens are drawn from the smallest set with this total probability.
+        seed: Seed for reproducible sampling; random by default.
+        stop: Strings at which the answer ends; they are not part of it.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: If a value is out of range.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -51,10 +51,9 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest word is taken each time.
+        """Whether decoding is greedy.
 
-        So it is at temperatures close to 0 as well, by which logits cannot be divided: they would
-        become infinite.
+        This includes temperatures close to 0: dividing the logits by them would overflow.
         """
         return self.temperature < _COLDEST
 
@@ -76,10 +75,11 @@ class Completion:
     """A finished answer.
 
     Attributes:
-        text: The answer.
-        finish_reason: `stop` at its end, `length` at `max_new_tokens`, or `cancelled`.
-        prompt_tokens: What the language model read, visual tokens included.
-        completion_tokens: What it wrote.
+        text: Text of the answer.
+        finish_reason: `stop` at the end of the answer, `length` at `max_new_tokens`, or
+            `cancelled`.
+        prompt_tokens: Number of prompt tokens, visual tokens included.
+        completion_tokens: Number of generated tokens.
     """
 
     text: str
@@ -89,7 +89,7 @@ class Completion:
 
 
 class ContextError(ValueError):
-    """A conversation longer than the language model can read."""
+    """Raised when a conversation exceeds the context length of the language model."""
 
 
 @torch.no_grad()
@@ -104,16 +104,17 @@ def converse(
     """Answers the last question of a conversation.
 
     Args:
-        assistant: The model.
-        turns: A system text or none, then questions and answers in turn.
-        sampling: By default greedy: a conversation of one question gives `Assistant.answer`.
-        on_text: Called with every piece of the answer; the pieces joined are the answer.
-        cancelled: Asked after every token; True ends the answer.
+        assistant: Loaded model.
+        turns: Optional system turn, then alternating user and assistant turns.
+        sampling: Sampling parameters. The default is greedy, for which a conversation of a single
+            question gives the same answer as `Assistant.answer`.
+        on_text: Called with each piece of the answer; the concatenated pieces are the answer.
+        cancelled: Polled after each token; generation ends once it returns True.
 
     Raises:
-        ContextError: The conversation is too long.
-        ImageError: An image that cannot be read.
-        ValueError: Turns that do not make a conversation.
+        ContextError: If the conversation is too long for the language model.
+        ImageError: If an image cannot be read.
+        ValueError: If the turns do not form a conversation.
 
     Example::
 
@@ -139,7 +140,7 @@ def converse(
 
 
 def context_length(assistant: Assistant) -> int | None:
-    """Longest sequence of the language model, if it states one."""
+    """Returns the maximum sequence length of the language model, or None if its config has none."""
     return getattr(assistant.model.llm.config, "max_position_embeddings", None)
 
 
@@ -159,14 +160,14 @@ def _generation_kwargs(
     assistant: Assistant, sampling: Sampling, max_new_tokens: int
 ) -> dict[str, Any]:
     kwargs = assistant.generation_kwargs(max_new_tokens)
-    for name in ("stop_strings", "tokenizer"):  # the listener looks for them
+    for name in ("stop_strings", "tokenizer"):  # _Listener checks for stop strings itself
         kwargs.pop(name, None)
     if not sampling.is_greedy:
         kwargs |= {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": 0,  # transformers would keep 50 words
+            "top_k": 0,  # disables the top-k of 50 that transformers applies by default
         }
     return kwargs
 
@@ -183,7 +184,7 @@ def _random_choices(assistant: Assistant, sampling: Sampling) -> Iterator[None]:
 
 
 class _Listener(StoppingCriteria):
-    """Sees the ids after every step: passes text on, and says when to end."""
+    """Stopping criterion that also passes on new text after each generated token."""
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class _Listener(StoppingCriteria):
         self._was_cancelled = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Returns `(1,)`, True to end."""
+        """Returns a bool tensor `(1,)`: True ends generation."""
         self._was_cancelled = self._cancelled()
         text, stopped = self._text(input_ids[0].tolist())
         if not stopped:
@@ -210,7 +211,7 @@ class _Listener(StoppingCriteria):
         return torch.full((1,), stopped or self._was_cancelled, device=input_ids.device)
 
     def finish(self, new_ids: list[int], prompt_tokens: int) -> Completion:
-        """Passes the rest on."""
+        """Passes on the remaining text and returns the finished answer."""
         text, stopped = self._text(new_ids)
         self._give(text)
         reason: FinishReason = "length"
@@ -221,7 +222,7 @@ class _Listener(StoppingCriteria):
         return Completion(text, reason, prompt_tokens, len(new_ids))
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
-        """The answer so far, and whether a stop text ended it."""
+        """Returns the answer so far, and whether a stop string ended it."""
         text = self._assistant.decode(ids)
         places = [place for word in self._stop if (place := text.find(word)) >= 0]
         stopped = bool(places) or self._assistant.has_stop_string(ids)
@@ -234,11 +235,11 @@ class _Listener(StoppingCriteria):
 
 
 def _settled(text: str, pending: Sequence[str]) -> str:
-    """The part of an unfinished answer that the next tokens cannot change.
+    """Returns the part of an unfinished answer that later tokens cannot change.
 
     Args:
-        text: The answer so far.
-        pending: Texts that change it once they are complete.
+        text: Answer generated so far.
+        pending: Strings that alter the text before them once they are complete, such as stop words.
     """
     text = text.rstrip(_UNFINISHED)
     end = len(text)

@@ -1,4 +1,4 @@
-"""Where the connector looks: cross-attention over sub-images or tiles, for people to see."""
+"""Attention maps of the connector over sub-images or tiles, for visualisation."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pallava.slide_bags import SlideBag
 
 @torch.no_grad()
 def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
-    """Attention of an image's thumbnail tokens to its sub-images, averaged.
+    """Returns the mean attention of an image's thumbnail tokens to its sub-images.
 
-    The forward pass uses SDPA, which never forms the weights; here the queries and keys of every
-    cross-attention are taken as they pass, and `softmax(QK^T / sqrt(d))` (Vaswani et al. 2017,
-    arXiv:1706.03762, equation 1) is averaged over thumbnail tokens, heads and layers.
+    The forward pass uses SDPA, which never materialises the attention weights. Forward hooks
+    therefore record the queries and keys of every cross-attention, and `softmax(QK^T / sqrt(d))`
+    (Vaswani et al. 2017, arXiv:1706.03762, equation 1) is averaged over thumbnail tokens, heads and
+    layers.
 
     Args:
-        model: With `encode_images` and `projector`, for instance `PALLaVA`.
+        model: Module with `encode_images` and `projector`, for instance `PALLaVA`.
         pixel_values: One image, `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
 
     Returns:
-        `(num_sub_images, side, side)` with sum 1, `side` squared being the visual tokens of a tile;
-        None where the connector does not look at sub-images or the image has none.
+        `(num_sub_images, side, side)` with sum 1, where `side**2` is the number of visual tokens
+        per tile; None if the connector does not use sub-images or the image has none.
     """
     connector = model.projector
     num_sub_images = len(pixel_values) - 1
@@ -43,14 +44,14 @@ def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def tile_attention(model: Any, bag: SlideBag) -> Tensor | None:
-    """Attention of a slide's map to its tiles, averaged as in `sub_image_attention`.
+    """Returns the mean attention of a slide's map to its tiles; see `sub_image_attention`.
 
     Args:
-        model: With a `SlideTokenEncoder`.
-        bag: The slide.
+        model: Model with a `SlideTokenEncoder`.
+        bag: Tile features of the slide.
 
     Returns:
-        `(num_tiles,)` with sum 1; None where the connector does not look at tiles.
+        `(num_tiles,)` with sum 1; None if the connector does not use tiles.
     """
     connector = model.projector
     if not isinstance(connector, ScaleInvariantConnector) or not connector.uses_sub_images:
@@ -59,7 +60,7 @@ def tile_attention(model: Any, bag: SlideBag) -> Tensor | None:
 
 
 def _cross_attention(model: Any, image: Any) -> Tensor:
-    """Mean attention to every sub-image token of one image, from queries and keys as they pass."""
+    """Computes mean attention to each sub-image token of one image from hooked queries and keys."""
     connector, queries, keys = model.projector, list[Tensor](), list[Tensor]()
     handles = []
     for name, module in connector.named_modules():
@@ -88,12 +89,12 @@ def _collect(outputs: list[Tensor]) -> Any:
 
 
 def _average(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Mean attention to every key `(n * t,)`; query `(1, T, D)`, key `(n, t, D)`."""
+    """Mean attention to each key `(n * t,)`, for query `(1, T, D)` and key `(n, t, D)`."""
     query, key = (
         tensor.flatten(0, 1).float().unflatten(-1, (heads, -1)).transpose(0, 1)
         for tensor in (query, key)
     )
-    means = [  # head by head: the scores of 100,000 tiles are large
+    means = [  # head by head, since the scores of 100,000 tiles are large
         (queries @ keys.T / math.sqrt(query.shape[-1])).softmax(dim=-1).mean(dim=0)
         for queries, keys in zip(query, key, strict=True)
     ]

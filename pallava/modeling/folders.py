@@ -1,7 +1,7 @@
-"""Reads and writes the folders of encoders and connectors, and registers both by name.
+"""Loads and saves the folders of encoders and connectors, and registers both by name.
 
-The models themselves touch no disk and no registry, since their code travels with every exported
-model (`pallava.release.remote_code`).
+This code is separate from the models: their modules are copied into every exported model
+(`pallava.release.remote_code`) and so must not depend on file formats or registries.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pallava.registry import CONNECTORS, ENCODERS
 from pathcore.weights import CheckpointError, load_strict, read_state_dict
 
 CONNECTOR_MODEL_TYPE = "q_former_projector"
-"""`model_type` in the published `projector/config.json`."""
+"""`model_type` in published `projector/config.json` files."""
 
 SLIDE_TOKENS_MODEL_TYPE = "slide_tokens"
-"""`model_type` in the `visual_encoder/config.json` of a slide token encoder."""
+"""`model_type` in `visual_encoder/config.json` of a slide token encoder."""
 
 _CONNECTOR_LAYER = "model.bert.encoder.layer."
 _BERT_HEAD_WIDTH = 64
@@ -46,15 +46,16 @@ def load_vision_encoder(
     folder: str | os.PathLike[str],
     encoder_class: type[_Encoder] = PLIPVisionEncoder,  # type: ignore[assignment]
 ) -> _Encoder:
-    """Loads a CLIP, PLIP or PathGen-CLIP folder: the vision tower alone or the whole CLIP.
+    """Loads the vision tower of a CLIP, PLIP or PathGen-CLIP folder.
 
     Args:
-        folder: `config.json` and weights, under Hugging Face's or the published parameter names.
+        folder: Folder with `config.json` and weights of the vision tower or of the whole CLIP,
+            under Hugging Face's or the published parameter names.
         encoder_class: Subclass to build instead of `PLIPVisionEncoder`.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no `config.json` in it.
-        CheckpointError: If the weights do not belong to the config.
+        FileNotFoundError: If the folder or its `config.json` does not exist.
+        CheckpointError: If the weights do not match the config.
     """
     encoder = encoder_class(read_vision_config(folder))
     state_dict = published_names(read_state_dict(folder))
@@ -70,8 +71,8 @@ def save_vision_encoder(
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
 ) -> None:
-    """Writes a folder that `load_vision_encoder` and Hugging Face's `CLIPVisionModel` both load."""
-    from transformers import CLIPImageProcessor  # pulls in torchvision: 2 s
+    """Saves a folder that both `load_vision_encoder` and `CLIPVisionModel` can load."""
+    from transformers import CLIPImageProcessor  # imports torchvision, which takes 2 s
 
     size = encoder.config.image_size
     processor = CLIPImageProcessor(
@@ -85,7 +86,7 @@ def save_vision_encoder(
     tensors = {
         rename_prefixes(name, PUBLISHED_TO_HF): tensor
         for name, tensor in encoder.state_dict().items()
-        if name != POSITION_IDS  # a constant that newer Hugging Face versions refuse
+        if name != POSITION_IDS  # a constant buffer that newer Hugging Face versions reject
     }
     with staged_files(folder, last="model.safetensors") as stage:
         processor.save_pretrained(stage)
@@ -97,8 +98,8 @@ def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     """Reads the vision part of a CLIP folder's `config.json`.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no `config.json` in it.
-        ValueError: If the config describes something other than a CLIP vision tower.
+        FileNotFoundError: If the folder or its `config.json` does not exist.
+        ValueError: If the config does not describe a CLIP vision tower.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -114,10 +115,10 @@ def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
 
 
 def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
-    """Loads a `projector/` folder, published or written by `save_connector`.
+    """Loads a `projector/` folder, either published or written by `save_connector`.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the folder does not exist.
         CheckpointError: If its tensors are not those of a connector.
     """
     folder = Path(folder)
@@ -126,8 +127,8 @@ def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
     stated = _read_json(file) if file.is_file() else {}
     heads = stated.get("num_attention_heads")
     config = connector_config_of(state_dict, num_attention_heads=int(heads) if heads else None)
-    # Sizes come from the tensors, since published configs do not state them; dropout has no trace
-    # there.
+    # Published configs do not state sizes, so they are read from the tensors. Dropout leaves no
+    # trace in tensors and is read from the config.
     known = {field.name for field in fields(ConnectorConfig)}
     dropouts = {n: value for n, value in stated.items() if n in known and n.endswith("_prob")}
     connector = ScaleInvariantConnector(ConnectorConfig(**(asdict(config) | dropouts)))
@@ -136,11 +137,11 @@ def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
 
 
 def save_connector(connector: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors` of a connector.
+    """Saves `config.json` and `model.safetensors` of a connector.
 
     Args:
         connector: Module whose `config` is a `ConnectorConfig`.
-        folder: Folder to write.
+        folder: Output folder.
     """
     config = {"model_type": CONNECTOR_MODEL_TYPE, **asdict(connector.config)}
     _save_module(connector, config, folder)
@@ -149,12 +150,12 @@ def save_connector(connector: Any, folder: str | os.PathLike[str]) -> None:
 def connector_config_of(
     state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None
 ) -> ConnectorConfig:
-    """Reads a connector's sizes and mode from its tensors' names and shapes.
+    """Infers a connector's sizes and mode from the names and shapes of its tensors.
 
     Args:
-        state_dict: Names without the prefix `projector.`.
-        num_attention_heads: Not visible in the shapes; by default BERT's 64 channels a head, which
-            gives the 12 heads of the released weights.
+        state_dict: Tensors, named without the prefix `projector.`.
+        num_attention_heads: Number of heads, which the shapes do not reveal. Defaults to BERT's 64
+            channels per head, which gives the 12 heads of the released weights.
 
     Raises:
         CheckpointError: If these are not the tensors of a connector.
@@ -171,7 +172,7 @@ def connector_config_of(
             f"{', '.join(sorted(state_dict)[:5])} ..."
         ) from error
     crossed = sorted({_layer_index(name) for name in state_dict if ".crossattention." in name})
-    frequency = len(layers) if crossed else 1  # a single one: no second within the depth
+    frequency = len(layers) if crossed else 1  # one layer: interval >= depth
     if len(crossed) > 1:
         frequency = crossed[1] - crossed[0]
     return ConnectorConfig(
@@ -190,8 +191,8 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
     """Loads a folder written by `save_slide_encoder`.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no `config.json` in it.
-        CheckpointError: If the folder holds something else.
+        FileNotFoundError: If the folder or its `config.json` does not exist.
+        CheckpointError: If the folder holds a different kind of model.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -210,7 +211,7 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
 
 
 def save_slide_encoder(encoder: SlideTokenEncoder, folder: str | os.PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors`."""
+    """Saves `config.json` and `model.safetensors` of a slide token encoder."""
     _save_module(encoder, {"model_type": SLIDE_TOKENS_MODEL_TYPE, **asdict(encoder.config)}, folder)
 
 
@@ -223,7 +224,7 @@ def _save_module(module: nn.Module, config: dict[str, Any], folder: str | os.Pat
 def _save_tensors(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    # Expanded and shared tensors get memory of their own: safetensors refuses to store views.
+    # safetensors rejects tensors that share memory, such as expanded buffers and tied weights.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Linear layers of frozen parts."""
+"""Faster linear layers for inference on CPUs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that asks oneDNN on a CPU when no graph is kept.
+    """`nn.Linear` that uses oneDNN on a CPU when no autograd graph is kept.
 
-    PyTorch gives fp32 products to MKL, whose kernels for processors of other makers than Intel
-    reach half the speed of oneDNN's (measured in docs/benchmarks.md). Both compute in fp32.
+    PyTorch runs fp32 matrix products in MKL, which reaches half the speed of oneDNN on CPUs not
+    made by Intel (measured in docs/benchmarks.md). Both compute in fp32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input @ weight.T + bias`."""
         if _suits_onednn(input) and self.weight.dtype == torch.float32:
-            # Weight and bias stay as they are; input and output are copied, which costs little.
+            # Only input and output are converted to oneDNN's layout, which costs little; weights are
+            # not copied.
             output = torch.ops.aten.mkldnn_linear(input.to_mkldnn(), self.weight, self.bias)
             return output.to_dense()
         return super().forward(input)

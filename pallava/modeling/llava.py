@@ -1,6 +1,6 @@
-"""The LLaVA model: visual tokens of any number of images spliced into a language model.
+"""LLaVA model: splices the visual tokens of any number of images into a language model's input.
 
-Shapes: B samples, M images in the batch, T visual tokens an image, L width of the language model,
+Shapes: B samples, M images in the batch, T visual tokens per image, L width of the language model,
 S side of a tile.
 """
 
@@ -23,7 +23,7 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class SplicedInputs:
-    """What the language model reads once every image place has become T embeddings."""
+    """Inputs of the language model after each image token is replaced by T embeddings."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -39,21 +39,26 @@ def splice(
     labels: Tensor | None = None,
     padding_side: PaddingSide = "right",
 ) -> SplicedInputs:
-    """Replaces every image place of a batch by the tokens of the next image.
+    """Replaces every image token of a batch by the visual tokens of the next image.
 
     Args:
-        input_ids: `(B, length)`; `IMAGE_TOKEN_INDEX` marks an image's place.
-        text_embeds: `(B, length, L)` embeddings of the ids, arbitrary at image places.
-        image_tokens: `(M, T, L)`, in reading order over the batch.
+        input_ids: `(B, length)`; `IMAGE_TOKEN_INDEX` marks the position of an image.
+        text_embeds: `(B, length, L)` embeddings of the ids; values at image positions are ignored.
+        image_tokens: `(M, T, L)` visual tokens, in reading order over the batch.
         attention_mask: `(B, length)`, False for padding on either side.
-        labels: `(B, length)`; image places are never learned.
-        padding_side: Where shorter samples are padded; left for batched generation.
+        labels: `(B, length)`; image positions are excluded from the loss.
+        padding_side: Side on which shorter samples are padded; `left` for batched generation.
 
     Returns:
-        Tensors of the longest sample's length after splicing.
+        Tensors padded to the longest sample after splicing.
 
     Raises:
-        ValueError: Another number of image places than of images.
+        ValueError: If the number of image tokens differs from the number of images.
+
+    Example:
+        >>> ids = torch.tensor([[5, IMAGE_TOKEN_INDEX, 6]])
+        >>> splice(ids, torch.zeros(1, 3, 8), torch.zeros(1, 4, 8)).inputs_embeds.shape
+        torch.Size([1, 6, 8])
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool()
@@ -101,13 +106,17 @@ def splice(
 
 
 class MultimodalMixin:
-    """What joins an encoder, a connector and a language model; owned by any `nn.Module`.
+    """Connects a vision encoder, a connector and a language model; mixed into an `nn.Module`.
 
-    The owner has the attributes `llm`, `visual_encoder` and `projector` (and so the published
-    prefixes in its state dict), `visual_select_layer` and `sub_image_mask`. `sub_image_mask` says
-    what a connector with cross-attention sees: `exact`, each image's own sub-images, or
-    `published`, which repeats the last sub-image once for every image that has fewer than the
-    batch's longest, as the original's mask does in training.
+    The module provides the attributes `llm`, `visual_encoder` and `projector`, whose names are also
+    the prefixes in published state dicts.
+
+    Attributes:
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
+        sub_image_mask: Sub-images that a connector with cross-attention sees: `exact`, each image's
+            own, or `published`, which repeats the last sub-image once for every image that has
+            fewer than the maximum in the batch. The mask of the original code has this effect in
+            training.
     """
 
     llm: Any
@@ -118,14 +127,14 @@ class MultimodalMixin:
     sub_image_mask: SubImageMask = "exact"
 
     def encode_images(self, pixel_values: Sequence[Any]) -> Tensor:
-        """Runs encoder and connector.
+        """Runs the vision encoder and the connector.
 
         Args:
-            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first; or what an
-                encoder with `visual_tokens` takes, for instance M `SlideBag`.
+            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first; for an
+                encoder with `visual_tokens`, its own inputs, for instance M `SlideBag`.
 
         Returns:
-            `(M, T, L)`.
+            `(M, T, L)` visual tokens.
         """
         thumbnails, sub_images, counts = self._visual_tokens(pixel_values)
         thumbnails = thumbnails.to(self.projector.dtype)
@@ -137,7 +146,7 @@ class MultimodalMixin:
         return self.projector(thumbnails, sub_images, counts)
 
     def _visual_tokens(self, pixel_values: Sequence[Any]) -> tuple[Tensor, Tensor, list[int]]:
-        """Tokens of the thumbnails, of all sub-images, and how many belong to each image."""
+        """Returns thumbnail tokens, tokens of all sub-images, and sub-image counts per image."""
         if hasattr(self.visual_encoder, "visual_tokens"):
             return self.visual_encoder.visual_tokens(pixel_values)
         stacks = [stack if self.projector.uses_sub_images else stack[:1] for stack in pixel_values]
@@ -161,34 +170,35 @@ class MultimodalMixin:
 
         Args:
             input_ids: `(B, length)`.
-            pixel_values: The images of the whole batch in reading order, none for samples without
-                an image.
+            pixel_values: Images of the whole batch in reading order; samples without an image have
+                no entry.
             attention_mask: `(B, length)`.
             labels: `(B, length)`.
-            padding_side: Where shorter samples are padded.
+            padding_side: Side on which shorter samples are padded.
         """
         embed = self.llm.get_input_embeddings()
-        text_embeds = embed(input_ids.clamp(min=0))
+        text_embeds = embed(input_ids.clamp(min=0))  # image tokens have negative ids
         if pixel_values is not None and len(pixel_values):
             image_tokens = self.encode_images(pixel_values).to(text_embeds.dtype)
         else:
             image_tokens = text_embeds.new_zeros(0, 0, text_embeds.shape[-1])
             if self.training and torch.is_grad_enabled():
-                # Another rank may have images: every rank must give the connector a gradient.
+                # DDP waits for a gradient of every parameter on every rank, and other ranks may
+                # have images in this step.
                 text_embeds = text_embeds + 0.0 * self._blank_image_tokens().sum()
         return splice(input_ids, text_embeds, image_tokens, attention_mask, labels, padding_side)
 
     def language_model_loss(self, inputs: SplicedInputs) -> Tensor:
-        """Mean cross-entropy of the learned tokens.
+        """Computes the mean cross-entropy over tokens with labels.
 
-        The vocabulary is only projected on where some sample has something to learn: with Llama-3's
-        128,256 words, logits of every visual token would fill gigabytes.
+        Logits are computed only at positions where some sample has a label: with Llama-3's
+        vocabulary of 128,256, the logits of all visual tokens would take gigabytes.
         """
         assert inputs.labels is not None
         targets = inputs.labels[:, 1:]
         learned = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
         if not len(learned):
-            learned = learned.new_zeros(1)
+            learned = learned.new_zeros(1)  # one position, so that the loss is a zero with a graph
         keeps_logits = _accepts(self.llm, "logits_to_keep")
         logits = self.llm(
             inputs_embeds=inputs.inputs_embeds,
@@ -212,7 +222,7 @@ class MultimodalMixin:
         attention_mask: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
-        """Generates for a batch, padded on either side; returns the new ids alone."""
+        """Generates for a batch padded on either side; returns only the new ids."""
         inputs = self.prepare_inputs(input_ids, pixel_values, attention_mask, padding_side="left")
         return self.llm.generate(
             inputs_embeds=inputs.inputs_embeds,
@@ -230,13 +240,13 @@ class MultimodalMixin:
 
 
 class PALLaVA(MultimodalMixin, nn.Module):
-    """Encoder, connector and language model as one module.
+    """Vision encoder, connector and language model as one module.
 
     Args:
-        llm: A Hugging Face causal language model, plain or wrapped by PEFT.
-        visual_encoder: `PLIPVisionEncoder`, or anything with its `features` and `config`.
-        projector: `ScaleInvariantConnector`, or anything with its interface.
-        visual_select_layer: Hidden state of the encoder that is used.
+        llm: Hugging Face causal language model, plain or wrapped by PEFT.
+        visual_encoder: `PLIPVisionEncoder`, or a module with its `features` and `config`.
+        projector: `ScaleInvariantConnector`, or a module with its interface.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
         sub_image_mask: See `MultimodalMixin`.
     """
 
@@ -262,7 +272,7 @@ class PALLaVA(MultimodalMixin, nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Returns `loss` when labels are given, else `logits` `(B, spliced length, vocabulary)`."""
+        """Returns `loss` if labels are given, else `logits` `(B, spliced length, vocab_size)`."""
         inputs = self.prepare_inputs(input_ids, pixel_values, attention_mask, labels)
         if inputs.labels is not None:
             return {"loss": self.language_model_loss(inputs)}
@@ -280,12 +290,12 @@ class PALLaVA(MultimodalMixin, nn.Module):
         attention_mask: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Tensor:
-        """Generates for a batch; see `MultimodalMixin.generate_answer`."""
+        """See `MultimodalMixin.generate_answer`."""
         return self.generate_answer(input_ids, pixel_values, attention_mask, **generation_kwargs)
 
 
 def _accepts(llm: Any, argument: str) -> bool:
-    """Whether a language model's forward, inside PEFT or not, takes an argument."""
+    """Whether the forward method of a language model, wrapped by PEFT or not, has an argument."""
     base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
     return argument in inspect.signature(base.forward).parameters
 

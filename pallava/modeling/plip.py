@@ -1,7 +1,7 @@
-"""PLIP's vision encoder: a CLIP ViT that computes no more than what is used.
+"""PLIP's vision encoder: a CLIP ViT that skips layers whose output is unused.
 
-Shapes: B images, P patches of an image, D hidden size. Radford et al. 2021 (arXiv:2103.00020);
-parameter names as in the published `plip` weights, which differ from Hugging Face's
+Shapes: B images, P patches per image, D hidden size. Radford et al. 2021 (arXiv:2103.00020).
+Parameter names follow the published `plip` weights, which differ from Hugging Face's
 `CLIPVisionModel` in one module (`post_layrnorm`) and one buffer (`position_ids`).
 """
 
@@ -24,8 +24,8 @@ PUBLISHED_TO_HF = {"vision_model.post_layrnorm.": "vision_model.post_layernorm."
 POSITION_IDS = "vision_model.embeddings.position_ids"
 
 _CPU_BATCH = 4
-"""Tiles that a frozen encoder takes at once on a CPU: their activations stay in its caches, which
-is a fifth faster than a whole batch and needs a tenth of the memory (docs/benchmarks.md)."""
+"""Tiles that a frozen encoder processes at once on a CPU. Their activations fit in the caches,
+which is a fifth faster than a whole batch and takes a tenth of the memory (docs/benchmarks.md)."""
 
 
 class _Attention(nn.Module):
@@ -105,7 +105,7 @@ class _VisionTransformer(nn.Module):
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
-        # The two misspellings are the published parameter names.
+        # The published parameter names contain both misspellings.
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = _Encoder(config)
         self.post_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -115,10 +115,11 @@ class PLIPVisionEncoder(nn.Module):
     """CLIP vision transformer with the published PLIP parameter names.
 
     Args:
-        config: Sizes; PLIP itself is ViT-B/16, 224 px, quick GELU, eps 1e-5.
+        config: Sizes; PLIP itself is ViT-B/16 with 224 px, quick GELU and eps 1e-5.
 
     Raises:
-        ValueError: The image size is no multiple of the patch size.
+        ValueError: If the image size is not a multiple of the patch size, or the hidden size not a
+            multiple of the number of heads.
 
     Example:
         >>> config = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -145,27 +146,27 @@ class PLIPVisionEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.vision_model.pre_layrnorm.weight.dtype
 
     @property
     def num_patches(self) -> int:
-        """Visual tokens of one image, the class token not counted."""
+        """Number of visual tokens per image, without the class token."""
         return (self.config.image_size // self.config.patch_size) ** 2
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False
     ) -> BaseModelOutputWithPooling:
-        """Runs every layer.
+        """Runs all layers.
 
         Args:
             pixel_values: `(B, 3, image_size, image_size)`, normalised.
-            output_hidden_states: Also return the input and the output of every layer.
+            output_hidden_states: Whether to also return the input and the output of every layer.
 
         Returns:
             `last_hidden_state` `(B, 1 + P, D)` after the final norm, as the published encoder
-            gives it (Hugging Face's is before), `pooler_output` `(B, D)`, its class token, and
-            `hidden_states`, each `(B, 1 + P, D)`.
+            returns it (Hugging Face returns it before the norm), its class token `pooler_output`
+            `(B, D)`, and `hidden_states`, each `(B, 1 + P, D)`.
         """
         hidden_states = self._embed(pixel_values)
         collected = [hidden_states]
@@ -181,20 +182,20 @@ class PLIPVisionEncoder(nn.Module):
         )
 
     def features(self, pixel_values: Tensor, select_layer: int = -2) -> Tensor:
-        """Patch features of one layer; the layers above it are not computed.
+        """Returns the patch features of one layer without computing the layers above it.
 
-        No graph is kept when no weight of the encoder wants a gradient.
+        No autograd graph is kept if all weights of the encoder are frozen.
 
         Args:
             pixel_values: `(B, 3, image_size, image_size)`, normalised.
-            select_layer: Index into the `num_hidden_layers + 1` hidden states; -2, the output of
-                the last layer but one, is what PA-LLaVA uses.
+            select_layer: Index into the `num_hidden_layers + 1` hidden states. PA-LLaVA uses -2,
+                the output of the second-to-last layer.
 
         Returns:
-            `(B, P, D)`, the class token dropped.
+            `(B, P, D)`, without the class token.
 
         Raises:
-            ValueError: There is no such layer.
+            ValueError: If `select_layer` is out of range.
         """
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= select_layer < num_states:
@@ -217,11 +218,11 @@ class PLIPVisionEncoder(nn.Module):
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recomputes layers in the backward pass instead of keeping their activations."""
+        """Recomputes activations in the backward pass instead of storing them."""
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps the activations of every layer."""
+        """Stores the activations of every layer."""
         self.gradient_checkpointing = False
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class PLIPVisionEncoder(nn.Module):
         return layer(hidden_states)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """CLIP's initialisation (arXiv:2103.00020, github.com/openai/CLIP)."""
+        """Initialises weights as CLIP does (arXiv:2103.00020, github.com/openai/CLIP)."""
         config, factor = self.config, self.config.initializer_factor
         width, depth = config.hidden_size, config.num_hidden_layers
         if isinstance(module, _Embeddings):
@@ -261,7 +262,7 @@ class PLIPVisionEncoder(nn.Module):
 
 
 def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps the vision tower of a CLIP-like state dict, in the published names."""
+    """Selects the vision tower of a CLIP-like state dict and converts it to published names."""
     hf_to_published = {hf: published for published, hf in PUBLISHED_TO_HF.items()}
     kept: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -269,7 +270,7 @@ def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("vision_model."):
             kept[rename_prefixes(name, hf_to_published)] = tensor
     if kept and POSITION_IDS not in kept:
-        # A constant that newer Hugging Face versions no longer store.
+        # A constant buffer that newer Hugging Face versions no longer store.
         positions = kept.get("vision_model.embeddings.position_embedding.weight")
         if positions is not None:
             kept[POSITION_IDS] = torch.arange(len(positions)).expand(1, -1)
@@ -277,7 +278,7 @@ def published_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_prefixes(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replaces the first of `prefixes` (old: new) that `name` starts with."""
+    """Replaces the first matching prefix of `name`; `prefixes` maps old to new."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name[len(old) :]

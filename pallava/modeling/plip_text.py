@@ -1,9 +1,10 @@
-"""Text encoder of PLIP pretraining: BERT whose layers can also look at an image.
+"""Text encoder of PLIP pretraining: BERT with optional cross-attention to image tokens.
 
 Shapes: B texts, T tokens, D hidden size, H heads, I images, P image tokens, V image width.
-Parameter names are those of ALBEF's and BLIP's text encoders, and so of `transformers`'
-`BlipTextModel`, which gives the same numbers but has no fused attention and projects an image once
-for every text it is paired with.
+
+Parameter names follow the text encoders of ALBEF and BLIP, and thus `BlipTextModel` of
+`transformers`. That model computes the same values, but has no fused attention and projects an
+image anew for every text that it is paired with.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class _Projections(nn.Module):
         self, hidden_states: Tensor, source: Tensor, mask: Tensor | None, index: Tensor | None
     ) -> Tensor:
         query, key, value = self.query(hidden_states), self.key(source), self.value(source)
-        if index is not None:  # after the projection: an image is projected once, not per text
+        if index is not None:  # after the projection, so that each image is projected once
             key, value = key[index], value[index]
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -128,11 +129,14 @@ class _Encoder(nn.Module):
 
 
 class PLIPTextEncoder(nn.Module):
-    """BERT without segments and pooler, with cross-attention to image tokens in every layer.
+    """BERT without segment embeddings and pooler, with cross-attention to images in every layer.
 
     Args:
-        config: Sizes of the BERT; `vocab_size` counts the added tokens too.
-        image_hidden_size: Width of the image tokens.
+        config: BERT config; `vocab_size` includes the added tokens.
+        image_hidden_size: Width V of the image tokens.
+
+    Raises:
+        ValueError: If `hidden_size` is not a multiple of `num_attention_heads`.
 
     Example:
         >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
@@ -166,15 +170,15 @@ class PLIPTextEncoder(nn.Module):
 
         Args:
             input_ids: `(B, T)`.
-            attention_mask: `(B, T)`, nonzero where a token is.
-            image_embeds: `(I, P, V)`; without it the cross-attention is left out.
-            image_index: `(B,)`, which image belongs to which text; not given: I = B, in order.
+            attention_mask: `(B, T)`, zero for padding.
+            image_embeds: `(I, P, V)` image tokens; without them the cross-attention is skipped.
+            image_index: `(B,)` index of each text's image. By default text i belongs to image i.
 
         Returns:
             Hidden states of the last layer, `(B, T, D)`.
 
         Raises:
-            ValueError: More tokens than positions.
+            ValueError: If there are more tokens than positions.
         """
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -197,17 +201,18 @@ class PLIPTextEncoder(nn.Module):
         image_hidden_size: int,
         fold_segment: bool = True,
     ) -> PLIPTextEncoder:
-        """Starts from a pretrained BERT; cross-attention and added tokens are new.
+        """Initialises from a pretrained BERT; cross-attention and added tokens keep random weights.
 
         Args:
-            name_or_path: Folder, or name on the Hugging Face hub.
-            vocab_size: Tokens including the added ones.
-            image_hidden_size: Width of the image tokens.
-            fold_segment: Add BERT's embedding of segment 0, which it adds to every token of a
-                single text, to the position embeddings; False drops it, as the original does.
+            name_or_path: Folder, or name on the Hugging Face Hub.
+            vocab_size: Number of tokens, including the added ones.
+            image_hidden_size: Width V of the image tokens.
+            fold_segment: Whether to add BERT's embedding of segment 0 to the position embeddings.
+                BERT adds it to every token of a single text; False drops it, as the original code
+                does.
 
         Raises:
-            ValueError: `vocab_size` is smaller than that of the BERT.
+            ValueError: If `vocab_size` is smaller than BERT's.
         """
         from transformers import BertModel
 
@@ -235,7 +240,7 @@ class PLIPTextEncoder(nn.Module):
         return encoder
 
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's initialisation (arXiv:1810.04805, github.com/google-research/bert)."""
+        """Initialises weights as BERT does (arXiv:1810.04805, github.com/google-research/bert)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             bias = getattr(module, "bias", None)

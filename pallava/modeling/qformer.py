@@ -1,12 +1,12 @@
-"""The scale-invariant connector: a thumbnail's tokens ask its sub-images for the detail.
+"""Scale-invariant connector: thumbnail tokens attend to the tokens of all sub-images.
 
-PA-LLaVA, section III-B (doi:10.1109/BIBM62325.2024.10821785). A BERT-like stack of post-norm
-layers whose queries are the thumbnail's visual tokens; in the paper, each layer also attends to
-the tokens of all sub-images. The published code never built that cross-attention, so the released
-weights have none: *released mode*, which ignores sub-images, reproduces them, and the mode of a
-checkpoint is decided by its keys.
+PA-LLaVA, section III-B (doi:10.1109/BIBM62325.2024.10821785). A BERT-like stack of post-norm layers
+whose queries are the thumbnail's visual tokens. In the paper, each layer also cross-attends to the
+tokens of all sub-images. The published code never built that cross-attention, so the released
+weights have none: *released mode*, which ignores sub-images, reproduces them. The keys of a
+checkpoint decide its mode.
 
-Shapes: B images, T visual tokens of a tile, D visual width, L language model's width,
+Shapes: B images, T visual tokens per tile, D visual width, L language model's width,
 N sub-images of all B images together.
 """
 
@@ -29,19 +29,19 @@ class ConnectorConfig:
     Args:
         visual_hidden_size: Width D of the visual tokens.
         llm_hidden_size: Width L of the language model.
-        num_hidden_layers: Depth of the stack.
-        num_attention_heads: Heads of every attention; not visible in a checkpoint's shapes.
-        intermediate_size: Width of the feed-forward part.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of heads per attention; not visible in a checkpoint's shapes.
+        intermediate_size: Width of the feed-forward blocks.
         cross_attention: True for the connector of the paper, False for released mode.
-        cross_attention_freq: Every how many layers the sub-images are attended to.
-        depth: Linear layers of the final projection, GELU between them.
-        hidden_dropout_prob: Dropout behind every dense layer.
+        cross_attention_freq: Interval between layers with cross-attention to sub-images.
+        depth: Number of linear layers in the final projection, with GELU in between.
+        hidden_dropout_prob: Dropout after every dense layer.
         attention_probs_dropout_prob: Dropout of attention weights. The original trains with 0.1;
-            0 lets SDPA run without keeping the weights (a third of the memory on CPU).
-        layer_norm_eps: Epsilon of every LayerNorm, BERT's.
+            with 0, SDPA need not store the weights (a third of the memory on a CPU).
+        layer_norm_eps: Epsilon of every LayerNorm; BERT's value.
 
     Raises:
-        ValueError: Sizes that do not fit each other.
+        ValueError: If a size is below 1, or heads do not divide the width.
     """
 
     visual_hidden_size: int = 768
@@ -70,7 +70,7 @@ class ConnectorConfig:
 
 
 class _AttentionWeights(nn.Module):
-    """Query, key and value: BERT calls the module `self`."""
+    """Query, key and value projections; BERT names this module `self`."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _AttentionWeights(nn.Module):
 
 
 class _Output(nn.Module):
-    """Dense layer, dropout, residual, LayerNorm: the end of every BERT block."""
+    """Dense layer, dropout, residual and LayerNorm at the end of each BERT block."""
 
     def __init__(self, config: ConnectorConfig, in_features: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Output(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head attention of the thumbnail's tokens to themselves or to the sub-images'."""
+    """Multi-head self-attention of thumbnail tokens, or cross-attention to sub-image tokens."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
@@ -109,11 +109,11 @@ class _Attention(nn.Module):
         sub_images: Tensor | None = None,
         groups: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """Attends to `sub_images` `(N, T, D)` in `groups`, or to itself without them.
+        """Attends to `sub_images` `(N, T, D)` in `groups`, or to `hidden_states` without them.
 
-        `groups` lists `(num_images, num_sub_images)` for consecutive images of `hidden_states`
-        `(B, T, D)` that have equally many sub-images: keys and values are projected once for all
-        of them, packed, and no padding takes part in the attention.
+        `groups` lists `(num_images, num_sub_images)` for runs of consecutive images in
+        `hidden_states` `(B, T, D)` with equally many sub-images. Keys and values are projected once
+        for all images and stay packed, so that no padding takes part in the attention.
         """
         weights: _AttentionWeights = self.get_submodule("self")  # type: ignore[assignment]
         query = weights.query(hidden_states)
@@ -133,8 +133,8 @@ class _Attention(nn.Module):
             queries = query[image : image + num_images]
             image += num_images
             if count == 0:
-                # Nothing to look at: a sum over no values, as in the original. The weights stay in
-                # the graph, since data-parallel training waits for a gradient of each.
+                # Without sub-images the output is zero, as in the original. The projections stay in
+                # the graph because DDP waits for a gradient of every parameter.
                 unused = queries.sum() + key.sum() + value.sum()
                 contexts.append(torch.zeros_like(queries) + 0.0 * unused)
                 continue
@@ -185,7 +185,7 @@ class _Layer(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    """Holds the one buffer that BERT left in the published checkpoints."""
+    """Holds the one BERT buffer that published checkpoints contain."""
 
     position_ids: Tensor
 
@@ -231,7 +231,7 @@ class _Connector(nn.Module):
 
 
 class ScaleInvariantConnector(nn.Module):
-    """Thumbnail and sub-images of any number in, T language-model tokens an image out.
+    """Connector that maps a thumbnail and any number of sub-images to T tokens per image.
 
     Args:
         config: Sizes and mode.
@@ -252,17 +252,17 @@ class ScaleInvariantConnector(nn.Module):
         self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)  # BERT, arXiv:1810.04805, its code
+                nn.init.normal_(module.weight, std=0.02)  # as in BERT's code (arXiv:1810.04805)
                 nn.init.zeros_(module.bias)
 
     @property
     def uses_sub_images(self) -> bool:
-        """Whether sub-images change the output; if not, they need no encoding."""
+        """Whether the output depends on sub-images; if not, they need not be encoded."""
         return self.config.cross_attention
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.model.norm.weight.dtype
 
     def forward(
@@ -271,23 +271,25 @@ class ScaleInvariantConnector(nn.Module):
         sub_images: Tensor | None = None,
         num_sub_images: Sequence[int] | None = None,
     ) -> Tensor:
-        """Connects a batch of images.
+        """Maps a batch of images to language model tokens.
 
         Args:
             thumbnails: `(B, T, D)` features of the thumbnails.
-            sub_images: `(N, T, D)` features of all sub-images, image after image, unpadded; not
-                needed in released mode.
-            num_sub_images: How many of them belong to each image, B numbers with sum N.
+            sub_images: `(N, T, D)` features of all sub-images, image by image, without padding;
+                unused in released mode.
+            num_sub_images: Number of sub-images per image: B integers with sum N.
 
         Returns:
-            `(B, T, L)`, whatever the number of sub-images.
+            `(B, T, L)`, regardless of the number of sub-images.
 
         Raises:
-            ValueError: Scale-invariant mode without sub-images, or counts that do not add up.
+            ValueError: If sub-images are missing in scale-invariant mode, or the counts do not add
+                up.
         """
         order, groups = list(range(len(thumbnails))), []
         if self.uses_sub_images:
             counts = self._check_counts(thumbnails, sub_images, num_sub_images)
+            # Images with equally many sub-images become neighbours and share one attention call.
             order = sorted(order, key=lambda image: counts[image])
             groups = [(len(list(same)), c) for c, same in groupby(counts[i] for i in order)]
             sub_images = _reorder(sub_images, order, counts)
@@ -298,8 +300,8 @@ class ScaleInvariantConnector(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.model.bert.encoder.layer:
             if recompute:
-                # The encoder below is frozen and gives no gradient, so that the re-entrant kind
-                # would leave the connector without one.
+                # Re-entrant checkpointing needs an input that requires grad, or the weights get no
+                # gradient; inputs from a frozen encoder do not.
                 hidden_states = checkpoint(
                     layer, hidden_states, sub_images, groups, use_reentrant=False
                 )
@@ -309,11 +311,11 @@ class ScaleInvariantConnector(nn.Module):
         return tokens if is_sorted else tokens[_inverse(order)]
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recomputes layers in the backward pass instead of keeping their activations."""
+        """Recomputes activations in the backward pass instead of storing them."""
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps the activations of every layer."""
+        """Stores the activations of every layer."""
         self.gradient_checkpointing = False
 
     def _check_counts(
@@ -334,7 +336,7 @@ class ScaleInvariantConnector(nn.Module):
 
 
 def connector_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the connector's tensors out of a training checkpoint, prefix stripped."""
+    """Extracts the connector's tensors from a training checkpoint and strips their prefix."""
     prefix = "projector."
     return {
         name.removeprefix(prefix): tensor

@@ -1,6 +1,6 @@
-"""Images of any Pillow mode as RGB, for the processor that travels with an exported model.
+"""Converts images of any Pillow mode to RGB, for the processor of exported models.
 
-The same conversion as `pathcore.images.to_rgb`, which an exported model cannot import.
+The conversion is that of `pathcore.images.to_rgb`, which an exported model cannot import.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
     """Converts a decoded image of any Pillow mode to 8-bit RGB.
 
     Args:
-        image: A loaded image.
-        name: What to call it in an error.
+        image: Decoded image.
+        name: Name of the image in error messages.
 
     Raises:
-        ValueError: If floating-point pixels are outside 0..1, or 32-bit ones outside 0..65535, so
-            that their scale is unknown.
+        ValueError: If floating-point pixels lie outside 0..1, or 32-bit integers outside 0..65535,
+            because their scale is then unknown.
+
+    Example:
+        >>> to_rgb(Image.new("I;16", (2, 2), 65535)).getpixel((0, 0))
+        (255, 255, 255)
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if image.readonly else image
     if image.mode.startswith("I"):
-        # 16-bit greyscale; Pillow's own conversion clips at 255 and returns a white square.
+        # 16-bit greyscale: Pillow's own conversion clips at 255, which turns the image white.
         grey = np.asarray(image, dtype=np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(

@@ -1,12 +1,12 @@
-"""A whole slide as the connector's input: a map of the slide, and every tile.
+"""Encodes a whole slide for the scale-invariant connector: a map of the slide, and every tile.
 
-The scale-invariant connector takes a thumbnail and any number of sub-images. Of a slide whose tiles
-an encoder has turned into features, the *thumbnail* is a map: the tile tokens averaged in the cells
-of a grid laid over the tissue, and one token for the whole slide. The *sub-images* are the tiles,
-one token each. The language model so sees a fixed number of tokens, whatever the slide's size, and
-the connector's cross-attention looks at all tiles; time and memory grow linearly with them.
+The connector takes a thumbnail and any number of sub-images. For a slide whose tiles have been
+encoded to features, the *thumbnail* is a map: the tile tokens averaged within the cells of a grid
+over the tissue, plus one token for the whole slide. The *sub-images* are the tiles, one token each.
+The language model sees a fixed number of tokens regardless of the slide's size, while the
+connector's cross-attention reaches all tiles; time and memory grow linearly with their number.
 
-Shapes: B bags, N tiles of all bags together, D hidden size, G cells a side of the map.
+Shapes: B bags, N tiles of all bags together, D hidden size, G cells per side of the map.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class SlideTokenConfig:
     """Sizes of `SlideTokenEncoder`.
 
     Args:
-        in_features: Width of the tile features; 1536 are Prov-GigaPath's
+        in_features: Width of the tile features; 1536 for Prov-GigaPath
             (doi:10.1038/s41586-024-07441-w).
-        hidden_size: Width D of the tokens, and of the connector; a multiple of four.
-        num_attention_heads: Of the connector.
-        map_size: Cells G a side of the map.
+        hidden_size: Width D of the tokens and of the connector; a multiple of four.
+        num_attention_heads: Number of attention heads of the connector.
+        map_size: Number of cells G per side of the map.
         slide_embedding_features: Width of the slide encoder's embedding; 0 for none.
 
     Raises:
-        ValueError: Sizes that cannot be.
+        ValueError: If a size is below 1, or `hidden_size` is not a multiple of four.
     """
 
     in_features: int = 1536
@@ -59,14 +59,16 @@ class SlideTokenConfig:
 
 
 class SlideTokenEncoder(nn.Module):
-    """Bags of tile features in, a map of the slide and tile tokens out.
+    """Maps bags of tile features to a map of each slide and one token per tile.
 
-    A tile's token is its normalised features, projected, plus a sine-cosine encoding of its place
-    in sides of a tile from the top left corner of the tissue: where the tissue lies on the glass
-    says nothing. A cell's token is the mean of its tiles, or a learned vector without any, plus the
-    encoding of its centre, plus a learned vector times `log(1 + tiles)`, since means know no
-    number. The slide's token is the mean of all tiles with the same, and the slide encoder's
-    embedding where there is one.
+    A tile token is the projection of its normalised features plus a sine-cosine encoding of its
+    position. Positions are in units of the tile side and relative to the top left corner of the
+    tissue, because the position of the tissue on the glass carries no information.
+
+    A cell token is the mean of its tiles, or a learned vector for an empty cell, plus the encoding
+    of the cell's centre, plus a learned vector times `log(1 + num_tiles)`, which a mean does not
+    reveal. The slide token is computed likewise from all tiles, plus the projected slide embedding
+    if there is one.
 
     Args:
         sizes: Fields of `SlideTokenConfig`.
@@ -92,27 +94,27 @@ class SlideTokenEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.projection.weight.dtype
 
     @property
     def num_tokens(self) -> int:
-        """What the language model sees of a slide: the map's cells and the slide's token."""
+        """Number of tokens per slide that the language model sees: map cells and slide token."""
         return self.config.map_size**2 + 1
 
     def visual_tokens(self, bags: Sequence[SlideBag]) -> tuple[Tensor, Tensor, list[int]]:
-        """Prepares a batch for the connector, bags one after the other, unpadded.
+        """Computes the connector's inputs for a batch of bags, packed without padding.
 
         Args:
-            bags: B bags of any sizes, on any device.
+            bags: B bags of any size, on any device.
 
         Returns:
-            The maps `(B, 1 + G * G, D)`, slide token first; the tile tokens `(N, 1, D)`; and how
-            many tiles belong to each bag.
+            The maps `(B, 1 + G * G, D)` with the slide token first, the tile tokens `(N, 1, D)`,
+            and the number of tiles per bag.
 
         Raises:
-            ValueError: A bag without tiles, of another width, or without the slide embedding that
-                this encoder takes.
+            ValueError: If a bag is empty, has features of another width, or lacks the slide
+                embedding that this encoder expects.
         """
         self._check(bags)
         device = self.projection.weight.device
@@ -138,7 +140,10 @@ class SlideTokenEncoder(nn.Module):
         return slide_map, tiles[:, None], counts
 
     def blank(self) -> SlideBag:
-        """A bag of one tile of zeros: what a batch of texts gives the weights a gradient by."""
+        """Returns a dummy one-tile bag.
+
+        With it, text-only batches still give these parameters a (zero) gradient, as DDP requires.
+        """
         weight, width = self.projection.weight, self.config.slide_embedding_features
         embedding = weight.new_zeros(width) if width else None
         features = weight.new_zeros(1, self.config.in_features)
@@ -195,14 +200,18 @@ class SlideTokenEncoder(nn.Module):
 
 
 def encode_positions(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines of x and of y, the encoding of Vaswani et al. 2017 along each axis.
+    """Encodes x and y with sines and cosines (Vaswani et al. 2017, applied to each axis).
 
     Args:
         positions: `(..., 2)`, x and y.
-        width: Of the encoding, a multiple of four.
+        width: Width of the encoding, a multiple of four.
 
     Returns:
         float32 `(..., width)`: `[sin x, cos x, sin y, cos y]`.
+
+    Example:
+        >>> encode_positions(torch.zeros(5, 2), width=8).shape
+        torch.Size([5, 8])
     """
     steps = torch.arange(width // 4, device=positions.device, dtype=torch.float32)
     frequencies = _LONGEST_WAVE ** (-steps / (width // 4))
@@ -211,7 +220,7 @@ def encode_positions(positions: Tensor, width: int) -> Tensor:
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
-    """Layer whose outputs have variance 1 for normalised inputs: as large as the positions."""
+    """Linear layer whose outputs have unit variance for normalised inputs, as positions do."""
     linear = nn.Linear(in_features, out_features)
     nn.init.normal_(linear.weight, std=in_features**-0.5)
     nn.init.zeros_(linear.bias)
@@ -219,7 +228,7 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 def _means(content: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean of every group `(num_groups, D)` in float32, and `log(1 + size)` `(num_groups, 1)`."""
+    """Returns float32 group means `(num_groups, D)` and `log(1 + size)` `(num_groups, 1)`."""
     sums = content.new_zeros(num_groups, content.shape[1], dtype=torch.float32)
     sums = sums.index_add(0, index, content.float())
     sizes = torch.bincount(index, minlength=num_groups)[:, None].float()

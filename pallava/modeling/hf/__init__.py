@@ -1,11 +1,11 @@
-"""PA-LLaVA as a Hugging Face model: importing this package makes the Auto classes know it.
+"""PA-LLaVA as a Hugging Face model; importing this package registers it with the Auto classes.
 
     import pallava.modeling.hf
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
 
-The modules of this package, and those they import, travel with every exported folder, so that
-`trust_remote_code=True` loads it where this package is not installed.
+The modules of this package and their imports are copied into every exported folder, so that
+`trust_remote_code=True` loads the folder where this package is not installed.
 """
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

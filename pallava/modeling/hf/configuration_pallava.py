@@ -1,4 +1,4 @@
-"""What config.json of an exported PA-LLaVA says."""
+"""Config of an exported PA-LLaVA."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
 
 class PALLaVAConfig(PretrainedConfig):
-    """Sizes of the three parts and what joins them.
+    """Configs of the three parts, and how they are connected.
 
     Args:
         text_config: Config of the language model, or its values with `model_type`.
         vision_config: Config of the CLIP vision tower, or its values.
-        connector_config: Values of `pallava.modeling.connector_config.ConnectorConfig`.
-        visual_select_layer: Hidden state of the encoder that the connector reads.
+        connector_config: Fields of `pallava.modeling.qformer.ConnectorConfig`.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
         sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
-        image_token_id: Id that marks an image's place; the processor writes it, the language model
-            never sees it.
+        image_token_id: Token id that marks the position of an image. The processor inserts it, and
+            it is replaced before the language model runs.
     """
 
     model_type = "pallava"
@@ -45,6 +45,6 @@ class PALLaVAConfig(PretrainedConfig):
         self.visual_select_layer = visual_select_layer
         self.sub_image_mask = sub_image_mask
         self.image_token_id = image_token_id
-        # Exported folders hold both embeddings, whatever the base model shared.
+        # Exported folders store both embeddings, even if the base model ties them.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""PA-LLaVA as Hugging Face loads it: the training code's parts under Hugging Face's interface."""
+"""PA-LLaVA under Hugging Face's model interface, built from the parts used in training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pallava.text.encoding import IMAGE_TOKEN_INDEX
 
 
 class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, GenerationMixin):
-    """Encoder, connector and language model of an exported folder.
+    """Vision encoder, connector and language model of an exported folder.
 
     Args:
-        config: Sizes of the three parts.
+        config: Configs of the three parts.
 
     Example:
         >>> import pallava.modeling.hf  # doctest: +SKIP
@@ -48,15 +48,15 @@ class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, Generati
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's input embeddings."""
+        """Returns the input embeddings of the language model."""
         return self.llm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's input embeddings."""
+        """Replaces the input embeddings of the language model."""
         self.llm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's output layer."""
+        """Returns the output layer of the language model."""
         return self.llm.get_output_embeddings()
 
     def forward(
@@ -68,18 +68,18 @@ class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, Generati
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Runs a batch.
+        """Runs one batch.
 
         Args:
-            input_ids: `(B, length)`, one `image_token_id` per image.
-            pixel_values: `(N, 3, S, S)`, the tiles of all images, each image's thumbnail first.
-            num_tiles: `(M,)`, how many tiles each image has.
+            input_ids: `(B, length)`, with one `image_token_id` per image.
+            pixel_values: `(N, 3, S, S)` tiles of all images, the thumbnail of each image first.
+            num_tiles: `(M,)` number of tiles per image.
             attention_mask: `(B, length)`.
-            labels: `(B, length)`, -100 where nothing is learned.
-            kwargs: Not used.
+            labels: `(B, length)`, -100 for tokens excluded from the loss.
+            kwargs: Unused.
 
         Returns:
-            `logits` `(B, spliced length, vocabulary)` and, with labels, `loss`.
+            `logits` `(B, spliced length, vocab_size)` and, with labels, `loss`.
         """
         del kwargs
         inputs = self.prepare_inputs(
@@ -109,17 +109,18 @@ class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, Generati
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answers a batch, padded on either side.
+        """Generates answers for a batch padded on either side.
 
         Args:
-            input_ids: `(B, length)`, one `image_token_id` per image.
-            pixel_values: As for `forward`.
-            num_tiles: As for `forward`.
+            input_ids: `(B, length)`, with one `image_token_id` per image.
+            pixel_values: `(N, 3, S, S)` tiles of all images; see `forward`.
+            num_tiles: `(M,)` number of tiles per image.
             attention_mask: `(B, length)`.
-            kwargs: For the language model's `generate`.
+            kwargs: Keyword arguments for the language model's `generate`.
 
         Returns:
-            As Hugging Face's `generate`: the prompt's ids and the new ones.
+            The ids of prompt and answer, or a generation output, as Hugging Face's `generate`
+            returns.
         """
         self.llm.generation_config = self.generation_config
         new = self.generate_answer(

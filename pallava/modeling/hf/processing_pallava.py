@@ -1,4 +1,4 @@
-"""Images and questions as an exported PA-LLaVA reads them."""
+"""Processor of an exported PA-LLaVA: images and prompts to model inputs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
 
 
 class PALLaVAProcessor(ProcessorMixin):
-    """Cuts images into thumbnail and sub-images and encodes questions, as in training.
+    """Splits images into thumbnail and sub-images and tokenizes prompts, as in training.
 
     Args:
-        tokenizer: The language model's tokenizer, which knows `image_token`.
-        tile_px: Side of a tile, the encoder's image size.
+        tokenizer: Tokenizer of the language model, with `image_token` in its vocabulary.
+        tile_px: Side of a tile, equal to the encoder's image size.
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
-        sub_images: Whether the model reads sub-images.
+        sub_images: Whether the model uses sub-images.
         ties: See `pallava.anyres.choose_grid`.
-        image_token: What marks an image's place in a text.
-        chat_template: By default the tokenizer's.
+        image_token: Token that marks the position of an image in a prompt.
+        chat_template: Chat template; the tokenizer's by default.
     """
 
     attributes = ["tokenizer"]
@@ -59,7 +59,7 @@ class PALLaVAProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes."""
+        """Names of the model's inputs."""
         return ["input_ids", "attention_mask", "pixel_values", "num_tiles"]
 
     def __call__(  # type: ignore[override]
@@ -71,17 +71,17 @@ class PALLaVAProcessor(ProcessorMixin):
         """Prepares a batch for `generate`.
 
         Args:
-            images: A PIL image, or (nested) lists of them, in the order of their marks.
-            text: Prompts, templated, `<image>` where an image belongs.
-            kwargs: What Hugging Face's pipelines pass on. Padding is always on the left, and
-                there is always one BOS, as in training.
+            images: Pillow image, or (nested) lists of them, in the order of their image tokens.
+            text: Prompts with the chat template applied and one `<image>` token per image.
+            kwargs: Arguments that Hugging Face's pipelines pass. They are ignored: padding is
+                always on the left and there is exactly one BOS, as in training.
 
         Returns:
             `input_ids` and `attention_mask` `(B, length)` and, with images, `pixel_values`
             `(N, 3, S, S)` and `num_tiles` `(M,)`.
 
         Raises:
-            ValueError: No text, or another number of images than of marks.
+            ValueError: If `text` is None, or the numbers of images and image tokens differ.
         """
         del kwargs
         if text is None:
@@ -104,17 +104,17 @@ class PALLaVAProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Decodes ids, as the tokenizer does."""
+        """See the tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Decodes ids, as the tokenizer does."""
+        """See the tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """Decodes what `generate` gave: for Hugging Face's `image-text-to-text` pipeline."""
+        """Decodes generated ids, as Hugging Face's `image-text-to-text` pipeline expects."""
         kwargs.pop("clean_up_tokenization_spaces", None)
         return self.batch_decode(
             generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
@@ -127,7 +127,7 @@ class PALLaVAProcessor(ProcessorMixin):
         rows = [
             [
                 image_id if token == IMAGE_TOKEN_INDEX else token
-                # Chat templates of others begin with a BOS of their own.
+                # Some chat templates already render a BOS.
                 for token in encode_prompt(tokenizer, prompt.removeprefix(bos))
             ]
             for prompt in texts
@@ -146,7 +146,7 @@ def _flatten(images: Any) -> list[Image.Image]:
         return []
     if isinstance(images, Image.Image):
         return [images]
-    if not isinstance(images, list | tuple):  # a path is a sequence of texts without end
+    if not isinstance(images, list | tuple):  # iterating over a str never reaches an image
         raise ValueError(
             f"images: PIL images or lists of them expected, got {type(images).__name__}; open "
             "files with PIL.Image.open first"
