@@ -16,8 +16,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input @ weight.T + bias`."""
         if _suits_onednn(input) and self.weight.dtype == torch.float32:
-            # Only input and output are converted to oneDNN's layout, which costs little; weights are
-            # not copied.
+            # Only input and output are converted to oneDNN's layout, which costs little; weights
+            # are not copied.
             output = torch.ops.aten.mkldnn_linear(input.to_mkldnn(), self.weight, self.bias)
             return output.to_dense()
         return super().forward(input)
