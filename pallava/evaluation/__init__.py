@@ -1,1 +1,1 @@
-"""Asking a model the questions of a benchmark, and scoring what it answers."""
+"""Benchmarks: asks a model their questions and scores the answers."""

@@ -1,7 +1,7 @@
-"""Answers on disk while a run is going on: nothing that was answered is asked again.
+"""Stores answers during a run, so that no question is asked twice.
 
-Every process appends to a file of its own. A line holds a question's id, a digest of all that the
-answer depends on, and the answer; a line that a kill cut off is no answer.
+Each process appends to its own file. A line holds the id of a question, a digest of everything that
+the answer depends on, and the answer. Lines truncated by a kill are ignored.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _PATTERN = "rank*.jsonl"
 
 
 class AnswerLog:
-    """Append-only answers of one process; reads those of all.
+    """Append-only answers of one process; reads those of all processes.
 
     Args:
-        folder: Where the files of all processes lie.
-        rank: Number of this process.
+        folder: Folder of the files of all processes.
+        rank: Rank of this process.
 
     Example:
         >>> import tempfile
@@ -42,7 +42,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Two runs in one folder would ask, and pay for, the same questions.
+        # Two runs in one folder would both answer, and pay for, the same questions.
         self._stack.enter_context(folder_lock(self.path, folder=self.folder.parent))
         cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -62,7 +62,7 @@ class AnswerLog:
         self._stack.close()
 
     def append(self, answers: Mapping[str, tuple[str, str]]) -> None:
-        """Writes `id -> (digest, answer)` and forces it to disk."""
+        """Appends answers, given as `id -> (digest, answer)`, and fsyncs the file."""
         assert self._descriptor is not None, "AnswerLog is used as a context manager"
         lines = [
             json.dumps({"question_id": question_id, "digest": digest, "answer": answer})
@@ -74,10 +74,11 @@ class AnswerLog:
         os.fsync(self._descriptor)
 
     def read(self, digests: Mapping[str, str]) -> dict[str, str]:
-        """Returns the answers of all processes that were given to these questions.
+        """Returns matching answers from the files of all processes.
 
         Args:
-            digests: id -> digest; answers of another digest belong to another model or prompt.
+            digests: Expected digest by question id. Answers with another digest belong to a
+                different model or prompt and are ignored.
         """
         answers: dict[str, str] = {}
         for path in sorted(self.folder.glob(_PATTERN)):
@@ -91,7 +92,7 @@ def _read(lines: Iterable[bytes], digests: Mapping[str, str]) -> dict[str, str]:
         try:
             record = json.loads(line)
             question_id, digest, answer = (record[k] for k in ("question_id", "digest", "answer"))
-        except (ValueError, KeyError, TypeError):  # cut off by a kill
+        except (ValueError, KeyError, TypeError):  # truncated by a kill
             continue
         if digests.get(question_id) == digest:
             answers[question_id] = answer
@@ -102,11 +103,11 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
     """Reads finished answers: a JSON list or JSON lines of `{question_id, answer}`, or an object.
 
     Returns:
-        Answer by question id, and the number of answers whose id is only their position in a list.
+        Answers by question id, and how many of them had no id and were numbered by position.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file; names the record.
+        ValueError: If the file has another format; the message names the record.
     """
     from pallava.evaluation.containers import ID_FIELDS, read_records
 

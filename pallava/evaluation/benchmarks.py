@@ -1,7 +1,7 @@
-"""The benchmarks that can be asked for by name; other packages add theirs to the registry.
+"""Benchmarks available by name; other packages can register more.
 
-An entry of `pallava.registry.EVALUATIONS` is a function of a data path, an image folder and
-options of its own that returns a `Benchmark`.
+An entry of `pallava.registry.EVALUATIONS` is a function of a data path, an image folder and its own
+options that returns a `Benchmark`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Benchmark:
     """Questions, and how their answers are scored.
 
     Attributes:
-        name: As it appears in reports.
-        questions: What is asked, and the rows that cannot be.
-        score: Function of questions, answers by id, and the tokenizer or None; gives `scores`,
-            `details` and further tables. None when the data holds no references.
-        result_name: File of the answers in the work folder.
+        name: Name in reports.
+        questions: Questions, and rows that cannot be used.
+        score: Function of questions, answers by id, and tokenizer or None that returns `scores`,
+            `details` and further tables. None if the data has no references.
+        result_name: File name of the answers in the work folder.
     """
 
     name: str
@@ -78,12 +78,12 @@ def zero_shot(
 
     Args:
         data_path: Folder of images, or a file `id -> {question, image}`.
-        image_folder: For a file: where its images lie.
-        classes: Config of the classes: a file, or the name of one that comes with the package.
-        labels: For a file: JSON `id -> class name or number`.
+        image_folder: Image folder of a data file.
+        classes: Config of the classes: a file, or the name of a shipped config.
+        labels: JSON file `id -> class name or number`, for a data file.
 
     Raises:
-        ValueError: A folder without `classes`.
+        ValueError: If `data_path` is a folder and `classes` is missing.
     """
     class_set = load_class_set(classes) if classes is not None else None
     if Path(data_path).is_dir():

@@ -1,4 +1,4 @@
-"""Zero-shot classification: folders of images by class, described by a small config.
+"""Zero-shot classification of images that a small config assigns to classes.
 
 A config is YAML or JSON::
 
@@ -6,13 +6,13 @@ A config is YAML or JSON::
     question: Is this normal oral epithelium or oral squamous cell carcinoma?
     classes:
       - name: Normal
-        folders: ["*Normal*"]            # globs below --data-path; images are taken from all depths
+        folders: ["*Normal*"]            # globs below --data-path, searched recursively
         wordings: [normal oral epithelium, normal]
       - name: OSCC
         folders: ["*OSCC*"]
         wordings: [oral squamous cell carcinoma, OSCC]
 
-Instead of `folders`, a table can say which image belongs to which class::
+Instead of `folders`, a table can assign images to classes::
 
     table: {file: labels.csv, image: img_id, label: tumor}
     classes:
@@ -50,10 +50,10 @@ class ImageClass:
     """One class.
 
     Attributes:
-        name: As it appears in reports.
-        wordings: Texts in an answer that mean it; the name itself is added.
-        folders: Globs of its folders below the data folder.
-        label: Its value in a table of labels.
+        name: Name in reports.
+        wordings: Texts that denote the class in an answer; its name is added.
+        folders: Globs of the class's folders below the data folder.
+        label: Value of the class in a table of labels.
     """
 
     name: str
@@ -67,10 +67,10 @@ class ClassSet:
     """A classification benchmark.
 
     Attributes:
-        name: As it appears in reports.
-        question: What every image is asked.
-        classes: In the order of the report.
-        table: `file`, `image`, `label`: a CSV and two of its columns; empty for folders.
+        name: Name in reports.
+        question: Question asked about every image.
+        classes: Classes in report order.
+        table: `file`, `image` and `label`: a CSV file and two of its columns; empty for folders.
     """
 
     name: str
@@ -80,27 +80,27 @@ class ClassSet:
 
     @property
     def wordings(self) -> dict[str, tuple[str, ...]]:
-        """Class -> texts that mean it."""
+        """Texts that denote each class, by class name."""
         return {item.name: item.wordings for item in self.classes}
 
     @property
     def names(self) -> list[str]:
-        """The classes in order."""
+        """Class names in report order."""
         return [item.name for item in self.classes]
 
 
 def class_set_names() -> list[str]:
-    """The configs that come with the package."""
+    """Returns the names of the configs shipped with the package."""
     files = resources.files(_PACKAGE).iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".json"))
 
 
 def load_class_set(name_or_file: str | os.PathLike[str]) -> ClassSet:
-    """Reads a config by file, or by name one of those that come with the package.
+    """Loads a config from a file, or a shipped config by name.
 
     Raises:
-        FileNotFoundError: Neither a file nor a known name.
-        ValueError: Not such a config; names the field.
+        FileNotFoundError: If the argument is neither a file nor a known name.
+        ValueError: If the config is invalid; the message names the field.
     """
     path = Path(name_or_file)
     if path.is_file():
@@ -125,11 +125,11 @@ def load_class_set(name_or_file: str | os.PathLike[str]) -> ClassSet:
 
 
 def read_class_folders(data_path: str | os.PathLike[str], class_set: ClassSet) -> QuestionSet:
-    """Asks the config's question about every image of every class.
+    """Builds one question per image of every class.
 
     Raises:
-        FileNotFoundError: No such folder, or a class without images.
-        ValueError: More than a tenth of a table's rows cannot be used.
+        FileNotFoundError: If the folder does not exist, or a class has no images.
+        ValueError: If more than a tenth of a table's rows cannot be used.
     """
     folder = Path(data_path)
     if not folder.is_dir():
@@ -156,17 +156,17 @@ def read_class_records(
     class_set: ClassSet | None,
     labels_path: str | os.PathLike[str] | None = None,
 ) -> QuestionSet:
-    """Reads the original's `id -> {question, image}`; labels come from the record or a file.
+    """Reads the original format `id -> {question, image}`, with labels in the record or in a file.
 
     Args:
-        data_path: JSON or JSON lines.
-        image_folder: Where the images lie.
-        class_set: For labels that are numbers, which count classes from 0.
-        labels_path: JSON object `id -> class name or number`.
+        data_path: JSON or JSON lines file.
+        image_folder: Image folder.
+        class_set: Config that names the classes of numeric labels, which count from 0.
+        labels_path: JSON file with an object `id -> class name or number`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: More than a tenth of the rows cannot be used.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If more than a tenth of the rows cannot be used.
     """
     from pallava.evaluation.readers import default_image_folder
 

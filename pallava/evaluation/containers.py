@@ -1,4 +1,4 @@
-"""Files of published benchmarks, row by row: JSON, JSON lines, pickle, CSV, parquet."""
+"""Reads the files of published benchmarks row by row: JSON, JSON lines, pickle, CSV, parquet."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pallava.rows import read_rows
 _CSV_FIELD_BYTES = 10 << 20
 
 ID_FIELDS = ("question_id", "qid", "id")
-"""Fields that hold the id of a record in a list, in the order in which they are tried."""
+"""Fields that may hold the id of a record in a list, in order of precedence."""
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yields `(id, record)` of a JSON, JSON-lines or pickle file.
+    """Yields `(id, record)` of a JSON, JSON lines or pickle file.
 
-    An object's keys are the ids. Records of a list are numbered from 0, unless they state
-    `question_id`, `qid` or `id`.
+    The keys of an object are the ids. Records of a list are numbered from 0 unless they have a
+    field `question_id`, `qid` or `id`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Another kind of file, or one that cannot be read.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has another format or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,11 +58,11 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """Yields `(row number from 0, {column: text})` of a CSV file with a header.
 
-    Rows of another width come as text saying so.
+    A row with the wrong number of fields is yielded as a string that describes the error.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not a CSV file in UTF-8.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a UTF-8 CSV file.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,10 +85,10 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 
 
 def parquet_files(path: str | os.PathLike[str], split: str = "test") -> list[Path]:
-    """Lists the parquet files of a split: a file itself, or `SPLIT-*.parquet` below a folder.
+    """Returns the parquet files of a split: `path` itself, or `SPLIT-*.parquet` below a folder.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: If there are none.
     """
     path = Path(path)
     if path.is_file():
@@ -104,10 +104,10 @@ def read_parquet(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields `(row number over all files, record)`; images stay in the file.
 
-    In a record the image's place is `_parquet`: `(file, row group, row)`.
+    The record field `_parquet` gives the position of the image: `(file, row group, row)`.
 
     Raises:
-        ValueError: A file that is no parquet, or has no such column.
+        ValueError: If a file is not parquet, or lacks the image column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -129,7 +129,7 @@ def read_parquet(
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dictionaries, sets, texts, numbers; refuses every class and function."""
+    """Unpickler for lists, dicts, sets, strings and numbers; rejects classes and functions."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(
@@ -138,16 +138,16 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: str | os.PathLike[str]) -> Any:
-    """Reads a pickle that holds nothing but plain data; runs no code from it.
+    """Reads a pickle of plain data without executing any code from it.
 
     Raises:
-        ValueError: It names a class or function, or is damaged.
+        ValueError: If the pickle references a class or function, or is damaged.
     """
     with open(path, "rb") as file:
         try:
             _check_memo(file, os.path.getsize(path))
             return _plain_load(file)
-        except Exception as error:  # a damaged pickle raises nearly any type
+        except Exception as error:  # a damaged pickle can raise almost any exception
             raise ValueError(f"{path}: not read as a pickle of plain data: {error}") from error
 
 
@@ -155,10 +155,10 @@ _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
 def _check_memo(file: BinaryIO, num_bytes: int) -> None:
-    """Refuses a memo index beyond the file's size, which pickle would allocate room up to.
+    """Rejects memo indices beyond the file size, up to which the unpickler would allocate memory.
 
-    Nine bytes can ask for 16 GB in this way. An honest pickle numbers its objects from 0, and each
-    takes a byte at least.
+    A pickle of nine bytes can request 16 GB this way. Genuine pickles number their objects from 0,
+    and each object takes at least one byte.
     """
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in _MEMO_OPCODES and int(argument or 0) > num_bytes:

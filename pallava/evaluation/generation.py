@@ -1,8 +1,8 @@
-"""Asking all questions of a benchmark: in batches, in several processes, resumable.
+"""Generates answers to all questions of a benchmark: batched, distributed and resumable.
 
-Batches are cut from the whole list of questions, never from what is left of it: each question
-always has the same neighbours, so that neither a kill nor the number of processes changes an
-answer, in half precision either.
+Batches are cut from the full list of questions, not from the remaining ones. Each question thus
+always shares its batch with the same others, and neither an interruption nor the number of
+processes changes an answer, even in half precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pallava.skipping import SkippedSample
 from pathcore.images import ImageError
 from pathcore.ranks import open_gloo_group
 
-_FORMAT = 2  # of the digests: raise it when an answer comes to depend on something else
+_FORMAT = 2  # version of the digests; increase it when answers depend on anything new
 _WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks
 _THREADS = 4
 
@@ -40,10 +40,10 @@ Pixels = Tensor | None | ImageError
 
 @dataclass
 class Outcome:
-    """What came of the questions.
+    """Answers and skipped questions of a run.
 
     Attributes:
-        answers: id -> answer, in the order of the questions.
+        answers: Answers by question id, in the order of the questions.
         skipped: Questions whose image could not be read.
     """
 
@@ -60,25 +60,24 @@ def generate_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     digests_path: str | os.PathLike[str] | None = None,
 ) -> Outcome | None:
-    """Answers every question once, over all runs and processes that share a folder.
+    """Answers every question once, across all runs and processes that share a folder.
 
-    Under torchrun (`RANK`, `WORLD_SIZE`) every process answers its share; a single process answers
-    all.
+    Under torchrun (`RANK`, `WORLD_SIZE`), the questions are divided among the processes.
 
     Args:
-        assistant: The model.
-        questions: The same list in every process.
-        folder: Receives one file of answers for each process; what an earlier run left there is
-            not asked again.
-        batch_size: Questions at a time; more need more memory.
-        max_new_tokens: Longest answer.
-        digests_path: JSON file that keeps the digests of images for the next run.
+        assistant: Loaded model.
+        questions: Questions; the same list in every process.
+        folder: Folder of answer files, one per process. Answers that earlier runs left there are
+            reused.
+        batch_size: Number of questions per batch.
+        max_new_tokens: Maximum length of each answer in tokens.
+        digests_path: JSON file that caches image digests between runs.
 
     Returns:
-        The outcome of all processes on the first one, None on the others.
+        The outcome of all processes on rank 0, None on other ranks.
 
     Raises:
-        ValueError: A batch size below 1.
+        ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch size: at least 1 expected, got {batch_size}")
@@ -111,13 +110,13 @@ def answer_digests(
     max_new_tokens: int,
     images: Mapping[str, str],
 ) -> dict[str, str]:
-    """Returns the digest of all that each answer depends on: weights, prompt, image, options.
+    """Returns a digest per question of everything that its answer depends on.
 
     Args:
-        assistant: The model.
-        questions: Questions whose answers are wanted.
-        max_new_tokens: Longest answer.
-        images: Question id -> identity of its image.
+        assistant: Loaded model.
+        questions: Questions to be answered.
+        max_new_tokens: Maximum length of each answer in tokens.
+        images: Identity of each question's image, by question id.
     """
     common = [
         _FORMAT,
@@ -137,14 +136,14 @@ def answer_digests(
 def image_identities(
     questions: Sequence[Question], digest: Callable[[Path], str]
 ) -> dict[str, str]:
-    """Returns question id -> identity of its image; questions without an image are absent."""
+    """Returns the identity of each question's image by question id, text-only questions aside."""
     identities = {}
     for question in questions:
         if question.image is not None:
             try:
                 identities[question.id] = question.image.identity(digest)
             except OSError as error:
-                # Asking reports it as a skipped question, unless the file is back by then.
+                # Reported as a skipped question later, unless the file is readable again by then.
                 identities[question.id] = f"unreadable: {error.strerror}"
     return identities
 
@@ -155,7 +154,7 @@ def _image_identities(
     rank: int,
     world_size: int,
 ) -> dict[str, str]:
-    # Every process needs all identities, but each file is read once: the processes divide them.
+    # Every process needs all identities, but each file is read by only one of them.
     digests = ImageDigests(digests_path)
     identities = image_identities(questions[rank::world_size], digests)
     if world_size > 1:
@@ -170,7 +169,7 @@ def _image_identities(
 
 
 def make_batches(questions: Sequence[Question], batch_size: int) -> list[Batch]:
-    """Groups questions of similar length, so that little is padded."""
+    """Groups questions of similar length, which minimises padding."""
     ordered = sorted(questions, key=lambda question: len(question.text))  # stable
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
@@ -182,7 +181,7 @@ def _is_done(batch: Batch, done: Mapping[str, str]) -> bool:
 def _prepared(
     assistant: Assistant, batches: Sequence[Batch], done: Mapping[str, str]
 ) -> Iterator[tuple[Batch, list[Pixels]]]:
-    """Decodes the images of the next batch while the model answers the one before."""
+    """Decodes the images of the next batch while the model answers the current one."""
 
     def load(question: Question) -> Pixels:
         if question.image is None:
@@ -196,7 +195,7 @@ def _prepared(
         waiting: list[tuple[Batch, list[Future[Pixels]]]] = []
         for batch in batches:
             if _is_done(batch, done):
-                continue  # the whole batch or none of it: neighbours stay the same
+                continue  # incomplete batches are answered whole, see the module docstring
             waiting.append((batch, [pool.submit(load, question) for question in batch]))
             if len(waiting) > 1:
                 ready, images = waiting.pop(0)
@@ -235,7 +234,7 @@ def _processes() -> tuple[int, int]:
     if world_size == 1:
         return 0, 1
     if not dist.is_initialized():
-        open_gloo_group(_WAIT)  # only text is exchanged
+        open_gloo_group(_WAIT)  # gloo suffices: only text is exchanged
     return dist.get_rank(), world_size
 
 
@@ -256,7 +255,7 @@ def _gather(outcome: Outcome, questions: Sequence[Question], world_size: int) ->
 
 
 def default_device() -> torch.device:
-    """The GPU of this process (`LOCAL_RANK`), or the CPU."""
+    """Returns the GPU of this process (`LOCAL_RANK`), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

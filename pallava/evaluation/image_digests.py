@@ -1,7 +1,7 @@
-"""Digests of image files by content, so that a changed image is told from the one answered before.
+"""Content digests of image files, which detect images that changed since they were answered.
 
-Names and sizes do not tell images apart: uncompressed BMP and TIFF files of one data set all have
-the same size, and stain-normalised copies keep the names.
+Names and sizes cannot detect this: uncompressed BMP and TIFF files of one dataset all have the same
+size, and stain-normalised copies keep their names.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import xxhash
 from pallava.files import read_chunks, write_json
 
 _CLOCK_S = 2.0
-"""Coarsest clock of common file systems (FAT); ext4 and XFS tick every few milliseconds."""
+"""Coarsest timestamp resolution of common file systems (FAT); ext4 and XFS have milliseconds."""
 
 
 class ImageDigests:
-    """Content digests of files, kept in a JSON file while the files stay as they are.
+    """Content digests of files, cached in a JSON file while the files stay unchanged.
 
-    A kept digest counts while path, size, modification time, change time and inode are the same.
-    The modification time alone would not do: files unpacked from one archive often share it, and
-    `mv` and `cp -p` carry it along.
+    A cached digest is valid while path, size, modification time, change time and inode stay the
+    same. The modification time alone is not enough: files unpacked from one archive often share it,
+    and `mv` and `cp -p` preserve it.
 
     Args:
-        path: The JSON file, written by `save`; None keeps digests in memory only.
+        path: JSON file written by `save`; None keeps digests in memory only.
 
     Example:
         >>> import tempfile
@@ -45,11 +45,11 @@ class ImageDigests:
             try:
                 kept = json.loads(self.path.read_bytes())
             except ValueError:
-                kept = None  # only a cache: the files are read again
+                kept = None  # a damaged cache is ignored
             if isinstance(kept, dict):
                 self._kept = kept
         self.durable = dict(self._kept)
-        """What `save` writes: path -> size, modification and change time, inode, digest."""
+        """Content of `save`: path -> size, modification time, change time, inode, digest."""
 
     def __call__(self, path: Path) -> str:
         """Returns the digest of a file's content.
@@ -63,8 +63,8 @@ class ImageDigests:
             return kept[-1]
         digest = content_digest(path)
         self._kept[key] = [*state, digest]
-        # A file changed twice within one tick of the clock shows the same times for both contents
-        # (git calls such entries racy), so only digests of files at rest are written to disk.
+        # Two changes within one clock tick leave the same timestamps (git calls such entries racy),
+        # so only digests of files that have not changed recently are written to disk.
         if max(state[1], state[2]) < (time.time() - _CLOCK_S) * 1e9:
             self.durable[key] = self._kept[key]
         else:
@@ -72,14 +72,14 @@ class ImageDigests:
         return digest
 
     def save(self) -> None:
-        """Writes the digests if there is a file for them."""
+        """Writes the digests to disk if there is a path for them."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.durable)
 
 
 def content_digest(path: Path) -> str:
-    """Returns the 128-bit XXH3 digest of a file: as fast as the disk, unlike SHA-256."""
+    """Returns the 128-bit XXH3 digest of a file; unlike SHA-256, it is as fast as the disk."""
     digest = xxhash.xxh3_128()
     for chunk in read_chunks(path):
         digest.update(chunk)

@@ -1,10 +1,10 @@
-"""Similarity of answers and references, judged by a language model behind an OpenAI-compatible API.
+"""Rates the similarity of answers and references with a model behind an OpenAI-compatible API.
 
-Requests are retried by the openai client (failures, timeouts, 429 and 5xx, with growing pauses).
-Every verdict is kept in an SQLite file under a digest of model and texts, so that a run that was
-stopped goes on where it was and nothing is paid for twice. A reply without a usable number is asked
-for once more; then it counts as unreadable, is reported, and is asked again by the next run. What
-the endpoint refuses because of its content stays refused and is not asked again.
+The openai client retries requests (connection errors, timeouts, 429 and 5xx, with exponential
+backoff). Each verdict is stored in an SQLite file under a digest of model and texts, so that an
+interrupted run resumes and nothing is paid for twice. A reply without a usable number is requested
+once more; after that it is reported as unreadable and requested again by the next run. A refusal by
+the endpoint's content filter is final.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SCORE_FIELD = re.compile(rf"""["']?\bscore["']?\s*[:=]\s*["']?{_NUMBER}""", re.
 _OF_TEN = re.compile(rf"(?<![\d.,-]){_NUMBER}\s*(?:/|out of)\s*10\b", re.IGNORECASE)
 _ALONE = re.compile(rf"\W*?{_NUMBER}\W*", re.IGNORECASE)
 _MOST_REFUSED = 3
-"""So many refusals before the first answer mean that the endpoint refuses every request."""
+"""Refusals before the first answer after which the endpoint is assumed to refuse every request."""
 
 _TABLE = """CREATE TABLE IF NOT EXISTS verdicts (
     digest TEXT PRIMARY KEY, score REAL, reply TEXT NOT NULL, cost REAL NOT NULL,
@@ -53,25 +53,26 @@ _TABLE = """CREATE TABLE IF NOT EXISTS verdicts (
 
 
 class JudgeError(ValueError):
-    """The judge cannot be used at all: wrong key, wrong model, refused."""
+    """Raised if the judge cannot be used at all: wrong key, unknown model, all requests refused."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Whom to ask and how much may be spent.
+    """Endpoint, model and budget of the judge.
 
     Attributes:
-        base_url: The endpoint, up to and including `/v1`.
-        model: Its name there.
-        concurrency: Requests at a time.
-        timeout_s: Longest wait for one reply.
-        max_retries: Of one request, by the openai client.
-        price_in: US dollars for a million tokens of prompt.
-        price_out: US dollars for a million tokens of reply.
-        max_cost: No request is sent that could exceed this sum, what earlier runs spent included.
+        base_url: URL of the endpoint, up to and including `/v1`.
+        model: Name of the model at the endpoint.
+        concurrency: Maximum number of concurrent requests.
+        timeout_s: Timeout per reply in seconds.
+        max_retries: Number of retries per request, performed by the openai client.
+        price_in: Price per million prompt tokens, in US dollars.
+        price_out: Price per million reply tokens, in US dollars.
+        max_cost: Budget in US dollars, including the cost of earlier runs; no request is sent that
+            could exceed it.
 
     Raises:
-        ValueError: A ceiling without prices, or numbers that make no sense.
+        ValueError: If a budget is given without prices, or a number is out of range.
     """
 
     base_url: str
@@ -90,23 +91,23 @@ class Judge:
             raise ValueError("judge: a cost ceiling needs --judge-price-in and --judge-price-out")
 
     def cost(self, num_prompt_tokens: int, num_reply_tokens: int) -> float:
-        """US dollars for one request."""
+        """Returns the cost of one request in US dollars."""
         return (num_prompt_tokens * self.price_in + num_reply_tokens * self.price_out) / 1e6
 
     def highest_cost(self, prompt: str) -> float:
-        """What judging one answer can cost at most: a token is at least one byte."""
+        """Returns an upper bound on the cost of one judgement; a token has at least one byte."""
         return _ASKED_AT_MOST * self.cost(len(prompt.encode()), _MAX_TOKENS)
 
 
 @dataclass
 class Verdicts:
-    """What came of judging.
+    """Results of judging.
 
     Attributes:
-        scores: id -> score from 0 to 10.
-        unreadable: id -> reply without a usable number, or the error.
-        not_asked: Ids left out when the cost ceiling was reached.
-        cost: US dollars, those of earlier runs in the same cache included.
+        scores: Score from 0 to 10 by id.
+        unreadable: Reply without a usable number, or error message, by id.
+        not_asked: Ids skipped because the budget was exhausted.
+        cost: Total cost in US dollars, including earlier runs with the same cache.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class _Reply:
-    """A reply of the judge; a final one is a verdict about the content, never asked for again."""
+    """Reply of the judge; a final reply is never requested again."""
 
     score: float | None
     text: str
@@ -140,14 +141,15 @@ def judge_answers(
     """Judges every answer that has a reference.
 
     Args:
-        judge: Whom to ask; the key comes from the environment variable OPENAI_API_KEY.
-        answers: id -> answer.
-        references: id -> reference.
+        judge: Endpoint and budget; the API key is read from the environment variable
+            OPENAI_API_KEY.
+        answers: Answers by id.
+        references: References by id.
         cache_path: SQLite file of verdicts.
 
     Raises:
-        JudgeError: The endpoint refuses the key, the model or the request.
-        ValueError: OPENAI_API_KEY is not set.
+        JudgeError: If the endpoint refuses the key, the model or the request.
+        ValueError: If OPENAI_API_KEY is not set.
     """
     prompts = {
         key: make_prompt(answer, references[key])
@@ -188,15 +190,15 @@ def judge_answers(
 
 
 def make_prompt(answer: str, reference: str) -> str:
-    """The text that the judge gets; both statements as JSON, so that neither can pose as prompt."""
+    """Builds the judge's prompt; both statements are JSON-encoded to prevent prompt injection."""
     texts = json.dumps({"reference": reference, "candidate": answer}, ensure_ascii=False)
     return _PROMPT.format(texts=texts)
 
 
 def parse_score(reply: str) -> float | None:
-    """Reads a score from 0 to 10 out of a reply.
+    """Reads a score from 0 to 10 from a reply; None if there is none.
 
-    A field called score counts first, then `8/10`, then a number that is the whole reply.
+    A field named score takes precedence over `8/10`, and that over a reply that is just a number.
 
     Example:
         >>> parse_score("{'score': 7.5} because ..."), parse_score("8 out of 10"), parse_score("11")
@@ -226,14 +228,15 @@ def _ask_all(
     *,
     answered: bool,
 ) -> None:
-    """Asks about all prompts and hands every reply to `keep`, also those under way at an error.
+    """Requests all verdicts and passes each reply to `keep`, even replies in flight at an error.
 
     Args:
-        judge: Whom to ask.
-        prompts: id -> prompt.
-        verdicts: Receives the ids that are not asked because of the cost ceiling.
-        keep: Receives id and reply.
-        answered: Whether the judge has answered before, so that a refusal is about one prompt.
+        judge: Endpoint and budget.
+        prompts: Prompts by id.
+        verdicts: Receives the ids skipped because of the budget.
+        keep: Called with id and reply.
+        answered: Whether the judge has answered before, in which case a refusal concerns a single
+            prompt rather than all of them.
     """
     client = open_client(judge.base_url, timeout_s=judge.timeout_s, max_retries=judge.max_retries)
     spent, reserved = verdicts.cost, 0.0
@@ -270,7 +273,7 @@ def _ask_all(
         finally:
             for future in running:
                 future.cancel()
-            for future, key in running.items():  # they are paid for, and must be kept
+            for future, key in running.items():  # already paid for
                 try:
                     keep(key, future.result())
                 except (CancelledError, JudgeError):
@@ -293,7 +296,7 @@ _FAULT = "no reply: "
 
 
 def _ask_once(judge: Judge, client: OpenAI, prompt: str) -> _Reply:
-    import openai  # takes a second
+    import openai  # takes a second to import
 
     fatal = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
     try:
@@ -309,13 +312,13 @@ def _ask_once(judge: Judge, client: OpenAI, prompt: str) -> _Reply:
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         text = f"{_FAULT}refused: {error}{hint_for(error, judge.base_url)}"
         return _Reply(None, text, 0.0, is_final=is_filtered(error), is_refusal=True)
-    except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+    except (openai.OpenAIError, ValueError) as error:  # ValueError if the body is not JSON
         return _Reply(None, f"{_FAULT}{type(error).__name__}: {error}", 0.0)
     try:
         choice = completion.choices[0]
         message, reason = choice.message, choice.finish_reason
     except (AttributeError, IndexError, TypeError, KeyError):
-        # Whatever was sent was sent in answer to a prompt that has been paid for.
+        # The reply has been paid for, whatever its content.
         text = f"{_FAULT}no completion: {completion!r:.200}"
         return _Reply(None, text, judge.highest_cost(prompt) / 2)
     price = _price(judge, completion, prompt)
@@ -364,7 +367,7 @@ def _keep(cache: sqlite3.Connection, digest: str, reply: _Reply) -> None:
 
 
 def summarise(verdicts: Verdicts) -> dict[str, Any]:
-    """Mean similarity as a percentage of the highest score, and what is missing."""
+    """Returns the mean similarity in percent of the maximum, and counts of missing verdicts."""
     from pallava.evaluation.metrics.intervals import mean_interval
 
     summary: dict[str, Any] = {"count": len(verdicts.scores)}

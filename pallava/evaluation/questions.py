@@ -1,4 +1,4 @@
-"""Questions about images, wherever the image lies: in a folder or inside a parquet file."""
+"""Questions about images that are stored in a folder or inside a parquet file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ _SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 class ImageSource(Protocol):
-    """Where an image comes from."""
+    """Image that is loaded on demand."""
 
     @property
     def name(self) -> str:
-        """Its name in the data, for messages."""
+        """Name of the image in the data, for messages."""
 
     def load(self) -> Image.Image:
-        """Returns the image as RGB; raises `ImageError`."""
+        """Decodes the image to RGB.
+
+        Raises:
+            ImageError: If the image cannot be decoded.
+        """
 
     def identity(self, digest: Callable[[Path], str]) -> str:
-        """Returns what tells this image's content from any other.
+        """Returns a string that distinguishes the content of this image from any other.
 
         Args:
-            digest: Returns the content digest of a file.
+            digest: Function that returns the content digest of a file.
 
         Raises:
             OSError: If the file cannot be read.
@@ -46,30 +50,30 @@ class FileImage:
     """An image file.
 
     Attributes:
-        path: The file.
-        name: Its name in the data.
+        path: Path of the file.
+        name: Name of the image in the data.
     """
 
     path: Path
     name: str
 
     def load(self) -> Image.Image:
-        """Returns the image as RGB; raises `ImageError`."""
+        """See `ImageSource.load`."""
         return load_image(self.path)
 
     def identity(self, digest: Callable[[Path], str]) -> str:
-        """Returns the content digest of the file."""
+        """See `ImageSource.identity`; the digest of the file."""
         return digest(self.path)
 
 
 @dataclass(frozen=True)
 class ParquetImage:
-    """An image inside a parquet file, as Hugging Face's `datasets` stores them.
+    """An image inside a parquet file, as Hugging Face `datasets` stores it.
 
     Attributes:
-        path: The parquet file.
-        row_group: Row group of the image.
-        row: Row inside the group.
+        path: Path of the parquet file.
+        row_group: Index of the row group.
+        row: Index of the row within the group.
         column: Column of `{bytes, path}` structs or of bytes.
     """
 
@@ -80,11 +84,15 @@ class ParquetImage:
 
     @property
     def name(self) -> str:
-        """File and place."""
+        """Name of the file, with row group and row."""
         return f"{self.path.name}[{self.row_group}, {self.row}]"
 
     def content(self) -> bytes:
-        """Returns the image file's bytes; raises `ImageError`."""
+        """Returns the encoded image.
+
+        Raises:
+            ImageError: If the column holds no image bytes.
+        """
         value = _image_column(self.path, self.row_group, self.column)[self.row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
@@ -92,7 +100,7 @@ class ParquetImage:
         return content
 
     def load(self) -> Image.Image:
-        """Returns the image as RGB; raises `ImageError`."""
+        """See `ImageSource.load`."""
         content = self.content()
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -102,15 +110,15 @@ class ParquetImage:
                 return to_rgb(image, name=self.name)
         except ImageError:
             raise
-        except Exception as error:  # as in load_image: decoders raise a dozen types
+        except Exception as error:  # decoders raise a dozen exception types
             raise ImageError(f"{self.name}: cannot be decoded ({error})") from error
 
     def identity(self, digest: Callable[[Path], str]) -> str:
-        """Returns the content digest of the parquet file, and the image's position in it."""
+        """See `ImageSource.identity`; the digest of the file plus the position of the row."""
         return f"{digest(self.path)}[{self.row_group}, {self.row}, {self.column}]"
 
 
-@lru_cache(maxsize=2)  # questions come in any order, but neighbours share a row group
+@lru_cache(maxsize=2)  # consecutive questions usually share a row group
 def _image_column(path: Path, row_group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
@@ -122,13 +130,13 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-        id: Unique in the benchmark.
-        text: What the model is asked, without the `<image>` mark.
-        image: The image; None for a question without one.
-        answer: The reference; None if the data has none.
+        id: Id, unique within the benchmark.
+        text: Question text, without the `<image>` token.
+        image: Image of the question; None for a text-only question.
+        answer: Reference answer; None if the data has none.
         answer_type: `yes/no`, `number`, `other`, `choice` or `class`.
-        question_type: How the question begins, or what the data calls it.
-        options: Letter -> text, for multiple choice.
+        question_type: First words of the question, or the type that the data states.
+        options: Option text by letter, for multiple choice.
     """
 
     id: str
@@ -142,11 +150,11 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of a data file, and the rows that cannot be asked.
+    """The questions of a data file, and the rows that cannot be used.
 
     Attributes:
-        questions: In the order of the file.
-        skipped: Rows without a question, an answer, a readable place of an image.
+        questions: Questions in file order.
+        skipped: Rows that lack a question, an answer or a usable image.
     """
 
     questions: list[Question]
@@ -154,7 +162,7 @@ class QuestionSet:
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message names the field."""
+    """Raised for a row that cannot be used; the message names the field."""
 
 
 def collect(
@@ -162,15 +170,15 @@ def collect(
     rows: Iterable[tuple[str, Any]],
     make: Callable[[str, Any], Question],
 ) -> QuestionSet:
-    """Turns rows into questions; records those that cannot be.
+    """Converts rows to questions and records those that cannot be used.
 
     Args:
-        source: The data file, for messages.
-        rows: Pairs of a row's id and the row.
-        make: Builds a question from such a pair; raises `RowError` or `ImageError`.
+        source: Data file, for messages.
+        rows: Pairs of row id and row.
+        make: Builds a question from such a pair; raises `RowError` or `ImageError` on failure.
 
     Raises:
-        ValueError: There are no rows, or more than a tenth cannot be used.
+        ValueError: If there are no rows, or more than a tenth of them cannot be used.
     """
     questions: dict[str, Question] = {}
     skipped: list[SkippedSample] = []
@@ -192,7 +200,7 @@ def collect(
 
 
 class NoImages:
-    """Stands for the image folder when answers are scored, for which no image is needed."""
+    """Placeholder for the image folder when answers are scored, which needs no images."""
 
 
 NO_IMAGES = NoImages()
@@ -203,11 +211,11 @@ def find_image(folder: ImageFolder, name: object) -> FileImage | None:
     """Finds an image by its name in the data, which may lack the extension.
 
     Args:
-        folder: Where the images lie; `NO_IMAGES` gives None for every name.
-        name: As in the data.
+        folder: Image folder; with `NO_IMAGES` the result is None for every name.
+        name: Name in the data.
 
     Raises:
-        ImageError: No such file, or a name that leads out of the folder.
+        ImageError: If there is no such file, or the name points outside the folder.
     """
     if isinstance(folder, NoImages):
         return None
@@ -222,24 +230,25 @@ def find_image(folder: ImageFolder, name: object) -> FileImage | None:
 
 
 def text_field(row: Mapping[str, Any], *names: str) -> str:
-    """Returns the first of several fields that is there, as text.
+    """Returns the first usable text among several fields of a row.
 
     Raises:
-        RowError: None is there, or it is empty.
+        RowError: If all fields are missing or empty.
     """
     for name in names:
         value = row.get(name)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             text = str(value).strip()
-            if text and text.lower() != "nan":  # pandas writes missing values so
+            if text and text.lower() != "nan":  # pandas writes missing values as nan
                 return text
     raise RowError(f"{names[0]}: text expected, got {row.get(names[0])!r:.80}")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Returns the image files below a folder, by name, in order.
+    """Returns the image files below a folder, sorted.
 
-    Hidden files are none: archives made on a Mac hold metadata named `._image.tif`.
+    Hidden files are skipped, because archives made on a Mac contain metadata files such as
+    `._image.tif`.
     """
     return sorted(
         path

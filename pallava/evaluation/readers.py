@@ -1,4 +1,4 @@
-"""PathVQA and PMC-VQA as they are published, and conversations, as lists of questions."""
+"""Reads PathVQA and PMC-VQA in their published formats, and conversations, as questions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pallava.text.encoding import IMAGE_TOKEN, check_row
 
 Path_ = str | os.PathLike[str]
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
-"""Pairs of an id and a record, and what makes a question of such a pair."""
+"""Pairs of id and record, and a function that builds a question from such a pair."""
 
 CHOICE_PROMPT = "{question}\n{options}\nAnswer with the letter of the correct option."
-"""How the columns of PMC-VQA's CSV become one text; `--question-template` replaces it."""
+"""Default prompt built from the columns of PMC-VQA's CSV (`--question-template`)."""
 
 _LETTERS = "ABCDEFGH"
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
-# "A: necrosis B: fibrosis", also on lines of their own.
+# "A: necrosis B: fibrosis", on one line or several.
 _INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]\s*[:.)])|$)", re.S)
 
 
@@ -42,22 +42,22 @@ def read_vqa(
     """Reads open and yes/no questions.
 
     Args:
-        data_path: JSON object `id -> record`, list of records, JSON lines (flat records or LLaVA
-            conversations, of which the first question counts), PathVQA's pickle, or the parquet
-            file(s) of the hub, where a folder means its files of `split`.
-        image_folder: Where the images lie; by default, `images/` beside the data, or the data's
-            folder. Not needed for parquet.
-        split: Which files of a parquet folder.
+        data_path: JSON object `id -> record`, list of records, JSON lines (flat records, or LLaVA
+            conversations whose first question is used), PathVQA's pickle, or parquet files from the
+            Hub; a folder stands for its files of `split`.
+        image_folder: Image folder. Defaults to `images/` beside the data, or else the folder of the
+            data. Not needed for parquet.
+        split: Split to read from a folder of parquet files.
 
     Raises:
-        FileNotFoundError: No such data.
-        ValueError: Not such data, or more than a tenth of its rows cannot be used.
+        FileNotFoundError: If the data does not exist.
+        ValueError: If the data has another format, or more than a tenth of its rows cannot be used.
     """
     return collect(data_path, *vqa_rows(data_path, image_folder, split))
 
 
 def vqa_rows(data_path: Path_, image_folder: ImageFolder | None, split: str = "test") -> Rows:
-    """The rows of `read_vqa` one by one, and what makes a question of one."""
+    """Returns the rows of `read_vqa` as an iterator, and the function that builds questions."""
     path = Path(data_path)
     if path.is_dir() or path.suffix == ".parquet":
         return read_parquet(parquet_files(path, split)), _parquet_question
@@ -80,14 +80,14 @@ def read_choices(
 
     Args:
         data_path: PMC-VQA's CSV (`Figure_path`, `Question`, `Choice A` ..., and `Answer_label` or
-            `Answer`), or records `id -> {question, image, answer}` whose question holds the options
-            already and whose answer is a letter.
-        image_folder: Where the images lie, as for `read_vqa`.
-        question_template: For CSV: text with `{question}` and `{options}`.
+            `Answer`), or records `id -> {question, image, answer}` whose question contains the
+            options and whose answer is a letter.
+        image_folder: Image folder; see `read_vqa`.
+        question_template: Prompt for CSV rows, with `{question}` and `{options}`.
 
     Raises:
-        FileNotFoundError: No such data.
-        ValueError: Not such data, or more than a tenth of its rows cannot be used.
+        FileNotFoundError: If the data does not exist.
+        ValueError: If the data has another format, or more than a tenth of its rows cannot be used.
     """
     return collect(data_path, *choice_rows(data_path, image_folder, question_template))
 
@@ -95,7 +95,7 @@ def read_choices(
 def choice_rows(
     data_path: Path_, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
 ) -> Rows:
-    """The rows of `read_choices` one by one, and what makes a question of one."""
+    """Returns the rows of `read_choices` as an iterator, and the function that builds questions."""
     path = Path(data_path)
     folder = image_folder or default_image_folder(path)
     if path.suffix != ".csv":
@@ -108,13 +108,13 @@ def choice_rows(
 
 
 def default_image_folder(data_path: Path) -> Path:
-    """`images/` beside the data file if there is one, otherwise the data file's folder."""
+    """Returns `images/` beside the data file if it exists, otherwise the file's folder."""
     beside = data_path.parent / "images"
     return beside if beside.is_dir() else data_path.parent
 
 
 def answer_type_of(answer: str) -> str:
-    """`yes/no`, `number` or `other`, as PathVQA's own files say it."""
+    """Classifies an answer as `yes/no`, `number` or `other`, as PathVQA's own files do."""
     text = " ".join(words(answer))
     if text in ("yes", "no"):
         return "yes/no"
@@ -122,7 +122,7 @@ def answer_type_of(answer: str) -> str:
 
 
 def question_type_of(question: str) -> str:
-    """How a question begins: `what`, `is`, `how many`, ..."""
+    """Returns the opening words of a question: `what`, `is`, `how many`, ..."""
     first = words(question)[:2]
     if first[:1] == ["how"]:
         return " ".join(first)
@@ -151,7 +151,7 @@ def _vqa_question(row_id: str, record: Mapping[str, Any], image: Any) -> Questio
 def _answer(record: Mapping[str, Any]) -> str:
     label = record.get("label")
     if "answer" not in record and isinstance(label, Mapping) and label:
-        # Answers with scores, as VQA classifiers are trained on: the best one is the reference.
+        # Scored answers, the training format of VQA classifiers; the best one is the reference.
         return str(max(label, key=lambda answer: float(label[answer])))
     return text_field(record, "answer")
 
@@ -203,7 +203,7 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Qu
     listed = "\n".join(f"{letter}: {option}" for letter, option in options.items())
     return Question(
         id=row_id,
-        # Not str.format: questions contain braces.
+        # str.format would fail on questions that contain braces.
         text=template.replace("{options}", listed).replace("{question}", text),
         image=find_image(folder, record.get("Figure_path")),
         answer=_letter(text_field(record, "Answer_label", "Answer"), options),

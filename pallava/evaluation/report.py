@@ -1,4 +1,4 @@
-"""Files that an evaluation writes: answers, scores as JSON and Markdown, details, skips."""
+"""Output files of an evaluation: answers, scores as JSON and Markdown, details, skipped rows."""
 
 from __future__ import annotations
 
@@ -30,29 +30,28 @@ def write_report(
     judged: Mapping[str, Any] | None = None,
     missing: Missing = "wrong",
 ) -> dict[str, Any]:
-    """Scores answers and writes everything; each file is whole or absent.
+    """Scores answers and writes all output files, each atomically.
 
-    Equal answers give equal files: no times and no paths of the machine are in them.
+    Equal answers give identical files: they contain neither times nor machine-specific paths.
 
     Args:
         benchmark: Questions and scorer.
-        answers: id -> answer.
+        answers: Answers by question id.
         skipped: Questions that could not be asked.
-        work_dir: Receives the answers under the benchmark's name, `metrics.json`, `metrics.md`,
-            `details.jsonl`, and `skipped_samples.jsonl` if there is something to say.
-        tokenizer: For the published token recall.
-        compat: `original` puts the published scores first.
-        settings: How the answers were made.
-        judged: Scores of a judge, if there are.
-        missing: `wrong` counts a question without an answer as answered wrongly, as a user of the
-            score would expect; `skip` leaves it out of the denominators. Questions in `skipped`
-            are never counted.
+        work_dir: Output folder for the answers (under the benchmark's file name), `metrics.json`,
+            `metrics.md`, `details.jsonl` and, if anything was skipped, `skipped_samples.jsonl`.
+        tokenizer: Tokenizer for the published token recall.
+        compat: `original` lists the published scores first.
+        settings: Settings with which the answers were generated.
+        judged: Scores given by a judge model, if any.
+        missing: `wrong` counts a question without an answer as answered incorrectly; `skip`
+            excludes it from the denominators. Questions in `skipped` are never counted.
 
     Returns:
         The content of `metrics.json`.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    remove_partials(work_dir)  # of a run that was killed while it wrote
+    remove_partials(work_dir)  # left by a run that was killed while writing
     result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
     write_json(work_dir / benchmark.result_name, result)
     _write_skipped(work_dir / SKIP_LOG_NAME, skipped)
@@ -67,7 +66,7 @@ def write_report(
         "compat": compat,
         "settings": dict(settings or {}),
     }
-    # An empty answer is wrong by every rule, the published ones included.
+    # Every scoring rule, including the published ones, counts an empty answer as wrong.
     filled = dict.fromkeys(unanswered, "") if missing == "wrong" else {}
     scored = {**answers, **filled}
     if benchmark.score is not None and scored:
@@ -84,7 +83,7 @@ def write_report(
 def _unanswered(
     benchmark: Benchmark, answers: Mapping[str, str], skipped: Sequence[SkippedSample]
 ) -> list[str]:
-    """Returns the ids of questions that have a reference, but neither an answer nor an excuse."""
+    """Returns ids of questions that have a reference but neither an answer nor a skip record."""
     excused = {sample.id for sample in skipped}
     return [
         question.id
@@ -126,13 +125,16 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Scores by benchmark for a model card, from `metrics.json` of runs.
+    """Collects scores by benchmark for a model card.
 
     Args:
-        files: Each a run's `metrics.json`, or a JSON object of the form this function returns.
+        files: `metrics.json` files, or JSON files of the form that this function returns.
+
+    Returns:
+        Scores by benchmark, as `{"PathVQA": {"closed accuracy": 0.9}}`.
 
     Raises:
-        ValueError: A file of another form.
+        ValueError: If a file has neither form.
     """
     scores: dict[str, dict[str, Any]] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""One evaluation from questions to report."""
+"""Runs one evaluation from questions to report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pallava.evaluation.report import Compat, write_report
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 
 ANSWERS_FOLDER = "answers"
-"""In the work folder: what was answered so far."""
+"""Sub-folder of the work folder with the answers so far."""
 
 DIGESTS_PATH = "images/digests.json"
-"""In the work folder: digests of the images, so that a resumed run does not read them again."""
+"""File in the work folder that caches image digests, which saves resumed runs from rereading."""
 
 
 def evaluate(
@@ -27,18 +27,18 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     compat: Compat = "none",
 ) -> dict[str, Any] | None:
-    """Asks, scores and writes; continues an earlier run in the same folder.
+    """Asks a benchmark's questions, scores the answers and writes the report; resumes earlier runs.
 
     Args:
-        benchmark: From one of `pallava.registry.EVALUATIONS`.
-        assistant: The model.
-        work_dir: Receives answers and report.
-        batch_size: Questions at a time.
-        max_new_tokens: Longest answer.
-        compat: `original` puts the published scores first; ask with `bos="double"` for it.
+        benchmark: Benchmark, as returned by an entry of `pallava.registry.EVALUATIONS`.
+        assistant: Loaded model.
+        work_dir: Output folder for answers and report.
+        batch_size: Number of questions per batch.
+        max_new_tokens: Maximum length of each answer in tokens.
+        compat: `original` lists the published scores first; combine it with `bos="double"`.
 
     Returns:
-        The content of `metrics.json` on the first process, None on the others.
+        The content of `metrics.json` on rank 0, None on other ranks.
     """
     work_dir = Path(work_dir)
     outcome = generate_answers(

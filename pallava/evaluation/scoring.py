@@ -1,7 +1,7 @@
-"""From answers to tables: which scores each kind of benchmark gets, with intervals.
+"""Scores answers: selects the metrics for each kind of benchmark and adds intervals.
 
-Every score is a percentage `{"value", "low", "high"}`, its 95 % bootstrap interval included, or
-`{"value"}` where an interval would say nothing.
+Every score is a percentage `{"value", "low", "high"}` with its 95 % bootstrap interval, or
+`{"value"}` if an interval would be meaningless.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def score_vqa(
     """Scores open and yes/no questions.
 
     Args:
-        questions: With references; those without an answer are left out.
-        answers: id -> answer.
-        tokenizer: Of the language model, for the published token recall; left out without one.
+        questions: Questions with references; those without an answer are skipped.
+        answers: Answers by question id.
+        tokenizer: Tokenizer of the language model for the published token recall, which is skipped
+            without one.
 
     Returns:
         `scores` by group (`closed`, `open`, `overall`), `by_question_type`, `by_answer_type`,
-        `published`, `details` by question.
+        `published`, and `details` by question.
     """
     asked = _answered(questions, answers)
     details = {question.id: _score_one(question, answers[question.id]) for question in asked}
@@ -81,10 +82,10 @@ def score_vqa(
 def score_choices(
     questions: Sequence[Question], answers: Mapping[str, str], tokenizer: Any = None
 ) -> Table:
-    """Scores multiple choice: accuracy of the letter that the answer names.
+    """Scores multiple choice by the letter that each answer names.
 
     Returns:
-        As `score_vqa`, with a confusion matrix of letters.
+        Tables like those of `score_vqa`, plus a confusion matrix of letters.
     """
     del tokenizer
     asked = _answered(questions, answers)
@@ -117,10 +118,11 @@ def score_classes(
     *,
     class_set: ClassSet,
 ) -> Table:
-    """Scores zero-shot classification; answers that name no class, or several, are wrong.
+    """Scores zero-shot classification; an answer that names no class or several is wrong.
 
     Returns:
-        As `score_vqa`, with a confusion matrix and precision, recall and F1 by class.
+        Tables like those of `score_vqa`, plus a confusion matrix and precision, recall and F1 by
+        class.
     """
     del tokenizer
     asked = _answered(questions, answers)
@@ -137,7 +139,7 @@ def score_classes(
     labels = {question.id: numbers[str(question.answer)] for question in asked}
     try:
         original = published.score_classes(labels, {key: answers[key] for key in labels}, numbers)
-    except ValueError as error:  # the published tool stops here, too
+    except ValueError as error:  # the published tool fails here as well
         original = {"error": str(error)}
     return {
         "scores": {"classes": table.pop("scores")},

@@ -1,1 +1,1 @@
-"""Class names, wordings and prompts of public classification sets."""
+"""Configs of public classification sets: class names, wordings and prompts."""

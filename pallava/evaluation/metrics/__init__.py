@@ -1,1 +1,1 @@
-"""Scores of answers: open, yes/no, multiple choice, classes; with intervals, and as published."""
+"""Metrics for open, yes/no, multiple-choice and class answers, with intervals and as published."""

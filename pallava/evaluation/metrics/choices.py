@@ -1,9 +1,9 @@
 """Reads the chosen letter from a reply to a multiple-choice question.
 
-The grammar is written down for users in docs/evaluation.md ("What counts as an answer"). In short:
-every letter of an option that the reply mentions is stated as the answer, ruled out, or merely
-mentioned. One stated letter is the answer; two different ones are none. Only a reply that states no
-letter is read by the texts of the options.
+docs/evaluation.md ("What counts as an answer") describes the grammar for users. In short, each
+mention of an option's letter is classified as stated, ruled out, or merely mentioned. A single
+stated letter is the answer; two different ones give no answer. The texts of the options are
+consulted only if the reply states no letter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 from pallava.evaluation.metrics.replies import answer_part, boxed, plain
 from pallava.evaluation.metrics.text import words
 
-# A letter by itself; not in "B-cell", "non-A", "I'd", "A's", "U.S.A.", "H&E".
+# A standalone letter; excludes "B-cell", "non-A", "I'd", "A's", "U.S.A.", "H&E".
 _LETTER = re.compile(r"(?<![\w&])(?<!\w['.-])([A-Za-z])(?![\w&]|['-]\w)")
 _INITIALS = re.compile(r"\b([A-H])\.(?=[A-H]\b(?!'))")  # "A.B.C.D." is four letters
 _STAIN = re.compile(r"\bH\s?(?:&|and)\s?E\b")
@@ -33,7 +33,7 @@ _NAMED_AFTER = re.compile(
     r"neoformans|perfringens|trachomatis|histolytica|granulosus|cereus|burgdorferi|glabrata|auris|"
     r"immitis|botulinum|diphtheriae|dermatitidis)\b"
 )
-# What may follow the letter A without making it the article: "A is correct", "A because ...".
+# Words after which a preceding "A" is the letter, not the article: "A is correct", "A because".
 _NOT_AFTER_ARTICLE = (
     r"(?:is|isn't|are|was|were|shows?|describes?|represents?|would|could|can|cannot|can't|must|"
     r"should|may|might|does|doesn't|seems?|appears?|looks?|fits?|match(?:es)?|because|since|as|and|"
@@ -167,24 +167,24 @@ _CONSIDERED = re.compile(
 _SEGMENT_END = re.compile(r"\n+|(?<=[.!?;])\s+")
 
 _BEFORE = 160
-"""Characters before a letter in which "the answer to this question is" is looked for."""
+"""Characters before a letter that are searched for "the answer to this question is"."""
 _AFTER = 300
-"""Characters after a letter in which its option's text is looked for."""
+"""Characters after a letter that are searched for its option's text."""
 
 State = Literal["mentioned", "stated", "possible", "denied"]
 
 
 @dataclass
 class _Mention:
-    """A letter in the text.
+    """An occurrence of an option's letter in the reply.
 
     Attributes:
-        letter: Capital letter of an option.
+        letter: Capital letter of the option.
         start: Position of the letter.
-        segment: Span of its sentence or line.
-        role: `alone`: the sentence or line holds nothing but letters; `label`: it begins with this
-            letter; `inside`: anything else.
-        state: What the words around it say.
+        segment: Span of the sentence or line that contains it.
+        role: `alone` if the sentence or line contains only letters, `label` if it begins with this
+            letter, otherwise `inside`.
+        state: What the surrounding words say about the letter.
     """
 
     letter: str
@@ -199,14 +199,14 @@ class _Mention:
 
 
 def parse_choice(answer: str, options: Mapping[str, str]) -> str | None:
-    """Finds the letter a reply stands for.
+    """Finds the letter that a reply chooses.
 
     Args:
-        answer: What the model said.
-        options: Capital letter -> text of the option; texts may be empty.
+        answer: Reply of the model.
+        options: Option text by capital letter; texts may be empty.
 
     Returns:
-        One of the letters, or None when the reply names none, or several.
+        The letter, or None if the reply chooses none or several.
 
     Example:
         >>> options = {"A": "necrosis", "B": "fibrosis"}
@@ -229,7 +229,7 @@ def parse_choice(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def strip_letter(text: str, letter: str) -> str:
-    """Removes an option's own letter from its text: published files write ` A: necrosis `."""
+    """Strips an option's own letter from its text: published files contain ` A: necrosis `."""
     match = re.match(rf"\s*{re.escape(letter)}\s*[:.)]\s*", text, flags=re.IGNORECASE)
     return (text[match.end() :] if match else text).strip()
 
@@ -252,7 +252,7 @@ def _parse(text: str, options: Mapping[str, str]) -> str | None:
     labels = {m.letter for m in open_ if m.role == "label" and m.start < limit}
     if len(alone) > 1 and not stated:
         return None
-    # "A: necrosis B: fibrosis ... Answer: B" repeats the options: such labels state nothing.
+    # Several labels are a repetition of the options ("A: necrosis B: fibrosis ... Answer: B").
     heads = alone if len(alone) == 1 else labels if len(labels) == 1 and not alone else set()
     if stated or heads:
         named = stated | heads
@@ -306,7 +306,7 @@ def _mentions(text: str, options: Mapping[str, str]) -> list[_Mention]:
 
 
 def _segments(text: str) -> list[tuple[int, int]]:
-    """Spans of lines and sentences; "B. fibrosis" is one."""
+    """Splits text into spans of lines and sentences; "B. fibrosis" stays in one span."""
     spans, start = [], 0
     for match in _SEGMENT_END.finditer(text):
         piece = text[start : match.start()]
@@ -318,8 +318,8 @@ def _segments(text: str) -> list[tuple[int, int]]:
 
 
 def _is_letter(text: str, start: int, option: str, written: str, segment: tuple[int, int]) -> bool:
-    """Whether a single letter stands for an option, and is no article and no part of a name."""
-    # Bounded, so that long replies are read in linear time.
+    """Whether a single letter denotes an option rather than an article or part of a name."""
+    # Bounded context keeps parsing of long replies linear.
     before, after = text[max(segment[0], start - _BEFORE) : start], text[start + 1 :][:_AFTER]
     if _NAMED_AFTER.match(after) and not _starts_with(after, option):
         return False
@@ -332,7 +332,7 @@ def _is_letter(text: str, start: int, option: str, written: str, segment: tuple[
     at_start = not text[segment[0] : start].strip(" \t([{\"'<")
     closed = re.match(r"\s*(?:[:.)\]}\"',;>]|$|\n|(?:because|since)\b)", after) is not None
     if not re.search(r"\w\w", re.sub(r"\b(?:and|or)\b", "", text[slice(*segment)])):
-        return True  # nothing but letters: "a, b"
+        return True  # only letters: "a, b"
     bracketed = before[-1:] in tuple("([{\"'") and after[:1] in tuple(")]}\"'")
     if bracketed or (at_start and closed):
         return True
@@ -341,9 +341,9 @@ def _is_letter(text: str, start: int, option: str, written: str, segment: tuple[
 
 
 def _starts_with(after: str, option: str) -> bool:
-    """Whether an option's own text follows its letter."""
+    """Whether the option's text follows its letter."""
     expected, after = words(option), after.lstrip(" :.)]},-")
-    # `words` joins "cd3 - positive", but "necrosis - wrong" is an option and a verdict.
+    # `words` joins "cd3 - positive", but "necrosis - wrong" is an option followed by a verdict.
     readings = (words(after), words(after.replace(" - ", ", ")))
     return bool(expected) and any(said[: len(expected)] == expected for said in readings)
 
@@ -376,7 +376,7 @@ def _find_labels(text: str, inside: Sequence[_Mention], options: Mapping[str, st
 def _judge(  # noqa: C901 - one rule of the grammar after another
     text: str, mentions: Sequence[_Mention], options: Mapping[str, str]
 ) -> None:
-    """Sets the state of every mention from the words around it."""
+    """Classifies every mention by the surrounding words."""
     starts = [mention.start for mention in mentions]
     for group in _groups(text, mentions):
         first, last = group[0], group[-1]
@@ -427,7 +427,7 @@ def _judge(  # noqa: C901 - one rule of the grammar after another
 
 
 def _groups(text: str, mentions: Sequence[_Mention]) -> Iterable[list[_Mention]]:
-    """Letters of one enumeration: "A, B and C", "A/B", "A. B. C."."""
+    """Groups the letters of each enumeration: "A, B and C", "A/B", "A. B. C."."""
     group: list[_Mention] = []
     for mention in mentions:
         if group:
@@ -465,7 +465,7 @@ def _stated_before(text: str, mention: _Mention) -> State:
 
 
 def _after_own_text(after: str, option: str) -> str:
-    """The words after a letter, its dress and its option's text."""
+    """Returns the text after a letter, its punctuation and its option's text."""
     rest = re.sub(rf"^{_CLOSE}+", "", after)
     expected = words(option)
     if expected and _starts_with(rest, option):
@@ -499,13 +499,13 @@ _DENYING_AFTER = {
     "lacking", "false", "cannot",
 }  # fmt: skip
 _NEGATED_LINKS = {"isnt", "arent", "wasnt", "werent", "cannot", "cant", "doesnt", "absent"}
-_REACH = 8  # words between a negation and what it denies
+_REACH = 8  # maximum number of words between a negation and the term it negates
 
 
 def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
-    """Letters of the options whose texts the reply states, and does not deny."""
+    """Returns the letters of options whose texts the reply states without negating them."""
     said: list[str] = []
-    clauses: list[int] = []  # of each word
+    clauses: list[int] = []  # clause number of each word
     for number, clause in enumerate(_CLAUSE.split(_NO_NEGATION.sub(" ", text))):
         found = words(clause)
         said += found
@@ -517,7 +517,7 @@ def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
         for start in range(len(said) - len(option) + 1)
         if said[start : start + len(option)] == list(option)
     ]
-    # "Invasive carcinoma" holds the option "carcinoma" too: the longer one is meant.
+    # "Invasive carcinoma" also contains the option "carcinoma"; the longest match counts.
     spans.sort(key=lambda span: (span[0], -span[1]))
     named, denied_to = set(), -1
     longest = (0, 0)
@@ -525,7 +525,7 @@ def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
         if end <= longest[1] and (start, end) != longest:
             continue
         longest = (start, end)
-        # "No necrosis, fibrosis or fat": the negation holds for the whole enumeration.
+        # "No necrosis, fibrosis or fat" negates the whole enumeration.
         listed = denied_to >= 0 and set(said[denied_to:start]) <= {"or", "and", "nor"}
         listed = listed and not _is_contrast(text, said, denied_to, start, clauses)
         if listed or _is_denied(said, clauses, start, end):
@@ -539,7 +539,7 @@ def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
 def _is_contrast(
     text: str, said: Sequence[str], last: int, start: int, clauses: Sequence[int]
 ) -> bool:
-    """Whether more than a comma lies between two words."""
+    """Whether two words are separated by more than a comma."""
     del said
     pieces = _CLAUSE.findall(text)
     between = pieces[clauses[last - 1] : clauses[start]]

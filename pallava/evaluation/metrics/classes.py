@@ -1,7 +1,7 @@
-"""Scores of classification: accuracy, balanced accuracy, precision, recall, F1, confusion matrix.
+"""Classification metrics: accuracy, balanced accuracy, precision, recall, F1, confusion matrix.
 
 Shapes: K classes. A confusion matrix is `(K, K + 1)`: rows are true classes, columns predicted
-ones, and the last column holds answers that name no class, which are wrong in every score.
+classes, and the last column counts answers that name no class, which are wrong in every metric.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ _NEGATIONS = {"no", "not", "without", "rather", "instead"}
 def confusion_matrix(
     true: Sequence[str], predicted: Sequence[str | None], classes: Sequence[str]
 ) -> Counts:
-    """Counts pairs of true and predicted class, `(K, K + 1)`.
+    """Counts pairs of true and predicted class.
+
+    Returns:
+        `(K, K + 1)` counts.
 
     Raises:
-        ValueError: Unequal lengths, none at all, or a true label that is no class.
+        ValueError: If the sequences differ in length or are empty, or a true label is not a class.
+
+    Example:
+        >>> confusion_matrix(["a", "b", "b"], ["a", "a", None], ["a", "b"]).tolist()
+        [[1, 0, 0], [1, 0, 1]]
     """
     if len(true) != len(predicted) or not true:
         raise ValueError(
@@ -45,14 +52,15 @@ def confusion_matrix(
 
 
 def class_scores(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
-    """Scores of one confusion matrix `(K, K + 1)`, or of many `(..., K, K + 1)` at once.
+    """Computes metrics of one confusion matrix `(K, K + 1)` or of a batch `(..., K, K + 1)`.
 
     Classes that occur neither as label nor as prediction count 0 in macro averages, as in
-    scikit-learn with all labels named; balanced accuracy averages over the classes that occur.
+    scikit-learn with `labels` set to all classes; balanced accuracy averages over the classes that
+    occur.
 
     Returns:
-        `accuracy`, `balanced_accuracy`, `macro_f1`, `micro_f1`, `(...)`; `precision`, `recall`,
-        `f1`, `(..., K)`.
+        `accuracy`, `balanced_accuracy`, `macro_f1`, `micro_f1`, each `(...)`, and `precision`,
+        `recall`, `f1`, each `(..., K)`.
     """
     hits = np.diagonal(counts, axis1=-2, axis2=-1).astype(np.float64)
     support = counts.sum(axis=-1)
@@ -72,14 +80,14 @@ def class_scores(counts: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
 
 
 def parse_class(answer: str, wordings: Mapping[str, Sequence[str]]) -> str | None:
-    """Finds the class an answer names.
+    """Finds the class that an answer names.
 
     Args:
-        answer: What the model said.
-        wordings: class -> texts that mean it. The class's own name counts only if among them.
+        answer: Answer of the model.
+        wordings: Texts that denote each class. The class name counts only if it is listed.
 
     Returns:
-        The class of which exactly one is named; None for none, several, or a negated one.
+        The class if exactly one is named; None if none, several, or a negated one.
 
     Example:
         >>> wordings = {"benign": ["benign"], "oscc": ["carcinoma", "OSCC"]}
@@ -96,7 +104,7 @@ def parse_class(answer: str, wordings: Mapping[str, Sequence[str]]) -> str | Non
     exact = {name for name, text in named if list(text) == said}
     if len(exact) == 1:
         return exact.pop()
-    # A wording inside a longer one that was said too does not count by itself.
+    # A wording that occurs only within a longer matching wording does not count.
     longest = {
         (name, text)
         for name, text in named

@@ -1,8 +1,8 @@
-"""Bootstrap intervals: how much a score would move with another draw of the questions.
+"""Bootstrap confidence intervals over questions.
 
-Percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552). Drawing n questions with replacement
-is a multinomial draw of counts, so that nothing of size n is drawn: distinct values and cells of a
-confusion matrix are enough.
+Percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552). Resampling n questions with
+replacement is a multinomial draw of counts, so it suffices to draw counts of distinct values or of
+the cells of a confusion matrix instead of n indices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Interval = tuple[float, float]
 
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """95 % interval of a mean.
+    """Returns the 95 % interval of a mean.
 
     Raises:
-        ValueError: There are no values.
+        ValueError: If there are no values.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     return count_interval(counts, lambda draws: draws @ distinct / draws.sum(axis=-1), seed=seed)
@@ -35,15 +35,15 @@ def count_interval(
     *,
     seed: int = 0,
 ) -> Interval:
-    """95 % interval of a statistic of counts.
+    """Returns the 95 % interval of a statistic of counts.
 
     Args:
-        counts: How often each case occurred, of any shape, such as a confusion matrix.
-        statistic: Takes `(num_resamples, *shape)` counts, returns `(num_resamples,)`.
-        seed: Same seed, same interval.
+        counts: Counts of any shape, such as a confusion matrix.
+        statistic: Maps counts `(num_resamples, *shape)` to values `(num_resamples,)`.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: All counts are zero.
+        ValueError: If all counts are zero.
     """
     counts = np.asarray(counts)
     total = int(counts.sum())

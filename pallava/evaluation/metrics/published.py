@@ -1,7 +1,7 @@
-"""The scores of PA-LLaVA's own evaluation tools, number for number.
+"""Reimplements the scores of PA-LLaVA's own evaluation tools, digit for digit.
 
-Facts from github.com/ddw2AIGROUP2CQUPT/PA-LLaVA (`VQAEval.py`, `pmcvqa.py`, `f1.py`). They are
-needed to compare with published tables; `text`, `choices` and `classes` hold what we recommend.
+They follow `VQAEval.py`, `pmcvqa.py` and `f1.py` of github.com/ddw2AIGROUP2CQUPT/PA-LLaVA and serve
+comparison with published tables; `text`, `choices` and `classes` contain the recommended metrics.
 Percentages are rounded to two digits, as the tools print them.
 """
 
@@ -18,7 +18,7 @@ _DIGITS = 2
 
 
 def normalise(answer: object) -> str:
-    """Lower case without `,.'!?"()*#:;~`; x-ray and spaced hyphens in one spelling."""
+    """Lowercases, removes `,.'!?"()*#:;~`, and unifies the spelling of x-ray and of hyphens."""
     text = str(answer).lower().translate(_DELETED).replace(" \t", " ")
     text = text.replace("x ray", "xray").replace("x-ray", "xray")
     return text.replace(" - ", "-")
@@ -31,20 +31,20 @@ def score_vqa(
 ) -> dict[str, Any]:
     """Scores PathVQA answers by equality, or by recall of the language model's tokens.
 
-    `other` pools the types `other` and `number`, and is absent when the file has no question of
-    either: so the original does, and calls it "open".
+    As in the original, `other` pools the types `other` and `number`, and is absent if the file
+    lacks either type. The original calls it "open".
 
     Args:
-        questions: id -> `answer`, `answer_type`, `question_type`.
-        answers: id -> answer; questions without one are not counted.
-        recall_tokenizer: Score token recall with this tokenizer instead of equality.
+        questions: `answer`, `answer_type` and `question_type` by question id.
+        answers: Answers by question id; questions without one are not counted.
+        recall_tokenizer: Tokenizer with which token recall is scored instead of equality.
 
     Returns:
-        `accuracy` with `overall`, `perAnswerType`, `perQuestionType`, and `per_question`, in
+        `accuracy` with `overall`, `perAnswerType` and `perQuestionType`, and `per_question`, in
         percent.
 
     Raises:
-        ValueError: There are no answers, or some belong to no question.
+        ValueError: If there are no answers, or some belong to no question.
     """
     _check_ids(questions, answers)
     scores = {}
@@ -77,23 +77,23 @@ def score_vqa(
 
 
 def token_recall(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Share of the expected tokens, repeated ones counted, that were found."""
+    """Returns the fraction of expected tokens that were found, counting repetitions."""
     if not expected:
         return 0.0
     return (Counter(found) & Counter(expected)).total() / len(expected)
 
 
 def parse_choice(answer: str) -> str:
-    """The text before the first colon, or the whole text, in lower case: nothing else is tried."""
+    """Returns the lowercased text before the first colon, or the whole text without one."""
     before, colon, _ = answer.partition(":")
     return (before if colon and before else answer).lower()
 
 
 def score_choices(labels: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, Any]:
-    """Scores PMC-VQA answers: `parse_choice` must equal the letter.
+    """Scores PMC-VQA answers: the result of `parse_choice` must equal the letter.
 
     Raises:
-        ValueError: There are no answers, or some belong to no question.
+        ValueError: If there are no answers, or some belong to no question.
     """
     _check_ids(labels, answers)
     parsed = {question_id: parse_choice(answer) for question_id, answer in answers.items()}
@@ -109,18 +109,18 @@ def score_choices(labels: Mapping[str, str], answers: Mapping[str, str]) -> dict
 def score_classes(
     labels: Mapping[str, int], answers: Mapping[str, str], class_texts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Scores zero-shot classification: an answer must be a class text, letter for letter.
+    """Scores zero-shot classification: an answer must equal a class text exactly.
 
     Args:
-        labels: id -> class number.
-        answers: id -> answer.
-        class_texts: class text -> class number.
+        labels: Class index by id.
+        answers: Answers by id.
+        class_texts: Class index by class text.
 
     Returns:
-        `report` (scikit-learn's table), `micro_f1`, `macro_f1`.
+        `report` (scikit-learn's table), `micro_f1` and `macro_f1`.
 
     Raises:
-        ValueError: An answer in any other wording; the original ends with a KeyError.
+        ValueError: If an answer is not a class text; the original fails with a KeyError.
     """
     from sklearn.metrics import classification_report, f1_score
 

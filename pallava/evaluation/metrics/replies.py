@@ -1,4 +1,4 @@
-"""The part of a reply that is the answer: reasoning, tags and markup around it removed."""
+"""Extracts the answer from a reply by removing reasoning, tags and markup."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _ANSWER_TAG = re.compile(
 # Tokens of chat templates: <|eot_id|>, <|im_end|>, </s>, <pad>.
 _SPECIAL = re.compile(r"<\|[\w/ -]{1,40}\|>|</?s>|<(?:pad|unk|eos|bos|image)>|\[/?INST\]")
 _SPEAKER = re.compile(r"\s*(?:assistant|gpt|model|bot)\s*:\s*", re.IGNORECASE)
-# A model that does not stop goes on with a turn of its own making.
+# A model that misses its stop token continues with an invented turn.
 _NEXT_TURN = re.compile(r"\n\s*(?:#+\s*)?(?:question|human|user|instruction|q)\s*:", re.IGNORECASE)
 
 
 def answer_part(reply: str) -> str:
-    """Returns a reply without its reasoning, the tokens of chat templates and later turns.
+    """Returns a reply without reasoning, chat template tokens and later turns.
 
-    Reasoning is what stands in `<think>` and its relatives. Where only the end of such a block is
-    there (the template opened it), the answer begins after the last one; where only the beginning
-    is there, the reply was cut off before an answer, and nothing is left. The content of the last
-    `<answer>` tag is the whole answer.
+    Reasoning is the content of `<think>` and similar tags. If only the end of such a block is
+    present because the template opened it, the answer begins after the last end tag. If only the
+    beginning is present, the reply was truncated before an answer, and the result is empty. If
+    there is an `<answer>` tag, the content of the last one is the whole answer.
 
     Example:
         >>> answer_part("<think>Could be A.</think>The answer is B.<|eot_id|>")
@@ -55,18 +55,18 @@ def answer_part(reply: str) -> str:
 
 
 def _without_reasoning(text: str) -> str:
-    # By hand: regular expressions that span a whole block take quadratic time on long replies.
+    # A manual scan, because a regular expression that spans a block is quadratic on long replies.
     kept, place = [], 0
     while beginning := _BEGINNING.search(text, place):
         kept.append(text[place : beginning.start()])
         end = _END.search(text, beginning.end())
-        if end is None:  # cut off while reasoning
+        if end is None:  # truncated during reasoning
             place = len(text)
             break
         place = end.end()
     kept.append(text[place:])
     rest = " ".join(kept)
-    *_, last = [None, *_END.finditer(rest)]  # of a block that the template opened
+    *_, last = [None, *_END.finditer(rest)]  # end of a block that the template opened
     return rest if last is None else rest[last.end() :]
 
 
@@ -98,7 +98,7 @@ def plain(text: str) -> str:
         text = _LATEX.sub(r"\1", text)
         text = _PAIRED_HTML.sub(r"\2", text)
     text = re.sub(r"\\[()\[\]]|\$", "", text)
-    text = re.sub(r"~~.*?~~", " ", text)  # struck out
+    text = re.sub(r"~~.*?~~", " ", text)  # strikethrough
     text = re.sub(r"[*`]+|(?<!\w)_+|_+(?!\w)", "", _LINE_START.sub("", text))
     return text.strip()
 

@@ -1,8 +1,8 @@
-"""Scores of free text: normalisation, exact match, token precision, recall and F1, BLEU, yes/no.
+"""Text metrics: normalisation, exact match, token precision, recall and F1, BLEU, yes/no.
 
-Tokens are words; the definitions are those of SQuAD (arXiv:1606.05250, its evaluation script):
-case, punctuation and articles do not count, and tokens are compared as multisets. All scores lie
-between 0 and 1, BLEU included.
+Tokens are words. The definitions follow SQuAD (arXiv:1606.05250, its evaluation script): case,
+punctuation and articles are ignored, and tokens are compared as multisets. All scores, including
+BLEU, lie between 0 and 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEGATIONS = {"no", "not", "none", "cannot", "without"}
 
 
 class TokenScores(NamedTuple):
-    """Overlap of the words of an answer and its reference."""
+    """Word overlap of an answer and its reference."""
 
     precision: float
     recall: float
@@ -31,7 +31,7 @@ class TokenScores(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """Splits an answer into comparable words.
+    """Splits an answer into normalised words.
 
     Example:
         >>> words("The X-ray shows Barrett's esophagus (CD3 - positive).")
@@ -44,9 +44,9 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether two texts have the same words in the same order.
+    """Whether two texts consist of the same words in the same order.
 
-    Texts without a word, such as "A" (an article) and "+", are compared as they are.
+    Texts without words, such as "A" (an article) and "+", are compared literally.
     """
     found, expected = words(answer), words(reference)
     if not found and not expected:
@@ -55,7 +55,12 @@ def exact_match(answer: str, reference: str) -> bool:
 
 
 def token_scores(answer: str, reference: str) -> TokenScores:
-    """Returns precision, recall and F1 of words as multisets."""
+    """Returns precision, recall and F1 over words as multisets.
+
+    Example:
+        >>> token_scores("chronic inflammation", "acute inflammation").f1
+        0.5
+    """
     found, expected = words(answer), words(reference)
     if not found or not expected:
         both = float(exact_match(answer, reference))
@@ -74,13 +79,13 @@ def _plain(text: str) -> str:
 def corpus_bleu(
     answers: Sequence[str], references: Sequence[str], max_ngram_order: int = 4
 ) -> float:
-    """Corpus BLEU of normalised words (Papineni et al. 2002, doi:10.3115/1073083.1073135).
+    """Computes corpus BLEU of normalised words (Papineni et al. 2002, doi:10.3115/1073083.1073135).
 
-    Computed by sacrebleu without smoothing; the answers' words are what `words` gives, so that
-    spelling of case and punctuation counts as little as in the other scores.
+    Uses sacrebleu without smoothing. Answers are split by `words`, so that case and punctuation are
+    ignored as in the other metrics.
 
     Raises:
-        ValueError: Not as many answers as references, or none.
+        ValueError: If answers and references differ in number or are empty.
     """
     from sacrebleu.metrics import BLEU
 
@@ -96,9 +101,10 @@ def corpus_bleu(
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Reads `yes` or `no` from an answer, or None when it says neither or both.
+    """Reads `yes` or `no` from an answer; None if it says neither or both.
 
-    The first word after any reasoning decides; otherwise the only one of the two that occurs.
+    The first word after any reasoning decides; otherwise the answer must contain exactly one of the
+    two.
 
     Example:
         >>> parse_yes_no("No, yes would be wrong."), parse_yes_no("The answer is yes.")
@@ -111,7 +117,7 @@ def parse_yes_no(answer: str) -> str | None:
     if len(said) != 1:
         return None
     (only,) = said
-    # "It is not a yes" means no reader of words can be sure of.
+    # Negated forms such as "It is not a yes" are ambiguous.
     if only == "yes" and _NEGATIONS & set(found):
         return None
     return only
