@@ -1,5 +1,5 @@
-"""Public datasets as training files: `pairs.jsonl`, `conversations.jsonl`, folders of classes.
+"""Converts public datasets to `pairs.jsonl`, `conversations.jsonl` or class folders.
 
-One module per dataset; each registers a function with `pallava.registry.CONVERTERS`. Cleaning, the
-step from pairs to conversations, and the jobs' machinery stand beside them.
+Each dataset has a module that registers a function with `pallava.registry.CONVERTERS`. Cleaning,
+the conversion of pairs to conversations, and the job machinery are separate modules.
 """

@@ -16,11 +16,12 @@ def bach(
     *,
     classes: str = "bach",
 ) -> ClassConversion:
-    """BACH to folders of classes.
+    """Converts BACH to class folders.
 
     Args:
-        data_path: The archive's folder, with `Photos/Normal`, `Benign`, `InSitu`, `Invasive`.
-        image_folder: Not used: the config says where the images lie.
-        classes: Another class config, for an archive unpacked otherwise.
+        data_path: Folder of the unpacked archive, with `Photos/Normal`, `Benign`, `InSitu` and
+            `Invasive`.
+        image_folder: Unused; the class config locates the images.
+        classes: Alternative class config, for an archive with another layout.
     """
     return class_conversion("BACH", "CC-BY-NC-ND", load_class_set(classes), data_path)

@@ -1,4 +1,4 @@
-"""Classification data as one folder per class, which `xtuner-add zero-shot` and others read."""
+"""Writes classification datasets as one folder per class, as `xtuner-add zero-shot` reads them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Link = Literal["hard", "symbolic", "copy"]
 
 @dataclass(frozen=True)
 class ClassConversion:
-    """A classification dataset on its way to folders.
+    """A classification dataset to be written as class folders.
 
     Attributes:
         source: Name of the dataset.
-        licence: The dataset's.
-        class_set: Question, classes and wordings, which the written config repeats.
-        images: `(image file, class)`, in order.
-        skipped: What cannot be used.
+        licence: Licence of the dataset.
+        class_set: Question, classes and wordings, which are copied to the written config.
+        images: Pairs of image file and class, in order.
+        skipped: Rows and images that cannot be used.
     """
 
     source: str
@@ -52,13 +52,13 @@ def class_conversion(
 
     Args:
         source: Name of the dataset.
-        licence: The dataset's.
-        class_set: Question, classes, and where their images lie below `data_path`.
-        data_path: The unpacked dataset.
+        licence: Licence of the dataset.
+        class_set: Question, classes, and globs of their images below `data_path`.
+        data_path: Folder of the unpacked dataset.
 
     Raises:
-        FileNotFoundError: No such folder, or a class without images.
-        ValueError: More than a tenth of a table's rows cannot be used.
+        FileNotFoundError: If the folder does not exist, or a class has no images.
+        ValueError: If more than a tenth of a table's rows cannot be used.
     """
     found = read_class_folders(data_path, class_set)
     images = [
@@ -76,19 +76,20 @@ def write_class_folders(
     link: Link = "hard",
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Writes `OUT/CLASS/FILE` and `classes.json`; continues after a kill.
+    """Writes `OUT/CLASS/FILE` and `classes.json`; resumes after an interruption.
 
     Args:
-        conversion: From a converter.
-        out: The folder; made whole or not at all.
-        link: `hard` takes no space and falls back to copies across disks.
-        progress: Called with the numbers of images done.
+        conversion: Result of a converter.
+        out: Output folder, which appears only when it is complete.
+        link: How files are placed. `hard` takes no disk space and falls back to copying across file
+            systems.
+        progress: Called with the number of images processed.
 
     Returns:
         The report: `num_rows`, `num_skipped`, `num_by_class`.
 
     Raises:
-        OutputExistsError: `out` holds something else.
+        OutputExistsError: If `out` holds something else.
     """
     folders = {name: folder_name(name) for name in conversion.class_set.names}
     if len(set(folders.values())) < len(folders):
@@ -120,12 +121,12 @@ def write_class_folders(
 
 
 def folder_name(name: str) -> str:
-    """A class name as a folder name: letters, digits and underscores."""
+    """Converts a class name to a folder name of letters, digits and underscores."""
     return re.sub(r"\W+", "_", name).strip("_") or "class"
 
 
 def _places(conversion: ClassConversion, folders: dict[str, str]) -> dict[str, Path]:
-    """Where each image goes; equal names of one class get the parent's name in front."""
+    """Assigns output paths; duplicate names within a class are prefixed with the parent folder."""
     places: dict[str, Path] = {}
     for path, name in conversion.images:
         place, parent = f"{folders[name]}/{path.name}", path.parent
@@ -144,7 +145,7 @@ def _link(path: Path, target: Path, link: Link) -> None:
     elif link == "hard":
         try:
             os.link(path.resolve(), target)
-        except OSError:  # another disk, or a file system without links
+        except OSError:  # another file system, or one without hard links
             shutil.copyfile(path, target)
     else:
         shutil.copyfile(path, target)

@@ -1,7 +1,7 @@
 """ColonPath (MedFMC, doi:10.1038/s41597-023-02460-0): colon tissue with or without tumour.
 
-Published as `colon/colon_train.csv` (and `colon_val.csv`) with `img_id, study_id, tumor`, beside a
-folder of images.
+Published as `colon/colon_train.csv` and `colon_val.csv` with columns `img_id, study_id, tumor`,
+beside a folder of images.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def colonpath(
     *,
     classes: str = "colonpath",
 ) -> ClassConversion:
-    """ColonPath to folders of classes.
+    """Converts ColonPath to class folders.
 
     Args:
-        data_path: The archive's folder `colon`, or one CSV in it.
-        image_folder: Where the images lie; by default `images/` or `image/` beside the CSV.
-        classes: Another class config, with `table`.
+        data_path: Folder `colon` of the archive, or one of its CSV files.
+        image_folder: Image folder. Defaults to `images/` or `image/` beside the CSV.
+        classes: Alternative class config, with `table`.
     """
     class_set, path = load_class_set(classes), Path(data_path)
     folder, names = (path.parent, (path.name,)) if path.is_file() else (path, TABLES)

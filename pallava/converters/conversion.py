@@ -1,4 +1,4 @@
-"""What a converter returns, and the job that writes it."""
+"""Converters' result type, and the job that writes the converted rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from pathcore.images import NETWORK_FORMATS, ImageError
 
 REPORT_NAME = "conversion.json"
 IMAGES_NAME = "images"
-"""Folder, inside the output, of images that were taken out of parquet files."""
+"""Sub-folder of the output for images extracted from parquet files."""
 
-_THREADS = 16  # looking for a file waits for the disk or the network, not for the processor
+_THREADS = 16  # checking files for existence is bound by disk or network latency
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
 
 Record = tuple[str, Any]
@@ -37,19 +37,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversion:
-    """A dataset on its way to rows. Nothing is read before the job asks for it.
+    """A dataset to be converted to rows. Records are read lazily by the job.
 
     Attributes:
-        kind: What the rows are; also the stem of the output file.
-        source: Name of the dataset, written into every row.
-        licence: The dataset's, written into every row; empty if the rows state it.
-        records: `(where it stands, record)` one by one, in an order that never changes.
-        make: Turns such a pair into rows: several, one, or none if an option leaves it out. Raises
-            `RowError` or `ImageError` for a record that cannot be used.
-        image_folder: What `image` in the rows is relative to; None if the images are
+        kind: Kind of the rows, and stem of the output file.
+        source: Name of the dataset, added to every row.
+        licence: Licence of the dataset, added to every row; empty if the rows state it.
+        records: Pairs of position and record, in an order that is the same on every run.
+        make: Converts such a pair to a list of rows, which is empty if an option excludes the
+            record. Raises `RowError` or `ImageError` for a record that cannot be used.
+        image_folder: Folder that `image` in the rows is relative to; None if the images are
             `ParquetImage`s, which are written to `OUT/images`.
-        files: The data files; a change of one starts a new job.
-        options: Whatever else the rows depend on, as JSON values.
+        files: Data files; a change of one of them starts a new job.
+        options: Further inputs that the rows depend on, as JSON values.
     """
 
     kind: Literal["pairs", "conversations"]
@@ -71,25 +71,25 @@ def convert(
     part_rows: int = 10_000,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Writes `pairs.jsonl` or `conversations.jsonl`, `skipped_samples.jsonl`, `conversion.json`.
+    """Writes `pairs.jsonl` or `conversations.jsonl`, `skipped_samples.jsonl` and `conversion.json`.
 
-    Run again after a kill, it continues; run again after the end, it does nothing.
+    An interrupted job resumes when it is run again; a finished job does nothing.
 
     Args:
-        conversion: From a converter.
-        out: Folder of the outputs.
-        check_images: Look whether every image file is there; rows without are skipped.
-        max_skipped_share: More unusable records than this share are an error.
-        part_rows: Records between two points from which a later run continues.
-        progress: Called with the numbers of records done.
+        conversion: Result of a converter.
+        out: Output folder.
+        check_images: Whether to check that every image file exists; rows without one are skipped.
+        max_skipped_share: Maximum fraction of unusable records; more raise an error.
+        part_rows: Number of records between two points from which a job can resume.
+        progress: Called with the number of records processed.
 
     Returns:
         The report: `num_records`, `num_rows`, `num_left_out`, `num_skipped` and the inputs.
 
     Raises:
-        ValueError: No records, or too many that cannot be used.
-        FileNotFoundError: The image folder is not there.
-        OutputExistsError: `out` holds something else.
+        ValueError: If there are no records, or too many cannot be used.
+        FileNotFoundError: If the image folder does not exist.
+        OutputExistsError: If `out` holds something else.
     """
     out = Path(out)
     if conversion.image_folder is not None and not conversion.image_folder.is_dir():
@@ -144,7 +144,7 @@ def convert(
 
 
 def conversation(question: str, answer: str, num_images: int = 1) -> list[dict[str, str]]:
-    """One question with its answer as LLaVA turns, the images in front."""
+    """Builds LLaVA turns for one question and its answer, with the images in front."""
     marks = "".join(f"{IMAGE_TOKEN}\n" for _ in range(num_images))
     question = question.replace(IMAGE_TOKEN, "").strip()
     return [
@@ -154,12 +154,12 @@ def conversation(question: str, answer: str, num_images: int = 1) -> list[dict[s
 
 
 def question_row(question: Question, folder: Path | None, answer: str | None = None) -> Row:
-    """A benchmark's question as a row of conversations, without its id.
+    """Converts a benchmark question to a conversation row without an id.
 
     Args:
-        question: As the readers of `pallava.evaluation` make it.
-        folder: Its image folder; None for images in parquet files.
-        answer: Instead of the reference.
+        question: Question, as returned by the readers of `pallava.evaluation`.
+        folder: Image folder; None for images in parquet files.
+        answer: Answer to use instead of the reference.
     """
     answer = answer if answer is not None else question.answer
     if answer is None:
@@ -176,10 +176,10 @@ def question_row(question: Question, folder: Path | None, answer: str | None = N
 
 
 def relative_name(folder: Path, path: Path) -> str:
-    """A file's name below a folder, with `/`.
+    """Returns the path of a file relative to a folder, with forward slashes.
 
     Raises:
-        ImageError: It lies elsewhere.
+        ImageError: If the file is not inside the folder.
     """
     for root in (folder, folder.absolute(), folder.resolve()):
         if path.is_relative_to(root):
@@ -188,7 +188,7 @@ def relative_name(folder: Path, path: Path) -> str:
 
 
 class _RowMaker:
-    """Turns one record into finished rows: provenance added, images found, everything checked."""
+    """Converts a record to finished rows: adds provenance, locates images, validates."""
 
     def __init__(self, conversion: Conversion, image_out: Path, check_images: bool) -> None:
         self.conversion = conversion
@@ -196,7 +196,7 @@ class _RowMaker:
         self.check_images = check_images
 
     def __call__(self, record: Record) -> list[Row] | str:
-        """Returns the rows, or why there are none."""
+        """Returns the rows, or the reason why there are none."""
         where, content = record
         try:
             return [self._finish(row) for row in self.conversion.make(where, content)]
@@ -231,18 +231,18 @@ class _RowMaker:
 
 
 def save_image(content: bytes, folder: Path) -> str:
-    """Writes an image file under the digest of its content, once.
+    """Writes an encoded image under the digest of its content, unless it already exists.
 
     Returns:
-        The file's name.
+        The name of the file.
 
     Raises:
-        ImageError: No image of a known format.
+        ImageError: If the content is not an image of a known format.
     """
     try:
         with Image.open(io.BytesIO(content), formats=NETWORK_FORMATS) as image:
             kind = str(image.format)
-    except Exception as error:  # decoders raise a dozen types
+    except Exception as error:  # decoders raise a dozen exception types
         raise ImageError(f"no image of the formats {', '.join(NETWORK_FORMATS)}") from error
     name = hashlib.sha256(content).hexdigest()[:32] + _SUFFIXES.get(kind, f".{kind.lower()}")
     if not (folder / name).is_file():
@@ -269,7 +269,7 @@ def _make_part(batch: Sequence[Record], maker: _RowMaker, name: str, what: str) 
 
 
 def _map(maker: _RowMaker, batch: Sequence[Record]) -> Iterator[list[Row] | str]:
-    if maker.conversion.image_folder is None:  # neighbours share a row group of a parquet file
+    if maker.conversion.image_folder is None:  # neighbours share a cached row group
         yield from map(maker, batch)
         return
     with ThreadPoolExecutor(_THREADS) as pool:

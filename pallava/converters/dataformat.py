@@ -1,7 +1,7 @@
-"""Pairs to conversations: each caption becomes the answer to a request to describe the image.
+"""Converts pairs to conversations: each caption answers a request to describe the image.
 
-Which request a pair gets follows from the seed and the pair's id alone, so that neither the order
-of the pairs nor the number of machines matters.
+The request for a pair depends only on the seed and the pair's id, so neither the order of the pairs
+nor the number of machines matters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pallava.text.encoding import IMAGE_TOKEN
 from pathcore.images import image_size
 
 MAX_AREA_PX = 4096 * 4096
-"""Larger images are left out, as by the published script (dataformat.py of PA-LLaVA)."""
+"""Maximum area of an image, as in the published script (dataformat.py of PA-LLaVA)."""
 
 _PACKAGE = "pallava.converters.instructions"
 
@@ -41,28 +41,29 @@ def dataformat(
     part_rows: int = 10_000,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Writes `conversations.jsonl` from pairs; continues after a kill.
+    """Writes `conversations.jsonl` from pairs; resumes after an interruption.
 
     Args:
-        pairs: `pairs.jsonl`, or a JSON array of `{image, caption}`; without `id`, the image's name
-            without its suffix is the id.
-        out: Folder of the outputs.
-        image_folder: What the images' names are relative to; by default the pairs' folder.
-        seed: Decides, with a pair's id, which request it gets.
-        instructions: The requests; by default our own list.
-        image_place: `front`, or before or after the request by the seed (which matters only with
-            `interleaved_map_fn`; XTuner's own function moves every image to the front).
-        max_area_px: Leave larger images out; None opens no image.
-        max_skipped_share: More unusable pairs than this share are an error.
-        part_rows: Pairs between two points from which a later run continues.
-        progress: Called with the numbers of pairs done.
+        pairs: `pairs.jsonl`, or a JSON array of `{image, caption}`. A pair without `id` takes the
+            name of its image, without suffix.
+        out: Output folder.
+        image_folder: Folder that image names are relative to. Defaults to the folder of `pairs`.
+        seed: Seed that, together with a pair's id, selects its request.
+        instructions: Requests to choose from. Defaults to our own list.
+        image_place: `front`, or `random` to place the image before or after the request. The latter
+            has an effect only with `interleaved_map_fn`, since XTuner's own function moves every
+            image to the front.
+        max_area_px: Maximum area of an image; larger images are skipped. None opens no image.
+        max_skipped_share: Maximum fraction of unusable pairs; more raise an error.
+        part_rows: Number of pairs between two points from which a job can resume.
+        progress: Called with the number of pairs processed.
 
     Returns:
-        The report, as of `conversion.convert`.
+        The report; see `conversion.convert`.
 
     Raises:
-        ValueError: No pairs, too many unusable, or no instructions.
-        FileNotFoundError: No such file or folder.
+        ValueError: If there are no pairs or instructions, or too many pairs cannot be used.
+        FileNotFoundError: If a file or folder does not exist.
     """
     pairs = Path(pairs)
     folder = Path(image_folder) if image_folder else pairs.parent
@@ -107,11 +108,11 @@ def dataformat(
 
 
 def load_instructions(path: str | os.PathLike[str] | None = None) -> list[str]:
-    """Reads requests: a JSON list, or a text file with one a line; by default our own.
+    """Loads requests from a JSON list or a text file with one per line. Defaults to our own list.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Neither form, or empty.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has neither format or is empty.
     """
     if path is None:
         text = (resources.files(_PACKAGE) / "describe.json").read_text(encoding="utf-8")
@@ -131,6 +132,11 @@ def load_instructions(path: str | os.PathLike[str] | None = None) -> list[str]:
 
 
 def choose(choices: Sequence[Any], seed: int, key: str) -> Any:
-    """Picks one of several, by seed and key alone; each equally often over many keys."""
+    """Chooses one item deterministically from seed and key, uniformly over many keys.
+
+    Example:
+        >>> choose(["a", "b", "c"], seed=0, key="x") == choose(["a", "b", "c"], seed=0, key="x")
+        True
+    """
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(errors="replace"), digest_size=8).digest()
     return choices[int.from_bytes(digest, "big") % len(choices)]

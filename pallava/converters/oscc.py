@@ -16,11 +16,11 @@ def oscc(
     *,
     classes: str = "oscc",
 ) -> ClassConversion:
-    """OSCC to folders of classes.
+    """Converts OSCC to class folders.
 
     Args:
-        data_path: The folder of the archive, with its first and second set.
-        image_folder: Not used: the config says where the images lie.
-        classes: Another class config, for an archive unpacked otherwise.
+        data_path: Folder of the unpacked archive, with its first and second set.
+        image_folder: Unused; the class config locates the images.
+        classes: Alternative class config, for an archive with another layout.
     """
     return class_conversion("OSCC", "CC-BY-4.0", load_class_set(classes), data_path)

@@ -1,9 +1,8 @@
-"""Jobs over millions of rows, done part by part: constant memory, resumable, shared by machines.
+"""Runs jobs over millions of rows in parts: constant memory, resumable, shared by machines.
 
-The rows that come in are counted off into parts of equal length. What a part gives is one file,
-whole or absent, in `OUT/.parts`; a run that comes later does only the parts that are missing, and
-at the end all parts are joined to the output files, in order. So the outputs do not depend on how
-often the job was killed, nor on how many machines worked on it.
+Input rows are divided into parts of equal length. The result of a part is a file in `OUT/.parts`
+that is written atomically. A later run processes only missing parts, and at the end all parts are
+joined in order. The outputs thus depend neither on interruptions nor on the number of machines.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _Row = TypeVar("_Row")
 
 @dataclass
 class Part:
-    """What one part of the rows gives.
+    """Result of one part.
 
     Attributes:
-        rows: Output file name -> rows to append to it.
-        counts: Numbers to add up over all parts.
-        notes: Further results, joined by the caller's `merge`.
+        rows: Rows to append, by output file name.
+        counts: Counts to be summed over all parts.
+        notes: Further results, which the caller's `report` combines.
     """
 
     rows: dict[str, list[Any]] = field(default_factory=dict)
@@ -43,11 +42,11 @@ class Part:
 
 @dataclass
 class Joined:
-    """The sum over all parts.
+    """Combined results of all parts.
 
     Attributes:
-        counts: As in the parts, added up.
-        notes: One entry per part that left any, in order.
+        counts: Sums of the parts' counts.
+        notes: Notes of the parts that have any, in order.
     """
 
     counts: Counter[str]
@@ -56,7 +55,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Shard:
-    """The parts that one of several machines does: `index` of `count`, from 0."""
+    """Shard `index` of `count` (from 0): the parts that one of several machines processes."""
 
     index: int
     count: int
@@ -68,10 +67,14 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Reads `INDEX/COUNT`, as `3/8`.
+        """Parses `INDEX/COUNT`.
 
         Raises:
-            ValueError: Not of this form.
+            ValueError: If the text does not have this form.
+
+        Example:
+            >>> Shard.parse("3/8")
+            Shard(index=3, count=8)
         """
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()):
@@ -92,26 +95,26 @@ def run_in_parts(
     shard: Shard | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any] | None:
-    """Does a job part by part and joins the parts to the files of `out`.
+    """Processes rows part by part and joins the results to files in `out`.
 
     Args:
-        rows: What comes in, in an order that is the same in every run.
-        handle: Turns the rows of one part into what they give.
-        out: Folder of the outputs; made if need be.
-        inputs: What the outputs depend on, as JSON values; parts of other inputs are not used.
-        report_name: JSON file written last; it is there only when the job is finished.
-        names: The output files; those without rows are written empty.
-        report: Given the sum and the folder of the joined files, returns the report; may write
-            further files beside them.
-        part_rows: Rows of a part.
-        shard: Do only these parts, and join nothing.
-        progress: Called with the number of rows that each part took.
+        rows: Input rows, in an order that is the same on every run.
+        handle: Processes the rows of one part.
+        out: Output folder; created if necessary.
+        inputs: JSON values that the outputs depend on; parts made from other inputs are not reused.
+        report_name: JSON file that is written last and marks the job as finished.
+        names: Output files; those without rows are written empty.
+        report: Builds the report from the combined results and the folder of joined files, to which
+            it may add further files.
+        part_rows: Number of rows per part.
+        shard: Shard to process; parts are then not joined.
+        progress: Called with the number of rows of each part.
 
     Returns:
         The report; None for a shard.
 
     Raises:
-        OutputExistsError: `out` holds something else, or another process works on it.
+        OutputExistsError: If `out` holds something else, or another process is working on it.
     """
     out = Path(out)
     inputs = {**json.loads(json.dumps(inputs)), "part_rows": part_rows}
@@ -161,7 +164,7 @@ def _finished(out: Path, report_name: str, inputs: Mapping[str, Any]) -> dict[st
     except ValueError:
         content = None
     if isinstance(content, dict) and content.get("inputs") == inputs:
-        shutil.rmtree(out / PARTS_NAME, ignore_errors=True)  # left by a kill after the join
+        shutil.rmtree(out / PARTS_NAME, ignore_errors=True)  # left by a kill after joining
         return content
     raise OutputExistsError(
         f"{out}: holds the result of other data or options already; name a new folder, or remove it"
@@ -183,7 +186,7 @@ def _accept(parts: Path, inputs: Mapping[str, Any], shard: Shard | None) -> None
             stale.unlink()
     mine = path.with_name(f"{_INPUTS}.{shard.index if shard else 'all'}")
     write_json(mine, inputs)
-    os.replace(mine, path)  # shards that start together write the same
+    os.replace(mine, path)  # concurrent shards write the same content
 
 
 def _write_part(path: Path, part: Part) -> None:
@@ -197,7 +200,7 @@ def _write_part(path: Path, part: Part) -> None:
 
 def _dump(row: Any) -> str:
     text = json.dumps(row, ensure_ascii=False)
-    # Fields that nobody looks at may hold half a surrogate pair, which only an escape can write.
+    # Unchecked fields may contain a lone surrogate, which only a JSON escape can represent.
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""PathVQA (arXiv:2003.10286): open and yes/no questions about figures of textbooks.
+"""PathVQA (arXiv:2003.10286): open and yes/no questions about textbook figures.
 
 Published as pickles `qas/{split}/{split}_qa.pkl` or `qas/{split}_vqa.pkl` with
-`images/{split}/*.jpg`, and as parquet files `data/{split}-*.parquet` with the images inside.
+`images/{split}/*.jpg`, and as parquet files `data/{split}-*.parquet` that contain the images.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def pathvqa(
     *,
     split: str = "train",
 ) -> Conversion:
-    """PathVQA to conversations, one per question.
+    """Converts PathVQA to conversations, one per question.
 
     Args:
-        data_path: A data file in any form that `xtuner-add pathvqa` reads, the folder of the
-            archive with `qas/` and `images/`, or a folder of parquet files.
-        image_folder: Where the images lie; by default the archive's of this split. Not needed for
+        data_path: Data file in any format that `xtuner-add pathvqa` reads, folder of the archive
+            with `qas/` and `images/`, or folder of parquet files.
+        image_folder: Image folder. Defaults to that of the split in the archive. Not needed for
             parquet, whose images are written to `OUT/images`.
         split: `train`, `val` (in parquet: `validation`) or `test`.
     """
@@ -54,7 +54,7 @@ def pathvqa(
 
 
 def _locate(path: Path, folder: Path | None, split: str) -> tuple[list[Path], Path | None]:
-    """The data files and, unless they are parquet, the image folder."""
+    """Returns the data files and, unless they are parquet, the image folder."""
     if path.suffix == ".parquet" or (path.is_dir() and not (path / "qas").is_dir()):
         return parquet_files(path, split), None
     if path.is_dir():

@@ -1,7 +1,7 @@
 """PMC-OA (arXiv:2303.07240): sub-figures and captions of open-access articles.
 
-Published as `pmc_oa.jsonl` (captions divided among sub-figures) and `pmc_oa_beta.jsonl` (whole
-captions), lines of `{image, caption}`, with `images.zip`.
+Published as `pmc_oa.jsonl` (captions split among sub-figures) and `pmc_oa_beta.jsonl` (full
+captions), with `{image, caption}` per line, and `images.zip`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PMCID = re.compile(r"PMC\d+")
 def pmc_oa(
     data_path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
 ) -> Conversion:
-    """PMC-OA or PMC-OA-Beta to pairs, with the article's number as `pmcid`.
+    """Converts PMC-OA or PMC-OA-Beta to pairs, with the article id as `pmcid`.
 
     Args:
-        data_path: The JSON-lines file, or its folder.
-        image_folder: Where the archive was unpacked; by default found beside the file.
+        data_path: JSON lines file, or its folder.
+        image_folder: Folder of the unpacked images. Searched beside the data file by default.
     """
     data = data_file(data_path, DATA_NAMES)
 
@@ -46,6 +46,6 @@ def pmc_oa(
 
 
 def article(image: str, pmcid: object = None) -> dict[str, str]:
-    """The article of a figure as `{"pmcid": ...}`, from the record or the file's name."""
+    """Returns the article of a figure as `{"pmcid": ...}`, from the record or the file name."""
     found = _PMCID.search(str(pmcid or "")) or _PMCID.search(image)
     return {"pmcid": found.group()} if found else {}

@@ -29,14 +29,14 @@ def pmc_vqa(
     answer: Literal["letter", "text", "both"] = "letter",
     question_template: str = CHOICE_PROMPT,
 ) -> Conversion:
-    """PMC-VQA to conversations; a caption in the data is kept as `caption` for cleaning.
+    """Converts PMC-VQA to conversations; captions in the data are kept in `caption` for cleaning.
 
     Args:
-        data_path: A CSV, or the folder with `{split}.csv` or `{split}_2.csv`.
-        image_folder: Where the images lie; by default `images/` or `figures/` beside the CSV.
-        split: Which CSV of a folder.
-        answer: The letter, the option's text, or `A: text`.
-        question_template: As for `xtuner-add pmcvqa`, with `{question}` and `{options}`.
+        data_path: CSV file, or a folder with `{split}.csv` or `{split}_2.csv`.
+        image_folder: Image folder. Defaults to `images/` or `figures/` beside the CSV.
+        split: Split to read from a folder.
+        answer: Form of the answer: the letter, the option's text, or `both` as `A: text`.
+        question_template: Prompt with `{question}` and `{options}`, as for `xtuner-add pmcvqa`.
     """
     if answer not in ("letter", "text", "both"):
         raise ValueError(f"pmc-vqa: answer=letter|text|both expected, got {answer}")

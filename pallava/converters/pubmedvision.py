@@ -1,7 +1,7 @@
 """PubMedVision (arXiv:2406.19280): figures of PubMed with captions rewritten by GPT-4V.
 
 Published as `PubMedVision_Alignment_VQA.json`, an array of `{id, image: [names], conversations,
-modality, body_part}` without `<image>` marks, and archives that unpack to `images/`.
+modality, body_part}` without `<image>` tokens, and archives that unpack to `images/`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def pubmedvision_alignment(
     several: Literal["each", "first", "skip"] = "each",
     modality: str = "",
 ) -> Conversion:
-    """PubMedVision's alignment part.
+    """Converts the alignment part of PubMedVision.
 
     Args:
-        data_path: The JSON file, or its folder.
-        image_folder: What the images' names are relative to; by default the file's folder.
-        to: `pairs` takes the answer as the caption; `conversations` keeps the question too.
-        several: For pairs, of a row with several images: the caption goes to `each`, to the
-            `first`, or the row is left out.
-        modality: Keep these only, separated by commas, as `Microscopy Images`.
+        data_path: JSON file, or its folder.
+        image_folder: Folder that image names are relative to. Defaults to the folder of the file.
+        to: `pairs` uses the answer as the caption; `conversations` keeps the question as well.
+        several: How pairs treat a row with several images: the caption goes to `each` image or to
+            the `first`, or `skip` drops the row.
+        modality: Comma-separated modalities to keep, such as `Microscopy Images`; all by default.
     """
     if to not in ("pairs", "conversations") or several not in ("each", "first", "skip"):
         raise ValueError(

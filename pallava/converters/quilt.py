@@ -1,4 +1,4 @@
-"""Quilt-1M (arXiv:2306.11207): frames of teaching videos and more, with what was said about them.
+"""Quilt-1M (arXiv:2306.11207): frames of teaching videos and other sources with their captions.
 
 Published as `quilt_1M_lookup.csv` with `caption, image_path, subset, split, pathology, roi_text,
 noisy_text, corrected_text, med_umls_ids, magnification, height, width`, and archives of images.
@@ -28,13 +28,14 @@ def quilt_1m(
     subsets: str = "",
     split: str = "",
 ) -> Conversion:
-    """Quilt-1M to pairs.
+    """Converts Quilt-1M to pairs.
 
     Args:
-        data_path: The CSV, or its folder.
-        image_folder: Where the archives were unpacked; by default found beside the CSV.
-        subsets: Keep these only, separated by commas: `quilt`, `openpath`, `pubmed`, `laion`.
-        split: Keep this only: `train` or `val`.
+        data_path: CSV file, or its folder.
+        image_folder: Folder of the unpacked images. Searched beside the CSV by default.
+        subsets: Comma-separated subsets to keep: `quilt`, `openpath`, `pubmed`, `laion`; all by
+            default.
+        split: Split to keep, `train` or `val`; both by default.
     """
     data = data_file(data_path, DATA_NAMES)
     kept = {"subset": chosen(subsets), "split": chosen(split)}

@@ -1,4 +1,4 @@
-"""Reading what datasets are published as, row by row."""
+"""Reads the published files of datasets row by row."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pallava.rows import read_rows
 
 
 def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yields `(row number, row)` of JSON lines or of a JSON array of any size.
+    """Yields `(row number, row)` of a JSON lines file or of a JSON array of any size.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Another extension, or an array that is no JSON.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the suffix is unknown or the array is not valid JSON.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -38,10 +38,10 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 
 
 def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:
-    """The data file itself, or in a folder the first of several names.
+    """Returns the data file itself, or the first of several names that exists in a folder.
 
     Raises:
-        FileNotFoundError: Neither; names what was looked for.
+        FileNotFoundError: If there is none; the message lists the names.
     """
     path = Path(path)
     if path.is_file():
@@ -57,7 +57,7 @@ def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:
 def image_root(
     image_folder: str | os.PathLike[str] | None, data: Path, names: Sequence[str] = ()
 ) -> Path:
-    """The user's image folder; otherwise the first of several beside the data, or the data's."""
+    """Returns the given image folder, else the first existing of `names` beside the data."""
     if image_folder is not None:
         return Path(image_folder)
     beside = (data.parent / name for name in names)
@@ -68,7 +68,7 @@ def as_mapping(row: Any) -> Mapping[str, Any]:
     """Returns the row if it is a record.
 
     Raises:
-        RowError: It is not.
+        RowError: If it is not.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a record expected, got {row!r:.80}")
@@ -76,5 +76,5 @@ def as_mapping(row: Any) -> Mapping[str, Any]:
 
 
 def chosen(text: str) -> frozenset[str]:
-    """The names in a comma-separated option, in lower case; none means all."""
+    """Splits a comma-separated option into lowercased names; an empty set means all."""
     return frozenset(name.strip().lower() for name in text.split(",") if name.strip())

@@ -1,1 +1,1 @@
-"""From a training checkpoint to a model that others can load: convert, merge, split, publish."""
+"""Releases a trained model: converts, merges, splits, exports and publishes checkpoints."""

@@ -1,9 +1,9 @@
-"""LoRA adapters: reads what PEFT saved, and computes what it adds to a base model's weights.
+"""Reads LoRA adapters saved by PEFT and computes what they add to the weights of a base model.
 
 LoRA, arXiv:2106.09685: `W + s B A`. DoRA, arXiv:2402.09353, equation 5: `m (W + s B A) / norm`,
 where the norm of each output is taken over its inputs. PEFT (github.com/huggingface/peft) is the
-reference: operations and their order are those of `peft/tuners/lora/layer.py` and `variants.py`
-(0.21), so that fp32 results are equal bit for bit. It is not imported here, because it merges whole
+reference: the operations and their order follow `peft/tuners/lora/layer.py` and `variants.py`
+(0.21), so that fp32 results are bitwise equal. PEFT itself is not used because it merges whole
 models in memory.
 """
 
@@ -40,12 +40,12 @@ _UNSUPPORTED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Settings under which the trained model is not base + B A, or which no test here covers."""
+"""Settings under which the trained model is not base + B A, or which our tests do not cover."""
 
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base model's weights as they are. PiSSA, OLoRA,
-CorDA, LoftQ and LoRA-GA subtract the initial `B A` from them: such an adapter belongs to a base
-model that is stored nowhere, and PEFT computes it anew whenever it loads the adapter."""
+"""Values of `init_lora_weights` that do not modify the base weights. PiSSA, OLoRA, CorDA, LoftQ and
+LoRA-GA subtract the initial `B A` from them: such an adapter belongs to a modified base model that
+is not stored, and that PEFT recomputes whenever it loads the adapter."""
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -54,12 +54,12 @@ _LINEAR = {"lora_A.weight", "lora_B.weight"}
 
 
 class AdapterError(CheckpointError):
-    """An adapter that is damaged, of an unsupported kind, or made for another base model."""
+    """Raised for an adapter that is damaged, unsupported, or made for another base model."""
 
 
 @dataclass
 class LoraPart:
-    """The tensors of one adapted layer: names in the adapter's files."""
+    """Names of the tensors of one adapted layer in the adapter's files."""
 
     module: str
     scaling: float
@@ -70,29 +70,29 @@ class LoraPart:
 
     @property
     def a_name(self) -> str:
-        """The matrix that reads the layer's input."""
+        """Name of the matrix A, which is applied to the layer's input."""
         return self.names["lora_embedding_A" if self.embedding else "lora_A.weight"]
 
     @property
     def b_name(self) -> str:
-        """The matrix that writes the layer's output."""
+        """Name of the matrix B, which produces the layer's output."""
         return self.names["lora_embedding_B" if self.embedding else "lora_B.weight"]
 
 
 class Adapter:
-    """A folder that PEFT's `save_pretrained` wrote.
+    """An adapter folder written by PEFT's `save_pretrained`.
 
     Args:
-        folder: With `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
 
     Attributes:
-        parts: What LoRA adds, by the name of the base weight that it is added to.
-        replacements: Tensors that were trained as they are (`modules_to_save`, biases, resized
-            embeddings): name in the base model -> name in the adapter.
+        parts: Adapted layers, by the name of the base weight that LoRA adds to.
+        replacements: Names of tensors that were trained in full (`modules_to_save`, biases, resized
+            embeddings), as name in the base model -> name in the adapter.
 
     Raises:
-        FileNotFoundError: No folder, or no adapter in it.
-        AdapterError: A damaged adapter, or a kind that cannot be merged.
+        FileNotFoundError: If the folder does not exist or contains no adapter.
+        AdapterError: If the adapter is damaged or cannot be merged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -110,14 +110,14 @@ class Adapter:
 
     @property
     def base_model(self) -> str:
-        """What the adapter was trained on, as its config says."""
+        """Name of the base model, as stated in the adapter's config."""
         return str(self.config.get("base_model_name_or_path") or "")
 
     def check_mergeable(self) -> None:
-        """Refuses kinds of LoRA whose trained model is not base + B A.
+        """Rejects kinds of LoRA whose trained model is not base + B A.
 
         Raises:
-            AdapterError: If this is one.
+            AdapterError: If the adapter is of such a kind.
         """
         file = self.folder / CONFIG_NAME
         for setting, meaning in _UNSUPPORTED.items():
@@ -135,12 +135,12 @@ class Adapter:
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads rows of a tensor, in fp32 where it is stored in half precision.
+        """Reads rows of a tensor; half precision is converted to fp32.
 
-        PEFT loads adapters that way, too (`autocast_adapter_dtype`).
+        PEFT converts adapters in the same way when it loads them (`autocast_adapter_dtype`).
 
         Raises:
-            AdapterError: It holds infinities or NaN.
+            AdapterError: If the tensor contains infinity or NaN.
         """
         tensor = self.weights.read(name, start, stop)
         if tensor.dtype in (torch.float16, torch.bfloat16):
@@ -168,7 +168,7 @@ class Adapter:
         part.embedding |= part_name.startswith("lora_embedding")
 
     def _new_part(self, module: str) -> LoraPart:
-        """Rank and scaling of a layer: `peft.tuners.lora.model`, `get_pattern_key`."""
+        """Looks up rank and scaling of a layer as `peft.tuners.lora.model` does."""
         rank = int(_pattern_value(self.config.get("rank_pattern"), module, self.config["r"]))
         alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
         if rank < 1:
@@ -210,7 +210,7 @@ class Adapter:
 
 @dataclass
 class LoadedPart:
-    """One adapter's matrices for one layer, in memory."""
+    """The matrices of one adapter for one layer, loaded to memory."""
 
     a: Tensor
     b: Tensor
@@ -220,7 +220,7 @@ class LoadedPart:
     source: str
 
     def delta(self, start: int, stop: int | None) -> Tensor:
-        """What LoRA adds to the rows `start:stop` of the weight, `(rows, columns)`."""
+        """Returns what LoRA adds to the rows `start:stop` of the weight, `(rows, columns)`."""
         if self.transposed:
             product = (self.b @ self.a[:, start:stop]).T
         else:
@@ -228,7 +228,7 @@ class LoadedPart:
         return product.mul_(self.scaling)
 
     def add_to(self, rows: Tensor, start: int, stop: int | None) -> Tensor:
-        """Adds the rows of the delta in one pass over the memory, in place."""
+        """Adds the delta to rows of the weight in place, in one pass over memory."""
         if self.transposed:
             return rows.addmm_(self.a[:, start:stop].T, self.b.T, alpha=self.scaling)
         return rows.addmm_(self.b[start:stop], self.a, alpha=self.scaling)
@@ -241,18 +241,18 @@ def load_part(
     device: str,
     stores_transposed: bool | None = None,
 ) -> LoadedPart:
-    """Reads the matrices of a layer and checks that they fit the base weight.
+    """Loads the matrices of a layer and checks that they fit the base weight.
 
     Args:
-        adapter: The adapter.
-        part: The layer.
-        info: The base weight.
+        adapter: Adapter to read from.
+        part: Layer to load.
+        info: Shape and dtype of the base weight.
         device: Device to put the matrices on.
         stores_transposed: Whether the layer's class stores its weight as (inputs, outputs); None if
-            its class is unknown.
+            the class is unknown.
 
     Raises:
-        AdapterError: If they do not fit.
+        AdapterError: If the matrices do not fit the weight.
     """
     a = adapter.read(part.a_name).to(device)
     b = adapter.read(part.b_name).to(device)
@@ -263,8 +263,8 @@ def load_part(
     elif stores_transposed is not None:
         transposed = stores_transposed
     else:
-        # PEFT writes one `fan_in_fan_out` for all layers, the last one's, so that it is believed
-        # only where the shape does not decide.
+        # PEFT saves a single `fan_in_fan_out` for all layers, that of the last one, so it is used
+        # only if the shape is ambiguous.
         transposed = part.fan_in_fan_out if shape == flipped else info.shape != shape
     if info.shape != (flipped if transposed else shape):
         raise AdapterError(
@@ -282,29 +282,29 @@ def load_part(
 
 
 def needs_whole_weight(info: TensorInfo, parts: list[LoadedPart]) -> bool:
-    """Whether a weight cannot be merged in blocks of rows.
+    """Whether a weight must be merged in one piece rather than in blocks of rows.
 
-    In fp32 it is computed whole, because the matrix product of a block may round differently; DoRA
-    on a transposed weight needs the norm of whole columns.
+    This is the case in fp32, because the matrix product of a block may round differently from
+    PEFT's, and for DoRA on a transposed weight, which needs the norm of whole columns.
     """
     half = info.dtype in (torch.float16, torch.bfloat16)
     return not half or any(part.transposed and part.magnitude is not None for part in parts)
 
 
 def merge_rows(rows: Tensor, parts: list[LoadedPart], start: int, stop: int | None) -> Tensor:
-    """Merges adapters, one after the other, into rows of a weight.
+    """Merges adapters one after another into rows of a weight.
 
     Args:
-        rows: The base weight's rows `start:stop`, of any floating-point type.
-        parts: What each adapter adds; all on the device of `rows`.
-        start: First row.
-        stop: Behind the last row; None for the end.
+        rows: Rows `start:stop` of the base weight, of any floating-point dtype.
+        parts: Matrices of each adapter, on the device of `rows`.
+        start: Index of the first row.
+        stop: Index after the last row; None for the end.
 
     Returns:
-        The merged rows in the type of `rows`, rounded once.
+        The merged rows in the dtype of `rows`, rounded once.
 
     Raises:
-        AdapterError: The result does not fit the type.
+        AdapterError: If the result overflows the dtype.
     """
     half = rows.dtype in (torch.float16, torch.bfloat16)
     merged = rows.float() if half else rows.clone()
@@ -315,7 +315,7 @@ def merge_rows(rows: Tensor, parts: list[LoadedPart], start: int, stop: int | No
             merged = _dora(part, original, merged, part.delta(start, stop), start, stop)
         elif half:
             merged = part.add_to(merged, start, stop)
-        else:  # PEFT's operations: a fused one rounds differently
+        else:  # same operations as PEFT; a fused add rounds differently
             merged = merged.add_(part.delta(start, stop))
     if not is_finite(merged, rows.dtype):
         raise AdapterError(
@@ -343,7 +343,7 @@ def _dora(
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no value is NaN or lies outside the range of a type; one pass over the memory."""
+    """Whether all values are finite and within the range of a dtype, in one pass over memory."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)
@@ -352,7 +352,7 @@ def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Looks a module up as PEFT's `get_pattern_key` does."""
+    """Looks up a module as PEFT's `get_pattern_key` does."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

@@ -1,7 +1,7 @@
-"""Whether a base model is the one on which an adapter was trained.
+"""Checks that an adapter was trained on a given base model.
 
-The shapes of adapted layers do not tell: they are the same in Llama 3, its Instruct version, Llama
-3.1 and Mistral.
+The shapes of adapted layers cannot tell: they are the same in Llama 3, Llama 3 Instruct, Llama 3.1
+and Mistral.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pallava.release.weights import WeightFolder
 from pathcore.weights import CheckpointError
 
 BASE_NAME = "base_model.json"
-"""Beside an adapter written by `pth-to-hf`: the base's architecture, since the base may be gone."""
+"""File beside an adapter written by `pth-to-hf` that records the architecture of the base model."""
 
 _COMPARED = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -30,11 +30,11 @@ _FORCE = "use the model that the adapter was trained on, or --force-base if you 
 
 
 def check_trained_on(adapter: Adapter, base: BaseModel) -> None:
-    """Refuses an adapter of another base model.
+    """Rejects an adapter that was trained on another base model.
 
-    Compares architecture and vocabulary with what `pth-to-hf` recorded and with the model that the
-    adapter names, where that can be found; of its weights, a sample of rows. Where it cannot be
-    found, its name must be the base's.
+    Architecture and vocabulary are compared with the record of `pth-to-hf` and, if it can be found,
+    with the model that the adapter names, including a sample of weight rows. If that model cannot
+    be found, its name must equal that of the base.
 
     Raises:
         AdapterError: If the adapter was trained on another model.
@@ -66,23 +66,23 @@ def check_trained_on(adapter: Adapter, base: BaseModel) -> None:
 
 
 def describe_base(folder: Path) -> dict[str, Any]:
-    """Returns the architecture and the sizes in a model's config.json; empty without one."""
+    """Returns architecture and sizes from a model's config.json; empty without one."""
     from transformers import CONFIG_MAPPING
 
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING:
-        # The class fills in what the file leaves to its defaults, under the usual names.
+        # The config class fills in defaults that the file omits, under standard names.
         try:
             known = CONFIG_MAPPING[kind].from_dict(config)
-        except Exception:  # as for loading: a config that does not fit raises anything
+        except Exception:  # an unsuitable config can raise any exception
             return config
         config = {name: getattr(known, name, None) for name in _COMPARED}
     return {name: config[name] for name in _COMPARED if config.get(name) is not None}
 
 
 def find_model(name: str) -> Path | None:
-    """Returns the folder of a model that lies here or in the hub's cache."""
+    """Returns the folder of a model from the local disk or the Hub cache; None if not found."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
@@ -90,7 +90,7 @@ def find_model(name: str) -> Path | None:
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # the path of a folder that is no longer there
+    except HFValidationError:  # the path of a folder that no longer exists
         return None
     return Path(config).parent if isinstance(config, str) else None
 
@@ -110,9 +110,9 @@ def _compare(adapter: Adapter, base: BaseModel, trained: dict[str, Any], what: s
 
 
 def _same_weights(folder: Path, base: BaseModel) -> bool:
-    """Whether two models agree in a sample of rows, rounded to the narrower type.
+    """Whether two models agree in a sample of rows, rounded to the narrower dtype.
 
-    A folder without weights, as the hub's cache keeps them of a config alone, agrees.
+    A folder without weights agrees, since the Hub cache may hold only a config.
     """
     try:
         named = WeightFolder(folder)

@@ -1,8 +1,8 @@
-"""The base model of a merge: its stored tensors, and what transformers' class says about them.
+"""Base model of a merge: its stored tensors, and what its transformers class reveals about them.
 
-`config.json` alone does not tell how a model is built: Gemma, OPT and GPT-2 tie their output layer
-to their embeddings without writing so, and GPT-2 stores some of its matrices transposed. The class
-is therefore built on the meta device, which takes a fraction of a second for any size.
+`config.json` alone does not determine how a model is built: Gemma, OPT and GPT-2 tie the output
+layer to the embeddings without stating so, and GPT-2 stores some matrices transposed. The class is
+therefore instantiated on the meta device, which takes a fraction of a second for any size.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class BaseModel:
     """A Hugging Face folder of a causal language model.
 
     Args:
-        folder: `config.json` and weights.
+        folder: Folder with `config.json` and weights.
 
     Attributes:
-        config: What `config.json` says.
-        model: transformers' model on the meta device; None for an architecture that transformers
-            does not know, and for quantised weights.
-        unexpected_names: Stored tensors that the class has no use for.
-        is_tied: Whether the output layer is the input embeddings.
+        config: Content of `config.json`.
+        model: Model on the meta device; None for quantised weights and for architectures that
+            transformers does not know.
+        unexpected_names: Stored tensors that the class does not use.
+        is_tied: Whether the output layer shares the weight of the input embeddings.
         input_embeddings: Name of the input embeddings' weight; None if unknown.
         output_embeddings: Name of the output layer's weight; None if unknown.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or it holds no weights.
-        CheckpointError: If the weights are damaged or are not those of the config's class.
+        FileNotFoundError: If the folder does not exist or contains no weights.
+        CheckpointError: If the weights are damaged or do not match the config's class.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -73,7 +73,7 @@ class BaseModel:
         return iter(self._stored_names)
 
     def shards(self) -> list[list[str]]:
-        """Returns the names of the tensors, file by file."""
+        """Returns the names of the tensors, grouped by file."""
         names = {stored: name for name, stored in self._stored_names.items()}
         return [
             [names[stored] for stored in file.tensors if stored in names]
@@ -81,16 +81,16 @@ class BaseModel:
         ]
 
     def info(self, name: str) -> TensorInfo:
-        """Returns a tensor's type and shape."""
+        """Returns dtype and shape of a tensor."""
         info = self.weights.info(self._stored_names[name])
         return TensorInfo(name, info.dtype, info.shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        """Reads a copy of the rows `start:stop` of a tensor."""
         return self.weights.read(self._stored_names[name], start, stop)
 
     def stores_transposed(self, name: str) -> bool | None:
-        """Whether a weight is stored as (inputs, outputs); None if the class does not know it."""
+        """Whether a weight is stored as (inputs, outputs); None if its class is unknown."""
         if self.model is None:
             return None
         try:
@@ -100,9 +100,9 @@ class BaseModel:
         return isinstance(module, Conv1D)
 
     def _map_names(self) -> dict[str, str]:
-        """Name in the class -> name in the files, without the second copy of tied embeddings.
+        """Maps names in the class to names in the files; tied embeddings appear once.
 
-        Files of a model without its head, as GPT-2's own, lack the prefix `transformer.`.
+        Files of a headless model, such as GPT-2's own, lack the prefix `transformer.`.
         """
         prefix = getattr(self.model, "base_model_prefix", "")
         known = set(self.model.state_dict()) if self.model is not None else set()
@@ -111,33 +111,33 @@ class BaseModel:
             prefixed = f"{prefix}.{stored}"
             names[prefixed if stored not in known and prefixed in known else stored] = stored
         if self.is_tied and self.output_embeddings is not None:
-            # transformers ties after loading: whatever is stored here is not what the model uses.
+            # transformers ties weights after loading, so a stored output layer is not used.
             output = names.pop(self.output_embeddings, None)
             if output is not None and self.input_embeddings not in names:
-                names[str(self.input_embeddings)] = output  # the only copy under the other name
+                names[str(self.input_embeddings)] = output  # the only stored copy
         return names
 
 
 def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Loads a folder as transformers would, without reading the values of its tensors.
+    """Loads a folder as transformers does, without reading tensor values.
 
     Returns:
-        The model on the meta device, and transformers' loading info.
+        The model on the meta device, and the loading info of transformers.
 
     Raises:
-        CheckpointError: If transformers cannot load it.
+        CheckpointError: If transformers cannot load the folder.
     """
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # our error says it better than its warning
+    transformers.logging.set_verbosity_error()  # replaced by our own, clearer errors
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(folder.absolute()),
             device_map="meta",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported and refused below, all at once
+            ignore_mismatched_sizes=True,  # all mismatches are reported together below
             trust_remote_code=False,
         )
-    except Exception as error:  # transformers raises a dozen types for a config that does not fit
+    except Exception as error:  # an unsuitable config can raise any exception
         raise CheckpointError(
             f"{folder}: transformers cannot load this model: {error or type(error).__name__}"
         ) from error
@@ -146,10 +146,10 @@ def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def check_report(report: dict[str, Any], folder: Path) -> None:
-    """Refuses a folder from which transformers would draw tensors at random.
+    """Rejects a folder for which transformers would initialise tensors at random.
 
     Raises:
-        CheckpointError: If tensors are missing or of another shape.
+        CheckpointError: If tensors are missing or have another shape.
     """
     missing = sorted(report["missing_keys"])
     misshapen = [
@@ -169,8 +169,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads the `config.json` of a model folder.
 
     Raises:
-        FileNotFoundError: If there is none.
-        CheckpointError: If it is no JSON object.
+        FileNotFoundError: If there is no `config.json`.
+        CheckpointError: If it is not a JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The model card, written from what the run left behind."""
+"""Writes the model card of an exported model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def write_card(
     """Writes README.md of an exported folder.
 
     Args:
-        file: Where to.
-        recipe: What the training config said.
+        file: Output file.
+        recipe: Settings of the training config.
         connector: Sizes and mode of the connector.
-        scores: Metrics by benchmark, `{"PathVQA": {"closed accuracy": 0.9}}`; none is said openly.
+        scores: Metrics by benchmark, `{"PathVQA": {"closed accuracy": 0.9}}`. If empty, the card
+            states that there are none.
     """
     mode = (
         "scale-invariant: thumbnail and sub-images"

@@ -1,4 +1,4 @@
-"""One folder: encoder, connector and merged language model as a Hugging Face model."""
+"""Exports encoder, connector and merged language model as one Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def export(
     probe: bool = True,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Writes one folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
+    """Writes one folder that `AutoModelForImageTextToText` and `AutoProcessor` can load.
 
-    The language model is merged on the way, tensor by tensor; every part keeps its type.
+    The language model is merged during the export, tensor by tensor; every part keeps its dtype.
 
     Args:
-        base: Folder of the language model that was trained on.
-        converted: What `xtuner-add pth-to-hf` wrote.
-        out: The folder to write; a killed export continues in `OUT.partial`.
-        layout: `pallava`, or `llava` for transformers' own LLaVA classes.
-        device: `cpu` or `cuda`; by default a GPU where there is one.
+        base: Folder of the language model used in training.
+        converted: Folder written by `xtuner-add pth-to-hf`.
+        out: Output folder; an interrupted export resumes in `OUT.partial`.
+        layout: `pallava`, or `llava` for the LLaVA classes of transformers.
+        device: `cpu` or `cuda`. Defaults to a GPU if there is one.
         scores: Metrics for the model card, by benchmark.
-        force_base: Skip the check that `base` is the model on which the adapter was trained.
-        probe: Compare the language model with PEFT's own on a few tokens.
-        progress: Show a progress bar.
+        force_base: Whether to skip the check that the adapter was trained on `base`.
+        probe: Whether to compare the merged language model with PEFT's on a few tokens.
+        progress: Whether to show a progress bar.
 
     Returns:
         SHA-256 digest by file name.
@@ -67,7 +67,7 @@ def export(
     Raises:
         FileNotFoundError: If a folder does not exist.
         CheckpointError: If the parts do not fit each other, if the connector does not fit `layout`,
-            or if the result is not what was trained.
+            or if the result differs from the trained model.
     """
     converted = Path(converted)
     recipe, _ = read_conversion(converted)
@@ -112,13 +112,13 @@ def export(
 
 
 def refuse_llava(projector: Path) -> None:
-    """Says why a connector cannot become stock LLaVA.
+    """Explains why a connector cannot be exported to the stock LLaVA layout.
 
-    Transformers' `LlavaForConditionalGeneration` has a two-layer MLP between encoder and language
-    model and nothing else; a transformer stack over thumbnail and sub-images is no such MLP.
+    `LlavaForConditionalGeneration` of transformers has a two-layer MLP between encoder and language
+    model; it cannot represent a transformer stack over thumbnail and sub-images.
 
     Raises:
-        CheckpointError: Always for a scale-invariant connector; for others with what is missing.
+        CheckpointError: Always; the message depends on the connector.
     """
     names = set(read_state_dict(projector))
     if any(name.startswith("model.bert.") for name in names):
@@ -148,14 +148,14 @@ def _config(
         "vision_config": vision,
         "connector_config": asdict(connector.config),
         "visual_select_layer": recipe.visual_select_layer,
-        # The published mask belongs to training in batches; answers never depend on neighbours.
+        # The published mask depends on the other images of a training batch; answers must not.
         "sub_image_mask": "exact",
         "tie_word_embeddings": False,
     }
 
 
 def _write_tokenizer(build: FolderBuild, merger: Merger, converted: Path, recipe: Recipe) -> int:
-    """Writes the tokenizer with its image mark and chat template; returns the mark's id."""
+    """Writes the tokenizer with image token and chat template; returns the image token's id."""
     import tempfile
 
     from transformers import AddedToken, AutoTokenizer
@@ -229,7 +229,7 @@ def _load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _check_widths(
     merger: Merger, connector: ScaleInvariantConnector, encoder: PLIPVisionEncoder
 ) -> None:
-    # Not `hidden_size`: OPT's embeddings may be narrower than its layers, GPT-2 calls it `n_embd`.
+    # `hidden_size` would not do: OPT's embeddings may be narrower, and GPT-2 calls it `n_embd`.
     width = merger.base.info(str(merger.base.input_embeddings)).shape[1]
     pairs = (
         ("language model", width, connector.config.llm_hidden_size),

@@ -1,4 +1,4 @@
-"""Computes the LoRA adapter that leads from one model to another."""
+"""Extracts a LoRA adapter from the difference of two models."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def extract_adapter(
     rank: int,
     progress: bool = True,
 ) -> float:
-    """Writes the LoRA adapter that leads from one model to another, as well as a rank allows.
+    """Writes the LoRA adapter of a given rank that best approximates the difference of two models.
 
-    The difference of each matrix is cut to its largest singular values (Eckart and Young, 1936);
-    whatever is no matrix and differs goes into the adapter whole.
+    The difference of each matrix is truncated to its largest singular values (Eckart and Young,
+    1936). Differing tensors that are not matrices are stored in full.
 
     Args:
-        base: The base model's folder.
-        tuned: A model of the same shapes.
-        out: Receives an adapter that PEFT and `merge` read.
+        base: Folder of the base model.
+        tuned: Folder of a model with the same shapes.
+        out: Output folder for an adapter that PEFT and `merge` can read.
         rank: Rank of every matrix.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The largest part of a difference that the rank could not hold, between 0 and 1, as a ratio
-        of Frobenius norms.
+        The largest relative error among all matrices, between 0 and 1, as a ratio of Frobenius
+        norms.
 
     Raises:
-        CheckpointError: Models of different names or shapes.
-        ValueError: A rank below 1.
+        CheckpointError: If the models differ in names or shapes.
+        ValueError: If `rank` is below 1.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Publishing a folder on the hub: looked at first, sent only when asked for."""
+"""Publishes a folder on the Hugging Face Hub: plans first, uploads only on request."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathcore.files import sha256_of
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What would be sent: file names with their sizes in bytes."""
+    """Files to upload, with their sizes in bytes."""
 
     repository: str
     files: dict[str, int]
 
 
 def plan_push(folder: str | os.PathLike[str], repository: str) -> PushPlan:
-    """Checks that a folder is whole and says what a push would send.
+    """Checks that a folder is complete and lists what a push would upload.
 
     Args:
-        folder: What `xtuner-add export` or `merge` wrote.
-        repository: `owner/name` on the hub.
+        folder: Folder written by `xtuner-add export` or `merge`.
+        repository: Repository on the Hub, as `owner/name`.
 
     Raises:
-        FileNotFoundError: The folder is no finished release.
-        ValueError: A file is missing or changed, or the repository's name is none.
+        FileNotFoundError: If the folder is not a finished release.
+        ValueError: If a file is missing or was changed, or the repository name is invalid.
     """
     folder = Path(folder)
     inputs, rows = read_manifest(folder)
@@ -40,20 +40,20 @@ def plan_push(folder: str | os.PathLike[str], repository: str) -> PushPlan:
         raise ValueError(f"repository {repository!r}: owner/name expected")
     for name, row in rows.items():
         path = folder / name
-        # A model card is meant to be edited by hand before it is published.
+        # The model card may have been edited by hand.
         if not path.is_file() or (name != "README.md" and sha256_of(path) != row["sha256"]):
             raise ValueError(f"{path}: is missing or changed since it was written; export again")
     return PushPlan(repository, {name: (folder / name).stat().st_size for name in sorted(rows)})
 
 
 def push(folder: str | os.PathLike[str], plan: PushPlan, *, private: bool = True) -> str:
-    """Sends a folder to the hub with the token of the environment variable HF_TOKEN.
+    """Uploads a folder to the Hub with the token of the environment variable HF_TOKEN.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        ValueError: No token in the environment.
+        ValueError: If there is no token in the environment.
     """
     from huggingface_hub import HfApi
 

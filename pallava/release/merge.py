@@ -1,9 +1,9 @@
-"""Merges LoRA adapters into a base model, shard by shard, without building the model.
+"""Merges LoRA adapters into a base model shard by shard, without instantiating the model.
 
-Every weight is read, changed and written in blocks of rows, so memory is bounded by a few blocks
-(in fp32 by a few copies of one weight) whatever the size of the model. A killed merge continues at
-the shards where it stopped. At the end every file is read again and compared with what was written,
-and `pallava.release.verify` loads the folder with transformers.
+Weights are read, merged and written in blocks of rows, so memory is bounded by a few blocks (in
+fp32 by a few copies of one weight) regardless of model size. An interrupted merge resumes at the
+shards where it stopped. At the end, every file is read back and compared with what was written, and
+`pallava.release.verify` loads the folder with transformers.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from pathcore.files import file_identity
 from pathcore.weights import CheckpointError
 
 BLOCK_NUMEL = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Elements merged at a time: on the CPU 4 MiB in fp32, which stay in its caches."""
+"""Elements per block, by device. On a CPU, a block of 4 MiB in fp32 fits in the caches."""
 
 _BLOCKS_AT_A_TIME = 2
-"""One is read while another is merged."""
+"""One block is read while another is merged."""
 
 _SHARDS_AT_A_TIME = 4
-"""On the CPU; each holds a few blocks in memory, or a few copies of one weight in fp32."""
+"""Concurrent shards on a CPU; each holds a few blocks, or in fp32 a few copies of one weight."""
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -75,28 +75,28 @@ def merge(
 ) -> dict[str, str]:
     """Merges LoRA adapters into a base model and writes a folder that loads without PEFT.
 
-    The base model's types and shards are kept; `.bin` becomes safetensors. The result equals
-    PEFT's `merge_and_unload` bit for bit in fp32, and is rounded once in half precision. Where
-    embeddings are tied and an adapter changed one side only, they are untied, as in training.
+    The base model's dtypes and shards are kept; `.bin` files become safetensors. The result is
+    bitwise equal to PEFT's `merge_and_unload` in fp32, and rounded once in half precision. Tied
+    embeddings of which an adapter changed only one side are untied, as they were in training.
 
     Args:
         base: Folder of a Hugging Face causal language model.
-        adapters: Folders that PEFT wrote, merged in this order; none to rewrite the base model.
-        out: The folder to write; a killed merge continues in `OUT.partial`.
-        device: `cpu` or `cuda`; by default a GPU where there is one.
-        one_tensor_per_shard: Give every tensor a shard of its own.
-        force_base: Skip the check that `base` is the model on which the adapters were trained.
-        probe: Compare the result with PEFT's own model on a few tokens; see
+        adapters: Folders written by PEFT, merged in this order; empty to rewrite the base model.
+        out: Output folder; an interrupted merge resumes in `OUT.partial`.
+        device: `cpu` or `cuda`. Defaults to a GPU if there is one.
+        one_tensor_per_shard: Whether to write every tensor to a shard of its own.
+        force_base: Whether to skip the check that the adapters were trained on `base`.
+        probe: Whether to compare the result with PEFT's model on a few tokens; see
             `pallava.release.verify`.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
-        SHA-256 digest by file name; verified by reading the files again.
+        SHA-256 digest by file name, verified by reading the files back.
 
     Raises:
-        FileNotFoundError: If a folder does not exist or holds no weights.
+        FileNotFoundError: If a folder does not exist or contains no weights.
         CheckpointError: If weights are damaged, if an adapter does not fit them or was trained on
-            another model, or if the result is not what PEFT computes.
+            another model, or if the result differs from what PEFT computes.
         OutputExistsError: If `out` holds something else.
     """
     merger = Merger(base, adapters, device, force_base=force_base)
@@ -121,13 +121,13 @@ def merge(
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """Where a tensor of the merged model comes from.
+    """Origin of one tensor of the merged model.
 
     Args:
-        info: Its name, type and shape in the output.
-        source: Name in the base model or, if `adapter` is set, in that adapter.
+        info: Name, dtype and shape in the output.
+        source: Name in the base model, or in the adapter if `adapter` is set.
         adapter: Index of the adapter that replaces the base weight.
-        weight: The base weight's name under which adapters add to it; None for a plain copy.
+        weight: Name of the base weight that adapters add to; None for a plain copy.
     """
 
     info: TensorInfo
@@ -138,12 +138,12 @@ class OutputTensor:
 
 @dataclass
 class MergePlan:
-    """Every tensor of the output, by shard, and what changes in config.json.
+    """All tensors of the output by shard, and changes to config.json.
 
     Attributes:
-        shards: Tensors in the order in which they are written.
-        is_tied: Whether the output layer is the input embeddings and therefore not written.
-        config_changes: Fields of `config.json` that differ from the base's.
+        shards: Tensors in write order.
+        is_tied: Whether the output layer shares the input embeddings and is therefore not written.
+        config_changes: Fields of `config.json` that differ from the base model's.
     """
 
     shards: list[list[OutputTensor]]
@@ -152,7 +152,7 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors."""
+        """Total size of all tensors in bytes."""
         return sum(tensor.info.num_bytes for shard in self.shards for tensor in shard)
 
 
@@ -161,12 +161,12 @@ class Merger:
 
     Args:
         base: Folder of a Hugging Face causal language model.
-        adapters: Folders that PEFT wrote, merged in this order.
-        device: `cpu` or `cuda`; by default a GPU where there is one.
-        force_base: Skip the check that `base` is the model on which the adapters were trained.
+        adapters: Folders written by PEFT, merged in this order.
+        device: `cpu` or `cuda`. Defaults to a GPU if there is one.
+        force_base: Whether to skip the check that the adapters were trained on `base`.
 
     Raises:
-        FileNotFoundError: If a folder does not exist or holds no weights.
+        FileNotFoundError: If a folder does not exist or contains no weights.
         CheckpointError: If weights are damaged, or an adapter does not fit them.
     """
 
@@ -189,11 +189,11 @@ class Merger:
                 check_trained_on(adapter, self.base)
 
     def plan(self, *, untie: bool = False, one_tensor_per_shard: bool = False) -> MergePlan:
-        """Decides what is written where.
+        """Plans which tensors are written to which shard.
 
         Args:
-            untie: Write the output layer even if it equals the input embeddings.
-            one_tensor_per_shard: Give every tensor a shard of its own.
+            untie: Whether to write the output layer even if it equals the input embeddings.
+            one_tensor_per_shard: Whether to write every tensor to a shard of its own.
         """
         shards = [[self._output(name) for name in names] for names in self.base.shards()]
         is_tied = self.base.is_tied and not untie and not self._is_one_side_changed()
@@ -205,13 +205,13 @@ class Merger:
             changes["tie_word_embeddings"] = False
         if one_tensor_per_shard:
             shards = [[tensor] for shard in shards for tensor in shard]
-        # Wide types first, so that each tensor starts at a multiple of its element's size.
+        # Wide dtypes first, which aligns each tensor to its element size.
         for shard in shards:
             shard.sort(key=lambda tensor: -tensor.info.dtype.itemsize)
         return MergePlan([shard for shard in shards if shard], is_tied, changes)
 
     def blocks(self, tensor: OutputTensor) -> Iterator[Tensor]:
-        """Computes a tensor of the output in blocks of rows, on the CPU."""
+        """Computes an output tensor in blocks of rows, on the CPU."""
         info = self._source_info(tensor)
         block = BLOCK_NUMEL["cuda" if self.device.startswith("cuda") else "cpu"]
         parts = []
@@ -244,7 +244,7 @@ class Merger:
                 yield ahead.popleft().result()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the output depends on, to recognise a build from the same inputs."""
+        """Returns everything that the output depends on, to recognise earlier builds."""
         return {
             "base": folder_identity(self.base.folder),
             "adapters": [folder_identity(adapter.folder) for adapter in self.adapters],
@@ -256,7 +256,7 @@ class Merger:
         return self._replaced(OutputTensor(info, name, None, weight))
 
     def _replaced(self, tensor: OutputTensor) -> OutputTensor:
-        """Takes a tensor from the last adapter that stores it whole."""
+        """Takes a tensor from the last adapter that stores it in full."""
         for index, adapter in reversed(list(enumerate(self.adapters))):
             source = adapter.replacements.get(tensor.info.name)
             if source is None and self.base.is_tied:
@@ -267,10 +267,10 @@ class Merger:
         return tensor
 
     def _tied_replacement(self, adapter: Adapter, name: str) -> str | None:
-        """Returns the other side's tensor where an adapter stores one side for both.
+        """Returns the other side's tensor if an adapter stores one side for both.
 
-        So it does if PEFT was told to keep them tied, and for the embeddings of a resized
-        vocabulary, which are stored although no module of theirs was trained.
+        An adapter does so if PEFT was told to keep the weights tied, and for the embeddings of a
+        resized vocabulary, which are saved although no module of them was trained.
         """
         sides = [str(self.base.input_embeddings), str(self.base.output_embeddings)]
         if name not in sides:
@@ -295,7 +295,7 @@ class Merger:
         return rows.to(tensor.info.dtype)
 
     def _bias_parts(self, tensor: OutputTensor) -> list[tuple[Tensor, float]]:
-        """LoRA's own bias (`lora_bias`), which goes into the bias of the layer."""
+        """Returns LoRA's own biases (`lora_bias`), which are added to the layer's bias."""
         weight = tensor.info.name.removesuffix(".bias") + ".weight"
         if not tensor.info.name.endswith(".bias"):
             return []
@@ -337,7 +337,7 @@ class Merger:
                     f"({adapter.base_model or 'not named by the adapter'})?"
                 )
         for name in {name for adapter in self.adapters for name in adapter.parts}:
-            # Types of one byte are the stored numbers of a quantisation, fp8 included.
+            # One-byte dtypes, fp8 included, are quantised values.
             if name in self.base and self.base.info(name).dtype.itemsize == 1:
                 raise CheckpointError(
                     f"{self.base.folder}: {name} is quantised ({self.base.info(name).dtype}); "
@@ -345,10 +345,10 @@ class Merger:
                 )
 
     def _is_one_side_changed(self) -> bool:
-        """Whether adapters leave tied input and output embeddings different from each other.
+        """Whether adapters make tied input and output embeddings differ from each other.
 
-        In training PEFT changes only the side that it wraps. Its own merge changes both, since they
-        are one tensor; this one unties them, so that the result computes what was trained.
+        In training, PEFT changes only the side that it wraps. Its own merge changes both because
+        they are one tensor; this one unties them, so that the result computes what was trained.
         """
         sides = str(self.base.input_embeddings), str(self.base.output_embeddings)
         if any(side in adapter.parts for adapter in self.adapters for side in sides):
@@ -380,13 +380,13 @@ class Merger:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How a merged model compares with base and adapters.
+    """Comparison of a merged model with base and adapters.
 
     Attributes:
-        num_tensors: How many tensors were compared.
-        num_equal: How many of them are equal bit for bit.
-        worst: The tensor that is furthest off, in roundings of its type.
-        roundings: How far; 1 is one unit in the last place.
+        num_tensors: Number of compared tensors.
+        num_equal: Number of bitwise equal tensors.
+        worst: Name of the tensor with the largest deviation.
+        roundings: Largest deviation, in units in the last place.
     """
 
     num_tensors: int
@@ -403,17 +403,17 @@ def check_merge(
     force_base: bool = False,
     progress: bool = True,
 ) -> MergeCheck:
-    """Merges once more, without writing, and compares with a model that was merged before.
+    """Repeats a merge without writing it and compares it with a previously merged model.
 
     Args:
-        base: The base model's folder.
-        adapters: The adapters, in their order.
-        merged: A model folder, merged by whatever program.
-        force_base: As for `merge`.
-        progress: Show a progress bar.
+        base: Folder of the base model.
+        adapters: Folders of the adapters, in merge order.
+        merged: Folder of the merged model, written by any program.
+        force_base: Whether to skip the check that the adapters were trained on `base`.
+        progress: Whether to show a progress bar.
 
     Raises:
-        CheckpointError: Other names or shapes.
+        CheckpointError: If names or shapes differ.
     """
     merger, found = Merger(base, adapters, force_base=force_base), WeightFolder(merged)
     tensors = [tensor for shard in merger.plan().shards for tensor in shard]
@@ -447,15 +447,15 @@ def write_shards(
     extra: dict[str, Tensor] | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes the shards of a plan and their index into a folder that is being built.
+    """Writes the shards of a plan and their index into a folder under construction.
 
     Args:
-        merger: What computes the tensors.
-        plan: What to write.
-        build: The folder; shards that an earlier run finished are kept.
-        prefix: Put before every name.
-        extra: Further tensors, already in memory, for a last shard of their own.
-        progress: Show a progress bar.
+        merger: Source of the tensors.
+        plan: Shards to write.
+        build: Folder under construction; shards finished by an earlier run are kept.
+        prefix: Prefix of every tensor name.
+        extra: Further tensors, already in memory, for an additional last shard.
+        progress: Whether to show a progress bar.
     """
     total = len(plan.shards) + bool(extra)
     weight_map: dict[str, str] = {}
@@ -500,9 +500,10 @@ def _write_due(
     build: FolderBuild,
     bar: tqdm,
 ) -> None:
-    """Writes several shards at a time on the CPU, since reading, hashing and writing do not scale.
+    """Writes several shards concurrently on the CPU.
 
-    The first error stops the others at their next block.
+    Reading, hashing and writing of a single shard do not scale with the number of threads. The
+    first error stops the other shards at their next block.
     """
     stopped = Event()
 
@@ -536,7 +537,7 @@ def _write_due(
 def new_shard(
     build: FolderBuild, name: str, infos: Sequence[TensorInfo]
 ) -> Iterator[SafetensorsWriter]:
-    """Gives a writer for one shard of a folder that is being built."""
+    """Context manager that yields a writer for one shard of a folder under construction."""
     digest = FileDigest()
     with (
         build.file(name, digest) as partial,
@@ -546,7 +547,7 @@ def new_shard(
 
 
 def copy_files(folder: Path, build: FolderBuild, patterns: Sequence[str]) -> None:
-    """Copies files beside the weights: tokenizer, generation settings, licence, code."""
+    """Copies files that accompany the weights: tokenizer, generation settings, licence, code."""
     for pattern in patterns:
         for source in sorted(folder.glob(pattern)):
             if source.is_file():
@@ -555,7 +556,7 @@ def copy_files(folder: Path, build: FolderBuild, patterns: Sequence[str]) -> Non
 
 
 def write_config(build: FolderBuild, config: dict[str, Any]) -> None:
-    """Writes config.json, the last file of a folder: without it nothing loads."""
+    """Writes config.json last, because a folder cannot be loaded without it."""
     with build.file("config.json") as partial:
         partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -573,7 +574,7 @@ def _equal(adapter: Adapter, first: str, second: str) -> bool:
 
 
 def folder_identity(folder: Path) -> list[Any]:
-    """What tells an input folder from a changed one without reading it."""
+    """Identifies the content of an input folder without reading it."""
     return [file_identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
 
 

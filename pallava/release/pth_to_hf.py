@@ -1,8 +1,8 @@
-"""From a training checkpoint to the folders that others read, without the language model.
+"""Converts a training checkpoint to separate folders, without loading the language model.
 
-OUT/llm_adapter/     the LoRA adapter, as PEFT writes it
-OUT/projector/       the connector
-OUT/visual_encoder/  the vision encoder and its image processor
+OUT/llm_adapter/     LoRA adapter in PEFT's format
+OUT/projector/       connector
+OUT/visual_encoder/  vision encoder and its image processor
 OUT/                 tokenizer with its chat template, processor_config.json, conversion.json
 """
 
@@ -44,20 +44,20 @@ _LLM = "llm."
 
 @dataclass
 class Recipe:
-    """What a training config says that the checkpoint does not.
+    """Settings of a training config that the checkpoint does not contain.
 
     Args:
-        base_model: The language model that was trained: a folder or a name on the hub.
+        base_model: Folder or Hub name of the language model used in training.
         lora: Fields of PEFT's LoraConfig; empty if the language model was not adapted.
         visual_encoder: Folder of the vision encoder.
-        freeze_visual_encoder: Whether the checkpoint lacks the encoder because it was frozen.
-        visual_select_layer: Hidden state of the encoder that is used.
+        freeze_visual_encoder: Whether the encoder was frozen and the checkpoint thus lacks it.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads.
         sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
-        prompt_template: XTuner's template.
+        prompt_template: Prompt template as XTuner writes it.
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
         ties: See `pallava.anyres.choose_grid`.
-        training: What the model card tells of the run: data, schedule, config file.
+        training: Details of the run for the model card: data, schedule, config file.
     """
 
     base_model: str
@@ -86,19 +86,18 @@ def convert_checkpoint(
 
     Args:
         checkpoint: `.pth` file or DeepSpeed ZeRO-1, -2 or -3 folder.
-        recipe: What the training config says.
-        out: The folder to write.
-        save_tokenizer: Writes the tokenizer's files into a folder.
-        config_file: Copied to `xtuner_config.py`.
-        fp32: Keep the adapter's fp32; otherwise half precision, as XTuner.
+        recipe: Settings of the training config.
+        out: Output folder.
+        save_tokenizer: Function that writes the tokenizer's files into a folder.
+        config_file: Training config, copied to `xtuner_config.py`.
+        fp32: Whether to keep the adapter in fp32 instead of half precision, XTuner's default.
 
     Returns:
         SHA-256 digest by file name.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint or encoder.
-        CheckpointError: If the checkpoint does not fit the recipe, or holds values that are not
-            finite.
+        FileNotFoundError: If the checkpoint or encoder does not exist.
+        CheckpointError: If the checkpoint does not fit the recipe, or contains non-finite values.
     """
     path = Path(checkpoint)
     identity = [file_identity(p) for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
@@ -131,7 +130,7 @@ def convert_checkpoint(
 
 
 def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -> dict[str, Any]:
-    """What `processor_config.json` of the exported processor says."""
+    """Returns the content of `processor_config.json` for the exported processor."""
     return {
         "processor_class": "PALLaVAProcessor",
         "tile_px": tile_px,
@@ -144,10 +143,10 @@ def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -
 
 
 def read_conversion(folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
-    """Reads what `convert_checkpoint` noted about a folder.
+    """Reads the record that `convert_checkpoint` left in a folder.
 
     Raises:
-        FileNotFoundError: The folder was not written by it.
+        FileNotFoundError: If the folder was not written by `convert_checkpoint`.
     """
     file = Path(folder) / CONVERSION_NAME
     if not file.is_file():
@@ -165,17 +164,17 @@ def read_conversion(folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, A
 
 
 def with_chat_template(folder: Path, template: Mapping[str, Any]) -> None:
-    """Puts the chat template into tokenizer_config.json, where every transformers reads it."""
+    """Writes the chat template to tokenizer_config.json, which all transformers versions read."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) if file.is_file() else {}
     config["chat_template"] = chat_template(template)
     file.write_text(_json(config))
-    for other in folder.glob("chat_template.*"):  # would go before it
+    for other in folder.glob("chat_template.*"):  # would take precedence
         other.unlink()
 
 
 def _save_adapter(state_dict: StateDict, recipe: Recipe, folder: Path, fp32: bool) -> None:
-    """Strips `llm.` and the adapter's name, as PEFT does when it saves."""
+    """Writes the adapter; strips `llm.` and the adapter name from tensor names, as PEFT does."""
     tensors = {
         name.removeprefix(_LLM).replace(".default.", ".").removesuffix(".default"): tensor
         for name, tensor in state_dict.items()
@@ -209,7 +208,7 @@ def _save_adapter(state_dict: StateDict, recipe: Recipe, folder: Path, fp32: boo
 
 
 def _check_adapter(folder: Path) -> None:
-    """Refuses a checkpoint of another LoRA than the config's: rank, kind or modules."""
+    """Rejects a checkpoint whose LoRA differs from the config in rank, kind or modules."""
     try:
         adapter = Adapter(folder)
     except AdapterError as error:
@@ -217,7 +216,7 @@ def _check_adapter(folder: Path) -> None:
         raise CheckpointError(f"the checkpoint does not fit its config: {reason}") from error
     targets = adapter.config["target_modules"]
     if not isinstance(targets, list | tuple | set):
-        return  # a regular expression, or PEFT's "all-linear"
+        return  # a regular expression or "all-linear"
     other = [
         part.module
         for part in adapter.parts.values()
@@ -263,7 +262,7 @@ def _save_tokenizer(save: Callable[[Path], None], recipe: Recipe, folder: Path) 
 
 
 def _adopt(build: FolderBuild, name: str, make: Callable[[Path], None]) -> None:
-    """Lets something write a folder of its own and takes its files over, one by one."""
+    """Lets `make` write a temporary folder and moves its files into the build one by one."""
     with tempfile.TemporaryDirectory(dir=build.folder) as temporary:
         make(Path(temporary))
         for source in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):

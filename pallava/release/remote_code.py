@@ -1,8 +1,8 @@
-"""The code that travels with an exported folder, for environments without this package.
+"""Collects the code that is exported with a model, for environments without this package.
 
-`trust_remote_code=True` runs the folder's own Python files, which may import one another by
-`from .name import ...` only. So every module that the Hugging Face classes need is copied, with
-`from pallava.a.name import ...` rewritten; the code itself is the package's, unchanged.
+`trust_remote_code=True` runs Python files of the model folder, which may import one another only by
+`from .name import ...`. Every module that the Hugging Face classes need is therefore copied with
+`from pallava.a.name import ...` rewritten; the code is otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _IMPORT = re.compile(r"^(?P<indent>\s*)from pallava\.(?:\w+\.)*(?P<name>\w+) imp
 
 
 def travelling_files() -> dict[str, str]:
-    """Returns the source of every needed module by its file name in the folder.
+    """Returns the source of every exported module, by file name.
 
     Raises:
-        ValueError: Two modules have one name, or a module cannot be made self-contained.
+        ValueError: If two modules share a file name, or a module cannot be made self-contained.
     """
     closures = {entry: _closure(entry) for entry in ENTRY_MODULES}
     sources = {module: source for found in closures.values() for module, source in found.items()}
@@ -45,7 +45,7 @@ def travelling_files() -> dict[str, str]:
 
 
 def _closure(entry: str) -> dict[str, str]:
-    """A module and all it imports from this package: name -> source."""
+    """Returns a module and all modules of this package that it imports: name -> source."""
     found: dict[str, str] = {}
     waiting = [entry]
     while waiting:
@@ -60,9 +60,9 @@ def _closure(entry: str) -> dict[str, str]:
 
 
 def _naming(files: list[str]) -> str:
-    """Names every file that an entry module needs, however indirectly.
+    """Returns a statement that names every file that an entry module needs, directly or not.
 
-    From a local folder transformers copies only the files that the entry module itself names.
+    From a local folder, transformers copies only files that the entry module itself names.
     """
     if not files:
         return ""

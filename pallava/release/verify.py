@@ -1,9 +1,9 @@
-"""Checks a merged model by loading it: what it computes, not only which bytes were written.
+"""Verifies a merged model by loading it and comparing what it computes.
 
-A folder whose bytes are as written can still be wrong: transformers draws a missing output layer at
-random and only logs a warning. So the folder is loaded with transformers on the meta device, which
-reads names and shapes, and a few tokens go through the first layers and the head of two models:
-PEFT's own, of base and adapters, and the result.
+A folder with exactly the written bytes can still be wrong: transformers initialises a missing
+output layer at random and only logs a warning. The folder is therefore loaded on the meta device,
+which checks names and shapes, and a few tokens are run through the first layers and the head of
+both PEFT's model (base plus adapters) and the result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUM_LAYERS = 2
 _NUM_TOKENS = 32
 _NUM_POSITIONS = 8
 _MAX_PROBE_BYTES = 6 << 30
-"""One layer instead of two where two in fp32 take more, as in a large mixture of experts."""
+"""Memory above which one layer is probed instead of two, as in large mixtures of experts."""
 
 _PREFIX = "base_model.model."
 _logger = logging.getLogger(__name__)
@@ -50,17 +50,17 @@ def verify_model(
     """Loads a merged model and compares what it computes with PEFT.
 
     Args:
-        base: The base model.
-        adapters: What was merged into it.
-        folder: The result.
-        tied: Whether its output layer must be its input embeddings.
+        base: Base model.
+        adapters: Adapters that were merged.
+        folder: Folder of the result.
+        tied: Whether the output layer must share the input embeddings.
         probe: Whether to compare the logits of a few tokens.
-        load: Returns the model on the meta device and transformers' loading info.
-        prefix: Stands before the language model's tensors in `folder`.
+        load: Function that returns the model on the meta device and transformers' loading info.
+        prefix: Prefix of the language model's tensors in `folder`.
 
     Raises:
-        CheckpointError: If tensors are missing, unexpected, of another shape or wrongly tied, or if
-            the logits differ by more than the rounding of the weights explains.
+        CheckpointError: If tensors are missing, unexpected, misshapen or wrongly tied, or if the
+            logits differ by more than the rounding of the weights explains.
     """
     if base.model is None:
         _logger.warning(
@@ -89,12 +89,12 @@ def verify_model(
 
 @dataclass
 class _Probe:
-    """A language model cut down to its first layers and a few tokens of its vocabulary.
+    """A language model reduced to its first layers and a few tokens of its vocabulary.
 
     Args:
-        base: The whole model.
-        num_layers: Layers that are kept.
-        tokens: Ids of the tokens that are kept; all if their norm as a whole matters.
+        base: The full model.
+        num_layers: Number of layers to keep.
+        tokens: Token ids to keep; all of them if a norm over the vocabulary matters.
     """
 
     base: BaseModel
@@ -112,13 +112,13 @@ class _Probe:
         self.by_token = {self.base.input_embeddings, self.base.output_embeddings, bias}
 
     def build(self, read: Callable[[str], Tensor | None], *, tied: bool) -> nn.Module:
-        """Builds the model in fp32 from what `read` returns for each of its tensors."""
+        """Builds the model in fp32 from the tensors that `read` returns."""
         config = copy.deepcopy(self.base.model.config)
         config.num_hidden_layers = self.num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: self.num_layers]
         config.vocab_size = len(self.tokens)
-        config.pad_token_id = None  # would lie outside of the small vocabulary
+        config.pad_token_id = None  # would lie outside the reduced vocabulary
         config.tie_word_embeddings = tied
         major, minor = map(int, transformers.__version__.split(".")[:2])
         keyword = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"  # renamed there
@@ -143,13 +143,13 @@ class _Probe:
         return model.eval()
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of the whole model is part of this one."""
+        """Whether a tensor of the full model is part of the probe."""
         if not name.startswith(self.layers):
             return True
         return int(name.removeprefix(self.layers).split(".")[0]) < self.num_layers
 
     def rows(self, weights: BaseModel | WeightFolder, name: str, stored: str) -> Tensor:
-        """Reads a tensor, or the rows of its kept tokens."""
+        """Reads a tensor, or only the rows of kept tokens."""
         if name not in self.by_token:
             return weights.read(stored)
         return torch.cat([weights.read(stored, i, i + 1) for i in self.tokens.tolist()])
@@ -177,7 +177,7 @@ class _Probe:
         return tensors
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Runs the kept tokens through a model: `(tokens, vocabulary)`."""
+        """Runs the kept tokens through a model; returns `(tokens, vocab_size)`."""
         ids = torch.arange(min(len(self.tokens), _NUM_TOKENS))
         ids = ids[None] if len(ids) % _NUM_POSITIONS else ids.view(-1, _NUM_POSITIONS)
         with torch.no_grad():
@@ -196,7 +196,7 @@ def _compare(
     )
     expected = probe.logits(_with_adapters(trained, adapters, probe))
     del trained
-    gc.collect()  # PEFT's wrappers refer to each other
+    gc.collect()  # PEFT's wrappers form reference cycles
     result = WeightFolder(folder)
 
     def read(name: str) -> Tensor | None:
@@ -205,7 +205,7 @@ def _compare(
     found = probe.logits(probe.build(read, tied=tied))
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     errors = (found - expected).square().mean(-1).sqrt() / spread.clamp(min=1e-12)
-    # Rounded weights may send a token to another expert, which is no fault of the merge.
+    # Rounding may route a token to another expert, which is not an error of the merge.
     config = base.model.config
     is_mixture = getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0)
     error = float(errors.median() if is_mixture else errors.max())
@@ -227,7 +227,7 @@ def _probe_of(base: BaseModel, adapters: Sequence[Adapter]) -> _Probe:
     tokens = torch.arange(0, vocabulary, step)[:_NUM_TOKENS]
     embeddings = {base.input_embeddings, base.output_embeddings}
     if any(a.config.get("use_dora") and embeddings & set(a.parts) for a in adapters):
-        tokens = torch.arange(vocabulary)  # DoRA takes the norm over the whole vocabulary
+        tokens = torch.arange(vocabulary)  # DoRA normalises over the whole vocabulary
     probe = _Probe(base, min(_NUM_LAYERS, config.num_hidden_layers), tokens)
     numel = sum(t.numel() for n, t in base.model.state_dict().items() if probe.holds(n))
     if 4 * numel > _MAX_PROBE_BYTES:
@@ -243,7 +243,7 @@ def _with_adapters(model: nn.Module, adapters: Sequence[Adapter], probe: _Probe)
     for index, adapter in enumerate(adapters):
         tensors = probe.adapter_tensors(adapter)
         if not tensors:
-            continue  # it changes later layers only
+            continue  # changes only layers outside the probe
         config = LoraConfig.from_pretrained(str(adapter.folder))
         config.init_lora_weights = True  # overwritten below
         names.append(f"adapter_{index}")
@@ -258,7 +258,7 @@ def _with_adapters(model: nn.Module, adapters: Sequence[Adapter], probe: _Probe)
             )
     if peft_model is None:
         return model
-    if len(names) > 1:  # several adapters of which some are DoRA cannot be active at once
+    if len(names) > 1:  # PEFT cannot activate several adapters at once if one uses DoRA
         return peft_model.merge_and_unload(adapter_names=names).eval()
     return peft_model.eval()
 

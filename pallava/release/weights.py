@@ -1,8 +1,8 @@
-"""Weights on disk, read and written tensor by tensor, so that memory does not grow with the model.
+"""Reads and writes weights tensor by tensor, so that memory does not grow with model size.
 
-The safetensors container is eight bytes of length, a JSON header and the raw tensors one after
-another (github.com/huggingface/safetensors, "Format"). Tensors are read by `pread` into memory of
-their own and not through a map of the file, whose pages would count as the process's memory.
+A safetensors file is eight bytes of header length, a JSON header and the raw tensors
+(github.com/huggingface/safetensors, "Format"). Tensors are read with `pread` rather than mmap,
+because mapped pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAPPED_BYTES = 256 << 20
-"""How much of a `.bin` file is read before its map, and the memory of its pages, is given back."""
+"""Bytes read from a `.bin` file before it is mapped anew, which releases the pages in memory."""
 
 _WRITES_AHEAD = 8
 
 _FLUSH_BYTES = 64 << 20
-"""How much is written before the disk is set to work on it, so that the end does not wait long."""
+"""Bytes written between two calls of fdatasync, so that closing the file does not wait long."""
 INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, type and shape of a tensor that lies in a file."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -66,12 +66,12 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_numel(self) -> int:
-        """Elements of one row, i.e. of one index of the first dimension."""
+        """Number of elements per index of the first dimension."""
         return math.prod(self.shape[1:])
 
 
@@ -82,17 +82,17 @@ class WeightFile(Protocol):
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        """Reads a copy of the rows `start:stop` of a tensor."""
 
 
 class SafetensorsFile:
     """A `.safetensors` file.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Raises:
-        CheckpointError: If it is damaged, or holds types that are not known here.
+        CheckpointError: If the file is damaged or contains an unknown dtype.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,9 +100,9 @@ class SafetensorsFile:
         recognise_container(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
         try:
-            # The library refuses headers that are damaged or made to mislead: overlapping or
-            # missing ranges, trailing bytes, wrong types. Its own reading maps the file, whose
-            # pages would count as memory of the process.
+            # The library rejects damaged or malicious headers: overlapping or missing ranges,
+            # trailing bytes, wrong dtypes. It is not used for reading, since it maps the file and
+            # the pages would count as memory of the process.
             with safe_open(str(path), framework="pt") as checked:
                 names = set(checked.keys())
             self.tensors, self._starts = self._read_header()
@@ -113,7 +113,7 @@ class SafetensorsFile:
         check_plain(self.tensors, path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        """See `WeightFile.read`."""
         info = self.tensors[name]
         shape, offset = info.shape, self._starts[name]
         if shape:
@@ -144,36 +144,36 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """A `.bin` or `.pth` file, opened as a map, with nothing but tensors unpickled.
+    """A memory-mapped `.bin` or `.pth` file, unpickled with tensors only.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Raises:
-        CheckpointError: It holds something else than named tensors.
+        CheckpointError: If the file contains anything but named tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_bytes = 0
         if recognise_container(path) == "deflated":
-            # It could be read, but only as a whole, and transformers cannot read it at all.
+            # Such a file can only be read as a whole, and transformers cannot read it at all.
             raise CheckpointError(
                 f"{path}: the tensors are compressed, as zip programs do and PyTorch never does; "
                 "write the file again: torch.save(torch.load(FILE, weights_only=True), FILE)"
             )
         self._mapped = read_state_dict(path, mmap=True)
-        self._lock = Lock()  # several shards may be made of one file
+        self._lock = Lock()  # several shards may be computed from one file concurrently
         self.tensors = {
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._mapped.items()
         }
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        """See `WeightFile.read`."""
         with self._lock:
             if self._read_bytes > _MAPPED_BYTES:
-                self._mapped, self._read_bytes = {}, 0  # first: two maps would count twice
+                self._mapped, self._read_bytes = {}, 0  # drop the old map before opening a new one
                 self._mapped = read_state_dict(self.path, mmap=True)
             tensor = self._mapped[name]
             tensor = (tensor[start:stop] if tensor.dim() else tensor).clone(
@@ -184,15 +184,15 @@ class TorchFile:
 
 
 class WeightFolder:
-    """The weights of a Hugging Face folder, model or adapter, sharded or not.
+    """Weights of a Hugging Face model or adapter folder, sharded or not.
 
     Args:
-        folder: The folder.
-        stem: `model` or `adapter_model`.
+        folder: Folder of the weights.
+        stem: File name stem, `model` or `adapter_model`.
 
     Raises:
-        FileNotFoundError: No folder, or no weights in it.
-        CheckpointError: An index that disagrees with its shards, or points out of the folder.
+        FileNotFoundError: If the folder does not exist or contains no weights.
+        CheckpointError: If an index contradicts its shards or points outside the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
@@ -215,11 +215,11 @@ class WeightFolder:
         return iter(self.owner)
 
     def info(self, name: str) -> TensorInfo:
-        """Type and shape of a tensor."""
+        """Returns dtype and shape of a tensor."""
         return self.owner[name].tensors[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads the rows `start:stop` of a tensor into memory of their own."""
+        """See `WeightFile.read`."""
         return self.owner[name].read(name, start, stop)
 
     def _find(self, stem: str) -> list[Path]:
@@ -240,12 +240,12 @@ class WeightFolder:
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """Opens a file of tensors by its suffix."""
+    """Opens a weight file according to its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def row_blocks(info: TensorInfo, max_numel: int) -> Iterable[tuple[int, int | None]]:
-    """Cuts a tensor into blocks of rows of about `max_numel` elements, at least one row each."""
+    """Splits a tensor into blocks of rows of about `max_numel` elements, at least one row each."""
     if not info.shape or math.prod(info.shape) <= max_numel:
         return [(0, None)]
     rows = max(1, max_numel // max(1, info.row_numel))
@@ -253,14 +253,14 @@ def row_blocks(info: TensorInfo, max_numel: int) -> Iterable[tuple[int, int | No
 
 
 class SafetensorsWriter:
-    """A `.safetensors` file that is written as its tensors are computed.
+    """Writes a `.safetensors` file incrementally, as its tensors are computed.
 
-    One thread writes, one hashes and one forces to disk while the next block is computed.
+    Separate threads write, hash and fsync while the next block is computed.
 
     Args:
-        path: The file to write.
-        infos: Every tensor of the file, in the order in which they will be written.
-        digest: Fed with every byte of the file; complete once the file is closed.
+        path: Output file.
+        infos: All tensors of the file, in write order.
+        digest: Updated with every byte of the file; complete once the file is closed.
 
     Example:
         >>> import tempfile
@@ -282,7 +282,7 @@ class SafetensorsWriter:
         self._pending: deque[Future[None]] = deque()
         self._header = _header(infos)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
-        self._flushes: list[Future[None]] = []  # a failure is reported to one caller only
+        self._flushes: list[Future[None]] = []  # fsync reports a failure to one caller only
         self._written_bytes = 0
         self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
         self._writer, self._hasher, self._flusher = self._threads
@@ -307,7 +307,7 @@ class SafetensorsWriter:
         """Appends the next rows of a tensor, which must be on the CPU.
 
         Raises:
-            ValueError: Another tensor, type or size is due.
+            ValueError: If another tensor, dtype or size is expected next.
         """
         self._skip_written()
         due, dtype, remaining = self._remaining[0] if self._remaining else ("nothing", None, 0)
@@ -341,7 +341,7 @@ class SafetensorsWriter:
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """Writes the index that tells in which shard a tensor lies."""
+    """Writes the index that maps tensors to shards."""
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
@@ -360,5 +360,5 @@ def _header(infos: Iterable[TensorInfo]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # aligns tensor data to eight bytes
     return len(text).to_bytes(8, "little") + text

@@ -1,9 +1,9 @@
-"""Parameters gathered from DeepSpeed ZeRO-1, -2 and -3 folders, with `weights_only=True`.
+"""Gathers parameters from DeepSpeed ZeRO-1, -2 and -3 folders with `weights_only=True`.
 
-The layout is that of DeepSpeed's own `deepspeed/utils/zero_to_fp32.py`: every rank's optimizer file
-holds its part of flat fp32 groups; the model file says which parameters a group holds, in order.
-Under ZeRO-1 and -2 the ranks' parts of a group follow one another; under ZeRO-3 every single
-parameter is cut over the ranks. DeepSpeed itself would unpickle anything that lies in the folder.
+The layout follows DeepSpeed's `deepspeed/utils/zero_to_fp32.py`: the optimizer file of each rank
+holds its partition of flat fp32 groups, and the model file lists the parameters of each group in
+order. Under ZeRO-1 and -2, the partitions of a group are concatenated; under ZeRO-3, each parameter
+is partitioned over the ranks. DeepSpeed's own script unpickles arbitrary objects.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _ZERO3_MODEL_FILES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> StateDict:
-    """Reads the trained tensors of a `.pth` file or a DeepSpeed folder of any ZeRO stage.
+    """Reads the trained tensors of a `.pth` file or of a DeepSpeed folder of any ZeRO stage.
 
-    Where the optimizer's files lie in the folder, parameters come from its fp32 masters; otherwise
-    from the half-precision copy in the model file, which ZeRO-3 does not have.
+    Parameters come from the optimizer's fp32 master weights if they are present, otherwise from the
+    half-precision copy in the model file, which ZeRO-3 lacks.
 
     Args:
-        path: `.pth` file, or the folder `iter_N.pth` of a DeepSpeed run.
+        path: `.pth` file, or folder `iter_N.pth` of a DeepSpeed run.
 
     Raises:
-        FileNotFoundError: Nothing lies at `path`.
-        CheckpointError: Damaged or incomplete files, or types that are not allowed.
+        FileNotFoundError: If `path` does not exist.
+        CheckpointError: If files are damaged or incomplete, or contain disallowed types.
     """
     folder = Path(path)
     if not folder.is_dir():

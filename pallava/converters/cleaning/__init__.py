@@ -1,1 +1,1 @@
-"""Cleaning of image-text data as named steps, each of which looks at one row at a time."""
+"""Cleans image-text data in named steps, each of which judges one row at a time."""

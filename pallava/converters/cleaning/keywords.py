@@ -1,4 +1,4 @@
-"""Keyword rules: word lists as data, applied to a caption."""
+"""Keyword rules for captions, with word lists as data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _LISTS = ("decisive", "keep", "ignore", "drop")
 
 @dataclass(frozen=True)
 class KeywordRule:
-    """Lists of words and phrases; an asterisk stands for the rest of a word, case does not count.
+    """Lists of words and phrases; case is ignored, and an asterisk matches the rest of a word.
 
-    First all of `ignore` is taken out of the text. A text with one of `decisive` passes. A text
-    with one of `drop` does not, nor, if there is a list `keep`, one with none of that.
+    First, all phrases of `ignore` are removed from the text. A text with a phrase of `decisive`
+    passes. Otherwise a text is dropped if it contains a phrase of `drop`, or if `keep` is not empty
+    and it contains none of its phrases.
 
     Attributes:
-        decisive: Pass whatever else is said.
-        keep: One is needed, unless the list is empty.
-        ignore: Phrases that mean nothing, as `mouse monoclonal` for an antibody.
-        drop: None may be there.
+        decisive: Phrases that make a text pass regardless of others.
+        keep: Phrases of which one is required, unless the list is empty.
+        ignore: Phrases without meaning, such as `mouse monoclonal` in the name of an antibody.
+        drop: Phrases that exclude a text.
 
     Example:
         >>> rule = KeywordRule(drop=("mouse",), ignore=("mouse anti-*",))
@@ -41,7 +42,7 @@ class KeywordRule:
     drop: tuple[str, ...] = ()
 
     def fault(self, text: str) -> str | None:
-        """Says why a text does not pass, or None."""
+        """Returns the reason why a text is dropped, or None."""
         if self.ignore:
             text = self._patterns["ignore"].sub(" ", text)
         if self.decisive and self._patterns["decisive"].search(text):
@@ -58,11 +59,11 @@ class KeywordRule:
 
 
 def load_rule(name_or_file: str | os.PathLike[str]) -> KeywordRule:
-    """Reads a rule from a JSON file, or by name (`pathology`, `human`) one of ours.
+    """Loads a rule from a JSON file, or a shipped rule by name (`pathology`, `human`).
 
     Raises:
-        FileNotFoundError: Neither a file nor a known name.
-        ValueError: Not of the form `{"decisive": [...], "keep": [...], ...}`.
+        FileNotFoundError: If the argument is neither a file nor a known name.
+        ValueError: If the file is not of the form `{"decisive": [...], "keep": [...], ...}`.
     """
     path = Path(name_or_file)
     ours = resources.files(_PACKAGE) / f"{path.name}.json"
@@ -94,7 +95,7 @@ def _rule(content: Any, name: str | os.PathLike[str]) -> KeywordRule:
 
 
 def _pattern(phrases: Iterable[str]) -> re.Pattern[str]:
-    # Longest first: of "h&e" and "h&e stain" the longer one is what a report should show.
+    # Longest first, so that reports show "h&e stain" rather than "h&e".
     ordered = sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(_phrase, ordered))})(?!\w)", re.IGNORECASE)
 

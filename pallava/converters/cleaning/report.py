@@ -1,4 +1,4 @@
-"""The report of a cleaning: a table in Markdown, and a page with samples of what was dropped."""
+"""Reports of a cleaning job: a Markdown table, and an HTML page with samples of dropped rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_tables(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def write_page(path: Path, report: Mapping[str, Any], image_folder: Path) -> None:
-    """Writes one HTML file with counts, and samples with their images inside it."""
+    """Writes a self-contained HTML file with counts and samples, images included."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -87,11 +87,11 @@ def _cell(text: str) -> str:
 
 
 def _thumbnail(folder: Path, name: str) -> str:
-    """A small JPEG as a data address; empty for an image that cannot be read."""
+    """Returns a small JPEG as a data URL; empty if the image cannot be read."""
     try:
         image = load_image(path_inside(folder, name))
     except ImageError:
-        return ""  # counted where the step met it; a sample dropped earlier needs no picture
+        return ""  # the step that read the image has already reported it
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)

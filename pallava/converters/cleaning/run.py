@@ -1,4 +1,4 @@
-"""The cleaning job: rows through the steps, what was dropped and why, a report."""
+"""Cleaning job: runs rows through the steps and reports what was dropped and why."""
 
 from __future__ import annotations
 
@@ -44,31 +44,32 @@ def clean(
     shard: Shard | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any] | None:
-    """Copies the rows that pass every step; continues after a kill.
+    """Copies the rows that pass every step; resumes after an interruption.
 
-    `OUT` receives the kept rows under the input's name, `dropped.jsonl` with `step` and `reason`,
-    `skipped_samples.jsonl` with what could not be read, and the report as `cleaning.json`, `.md`
+    `out` receives the kept rows under the input's file name, `dropped.jsonl` with `step` and
+    `reason`, `skipped_samples.jsonl` with unreadable rows, and the report as `cleaning.json`, `.md`
     and `.html`.
 
     Args:
-        rows_file: Pairs or conversations, `.jsonl` or a `.json` array.
-        out: Folder of the outputs.
-        steps: In order; what one drops, the next does not see.
-        image_folder: What the images' names are relative to; by default the file's folder.
-        index: Keep only what this list names, before all other steps.
-        num_samples: Dropped rows that the report shows of each step.
-        max_skipped_share: More unreadable rows than this share are an error.
-        part_rows: Rows between two points from which a later run continues.
-        shard: Do a share of the parts; a last run without it joins them.
-        progress: Called with the numbers of rows done.
+        rows_file: Pairs or conversations, as `.jsonl` or a `.json` array.
+        out: Output folder.
+        steps: Cleaning steps in order; a step sees only rows that passed the previous ones.
+        image_folder: Folder that image names are relative to. Defaults to the folder of the file.
+        index: Names of the rows to keep, applied before all other steps.
+        num_samples: Number of dropped rows that the report shows per step.
+        max_skipped_share: Maximum fraction of unreadable rows; more raise an error.
+        part_rows: Number of rows between two points from which a job can resume.
+        shard: Shard to process; a final run without it joins the parts.
+        progress: Called with the number of rows processed.
 
     Returns:
         The report; None for a shard.
 
     Raises:
-        ValueError: No rows, too many unreadable, no steps, or two of the same name.
-        FileNotFoundError: No such file or folder.
-        OutputExistsError: `out` holds something else.
+        ValueError: If there are no rows or steps, too many rows are unreadable, or two steps share
+            a name.
+        FileNotFoundError: If a file or folder does not exist.
+        OutputExistsError: If `out` holds something else.
     """
     path = Path(rows_file)
     folder = Path(image_folder) if image_folder else path.parent
@@ -175,7 +176,7 @@ def _row_id(row: Any, where: str) -> str:
 
 
 def _draw(gone: Sequence[Mapping[str, Any]], count: int) -> list[list[Any]]:
-    """Picks rows by a digest of their id: the same ones whatever the parts are."""
+    """Samples rows by a digest of their ids, so that the sample does not depend on the parts."""
     ranked = ((_rank(row), number) for number, row in enumerate(gone))
     return [[rank, _shown(gone[number])] for rank, number in heapq.nsmallest(count, ranked)]
 
@@ -214,7 +215,7 @@ def _report(
 
 
 def _compare_index(index: frozenset[str], stage: Path, name: str) -> dict[str, int]:
-    """Counts, and lists in a file, the entries of the index that no row has."""
+    """Counts index entries that match no row, and lists them in a file."""
     missing, known, example = set(index), RowIndex(index), ""
     for row in _stored(stage / name):
         missing -= known.entries_of(row)

@@ -1,4 +1,4 @@
-"""Models that score images for cleaning: an image classifier and a two-tower encoder."""
+"""Models that score images for cleaning: image classifiers and CLIP-like encoders."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ _PACKAGE = "pallava.converters.cleaning.words"
 
 
 class Classifier(Protocol):
-    """Gives class probabilities of images."""
+    """Image classifier."""
 
     identity: str
     batch_size: int
 
     def indices(self, labels: Sequence[str]) -> list[int]:
-        """Positions of labels; raises ValueError for one it does not have."""
+        """Returns the class indices of labels.
+
+        Raises:
+            ValueError: If the classifier lacks a label.
+        """
 
     def probabilities(self, images: Sequence[Any]) -> list[list[float]]:
-        """One list of probabilities per RGB image."""
+        """Returns a list of class probabilities per RGB image."""
 
 
 class HFClassifier:
-    """An image classifier of transformers.
+    """Image classifier of transformers.
 
     Args:
-        name: Folder or hub name.
-        device: By default the GPU, or the CPU.
-        batch_size: Images at a time.
+        name: Folder or Hub name.
+        device: Device of the model. Defaults to the GPU if there is one.
+        batch_size: Number of images per batch.
     """
 
     def __init__(self, name: str, *, device: str | None = None, batch_size: int = 32) -> None:
@@ -59,10 +63,10 @@ class HFClassifier:
         self._model = model.to(self.device).eval()
 
     def indices(self, labels: Sequence[str]) -> list[int]:
-        """Positions of labels.
+        """Returns the class indices of labels.
 
         Raises:
-            ValueError: None given, or one that the model does not have.
+            ValueError: If `labels` is empty, or the model lacks a label.
         """
         known = {str(label): index for index, label in self._model.config.id2label.items()}
         unknown = [label for label in labels if label not in known]
@@ -74,7 +78,7 @@ class HFClassifier:
         return [int(known[label]) for label in labels]
 
     def probabilities(self, images: Sequence[Any]) -> list[list[float]]:
-        """One list of probabilities per RGB image."""
+        """See `Classifier.probabilities`."""
         import torch
 
         inputs = self._processor(images=list(images), return_tensors="pt").to(self.device)
@@ -84,11 +88,11 @@ class HFClassifier:
 
 
 class ClipScorer:
-    """Similarity of images and texts, and zero-shot classes, by a two-tower encoder.
+    """Image-text similarity and zero-shot classification with a two-tower encoder.
 
     Args:
-        encoder: With a text tower.
-        batch_size: Number of images encoded at a time.
+        encoder: Image encoder with a text tower.
+        batch_size: Number of images per batch.
 
     Raises:
         ValueError: If the encoder has no text tower.
@@ -104,14 +108,14 @@ class ClipScorer:
         self._classes: dict[tuple[str, ...], Tensor] = {}
 
     def similarities(self, images: Sequence[Any], texts: Sequence[str]) -> list[float]:
-        """Returns the cosine of each image with its text."""
+        """Returns the cosine similarity of each image and its text."""
         image, text = self._encoder.encode_images(images), self._encoder.encode_texts(texts)
         return [float(value) for value in (image * text).sum(-1)]
 
     def class_probabilities(
         self, images: Sequence[Any], descriptions: Sequence[str]
     ) -> list[list[float]]:
-        """Returns the softmax of each image's cosines with descriptions (arXiv:2103.00020, 3.1)."""
+        """Returns softmax probabilities over descriptions per image (arXiv:2103.00020, 3.1)."""
         key = tuple(descriptions)
         if key not in self._classes:
             self._classes[key] = self._encoder.encode_texts(descriptions)
@@ -120,11 +124,13 @@ class ClipScorer:
 
 
 def load_clip_classes(path: str | os.PathLike[str] | None = None) -> tuple[list[str], list[str]]:
-    """Reads descriptions to keep and to drop, `{"keep": [...], "drop": [...]}`; by default ours.
+    """Loads descriptions to keep and to drop, by default our own.
+
+    The file is a JSON object `{"keep": [...], "drop": [...]}`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not of this form.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has another form.
     """
     source = resources.files(_PACKAGE) / "clip_classes.json" if path is None else Path(path)
     try:
@@ -138,7 +144,7 @@ def load_clip_classes(path: str | os.PathLike[str] | None = None) -> tuple[list[
 
 
 def _identity(name: str) -> str:
-    """Name, with size and time where it is a file, so that other weights are other inputs."""
+    """Identifies a model by name, plus size and time of a file, to detect changed weights."""
     path = Path(name)
     files = (
         [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []

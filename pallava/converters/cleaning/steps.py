@@ -1,4 +1,4 @@
-"""The steps. Each says of every row why it is dropped, or None, whatever the other rows are."""
+"""Cleaning steps. Each returns why a row is dropped, or None, independently of other rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pallava.text.encoding import IMAGE_TOKEN
 from pathcore.images import ImageError, image_size, load_image
 
 MIN_WORDS = 20
-"""Captions with fewer words are dropped, as for PCaption-0.5M (PA-LLaVA, section on the data)."""
+"""Minimum number of words in a caption, as for PCaption-0.5M (PA-LLaVA, section on data)."""
 
 MAX_AREA_PX = 4096 * 4096
-"""Larger images are dropped, as by the published dataformat.py."""
+"""Maximum area of an image, as in the published dataformat.py."""
 
 
 _INDEX_FIELDS = ("image", "image_path", "image_id", "id")
@@ -30,11 +30,11 @@ _INDEX_FIELDS = ("image", "image_path", "image_id", "id")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that is looked at.
+    """A row under consideration.
 
     Attributes:
-        row: As in the file.
-        images: Its image files.
+        row: Row as read from the file.
+        images: Paths of its image files.
     """
 
     row: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Candidate:
 
     @property
     def text(self) -> str:
-        """The caption; of a conversation, its caption if it has one, otherwise what is said."""
+        """Caption of the row, or for a conversation without one, the text of its turns."""
         if isinstance(self.row.get("caption"), str):
             return str(self.row["caption"])
         turns = self.row.get("conversations") or ()
@@ -51,11 +51,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a row goes.
+    """Reason why a row is dropped.
 
     Attributes:
-        reason: In words.
-        unusable: The row or its image cannot be read at all, which is a fault of the data.
+        reason: Description of the reason.
+        unusable: Whether the row or its image cannot be read, which counts as a data error.
     """
 
     reason: str
@@ -63,28 +63,28 @@ class Verdict:
 
 
 class Step(Protocol):
-    """A named step; `settings` is what its verdicts depend on, as JSON values."""
+    """A named cleaning step."""
 
     @property
     def name(self) -> str:
-        """As in reports."""
+        """Name in reports."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the verdicts depend on."""
+        """JSON values that the verdicts depend on."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Verdict | None]:
-        """Says why each is dropped, or None."""
+        """Returns for each candidate why it is dropped, or None."""
 
 
 @dataclass(frozen=True)
 class RowStep:
-    """A step that looks at one row at a time.
+    """A step that judges one row at a time.
 
     Attributes:
-        name: As in reports.
-        fault: Says why a candidate is dropped, or None; raises `ImageError` for a bad image.
-        settings: What the verdicts depend on.
+        name: Name in reports.
+        fault: Returns why a candidate is dropped, or None; raises `ImageError` for a bad image.
+        settings: JSON values that the verdicts depend on.
     """
 
     name: str
@@ -92,7 +92,7 @@ class RowStep:
     settings: Mapping[str, Any]
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Verdict | None]:
-        """Says why each is dropped, or None."""
+        """See `Step`."""
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict | None:
@@ -104,7 +104,7 @@ class RowStep:
 
 
 def words_step(min_words: int = MIN_WORDS) -> RowStep:
-    """Drops texts of fewer words."""
+    """Drops texts with fewer than `min_words` words."""
 
     def fault(candidate: Candidate) -> str | None:
         count = len(candidate.text.split())
@@ -114,13 +114,13 @@ def words_step(min_words: int = MIN_WORDS) -> RowStep:
 
 
 def keyword_step(name: str, rule: KeywordRule) -> RowStep:
-    """Drops texts that a keyword rule does not let pass."""
+    """Drops texts that fail a keyword rule."""
     settings = {key: list(getattr(rule, key)) for key in ("decisive", "keep", "ignore", "drop")}
     return RowStep(name, lambda candidate: rule.fault(candidate.text), settings)
 
 
 def size_step(max_area_px: int = MAX_AREA_PX, min_side_px: int = 1) -> RowStep:
-    """Drops images with a larger area or a shorter side, by their headers."""
+    """Drops images with a larger area or a shorter side, according to their headers."""
 
     def fault(candidate: Candidate) -> str | None:
         for image in candidate.images:
@@ -133,7 +133,7 @@ def size_step(max_area_px: int = MAX_AREA_PX, min_side_px: int = 1) -> RowStep:
 
 
 def index_step(entries: frozenset[str]) -> RowStep:
-    """Keeps the rows that a published list names; see `RowIndex`."""
+    """Keeps only rows that a published list names; see `RowIndex`."""
     digest = hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
     index = RowIndex(entries)
 
@@ -146,11 +146,11 @@ def index_step(entries: frozenset[str]) -> RowStep:
 class RowIndex:
     """A published list of rows, by id or by image.
 
-    An entry names an image with or without suffix, and with more or fewer folders than the row:
-    `PMC_OA/images/x.jpg`, `images/x.jpg`, `x.jpg` and `x` are the same image.
+    An entry may name an image with or without suffix and with more or fewer folders than the row:
+    `PMC_OA/images/x.jpg`, `images/x.jpg`, `x.jpg` and `x` denote the same image.
 
     Args:
-        entries: The list.
+        entries: Entries of the list.
     """
 
     def __init__(self, entries: frozenset[str]) -> None:
@@ -174,7 +174,7 @@ class RowIndex:
 
 
 def _path_ends(name: str) -> set[str]:
-    """Returns a path and its ends, `b/c.png` and `c.png` for `a/b/c.png`, also without suffix."""
+    """Returns all trailing sub-paths of a path (`b/c.png`, `c.png`), also without suffix."""
     path = PurePosixPath(name)
     ends = [PurePosixPath(*path.parts[start:]) for start in range(len(path.parts))]
     return {text for end in ends if end.name for text in (str(end), str(end.with_suffix("")))}
@@ -183,13 +183,13 @@ def _path_ends(name: str) -> set[str]:
 def read_index(path: str | os.PathLike[str]) -> frozenset[str]:
     """Reads a published list of ids or image names.
 
-    A text file with one per line, a CSV (its column `image`, `image_path`, `image_id` or `id`;
-    without such a name its first column), JSON or JSON lines: texts, or objects with one of these
-    fields.
+    The file may be a text file with one entry per line, a CSV (column `image`, `image_path`,
+    `image_id` or `id`, otherwise the first one), or JSON or JSON lines of strings or of objects
+    with one of these fields.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it names nothing.
+        ValueError: If the file has no entries.
     """
     path = Path(path)
     try:
@@ -208,13 +208,13 @@ def _index_entries(path: Path) -> Iterator[str]:
             head = next(rows, [])
             columns = [head.index(name) for name in _INDEX_FIELDS if name in head]
             column = columns[0] if columns else 0
-            # An unknown name is a header if it is a word; ids and image names hold digits or dots.
+            # A single word is a header; ids and image names contain digits or dots.
             is_head = columns or re.fullmatch(r"[^\W\d]+", head[0] if head else "")
             for row in rows if is_head else itertools.chain([head], rows):
                 yield row[column].strip() if len(row) > column else ""
         elif path.suffix == ".json":
             content = json.load(file)
-            # An object holds one list for each source dataset.
+            # An object maps source datasets to lists.
             lists = content.values() if isinstance(content, Mapping) else [content]
             yield from (_entry(row) for rows in lists if isinstance(rows, list) for row in rows)
         elif path.suffix == ".jsonl":
@@ -236,7 +236,7 @@ def _entry(row: Any) -> str:
 def classifier_step(
     classifier: Classifier, labels: Sequence[str], min_probability: float = 0.5
 ) -> ScoreStep:
-    """Keeps images to whose wanted labels a classifier gives enough probability together."""
+    """Keeps images whose total probability of the wanted labels reaches a threshold."""
     wanted = classifier.indices(labels)
     settings = {
         "model": classifier.identity, "labels": list(labels), "min_probability": min_probability
@@ -251,7 +251,7 @@ def classifier_step(
 def clip_classes_step(
     scorer: ClipScorer, keep: Sequence[str], drop: Sequence[str], min_probability: float = 0.5
 ) -> ScoreStep:
-    """Keeps images that a CLIP model puts to the descriptions `keep` rather than `drop`."""
+    """Keeps images that a CLIP model assigns to descriptions of `keep` rather than `drop`."""
     settings = {
         "model": scorer.identity,
         "keep": list(keep),
@@ -267,21 +267,21 @@ def clip_classes_step(
 
 
 def clip_score_step(scorer: ClipScorer, min_score: float) -> ScoreStep:
-    """Keeps pairs whose image and caption have at least this cosine similarity under a CLIP."""
+    """Keeps pairs whose image and caption reach a minimum cosine similarity in a CLIP model."""
     settings = {"model": scorer.identity, "min_score": min_score}
     return ScoreStep("clip-score", scorer.similarities, min_score, scorer.batch_size, settings)
 
 
 @dataclass(frozen=True)
 class ScoreStep:
-    """A step that keeps what a model scores high enough, batch by batch.
+    """A step that keeps rows with high enough scores, computed in batches.
 
     Attributes:
-        name: As in reports.
-        scores: Scores of RGB images and texts.
-        threshold: Rows below are dropped.
-        batch_size: Images at a time.
-        settings: What the verdicts depend on.
+        name: Name in reports.
+        scores: Function of RGB images and texts that returns scores.
+        threshold: Minimum score.
+        batch_size: Number of images per batch.
+        settings: JSON values that the verdicts depend on.
     """
 
     name: str
@@ -291,7 +291,7 @@ class ScoreStep:
     settings: Mapping[str, Any]
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Verdict | None]:
-        """Says why each is dropped, or None."""
+        """See `Step`."""
         verdicts: list[Verdict | None] = []
         for start in range(0, len(candidates), self.batch_size):
             verdicts += self._batch(candidates[start : start + self.batch_size])
@@ -310,7 +310,7 @@ class ScoreStep:
             places.append(place)
         if images:
             for place, score in zip(places, self.scores(images, texts), strict=True):
-                if not score >= self.threshold:  # NaN is no reason to keep
+                if not score >= self.threshold:  # also drops NaN
                     verdicts[place] = Verdict(f"score {score:.4f} below {self.threshold:g}")
         return verdicts
 

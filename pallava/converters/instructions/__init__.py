@@ -1,1 +1,1 @@
-"""Wordings of the request to describe an image, as JSON lists."""
+"""Requests to describe an image, as JSON lists."""
