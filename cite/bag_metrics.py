@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from pathcore import stats
 from pathcore.files import atomic_file
 
 Voting = Literal["soft", "hard"]
@@ -31,7 +32,6 @@ SLIDE_METRICS = (
 PUBLISHED_METRICS = ("accuracy", "class_accuracy", "bag_accuracy", "bag_class_accuracy")
 
 NUM_RESAMPLES = 1000
-CONFIDENCE = 0.95
 _CHUNK = 1 << 24
 """Weights of resampled cases held at a time."""
 
@@ -212,28 +212,6 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
         figure.savefig(partial, format="png")
 
 
-def weighted_auroc(scores: Array, positive: Array, weights: Array) -> NDArray[np.float64]:
-    """Area under the ROC curve under many weightings at once; equal scores count one half.
-
-    Args:
-        scores: `(N,)`.
-        positive: `(N,)`, of bool.
-        weights: `(R, N)`, how often each case counts.
-
-    Returns:
-        `(R,)`; NaN where one side has no weight.
-    """
-    order = np.argsort(scores, kind="stable")
-    _, starts = np.unique(scores[order], return_index=True)
-    weights = weights[:, order]
-    positives = np.add.reduceat(weights * positive[order], starts, axis=1).astype(np.float64)
-    negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1).astype(np.float64)
-    below = np.cumsum(negatives, axis=1) - negatives
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    wins = (positives * (below + negatives / 2)).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-
-
 def _named(scores: dict[str, float], prefix: str) -> dict[str, float]:
     mean = f"mean_{prefix}accuracy"
     return {
@@ -294,12 +272,11 @@ def _intervals(
             values[name] = _resampled_auroc(cases, slide, draws)
         else:
             values |= _FROM_COUNTS[name](counts)
-    tail = 100 * (1 - CONFIDENCE) / 2
     results: dict[str, float] = {}
     for name, drawn in values.items():
         if np.isfinite(drawn).any():
-            low, high = np.nanpercentile(drawn, [tail, 100 - tail])
-            results |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+            low, high = stats.percentile_interval(drawn)
+            results |= {f"{name}_low": low, f"{name}_high": high}
     return results
 
 
@@ -311,34 +288,23 @@ def _resampled_auroc(cases: Predictions, slide: Array, draws: Array) -> Array:
     chunks = []
     for start in range(0, len(draws), rows):
         weights = draws[start : start + rows][:, slide]
-        areas = [weighted_auroc(cases.scores[:, c], cases.labels == c, weights) for c in classes]
+        areas = [stats.auroc(cases.labels == c, cases.scores[:, c], weights) for c in classes]
         chunks.append(np.nanmean(areas, axis=0))
     return np.concatenate(chunks)
 
 
-def _share(part: ArrayLike, whole: ArrayLike) -> Array:
-    part, whole = np.asarray(part, float), np.asarray(whole, float)
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
-
-
 def _drawn_accuracy(counts: Array) -> dict[str, Array]:
-    hits = np.trace(counts, axis1=1, axis2=2)
-    return {"accuracy": 100 * _share(hits, counts.sum(axis=(1, 2)))}
+    return {"accuracy": 100 * stats.accuracy(counts)}
 
 
 def _drawn_class_accuracy(counts: Array) -> dict[str, Array]:
-    recall = 100 * _share(np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2))
-    present = np.isfinite(recall)
-    mean = np.where(present, recall, 0).sum(axis=1) / present.sum(axis=1)
-    return {f"accuracy_{c}": recall[:, c] for c in range(recall.shape[1])} | {"mean_accuracy": mean}
+    recalls = 100 * stats.recalls(counts)
+    by_class = {f"accuracy_{c}": recalls[:, c] for c in range(recalls.shape[1])}
+    return by_class | {"mean_accuracy": 100 * stats.balanced_accuracy(counts)}
 
 
 def _drawn_kappa(counts: Array) -> dict[str, Array]:
-    # Cohen 1960, doi:10.1177/001316446002000104: agreement beyond that of the margins.
-    total = counts.sum(axis=(1, 2))
-    observed = np.trace(counts, axis1=1, axis2=2) / total
-    expected = (counts.sum(axis=1) * counts.sum(axis=2)).sum(axis=1) / total.astype(float) ** 2
-    return {"kappa": _share(observed - expected, 1 - expected)}
+    return {"kappa": stats.kappa(counts)}
 
 
 _FROM_COUNTS: dict[str, Callable[[Array], dict[str, Array]]] = {

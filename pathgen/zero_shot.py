@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pathcore import stats
 from pathcore.encoders import Encoder
 from pathcore.files import write_json, write_text
 from pathgen.class_benchmarks import ClassBenchmark, FileImage, read_images
 from pathgen.image_features import image_features
-from pathgen.intervals import classification_scores, count_interval
 from pathgen.rows import path_inside, read_rows
 
 METRICS_NAME = "metrics.json"
@@ -96,6 +96,50 @@ def zero_shot(
     _write_csv(out / "predictions.csv", ["id", "true", "predicted", *benchmark.classes], rows)
     _write_report(out, metrics, _classification_tables(metrics), skipped)
     return metrics
+
+
+def classification_scores(
+    true: NDArray[Any], predicted: NDArray[Any], num_classes: int, *, seed: int = 0
+) -> dict[str, Any]:
+    """Returns accuracy, balanced accuracy, weighted F1 and confusion matrix, with intervals.
+
+    Classes that never occur count in no mean, as in scikit-learn.
+
+    Args:
+        true: int `(N,)`, classes counted from 0.
+        predicted: int `(N,)`.
+        num_classes: Number of classes, including those that never occur.
+        seed: Seed of the bootstrap.
+    """
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    labels = np.arange(num_classes)
+    matrix = confusion_matrix(true, predicted, labels=labels)
+    values: Mapping[str, tuple[float, Callable[[NDArray[Any]], NDArray[Any]]]] = {
+        "accuracy": (accuracy_score(true, predicted), stats.accuracy),
+        "balanced_accuracy": (
+            float(stats.balanced_accuracy(matrix)),  # as scikit-learn's, without its warning
+            stats.balanced_accuracy,
+        ),
+        "weighted_f1": (
+            f1_score(true, predicted, labels=labels, average="weighted", zero_division=0),
+            stats.weighted_f1,
+        ),
+    }
+    scores: dict[str, Any] = {}
+    for name, (value, statistic) in values.items():
+        low, high = stats.count_interval(matrix, statistic, seed=seed)
+        scores[name] = {"value": float(value), "low": low, "high": high}
+    recalls = matrix.diagonal() / np.maximum(matrix.sum(axis=1), 1)
+    return {
+        **scores,
+        "recall_per_class": [
+            float(recall) if support else None
+            for recall, support in zip(recalls, matrix.sum(axis=1), strict=True)
+        ],
+        "confusion_matrix": matrix.tolist(),
+        "num_images": len(true),
+    }
 
 
 def class_features(encoder: Encoder, benchmark: ClassBenchmark) -> torch.Tensor:
@@ -228,7 +272,9 @@ def _recalls(ranks: NDArray[np.int64], ks: Sequence[int], seed: int) -> dict[str
     for k in ks:
         hits = int((ranks < k).sum())
         counts = np.array([hits, len(ranks) - hits])
-        low, high = count_interval(counts, lambda draws: draws[:, 0] / draws.sum(1), seed=seed)
+        low, high = stats.count_interval(
+            counts, lambda draws: draws[:, 0] / draws.sum(1), seed=seed
+        )
         recalls[f"recall@{k}"] = {"value": hits / len(ranks), "low": low, "high": high}
     return recalls
 

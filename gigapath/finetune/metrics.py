@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.finetune import score_draws
+from pathcore import stats
 
 Array = NDArray[Any]
 
 SETTINGS = ("multi_class", "binary", "multi_label")
-CONFIDENCE = 0.95
 NUM_RESAMPLES = 1000
 
 _COUNTS_AT_ONCE = 4_000_000
 _LABEL_HITS = (
-    ("accuracy", score_draws.accuracy),
-    ("balanced_accuracy", score_draws.balanced_accuracy),
+    ("accuracy", stats.accuracy),
+    ("balanced_accuracy", stats.balanced_accuracy),
 )
 _CLASS_HITS = (
     *_LABEL_HITS,
-    ("weighted_f1", score_draws.weighted_f1),
-    ("macro_f1", score_draws.macro_f1),
-    ("quadratic_kappa", score_draws.quadratic_kappa),
+    ("weighted_f1", stats.weighted_f1),
+    ("macro_f1", stats.macro_f1),
+    ("quadratic_kappa", partial(stats.kappa, quadratic=True)),
 )
 
 
@@ -196,7 +196,7 @@ def _intervals(
     names: list[str] = []
 
     def statistic(draws: Array, axis: int = -1) -> Array:
-        counts = score_draws.count_draws(draws.reshape(-1, draws.shape[-1]), len(labels))
+        counts = stats.count_draws(draws.reshape(-1, draws.shape[-1]), len(labels))
         found = _drawn(labels, probabilities, setting, counts)
         names[:] = found
         return np.stack(list(found.values())).reshape(len(names), *draws.shape[:-1])
@@ -210,9 +210,9 @@ def _intervals(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(drawn, [tail, 100 - tail], axis=-1)
-    return dict(zip(names, zip(low, high, strict=True), strict=True))
+    return {
+        name: stats.percentile_interval(values) for name, values in zip(names, drawn, strict=True)
+    }
 
 
 def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> dict[str, Array]:
@@ -222,14 +222,14 @@ def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> 
     if setting == "multi_label":
         said = (probabilities >= 0.5).astype(np.int64)
         matrices = [
-            score_draws.confusions(labels[:, k].astype(np.int64), said[:, k], 2, counts)
+            stats.confusions(labels[:, k].astype(np.int64), said[:, k], 2, counts)
             for k in range(num_classes)
         ]
         values = {name: np.mean([f(m) for m in matrices], axis=0) for name, f in _LABEL_HITS}
     else:
-        matrix = score_draws.confusions(labels, probabilities.argmax(1), num_classes, counts)
+        matrix = stats.confusions(labels, probabilities.argmax(1), num_classes, counts)
         values = {name: function(matrix) for name, function in _CLASS_HITS}
-    curves = (("auroc", score_draws.auroc), ("auprc", score_draws.average_precision))
+    curves = (("auroc", stats.auroc), ("auprc", stats.average_precision))
     per_class = {
         f"{name}/{k}": curve(true, column, counts)
         for k, (true, column) in enumerate(columns)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pathcore.chat_api import content_of, hint_for, is_filtered, open_client, refusal_of
+from pathcore.stats import mean_interval
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -368,8 +369,6 @@ def _keep(cache: sqlite3.Connection, digest: str, reply: _Reply) -> None:
 
 def summarise(verdicts: Verdicts) -> dict[str, Any]:
     """Returns the mean similarity in percent of the maximum, and counts of missing verdicts."""
-    from pallava.evaluation.metrics.intervals import mean_interval
-
     summary: dict[str, Any] = {"count": len(verdicts.scores)}
     if verdicts.scores:
         values = [100 * score / HIGHEST_SCORE for score in verdicts.scores.values()]

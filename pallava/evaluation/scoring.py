@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from pallava.evaluation.class_folders import ClassSet
-from pallava.evaluation.metrics import choices, classes, intervals, published, text
+from pallava.evaluation.metrics import choices, classes, published, text
 from pallava.evaluation.questions import Question
+from pathcore import stats
 
 Score = dict[str, float]
 Table = dict[str, Any]
@@ -183,10 +184,10 @@ def _bleu(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
 
 def _mean(details: Mapping[str, Any], questions: Sequence[Question], name: str) -> Score:
     values = [details[question.id][name] for question in questions]
-    return _percent(sum(values) / len(values), intervals.mean_interval(values))
+    return _percent(sum(values) / len(values), stats.mean_interval(values))
 
 
-def _percent(value: float, interval: intervals.Interval | None = None) -> Score:
+def _percent(value: float, interval: stats.Interval | None = None) -> Score:
     score = {"value": round(100 * float(value), 4)}
     if interval is not None:
         score |= {"low": round(100 * interval[0], 4), "high": round(100 * interval[1], 4)}
@@ -215,7 +216,7 @@ def _class_table(
     values = classes.class_scores(counts)
     scores: Table = {"count": len(true), "unreadable": int(counts[:, -1].sum())}
     for name in _CLASS_SCORES:
-        interval = intervals.count_interval(counts, partial(_class_score, name))
+        interval = stats.count_interval(counts, partial(_class_score, name))
         scores[name.replace("_", " ")] = _percent(float(values[name]), interval)
     return {
         "scores": scores,

@@ -19,8 +19,8 @@ from cite.bag_metrics import (
     confusion_matrix,
     save_figure,
     vote,
-    weighted_auroc,
 )
+from pathcore import stats
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cite"
 PUBLISHED = json.loads((GOLDEN / "metrics.json").read_text())
@@ -105,7 +105,7 @@ def test_weighted_area_is_that_of_repeated_cases(seed: int, ties: bool) -> None:
     scores = generator.integers(4, size=20) / 4 if ties else generator.random(20)
     positive = np.arange(20) % 2 == 0
     weights = generator.integers(3, size=(5, 20)) + (np.arange(20) < 2)
-    areas = weighted_auroc(scores, positive, weights)
+    areas = stats.auroc(positive, scores, weights)
     for row, area in zip(weights, areas, strict=True):
         repeated = np.repeat(np.arange(20), row)
         assert area == pytest.approx(roc_auc_score(positive[repeated], scores[repeated]))

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gigapath.finetune import metrics, score_draws
+from gigapath.finetune import metrics
 from gigapath.finetune.metrics import SETTINGS, plain_values, score_names, score_predictions
+from pathcore import stats
 
 GOLDEN = json.loads(
     (Path(__file__).parents[2] / "golden/gigapath/finetune/finetune.json").read_text()
@@ -70,7 +71,7 @@ def test_draws_are_scored_as_scikit_learn_scores_them(
     draws = generator.integers(0, num_cases, (4, num_cases))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts = score_draws.count_draws(draws, num_cases)
+        counts = stats.count_draws(draws, num_cases)
         found = metrics._drawn(labels, probabilities, setting, counts)
         for number, draw in enumerate(draws):
             expected = metrics._values(labels[draw], probabilities[draw], setting)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from pallava.evaluation.metrics import choices, classes, intervals, text
+from pallava.evaluation.metrics import choices, classes, text
+from pathcore import stats
 
 OPTIONS = {"A": "lymphocytes", "B": "plasma cells", "C": "carcinoma", "D": "in situ carcinoma"}
 
@@ -216,7 +217,7 @@ def test_interval_of_a_mean_is_that_of_plain_resampling() -> None:
     values = np.random.default_rng(3).random(80)
     generator = np.random.default_rng(7)
     means = values[generator.integers(0, 80, (4000, 80))].mean(axis=1)
-    low, high = intervals.mean_interval(values)
+    low, high = stats.mean_interval(values)
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.01)
     assert low < values.mean() < high
 
@@ -224,14 +225,12 @@ def test_interval_of_a_mean_is_that_of_plain_resampling() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 @settings(max_examples=30, deadline=None)
 def test_intervals_lie_within_the_values(values: list[float]) -> None:
-    low, high = intervals.mean_interval(values)
+    low, high = stats.mean_interval(values)
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
-    assert intervals.mean_interval(values) == (low, high)
+    assert stats.mean_interval(values) == (low, high)
 
 
 def test_interval_of_macro_f1_holds_its_value() -> None:
     counts = classes.confusion_matrix(["a"] * 30 + ["b"] * 30, ["a"] * 40 + ["b"] * 20, "ab")
-    low, high = intervals.count_interval(
-        counts, lambda draws: classes.class_scores(draws)["macro_f1"]
-    )
+    low, high = stats.count_interval(counts, lambda draws: classes.class_scores(draws)["macro_f1"])
     assert low < classes.class_scores(counts)["macro_f1"] < high

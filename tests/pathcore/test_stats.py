@@ -4,17 +4,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
-
-from pathgen.intervals import (
-    _auroc,
-    _weighted_f1,
-    auroc_interval,
-    balanced_accuracy,
-    classification_scores,
-    count_interval,
-    macro_f1,
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    roc_auc_score,
 )
+
+from pathcore.stats import (
+    auroc,
+    average_precision,
+    balanced_accuracy,
+    count_interval,
+    kappa,
+    macro_f1,
+    percentile_interval,
+    weighted_f1,
+)
+from pathgen.zero_shot import classification_scores
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
@@ -29,7 +37,12 @@ def test_scores_of_counts_are_those_of_scikit_learn(pairs: list[tuple[int, int]]
     macro = f1_score(true, predicted, labels=labels, average="macro", zero_division=0)
     assert macro_f1(matrix)[0] == pytest.approx(macro)
     weighted = f1_score(true, predicted, average="weighted", zero_division=0)
-    assert _weighted_f1(matrix)[0] == pytest.approx(weighted)
+    assert weighted_f1(matrix)[0] == pytest.approx(weighted)
+    if len(np.union1d(true, predicted)) > 1:
+        for weights in (None, "quadratic"):
+            theirs = cohen_kappa_score(true, predicted, labels=np.arange(4), weights=weights)
+            found = kappa(matrix, quadratic=weights is not None)[0]
+            assert found == pytest.approx(theirs)
 
 
 def test_intervals_hold_the_value_and_narrow_with_more_images() -> None:
@@ -60,10 +73,16 @@ def test_auroc_of_drawn_cases_is_that_of_scikit_learn() -> None:
     scores = np.round(generator.normal(size=40) + true, 1)  # with ties
     draws = generator.multinomial(40, np.full(40, 1 / 40), size=5)
     expected = [roc_auc_score(np.repeat(true, draw), np.repeat(scores, draw)) for draw in draws]
-    np.testing.assert_allclose(_auroc(true, scores, draws), expected)
-    low, high = auroc_interval(true.astype(int), np.stack([-scores, scores], axis=1))
+    np.testing.assert_allclose(auroc(true, scores, draws), expected)
+    precisions = [
+        average_precision_score(np.repeat(true, draw), np.repeat(scores, draw)) for draw in draws
+    ]
+    np.testing.assert_allclose(average_precision(true, scores, draws), precisions)
+    many = generator.multinomial(40, np.full(40, 1 / 40), size=500)
+    low, high = percentile_interval(auroc(true, scores, many))
     assert low < roc_auc_score(true, scores) < high
-    assert np.isnan(auroc_interval(np.zeros(4, dtype=int), np.ones((4, 2)))).all()
+    alone = auroc(np.zeros(4, dtype=bool), np.ones(4), np.ones((3, 4)))
+    assert np.isnan(alone).all() and np.isnan(percentile_interval(alone)).all()
 
 
 def test_no_cases_have_no_interval() -> None:
