@@ -1,1 +1,1 @@
-"""A trained model for people and programs: web page and OpenAI-compatible endpoint."""
+"""Serves a trained model as a web page and an OpenAI-compatible endpoint."""

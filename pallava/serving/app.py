@@ -1,4 +1,4 @@
-"""The web application: endpoint and page behind one guard."""
+"""Web application: endpoint and page behind one guard."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pallava.serving.service import ModelService
 from pallava.serving.slides import SlideSource
 
 MAX_FOLDER_BYTES = 1 << 30
-"""What all uploads together may take on the disk before they are deleted."""
+"""Maximum total size of uploads on disk."""
 
 KEPT_S = 3600
-"""How long uploads and pictures are kept."""
+"""Age in seconds after which uploads and pictures are deleted."""
 
 
 def create_app(
@@ -36,15 +36,15 @@ def create_app(
     slides: SlideSource | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Guard:
-    """Makes the ASGI application.
+    """Creates the ASGI application.
 
     Args:
-        service: The model.
-        settings: Who may ask, and how much.
-        upload_folder: For what the page is given, emptied by `xtuner-add serve` in the end; None
-            for the endpoint without a page.
-        slides: Slides to choose regions from.
-        max_pixels: Of the images of a request together.
+        service: Model to serve.
+        settings: Access rules and request limits.
+        upload_folder: Folder for uploads to the page, which `xtuner-add serve` deletes on exit;
+            None serves the endpoint without a page.
+        slides: Slides from which regions can be chosen.
+        max_pixels: Maximum number of pixels of all images in a request.
     """
     page: FastAPI | None = None
     if upload_folder is not None:
@@ -56,13 +56,13 @@ def create_app(
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(service.close)
             if page is not None and upload_folder is not None:
-                # Nobody else starts what lies inside another application.
+                # FastAPI does not run the lifespan of mounted applications.
                 await stack.enter_async_context(page.router.lifespan_context(page))
                 sweeping = asyncio.create_task(_sweep(upload_folder))
                 stack.callback(sweeping.cancel)
             yield
 
-    # Without FastAPI's pages about the routes, which load scripts from elsewhere.
+    # FastAPI's documentation pages are disabled, because they load scripts from a CDN.
     app = FastAPI(title="xtuner-add", docs_url=None, redoc_url=None, openapi_url=None,
                   lifespan=lifespan)  # fmt: skip
 
@@ -82,24 +82,24 @@ def create_app(
 def _make_page(
     service: ModelService, upload_folder: Path, slides: SlideSource | None, max_pixels: int
 ) -> FastAPI:
-    # Read by Gradio when it is imported, or whenever it writes a file.
+    # Gradio reads these on import, or whenever it writes a file.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(upload_folder / "gradio")
-    tempfile.tempdir = str(upload_folder)  # an upload that is still coming
+    tempfile.tempdir = str(upload_folder)  # folder of incomplete uploads
     from pallava.serving.page import mount_page
 
     return mount_page(service, slides, max_pixels)
 
 
 async def _sweep(folder: Path) -> None:
-    """Deletes old files: pictures and uploads, those included that were broken off."""
+    """Periodically deletes old pictures and uploads, including aborted ones."""
     while True:
         await asyncio.to_thread(delete_older, folder, KEPT_S)
         await asyncio.sleep(KEPT_S / 6)
 
 
 def delete_older(folder: Path, age_s: float) -> None:
-    """Deletes the files of a folder that nobody wrote to for a while."""
+    """Deletes files that have not been modified for a given time."""
     oldest = time.time() - age_s
     for parent, _, names in os.walk(folder):
         for name in names:

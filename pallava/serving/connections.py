@@ -1,8 +1,8 @@
-"""Connections that send nothing: closed after a while, and never so many that others are refused.
+"""Limits on connections that send no request: a timeout, and a maximum number.
 
-uvicorn limits how long a connection is kept after an answer, but not how long it may take over a
-request, and it counts idle connections towards `limit_concurrency`: a few hundred of them, which
-need no key, would shut everybody out.
+uvicorn limits how long a connection is kept alive after a response, but not how long it may take to
+send a request, and counts idle connections towards `limit_concurrency`. A few hundred idle
+connections, which need no key, would therefore lock out all other clients.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEADER_S = 10.0
-"""How long the headers of a request may take."""
+"""Timeout for the headers of a request, in seconds."""
 
 MAX_WAITING = 128
-"""Connections without a complete request; half of what the server takes in all."""
+"""Maximum number of connections without a complete request: half of the server's total limit."""
 
 
 def timed_protocol(
@@ -26,14 +26,15 @@ def timed_protocol(
     """Returns uvicorn's HTTP protocol with limits on connections that wait for a request.
 
     Args:
-        header_s: A connection is closed if the headers of its next request take longer than this,
-            counted from its first byte, or from the connection for the first request.
-        max_waiting: Of more connections without a complete request, the oldest are closed.
+        header_s: Timeout for the headers of a request in seconds, counted from its first byte, or
+            from the connection for the first request.
+        max_waiting: Maximum number of connections without a complete request; beyond it, the oldest
+            are closed.
     """
     waiting: OrderedDict[Any, asyncio.TimerHandle] = OrderedDict()
 
     class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        """Closes its connection when headers do not come."""
+        """Closes its connection if headers do not arrive in time."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -54,7 +55,7 @@ def timed_protocol(
             return self.cycle is None or bool(self.cycle.response_complete)
 
         def _wait(self) -> None:
-            if self in waiting:  # a byte now and then does not extend the time
+            if self in waiting:  # single bytes do not extend the timeout
                 return
             waiting[self] = asyncio.get_running_loop().call_later(header_s, self._give_up)
             while len(waiting) > max_waiting:

@@ -1,8 +1,8 @@
 """Keeps requests to the page away from the disk and the network.
 
-Gradio serves many routes besides those a page needs, and takes file paths and URLs in its messages.
-Here only the routes of the page exist, and a message may name nothing but files that were uploaded
-to this server.
+Gradio serves many routes that the page does not need, and accepts file paths and URLs in its
+messages. This middleware allows only the routes of the page, and messages may name only files that
+were uploaded to this server.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class FileGuard:
     """ASGI middleware around Gradio's application.
 
     Args:
-        app: The application.
-        folder: Where uploads lie; nothing outside it can be named.
-        max_folder_bytes: Uploads are refused while the folder holds more.
+        app: Application to protect.
+        folder: Upload folder; files outside it cannot be named.
+        max_folder_bytes: Size of the folder from which further uploads are rejected.
     """
 
     def __init__(self, app: Application, folder: Path, max_folder_bytes: int) -> None:
@@ -90,7 +90,7 @@ class FileGuard:
         path = file.get("path")
         if path is not None and not (isinstance(path, str) and self._is_ours(path)):
             raise ValueError("a message may only name files that were uploaded to this server")
-        # Gradio would fetch a URL, or write one with data in it to the disk.
+        # Gradio would fetch the URL, or write a data URL to disk.
         return {**file, "url": None} if "url" in file else file
 
     def _is_ours(self, path: str) -> bool:
@@ -103,7 +103,7 @@ class FileGuard:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files in a folder; those that vanish meanwhile count nothing."""
+    """Returns the total size of the files in a folder; files that vanish meanwhile count 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

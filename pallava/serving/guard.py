@@ -1,7 +1,7 @@
-"""What every request passes before anything reads it: host, origin, key, size.
+"""Checks of every request before anything reads it: host, origin, key, size.
 
-Plain ASGI: a body is counted while it comes, and what is too large is refused with the first byte
-that is too many, whatever its Content-Length says and whether it has one.
+Implemented in plain ASGI: the body is counted as it arrives and rejected at the first excess byte,
+regardless of its Content-Length.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 MAX_UPLOAD_BYTES = 64 << 20
 MAX_MESSAGE_BYTES = 4 << 20
-"""Of a request that carries no image: the page's messages with a long conversation in them."""
+"""Limit for requests without images, such as the page's messages with a long conversation."""
 
 BODY_GRACE_S = 30.0
-"""How long a body may take however small it is, and how long it may pause."""
+"""Time in seconds that any body may take, and that it may pause."""
 SLOWEST_BODY_BYTES_PER_S = 8 << 10
-"""Slower bodies are given up after the grace: 64 MiB may take over two hours, a trickle half a
-minute."""
+"""Minimum rate of a body after the grace period: 64 MiB may take over two hours, while a client
+that trickles bytes is disconnected after half a minute."""
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health",)
@@ -36,8 +36,8 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Any, Receive, Send], Awaitable[None]]
 
 SECURITY_HEADERS = {
-    # Gradio's page has inline scripts and styles and compiles templates; nothing comes from
-    # elsewhere, and nothing goes there.
+    # Gradio's page needs inline scripts and styles and compiles templates. Nothing may be loaded
+    # from, or sent to, other hosts.
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
         "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -52,17 +52,18 @@ SECURITY_HEADERS = {
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Who may ask, and how much.
+    """Access rules and request limits.
 
     Attributes:
-        hosts: Names by which the server may be addressed, without port; empty for any. On loopback
-            a page from elsewhere could otherwise have its own name resolve here (DNS rebinding).
-        api_key: Wanted as `Authorization: Bearer KEY`, or as the password of HTTP Basic, for which
-            browsers ask. None lets everybody in.
-        max_upload_bytes: Largest body at `upload_paths`.
-        max_message_bytes: Largest body elsewhere.
-        upload_paths: Where images arrive.
-        body_grace_s: How long a body may take however small it is, and how long it may pause.
+        hosts: Host names by which the server may be addressed, without port; empty for any. On
+            loopback this prevents DNS rebinding, where a foreign page resolves its own name to this
+            server.
+        api_key: Required as `Authorization: Bearer KEY`, or as the password of HTTP Basic, for
+            which browsers prompt. None allows everyone.
+        max_upload_bytes: Maximum size of a body at `upload_paths`.
+        max_message_bytes: Maximum size of a body elsewhere.
+        upload_paths: Paths that receive images.
+        body_grace_s: Time in seconds that any body may take, and that it may pause.
     """
 
     hosts: tuple[str, ...] = ()
@@ -74,7 +75,7 @@ class GuardSettings:
 
 
 class Guard:
-    """ASGI middleware that refuses what `GuardSettings` does not allow."""
+    """ASGI middleware that rejects requests according to `GuardSettings`."""
 
     def __init__(self, app: Application, settings: GuardSettings) -> None:
         self.app = app
@@ -117,7 +118,7 @@ class Guard:
         if self.settings.api_key is None:
             return True
         scheme, _, text = authorization.partition(" ")
-        given = text.strip().encode("latin-1")  # as headers are decoded: the bytes that came
+        given = text.strip().encode("latin-1")  # the original bytes; headers are decoded as latin-1
         if scheme.lower() == "basic":
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
@@ -132,7 +133,7 @@ class Guard:
         return self.settings.max_upload_bytes if uploads else self.settings.max_message_bytes
 
     def _patience_s(self, began: float, num_bytes: int) -> float:
-        """How long the next piece of a body may take."""
+        """Returns the timeout for the next chunk of a body, in seconds."""
         grace = self.settings.body_grace_s
         end = began + grace + num_bytes / SLOWEST_BODY_BYTES_PER_S
         return min(grace, max(0.0, end - time.monotonic()))
@@ -146,7 +147,7 @@ class Guard:
             nonlocal read, is_over, is_unread, is_whole
             if is_over:
                 return {"type": "http.disconnect"}
-            if is_whole:  # what comes next is the client's leaving, however late
+            if is_whole:  # only a disconnect can follow, without a timeout
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), self._patience_s(began, read))
@@ -168,7 +169,7 @@ class Guard:
         async def watched(message: Message) -> None:
             nonlocal has_begun
             if is_over and not has_begun:
-                return  # the refusal was sent
+                return  # the error response has been sent already
             if message["type"] == "http.response.start":
                 has_begun = True
                 present = {name.lower() for name, _ in message.get("headers", ())}
@@ -177,7 +178,7 @@ class Guard:
                     for name, value in SECURITY_HEADERS.items()
                     if name.encode() not in present
                 ]
-                if is_unread:  # or the server would read it to its end, however far that is
+                if is_unread:  # otherwise the server would read the whole body
                     extra.append((b"connection", b"close"))
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
@@ -186,14 +187,14 @@ class Guard:
             await self.app(scope, counted, watched)
         except Exception:
             if not is_over:
-                raise  # otherwise the reader complains of a body that ended early
+                raise  # if it is over, the error is only about the truncated body
 
 
 def _headers(scope: Any) -> Mapping[str, str]:
     headers: dict[str, str] = {}
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
-        # Of a header that came twice, with two values, neither is believed.
+        # Conflicting duplicates of a header invalidate it.
         text = value.decode("latin-1")
         headers[key] = text if headers.get(key, text) == text else f"{headers[key]}, {text}"
     return headers
@@ -211,14 +212,14 @@ def _too_large(limit: int) -> str:
 async def refuse(
     send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> None:
-    """Sends an error in OpenAI's shape, which people can read too."""
+    """Sends an error in OpenAI's format."""
     kind = "authentication_error" if status == 401 else "invalid_request_error"
     content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     body = json.dumps(content).encode()
     fields = {
         "content-type": "application/json",
         "content-length": str(len(body)),
-        "connection": "close",  # whatever else the client was about to send
+        "connection": "close",  # the rest of the request is not read
         **SECURITY_HEADERS,
         **(headers or {}),
     }

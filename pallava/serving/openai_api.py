@@ -1,4 +1,4 @@
-"""`/v1/models` and `/v1/chat/completions`, for clients that were written for OpenAI."""
+"""`/v1/models` and `/v1/chat/completions` for OpenAI clients."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _FAILED = RuntimeError("the model failed; the server's log says why")
 
 
 def make_router(service: ModelService, max_pixels: int = MAX_PIXELS) -> APIRouter:
-    """The routes of the endpoint.
+    """Creates the routes of the endpoint.
 
     Args:
-        service: The model.
-        max_pixels: Of all images of a request together.
+        service: Model to serve.
+        max_pixels: Maximum number of pixels of all images in a request.
     """
     router = APIRouter()
-    decoding = asyncio.Semaphore(2)  # an image can be a hundred times larger decoded
+    decoding = asyncio.Semaphore(2)  # a decoded image can be a hundred times larger than its file
     card = {
         "id": service.name,
         "object": "model",
@@ -75,17 +75,17 @@ async def _complete(
         answers = service.ask(chat.turns, chat.sampling, chat.num_answers)
         events = answers.__aiter__()
         if chat.stream:
-            # With the first token it is known that the conversation can be answered.
+            # Waiting for the first token lets errors still set the HTTP status.
             first = await _unless_gone(request, anext(events, None))
             chunks = _stream(service.name, chat, first, events, answers)
-            answers = None  # ended by the stream
+            answers = None  # the stream cancels it
             return StreamingResponse(chunks, media_type="text/event-stream")
         completions = await _unless_gone(request, _collect(events))
         return JSONResponse(_whole(service.name, completions))
     except (RequestError, BusyError, ValueError) as error:
         return error_response(error)
     except _ClientGone:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected
     except Exception:
         _logger.exception("no answer")
         return JSONResponse(_error(_FAILED, "server_error"), 500)
@@ -95,7 +95,7 @@ async def _complete(
 
 
 def error_response(error: Exception, status: int = 400) -> JSONResponse:
-    """An error in OpenAI's shape."""
+    """Builds an error response in OpenAI's format."""
     if isinstance(error, BusyError):
         headers = {"Retry-After": str(error.retry_after_s)}
         return JSONResponse(_error(error, "server_error", "busy"), 503, headers)
@@ -119,7 +119,7 @@ def _parse(body: bytes) -> Any:
     try:
         content = json.loads(body)
         if b"\\ud" in body.lower():
-            # Half a surrogate pair can be written in JSON, but neither tokenised nor sent back.
+            # JSON can escape a lone surrogate, which can be neither tokenized nor encoded again.
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the request is no JSON: {error}") from error
@@ -127,11 +127,11 @@ def _parse(body: bytes) -> Any:
 
 
 class _ClientGone(Exception):
-    """The client closed the connection."""
+    """Raised if the client closed the connection."""
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
-    """Awaits something, but not longer than the client does."""
+    """Awaits `work`, but stops if the client disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_POLL_S))[0]:
@@ -156,7 +156,7 @@ def _identity(model: str, kind: str) -> dict[str, Any]:
 
 
 def _usage(completions: list[Completion]) -> dict[str, int]:
-    prompt = completions[0].prompt_tokens if completions else 0  # read once, as OpenAI counts
+    prompt = completions[0].prompt_tokens if completions else 0  # counted once, as by OpenAI
     written = sum(completion.completion_tokens for completion in completions)
     return {
         "prompt_tokens": prompt,
@@ -202,12 +202,12 @@ async def _stream(
         if chat.include_usage:
             yield _event({**identity, "choices": [], "usage": _usage(completions)})
         yield "data: [DONE]\n\n"
-    except Exception:  # the status is sent already
+    except Exception:  # the status has already been sent
         _logger.exception("answer broken off")
         yield _event(_error(_FAILED, "server_error"))
     finally:
         answers.cancel()
-        with contextlib.suppress(RuntimeError):  # the iterator may be waiting in another task
+        with contextlib.suppress(RuntimeError):  # the iterator may be awaited by another task
             await events.aclose()
 
 

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's chat completions as conversations; what is not supported is refused.
+"""Parses OpenAI chat completion requests to conversations; unsupported options are rejected.
 
 The format is OpenAI's (platform.openai.com/docs/api-reference/chat/create).
 """
@@ -18,7 +18,7 @@ from pallava.text.turns import Role, Turn, check_turns
 from pathcore.images import ImageError, decode_image
 
 MAX_PIXELS = 100_000_000
-"""Pixels of all images of a request together: 10,000 x 10,000, 300 MB in memory."""
+"""Maximum number of pixels of all images in a request: 10,000 x 10,000 take 300 MB as RGB."""
 MAX_IMAGES = 16
 MAX_ANSWERS = 8
 MAX_STOPS = 4
@@ -44,8 +44,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "modalities": (["text"],),
 }
-"""Options that are not supported, and the values that ask for nothing."""
-_IGNORED = ("user", "safety_identifier", "parallel_tool_calls")  # change no answer by their meaning
+"""Unsupported options, with the neutral values that are accepted."""
+_IGNORED = ("user", "safety_identifier", "parallel_tool_calls")  # have no effect on answers
 _SUPPORTED = (
     *("model", "messages", "max_tokens", "max_completion_tokens", "n", "stop", "seed"),
     *("temperature", "top_p", "stream", "stream_options"),
@@ -53,12 +53,12 @@ _SUPPORTED = (
 
 
 class RequestError(ValueError):
-    """A request that is refused, as OpenAI's clients understand it.
+    """Raised for a rejected request; carries the fields of OpenAI's error objects.
 
     Attributes:
-        param: The field.
-        code: OpenAI's short name of the fault.
-        status: Of HTTP.
+        param: Name of the offending field.
+        code: OpenAI's error code.
+        status: HTTP status.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that was understood."""
+    """A parsed request."""
 
     turns: tuple[Turn, ...]
     sampling: Sampling
@@ -82,15 +82,15 @@ class ChatRequest:
 
 
 def read_request(body: Any, model: str, max_pixels: int = MAX_PIXELS) -> ChatRequest:
-    """Reads the JSON of a request, its images decoded.
+    """Parses the JSON of a request and decodes its images.
 
     Args:
-        body: The parsed JSON.
-        model: Name of the model that is served.
-        max_pixels: Of all images together.
+        body: Parsed JSON.
+        model: Name of the served model.
+        max_pixels: Maximum number of pixels of all images together.
 
     Raises:
-        RequestError: What is wrong, or not supported.
+        RequestError: If the request is invalid or uses an unsupported option.
     """
     if not isinstance(body, dict):
         raise RequestError("a JSON object expected")

@@ -1,4 +1,4 @@
-"""The web page: an image or a region of a slide, what the model saw of it, and a conversation."""
+"""Web page: an image or slide region, what the model sees of it, and a conversation."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 
 @dataclass
 class Session:
-    """What one visitor asked so far.
+    """State of one visitor.
 
     Attributes:
-        turns: The conversation.
-        pixels: The image in front of the visitor, as the model reads it.
-        shown: The same image, small, for the conversation.
-        is_new: No question showed it to the model yet.
-        centre: Of the region on the slide, as fractions.
-        unit: In which the side of a region is given.
+        turns: Conversation so far.
+        pixels: Current image, preprocessed for the model.
+        shown: Current image, downscaled for the conversation.
+        is_new: Whether the current image has not been sent to the model yet.
+        centre: Centre of the region on the slide, as fractions of its sides.
+        unit: Unit of the region's side.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -70,19 +70,19 @@ class Session:
 
 
 def mount_page(service: ModelService, slides: SlideSource | None, max_pixels: int) -> FastAPI:
-    """Makes the page as an ASGI application.
+    """Creates the page as an ASGI application.
 
     Args:
-        service: The model.
-        slides: Slides to choose regions from.
-        max_pixels: Of an image.
+        service: Model to serve.
+        slides: Slides from which regions can be chosen.
+        max_pixels: Maximum number of pixels of an image.
     """
     page = Page(service, slides, max_pixels)
     theme = gr.themes.Base(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
-        # Names of the system's own fonts: nothing is loaded.
+        # System fonts, so that none are downloaded.
         font=["system-ui", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
@@ -102,7 +102,7 @@ def mount_page(service: ModelService, slides: SlideSource | None, max_pixels: in
 
 
 class Page:
-    """The page's parts and what happens when they are used."""
+    """Layout and event handlers of the page."""
 
     def __init__(self, service: ModelService, slides: SlideSource | None, max_pixels: int) -> None:
         self.service = service
@@ -110,8 +110,8 @@ class Page:
         self.max_pixels = max_pixels
 
     def build(self) -> gr.Blocks:
-        """Lays the page out and connects it."""
-        # Uploads and pictures older than an hour are deleted, the rest when the server ends.
+        """Builds the layout and connects the event handlers."""
+        # Uploads and pictures are deleted after an hour, the rest when the server exits.
         with gr.Blocks(
             title="Pathology assistant",
             analytics_enabled=False,
@@ -226,7 +226,7 @@ class Page:
         answering: dict[str, Any] = {
             "inputs": [asked, chat, session, *settings],
             "outputs": [chat, session],
-            "concurrency_limit": self.service.max_waiting + 2,  # the service's queue refuses
+            "concurrency_limit": self.service.max_waiting + 2,  # the service rejects the excess
             **_QUIET,
         }
         running = [
@@ -259,7 +259,7 @@ class Page:
         size.submit(self.take_region, inputs, [*slide, *outputs], **_QUIET)
 
     async def take_upload(self, path: str | None, session: Session | None) -> list[Any]:
-        """Reads an uploaded image; the path is Gradio's, of a file in the upload folder."""
+        """Handles an upload; `path` is that of Gradio's file in the upload folder."""
         if path is None:
             return _put_away(session)
         file = Path(path)
@@ -274,15 +274,15 @@ class Page:
         return await self._show(image, session)
 
     async def take_slide(self, name: str | None, session: Session | None) -> list[Any]:
-        """Shows a slide from the listing, and puts the image away that was asked about before.
+        """Shows a slide of the listing and removes the previous image.
 
-        Otherwise a question about the slide would go to that image until a region is chosen.
+        Otherwise, until a region is chosen, questions about the slide would go to that image.
         """
         session = session or Session()
         if name is None:
             return [None, "", gr.skip(), None, *_put_away(session)]
         info, thumbnail = await self._slide(name)
-        size: Any = gr.skip()  # a size that the visitor chose stays while it means the same
+        size: Any = gr.skip()  # keep the chosen size while the unit stays the same
         unit: Literal["µm", "px"] = "px" if info.mpp is None else "µm"
         if unit == "px":
             side = float(max(1, min(info.width_px, info.height_px) // 4))
@@ -295,7 +295,7 @@ class Page:
     async def take_click(
         self, name: str | None, size: float | None, session: Session | None, event: gr.SelectData
     ) -> list[Any]:
-        """Takes the region around the place that was clicked."""
+        """Selects the region around the clicked position."""
         if name is None:
             raise gr.Error("Choose a slide first.", print_exception=False)
         session = session or Session()
@@ -310,7 +310,7 @@ class Page:
     async def take_region(
         self, name: str | None, size: float | None, session: Session | None
     ) -> list[Any]:
-        """Makes a region of a slide the image that is asked about."""
+        """Makes a slide region the current image."""
         if name is None or self.slides is None:
             raise gr.Error("Choose a slide first.", print_exception=False)
         session = session or Session()
@@ -381,7 +381,7 @@ class Page:
         images = (session.pixels,) if session.is_new else ()
         earlier = session.turns
         turns = [*earlier, Turn("user", question, images)]
-        # The image stands beside every question: what is chosen may change between two of them.
+        # Every question shows its image, since another image may be chosen for the next one.
         asked = {"path": _saved(session.shown), "alt_text": "The image that is asked about"}
         history = [*history, {"role": "user", "content": [asked, question]}]
         try:
@@ -398,16 +398,16 @@ class Page:
                     yield [*history, {"role": "assistant", "content": text}], session
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        finally:  # also when it is stopped, or the page closed
+        finally:  # also if generation is stopped or the page closed
             answers.cancel()
-            if text and session.turns is earlier:  # no new conversation was begun meanwhile
+            if text and session.turns is earlier:  # no new conversation was started meanwhile
                 session.turns, session.is_new = [*turns, Turn("assistant", text)], False
         if not text:
             yield [*history, {"role": "assistant", "content": "(no answer)"}], session
 
 
 def _saved(image: Image.Image) -> str:
-    """Writes a picture where Gradio serves files from and old ones are deleted."""
+    """Saves a picture to the folder that Gradio serves and that is swept regularly."""
     folder = Path(get_upload_folder())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"asked-{secrets.token_hex(8)}.png"

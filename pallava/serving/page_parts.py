@@ -1,4 +1,4 @@
-"""Texts of the page, and settings that its parts share."""
+"""Texts of the page, and settings shared by its parts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SCALE = '<span class="scale">little <i></i> much attention</span>'
 
 
 def picture(height_px: int, **changes: Any) -> dict[str, Any]:
-    """Settings of a picture to be looked at."""
+    """Returns settings of a display-only picture."""
     fixed = {"interactive": False, "show_label": False, "buttons": ["fullscreen"]}
     return {**fixed, "height": height_px, **changes}
 
 
 def head(name: str) -> str:
-    """Title, name of the model and what the page is not for."""
+    """Returns the HTML of title, model name and disclaimer."""
     return (
         f'<div id="head"><h1>Pathology assistant</h1><span class="model">{html.escape(name)}'
         f'</span></div><div id="notice" role="note">{NOTICE}</div>'
@@ -32,7 +32,7 @@ def head(name: str) -> str:
 
 
 def about(info: SlideInfo, left: int = 0, top: int = 0, side: int = 0) -> str:
-    """What is known of a slide, and of a region in level-0 pixels if there is one."""
+    """Describes a slide, and a region in level-0 pixels if one is given."""
     size = f"{info.width_px:,} x {info.height_px:,} px"
     if info.mpp is None:
         scale = "resolution unknown: the region is measured in pixels"
@@ -44,7 +44,7 @@ def about(info: SlideInfo, left: int = 0, top: int = 0, side: int = 0) -> str:
 
 
 def shown_text(image: Image.Image, anyres: AnyRes, num_sub_images: int) -> str:
-    """How an image was cut and what the picture of the attention means."""
+    """Explains how an image was split and what the attention picture means."""
     size = f"{image.width} x {image.height} px"
     if not anyres.sub_images:
         return f"{size}. This model reads the image once, shrunk to one tile, without sub-images."

@@ -1,4 +1,4 @@
-"""What the model saw of an image, and where it looked, as pictures for people."""
+"""Pictures of what the model sees of an image, and of its attention."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from pallava.anyres import AnyRes, choose_grid, fit_to_canvas
 
 SHOWN_PX = 840
-"""Longer side of the pictures."""
+"""Longer side of the pictures, in pixels."""
 
 _WHITE, _INK = (255, 255, 255), (20, 24, 40)
 _HEAT = np.array(
     [[24, 12, 60], [101, 21, 110], [187, 55, 84], [237, 105, 37], [252, 193, 62]], np.float32
 )
-"""From little to much attention: lightness rises, so that it also reads in grey."""
+"""Colour map from low to high attention, of increasing lightness to remain readable in grey."""
 _VEIL = 0.72
-_QUANTILE = 0.98  # a few tokens draw much of the attention; the rest would look black
+_QUANTILE = 0.98  # clips outliers: few tokens attract much of the attention
 
 
 def cut_picture(image: Image.Image, anyres: AnyRes, shown_px: int = SHOWN_PX) -> Image.Image:
-    """The image with the grid of its sub-images, numbered in the order the model reads them.
+    """Draws the grid of sub-images on an image, numbered in the model's reading order.
 
     Args:
-        image: RGB.
-        anyres: How the model cuts.
-        shown_px: Longer side of the picture.
+        image: RGB image.
+        anyres: Preprocessing of the model.
+        shown_px: Longer side of the result in pixels.
     """
     if not anyres.sub_images:
         return fit_to_canvas(image, _fitting(image.size, shown_px))
@@ -39,13 +39,13 @@ def cut_picture(image: Image.Image, anyres: AnyRes, shown_px: int = SHOWN_PX) ->
 def attention_picture(
     image: Image.Image, anyres: AnyRes, attention: Tensor, shown_px: int = SHOWN_PX
 ) -> Image.Image:
-    """The image, coloured where the connector looks.
+    """Overlays an image with the connector's attention.
 
     Args:
-        image: RGB.
-        anyres: How the model cuts.
-        attention: `(num_sub_images, side, side)` of `sub_image_attention`.
-        shown_px: Longer side of the picture.
+        image: RGB image.
+        anyres: Preprocessing of the model.
+        attention: `(num_sub_images, side, side)`, as returned by `sub_image_attention`.
+        shown_px: Longer side of the result in pixels.
     """
     columns, rows, cell_px = _grid(image, anyres, shown_px)
     canvas = fit_to_canvas(image, (columns * cell_px, rows * cell_px))
@@ -64,11 +64,11 @@ def attention_picture(
 
 
 def tile_pictures(pixel_values: Tensor, anyres: AnyRes) -> list[Image.Image]:
-    """The tiles as the encoder receives them, the thumbnail first: normalisation undone.
+    """Converts the encoder's input tiles back to images, the thumbnail first.
 
     Args:
-        pixel_values: `(1 + num_sub_images, 3, S, S)`.
-        anyres: How they were prepared.
+        pixel_values: `(1 + num_sub_images, 3, S, S)`, normalised.
+        anyres: Preprocessing that was applied.
     """
     mean = np.asarray(anyres.image_mean, np.float32)
     std = np.asarray(anyres.image_std, np.float32)
@@ -77,11 +77,11 @@ def tile_pictures(pixel_values: Tensor, anyres: AnyRes) -> list[Image.Image]:
 
 
 def marked_picture(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """A slide's thumbnail with a region outlined.
+    """Outlines a region on the thumbnail of a slide.
 
     Args:
-        image: The thumbnail.
-        box: Left, top, right and bottom as fractions of its sides.
+        image: Thumbnail.
+        box: Left, top, right and bottom as fractions of the thumbnail's sides.
     """
     marked = image.copy()
     draw = ImageDraw.Draw(marked)
@@ -89,7 +89,7 @@ def marked_picture(image: Image.Image, box: tuple[float, float, float, float]) -
     left, top, right, bottom = (
         round(part * length) for part, length in zip(box, (width, height) * 2, strict=True)
     )
-    # A region of a few pixels would not be seen.
+    # A region of only a few pixels would be invisible.
     right, bottom = max(right, left + 6), max(bottom, top + 6)
     draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline=_WHITE, width=2)
     draw.rectangle((left, top, right, bottom), outline=(214, 40, 57), width=3)
@@ -119,7 +119,7 @@ def _heat(levels: NDArray[np.float32]) -> NDArray[np.float32]:
 def _with_grid(canvas: Image.Image, columns: int, rows: int, *, numbers: bool) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     cell_px = canvas.width // columns
-    # Dark beside light: seen on tissue and on glass.
+    # A dark and a light line are visible on both tissue and glass.
     for colour, width_px in ((_INK, 5), (_WHITE, 3)):
         for column in range(1, columns):
             x = column * cell_px

@@ -1,4 +1,4 @@
-"""One model, one generation at a time, a queue that ends."""
+"""Runs one model, one generation at a time, behind a bounded queue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallava.inference.streaming import Completion, Sampling, converse
 from pallava.text.turns import Turn
 
 MAX_WAITING = 8
-"""Questions that wait by default; the next is refused, since its asker would wait for minutes."""
+"""Default length of the queue; a further request would wait for minutes and is rejected."""
 
 _FIRST_GUESS_S = 5.0
 _SMOOTHING = 0.3
@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 
 
 class BusyError(RuntimeError):
-    """The queue is full.
+    """Raised if the queue is full.
 
     Attributes:
-        retry_after_s: When a place may be free.
+        retry_after_s: Estimated time in seconds until the queue has space.
     """
 
     def __init__(self, retry_after_s: int) -> None:
@@ -37,9 +37,10 @@ class BusyError(RuntimeError):
 
 
 class Answers:
-    """Answers to one question that are being made; `ModelService.ask` returns one.
+    """Answers that are being generated, as returned by `ModelService.ask`.
 
-    Iterating gives `(index, text)` for every piece and `(index, Completion)` at an answer's end.
+    Iteration yields `(index, text)` for every piece, and `(index, Completion)` at the end of an
+    answer.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Answers:
             yield event
 
     def cancel(self) -> None:
-        """Nobody reads on: generation ends at the next token, or never begins."""
+        """Cancels the request: stops after the next token, or drops it if it is still queued."""
         self._gone.set()
         self._withdraw()
 
@@ -68,12 +69,12 @@ class Answers:
 
 
 class ModelService:
-    """Owns a model: whoever wants it to work waits here.
+    """Owns a model and serialises all work on it.
 
     Args:
-        assistant: The model.
-        name: Under which clients know it.
-        max_waiting: Jobs that may wait behind the one that runs.
+        assistant: Model to serve.
+        name: Name of the model for clients.
+        max_waiting: Maximum number of queued jobs behind the running one.
     """
 
     def __init__(self, assistant: Assistant, name: str, max_waiting: int = MAX_WAITING) -> None:
@@ -88,28 +89,28 @@ class ModelService:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait behind the one that runs."""
+        """Number of queued jobs behind the running one."""
         return max(0, self._jobs - 1)
 
     def check_free(self) -> None:
-        """Refuses early what `ask` would refuse.
+        """Rejects early what `ask` would reject.
 
         Raises:
-            BusyError: The queue is full.
+            BusyError: If the queue is full.
         """
         if self._jobs > self.max_waiting:
             raise BusyError(max(1, round(self._job_s * self._jobs)))
 
     def ask(self, turns: Sequence[Turn], sampling: Sampling, num_answers: int = 1) -> Answers:
-        """Puts a conversation into the queue; call `cancel` of what is returned in the end.
+        """Queues a conversation; the caller must `cancel` the result when it is done with it.
 
         Args:
             turns: See `pallava.text.turns.check_turns`.
-            sampling: A further answer has the seed plus its index.
-            num_answers: How many answers, one after the other.
+            sampling: Sampling parameters; each further answer adds its index to the seed.
+            num_answers: Number of answers, generated one after another.
 
         Raises:
-            BusyError: The queue is full.
+            BusyError: If the queue is full.
         """
         answers = Answers()
 
@@ -127,7 +128,7 @@ class ModelService:
                     )
                     answers._post((index, completion))
                 answers._post(None)
-            except Exception as error:  # for the asker, who waits in another thread
+            except Exception as error:  # passed to the caller, which runs in another thread
                 answers._post(error)
 
         future = self._submit(work)
@@ -135,15 +136,15 @@ class ModelService:
         return answers
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs something else that needs the model.
+        """Runs another function that needs the model.
 
         Raises:
-            BusyError: The queue is full.
+            BusyError: If the queue is full.
         """
         return await asyncio.wrap_future(self._submit(functools.partial(function, *arguments)))
 
     def close(self) -> None:
-        """Lets the job that runs end and drops the others."""
+        """Finishes the running job and drops the queued ones."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, work: Callable[[], Any]) -> Any:
@@ -163,7 +164,7 @@ class ModelService:
         except RuntimeError:
             self._leave()
             raise
-        future.add_done_callback(lambda _: self._leave())  # also of one that was withdrawn
+        future.add_done_callback(lambda _: self._leave())  # also called for cancelled jobs
         return future
 
     def _leave(self) -> None:

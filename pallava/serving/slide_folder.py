@@ -1,4 +1,4 @@
-"""A folder of slides for the page, read through `wsi`."""
+"""Folder of slides for the page, read with `wsi`."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ _Result = TypeVar("_Result")
 
 _KEPT_OPEN = 4
 _MAX_READ_PX = 8192
-"""Side of the largest square that is read from a level: 200 MB as RGB."""
+"""Side of the largest square read from a level; it takes 200 MB as RGB."""
 
 
 @dataclass
 class _OpenSlide:
-    """An open slide, which one thread at a time may read."""
+    """An open slide, which only one thread at a time may read."""
 
     slide: Slide
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_users: int = 0
     thumbnails: dict[int, Image.Image] = field(default_factory=dict)
-    """By longer side. A slide of a single level is read whole for it, and every click needs it."""
+    """Thumbnails by longer side. They are cached because every click needs one, and a slide with a
+    single level must be read whole for it."""
 
 
 class SlideFolder:
-    """The slides under a folder; the name of a slide is its path in the folder.
+    """The slides below a folder; the name of a slide is its relative path.
 
-    Names come from the network: they are looked up in the listing and never joined to a path.
+    Names come from the network. They are looked up in the listing and never joined to a path.
 
     Args:
-        folder: The folder. Links that lead out of it are not followed.
+        folder: Folder of the slides. Links that point outside it are not followed.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the folder does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +55,7 @@ class SlideFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Returns the names of the slides that are there now, sorted."""
+        """Returns the names of the slides that exist now, sorted."""
         listing = SlideListing(self.folder, inside_only=True)
         self._paths = {path.relative_to(self.folder).as_posix(): path for path in listing.paths}
         return sorted(self._paths)
@@ -80,11 +81,11 @@ class SlideFolder:
     def region(
         self, name: str, left_level0: int, top_level0: int, side_level0: int, max_side_px: int
     ) -> Image.Image:
-        """Returns a square of a slide as RGB, white outside, of at most `max_side_px`.
+        """Returns a square region as RGB of at most `max_side_px`, white outside the slide.
 
         Raises:
             FileNotFoundError: If the slide is not in the listing.
-            ValueError: If the region cannot be read, or only at a size that would fill the memory.
+            ValueError: If the region cannot be read, or only at a size that would exhaust memory.
         """
         side_px = min(side_level0, max_side_px)
 
@@ -97,7 +98,7 @@ class SlideFolder:
                     f"{name}: a region of {side_level0} px would be read at {read_px} px, since "
                     "the file holds no smaller copy of itself; choose a smaller region"
                 )
-            # In pieces, because a region of `wsi` has a limit, which the whole slide may exceed.
+            # Read in pieces, because `wsi` limits the size of a region.
             pieces = -(-side_level0 // MAX_SIDE_PX)
             canvas = Image.new("RGB", (side_px, side_px))
             for row in range(pieces):
@@ -117,7 +118,7 @@ class SlideFolder:
         return self._use(name, read)
 
     def _close_unused(self) -> None:
-        """Closes the slides that were used longest ago, except those being read."""
+        """Closes the least recently used slides, except those being read."""
         unused = [path for path, opened in self._open.items() if not opened.num_users]
         for path in unused[: max(0, len(self._open) - _KEPT_OPEN)]:
             self._open.pop(path).slide.close()
@@ -143,5 +144,5 @@ class SlideFolder:
                 with self._lock:
                     opened.num_users -= 1
                     self._close_unused()
-        except SlideError as error:  # clients learn the name, not where the folder lies
+        except SlideError as error:  # hides the path of the folder from clients
             raise ValueError(str(error).replace(str(path), name)) from error

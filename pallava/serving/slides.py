@@ -1,4 +1,4 @@
-"""Slides as the page sees them; what reads the files is handed in from outside."""
+"""Interface between the page and the source of slides."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 from PIL import Image
 
 MAX_REGION_PX = 2048
-"""Longer side of a region that is handed to the model: more than its 8 sub-images can show."""
+"""Longer side of a region passed to the model; more than its 8 sub-images can show."""
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide.
+    """Properties of a slide.
 
     Attributes:
-        name: As in the listing.
-        width_px: At full resolution (level 0), like the height.
-        height_px: See `width_px`.
-        mpp: Micrometres per pixel at level 0; None where the file does not say.
+        name: Name in the listing.
+        width_px: Width at full resolution (level 0).
+        height_px: Height at full resolution (level 0).
+        mpp: Micrometres per pixel at level 0; None if the file does not state it.
     """
 
     name: str
@@ -32,35 +32,39 @@ class SlideSource(Protocol):
     """A listing of slides. Names outside the listing raise `FileNotFoundError`."""
 
     def names(self) -> list[str]:
-        """What there is now, sorted."""
+        """Returns the names of the slides that exist now, sorted."""
 
     def info(self, name: str) -> SlideInfo:
-        """Size and resolution."""
+        """Returns size and resolution of a slide."""
 
     def thumbnail(self, name: str, max_side_px: int) -> Image.Image:
-        """The whole slide as RGB."""
+        """Returns the whole slide as RGB, with a longer side of at most `max_side_px`."""
 
     def region(
         self, name: str, left_level0: int, top_level0: int, side_level0: int, max_side_px: int
     ) -> Image.Image:
-        """A square of the slide as RGB, shrunk to at most `max_side_px`; outside it is white."""
+        """Returns a square region as RGB of at most `max_side_px`, white outside the slide."""
 
 
 def square_around(
     info: SlideInfo, centre: tuple[float, float], size: float
 ) -> tuple[int, int, int]:
-    """Places a square on a slide.
+    """Places a square region on a slide.
 
     Args:
-        info: The slide.
-        centre: As fractions of its width and height.
-        size: Side, in µm where the resolution is known, otherwise in px.
+        info: Slide.
+        centre: Centre of the square, as fractions of the slide's width and height.
+        size: Side, in µm if the resolution is known, otherwise in pixels.
 
     Returns:
-        `(left, top, side)` in level-0 pixels, moved inside the slide where it fits.
+        `(left, top, side)` in level-0 pixels, shifted to lie inside the slide if it fits.
 
     Raises:
-        ValueError: A size that is none, or a centre outside the slide.
+        ValueError: If `size` is not positive, or the centre lies outside the slide.
+
+    Example:
+        >>> square_around(SlideInfo("a.svs", 4000, 4000, mpp=0.5), (0.5, 0.5), 500.0)
+        (1500, 1500, 1000)
     """
     if not 0 < size < 1e7:
         raise ValueError(f"size of the region: a positive number expected, got {size}")

@@ -1,1 +1,1 @@
-"""Conversations as the token ids a model is trained on: templates, encoding, chat turns."""
+"""Encodes conversations as token ids: prompt templates, encoding, chat turns."""

@@ -1,4 +1,4 @@
-"""XTuner's prompt templates as the Jinja chat templates that tokenizers carry."""
+"""Converts XTuner's prompt templates to the Jinja chat templates of tokenizers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
 
 
 def chat_template(template: Mapping[str, Any]) -> str:
-    """Writes the Jinja template that gives the text which training gave.
+    """Builds the Jinja template that renders the same text as training.
 
-    Images of a message come first, each followed by a line break, as XTuner's `llava_map_fn` puts
-    them. A question ends with what introduces the answer, as XTuner's templates are written. No BOS
-    is part of it.
+    Images of a message come first, each followed by a newline, as XTuner's `llava_map_fn` places
+    them. As in XTuner's templates, a question ends with the text that introduces the answer. The
+    template does not include a BOS token.
 
     Args:
-        template: An entry of `xtuner.utils.PROMPT_TEMPLATE`: `INSTRUCTION`, and optionally
-            `SYSTEM`, `SUFFIX` and `SEP`.
+        template: Entry of `xtuner.utils.PROMPT_TEMPLATE`: `INSTRUCTION`, and optionally `SYSTEM`,
+            `SUFFIX` and `SEP`.
 
     Raises:
-        ValueError: `INSTRUCTION` is missing or has no `{input}`.
+        ValueError: If `INSTRUCTION` is missing or contains no `{input}`.
     """
     instruction = str(template.get("INSTRUCTION") or "")
     if instruction.count("{input}") != 1:
@@ -61,9 +61,10 @@ def chat_template(template: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def known_template(jinja: str | None) -> PromptTemplate | None:
-    """Returns the prompt template that `chat_template` turned into `jinja`; None if there is none.
+    """Returns the prompt template that `chat_template` converted to `jinja`; None if there is none.
 
-    Conversations are then encoded piece by piece, exactly as in training, not as rendered text.
+    With it, conversations are encoded piece by piece exactly as in training, rather than as
+    rendered text.
     """
     for template in PROMPT_TEMPLATES.values():
         if chat_template(template.fields()) == jinja:
@@ -72,7 +73,7 @@ def known_template(jinja: str | None) -> PromptTemplate | None:
 
 
 def _fill(pattern: str, variables: Mapping[str, str]) -> str:
-    """`a{input}b` as a Jinja expression that joins literals and variables."""
+    """Converts `a{input}b` to a Jinja expression that concatenates literals and variables."""
     pieces = [pattern.replace("{bot_name}", "BOT")]
     for mark in variables:
         pieces = [part for piece in pieces for part in _cut(piece, mark)]

@@ -1,4 +1,4 @@
-"""Conversations and prompts as token ids, image places marked by a number no tokenizer uses."""
+"""Encodes conversations and prompts; images are marked by an id that no tokenizer uses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any, Literal, Protocol
 IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
-"""The values of LLaVA and XTuner: files and checkpoints of either can be mixed with ours."""
+"""Values of LLaVA and XTuner, which keeps files and checkpoints interchangeable."""
 
 Bos = Literal["single", "double"]
 
 
 class ConversationError(ValueError):
-    """A row that is no usable conversation; the message names the field."""
+    """Raised for a row that is not a usable conversation; the message names the field."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer's interface that is used here."""
 
     bos_token_id: int | None
     eos_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Returns the ids of a text."""
+        """Returns the token ids of a text."""
 
 
 def count_images(row: Mapping[str, Any]) -> int:
-    """How many `<image>` marks the human turns of a LLaVA row hold."""
+    """Counts the `<image>` tokens in the human turns of a LLaVA row."""
     return sum(
         str(turn.get("value") or "").count(IMAGE_TOKEN)
         for turn in row.get("conversations") or ()
@@ -37,11 +37,15 @@ def count_images(row: Mapping[str, Any]) -> int:
 
 
 def image_files(row: Mapping[str, Any], field: str = "image") -> list[str]:
-    """The image files of a LLaVA row: `image` is one name, a list of names, or absent.
+    """Returns the image files of a LLaVA row, whose field is a name, a list of names, or absent.
 
     Args:
-        row: A row of a data file.
-        field: Where the names stand.
+        row: Row of a data file.
+        field: Field that holds the names.
+
+    Example:
+        >>> image_files({"image": "a.png"}), image_files({})
+        (['a.png'], [])
     """
     value = row.get(field)
     if value is None or value == "":
@@ -50,13 +54,13 @@ def image_files(row: Mapping[str, Any], field: str = "image") -> list[str]:
 
 
 def interleaved_map_fn(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Turns a LLaVA row into question-answer pairs, images where the author put them.
+    """Converts a LLaVA row to question-answer pairs and keeps the positions of images.
 
-    XTuner's `llava_map_fn` moves the image of a turn to its front and keeps one; this one serves
-    conversations about several images. Answers before the first question are dropped.
+    XTuner's `llava_map_fn` moves the image of a turn to its front and keeps only one; this function
+    supports conversations about several images. Answers before the first question are dropped.
 
     Raises:
-        ConversationError: A role other than human and gpt.
+        ConversationError: If a role is neither human nor gpt.
     """
     question, pairs = "", []
     for index, turn in enumerate(row["conversations"]):
@@ -76,7 +80,7 @@ def interleaved_map_fn(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]
 
 
 def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
-    """Says what is wrong with a LLaVA row, whose images stand in `field`, or None."""
+    """Returns what is wrong with a LLaVA row whose images are in `field`, or None."""
     turns = row.get("conversations")
     if not _is_list(turns, Mapping) or not turns:
         return "conversations: a list of {from, value} expected"
@@ -120,7 +124,7 @@ def _text_fault(value: object) -> str | None:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes a text whose `<image>` marks become `IMAGE_TOKEN_INDEX`; no BOS, no EOS."""
+    """Encodes text without BOS and EOS; `<image>` becomes `IMAGE_TOKEN_INDEX`."""
     ids: list[int] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
         if index:
@@ -132,16 +136,16 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_conversation(
     tokenizer: Tokenizer, conversation: Sequence[Mapping[str, Any]], max_length: int
 ) -> dict[str, list[int]]:
-    """Encodes templated question-answer pairs for training: one BOS, loss on the answers.
+    """Encodes templated question-answer pairs for training, with one BOS and loss on the answers.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
-        conversation: Pairs as XTuner's `template_map_fn` leaves them: `input`, `output`, and
+        tokenizer: Hugging Face tokenizer.
+        conversation: Pairs as returned by XTuner's `template_map_fn`: `input`, `output`, and
             optionally `need_eos_token`, `sep`, `output_with_loss`.
-        max_length: Longer sequences are cut.
+        max_length: Maximum number of tokens; longer sequences are truncated.
 
     Returns:
-        `input_ids` and `labels`, equally long; images are one id each.
+        `input_ids` and `labels` of equal length; each image takes one id.
     """
     input_ids: list[int] = []
     labels: list[int] = []
@@ -157,7 +161,7 @@ def encode_conversation(
         append(encode_text(tokenizer, pair["input"]), learned=False)
         learned = pair.get("output_with_loss", True)
         append(tokenizer.encode(pair["output"], add_special_tokens=False), learned=learned)
-        # A template whose suffix ends the turn needs neither EOS nor another BOS.
+        # If the template's suffix ends the turn, neither EOS nor another BOS is added.
         needs_bos = pair.get("need_eos_token", True)
         if needs_bos and tokenizer.eos_token_id is not None:
             append([tokenizer.eos_token_id], learned=learned)
@@ -170,10 +174,10 @@ def encode_prompt(tokenizer: Tokenizer, text: str, bos: Bos = "single") -> list[
     """Encodes a templated question for generation.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
-        text: The question in its template, `<image>` marks included.
+        tokenizer: Hugging Face tokenizer.
+        text: Templated question, with `<image>` tokens.
         bos: `single`, as in training; `double` reproduces the published evaluation tools, which
-            put a second BOS in front (and whose scores were made that way).
+            prepend a second BOS, and with it the published scores.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.bos_token_id is None:

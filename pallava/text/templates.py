@@ -1,7 +1,8 @@
-"""How a question is put to an instruction-tuned language model, under XTuner's names.
+"""Prompt templates of instruction-tuned language models, under XTuner's names.
 
-The formats are those their models were tuned with, and equal XTuner's `PROMPT_TEMPLATE`
-(github.com/InternLM/xtuner, `xtuner/utils/templates.py`), so that evaluation asks as training did.
+The formats are those with which the models were tuned, and equal XTuner's `PROMPT_TEMPLATE`
+(github.com/InternLM/xtuner, `xtuner/utils/templates.py`), so that evaluation prompts match
+training.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 TOKENIZER_TEMPLATE = "tokenizer"
-"""Name that stands for the chat template which the tokenizer itself carries."""
+"""Name that selects the tokenizer's own chat template."""
 
 
 UNNAMED = "unnamed"
-"""Shown for a format that has no name in `PROMPT_TEMPLATES`, such as one from a user's config."""
+"""Name of a format that is not in `PROMPT_TEMPLATES`, such as one from a user's config."""
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The format of a conversation.
+    """Format of a conversation.
 
     Attributes:
-        instruction: A question: text with `{input}` and perhaps `{round}`; ends where the answer
-            begins.
-        stop_words: Texts that end an answer, besides the tokenizer's end of sequence.
-        system: What stands before the first question, with `{system}`; None for formats without.
-        suffix: What follows an answer and belongs to it.
-        sep: What stands between an answer and the next question.
-        ends_with_suffix: The suffix ends the answer; otherwise the end of sequence follows it, and
-            the next question begins with another BOS.
+        instruction: Question with `{input}` and optionally `{round}`; ends where the answer begins.
+        stop_words: Strings that end an answer, in addition to the tokenizer's EOS.
+        system: Text before the first question, with `{system}`; None if the format has none.
+        suffix: Text after an answer that is part of the answer.
+        sep: Text between an answer and the next question.
+        ends_with_suffix: Whether the suffix ends the answer. Otherwise EOS follows it, and the next
+            question begins with another BOS.
     """
 
     instruction: str
@@ -43,7 +43,7 @@ class PromptTemplate:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> PromptTemplate:
-        """Reads a template as XTuner writes it: `INSTRUCTION`, `SYSTEM`, `SUFFIX`, `SEP`, ..."""
+        """Reads a template in XTuner's form: `INSTRUCTION`, `SYSTEM`, `SUFFIX`, `SEP`, ..."""
         return cls(
             instruction=str(fields.get("INSTRUCTION") or "{input}"),
             stop_words=tuple(map(str, fields.get("STOP_WORDS") or ())),
@@ -54,7 +54,7 @@ class PromptTemplate:
         )
 
     def fields(self) -> dict[str, Any]:
-        """The template as XTuner writes it; absent parts are absent keys."""
+        """Returns the template in XTuner's form, without keys for absent parts."""
         fields: dict[str, Any] = {"INSTRUCTION": self.instruction}
         if self.system is not None:
             fields["SYSTEM"] = self.system
@@ -71,25 +71,29 @@ class PromptTemplate:
     @property
     def name(self) -> str:
         """XTuner's name of this format, or `unnamed`."""
-        # Some names share all but the stop words (internlm2_chat and qwen_chat): exact ones first.
+        # Exact matches first: internlm2_chat and qwen_chat differ only in their stop words.
         exact = [name for name, other in PROMPT_TEMPLATES.items() if self == other]
         alike = [name for name, other in PROMPT_TEMPLATES.items() if self.same_text(other)]
         return next(iter(exact + alike), UNNAMED)
 
     def same_text(self, other: PromptTemplate) -> bool:
-        """Whether both write a conversation the same way, whatever their stop words."""
+        """Whether both templates render conversations identically, stop words aside."""
         return replace(self, stop_words=()) == replace(other, stop_words=())
 
     def render(self, question: str, system: str = "", turn: int = 1) -> str:
-        """Puts a question into the format.
+        """Renders a question.
 
         Args:
-            question: The text.
-            system: Text of the system's turn; stands in front of the question it belongs to.
-            turn: Which question of the conversation it is, from 1.
+            question: Question text.
+            system: System text, placed in front of the question.
+            turn: Number of the question in the conversation, from 1.
 
         Raises:
-            ValueError: A system text, for which the format has no place.
+            ValueError: If a system text is given but the format has no position for it.
+
+        Example:
+            >>> find_template("vicuna").render("Is there necrosis?")
+            'USER: Is there necrosis? ASSISTANT:'
         """
         text = self.instruction.replace("{round}", str(turn)).replace("{input}", question)
         if not system:
@@ -131,7 +135,7 @@ _MISTRAL = PromptTemplate(
     sep="\n",
 )
 
-# Of several names for one format the first is shown (`PromptTemplate.name`).
+# If several names share a format, `PromptTemplate.name` returns the first.
 PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
     "default": PromptTemplate(
         "<|User|>:{input}\n<|Bot|>:",
@@ -266,7 +270,7 @@ def find_template(name: str) -> PromptTemplate:
     """Returns a template by XTuner's name.
 
     Raises:
-        ValueError: There is no such name; names the nearest.
+        ValueError: If there is no such name; the message suggests the nearest ones.
     """
     if name not in PROMPT_TEMPLATES:
         near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)

@@ -1,4 +1,4 @@
-"""Conversations of several turns as the token ids that training gives the same conversation."""
+"""Encodes multi-turn conversations to the same token ids as in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallava.text.templates import PromptTemplate
 
 Role = Literal["system", "user", "assistant"]
 
-_WHOLE = 1 << 31  # longer than any conversation: nothing is cut
+_WHOLE = 1 << 31  # longer than any conversation, so that nothing is truncated
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,10 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: Who speaks.
-        text: Without template. Images stand in front of it, unless it holds as many `<image>`
-            marks as there are images.
-        images: Pillow images, files, or what `Assistant.pixel_values` made of them; only the user
-            has them.
+        role: Speaker of the message.
+        text: Text without template. Images are placed in front of it unless it contains an
+            `<image>` token for each of them.
+        images: Pillow images, files, or outputs of `Assistant.pixel_values`; user turns only.
     """
 
     role: Role
@@ -37,11 +36,12 @@ class Turn:
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Refuses conversations that training never shows.
+    """Rejects conversations of a form that does not occur in training.
 
     Raises:
-        ValueError: Not a system text or none, then questions and answers in turn, a question last;
-            or images and marks that do not agree.
+        ValueError: If the conversation is not an optional system turn followed by alternating
+            questions and answers that end with a question, or if images and `<image>` tokens do not
+            match.
     """
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if any(turn.role == "system" for turn in turns[1:]):
@@ -60,10 +60,10 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 
 def question_text(turn: Turn) -> str:
-    """Text of a user's turn with one `<image>` mark an image.
+    """Returns the text of a user turn with one `<image>` token per image.
 
     Raises:
-        ValueError: Another number of marks than of images.
+        ValueError: If the numbers of `<image>` tokens and images differ.
     """
     marks = turn.text.count(IMAGE_TOKEN)
     if not marks:
@@ -78,19 +78,19 @@ def question_text(turn: Turn) -> str:
 def encode_turns(
     tokenizer: Any, template: PromptTemplate | None, turns: Sequence[Turn], bos: Bos = "single"
 ) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins.
+    """Returns the token ids of a conversation up to where the next answer begins.
 
-    Piece by piece as `encode_conversation` encodes them for training, since a tokenizer may join
-    what stands on either side of a cut.
+    Texts are encoded piece by piece, as `encode_conversation` does for training, because a
+    tokenizer may merge characters on both sides of a boundary.
 
     Args:
-        tokenizer: Of the language model.
-        template: The prompt template; None for the chat template that the tokenizer carries.
-        turns: See `check_turns`.
-        bos: See `encode_prompt`; `double` concerns the first question.
+        tokenizer: Tokenizer of the language model.
+        template: Prompt template; None for the tokenizer's own chat template.
+        turns: Conversation; see `check_turns`.
+        bos: See `encode_prompt`; `double` applies to the first question.
 
     Raises:
-        ValueError: A conversation that the template cannot express.
+        ValueError: If the template cannot express the conversation.
     """
     check_turns(turns)
     template = template or known_template(tokenizer.chat_template)
@@ -122,7 +122,7 @@ def encode_turns(
 
 
 def _encode_rendered(tokenizer: Any, turns: Sequence[Turn], bos: Bos) -> list[int]:
-    """With a chat template of unknown origin, cut where answers begin and end if it can be."""
+    """Encodes with an unknown chat template, split at answers where possible."""
     messages = [
         {"role": turn.role, "content": question_text(turn) if turn.role == "user" else turn.text}
         for turn in turns
@@ -135,9 +135,9 @@ def _encode_rendered(tokenizer: Any, turns: Sequence[Turn], bos: Bos) -> list[in
             messages[:number], tokenize=False, add_generation_prompt=message["role"] == "user"
         )
         done = "".join(pieces)
-        # A template may write the past differently; then there is nothing to cut.
+        # Some templates render earlier turns differently; then the text cannot be split.
         pieces = [*pieces, text[len(done) :]] if text.startswith(done) else [text]
-    first = pieces[0].removeprefix(tokenizer.bos_token or "")  # encode_prompt adds it
+    first = pieces[0].removeprefix(tokenizer.bos_token or "")  # encode_prompt adds the BOS
     ids = encode_prompt(tokenizer, first, bos)
     for piece in pieces[1:]:
         ids += encode_text(tokenizer, piece)
