@@ -1,4 +1,4 @@
-"""Tokenised conversations about images of any kind: what the data sets of this package share."""
+"""Tokenized conversations about images of any kind: shared code of this package's datasets."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _REPLACEMENTS = 16
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Tokenised conversations; what images are and where they lie is up to the class that inherits.
+    """Base class for conversations; subclasses implement `read_image` and `count_sub_images`.
 
     Args:
-        data_path: As of `LLaVADataset`, and so are the others.
-        tokenizer: A Hugging Face tokenizer or its config.
-        offline_processed_text_folder: Used instead of `data_path`.
-        max_dataset_length: Take this many rows at random.
-        dataset_map_fn: Row -> `{"conversation": [...]}`.
-        template_map_fn: The prompt template.
-        max_length: Longer token sequences are cut.
-        skip_log: Where left-out samples are recorded.
-        map_num_proc: Processes that tokenise.
-        image_field: Where the rows of `data_path` name their images.
+        data_path: `.json` or `.jsonl` file of rows; requires `tokenizer`.
+        tokenizer: Hugging Face tokenizer or its config.
+        offline_processed_text_folder: Folder of tokenized rows; replaces `data_path`.
+        max_dataset_length: Number of rows to sample at random; all rows by default.
+        dataset_map_fn: Maps a row to `{"conversation": [...]}`.
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        max_length: Maximum number of tokens; longer sequences are truncated.
+        skip_log: File that records skipped samples.
+        map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
+        image_field: Field of the rows that names their images.
     """
 
     def __init__(
@@ -95,17 +95,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self._num_skipped_at_start = len(self.skip_log.read())
 
     def __len__(self) -> int:
-        """Number of usable rows."""
+        """Returns the number of usable rows."""
         return len(self.text_data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `input_ids`, `labels` and `pixel_values`, a stack of tiles for each image.
+        """Returns `input_ids`, `labels` and `pixel_values`, one stack of tiles per image.
 
-        An image that turns out to be unreadable is recorded, and the next row takes its place.
+        If an image cannot be decoded, it is recorded in the skip log and the next row is returned
+        instead.
 
         Raises:
-            ImageError: Many rows in a row are unreadable: the storage is gone.
-            IndexError: There is no such row.
+            ImageError: If many consecutive rows are unreadable, which indicates a storage failure.
+            IndexError: If there is no such row.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -129,11 +130,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
 
     def _check_undecodable(self, error: ImageError) -> None:
-        """Holds the limit of a tenth for images whose header is sound but which cannot be decoded.
+        """Enforces the limit of a tenth on images that have a valid header but cannot be decoded.
 
-        Data-loader workers and ranks each see a part of the rows; their common skip log tells how
-        many failed in all. It is read when the number of own failures has doubled: reading it each
-        time would cost the square of a long list.
+        Data loader workers and ranks each see only some of the rows; their common skip log gives
+        the total number of failures. It is read whenever the number of own failures has doubled,
+        since reading it every time would take quadratic time.
         """
         number = len(self._undecodable)
         if number < self._next_check:
@@ -144,7 +145,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     @property
     def modality_length(self) -> list[int]:
-        """Text length of every row, negative for rows without an image, as XTuner has it."""
+        """Text length per row, negative for rows without an image, as XTuner expects."""
         return [
             length if num_images else -length
             for length, num_images in zip(
@@ -154,10 +155,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     @property
     def num_sub_images(self) -> list[int]:
-        """Number of sub-images of every row, for `SubImageGroupedSampler`.
+        """Number of sub-images per row, for `SubImageGroupedSampler`.
 
         Raises:
-            ValueError: Headers were not read, so that sizes are not known.
+            ValueError: If the headers were not read, so that image sizes are unknown.
         """
         if self._index is None:
             raise ValueError("grouping by sub-images needs check_images='header'")
@@ -166,26 +167,26 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         ]
 
     def read_image(self, name: str) -> Any:
-        """Reads one image by the name that a row gives it, as the model takes it.
+        """Reads one image, by the name that a row gives it, as model input.
 
         Raises:
-            ImageError: It cannot be used.
+            ImageError: If the image cannot be used.
         """
         raise NotImplementedError
 
     def count_sub_images(self, name: str) -> int:
-        """Sub-images of an image whose header was read."""
+        """Returns the number of sub-images of an image whose header was read."""
         raise NotImplementedError
 
     def leave_out_unreadable(self, read_headers: Callable[[list[str]], Any], folder: Path) -> None:
-        """Reads the headers of all images once, and records and drops rows with unusable ones.
+        """Reads the headers of all images once, and records and skips rows with unusable ones.
 
         Args:
-            read_headers: Names -> an index with `errors` by name; called on the first rank.
-            folder: For the error.
+            read_headers: Maps names to an index with `errors` by name; called on rank 0 only.
+            folder: Image folder, for the error message.
 
         Raises:
-            ValueError: Too many rows cannot be used.
+            ValueError: If too many rows cannot be used.
         """
         names = sorted({name for files in self._files_of_rows() for name in files})
         self._index = _on_first_rank(read_headers, names)
@@ -200,7 +201,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             else:
                 keep.append(index)
         check_share(total - len(keep), total, f"images in {folder}", bad)
-        # Judged; what is recorded from here on failed in decoding.
+        # These have been checked; later records are decoding failures.
         self._num_skipped_at_start = len(self.skip_log.read())
         self.text_data = self.text_data.select(keep)
 
@@ -218,11 +219,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 def load_processed_text(folder: str | os.PathLike[str]) -> Any:
-    """Opens a folder of tokenised rows written by `datasets.save_to_disk`.
+    """Opens a folder of tokenized rows written by `datasets.save_to_disk`.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It lacks `input_ids` or `labels`.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it lacks `input_ids` or `labels`.
     """
     from datasets import load_from_disk
 
@@ -250,12 +251,21 @@ def process_text(
     skip_log: SkipLog,
     image_field: str = "image",
 ) -> Any:
-    """Reads, checks, templates and tokenises rows; unusable ones go to the skip log.
+    """Reads, checks, templates and tokenizes rows; unusable ones are recorded in the skip log.
 
-    The names of images are taken from `image_field` of the rows.
+    Args:
+        data_path: `.json` or `.jsonl` file of rows.
+        tokenizer: Hugging Face tokenizer.
+        dataset_map_fn: Maps a row to `{"conversation": [...]}`.
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        max_length: Maximum number of tokens; longer sequences are truncated.
+        max_dataset_length: Number of rows to sample at random; None for all.
+        num_proc: Number of processes; None chooses by the number of rows.
+        skip_log: Log of skipped rows.
+        image_field: Field of the rows that names their images.
 
     Returns:
-        A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length`, `num_images`.
+        A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
     """
     from datasets import Dataset as HFDataset
     from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
@@ -288,7 +298,7 @@ def process_text(
     data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
     if template_map_fn is not None:
         mapped, data = data, add_template_to_dataset(data, template_map_fn, num_proc)
-        if len(data) < len(mapped):  # the host drops them without a word
+        if len(data) < len(mapped):  # XTuner drops rows silently
             for row in mapped:
                 if not row["conversation"]:
                     reason = "dataset_map_fn left no question with an answer"
@@ -337,10 +347,10 @@ def _leave_out_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
 
 
 def _used_files(row: Mapping[str, Any]) -> list[str]:
-    """The row's images whose mark was not cut off.
+    """Returns the row's images whose tokens were not truncated.
 
     Raises:
-        ImageError: More marks than files.
+        ImageError: If there are more image tokens than files.
     """
     files = image_files(row)
     if len(files) < row["num_images"]:
@@ -360,7 +370,7 @@ def _on_first_rank(read_headers: Callable[[list[str]], Any], names: list[str]) -
 
 
 def build(value: Any) -> Any:
-    """Builds what a config describes; anything else comes back as it is."""
+    """Builds an object from its config; returns any other value unchanged."""
     if isinstance(value, dict | Config | ConfigDict):
         from xtuner.registry import BUILDER
 

@@ -1,4 +1,4 @@
-"""From a trained model to the folders that `xtuner convert merge` and evaluation read."""
+"""Saves a trained model as the folders that `xtuner convert merge` and evaluation read."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from pathcore.weights import load_strict
 def save_trained_parts(
     model: Any, cfg: Any, save_dir: Path, fp32: bool, save_pretrained_kwargs: dict[str, Any]
 ) -> None:
-    """Writes the adapter or language model, the connector and, if trained, the encoder.
+    """Saves the adapter or language model, the connector and, if it was trained, the encoder.
 
-    XTuner builds the model without memory for its weights and fills in what the checkpoint holds;
-    only that is written.
+    XTuner builds the model on the meta device and loads only the tensors of the checkpoint; only
+    these are written.
 
     Args:
-        model: A `pallava.model.LLaVAModel` with the checkpoint's tensors in it.
-        cfg: The training config, with `tokenizer` and `image_processor`; None if the model needs
-            neither, and then no prompt template is recorded.
-        save_dir: Receives `llm_adapter/` (or the language model itself), `projector/` and
+        model: `pallava.model.LLaVAModel` with the checkpoint's tensors loaded.
+        cfg: Training config with `tokenizer` and `image_processor`. None if the model needs
+            neither; no prompt template is recorded then.
+        save_dir: Output folder for `llm_adapter/` (or the language model itself), `projector/` and
             `visual_encoder/`.
-        fp32: Write the language model's part in fp32 instead of fp16.
-        save_pretrained_kwargs: For Hugging Face's `save_pretrained`.
+        fp32: Whether to save the language model's part in fp32 instead of fp16.
+        save_pretrained_kwargs: Keyword arguments for Hugging Face's `save_pretrained`.
     """
     from xtuner.registry import BUILDER
 
     if not fp32:
         model.llm.half()
     save_dir.mkdir(parents=True, exist_ok=True)
-    # What asks the model later reads its template here; see `pallava.inference.loading`.
+    # Inference reads the prompt template from this file; see `pallava.inference.loading`.
     if cfg is not None:
         write_json(save_dir / CONVERSION_NAME, {"prompt_template": trained_template(cfg).fields()})
     if model.use_llm_lora:
@@ -54,7 +54,7 @@ def save_trained_parts(
         model.llm.save_pretrained(save_dir, **save_pretrained_kwargs)
     _say("connector", save_dir / "projector")
     save_connector(_filled_connector(model.projector), save_dir / "projector")
-    if hasattr(model.visual_encoder, "visual_tokens"):  # knows no image processor
+    if hasattr(model.visual_encoder, "visual_tokens"):  # has no image processor
         _say("slide token encoder", save_dir / "visual_encoder")
         save_slide_encoder(model.visual_encoder, save_dir / "visual_encoder")
     elif not model.freeze_visual_encoder:
@@ -69,7 +69,7 @@ def save_trained_parts(
 
 
 def _filled_connector(projector: Any) -> Any:
-    """The connector the checkpoint held: its keys decide the mode, not the config's default."""
+    """Returns the checkpoint's connector; its keys decide the mode rather than the config."""
     tensors: dict[str, Tensor] = projector.state_dict()
     filled = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     if len(filled) == len(tensors):

@@ -1,4 +1,4 @@
-"""MMEngine hooks of a training run."""
+"""MMEngine hooks for training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _RANK_STRIDE = 1_000_003
 class IterationSeedHook(Hook):
     """Seeds the random generators from seed, iteration and rank before every iteration.
 
-    Dropout is then the same whether a run went through or was resumed: with the data order that
-    MMEngine restores, a resumed run continues bit for bit. Gradients that were accumulated but not
-    applied are not in a checkpoint: save at multiples of `accumulative_counts`.
+    Dropout is then the same whether or not a run was interrupted; together with the data order that
+    MMEngine restores, a resumed run continues bit for bit. Accumulated gradients that have not been
+    applied are not part of a checkpoint, so checkpoints should be saved at multiples of
+    `accumulative_counts`.
     """
 
     priority = "VERY_HIGH"
@@ -40,12 +41,12 @@ class IterationSeedHook(Hook):
 
 @HOOKS.register_module()
 class SkippedSamplesHook(Hook):
-    """Says at the end of training how many samples were left out, and where the list is."""
+    """Logs at the end of training how many samples were skipped, and where they are listed."""
 
     priority = "VERY_LOW"
 
     def after_train(self, runner: Any) -> None:
-        """Logs the count, if there is one."""
+        """Logs the count if it is not zero."""
         from pallava.engine.skipping import default_skip_log
 
         log = default_skip_log()
@@ -58,20 +59,20 @@ class SkippedSamplesHook(Hook):
 
 
 class DivergedError(RuntimeError):
-    """Loss or weights are NaN or infinite: going on would only spend hours on them."""
+    """Raised if loss or weights are NaN or infinite, since further training would be futile."""
 
 
 @HOOKS.register_module()
 class StopOnDivergenceHook(Hook):
-    """Ends a run whose loss or trained weights are NaN or infinite, before they are saved.
+    """Stops a run whose loss or trained weights are NaN or infinite, before they are saved.
 
-    `adapt_config` adds it to every config that `xtuner-add train` reads.
+    `adapt_config` adds this hook to every config that `xtuner-add train` loads.
 
     Raises:
-        DivergedError: Names the iteration and what to try.
+        DivergedError: If the run has diverged; the message names the iteration and remedies.
     """
 
-    # Before CheckpointHook (VERY_LOW), so that no checkpoint of such weights is left behind.
+    # Runs before CheckpointHook (VERY_LOW), so that no checkpoint of such weights is saved.
     priority = "LOW"
 
     def after_train_iter(
@@ -89,7 +90,7 @@ class StopOnDivergenceHook(Hook):
                 raise DivergedError(self._message(runner, f"{name} is {value.item()}"))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Checks the trained weights: the step after the last loss may have spoilt them."""
+        """Checks the trained weights, which the step after the last loss may have corrupted."""
         del checkpoint
         for name, parameter in runner.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():

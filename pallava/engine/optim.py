@@ -1,4 +1,4 @@
-"""An optimizer that knows which part of the model a parameter belongs to."""
+"""Optimizer with a learning rate per part of the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.optim import AdamW
 
 PARTS = ("llm", "visual_encoder", "projector")
-"""Children of the model, and the prefixes of its published checkpoints."""
+"""Children of the model, which are also the prefixes in published checkpoints."""
 
 _TAG = "pallava_part"
 
 
 def tag_parameters(model: nn.Module, parts: Iterable[str]) -> None:
-    """Marks the parameters of the named children, for `GroupedAdamW` to recognise."""
+    """Tags the parameters of the named children, so that `GroupedAdamW` can recognise them."""
     for part in parts:
         for parameter in model.get_submodule(part).parameters():
             setattr(parameter, _TAG, part)
@@ -24,20 +24,27 @@ def tag_parameters(model: nn.Module, parts: Iterable[str]) -> None:
 
 @OPTIMIZERS.register_module()
 class GroupedAdamW(AdamW):
-    """AdamW with a learning-rate factor for each part of the model.
+    """AdamW with a learning-rate factor per part of the model.
 
-    MMEngine's `paramwise_cfg` does the same by parameter names, but XTuner drops it when it hands
-    over to DeepSpeed. Here the factor is part of the optimizer, which every engine keeps.
+    MMEngine's `paramwise_cfg` does the same by parameter names, but XTuner drops it under
+    DeepSpeed. Here the factors are part of the optimizer, which every engine preserves.
 
     Args:
-        params: Parameters, tagged by `tag_parameters`; untagged ones have factor 1. Frozen ones
-            are left out.
+        params: Parameters tagged by `tag_parameters`; untagged ones have factor 1 and frozen ones
+            are skipped.
         lr: Base learning rate.
         lr_mult: Factor by part, for instance `{"projector": 0.5}`.
-        kwargs: As for `torch.optim.AdamW`.
+        kwargs: Further arguments of `torch.optim.AdamW`.
 
     Raises:
-        ValueError: A part that no parameter belongs to, so that a misspelling cannot pass.
+        ValueError: If no parameter belongs to a part of `lr_mult`, which catches misspellings.
+
+    Example:
+        >>> model = nn.ModuleDict({"llm": nn.Linear(2, 2), "projector": nn.Linear(2, 2)})
+        >>> tag_parameters(model, ["llm", "projector"])
+        >>> optimizer = GroupedAdamW(model.parameters(), lr=1e-3, lr_mult={"projector": 0.5})
+        >>> sorted(group["lr"] for group in optimizer.param_groups)
+        [0.0005, 0.001]
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""PA-LLaVA's parts under their names in MMEngine's registries and in XTuner's `BUILDER`.
+"""Registers PA-LLaVA's parts in MMEngine's registries and XTuner's `BUILDER`.
 
-Encoders and connectors of `pallava.registry`, plug-ins included, get their short names there too.
+Encoders and connectors of `pallava.registry`, including plug-ins, are also registered under their
+short names.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from pallava.registry import CONNECTORS, ENCODERS  # noqa: E402
 
 
 def build_vision_encoder(folder: str | None = None, **sizes: Any) -> plip.PLIPVisionEncoder:
-    """Loads a CLIP folder, or builds an encoder of random weights from `CLIPVisionConfig` fields.
+    """Loads a CLIP folder, or builds a randomly initialised encoder from `CLIPVisionConfig` fields.
 
     Example:
-        >>> encoder = MODELS.build(dict(type="PLIPVisionEncoder", folder="plip"))
+        >>> encoder = MODELS.build(dict(type="PLIPVisionEncoder", folder="plip"))  # doctest: +SKIP
     """
     if folder is not None:
         return load_vision_encoder(folder)

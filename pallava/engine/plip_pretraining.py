@@ -1,4 +1,4 @@
-"""PLIP pretraining for `xtuner train`: model, data set and hooks to name in a config."""
+"""PLIP pretraining for `xtuner train`: model, dataset and hooks for configs."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ from pallava.skipping import SkipLog
 from pathcore.weights import load_strict, read_state_dict
 
 ENCODER_FOLDER = "plip_encoder"
-"""Folder inside the work directory that `SaveEncoderHook` writes by default."""
+"""Default output folder of `SaveEncoderHook`, inside the work directory."""
 
 Spec = str | os.PathLike[str] | Mapping[str, Any]
 
 
 @MODELS.register_module()
 class PLIPPretraining(PLIPPretrainingModel, BaseModel):
-    """`PLIPPretrainingModel` as MMEngine trains it; images come as bytes, captions as text.
+    """`PLIPPretrainingModel` for MMEngine, with uint8 images and text captions as inputs.
 
     Args:
-        visual_encoder: Folder of a CLIP or PLIP, name on the Hugging Face hub, or
-            `CLIPVisionConfig` fields to start from scratch.
-        text_encoder: Folder of a BERT, name on the hub, or `BertConfig` fields.
-        tokenizer: Folder or hub name of a BERT tokenizer, or `dict(pairs_file=..., vocab_size=...)`
-            to take the words of the captions; by default the tokenizer of `text_encoder`.
-        max_length: Tokens of a caption; longer ones are cut.
-        image_mean: Channel means, of values 0..1.
-        image_std: Channel standard deviations.
-        pretrained_pth: Weights of an earlier run to start from, all of them.
-        gradient_checkpointing: Recompute the image encoder in the backward pass: less memory.
-        options: As for `PLIPPretrainingModel`.
+        visual_encoder: Folder of a CLIP or PLIP, name on the Hugging Face Hub, or
+            `CLIPVisionConfig` fields for random initialisation.
+        text_encoder: Folder of a BERT, name on the Hub, or `BertConfig` fields.
+        tokenizer: Folder or Hub name of a BERT tokenizer, or `dict(pairs_file=..., vocab_size=...)`
+            to build one from the words of the captions. Defaults to the tokenizer of
+            `text_encoder`.
+        max_length: Maximum number of tokens per caption; longer ones are truncated.
+        image_mean: Channel means in 0..1.
+        image_std: Channel standard deviations in 0..1.
+        pretrained_pth: Checkpoint of an earlier run from which all weights are initialised.
+        gradient_checkpointing: Whether to recompute the image encoder in the backward pass, which
+            saves memory.
+        options: Further arguments of `PLIPPretrainingModel`.
     """
 
     image_mean: Tensor
@@ -100,7 +102,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
             load_strict(self, state_dict, what="PLIP pretraining", source=str(pretrained_pth))
 
     def init_weights(self) -> None:
-        """Does nothing: the constructor has loaded or drawn every weight."""
+        """Does nothing: the constructor already initialised or loaded all weights."""
 
     def forward(
         self,
@@ -109,16 +111,16 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         caption_ids: Tensor | None = None,
         mode: str = "loss",
     ) -> dict[str, Tensor]:
-        """Losses, or features for retrieval.
+        """Computes losses, or features for retrieval.
 
         Args:
             images: uint8 `(B, 3, S, S)`.
-            captions: `B` texts.
-            caption_ids: `(B,)`.
-            mode: `"loss"`, or `"predict"` for the unit vectors of both sides.
+            captions: B texts.
+            caption_ids: `(B,)` ids, equal for equal captions.
+            mode: `loss`, or `predict` for unit vectors of images and captions.
 
         Raises:
-            ValueError: Another mode.
+            ValueError: If `mode` is neither.
         """
         pixel_values = self.normalise(images)
         text = self.tokenise(captions)
@@ -139,11 +141,11 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         }
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bytes to what the image encoder wants, `(B, 3, S, S)`."""
+        """Converts uint8 images to normalised input of the image encoder, `(B, 3, S, S)`."""
         return (images.float() / 255 - self.image_mean) / self.image_std
 
     def tokenise(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, `(B, T)`, padded to the longest caption."""
+        """Returns `input_ids` and `attention_mask` `(B, T)`, padded to the longest caption."""
         encoded = self.tokenizer(
             list(captions),
             padding="longest",
@@ -155,7 +157,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def save_encoder(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the image encoder as `load_vision_encoder` and Hugging Face read it."""
+        """Saves the image encoder for `load_vision_encoder` and `CLIPVisionModel`."""
         save_vision_encoder(
             self.visual_encoder,
             folder,
@@ -168,10 +170,11 @@ class PLIPPairDataset(PairDataset):
     """`PairDataset` that records unusable samples beside the log of the run.
 
     Args:
-        pairs_file: The `pairs.jsonl`.
-        image_folder: What the paths in it are relative to; by default the file's folder.
-        image_size: Side of the square images that come out, in pixels.
-        options: As for `PairDataset`.
+        pairs_file: Path of `pairs.jsonl`.
+        image_folder: Folder that image paths are relative to. Defaults to the folder of the file.
+        image_size: Side of the square output images in pixels.
+        skip_log: File that records unusable samples.
+        options: Further arguments of `PairDataset`.
     """
 
     def __init__(
@@ -189,16 +192,16 @@ class PLIPPairDataset(PairDataset):
 
 @OPTIMIZERS.register_module()
 class MatrixDecayAdamW(AdamW):
-    """AdamW whose weight decay leaves biases, norms and the temperature alone.
+    """AdamW without weight decay for biases, norms and the temperature.
 
-    The rule of timm's optimizers, which ALBEF uses, except that there the temperature decays too.
-    MMEngine's `paramwise_cfg` could say it, but warns of every frozen parameter, and XTuner drops
-    it under DeepSpeed.
+    This is the rule of timm's optimizers, which ALBEF uses, except that ALBEF's temperature decays
+    as well. MMEngine's `paramwise_cfg` can express it, but warns about every frozen parameter, and
+    XTuner drops it under DeepSpeed.
 
     Args:
-        params: Parameters; frozen ones are left out.
-        weight_decay: For parameters with two dimensions or more.
-        options: As for `torch.optim.AdamW`.
+        params: Parameters; frozen ones are skipped.
+        weight_decay: Weight decay of parameters with two or more dimensions.
+        options: Further arguments of `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -214,20 +217,20 @@ class MatrixDecayAdamW(AdamW):
 
 @LOOPS.register_module()
 class PairTrainLoop(EpochBasedTrainLoop):
-    """MMEngine's loop over epochs, which says beforehand what could not work.
+    """MMEngine's epoch-based loop with checks before training starts.
 
     Args:
-        runner: The runner.
+        runner: Runner of the loop.
         dataloader: Data loader or its config.
-        options: As for `EpochBasedTrainLoop`.
+        options: Further arguments of `EpochBasedTrainLoop`.
 
     Raises:
-        ValueError: The data make no whole batch, or DeepSpeed is asked for.
+        ValueError: If the data does not fill a batch, or DeepSpeed is used.
     """
 
     def __init__(self, runner: Any, dataloader: Any, **options: Any) -> None:
         if "DeepSpeed" in type(getattr(runner, "strategy", None)).__name__:
-            # Its broadcast takes no parameter without dimensions, and the published one is such.
+            # DeepSpeed cannot broadcast zero-dimensional parameters such as the temperature.
             raise ValueError(
                 "PLIP pretraining runs without --deepspeed, which cannot hold the learned "
                 "temperature: several processes train data-parallel, in mixed precision; "
@@ -243,10 +246,10 @@ class PairTrainLoop(EpochBasedTrainLoop):
 
 @HOOKS.register_module()
 class AlphaRampHook(Hook):
-    """Raises the weight of the soft targets from 0 to its full value at the start.
+    """Ramps the weight of the soft targets linearly from 0 to its full value.
 
     Args:
-        ramp_epochs: Length of the ramp; ALBEF takes one epoch.
+        ramp_epochs: Length of the ramp in epochs; ALBEF uses one.
     """
 
     def __init__(self, ramp_epochs: float = 1.0) -> None:
@@ -254,7 +257,7 @@ class AlphaRampHook(Hook):
         self._alpha: float | None = None
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Sets the weight for this iteration, also after a resume."""
+        """Sets the weight of this iteration, which also works after resuming."""
         del batch_idx, data_batch
         model = _unwrapped(runner.model)
         if self._alpha is None:
@@ -265,22 +268,22 @@ class AlphaRampHook(Hook):
 
 @HOOKS.register_module()
 class SaveEncoderHook(Hook):
-    """Writes the image encoder as a folder with every checkpoint and at the end of training.
+    """Saves the image encoder as a folder with every checkpoint and at the end of training.
 
     Args:
-        folder: Where to; by default `plip_encoder` in the work directory.
+        folder: Output folder. Defaults to `plip_encoder` in the work directory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = folder
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Writes the folder anew."""
+        """Overwrites the folder."""
         del checkpoint
         self._save(runner)
 
     def after_train(self, runner: Any) -> None:
-        """Writes the folder anew and says where it is."""
+        """Overwrites the folder and logs its path."""
         self._save(runner)
         runner.logger.info(f"image encoder: {self._target(runner)}")
 
@@ -293,7 +296,7 @@ class SaveEncoderHook(Hook):
 
 
 def _unwrapped(model: Any) -> PLIPPretraining:
-    """The model inside its wrappers."""
+    """Returns the model inside its wrappers."""
     while not isinstance(model, PLIPPretraining):
         model = model.module
     return model

@@ -1,7 +1,7 @@
-"""Which prompt template a training config uses, found by asking the functions that training calls.
+"""Determines the prompt template of a training config by calling the functions that training calls.
 
-A config can name a template in several positions (a variable `prompt_template`, the chat hook, the
-data set's `template_map_fn`). Only the last one reaches the tokens that the model learns from.
+A config can name a template in several fields: a variable `prompt_template`, the chat hook, and the
+dataset's `template_map_fn`. Only the last one affects the tokens that the model is trained on.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from pallava.engine.conversations import build
 from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
 
 NO_TEMPLATE = PromptTemplate("{input}")
-"""What a data set without `template_map_fn` trains on: the bare question."""
+"""Template of a dataset without `template_map_fn`: the bare question."""
 
 TOKENISED_REPORT = "tokenised.json"
-"""In a folder of tokenised rows: what `xtuner-add tokenise` recorded about them."""
+"""Record of `xtuner-add tokenise` in a folder of tokenized rows."""
 
 _QUESTIONS = ("QUESTION-ONE-OF-TWO", "QUESTION-TWO-OF-TWO")
 _ANSWER, _SYSTEM = "ANSWER-TO-IT", "SYSTEM-TEXT"
 
 
 def trained_template(cfg: Mapping[str, Any]) -> PromptTemplate:
-    """Returns the template with which a config's training data is written.
+    """Returns the prompt template of a config's training data.
 
-    Rows that were tokenised beforehand by `xtuner-add tokenise` carry the template in their folder;
-    it goes before `template_map_fn`, which such a data set never calls.
+    Rows tokenized in advance by `xtuner-add tokenise` record their template in the folder. It takes
+    precedence over `template_map_fn`, which such a dataset never calls.
 
     Args:
-        cfg: A training config. Several data sets must agree.
+        cfg: Training config. If it has several datasets, they must agree.
 
     Raises:
-        ValueError: If the data sets use different templates, or a `template_map_fn` does something
-            that no template describes.
+        ValueError: If the datasets use different templates, or a `template_map_fn` cannot be
+            expressed as a template.
     """
     found = {
         where: template for where, dataset in _datasets(cfg) for template in [_of_dataset(dataset)]
@@ -54,7 +54,7 @@ def trained_template(cfg: Mapping[str, Any]) -> PromptTemplate:
 
 
 def disagreeing_templates(cfg: Mapping[str, Any], trained: PromptTemplate) -> list[str]:
-    """Lists the positions in a config that name another template than the training data uses."""
+    """Lists the fields of a config that name a template other than that of the training data."""
     named = {"prompt_template": cfg.get("prompt_template")}
     for index, hook in enumerate(cfg.get("custom_hooks") or ()):
         if isinstance(hook, Mapping):
@@ -67,11 +67,11 @@ def disagreeing_templates(cfg: Mapping[str, Any], trained: PromptTemplate) -> li
 
 
 def template_of(map_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None) -> PromptTemplate:
-    """Finds out a template by what the function makes of two turns with known texts.
+    """Infers a template from what a function makes of two turns with known texts.
 
     Args:
-        map_fn: What a built `template_map_fn` is: a row with `conversation` in, the row with the
-            template applied out.
+        map_fn: Built `template_map_fn`: maps a row with `conversation` to the row with the template
+            applied.
 
     Raises:
         ValueError: If the result is not question and answer within fixed texts.
@@ -134,7 +134,7 @@ def _of_dataset(dataset: Mapping[str, Any]) -> PromptTemplate:
 
 
 def _datasets(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The data sets of `train_dataloader`, those joined by a ConcatDataset included."""
+    """Yields the datasets of `train_dataloader`, including those inside a ConcatDataset."""
     waiting = [("train_dataloader.dataset", (cfg.get("train_dataloader") or {}).get("dataset"))]
     while waiting:
         where, dataset = waiting.pop(0)

@@ -1,4 +1,4 @@
-"""What a training config says about a release, read without building any model."""
+"""Extracts from a training config what a release needs, without building any model."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def read_recipe(
     visual_encoder: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, Callable[[Path], None]]:
-    """Reads a config for `pallava.model.LLaVAModel`, ours or a published one.
+    """Reads a config of `pallava.model.LLaVAModel`, either ours or a published one.
 
     Args:
-        config_file: The config.
+        config_file: Path of the config.
         visual_encoder: Folder to use instead of the config's.
-        options: Settings that go before the config's, as `--cfg-options`.
+        options: Settings that override the config's, as `--cfg-options`.
 
     Returns:
         The recipe, and a function that writes the tokenizer's files into a folder.
 
     Raises:
-        ValueError: The config is for another kind of model.
+        ValueError: If the config is for another kind of model.
     """
     from xtuner.registry import BUILDER
 
@@ -87,7 +87,7 @@ def read_recipe(
 
 
 def _lora(lora: Any) -> dict[str, Any]:
-    """PEFT's own class reads the settings; what differs from nothing goes into the adapter."""
+    """Normalises the LoRA settings with PEFT's own class and keeps those that are set."""
     if lora is None:
         return {}
     from peft import LoraConfig

@@ -1,8 +1,8 @@
-"""What a run needs of its machine: device, precision, communication, and shims for the hosts.
+"""Adapts a run to its machine: device, precision, communication, and compatibility shims.
 
-A config asks `choose_runtime()` when it is parsed, so that the same file trains on CPU and on CUDA.
-`prepare_host()` mends, once per process, what xtuner 0.2.0 and mmengine 0.10 expect of older
-torch and DeepSpeed versions. Nothing here runs at import.
+A config calls `choose_runtime()` when it is parsed, so that the same file trains on CPU and CUDA.
+`prepare_host()` applies, once per process, the shims that xtuner 0.2.0 and mmengine 0.10 need with
+newer versions of torch and DeepSpeed. Nothing in this module runs on import.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ _DIVERGENCE_HOOK = "StopOnDivergenceHook"
 def choose_runtime() -> dict[str, Any]:
     """Chooses device, precision and communication for this machine.
 
-    Called by configs, as `__import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()`,
-    since modules that a new-style config imports by statement cannot be called while it is parsed.
+    Configs call it as `__import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()`,
+    because modules imported by a statement in a new-style config cannot be called while it is
+    parsed.
 
     Returns:
-        `optim_wrapper`: type and precision to unpack into the config's own; `backend` for
-        `env_cfg.dist_cfg`; `model_wrapper_cfg` for data-parallel runs; `device`.
+        `optim_wrapper` (type and precision, to be merged into the config's own), `backend` for
+        `env_cfg.dist_cfg`, `model_wrapper_cfg` for data-parallel runs, and `device`.
     """
     import torch
 
@@ -61,22 +62,22 @@ def choose_runtime() -> dict[str, Any]:
     }
 
 
-# MMEngine's own choice where a config names no wrapper.
+# MMEngine's default if a config names no wrapper.
 _WRAPPER = {
     "type": "MMDistributedDataParallel",
     "broadcast_buffers": False,
     "find_unused_parameters": False,
 }
 _ON_CPU = {"device_ids": None}
-"""MMEngine passes `device_ids=[LOCAL_RANK]` of its own accord, which DDP refuses on CPU."""
+"""Overrides the `device_ids=[LOCAL_RANK]` that MMEngine passes and DDP rejects on a CPU."""
 
 
 def adapt_config(cfg: Any) -> Any:
-    """Fits a loaded config, a published one for instance, to this machine; changes it in place.
+    """Adapts a loaded config, for instance a published one, to this machine; modifies it in place.
 
-    On a machine without CUDA mixed precision and NCCL give way to fp32 and gloo. Learning-rate
-    factors of `paramwise_cfg` move into the optimizer, because XTuner drops `paramwise_cfg` under
-    DeepSpeed without a word.
+    On a machine without CUDA, mixed precision and NCCL are replaced by fp32 and gloo. Learning-rate
+    factors of `paramwise_cfg` move into the optimizer, because XTuner silently drops
+    `paramwise_cfg` under DeepSpeed.
     """
     import torch
 
@@ -107,7 +108,7 @@ def adapt_config(cfg: Any) -> Any:
 
 
 def _keep_learning_rates(optim_wrapper: Any) -> None:
-    """Moves `paramwise_cfg.custom_keys.*.lr_mult` into `GroupedAdamW`, which survives DeepSpeed."""
+    """Moves `paramwise_cfg.custom_keys.*.lr_mult` into `GroupedAdamW`, which DeepSpeed keeps."""
     paramwise = optim_wrapper.get("paramwise_cfg")
     optimizer = optim_wrapper.get("optimizer")
     if (
@@ -131,13 +132,13 @@ def _keep_learning_rates(optim_wrapper: Any) -> None:
 def _type_name(value: Any) -> str:
     if isinstance(value, str):
         return value
-    # Types of a new-style config are lazy objects, whose text is the dotted path.
+    # Types in a new-style config are lazy objects that know their dotted path.
     return getattr(value, "__qualname__", None) or str(getattr(value, "dotpath", value))
 
 
 @lru_cache(maxsize=1)
 def prepare_host() -> None:
-    """Puts the shims in place that this process needs; a second call does nothing."""
+    """Installs the shims that this process needs; repeated calls do nothing."""
     import torch
 
     _allow_training_checkpoints()
@@ -146,18 +147,18 @@ def prepare_host() -> None:
         if not torch.cuda.is_available():
             _skip_shared_memory_extension()
     if "--deepspeed" in sys.argv and "RANK" not in os.environ:
-        # DeepSpeed asks for mpi4py when it finds no launcher's variables.
+        # Without a launcher's environment variables, DeepSpeed requires mpi4py.
         for name, value in (_SINGLE_PROCESS | {"MASTER_PORT": str(_free_port())}).items():
             os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         if not hasattr(torch.cpu, "is_bf16_supported"):
-            # xtuner asks the device's namespace; torch has no such function for CPU.
+            # xtuner calls this function of the device's module, which torch lacks for CPU.
             torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
         _open_gloo_group()
 
 
 def _allow_training_checkpoints() -> None:
-    """Lets `torch.load(weights_only=True)` read what MMEngine writes into a checkpoint."""
+    """Allowlists the types in MMEngine's checkpoints for `torch.load(weights_only=True)`."""
     import torch
     from mmengine.logging import HistoryBuffer
 
@@ -167,7 +168,7 @@ def _allow_training_checkpoints() -> None:
 
 
 def _provide_onebit() -> None:
-    """MMEngine registers three optimizers that DeepSpeed 0.19.7 removed; nobody asks for them."""
+    """Stubs three unused optimizers that MMEngine registers and DeepSpeed 0.19.7 removed."""
     if importlib.util.find_spec(_ONEBIT) is not None:
         return
     module = ModuleType(_ONEBIT)
@@ -184,7 +185,7 @@ def _removed_optimizer(self: object, *args: object, **kwargs: object) -> None:
 
 
 def _skip_shared_memory_extension() -> None:
-    """DeepSpeed would compile it for minutes at the first start; gloo does the same work."""
+    """Disables an extension that DeepSpeed would compile for minutes; gloo does the same work."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""Batches of samples that cost the same: equally long, with equally many sub-images."""
+"""Batches of samples of similar cost: equal numbers of sub-images and similar length."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 MEGABATCHES = 50
-"""Global batches that are sorted together: as many as in XTuner's LengthGroupedSampler."""
+"""Number of global batches sorted together, as in XTuner's LengthGroupedSampler."""
 
 
 def group_by_cost(
     costs: Sequence[tuple[int, int]], batch_size: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Divides shuffled samples into batches of neighbours in cost.
+    """Groups shuffled samples into batches of similar cost.
 
-    Samples are shuffled, sorted by cost within stretches of `MEGABATCHES` batches, cut, and the
-    batches shuffled; the most expensive comes first, so that a batch too large for the memory
-    shows at once. Every sample is in exactly one batch; only one batch may be smaller.
+    Samples are shuffled, sorted by cost within runs of `MEGABATCHES` batches, and split into
+    batches, which are shuffled in turn. The most expensive batch comes first, so that running out
+    of memory shows immediately. Every sample is in exactly one batch; at most one batch is smaller.
 
     Args:
         costs: `(number of sub-images, length)` of every sample.
-        batch_size: Samples a batch, of all ranks together.
-        generator: Source of the order.
+        batch_size: Number of samples per batch over all ranks.
+        generator: Random generator of the order.
     """
     order = torch.randperm(len(costs), generator=generator).tolist()
     stretch = max(batch_size, min(MEGABATCHES, len(costs) // (4 * batch_size)) * batch_size)
@@ -45,17 +45,17 @@ def group_by_cost(
 
 @DATA_SAMPLERS.register_module()
 class SubImageGroupedSampler(Sampler[int]):
-    """Groups samples by number of sub-images and by length, the same work on every rank.
+    """Groups samples by number of sub-images and by length, with equal work on every rank.
 
     Args:
-        dataset: With `num_sub_images` and `modality_length`, one number a sample, as
-            `pallava.dataset.LLaVADataset` has them.
-        per_device_batch_size: Samples a batch on one rank.
-        seed: Of the order; by default one that all ranks agree on.
-        round_up: Repeat some samples so that every rank has equally many whole batches.
+        dataset: Dataset with `num_sub_images` and `modality_length`, one integer per sample, such
+            as `pallava.dataset.LLaVADataset`.
+        per_device_batch_size: Number of samples per batch and rank.
+        seed: Seed of the order; by default one that all ranks agree on.
+        round_up: Whether to repeat some samples so that all ranks have equally many full batches.
 
     Raises:
-        ValueError: An empty dataset, or one that states no costs.
+        ValueError: If the dataset is empty or lacks these attributes.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SubImageGroupedSampler(Sampler[int]):
             raise ValueError("SubImageGroupedSampler: the dataset is empty")
 
     def __iter__(self) -> Iterator[int]:
-        """Yields this rank's indices, batch after batch."""
+        """Yields this rank's indices, batch by batch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         global_batch = self.per_device_batch_size * self.world_size
         batches = group_by_cost(self.costs, global_batch, generator)
@@ -96,11 +96,11 @@ class SubImageGroupedSampler(Sampler[int]):
             missing = global_batch - len(batches[-1])
             batches[-1] = batches[-1] + (whole * math.ceil(missing / len(whole)))[:missing]
         for batch in batches:
-            # Neighbours in cost go to different ranks, so that none waits for another.
+            # Samples of similar cost go to different ranks, so that no rank waits for another.
             yield from batch[self.rank :: self.world_size]
 
     def __len__(self) -> int:
-        """Number of indices of this rank."""
+        """Returns the number of this rank's indices."""
         total = len(self.costs)
         if self.round_up:
             global_batch = self.per_device_batch_size * self.world_size
@@ -110,5 +110,5 @@ class SubImageGroupedSampler(Sampler[int]):
         return whole * self.per_device_batch_size + share
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which changes the order."""
+        """Sets the epoch, on which the order depends."""
         self.epoch = epoch

@@ -8,16 +8,17 @@ from pallava.dataset import LLaVADataset
 
 
 class SingleImageDataset(LLaVADataset):
-    """What XTuner's `LLaVADataset` gives, without its end at the first image that is missing.
+    """Replacement for XTuner's `LLaVADataset` that does not stop at the first missing image.
 
-    A row with an unusable image, or with several, is written to the run's skip log and left out.
+    A row with an unusable image, or with several, is recorded in the run's skip log and skipped.
 
     Args:
-        options: As of `pallava.dataset.LLaVADataset`; images are never cut into sub-images.
+        options: Arguments of `pallava.dataset.LLaVADataset`; images are never split into
+            sub-images.
 
     Raises:
-        FileNotFoundError: A folder or file that is not there.
-        ValueError: Arguments that do not go together, or too many unusable rows.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If arguments conflict, or too many rows are unusable.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -40,10 +41,10 @@ class SingleImageDataset(LLaVADataset):
         return sample
 
     def read_image(self, name: str) -> Any:
-        """Reads an image as the processor gives it, `(3, H, W)`.
+        """Reads an image and applies the image processor, `(3, H, W)`.
 
         Raises:
-            ImageError: It cannot be read, or is too large.
+            ImageError: If the image cannot be read or is too large.
         """
         return self._process(self.load_image(name))
 

@@ -1,4 +1,4 @@
-"""Where a training run writes down the samples it left out."""
+"""Default location of the skip log of a training run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pallava.skipping import SKIP_LOG_NAME, SkipLog
 
 
 def default_skip_log() -> SkipLog:
-    """The skip log beside the log file of the current run, the same on every rank.
+    """Returns the skip log beside the log file of the current run, which is the same on every rank.
 
-    Call it where the dataset is built, not in a data-loader worker. Without a run, for instance
-    in a notebook, it lies in the current folder.
+    It must be called where the dataset is built, not in a data loader worker. Without a run, for
+    instance in a notebook, the log is in the current folder.
     """
     log_file = MMLogger.get_current_instance().log_file
     folder = Path(log_file).resolve().parent if log_file else Path.cwd()

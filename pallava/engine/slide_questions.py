@@ -1,4 +1,4 @@
-"""Questions about whole slides, for `xtuner train`: stored tile features instead of pixels."""
+"""Questions about whole slides, for `xtuner train`, with stored tile features as input."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, read_bag
 
 
 class SlideQuestionDataset(ConversationDataset):
-    """Tokenised conversations with the tile features of their slides.
+    """Tokenized conversations with the tile features of their slides.
 
-    Rows of `conversations.jsonl`: `id`, `slide` (a name, or a list of names, or absent),
-    `conversations` with an `<image>` mark for each slide. The name `case1` stands for the file
-    `case1.h5` of `features_folder`; names never lead out of it. A row whose file cannot be used is
-    written to the run's skip log and left out.
+    Rows of `conversations.jsonl` have the fields `id`, `slide` (a name, a list of names, or absent)
+    and `conversations` with one `<image>` token per slide. The name `case1` refers to `case1.h5` in
+    `features_folder`; names cannot point outside it. A row whose file cannot be used is recorded in
+    the run's skip log and skipped.
 
     Args:
-        features_folder: Where the tile features of the slides lie; see `pallava.slide_bags`.
-        in_features: Width of the features, that of the model's encoder.
-        slide_embedding_folder: Where the slide encoder's files lie, for a model that takes them.
-        tile_size_level0: Side of a tile in level-0 pixels, for files that do not state it.
-        max_tiles: Larger slides are left out.
-        conversations: As of `pallava.dataset.LLaVADataset`: `data_path`, `tokenizer`,
+        features_folder: Folder of the slides' tile features; see `pallava.slide_bags`.
+        in_features: Width of the features, which must match the model's encoder.
+        slide_embedding_folder: Folder of the slide encoder's files, for a model that takes them.
+        tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
+        max_tiles: Maximum number of tiles; larger slides are skipped.
+        conversations: Arguments of `pallava.dataset.LLaVADataset`: `data_path`, `tokenizer`,
             `offline_processed_text_folder`, `max_dataset_length`, `dataset_map_fn`,
             `template_map_fn`, `max_length`, `skip_log`, `map_num_proc`.
 
     Raises:
-        FileNotFoundError: A folder or file that is not there.
-        ValueError: Too many unusable rows.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If too many rows are unusable.
     """
 
     def __init__(
@@ -55,29 +55,29 @@ class SlideQuestionDataset(ConversationDataset):
         """Reads the tiles of a slide.
 
         Raises:
-            SlideBagError: They cannot be used.
+            SlideBagError: If they cannot be used.
         """
         return self.bags.read(name)
 
     def count_sub_images(self, name: str) -> int:
-        """Tiles of a slide: slides of like size come into one batch."""
+        """Returns the number of tiles, by which slides of similar size are batched together."""
         return self._index.num_tiles[name]
 
 
 class EvaluateSlideHook(EvaluateChatHook):
-    """Asks the model about a few slides every now and then.
+    """Asks the model sample questions about slides during training and logs the answers.
 
     Args:
         tokenizer: Config of the tokenizer.
-        evaluation_inputs: Questions.
-        evaluation_slides: One file of tile features for all questions, or one for each.
+        evaluation_inputs: Questions to ask.
+        evaluation_slides: One file of tile features for all questions, or one per question.
         in_features: Width of the features.
-        tile_size_level0: As of `SlideQuestionDataset`.
-        kwargs: As for XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
+        tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
+        kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
 
     Raises:
-        SlideBagError: A file that cannot be used, before hours are spent.
-        ValueError: Not one file for each question.
+        SlideBagError: If a file cannot be used; raised before training starts.
+        ValueError: If the number of files does not match.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Conversations tokenised once, as a folder that training reads instead of the text.
+"""Tokenizes conversations in advance to a folder that training reads instead of the text.
 
-The folder is what `datasets.save_to_disk` writes, with `input_ids`, `labels` and `image`; name it
+The folder is written by `datasets.save_to_disk` with `input_ids`, `labels` and `image`. It serves
 as `offline_processed_text_folder` of `pallava.dataset.LLaVADataset` or of XTuner's own class.
 """
 
@@ -25,15 +25,15 @@ from pathcore.files import OutputExistsError, file_identity, folder_lock, fsync_
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What decides the tokens of a row.
+    """Settings that determine the tokens of a row.
 
     Attributes:
-        tokenizer: A Hugging Face tokenizer.
-        dataset_map_fn: As of `LLaVADataset`; None for `interleaved_map_fn`.
-        template_map_fn: The prompt template, XTuner's `template_map_fn_factory`.
-        max_length: Longer token sequences are cut.
-        description: All of it as JSON values, by which two runs are told apart.
-        image_field: Where rows name their images.
+        tokenizer: Hugging Face tokenizer.
+        dataset_map_fn: Row mapping of `LLaVADataset`; None for `interleaved_map_fn`.
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        max_length: Maximum number of tokens; longer sequences are truncated.
+        description: All settings as JSON values, by which runs are distinguished.
+        image_field: Field of the rows that names their images.
     """
 
     tokenizer: Any
@@ -47,16 +47,16 @@ class TextSettings:
 def settings_from_names(
     tokenizer: str, prompt_template: str, *, map_fn: str = "llava", max_length: int = 2048 - 196
 ) -> TextSettings:
-    """Settings without a config.
+    """Returns settings without a config.
 
     Args:
-        tokenizer: Folder or hub name.
-        prompt_template: XTuner's name, as `llama3_chat`.
-        map_fn: `llava`, as published: the image goes to the front; or `interleaved`.
-        max_length: As of `LLaVADataset`.
+        tokenizer: Folder or Hub name of the tokenizer.
+        prompt_template: XTuner's name of the prompt template, such as `llama3_chat`.
+        map_fn: `llava` moves the image to the front, as published; `interleaved` keeps positions.
+        max_length: Maximum number of tokens; longer sequences are truncated.
 
     Raises:
-        ValueError: No such template or function.
+        ValueError: If there is no such template or mapping.
     """
     prepare_host()
     from transformers import AutoTokenizer
@@ -83,10 +83,10 @@ def settings_from_names(
 
 
 def settings_from_config(config_file: str | os.PathLike[str]) -> TextSettings:
-    """Settings of a training config.
+    """Returns the settings of a training config.
 
     Raises:
-        ValueError: Its training data is not one dataset with a tokenizer.
+        ValueError: If its training data is not a single dataset with a tokenizer.
     """
     prepare_host()
     from xtuner.registry import BUILDER, MAP_FUNC
@@ -117,7 +117,7 @@ def settings_from_config(config_file: str | os.PathLike[str]) -> TextSettings:
 
 
 def _described(value: Any) -> Any:
-    """A config's value as JSON that is the same in every process: functions by their names."""
+    """Converts a config value to JSON that is the same in every process; functions become names."""
     if isinstance(value, Mapping):
         return {str(key): _described(item) for key, item in value.items()}
     if callable(value):
@@ -132,20 +132,20 @@ def tokenise(
     *,
     num_proc: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the folder, whole or not at all.
+    """Tokenizes a data file to a folder, which is written atomically.
 
     Args:
         data_path: `conversations.jsonl`, or a `.json` array.
-        out: The folder.
-        settings: What decides the tokens.
-        num_proc: Processes; by default chosen by the number of rows.
+        out: Output folder.
+        settings: Settings that determine the tokens.
+        num_proc: Number of processes; chosen by the number of rows by default.
 
     Returns:
         The report: `num_rows`, `num_tokens`, `num_skipped`.
 
     Raises:
-        ValueError: No rows, or too many that cannot be used.
-        OutputExistsError: `out` holds something else, or another process writes it.
+        ValueError: If there are no rows, or too many cannot be used.
+        OutputExistsError: If `out` holds something else, or another process is writing it.
     """
     out, data_path = Path(os.path.abspath(out)), Path(data_path)
     if not data_path.is_file():
@@ -157,7 +157,7 @@ def tokenise(
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock_file = out.with_name(f"{out.name}.lock")
     with folder_lock(lock_file, folder=out):
-        if out.exists():  # written by the process that held the lock until now
+        if out.exists():  # another process finished it while we waited for the lock
             return _finished(out, inputs)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -198,7 +198,7 @@ def _write(
         image_field=settings.image_field,
     )
     images = data["image"]
-    if all(len(files or ()) <= 1 for files in images):  # XTuner's own class knows one name only
+    if all(len(files or ()) <= 1 for files in images):  # XTuner's own class supports only one name
         names = [files[0] if files else None for files in images]
         data = data.remove_columns("image").add_column("image", names)
     data.flatten_indices().save_to_disk(str(folder))
@@ -206,6 +206,6 @@ def _write(
         "num_rows": len(data),
         "num_tokens": sum(data["length"]),
         "num_skipped": len(log.read()),
-        # The folder is tokens only: what asks the trained model later must know their template.
+        # The tokens alone do not reveal the template, which inference needs to know.
         "prompt_template": template_of(build(settings.template_map_fn)).fields(),
     }

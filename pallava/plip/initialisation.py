@@ -1,4 +1,4 @@
-"""What PLIP pretraining starts from: tokenizer and encoders, pretrained or from scratch."""
+"""Tokenizer and encoders of PLIP pretraining, pretrained or newly initialised."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pallava.modeling.plip_text import PLIPTextEncoder
 from pathcore.weights import load_strict
 
 DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
-"""Tokens that BLIP adds to BERT's (arXiv:2201.12086): start of decoding, start of matching."""
+"""Tokens that BLIP adds to BERT (arXiv:2201.12086) to start decoding and matching."""
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def load_caption_tokenizer(name_or_path: str | os.PathLike[str]) -> BertTokenizerFast:
-    """A BERT tokenizer with `[DEC]` and `[ENC]`.
+    """Loads a BERT tokenizer and adds `[DEC]` and `[ENC]`.
 
     Args:
-        name_or_path: Folder with a BERT tokenizer, or name on the Hugging Face hub.
+        name_or_path: Folder of a BERT tokenizer, or name on the Hugging Face Hub.
     """
     return _add_tokens(BertTokenizerFast.from_pretrained(name_or_path))
 
 
 def make_caption_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> BertTokenizerFast:
-    """A BERT tokenizer whose vocabulary is the words of the captions, for training from scratch.
+    """Builds a BERT tokenizer from the words of the captions, for training from scratch.
 
-    The most frequent words come first, ties in alphabetical order, so that every process makes the
-    same tokenizer; letters serve to spell what is left out.
+    Words are ordered by frequency, then alphabetically, so that every process builds the same
+    tokenizer. Single letters spell words outside the vocabulary.
 
     Args:
         captions: Texts to take the words from.
-        vocab_size: Upper limit, `[DEC]` and `[ENC]` not counted.
+        vocab_size: Maximum size of the vocabulary, without `[DEC]` and `[ENC]`.
 
     Raises:
-        ValueError: No word in the captions, or a limit that leaves no room for words.
+        ValueError: If the captions contain no words, or the limit leaves no space for them.
     """
     from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -67,7 +67,7 @@ def make_caption_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> 
 
 
 def build_caption_tokenizer(spec: str | Mapping[str, Any]) -> BertTokenizerFast:
-    """A tokenizer from a folder or hub name, or made from the captions of a pairs file.
+    """Loads a tokenizer, or builds one from the captions of a pairs file.
 
     Args:
         spec: Name or path, or `{"pairs_file": ..., "vocab_size": ...}`.
@@ -81,13 +81,13 @@ def build_caption_tokenizer(spec: str | Mapping[str, Any]) -> BertTokenizerFast:
 
 
 def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PLIPVisionEncoder:
-    """A CLIP vision encoder: a folder's, the hub's, or a new one of given sizes.
+    """Loads a CLIP vision encoder from a folder or the Hub, or builds a new one.
 
     Args:
-        spec: Folder of a CLIP or PLIP, name on the Hugging Face hub, or `CLIPVisionConfig` fields.
+        spec: Folder of a CLIP or PLIP, name on the Hugging Face Hub, or `CLIPVisionConfig` fields.
 
     Raises:
-        FileNotFoundError: Neither a folder nor a name that the hub could know.
+        FileNotFoundError: If `spec` is neither a folder nor a possible Hub name.
     """
     if isinstance(spec, Mapping):
         return PLIPVisionEncoder(CLIPVisionConfig(**spec))
@@ -107,15 +107,15 @@ def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PL
 def build_text_encoder(
     spec: str | os.PathLike[str] | Mapping[str, Any], *, vocab_size: int, image_hidden_size: int
 ) -> PLIPTextEncoder:
-    """A text encoder: from a BERT folder or the hub, or a new one of given sizes.
+    """Loads a text encoder from a BERT folder or the Hub, or builds a new one.
 
     Args:
-        spec: Folder of a BERT, name on the Hugging Face hub, or `BertConfig` fields.
-        vocab_size: Tokens of the tokenizer, the added ones counted.
+        spec: Folder of a BERT, name on the Hugging Face Hub, or `BertConfig` fields.
+        vocab_size: Number of tokens, including added ones.
         image_hidden_size: Width of the image encoder.
 
     Raises:
-        FileNotFoundError: Neither a folder nor a name that the hub could know.
+        FileNotFoundError: If `spec` is neither a folder nor a possible Hub name.
     """
     if isinstance(spec, Mapping):
         config = BertConfig(**{**spec, "vocab_size": vocab_size})
@@ -133,7 +133,7 @@ def _add_tokens(tokenizer: BertTokenizerFast) -> BertTokenizerFast:
 
 
 def _check_name_or_path(what: str, spec: str | os.PathLike[str]) -> None:
-    """Tells an absent folder from a hub name, before the hub is asked for it."""
+    """Distinguishes a missing folder from a Hub name before the Hub is contacted."""
     text = os.fspath(spec)
     if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise FileNotFoundError(

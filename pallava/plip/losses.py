@@ -1,6 +1,6 @@
-"""Pieces of PLIP's objectives: contrastive loss with soft targets, hard negatives.
+"""Losses of PLIP pretraining: contrastive loss with soft targets, hard negative sampling.
 
-Shapes: B pairs of this rank, M candidates, E embed_dim.
+Shapes: B pairs on this rank, M candidates, E embed_dim.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_MIN_NEGATIVE_WEIGHT = 1e-4  # BLIP: no pair is wholly excluded as a hard negative
+_MIN_NEGATIVE_WEIGHT = 1e-4  # as in BLIP: every negative keeps a small probability
 
 
 def contrastive_loss(
@@ -21,24 +21,31 @@ def contrastive_loss(
     alpha: float,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One direction of ALBEF's ITC (arXiv:2107.07651, equation 6).
+    """Computes one direction of ALBEF's ITC loss (arXiv:2107.07651, equation 6).
 
-    The target is spread evenly over a row's positives and mixed with what the momentum model
-    thinks: `alpha * softmax(momentum similarities) + (1 - alpha) * positives`.
+    The targets are uniform over a row's positives and mixed with the momentum model's predictions:
+    `alpha * softmax(momentum similarities) + (1 - alpha) * positives`.
 
     Args:
         feats: `(B, E)` unit vectors.
-        feats_m: `(B, E)` of the momentum model.
+        feats_m: `(B, E)` unit vectors of the momentum model.
         candidates: `(E, M)` unit vectors of the other modality.
-        positive: `(B, M)`, true where a candidate is right; at least one in every row.
-        temperature: Divides the similarities.
-        alpha: Weight of the momentum model.
-        ignored: `(M,)`, true where a candidate does not count at all.
+        positive: `(B, M)`, True for positives; each row has at least one.
+        temperature: Divisor of the similarities.
+        alpha: Weight of the momentum model's predictions.
+        ignored: `(M,)`, True for candidates to be excluded.
 
     Returns:
         The loss, and the similarities `(B, M)` without gradient.
+
+    Example:
+        >>> feats = F.normalize(torch.randn(4, 8), dim=-1)
+        >>> loss, sim = contrastive_loss(feats, feats, feats.T, torch.eye(4).bool(),
+        ...                              torch.tensor(0.07), alpha=0.4)
+        >>> sim.shape
+        torch.Size([4, 4])
     """
-    # In half precision a softmax over a long queue loses the small probabilities.
+    # In half precision, a softmax over a long queue underflows for small probabilities.
     with torch.autocast(feats.device.type, enabled=False):
         sim = _similarity(feats, candidates, temperature, ignored)
         with torch.no_grad():
@@ -51,32 +58,36 @@ def contrastive_loss(
 
 @torch.no_grad()
 def hard_negatives(sim: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one negative for every row, the more similar the likelier (ALBEF, section 3.2).
+    """Draws one negative per row, with probability increasing in similarity (ALBEF, section 3.2).
 
     Args:
         sim: `(B, M)` similarities.
-        positive: `(B, M)`, true where the candidate is no negative.
+        positive: `(B, M)`, True for candidates that are not negatives.
 
     Returns:
-        Candidates `(B,)`, and `(B,)` whether the row has a negative at all.
+        Indices of candidates `(B,)`, and a mask `(B,)` of rows that have a negative at all.
     """
     weights = (sim.float().softmax(dim=1) + _MIN_NEGATIVE_WEIGHT).masked_fill(positive, 0)
     found = ~positive.all(dim=1)
-    # A row without a negative draws any candidate; the caller leaves it out of the loss.
+    # A row without negatives draws an arbitrary candidate, which the caller masks in the loss.
     weights = torch.where(found[:, None], weights, torch.ones_like(weights))
     return torch.multinomial(weights, 1).squeeze(1), found
 
 
 def ramped_alpha(alpha: float, step: int, ramp_steps: int) -> float:
-    """Weight of the soft targets at a step: from 0 to `alpha`, then constant.
+    """Returns the weight of the soft targets: a linear ramp from 0 to `alpha`, then constant.
 
-    ALBEF raises it over the first epoch (arXiv:2107.07651, implementation details); the original
-    of PLIP takes the weight as given.
+    ALBEF ramps it over the first epoch (arXiv:2107.07651, implementation details); the original
+    PLIP code uses a constant weight.
 
     Args:
-        alpha: The weight after the ramp.
-        step: Steps done.
-        ramp_steps: Length of the ramp; 0: none.
+        alpha: Weight after the ramp.
+        step: Number of completed steps.
+        ramp_steps: Length of the ramp; 0 for none.
+
+    Example:
+        >>> [ramped_alpha(0.4, step, ramp_steps=4) for step in (0, 2, 4, 9)]
+        [0.0, 0.2, 0.4, 0.4]
     """
     return alpha if ramp_steps <= 0 else alpha * min(1.0, step / ramp_steps)
 
@@ -87,5 +98,5 @@ def _similarity(
     sim = feats @ candidates / temperature.float()
     if ignored is None:
         return sim
-    # The lowest number, not -inf: times a target of 0 that would be NaN.
+    # The lowest finite value, because -inf times a target of 0 is NaN.
     return sim.masked_fill(ignored, torch.finfo(sim.dtype).min)

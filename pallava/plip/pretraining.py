@@ -1,10 +1,10 @@
-"""PLIP pretraining: images and captions aligned by contrast (ITC) and by matching (ITM).
+"""PLIP pretraining: aligns images and captions by contrast (ITC) and matching (ITM).
 
-ALBEF's objectives (arXiv:2107.07651) with BLIP's fused text encoder (arXiv:2201.12086), without a
-language-modelling loss: what the PLIP encoder of PA-LLaVA was trained with. Parameter and buffer
-names are the published ones.
+ALBEF's objectives (arXiv:2107.07651) with BLIP's fused text encoder (arXiv:2201.12086) and without
+a language-modelling loss, as PA-LLaVA's PLIP encoder was trained. Parameters and buffers have their
+published names.
 
-Shapes: B pairs of this rank, W ranks, N = W * B, Q queue slots, E embed_dim, T tokens, P image
+Shapes: B pairs on this rank, W ranks, N = W * B, Q queue slots, E embed_dim, T tokens, P image
 tokens.
 """
 
@@ -26,10 +26,10 @@ from pallava.plip.losses import contrastive_loss, hard_negatives
 from pathcore.ranks import all_gather, all_gather_with_grad, rank_and_world_size
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
-"""Limits of the learned temperature (ALBEF, github.com/salesforce/ALBEF)."""
+"""Bounds of the learned temperature, as in ALBEF (github.com/salesforce/ALBEF)."""
 
 EMPTY_SLOT = -100
-"""Value of `idx_queue` where the queue still holds its random start (ALBEF's marker)."""
+"""Value of `idx_queue` for slots that still hold random initial vectors, as in ALBEF."""
 
 _MOMENTUM_SUFFIX = "_m"
 _IGNORED_LABEL = -100
@@ -37,13 +37,13 @@ _IGNORED_LABEL = -100
 
 @dataclass
 class PLIPPretrainingOutput:
-    """What one step gives.
+    """Losses and accuracies of one step.
 
     Attributes:
-        loss_ita: Contrastive loss, image to text and text to image averaged.
-        loss_itm: Matching loss over one positive and two hard negatives of every pair.
-        itm_accuracy: Share of pairs and hard negatives told apart.
-        itc_accuracy: Share of images whose nearest caption of the step is a positive.
+        loss_ita: Contrastive loss, averaged over image-to-text and text-to-image.
+        loss_itm: Matching loss over one positive and two hard negatives per pair.
+        itm_accuracy: Fraction of pairs and hard negatives that are classified correctly.
+        itc_accuracy: Fraction of images whose nearest caption within the step is a positive.
     """
 
     loss_ita: Tensor
@@ -53,36 +53,36 @@ class PLIPPretrainingOutput:
 
     @property
     def loss(self) -> Tensor:
-        """The sum that is minimised."""
+        """Total loss to be minimised."""
         return self.loss_ita + self.loss_itm
 
 
 class PLIPPretrainingModel(nn.Module):
     """Image and text encoder, their momentum copies and queues, and the two losses.
 
-    In several processes every rank contrasts its pairs with the momentum features of all ranks, and
-    all ranks keep the same queues: the gradient, averaged over the ranks, is that of one process
-    with the union of the batches. For the matching loss that holds with `gather_negatives`.
+    With several processes, each rank contrasts its pairs with the momentum features of all ranks,
+    and all ranks keep identical queues. The gradient averaged over ranks then equals that of a
+    single process with the combined batch; for the matching loss, this requires `gather_negatives`.
 
     Args:
         visual_encoder: Image encoder; all its layers are trained.
-        text_encoder: Text encoder, made for the width of the image encoder.
-        enc_token_id: Id of `[ENC]`, which replaces the first token where text meets image.
+        text_encoder: Text encoder with cross-attention to the image encoder's width.
+        enc_token_id: Id of `[ENC]`, which replaces the first token for matching.
         embed_dim: Width of the shared space.
-        queue_size: Slots of each queue.
-        momentum: Share of the old value in every update of the momentum copies.
+        queue_size: Number of slots per queue.
+        momentum: Decay of the moving average of the momentum copies.
         alpha: Weight of the momentum model's soft targets; see also `ramped_alpha`.
-        temperature: Where the learned temperature starts.
-        positives: `"same_sample"`: only a sample's own caption is right, the original's behaviour.
-            `"same_caption_id"`: every sample of the step and of the queue with the same id is, as
-            in ALBEF's retrieval training; such samples are no hard negatives either.
-        empty_slots: `"negatives"`: the random vectors of a queue that is not yet full count as
-            negatives, the original's behaviour. `"ignored"`: they do not.
-        gather_negatives: Take hard negatives from all ranks, at the price of sending the image
-            tokens around.
+        temperature: Initial value of the learned temperature.
+        positives: With `same_sample`, as in the original, only a sample's own caption is positive.
+            With `same_caption_id`, as in ALBEF's retrieval training, all samples of the step and
+            the queue with the same id are positive and excluded from hard negatives.
+        empty_slots: Whether the random vectors of a queue that is not yet full count as
+            `negatives`, as in the original, or are `ignored`.
+        gather_negatives: Whether to draw hard negatives from all ranks, at the cost of
+            communicating the image tokens.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: If an argument is out of range.
     """
 
     temp: nn.Parameter
@@ -154,18 +154,18 @@ class PLIPPretrainingModel(nn.Module):
         attention_mask: Tensor,
         caption_ids: Tensor | None = None,
     ) -> PLIPPretrainingOutput:
-        """One training step: both losses; updates momentum copies and queues in training mode.
+        """Computes both losses; in training mode, also updates momentum copies and queues.
 
         Args:
             pixel_values: `(B, 3, S, S)`, normalised.
-            input_ids: `(B, T)`, padded on the right to the longest of the batch.
+            input_ids: `(B, T)`, padded on the right to the longest caption of the batch.
             attention_mask: `(B, T)`.
-            caption_ids: `(B,)` integers >= 0; equal ones mean equal captions. Required for
+            caption_ids: `(B,)` non-negative integers, equal for equal captions. Required for
                 `positives="same_caption_id"`.
 
         Raises:
-            ValueError: No caption ids where they are needed, or another batch size than the other
-                ranks or the steps before had, in several processes.
+            ValueError: If caption ids are required but missing, or, with several processes, if the
+                batch size differs between ranks or from earlier steps.
         """
         caption_ids = self._check_caption_ids(caption_ids, pixel_values)
         self._check_ranks(len(pixel_values))
@@ -215,16 +215,16 @@ class PLIPPretrainingModel(nn.Module):
         )
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Unit vectors of images in the shared space, `(B, E)`."""
+        """Returns unit vectors of images in the shared space, `(B, E)`."""
         return self._features(pixel_values)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit vectors of captions in the shared space, `(B, E)`."""
+        """Returns unit vectors of captions in the shared space, `(B, E)`."""
         return self._features(input_ids, attention_mask)
 
     @torch.no_grad()
     def update_momentum_copies(self) -> None:
-        """Moves every momentum copy towards its model: `m * copy + (1 - m) * model`."""
+        """Updates the moving averages: `copy = m * copy + (1 - m) * model`."""
         pairs = list(self._momentum_parameters())
         copies = [copied for _, copied in pairs]
         models = [model.to(copied.dtype) for model, copied in pairs]
@@ -232,15 +232,15 @@ class PLIPPretrainingModel(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_feats: Tensor, text_feats: Tensor, caption_ids: Tensor) -> None:
-        """Writes features over the oldest slots, from slot 0 again after the last.
+        """Overwrites the oldest slots of the ring buffers.
 
         Args:
-            image_feats: `(N, E)`, of all ranks in rank order.
-            text_feats: `(N, E)`.
-            caption_ids: `(N,)`.
+            image_feats: `(N, E)` features of all ranks, in rank order.
+            text_feats: `(N, E)` features of all ranks, in rank order.
+            caption_ids: `(N,)` caption ids.
         """
         queue_size = self.image_queue.shape[1]
-        # Of more features than slots, the last ones stay.
+        # If there are more features than slots, the last ones are kept.
         dropped = max(0, len(caption_ids) - queue_size)
         offsets = torch.arange(dropped, len(caption_ids), device=self.ptr_queue.device)
         slots = (self.ptr_queue + offsets) % queue_size
@@ -260,7 +260,7 @@ class PLIPPretrainingModel(nn.Module):
         return self._project(getattr(self, f"text_proj{suffix}"), hidden)
 
     def _positives(self, caption_ids: Tensor, all_ids: Tensor) -> Tensor:
-        """Which candidates are right for which pair, `(B, N + Q)`."""
+        """Returns the mask of positives for each pair, `(B, N + Q)`."""
         rank, _ = rank_and_world_size()
         own = torch.arange(len(caption_ids), device=all_ids.device) + rank * len(caption_ids)
         positive = F.one_hot(own, len(all_ids)).bool()
@@ -281,10 +281,10 @@ class PLIPPretrainingModel(nn.Module):
         sim_t2i: Tensor,
         positive: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Matching loss and accuracy: every pair, and a hard negative for its image and its text.
+        """Computes matching loss and accuracy with hard negatives for each image and each text.
 
-        `sim_i2t`, `sim_t2i` and `positive` are `(B, N)`; negatives are drawn with the probabilities
-        that the contrastive similarities give.
+        `sim_i2t`, `sim_t2i` and `positive` are `(B, N)`. Negatives are drawn with probabilities
+        from the contrastive similarities.
         """
         batch_size = len(input_ids)
         rank, world_size = rank_and_world_size()
@@ -304,7 +304,7 @@ class PLIPPretrainingModel(nn.Module):
         text_negative, text_found = hard_negatives(sim_i2t, positive)
         image_negative, image_found = hard_negatives(sim_t2i, positive)
         if image_pool is not image_embeds:
-            # Only the images that are used are projected to keys and values.
+            # Keys and values are projected only for images that are used.
             image_pool = torch.cat([image_embeds, image_pool[image_negative]])
             image_negative = own + batch_size
 
@@ -350,7 +350,7 @@ class PLIPPretrainingModel(nn.Module):
 
     @torch.no_grad()
     def _check_ranks(self, batch_size: int) -> None:
-        """Makes sure, without talking in every step, that no rank waits for another for ever."""
+        """Checks that no rank would wait forever for another, without communicating every step."""
         _, world_size = rank_and_world_size()
         if world_size == 1:
             return
@@ -368,10 +368,10 @@ class PLIPPretrainingModel(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves queues and momentum copies with the model, but keeps their type.
+        """Moves queues and momentum copies with the model, but keeps their dtype.
 
-        In bfloat16 a step of `1 - momentum` is smaller than the spacing of numbers: the copies
-        would stand still.
+        In bfloat16, an update by `1 - momentum` would be smaller than the spacing of values, and
+        the copies would never change.
         """
         before = [tensor.data for tensor in self._kept_tensors()]
         super()._apply(fn, recurse)
@@ -386,7 +386,7 @@ class PLIPPretrainingModel(nn.Module):
 
 
 def _gather_texts(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Texts of all ranks, `(N, T)` each, padded to the longest of all ranks."""
+    """Gathers texts of all ranks, `(N, T)` each, padded to the longest text of all ranks."""
     length = torch.tensor([input_ids.shape[1]], device=input_ids.device)
     longest = int(all_gather(length).max())
     extra = (0, longest - input_ids.shape[1])
