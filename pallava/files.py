@@ -1,7 +1,4 @@
-"""Output that is whole or absent, whatever moment the process is killed at.
-
-A file is written beside its place, forced to disk and renamed.
-"""
+"""Atomic output files: a file is written beside its path, fsynced and renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 _STAGE = ".staged.partial"
@@ -24,14 +21,14 @@ _READ_BYTES = 4 << 20
 
 
 class OutputExistsError(ValueError):
-    """The place of an output is taken by something else."""
+    """Raised if an output path is already occupied by something else."""
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path to write to; at the end the file is forced to disk and takes its place.
+    """Context manager: yields a temporary path, then fsyncs it and renames it over `path`.
 
-    If the body raises, nothing takes the place, and what was there stays.
+    If the body raises, an existing file at `path` stays unchanged.
 
     Example:
         >>> import tempfile
@@ -53,26 +50,26 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 text file that is whole or absent."""
+    """Writes a UTF-8 text file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a JSON file that is whole or absent."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def staged_files(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
-    """Gives a folder to write files into; at the end they move into `folder` together.
+    """Context manager: yields a temporary folder whose files then move into `folder` together.
 
-    The file called `last` is the one without which the folder does not load: what `folder` holds
-    under that name goes first, and the new one arrives after all others. A kill leaves the old
-    folder, one that does not load, or the new one; never a mixture that loads.
+    The file `last` is the one without which the folder cannot be loaded. Its old version is removed
+    first, and the new one arrives after all others. A kill thus leaves the old folder, one that
+    cannot be loaded, or the new one, but never a loadable mixture.
 
     Args:
-        folder: Receives the files; made if need be; other files in it are kept.
+        folder: Output folder; created if necessary. Other files in it are kept.
         last: Name of the file that makes the folder loadable; the body must write it.
     """
     folder = Path(folder)
@@ -95,7 +92,7 @@ def staged_files(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path]
 
 
 def fsync_path(path: str | os.PathLike[str]) -> None:
-    """Forces a file, or the names in a folder, to disk."""
+    """Fsyncs a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,7 +101,7 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Returns the SHA-256 digest of a file, as the hub's file pages show it."""
+    """Returns the SHA-256 digest of a file, as shown on the Hub's file pages."""
     digest = hashlib.sha256()
     for chunk in read_chunks(path):
         digest.update(chunk)
@@ -112,7 +109,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_chunks(path: str | os.PathLike[str]) -> Iterator[memoryview]:
-    """Reads a file in chunks, each of which holds until the next is asked for."""
+    """Yields the chunks of a file; each is valid only until the next one is read."""
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(_READ_BYTES)
         while count := file.readinto(buffer):
@@ -120,17 +117,17 @@ def read_chunks(path: str | os.PathLike[str]) -> Iterator[memoryview]:
 
 
 def take_lock(path: str | os.PathLike[str], *, shared: bool = False) -> int | None:
-    """Locks a file, which is made if need be, until the returned descriptor is closed.
+    """Locks a file, which is created if necessary, until the returned descriptor is closed.
 
     Args:
-        path: The lock file.
-        shared: Other shared locks may be held at the same time.
+        path: Lock file.
+        shared: Whether other shared locks may be held at the same time.
 
     Returns:
         The descriptor; None on systems without such locks.
 
     Raises:
-        OutputExistsError: Another process holds the lock.
+        OutputExistsError: If another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -146,6 +143,6 @@ def take_lock(path: str | os.PathLike[str], *, shared: bool = False) -> int | No
 
 
 def file_identity(path: str | os.PathLike[str]) -> list[Any]:
-    """What tells an input file from a changed one without reading it: name, size, time."""
+    """Identifies the state of an input file without reading it: name, size, time."""
     status = os.stat(path)
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

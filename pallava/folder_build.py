@@ -1,7 +1,6 @@
-"""Folders of weights that are built file by file and get their name when every file is verified.
+"""Builds folders of weights file by file; a folder gets its name once every file is verified.
 
-A folder is built in `NAME.partial`, where a later run continues. Not among the files that travel
-with an exported model, which may use nothing beside transformers' own needs.
+A folder is built in `NAME.partial`, where a later run resumes.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from pathcore.files import (
 )
 
 MANIFEST_NAME = "release.manifest.jsonl"
-"""In a built folder: what it was made from, then one row per file with digest and checksum."""
+"""Manifest of a built folder: its inputs, then one row per file with digest and checksum."""
 
 _ROW_KEYS = {"file", "bytes", "sha256", "xxh3_128"}
 _LOCK = ".lock"
 
 _LARGE_BYTES = 16 << 20
-"""Files of this size are read back while the next is made, smaller ones at the end."""
+"""Files from this size are read back while the next one is written, smaller ones at the end."""
 
 
 def checksum_of(path: str | os.PathLike[str]) -> str:
-    """Returns the XXH3 checksum (128 bits) of a file, ten times faster than its SHA-256 digest."""
+    """Returns the 128-bit XXH3 checksum of a file; ten times faster than SHA-256."""
     checksum = xxhash.xxh3_128()
     for chunk in read_chunks(path):
         checksum.update(chunk)
@@ -47,10 +46,10 @@ def checksum_of(path: str | os.PathLike[str]) -> str:
 
 
 class FileDigest:
-    """What a file is recognised by, computed as it is written.
+    """Digest and checksum of a file, computed while it is written.
 
-    The SHA-256 digest is for others, who may want proof; the XXH3 checksum is for reading the file
-    back on the spot, where only the disk can err.
+    The SHA-256 digest is published for others to verify. The XXH3 checksum is used to read the file
+    back immediately, which only needs to detect disk errors.
     """
 
     def __init__(self) -> None:
@@ -63,24 +62,24 @@ class FileDigest:
         self._checksum.update(data)
 
     def row(self) -> dict[str, str]:
-        """Both, by name, in lower-case hexadecimal digits."""
+        """Returns digest and checksum by name, as lowercase hexadecimal strings."""
         return {"sha256": self._sha256.hexdigest(), "xxh3_128": self._checksum.hexdigest()}
 
 
 class FolderBuild:
-    """A folder that is built file by file, continued after a kill, and verified at the end.
+    """A folder that is built file by file, resumable, and verified at the end.
 
-    Files are made in `OUT.partial`. Each is recorded with its digest once it is whole, so that a
-    later build from the same inputs continues behind it. Every file is read again, while the next
-    is made if it is large; `finish` compares checksums, and only then gives the folder its name.
-    Several threads may each make a file.
+    Files are written to `OUT.partial`. Each complete file is recorded with its digest, so that a
+    later build from the same inputs continues after it. Every file is read back, large ones while
+    the next is being written; `finish` compares checksums and then renames the folder. Several
+    threads may each write a file.
 
     Args:
-        out: The folder to build.
-        inputs: What it is made from, as JSON values; a build from other inputs starts anew.
+        out: Folder to build.
+        inputs: JSON values that the content depends on; a build from other inputs starts over.
 
     Raises:
-        OutputExistsError: `out` holds something else, or another process is building it.
+        OutputExistsError: If `out` holds something else, or another process is building it.
 
     Example:
         >>> import tempfile
@@ -94,7 +93,7 @@ class FolderBuild:
     """
 
     def __init__(self, out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
-        # Through a link to a folder, existing or not, the folder itself is written.
+        # If `out` is a symbolic link, its target is written, whether or not it exists.
         self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.inputs = json.loads(json.dumps(inputs))
@@ -125,16 +124,17 @@ class FolderBuild:
         self._stack.close()
 
     def has(self, name: str) -> bool:
-        """Whether a file was made by an earlier run and needs no second making."""
+        """Whether an earlier run has already written a file."""
         return name in self._rows
 
     @contextmanager
     def file(self, name: str, digest: FileDigest | None = None) -> Iterator[Path]:
-        """Gives the path to write one file to, and records it when the body ends.
+        """Context manager that yields the path of one file and records the file on exit.
 
         Args:
-            name: File name inside the folder; `/` makes sub-folders.
-            digest: Fed by the body with what it writes; without one the file is read.
+            name: File name inside the folder; `/` creates sub-folders.
+            digest: Digest that the caller updates with the written bytes; without one, the file is
+                read on exit.
         """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +155,13 @@ class FolderBuild:
             self._start_reading(name, path)
 
     def finish(self) -> dict[str, str]:
-        """Verifies every file and gives the folder its name.
+        """Verifies every file and renames the folder to its final name.
 
         Returns:
             SHA-256 digest by file name.
 
         Raises:
-            OSError: A file reads back differently from what was written.
+            OSError: If a file reads back differently from what was written.
         """
         if not self.complete:
             self._verify(self.folder)
@@ -169,7 +169,7 @@ class FolderBuild:
             self._write_manifest()
             if self.out.is_dir():
                 self.out.rmdir()
-            # Before the renaming: a kill in between would leave it in the finished folder for ever.
+            # Removed before renaming, or a kill in between would leave it in the finished folder.
             (self.folder / _LOCK).unlink(missing_ok=True)
             os.replace(self.folder, self.out)
             fsync_path(self.out.parent)
@@ -186,7 +186,7 @@ class FolderBuild:
         self._verify(self.out)
 
     def _start_reading(self, name: str, path: Path) -> None:
-        """Reads a file again in the background, unless it has been read since it last changed."""
+        """Reads a file back in the background, unless it was read since its last change."""
         identity = file_identity(path) if path.is_file() else []
         known = self._read_back.get(name)
         if identity and (known is None or known[0] != identity):
@@ -215,7 +215,7 @@ class FolderBuild:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _drop_strays(self) -> None:
-        """Removes what killed runs left half-written, so that reruns give the same folder."""
+        """Removes incomplete files of killed runs, so that reruns produce the same folder."""
         keep = {self.folder / name for name in (*self._rows, MANIFEST_NAME, _LOCK)}
         for path in self.folder.rglob("*"):
             if path.is_file() and path not in keep:
@@ -230,9 +230,9 @@ class FolderBuild:
 def read_manifest(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """Reads a built folder's inputs and its rows by file name; `(None, {})` without a manifest.
+    """Reads the inputs and the file rows of a built folder; `(None, {})` without a manifest.
 
-    A last line that was cut off by a kill is left out.
+    A last line that was truncated by a kill is ignored.
     """
     file = Path(folder) / MANIFEST_NAME
     if not file.is_file():

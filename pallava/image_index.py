@@ -1,4 +1,4 @@
-"""Sizes of many images, read from their headers, and which of them cannot be opened."""
+"""Reads the sizes of many images from their headers and finds those that cannot be opened."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from tqdm import tqdm
 
 from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size
 
-_THREADS = 32  # opening a header waits for the disk or the network, not for the processor
+_THREADS = 32  # reading headers is bound by disk or network latency
 _SILENT_BELOW = 5000
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """What the headers say.
+    """Sizes and errors of indexed images.
 
     Attributes:
         sizes: `(width_px, height_px)` by file name.
-        errors: Why a file cannot be used, by file name.
+        errors: Reason why a file cannot be used, by file name.
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def size(self, name: str) -> tuple[int, int]:
-        """Size of one image, `(width_px, height_px)`."""
+        """Returns the size of one image, `(width_px, height_px)`."""
         return self.sizes[name]
 
 
 def index_images(
     folder: str | os.PathLike[str], names: Iterable[str], *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> ImageIndex:
-    """Opens the header of every named image in a folder.
+    """Reads the header of every named image in a folder.
 
     Args:
-        folder: Where the images lie.
-        names: File names relative to it; names that lead out of the folder are errors.
-        max_pixels: Larger images are errors.
+        folder: Image folder.
+        names: File names relative to the folder; names that point outside it count as errors.
+        max_pixels: Maximum number of pixels; larger images count as errors.
     """
     root, names = Path(folder), list(names)
     index = ImageIndex()
@@ -68,13 +68,17 @@ def index_images(
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Joins a file name from data to a folder, refusing names that lead out of it.
+    """Joins a file name from data to a folder, rejecting names that point outside it.
 
     Raises:
-        ImageError: The name is absolute elsewhere or climbs out by `..`.
+        ImageError: If the name is an absolute path elsewhere or escapes through `..`.
+
+    Example:
+        >>> path_inside(Path("images"), "a/b.png").as_posix()
+        'images/a/b.png'
     """
     parts = PurePath(name)
-    roots = (folder.absolute(), folder.resolve())  # the folder itself may be a link
+    roots = (folder.absolute(), folder.resolve())  # the folder itself may be a symbolic link
     if parts.is_absolute() and not any(parts.is_relative_to(root) for root in roots):
         raise ImageError(f"{name}: lies outside the image folder {folder}")
     if ".." in parts.parts:

@@ -1,7 +1,7 @@
-"""Images and captions from a `pairs.jsonl`.
+"""Image-caption pairs from a `pairs.jsonl`.
 
-One JSON object a line: `id`, `image` (path relative to the image folder), `caption`; further fields
-are left alone. What cannot be used is recorded in a skip log and left out.
+Each line is a JSON object with `id`, `image` (path relative to the image folder) and `caption`;
+further fields are ignored. Unusable lines and images are recorded in a skip log and skipped.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pallava.skipping import SkipLog
 from pathcore.images import ImageError, load_image
 
 MAX_SKIPPED_SHARE = 0.1
-"""More bad lines than this share mean a wrong file, not bad luck."""
+"""Maximum fraction of unusable lines; more indicate a wrong file."""
 
 _MAX_TRIES = 100
 _MIN_LINES_TO_JUDGE = 10
 
 
 class PairError(ValueError):
-    """A line of a pairs file that is no usable pair; the message says why."""
+    """Raised for a line that is not a usable pair; the message gives the reason."""
 
 
 class PairSample(TypedDict):
@@ -48,9 +48,9 @@ class Pair:
     """One line of a pairs file.
 
     Attributes:
-        id: Its id.
+        id: Id of the pair.
         image: Path relative to the image folder.
-        caption: Text, not empty.
+        caption: Caption; not empty.
     """
 
     id: str
@@ -59,10 +59,14 @@ class Pair:
 
 
 def parse_pair(line: str | bytes) -> Pair:
-    """Reads one line.
+    """Parses one line.
 
     Raises:
-        PairError: No JSON object, or a field is missing or empty.
+        PairError: If the line is not a JSON object, or a field is missing or empty.
+
+    Example:
+        >>> parse_pair('{"id": 1, "image": "a.png", "caption": "Liver."}').caption
+        'Liver.'
     """
     try:
         row = json.loads(line)
@@ -74,35 +78,35 @@ def parse_pair(line: str | bytes) -> Pair:
 
 
 def read_captions(pairs_file: str | os.PathLike[str]) -> Iterator[str]:
-    """Yields the captions of a pairs file; lines that are no pair are passed over.
+    """Yields the captions of a pairs file; unusable lines are skipped.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: If there is no such file.
     """
     for _, line in _lines(Path(pairs_file)):
         try:
             yield parse_pair(line).caption
         except PairError:
-            continue  # recorded by PairDataset, which reads the same file
+            continue  # PairDataset reads the same file and records it
 
 
 class PairDataset(Dataset[PairSample]):
-    """Image-caption pairs, augmented.
+    """Augmented image-caption pairs.
 
-    Only the position of every line is kept in memory. An image that cannot be read is recorded and
-    the next one takes its place.
+    Only the byte offset of each line is kept in memory. If an image cannot be read, it is recorded
+    and the next pair is returned instead.
 
     Args:
-        pairs_file: The `pairs.jsonl`.
-        image_folder: What the paths in it are relative to; by default the file's folder.
-        image_size: Side of the square images that come out, in pixels.
-        skip_log: Where unusable lines and images are written down.
-        transform: PIL image to uint8 tensor `(3, image_size, image_size)`; by default
+        pairs_file: Path of `pairs.jsonl`.
+        image_folder: Folder that image paths are relative to. Defaults to the folder of the file.
+        image_size: Side of the square output images in pixels.
+        skip_log: Log of unusable lines and images.
+        transform: Maps a Pillow image to a uint8 tensor `(3, image_size, image_size)`. Defaults to
             `histology_augmentation(image_size)`.
 
     Raises:
-        FileNotFoundError: No such file or folder.
-        ValueError: No usable line in the file, or more than a tenth unusable.
+        FileNotFoundError: If the file or folder does not exist.
+        ValueError: If the file has no usable lines, or more than a tenth are unusable.
     """
 
     def __init__(
@@ -129,7 +133,7 @@ class PairDataset(Dataset[PairSample]):
         return len(self._offsets)
 
     def pair(self, index: int) -> Pair:
-        """The pair at a position, without its image."""
+        """Returns the pair at an index, without its image."""
         with self.pairs_file.open("rb") as file:
             file.seek(self._offsets[index])
             return parse_pair(file.readline())
@@ -138,11 +142,11 @@ class PairDataset(Dataset[PairSample]):
         """Loads a pair.
 
         Returns:
-            `image`: uint8 `(3, image_size, image_size)`; `caption`; `caption_id`: the same for
-            equal captions, case and blanks aside, in every process.
+            `image` (uint8 `(3, image_size, image_size)`), `caption`, and `caption_id`, which is
+            equal for captions that are equal up to case and whitespace, in every process.
 
         Raises:
-            ImageError: Many images in a row cannot be read.
+            ImageError: If many consecutive images cannot be read.
         """
         first_error = None
         tries = min(_MAX_TRIES, len(self))
@@ -191,19 +195,24 @@ class PairDataset(Dataset[PairSample]):
 def histology_augmentation(
     image_size: int, *, min_area: float = 0.5, jitter: float = 0.1, hue: float = 0.02
 ) -> nn.Module:
-    """Random crop, mirror images, quarter turns and a little colour.
+    """Random crop, flip, quarter turn and slight colour jitter.
 
-    Tissue has no up and no left, so all eight orientations are equally good; colours vary with
-    stain and scanner, but too much jitter would undo what a caption says about the stain.
+    Tissue has no canonical orientation, so all eight are equally valid. Colours vary with stain and
+    scanner, but strong jitter would contradict captions that mention the stain.
 
     Args:
-        image_size: Side of the result, in pixels.
-        min_area: Smallest share of the image's area that a crop keeps.
-        jitter: Range of brightness, contrast and saturation, as torchvision's `ColorJitter`.
+        image_size: Side of the result in pixels.
+        min_area: Minimum fraction of the image's area that a crop keeps.
+        jitter: Range of brightness, contrast and saturation, as in torchvision's `ColorJitter`.
         hue: Range of hue.
 
     Returns:
-        A module from PIL image to uint8 `(3, image_size, image_size)`.
+        A module that maps a Pillow image to uint8 `(3, image_size, image_size)`.
+
+    Example:
+        >>> from PIL import Image
+        >>> histology_augmentation(32)(Image.new("RGB", (80, 60))).shape
+        torch.Size([3, 32, 32])
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -222,13 +231,13 @@ def histology_augmentation(
 
 
 def plain_resize(image_size: int) -> nn.Module:
-    """The whole image as a square, aspect not kept: how PA-LLaVA makes its thumbnail.
+    """Resizes the whole image to a square, ignoring its aspect ratio, as PA-LLaVA's thumbnail.
 
     Args:
-        image_size: Side of the result, in pixels.
+        image_size: Side of the result in pixels.
 
     Returns:
-        A module from PIL image to uint8 `(3, image_size, image_size)`.
+        A module that maps a Pillow image to uint8 `(3, image_size, image_size)`.
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -237,15 +246,15 @@ def plain_resize(image_size: int) -> nn.Module:
 
 
 class RandomQuarterTurn(nn.Module):
-    """Turns an image `(3, S, S)` by 0, 90, 180 or 270 degrees, without interpolation."""
+    """Rotates an image `(3, S, S)` by 0, 90, 180 or 270 degrees, without interpolation."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns the turned image."""
+        """Returns the rotated image."""
         return torch.rot90(image, int(torch.randint(4, ())), (1, 2))
 
 
 def collate_pairs(samples: list[PairSample]) -> dict[str, Any]:
-    """Joins samples: `images` uint8 `(B, 3, S, S)`, `captions`, `caption_ids` `(B,)`."""
+    """Collates samples to `images` uint8 `(B, 3, S, S)`, `captions`, and `caption_ids` `(B,)`."""
     return {
         "images": torch.stack([sample["image"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],
@@ -254,7 +263,7 @@ def collate_pairs(samples: list[PairSample]) -> dict[str, Any]:
 
 
 def _lines(pairs_file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the byte offset and the content of every line that is not blank."""
+    """Yields byte offset and content of every non-blank line."""
     if not pairs_file.is_file():
         raise FileNotFoundError(f"pairs file {pairs_file}: no such file")
     offset = 0

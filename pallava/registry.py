@@ -1,10 +1,10 @@
-"""Names under which encoders, connectors and their like can be asked for.
+"""Registries of encoders, connectors and other parts by name.
 
-A registry maps a short name to a class or function. The built-in parts register themselves where
-they are defined; other packages add theirs through the entry-point group ``xtuner_add.plugins``,
-without a change to this one. Nothing is imported until a name is missing or a listing asked for.
+A registry maps a short name to a class or function. Built-in parts register themselves where they
+are defined; other packages register theirs through the entry-point group ``xtuner_add.plugins``.
+Nothing is imported until a name is missing or a listing is requested.
 
-A third-party package declares, in its ``pyproject.toml``::
+A third-party package declares in its ``pyproject.toml``::
 
     [project.entry-points."xtuner_add.plugins"]
     my_parts = "my_package.parts"          # a module that registers when it is imported
@@ -41,10 +41,10 @@ class Registry:
     """Classes or functions of one kind, by name.
 
     Args:
-        kind: what the registry holds, in the singular, for messages ("connector").
-        builtin_modules: modules that register the built-in entries when imported; imported at the
-            first look-up that fails without them, or at the first listing.
-        shares_models: whether names in MMEngine's `MODELS` are found, if MMEngine is loaded.
+        kind: Kind of the entries, in the singular, for messages ("connector").
+        builtin_modules: Modules that register the built-in entries on import. They are imported on
+            the first look-up that fails without them, or on the first listing.
+        shares_models: Whether names in MMEngine's `MODELS` are found too, if MMEngine is loaded.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Registry:
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[_Registered], _Registered]:
-        """Return a decorator that enters a class or function under ``name``.
+        """Returns a decorator that registers a class or function under ``name``.
 
         Args:
-            name: the name in configs and on command lines.
-            replace: allow the name to be taken from an earlier entry.
+            name: Name in configs and on command lines.
+            replace: Whether to replace an existing entry.
 
         Raises:
-            ValueError: if the name is empty or belongs to something else.
+            ValueError: If the name is empty or already taken.
         """
         if not name or name != name.strip():
             raise ValueError(f"{self.kind} name {name!r} is empty or padded with blanks")
@@ -82,10 +82,11 @@ class Registry:
         return enter
 
     def get(self, name: str) -> Any:
-        """Return what is registered under ``name``.
+        """Returns the entry registered under ``name``.
 
         Raises:
-            ValueError: if there is no such name, even among the plug-ins; names the nearest ones.
+            ValueError: If neither the built-in parts nor the plug-ins have this name; the message
+                suggests the nearest ones.
         """
         if name not in self._entries:
             self._load_builtins()
@@ -93,21 +94,21 @@ class Registry:
             load_plugins()
         if name in self._entries:
             return self._entries[name]
-        # A part registered with `@MODELS.register_module()` is found by its name here too. Looked
-        # up without an import, because this module must work without MMEngine.
+        # Parts registered with `@MODELS.register_module()` are found here too. MMEngine is not
+        # imported for it, because this module must work without MMEngine.
         registries = sys.modules.get("mmengine.registry")
         if self._shares_models and registries and name in registries.MODELS.module_dict:
             return registries.MODELS.module_dict[name]
         raise ValueError(self._unknown(name))
 
     def names(self) -> list[str]:
-        """Return every registered name in order, built-in parts and plug-ins included."""
+        """Returns all registered names, sorted, including built-in parts and plug-ins."""
         self._load_builtins()
         load_plugins()
         return sorted(self._entries)
 
     def origins(self) -> dict[str, str]:
-        """Return for every registered name where it is defined, as ``module:name``."""
+        """Returns where each registered name is defined, as ``module:name``."""
         return {name: _origin(self._entries[name]) for name in self.names()}
 
     def __contains__(self, name: object) -> bool:
@@ -142,9 +143,9 @@ class PluginFailure:
     """A plug-in that could not be loaded.
 
     Attributes:
-        name: the name of its entry point.
-        target: the module or function that the entry point names.
-        error: the exception, as ``Type: message``.
+        name: Name of its entry point.
+        target: Module or function that the entry point names.
+        error: Exception, as ``Type: message``.
     """
 
     name: str
@@ -156,7 +157,7 @@ class PluginFailure:
 
 
 class _Plugins:
-    """The state of plug-in discovery: done at most once in a process."""
+    """State of plug-in discovery, which runs at most once per process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -168,23 +169,24 @@ _plugins = _Plugins()
 
 
 def load_plugins() -> list[PluginFailure]:
-    """Load every plug-in of the entry-point group ``xtuner_add.plugins``, once in a process.
+    """Loads every plug-in of the entry-point group ``xtuner_add.plugins``, once per process.
 
-    A plug-in that cannot be loaded is reported as a warning and skipped: the others stay usable.
+    A plug-in that cannot be loaded is reported as a warning and skipped, and the others stay
+    usable.
 
     Returns:
         The plug-ins that could not be loaded.
     """
     with _plugins.lock:
         if not _plugins.loaded:
-            _plugins.loaded = True  # first: a plug-in may look names up while it registers
+            _plugins.loaded = True  # first, because plug-ins may look up names
             for entry_point in sorted(entry_points(group=PLUGIN_GROUP), key=lambda ep: ep.name):
                 _load(entry_point)
     return plugin_failures()
 
 
 def plugin_failures() -> list[PluginFailure]:
-    """Return the plug-ins that could not be loaded; empty before any was asked for."""
+    """Returns the plug-ins that could not be loaded; empty before the first attempt."""
     return list(_plugins.failures)
 
 
@@ -193,7 +195,7 @@ def _load(entry_point: EntryPoint) -> None:
         target = entry_point.load()
         if callable(target) and not isinstance(target, ModuleType):
             target()
-    except Exception as error:  # a stranger's code: whatever it raises must not stop the others
+    except Exception as error:  # a failing plug-in must not affect the others
         failure = PluginFailure(
             entry_point.name, entry_point.value, f"{type(error).__name__}: {error}"
         )
@@ -203,7 +205,7 @@ def _load(entry_point: EntryPoint) -> None:
 
 def _origin(target: Any) -> str:
     owner = getattr(target, "__self__", None)
-    if isinstance(owner, type):  # a class method belongs to the class, not to where it is written
+    if isinstance(owner, type):  # a class method is identified by its class
         return f"{_origin(owner)}.{target.__name__}"
     name = getattr(target, "__qualname__", None) or type(target).__qualname__
     return f"{getattr(target, '__module__', '?')}:{name}"
@@ -211,16 +213,16 @@ def _origin(target: Any) -> str:
 
 ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.folders",), shares_models=True)
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
-``features(pixel_values, select_layer)``; or, for inputs other than pixels, with ``visual_tokens``
-and ``blank`` as `pallava.modeling.slide_tokens.SlideTokenEncoder` has them. In configs:
-``visual_encoder="name:folder"``."""
+``features(pixel_values, select_layer)``. For inputs other than pixels, the module has
+``visual_tokens`` and ``blank`` instead, as `pallava.modeling.slide_tokens.SlideTokenEncoder`. In
+configs: ``visual_encoder="name:folder"``."""
 
 CONNECTORS = Registry(
     "connector", builtin_modules=("pallava.modeling.folders",), shares_models=True
 )
-"""Modules that turn the features of thumbnails and sub-images into LLM embeddings: classes built
-from a `pallava.modeling.qformer.ConnectorConfig`, called as `ScaleInvariantConnector` is, with its
-properties ``uses_sub_images`` and ``dtype``. In configs:
+"""Modules that map the features of thumbnails and sub-images to LLM embeddings: classes constructed
+from a `pallava.modeling.qformer.ConnectorConfig` with the call signature of
+`ScaleInvariantConnector` and its properties ``uses_sub_images`` and ``dtype``. In configs:
 ``projector_type="name"``."""
 
 TEXT_ENCODERS = Registry("text encoder")

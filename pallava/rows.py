@@ -1,4 +1,4 @@
-"""Rows of LLaVA data files, read one by one, and how many bad ones are too many."""
+"""Reads rows of LLaVA data files one by one, and limits the fraction of unusable rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_SKIPPED_SHARE = 0.1
-"""More bad rows than this share of a data set mean a wrong folder or file, not bad luck."""
+"""Maximum fraction of unusable rows; more indicate a wrong folder or file."""
 
 _FEW_ROWS = 10
 
@@ -17,17 +17,17 @@ _FEW_ROWS = 10
 def read_rows(data_path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     """Yields `(line or element number, row)` of a `.json` array or a `.jsonl` file.
 
-    Rows that are no JSON objects come as they are; the caller records them.
+    Rows that are not JSON objects are yielded as they are, for the caller to record.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Another extension, or a `.json` that is no array.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the suffix is unknown, or a `.json` file does not hold an array.
     """
     path = Path(data_path)
     if not path.is_file():
         raise FileNotFoundError(f"data_path {path}: no such file")
     if path.suffix == ".jsonl":
-        with path.open("rb") as lines:  # as bytes: one line of another encoding is one bad row
+        with path.open("rb") as lines:  # as bytes, so that an encoding error affects only its line
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
@@ -47,7 +47,7 @@ def read_rows(data_path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
 
 
 def pair_fault(row: Any) -> str | None:
-    """Says what is wrong with a row of a pairs file, or None."""
+    """Returns what is wrong with a row of a pairs file, or None."""
     if not isinstance(row, Mapping):
         return f"a JSON object expected, got {type(row).__name__}"
     if not isinstance(row.get("id"), str | int):
@@ -61,7 +61,7 @@ def pair_fault(row: Any) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    # JSON may escape half a surrogate pair, which neither files nor tokenizers take.
+    # JSON can escape a lone surrogate, which cannot be written to files or tokenized.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -77,10 +77,10 @@ def check_share(
     most: int = 3,
     max_share: float = MAX_SKIPPED_SHARE,
 ) -> None:
-    """Lets a few bad rows pass, but not a wrong folder or file.
+    """Tolerates a few bad rows, but raises if there are too many.
 
     Raises:
-        ValueError: More than `max_share` of at least ten rows are bad, or all of them.
+        ValueError: If more than `max_share` of at least ten rows are bad, or all of them.
     """
     if num_bad > max_share * total and num_bad > 0 and (num_bad == total or total >= _FEW_ROWS):
         shown = "\n  ".join(list(faults.values())[:most])

@@ -1,4 +1,4 @@
-"""The record of samples that a run left out, and why."""
+"""Log of samples that a run skipped, with reasons."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class SkippedSample:
     """One sample that could not be used.
 
     Attributes:
-        id: The sample's id, as in the data file.
-        file: The file that is at fault.
-        reason: What is wrong with it.
+        id: Id of the sample in the data file.
+        file: File that caused the problem.
+        reason: Description of the problem.
     """
 
     id: str
@@ -26,14 +26,14 @@ class SkippedSample:
 
 
 class SkipLog:
-    """A JSON-lines file to which many processes may write at the same time.
+    """JSON lines file to which several processes can write concurrently.
 
-    Every record is one line, written by one call on a file opened for appending, so that lines of
-    data-loader workers and of several ranks never mix. The file appears with the first record. An
-    instance holds no open file and travels to worker processes.
+    Every record is a single line, written by one call on a file opened for appending, so that lines
+    of data loader workers and ranks never interleave. The file is created with the first record.
+    Instances hold no open file and can be pickled to worker processes.
 
     Args:
-        path: The JSON-lines file.
+        path: JSON lines file.
 
     Example:
         >>> import tempfile
@@ -48,12 +48,12 @@ class SkipLog:
         self._seen: set[tuple[str, str]] = set()
 
     def record(self, sample_id: object, file: str | os.PathLike[str], reason: object) -> None:
-        """Appends one line; the same id and file are written once by one process.
+        """Appends one line; each process writes the same id and file only once.
 
         Args:
-            sample_id: The sample's id, as in the data file.
-            file: The file that is at fault.
-            reason: What is wrong with it, usually the exception.
+            sample_id: Id of the sample in the data file.
+            file: File that caused the problem.
+            reason: Description of the problem, usually the exception.
         """
         sample = SkippedSample(str(sample_id), os.fspath(file), str(reason))
         if (sample.id, sample.file) in self._seen:
@@ -68,10 +68,10 @@ class SkipLog:
             os.close(descriptor)
 
     def read(self) -> list[SkippedSample]:
-        """Returns what was skipped, each id and file once, in the order of the first record.
+        """Returns the skipped samples in order of their first record, each id and file once.
 
         Raises:
-            ValueError: The file holds a line that is no record.
+            ValueError: If the file contains a line that is not a record.
         """
         if not self.path.is_file():
             return []

@@ -87,7 +87,7 @@ def read_recipe(
 
 
 def _lora(lora: Any) -> dict[str, Any]:
-    """Normalises the LoRA settings with PEFT's own class and keeps those that are set."""
+    """Reads the LoRA settings with PEFT's own class, which fills in its defaults."""
     if lora is None:
         return {}
     from peft import LoraConfig
