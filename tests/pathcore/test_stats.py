@@ -22,7 +22,7 @@ from pathcore.stats import (
     percentile_interval,
     weighted_f1,
 )
-from pathgen.zero_shot import classification_scores
+from pathgen.clip.zero_shot import classification_scores
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))

@@ -82,7 +82,7 @@ def random_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import open_clip
     import torch
 
-    from pathgen.clip_export import export_open_clip, model_config
+    from pathgen.clip.export import export_open_clip, model_config
 
     folder = tmp_path_factory.mktemp("model")
     config = model_config(str(configs_dir() / "pathgen/tiny_clip.json"))

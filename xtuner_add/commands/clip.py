@@ -84,9 +84,9 @@ def train_clip(
     same command is run again. Skipped pairs are listed in skipped.jsonl of each stage, and the exit
     code is 3.
     """
-    from pathgen.clip_recipe import read_recipe
-    from pathgen.clip_training import TrainingError
-    from pathgen.clip_training import train_clip as train
+    from pathgen.clip.recipe import read_recipe
+    from pathgen.clip.training import TrainingError
+    from pathgen.clip.training import train_clip as train
 
     try:
         processes = Processes.from_environ(os.environ)
@@ -180,8 +180,8 @@ def clip_zero_shot(
     run continues. Images that cannot be read are listed in skipped.jsonl, and the exit code is 3.
     """
     from pathcore.encoders import create_encoder
-    from pathgen.class_benchmarks import load_benchmark
-    from pathgen.zero_shot import zero_shot
+    from pathgen.clip.class_benchmarks import load_benchmark
+    from pathgen.clip.zero_shot import zero_shot
 
     with user_errors():
         found = load_benchmark(benchmark)
@@ -242,7 +242,7 @@ def clip_retrieval(
 ) -> None:  # fmt: skip
     """Find captions for images and images for captions by MODEL: recall at k, with intervals."""
     from pathcore.encoders import create_encoder
-    from pathgen.zero_shot import retrieval
+    from pathgen.clip.zero_shot import retrieval
 
     with user_errors():
         metrics = retrieval(
@@ -281,7 +281,7 @@ def _start(arguments: Sequence[str]) -> int:
 
 
 def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
-    from pathgen.zero_shot import SKIPPED_NAME, TABLES_NAME
+    from pathgen.clip.zero_shot import SKIPPED_NAME, TABLES_NAME
 
     click.echo((output / TABLES_NAME).read_text(encoding="utf-8"))
     _end(ctx, {output / SKIPPED_NAME: metrics["num_skipped"]})

@@ -337,8 +337,8 @@ def select_patches(
     patch could not be read.
     """
     from pathcore.encoders import create_encoder
-    from pathgen.selection_job import SKIPPED_NAME, SelectionSettings, read_table
-    from pathgen.selection_job import select_patches as select
+    from pathgen.selection.job import SKIPPED_NAME, SelectionSettings, read_table
+    from pathgen.selection.job import select_patches as select
 
     with user_errors():
         settings = SelectionSettings(

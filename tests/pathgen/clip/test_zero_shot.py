@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from pathcore.encoders import Encoder, Network, Transform, create_encoder
-from pathgen import image_features as features_module
-from pathgen.class_benchmarks import load_benchmark
-from pathgen.clip_export import export_hugging_face, export_open_clip, model_config
-from pathgen.zero_shot import _ranks, class_features, retrieval, zero_shot
+from pathgen.clip import image_features as features_module
+from pathgen.clip.class_benchmarks import load_benchmark
+from pathgen.clip.export import export_hugging_face, export_open_clip, model_config
+from pathgen.clip.zero_shot import _ranks, class_features, retrieval, zero_shot
 from tests.pathgen.histology import KINDS, write_class_folders, write_pairs
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs/pathgen/tiny_clip.json"
+CONFIG = Path(__file__).resolve().parents[3] / "configs/pathgen/tiny_clip.json"
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from pathgen.clip_export import model_config
-from pathgen.clip_recipe import read_recipe, trainer_arguments
+from pathgen.clip.export import model_config
+from pathgen.clip.recipe import read_recipe, trainer_arguments
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs/pathgen"
+FOLDER = Path(__file__).resolve().parents[3] / "configs/pathgen"
 RECIPES = sorted(FOLDER.glob("pathgen_clip*.yml"))
 
 

@@ -23,10 +23,18 @@ from tqdm import tqdm
 
 from pathcore.encoders import Encoder
 from pathcore.files import check_name
-from pathgen.features import slide_features
 from pathgen.rows import row_files, write_row
-from pathgen.selection import SHARES, Choice, Source, Texts, load_classes, select, split_report
-from pathgen.selection_picture import draw_selection
+from pathgen.selection.features import slide_features
+from pathgen.selection.picture import draw_selection
+from pathgen.selection.sampling import (
+    SHARES,
+    Choice,
+    Source,
+    Texts,
+    load_classes,
+    select,
+    split_report,
+)
 from wsi.features import TileEmbeddings
 from wsi.reader import Slide
 from wsi.report import save_jpeg
@@ -43,7 +51,7 @@ class SelectionSettings:
     Attributes:
         quota: Maximum number of patches per slide; PathGen takes 256.
         shares: Fraction of the quota by source.
-        clusters: See `pathgen.selection.cluster_count`.
+        clusters: See `pathgen.selection.sampling.cluster_count`.
         max_similarity: Cosine from which two patches are near-duplicates.
         seed: Seed of k-means and draws.
         classes: JSON file of class descriptions; by default that of this package.

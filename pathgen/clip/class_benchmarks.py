@@ -31,7 +31,7 @@ from typing import Any
 from pathcore.images import load_image
 from pathgen.rows import path_inside
 
-_PACKAGE = "pathgen.benchmarks"
+_PACKAGE = "pathgen.clip.benchmarks"
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 _KINDS = {
     "folders": set(),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import folder_lock, write_json
-from pathgen.clip_export import (
+from pathgen.clip.export import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     ExportError,
@@ -26,8 +26,8 @@ from pathgen.clip_export import (
     export_open_clip,
     model_config,
 )
-from pathgen.clip_recipe import Recipe, Stage, trainer_arguments
-from pathgen.clip_shards import ShardSet, prepare_shards
+from pathgen.clip.recipe import Recipe, Stage, trainer_arguments
+from pathgen.clip.shards import ShardSet, prepare_shards
 
 CHECKPOINT_NAME = "epoch_latest.pt"  # the one that open_clip's trainer writes beside and renames
 SKIPPED_NAME = "skipped.jsonl"
@@ -160,7 +160,7 @@ def _job(
     shards: ShardSet,
     folder: Path,
 ) -> dict[str, Any]:
-    """What `pathgen.clip_worker` reads."""
+    """What `pathgen.clip.worker` reads."""
     model_file = _named_config(model, folder) if model.endswith(".json") else ""
     arguments = [
         *trainer_arguments({**options, **_image_options(preprocessing)}),
@@ -184,7 +184,7 @@ def _job(
 
 def _run(stage: Stage, job: Mapping[str, Any], folder: Path, start: Start) -> None:
     write_json(folder / "job.json", job)
-    code = start(["-m", "pathgen.clip_worker", str(folder.absolute() / "job.json")])
+    code = start(["-m", "pathgen.clip.worker", str(folder.absolute() / "job.json")])
     if code:
         raise TrainingError(
             f"stage {stage.name}: open_clip's trainer ended with exit code {code}; its log: "

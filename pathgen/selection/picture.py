@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pathgen.selection import SOURCES, Choice
+from pathgen.selection.sampling import SOURCES, Choice
 from wsi.reader import Slide
 
 if TYPE_CHECKING:

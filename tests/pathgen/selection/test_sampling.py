@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pathgen.selection import (
+from pathgen.selection.sampling import (
     Texts,
     cluster_count,
     find_clusters,

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pathgen.class_benchmarks import benchmark_names, load_benchmark, read_images
+from pathgen.clip.class_benchmarks import benchmark_names, load_benchmark, read_images
 
 
 def image(path: Path, value: int = 100) -> None:

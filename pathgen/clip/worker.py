@@ -1,6 +1,6 @@
 """One process of a CLIP training: open_clip's trainer with arguments from a file.
 
-Started as `python -m pathgen.clip_worker JOB.json`, or by torchrun several times. A file, because
+Started as `python -m pathgen.clip.worker JOB.json`, or by torchrun several times. A file, because
 the list of a thousand shards is longer than one argument of a command line may be.
 """
 

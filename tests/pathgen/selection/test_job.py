@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pathcore.encoders import create_encoder
-from pathgen.features import slide_features
+from pathgen.selection.features import slide_features
 from tests.pathgen.conftest import read_rows
 from tests.pathgen.describer_server import DescriberServer
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip

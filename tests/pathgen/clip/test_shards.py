@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pathgen import clip_shards
-from pathgen.clip_shards import ShardSet, prepare_shards
+from pathgen.clip import shards
+from pathgen.clip.shards import ShardSet, prepare_shards
 from tests.pathgen.histology import write_pairs
 
 
@@ -47,7 +47,7 @@ def test_same_shards_from_one_process_and_two_and_after_a_kill(
     one = prepare_shards(pairs, tmp_path / "one", num_readers=3)
     two = prepare_shards(pairs, tmp_path / "two", num_readers=3, num_processes=2)
     third = tmp_path / "three"
-    real, calls = clip_shards._write_shard, []
+    real, calls = shards._write_shard, []
 
     def dies_at_second(*arguments: object) -> None:
         calls.append(arguments)
@@ -55,7 +55,7 @@ def test_same_shards_from_one_process_and_two_and_after_a_kill(
             raise KeyboardInterrupt
         real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(clip_shards, "_write_shard", dies_at_second)
+    monkeypatch.setattr(shards, "_write_shard", dies_at_second)
     with pytest.raises(KeyboardInterrupt):
         prepare_shards(pairs, third, num_readers=3)
     three = prepare_shards(pairs, third, num_readers=3)

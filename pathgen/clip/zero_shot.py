@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pathcore import stats
 from pathcore.encoders import Encoder
 from pathcore.files import write_json, write_text
-from pathgen.class_benchmarks import ClassBenchmark, FileImage, read_images
-from pathgen.image_features import image_features
+from pathgen.clip.class_benchmarks import ClassBenchmark, FileImage, read_images
+from pathgen.clip.image_features import image_features
 from pathgen.rows import path_inside, read_rows
 
 METRICS_NAME = "metrics.json"

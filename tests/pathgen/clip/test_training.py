@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from pathcore import files
 from pathcore.files import FolderInUseError
-from pathgen import clip_training
-from pathgen.clip_export import ExportError, hugging_face_config
-from pathgen.clip_recipe import read_recipe
-from pathgen.clip_shards import prepare_shards
-from pathgen.clip_training import TrainingError, start_here, train_clip
+from pathgen.clip import training
+from pathgen.clip.export import ExportError, hugging_face_config
+from pathgen.clip.recipe import read_recipe
+from pathgen.clip.shards import prepare_shards
+from pathgen.clip.training import TrainingError, start_here, train_clip
 from tests.pathgen.histology import patch, write_pairs
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs/pathgen/pathgen_clip_tiny.yml"
+RECIPE = Path(__file__).resolve().parents[3] / "configs/pathgen/pathgen_clip_tiny.yml"
 CAPTIONS = ["The image shows tumour.", "fat, field 3", "Stroma (H&E): <b>blood</b>!"]
 
 
@@ -157,7 +157,7 @@ def test_too_small_data_is_refused_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_diverged_weights_are_not_exported(trained: dict[str, Any], tmp_path: Path) -> None:
-    from pathgen.clip_export import export_open_clip, model_config
+    from pathgen.clip.export import export_open_clip, model_config
 
     checkpoint = trained["out"] / "all_pairs/checkpoints/epoch_latest.pt"
     state = torch.load(checkpoint, weights_only=True)
@@ -183,10 +183,8 @@ def test_architecture_of_the_full_recipe_has_a_class_in_transformers() -> None:
 
 
 def test_preprocessing_follows_the_starting_weights() -> None:
-    openai = clip_training._preprocessing("ViT-B-32-quickgelu", "openai", {})
-    siglip = clip_training._preprocessing("ViT-B-16-SigLIP", "webli", {})
+    openai = training._preprocessing("ViT-B-32-quickgelu", "openai", {})
+    siglip = training._preprocessing("ViT-B-16-SigLIP", "webli", {})
     assert openai["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
     assert siglip["mean"] == [0.5, 0.5, 0.5] and siglip["resize_mode"] == "squash"
-    assert (
-        clip_training._preprocessing("ViT-B-32", "", {"image_mean": [0, 0, 0]})["mean"] == [0] * 3
-    )
+    assert training._preprocessing("ViT-B-32", "", {"image_mean": [0, 0, 0]})["mean"] == [0] * 3

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pathgen.clip_shards import prepare_shards
-from pathgen.clip_worker import samples_in_seeded_order, shards_without_end_marks
+from pathgen.clip.shards import prepare_shards
+from pathgen.clip.worker import samples_in_seeded_order, shards_without_end_marks
 from tests.pathgen.histology import write_pairs
 
 

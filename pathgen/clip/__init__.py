@@ -1,0 +1,1 @@
+"""CLIP models: shards of pairs, training through OpenCLIP, export, zero-shot evaluation."""

@@ -1,0 +1,1 @@
+"""Representative patches of slides: selection, and the job over many slides."""
