@@ -1,6 +1,9 @@
 """Questions on the made-up slides of `benchmarks/slide_questions.py`, whose folder this runs in."""
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from .pallava_slide_questions_tiny import *
@@ -30,6 +33,10 @@ param_scheduler[1].update(by_epoch=False, begin=warmup_iters, end=max_iters, eta
 param_scheduler[1].pop("convert_to_iter_based")
 train_cfg.pop("max_epochs")
 train_cfg.update(max_iters=max_iters)
-custom_hooks[2].update(tokenizer=tokenizer)
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=SkippedSamplesHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+]
 default_hooks["checkpoint"].update(interval=500, max_keep_ckpts=1)
 default_hooks["logger"].update(interval=10)

@@ -5,6 +5,9 @@ Expects under data/tiny: `llama` (a tiny Llama and its tokenizer), `slide_conver
 """
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from .pallava_slide_questions import *
@@ -30,8 +33,12 @@ optim_wrapper["optimizer"].update(lr=2e-3, lr_mult=dict(projector=0.5))
 param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
 param_scheduler[1].update(begin=0.5, end=4)
 train_cfg.update(max_epochs=4)
-custom_hooks[2].update(tokenizer=tokenizer)
-custom_hooks.pop()  # nothing to ask a model this small
+# Without the chat hook: there is nothing to ask a model this small.
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=SkippedSamplesHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+]
 default_hooks["checkpoint"].update(interval=20, max_keep_ckpts=3)
 default_hooks["logger"].update(interval=1)
 visualizer = None

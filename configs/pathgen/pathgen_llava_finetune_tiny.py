@@ -4,6 +4,9 @@ Expects what phase 1 does, with `conversations.jsonl`, and phase 1's last checkp
 """
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from ._base_.finetuning import *
@@ -22,7 +25,11 @@ train_dataloader["dataset"].update(
     image_processor=image_processor,
 )
 optim_wrapper["optimizer"].update(lr=1e-3)
-custom_hooks[1].update(tokenizer=tokenizer)
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+    dict(type=SkippedSamplesHook),
+]
 param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
 param_scheduler[1].update(begin=0.5, end=2)
 train_cfg.update(max_epochs=2)

@@ -5,6 +5,9 @@ processor), `captions.jsonl` and `images`.
 """
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from ._base_.pathgen_llava_13b import *
@@ -20,7 +23,11 @@ train_dataloader["dataset"].update(
     tokenizer=tokenizer,
     image_processor=image_processor,
 )
-custom_hooks[1].update(tokenizer=tokenizer)
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+    dict(type=SkippedSamplesHook),
+]
 param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
 param_scheduler[1].update(begin=0.5, end=2)
 train_cfg.update(max_epochs=2)

@@ -1,6 +1,9 @@
 """The two stages of `xtuner-add demo`: the tiny recipe on the data, LLM and PLIP it makes."""
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from .tiny import *
@@ -26,6 +29,10 @@ param_scheduler[0].pop("convert_to_iter_based")
 param_scheduler[1].update(by_epoch=False, begin=warmup_iters, eta_min=0.0)
 param_scheduler[1].pop("convert_to_iter_based")
 train_cfg.pop("max_epochs")
-custom_hooks[2].update(tokenizer=tokenizer)
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=SkippedSamplesHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+]
 default_hooks["checkpoint"].update(interval=50, max_keep_ckpts=2)
 default_hooks["logger"].update(interval=5)

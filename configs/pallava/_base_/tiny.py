@@ -5,6 +5,9 @@ Expects under data/tiny: `llama` (a tiny Llama and its tokenizer), `plip` (an en
 """
 
 from mmengine.config import read_base
+from xtuner.engine.hooks import DatasetInfoHook
+
+from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 
 with read_base():
     from .pallava_llama3_8b import *
@@ -24,8 +27,12 @@ train_dataloader["dataset"].update(
 )
 optim_wrapper.update(accumulative_counts=1)
 optim_wrapper["optimizer"].update(lr=1e-3)
-custom_hooks[2].update(tokenizer=tokenizer)
-custom_hooks.pop()  # nothing to ask a model this small
+# Without the chat hook: there is nothing to ask a model this small.
+custom_hooks = [
+    dict(type=IterationSeedHook),
+    dict(type=SkippedSamplesHook),
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+]
 default_hooks["checkpoint"].update(interval=20, max_keep_ckpts=3)
 default_hooks["logger"].update(interval=1)
 visualizer = None
