@@ -1,7 +1,7 @@
-"""Captions that should not be trained on: named steps, counted, with samples of what they drop.
+"""Filters captions in named steps; counts what each step drops and keeps samples of it.
 
-Each step sees what the ones before it kept. Of duplicates the first stays. Memory grows with the
-number of kept captions by some 16 bytes for exact duplicates, and by some kilobytes for near ones.
+Each step sees what the steps before it kept. The first of several duplicates is kept. Per kept
+caption, exact deduplication takes about 16 bytes of memory, near deduplication some kilobytes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _REFUSAL = re.compile(
     r"|\b(?:i|we) (?:apologi[sz]e|regret)\b|\bmy apologies\b|\A\W*(?:sorry|unfortunately)\b"
     r"|\bunable to (?:view|see|open|access|process|assist|help|comply|fulfil|provide)\w*\b"
     r"|\b(?:content|usage|safety) (?:policy|policies|guidelines)\b"
-    # Chatter around a caption: the model talks to whoever asked.
+    # Chatter around a caption, addressed to the user.
     r"|\blet me know if\b|\bi hope this\b|\bfeel free to\b|\bif you (?:have|need) any\b"
     r"|\bas an? (?:\w+ ){0,2}(?:ai|language model|assistant)\b"
     r"|\b(?:no|without an?) image (?:was|is|has been) (?:provided|attached|given)\b"
     r"|\b(?:please|could you) (?:provide|upload|share|attach|supply)\b"
     r"|\bconsult (?:a|your) (?:\w+ ){0,3}(?:professional|doctor|physician)\b"
-    # The describer saw something else than tissue.
+    # The describer saw something other than tissue.
     r"|\bimage (?:provided )?(?:is not|isn['\u2019]t) (?:of|an?|from|related)\b"
     r"|\bdo(?:es)? not (?:pertain|relate|correspond) to\b"
     r"|\bdoes not contain any (?:cells?|tissues?|patholog|histolog)",
@@ -56,12 +56,12 @@ _LEAK = re.compile(
     r"(?:\w+ )?(?:mentions?|states?|says?|suggests?|indicates?|describes?|provided)\b"
     rf"|\b{_TEXT} (?:you )?provided\b|\bprovided clinical\b|\bas mentioned earlier\b"
     r"|\byou(?:r| have)? (?:provided|gave|given|notes?)\b"
-    # What no image shows can only come from a text.
+    # No image shows these; they can only come from a text that the writer was given.
     r"|\b(?:given|considering|with) (?:the |a )?clinical (?:context|history|information|symptoms)\b"
     r"|\bclinical (?:context|history|symptoms) of\b|\bpatient['\u2019]s (?:history|age)\b",
     re.IGNORECASE,
 )
-# A loop is a sign of a broken generation: one unit of up to this many words, over and over.
+# A generation that got stuck repeats a unit of up to this many words.
 _LOOP_WORDS = 16
 _CHARACTER_RUN = re.compile(r"([^\W_]|[!?])\1{7,}")
 _MIN_WORDS_FOR_VARIETY = 40
@@ -86,7 +86,7 @@ class FilterStep:
 
 @dataclass
 class StepCount:
-    """What a step saw, dropped, and some of what it dropped."""
+    """Number of captions a step saw and dropped, with samples of the latter."""
 
     name: str
     seen: int = 0
@@ -95,7 +95,7 @@ class StepCount:
 
 
 def find_refusal(text: str) -> str | None:
-    """The words by which a model declines to describe, or None.
+    """Returns the words by which a model declines to describe, or None.
 
     Example:
         >>> find_refusal("I'm sorry, but I can't help with that.")
@@ -108,7 +108,7 @@ def find_refusal(text: str) -> str | None:
 
 
 def find_leak(text: str) -> str | None:
-    """The words by which a caption betrays that it had a text before it, or None.
+    """Returns the words that show that the caption's writer was given a text, or None.
 
     Example:
         >>> find_leak("Based on the given description, this is a carcinoma.")
@@ -146,15 +146,15 @@ def find_loop(text: str) -> str | None:
 
 
 def count_words(text: str) -> int:
-    """Number of words; `high-grade` and `N/C` are one each."""
+    """Returns the number of words; `high-grade` and `N/C` count as one each."""
     return len(_WORD.findall(text))
 
 
 def length_step(min_words: int, max_words: int) -> FilterStep:
-    """Drops captions of fewer or more words.
+    """Drops captions with fewer than `min_words` or more than `max_words` words.
 
     Raises:
-        ValueError: The bounds exclude each other.
+        ValueError: If no length satisfies both bounds.
     """
     if not 1 <= min_words <= max_words:
         raise ValueError(f"words: 1 <= minimum <= maximum expected, got {min_words}..{max_words}")
@@ -189,7 +189,7 @@ def loop_step() -> FilterStep:
 
 
 def exact_step(within: str | None = None) -> FilterStep:
-    """Drops captions equal to an earlier one but for case, punctuation and space.
+    """Drops captions that equal an earlier one, ignoring case, punctuation and white space.
 
     Args:
         within: Compare only rows with the same value of this field, `wsi_id` for instance.
@@ -212,16 +212,16 @@ def near_step(
 ) -> FilterStep:
     """Drops captions that share most of their three-word sequences with an earlier one.
 
-    MinHash and locality-sensitive hashing by the library datasketch find candidates; what counts
-    is the estimate of their Jaccard similarity.
+    Candidates are found by MinHash and locality-sensitive hashing (datasketch) and dropped by their
+    estimated Jaccard similarity.
 
     Args:
         within: See `exact_step`.
-        threshold: Similarity from which captions are taken for the same.
+        threshold: Minimum similarity of duplicates.
         num_perm: Hash functions; the estimate's error is about `1 / sqrt(num_perm)`.
 
     Raises:
-        ValueError: The threshold is not between 0 and 1.
+        ValueError: If the threshold is not between 0 and 1.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -256,23 +256,23 @@ def filter_captions(
 ) -> list[StepCount]:
     """Copies rows whose captions pass every step.
 
-    Beside `out` stand `<stem>.dropped.jsonl`, every dropped row's id with step and reason, and
-    `<stem>.filters.json`, the counts with samples.
+    Also writes `<stem>.dropped.jsonl` (id, step and reason of every dropped row) and
+    `<stem>.filters.json` (counts and samples) beside `out`.
 
     Args:
         source: Rows with `id` and `caption`.
-        out: The rows that pass, unchanged, in their order.
-        steps: In the order in which they apply. A first step `readable` is always there.
-        num_samples: Dropped captions kept of each step, drawn evenly.
-        seed: Of that draw.
-        progress: Show a bar.
+        out: Output file; rows that pass are copied unchanged and in order.
+        steps: Steps, in the order in which they apply, after a built-in first step `readable`.
+        num_samples: Number of dropped captions to keep per step, drawn uniformly.
+        seed: Seed of that draw.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The counts of each step.
+        One count per step.
 
     Raises:
-        FileNotFoundError: There is no `source`.
-        ValueError: `out` is `source`, or another run writes it.
+        FileNotFoundError: If `source` does not exist.
+        ValueError: If `out` is `source`, or another run is writing it.
     """
     source, out = Path(source), Path(out)
     if not source.is_file():
@@ -302,7 +302,7 @@ def filter_captions(
 def _sift(
     rows: Iterator[tuple[int, dict[str, Any] | str]], steps: Sequence[FilterStep]
 ) -> Iterator[tuple[int, dict[str, Any], int, str | None]]:
-    """Yields line, row, number of the step that dropped it (0: not readable), and the reason."""
+    """Yields line, row, index of the step that dropped it (0: not readable), and the reason."""
     for line, row in rows:
         if isinstance(row, str):
             yield line, {}, 0, row
@@ -321,7 +321,7 @@ def _sift(
 
 
 def _sample(count: StepCount, row: dict[str, Any], most: int, draw: random.Random) -> None:
-    """Reservoir sampling: each dropped row has the same chance to be shown."""
+    """Keeps a uniform sample of the dropped rows (reservoir sampling)."""
     count.dropped += 1
     if len(count.samples) < most:
         count.samples.append(row)

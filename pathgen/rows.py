@@ -1,4 +1,4 @@
-"""Rows of JSON lines, read one by one and written whole, with what was left out beside them."""
+"""Reads and writes JSON lines: bad rows are reported, output files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _SUFFIXES = (".png", ".jpg", ".webp")
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields `(line number, row)`; for a line that is no object with an id, what is wrong with it.
+    """Yields `(line number, row)`; an invalid line yields the reason instead of a row.
+
+    A valid row is a JSON object with a non-empty string `id`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -57,16 +59,16 @@ def _refuse_constant(name: str) -> None:
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a row's content, the order of its fields aside."""
+    """Returns the SHA-256 of a row, independent of the order of its fields."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def path_inside(folder: Path, name: Any) -> Path:
-    """The file that a row names, which must lie in the folder.
+    """Returns the path of the file that a row names.
 
     Raises:
-        ValueError: No text, absolute, or out of the folder.
+        ValueError: If the name is not a string, is absolute, or points outside the folder.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"image: a file name expected, got {name!r:.80}")
@@ -77,10 +79,10 @@ def path_inside(folder: Path, name: Any) -> Path:
 
 
 def find_image(folder: Path, row: Mapping[str, Any]) -> Path:
-    """The file of a row's `image`, or where it has none, of its id.
+    """Returns the path of a row's image: its `image` field, or else a file named after its id.
 
     Raises:
-        ValueError: A name that leads out of the folder, or no file of this id.
+        ValueError: If the name points outside the folder, or no file is named after the id.
     """
     if row.get("image") is not None:
         return path_inside(folder, row["image"])
@@ -92,18 +94,18 @@ def find_image(folder: Path, row: Mapping[str, Any]) -> Path:
 
 
 def write_row(file: IO[str], row: Mapping[str, Any]) -> None:
-    """Writes one line."""
+    """Writes a row as one line of JSON, in UTF-8 rather than escapes."""
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def row_files(*paths: Path) -> Iterator[list[IO[str]]]:
-    """Opens files of rows that take their places together, the first one last.
+    """Opens output files that are renamed to their final names together, the first one last.
 
-    Holds a lock: a second run that writes the same first file is refused.
+    Holds a lock on the first file, so that two runs cannot write it at once.
 
     Raises:
-        ValueError: Another run is writing the first file.
+        ValueError: If another run is writing the first file.
     """
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     lock = paths[0].with_name(f".{paths[0].name}.lock")
@@ -118,10 +120,10 @@ def row_files(*paths: Path) -> Iterator[list[IO[str]]]:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes its place at the end.
+    """Yields a text file that is renamed to `path` when the body ends.
 
-    Its name meanwhile is always the same, since the lock is held: what a killed run left there is
-    written over.
+    The temporary name is constant, which the lock makes safe: a later run overwrites what a killed
+    one left behind.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

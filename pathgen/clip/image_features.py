@@ -1,4 +1,4 @@
-"""Features of many images, computed once: parts of the work are stored and found by a later run."""
+"""Computes features of many images in parts, each of which is cached for later runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ImageSource(Protocol):
 
     @property
     def id(self) -> str:
-        """Names it in reports."""
+        """Name of the image in reports."""
 
     def open(self) -> Any:
-        """Returns a PIL image in RGB; raises OSError or ValueError."""
+        """Returns the image in RGB; raises OSError or ValueError if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ImageFeatures:
     """Features of the images that could be read.
 
     Attributes:
-        features: float32 `(N, dim)`, of length 1.
-        kept: int64 `(N,)`: which of the images they belong to.
-        skipped: `id` and `reason` of the others.
+        features: float32 `(N, dim)`, L2-normalised.
+        kept: int64 `(N,)`, indices of the images that the features belong to.
+        skipped: `id` and `reason` of each of the other images.
     """
 
     features: NDArray[np.float32]
@@ -70,18 +70,18 @@ def image_features(
     num_workers: int = 0,
     progress: bool = True,
 ) -> ImageFeatures:
-    """Computes features, or takes those that a run before stored.
+    """Computes features, or loads those that an earlier run cached.
 
     Args:
-        encoder: Computes them.
-        images: All of the data set, in a fixed order.
-        cache_dir: Takes a folder per encoder and list of images.
-        batch_size: Images at a time.
-        num_workers: Processes that read images; 0 reads them here.
-        progress: Show a progress bar.
+        encoder: Encoder that computes the features.
+        images: All images of the data set, in a fixed order.
+        cache_dir: Cache; gets one folder per encoder and list of images.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images; 0 reads them in this process.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: None of the images can be read, or another run computes the same.
+        ValueError: If no image can be read, or another run is computing the same features.
     """
     digest = hashlib.sha256()
     for image in images:

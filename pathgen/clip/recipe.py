@@ -1,10 +1,10 @@
-"""Recipes of CLIP training: YAML that names a model, where it starts, and the stages.
+"""Recipes of CLIP training: YAML files that name a model, its initial weights and the stages.
 
 A recipe is::
 
-    _base_: other.yml            # optional: what is not said here is taken from there
+    _base_: other.yml            # optional: supplies the fields that are missing here
     model: ViT-L-14-quickgelu    # known to open_clip, or a JSON file beside the recipe
-    pretrained: openai           # open_clip's tag, a checkpoint, or left out for random weights
+    pretrained: openai           # open_clip's tag or a checkpoint; random weights without it
     options: {precision: amp_bf16, workers: 8}   # of open_clip's trainer, for all stages
     stages:
       - {name: all, data: data/all/shards, options: {epochs: 10, lr: 1.0e-5}}
@@ -41,14 +41,14 @@ _STAGE_FIELDS = {"name", "data", "images", "val", "options"}
 
 @dataclass(frozen=True)
 class Stage:
-    """One training.
+    """One stage of a training.
 
     Attributes:
-        name: Of its folder in the output.
+        name: Name of the stage and of its output folder.
         data: Shards or `pairs.jsonl`.
-        images: Folder of the images of `pairs.jsonl`; by default the file's own.
+        images: Folder of the images of `pairs.jsonl`; by default the folder of that file.
         val: Shards or `pairs.jsonl` whose loss and recall are logged after each epoch.
-        options: Of open_clip's trainer.
+        options: Options of open_clip's trainer.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, from where, and on what.
+    """A model, its initial weights and the stages of its training.
 
     Attributes:
-        model: Name of an architecture of open_clip, or the JSON file of one.
+        model: Name of an architecture of open_clip, or a JSON file that describes one.
         pretrained: A tag of open_clip, a checkpoint, or empty for random weights.
-        stages: One after the other.
+        stages: Stages, in the order in which they run.
     """
 
     model: str
@@ -82,19 +82,19 @@ def read_recipe(
     model: str | None = None,
     pretrained: str | None = None,
 ) -> Recipe:
-    """Reads a recipe; what is given beside it goes before what it says.
+    """Reads a recipe; the other arguments override its fields.
 
     Args:
         path: The YAML file.
         data: Stage -> shards or pairs.
         images: Folder of the images of all stages.
-        options: Of open_clip's trainer, for all stages.
-        model: Instead of the recipe's.
-        pretrained: Instead of the recipe's.
+        options: Options of open_clip's trainer, for all stages.
+        model: Model instead of the recipe's.
+        pretrained: Initial weights instead of the recipe's.
 
     Raises:
-        FileNotFoundError: No such recipe, or a model file or checkpoint that it names.
-        ValueError: A field or option that there is not; names it.
+        FileNotFoundError: If the recipe, or a model file or checkpoint that it names, is missing.
+        ValueError: If a field or option is unknown.
     """
     path = Path(path)
     content = _content(path, ())
@@ -119,16 +119,16 @@ def read_recipe(
 
 
 def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as arguments of open_clip's trainer.
+    """Returns options as command-line arguments of open_clip's trainer.
 
-    True sets a flag, False and None leave it out; lists and mappings become several values.
+    True sets a flag, False and None omit it; lists and mappings become several values.
 
     Raises:
-        ValueError: The trainer does not know one, or not this value.
+        ValueError: If the trainer does not know an option, or rejects its value.
     """
     from open_clip_train.params import parse_args
 
-    known = vars(parse_args([]))  # exact names: the parser itself would take the beginnings of them
+    known = vars(parse_args([]))  # exact names: argparse would also accept prefixes
     if unknown := sorted({name.replace("-", "_") for name in options} - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f"; near: {', '.join(near)}" if near else ""

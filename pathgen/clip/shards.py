@@ -1,9 +1,9 @@
 """Image-caption pairs as WebDataset shards, which open_clip's trainer reads.
 
-`pairs.jsonl` becomes shards here: shuffled over the whole file, since neighbours there come from
-one slide and would be each other's negatives; dealt evenly; each image decoded once, so that a bad
-one is recorded before training instead of met in it. A shard and its record are whole or absent,
-and a killed run continues behind those that are there. Shards that exist are read in place.
+Pairs of `pairs.jsonl` are shuffled over the whole file, since neighbouring rows come from one slide
+and would be each other's negatives, and distributed evenly. Each image is decoded once, so that a
+bad one is recorded before training rather than during it. Shards appear whole or not at all, and a
+killed run continues after the last one. Existing shards are read in place.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ShardSet:
     """Shards to train on.
 
     Attributes:
-        paths: Of the shards.
-        num_pairs: In each of them.
-        skipped: What was left out, and why: `id` or `shard`, and `reason`.
+        paths: Paths of the shards.
+        num_pairs: Number of pairs in each shard.
+        skipped: `id` or `shard`, and `reason`, of everything that was skipped.
     """
 
     paths: tuple[Path, ...]
@@ -52,12 +52,12 @@ class ShardSet:
 
     @property
     def total(self) -> int:
-        """Pairs in all shards."""
+        """Number of pairs in all shards."""
         return sum(self.num_pairs)
 
     @property
     def urls(self) -> str:
-        """The shards as one argument of open_clip's trainer."""
+        """Shards as one argument of open_clip's trainer."""
         bad = next((path for path in self.paths if any(m in str(path) for m in _UNUSABLE)), None)
         if bad is not None:
             raise ValueError(
@@ -68,15 +68,15 @@ class ShardSet:
     def check(self, batch_size: int, num_readers: int) -> None:
         """Checks that every reading process of every rank can fill a batch.
 
-        Shards go to ranks and workers round about; one whose shards hold less than a batch gives
-        nothing at all, and with several ranks the others then wait for it for ever.
+        Shards go to ranks and data workers in turn. A worker whose shards hold less than a batch
+        yields nothing, and with several ranks the others then wait for it forever.
 
         Args:
-            batch_size: Pairs of one batch of one process.
-            num_readers: Processes times data workers of each.
+            batch_size: Batch size per process.
+            num_readers: Number of processes times data workers per process.
 
         Raises:
-            ValueError: Too few shards, or too few pairs in them.
+            ValueError: If there are too few shards, or too few pairs in them.
         """
         if len(self.paths) < num_readers:
             raise ValueError(
@@ -101,19 +101,19 @@ def prepare_shards(
     num_processes: int = 1,
     seed: int = 0,
 ) -> ShardSet:
-    """Finds shards, or makes them from `pairs.jsonl`.
+    """Finds existing shards, or makes them from `pairs.jsonl`.
 
     Args:
-        data: A folder of `.tar` shards, also one with `shards/` in it, or a `.jsonl` file.
-        work_dir: Takes the index, and shards that are made.
-        image_folder: Of the images of a `.jsonl` file; by default the file's own.
-        num_readers: At least so many shards are made.
-        num_processes: That make them.
-        seed: Of the order of the pairs.
+        data: A folder of `.tar` shards (or with a subfolder `shards/`), or a `.jsonl` file.
+        work_dir: Folder for the index and for new shards.
+        image_folder: Folder of the images of a `.jsonl` file; by default the folder of that file.
+        num_readers: Minimum number of shards to make.
+        num_processes: Number of processes that make shards.
+        seed: Seed of the order of pairs.
 
     Raises:
-        FileNotFoundError: No such file or folder, or no shards in it.
-        ValueError: No pair that can be used, or another run is at work here.
+        FileNotFoundError: If `data` does not exist, or holds no shards.
+        ValueError: If no pair can be used, or another run is writing to `work_dir`.
     """
     data, work_dir = Path(data), Path(work_dir)
     if data.is_dir():
@@ -128,11 +128,11 @@ def prepare_shards(
 
 
 def index_shards(folder: Path, index_file: Path) -> ShardSet:
-    """Counts the pairs of the shards of a folder; what was counted before is not read again.
+    """Counts the pairs in each shard of a folder; shards in the index are not read again.
 
     Raises:
-        FileNotFoundError: No shards.
-        ValueError: None of them can be read.
+        FileNotFoundError: If there are no shards.
+        ValueError: If no shard can be read.
     """
     paths = sorted(folder.glob("*.tar")) or sorted((folder / "shards").glob("*.tar"))
     if not paths:
@@ -155,7 +155,7 @@ def index_shards(folder: Path, index_file: Path) -> ShardSet:
 
 
 def _count(path: Path) -> dict[str, Any]:
-    """Pairs of a shard as open_clip groups them: names up to the first dot of the last part."""
+    """Counts the pairs of a shard as open_clip groups them: by file name up to the first dot."""
     suffixes: dict[str, set[str]] = {}
     try:
         with tarfile.open(path) as tar:
@@ -253,7 +253,7 @@ def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: l
                 found = row.get("id") if isinstance(row, dict) else None
                 skipped.append({"line": offset, "id": found, "reason": str(error)})
                 continue
-            # Keys are numbers: the ids of slides hold dots, at which WebDataset cuts.
+            # Keys are numbers, because WebDataset cuts at dots and slide ids contain some.
             key = f"{number:06d}{num_pairs:06d}"
             about = {name: row[name] for name in row if name != "caption"}
             _add(tar, f"{key}.{suffix}", image)
@@ -264,7 +264,7 @@ def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: l
 
 
 def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
-    """Suffix and bytes of the image, and the caption; the image decodes to its last line."""
+    """Returns suffix and bytes of the image, which is fully decoded as a check, and the caption."""
     from PIL import Image, UnidentifiedImageError
 
     if not isinstance(row, dict):
@@ -287,6 +287,8 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # time, owner and rights stay constant: equal pairs, equal shards
+    info = tarfile.TarInfo(
+        name
+    )  # constant time, owner and permissions: equal pairs give equal shards
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))

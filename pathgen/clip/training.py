@@ -1,8 +1,8 @@
-"""PathGen-CLIP: training by open_clip's own trainer, in stages, resumable, exported at the end.
+"""Trains PathGen-CLIP in stages with open_clip's own trainer; resumes, and exports each stage.
 
-For each stage of a recipe the output folder holds `<stage>/` with the trainer's log, settings and
-checkpoints, `open_clip/` and, where the architecture allows, `hf/`; the next stage starts from
-`open_clip/`. A run that was killed continues at the last epoch that was whole.
+Each stage of a recipe writes `<stage>/` with the trainer's log, settings and checkpoints,
+`open_clip/` and, where the architecture allows, `hf/`. The next stage starts from `open_clip/`. A
+killed run continues from the last complete epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pathgen.clip.export import (
 from pathgen.clip.recipe import Recipe, Stage, trainer_arguments
 from pathgen.clip.shards import ShardSet, prepare_shards
 
-CHECKPOINT_NAME = "epoch_latest.pt"  # the one that open_clip's trainer writes beside and renames
+CHECKPOINT_NAME = (
+    "epoch_latest.pt"  # open_clip's trainer writes this one under a temporary name and renames it
+)
 SKIPPED_NAME = "skipped.jsonl"
 
 Start = Callable[[Sequence[str]], int]
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """The trainer ended with an exit code that is not 0."""
+    """The trainer ended with a non-zero exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -51,15 +53,15 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage gave.
+    """Outcome of a stage.
 
     Attributes:
-        name: Of the stage.
-        open_clip: The folder for open_clip.
-        hugging_face: The folder for transformers, or None with the reason in `note`.
+        name: Name of the stage.
+        open_clip: Folder that open_clip loads.
+        hugging_face: Folder that transformers loads, or None with the reason in `note`.
         note: Why something is missing.
-        num_pairs: That were trained on.
-        num_skipped: Pairs and shards that were left out.
+        num_pairs: Number of training pairs.
+        num_skipped: Number of pairs and shards that were skipped.
     """
 
     name: str
@@ -81,26 +83,26 @@ def train_clip(
     seed: int = 0,
     is_first_machine: bool = True,
 ) -> list[StageResult]:
-    """Trains all stages; those that are finished are not trained again.
+    """Trains all stages that are not finished yet.
 
     Args:
-        recipe: What is trained.
-        out: Output folder; a folder per stage.
-        start: Starts the trainer.
-        num_processes: That `start` starts, on all machines.
-        num_packers: Processes that make shards of `pairs.jsonl`.
+        recipe: Model, initial weights and stages.
+        out: Output folder; gets one folder per stage.
+        start: Function that starts the trainer.
+        num_processes: Number of processes that `start` starts, on all machines together.
+        num_packers: Number of processes that make shards from `pairs.jsonl`.
         device: `cuda` or `cpu`; by default the trainer's choice.
-        seed: Of the order of pairs in shards; the trainer's own is its option `seed`.
-        is_first_machine: The others of several machines, which share `out`, leave exporting to it.
+        seed: Seed of the order of pairs in shards; the trainer has its own option `seed`.
+        is_first_machine: Whether this machine exports; the machines of a run share `out`.
 
     Raises:
-        FileNotFoundError: Data that is not there.
+        FileNotFoundError: If data are missing.
         ValueError: If the data are too small for the batch, or another recipe was started in the
             folder.
         FolderInUseError: If another run is training in the folder.
-        TrainingError: The trainer failed; its log says why.
+        TrainingError: If the trainer fails; its log says why.
     """
-    if not is_first_machine:  # the first one holds the lock, in the folder that they share
+    if not is_first_machine:  # the machines share a folder, and the first one holds its lock
         return _train_stages(
             recipe, Path(out), start, num_processes, num_packers, device, seed, is_first=False
         )
@@ -160,7 +162,7 @@ def _job(
     shards: ShardSet,
     folder: Path,
 ) -> dict[str, Any]:
-    """What `pathgen.clip.worker` reads."""
+    """Returns the job that `pathgen.clip.worker` reads."""
     model_file = _named_config(model, folder) if model.endswith(".json") else ""
     arguments = [
         *trainer_arguments({**options, **_image_options(preprocessing)}),
@@ -228,7 +230,7 @@ def _export(
 
 
 def _await_result(folder: Path, inputs: Mapping[str, Any]) -> StageResult:
-    """The stage's result, which on other machines appears when the first has exported it."""
+    """Waits until the first machine has exported the stage, and returns the result."""
     deadline = time.monotonic() + _EXPORT_PATIENCE_S
     while (result := _finished(folder, inputs)) is None:
         if time.monotonic() > deadline:
@@ -238,7 +240,7 @@ def _await_result(folder: Path, inputs: Mapping[str, Any]) -> StageResult:
 
 
 def _finished(folder: Path, inputs: Mapping[str, Any]) -> StageResult | None:
-    """The stage's result if it is complete; None if it is to be run or continued."""
+    """Returns the stage's result, or None if the stage is not complete."""
     for name in ("stage.json", "inputs.json"):
         if not (folder / name).is_file():
             continue
@@ -282,7 +284,7 @@ def _parsed(options: Mapping[str, Any]) -> Any:
 
 
 def _named_config(model: str, folder: Path) -> str:
-    """Copies our own architecture under a name that is none of open_clip's."""
+    """Copies an architecture of ours under a name that open_clip does not use."""
     content = json.loads(Path(model).read_text(encoding="utf-8"))
     target = folder.absolute() / f"own-{Path(model).stem}.json"
     write_json(target, content)
@@ -290,7 +292,7 @@ def _named_config(model: str, folder: Path) -> str:
 
 
 def _preprocessing(model: str, pretrained: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean, standard deviation, interpolation and resizing that belong to the starting weights."""
+    """Returns mean, standard deviation, interpolation and resize mode of the initial weights."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, get_pretrained_cfg
 
     found: dict[str, Any] = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
@@ -313,7 +315,7 @@ def _image_options(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _skipped_in_training(folder: Path) -> list[dict[str, Any]]:
-    """What the pipeline left out, once for all epochs and processes."""
+    """Returns the samples that the pipeline skipped, each once over all epochs and processes."""
     file = folder / "skipped_in_training.jsonl"
     if not file.is_file():
         return []
@@ -322,7 +324,7 @@ def _skipped_in_training(folder: Path) -> list[dict[str, Any]]:
 
 
 def start_here(arguments: Sequence[str]) -> int:
-    """Starts one process of this interpreter; for use without a launcher."""
+    """Starts one process of this interpreter, without a launcher."""
     import subprocess
 
     return subprocess.run([sys.executable, *arguments], check=False).returncode

@@ -1,7 +1,7 @@
-"""One process of a CLIP training: open_clip's trainer with arguments from a file.
+"""One process of a CLIP training: runs open_clip's trainer with arguments from a file.
 
-Started as `python -m pathgen.clip.worker JOB.json`, or by torchrun several times. A file, because
-the list of a thousand shards is longer than one argument of a command line may be.
+Started as `python -m pathgen.clip.worker JOB.json`, or several times by torchrun. Arguments come
+from a file because a list of a thousand shards exceeds the length limit of a command-line argument.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _BAD_SAMPLE = "Handling webdataset error"
 
 
 class SkippedSamples(logging.Handler):
-    """Writes down what open_clip's pipeline leaves out; it says so in its log only.
+    """Log handler that records the samples open_clip's pipeline skips, which it only logs.
 
-    Data workers are forked and append to the same file, a line at a time.
+    Data workers are forked and append to the same file, one line at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,10 +32,12 @@ class SkippedSamples(logging.Handler):
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the pipeline's warnings, and no others."""
+        """Records a warning of the pipeline; ignores all others."""
         message = record.getMessage()
         if message.startswith(_BAD_SAMPLE):
-            error = sys.exc_info()[1]  # webdataset names the sample there, and not in the message
+            error = sys.exc_info()[
+                1
+            ]  # webdataset names the sample in the arguments, not in the message
             row = {"id": getattr(error, "key", None), "shard": getattr(error, "url", None)}
             cause = getattr(error, "__cause__", None) or error
             row = {**row, "reason": f"cannot be decoded: {cause!r:.300}"}
@@ -48,8 +50,8 @@ class SkippedSamples(logging.Handler):
 def cpu_data_parallel(active: bool) -> Iterator[None]:
     """Lets open_clip's trainer run in several processes on CPUs.
 
-    It always passes `device_ids` to DistributedDataParallel, which refuses them for models on the
-    CPU. With GPUs nothing is changed.
+    The trainer always passes `device_ids` to DistributedDataParallel, which refuses them for models
+    on the CPU. Nothing changes on GPUs.
     """
     import torch
 
@@ -75,8 +77,8 @@ def cpu_data_parallel(active: bool) -> Iterator[None]:
 def shards_without_end_marks() -> Iterator[None]:
     """Lets open_clip's trainer read shards through webdataset 0.2.96 and later.
 
-    Since then an empty sample marks the end of each shard, at which open_clip's grouping stops
-    (https://github.com/mlfoundations/open_clip/issues/935); the mark is switched off here.
+    Since that version an empty sample marks the end of each shard, at which open_clip's grouping
+    stops (https://github.com/mlfoundations/open_clip/issues/935). This switches the marks off.
     """
     from open_clip_train import data
     from webdataset.tariterators import tar_file_expander
@@ -91,14 +93,14 @@ def shards_without_end_marks() -> Iterator[None]:
 
 
 class SeededShuffle:
-    """Stage of a pipeline that shuffles as webdataset's does, from a seed instead of the clock.
+    """Pipeline stage that shuffles as webdataset does, but from a seed instead of the clock.
 
     Args:
-        buffer_size: Samples among which one is drawn.
-        initial: Samples that are read before the first is given.
-        seed: Of the run.
-        rank: Of the process.
-        epoch: Returns the number of the epoch.
+        buffer_size: Number of samples from which one is drawn.
+        initial: Number of samples read before the first is yielded.
+        seed: Seed of the run.
+        rank: Rank of the process.
+        epoch: Function that returns the current epoch.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class SeededShuffle:
         self._epoch = epoch
 
     def __call__(self, source: Iterator[Any]) -> Iterator[Any]:
-        """Shuffles one epoch, of one data worker."""
+        """Shuffles one epoch in one data worker."""
         from torch.utils.data import get_worker_info
         from webdataset.filters import _shuffle
 
@@ -122,8 +124,8 @@ class SeededShuffle:
 def samples_in_seeded_order() -> Iterator[None]:
     """Makes the order of samples depend on the trainer's seed and the epoch.
 
-    The trainer shuffles shards by its seed, but samples by webdataset's default: the clock and the
-    number of the process, so that no two runs are alike.
+    The trainer shuffles shards by its seed, but samples by webdataset's default, which depends on
+    clock and process id, so that no two runs are alike.
     """
     from open_clip_train import data
 

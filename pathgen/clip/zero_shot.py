@@ -1,7 +1,7 @@
-"""Zero-shot classification and image-text retrieval by a CLIP, with intervals, into reports.
+"""Evaluates a CLIP: zero-shot classification and image-text retrieval, with confidence intervals.
 
-A class is the mean of the features of its prompts, brought to length 1: prompt ensembling in
-embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/2103.00020).
+The feature of a class is the L2-normalised mean of the features of its prompts: prompt ensembling
+in embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/2103.00020).
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def zero_shot(
 
     Args:
         encoder: The CLIP.
-        benchmark: Classes, prompts, layout.
+        benchmark: Classes, prompts and layout of the data set.
         data_path: Folder of the data set as published.
-        out: Takes `metrics.json`, `metrics.md`, `predictions.csv`, `skipped.jsonl`.
-        cache_dir: Takes features, for a later run; by default `features/` in `out`.
-        batch_size: Images at a time.
-        num_workers: Processes that read images.
-        seed: Of the intervals.
-        progress: Show a progress bar.
+        out: Folder for `metrics.json`, `metrics.md`, `predictions.csv`, `skipped.jsonl`.
+        cache_dir: Folder in which features are cached; by default `features/` in `out`.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images.
+        seed: Seed of the bootstrap.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
-        FileNotFoundError: No such data, or a class without images.
-        ValueError: Data that is not as the layout says.
+        FileNotFoundError: If the data are missing, or a class has no images.
+        ValueError: If the data do not follow the layout.
     """
     found, out = read_images(benchmark, data_path), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def classification_scores(
 ) -> dict[str, Any]:
     """Returns accuracy, balanced accuracy, weighted F1 and confusion matrix, with intervals.
 
-    Classes that never occur count in no mean, as in scikit-learn.
+    Classes that never occur are excluded from means, as in scikit-learn.
 
     Args:
         true: int `(N,)`, classes counted from 0.
@@ -118,7 +118,7 @@ def classification_scores(
     values: Mapping[str, tuple[float, Callable[[NDArray[Any]], NDArray[Any]]]] = {
         "accuracy": (accuracy_score(true, predicted), stats.accuracy),
         "balanced_accuracy": (
-            float(stats.balanced_accuracy(matrix)),  # as scikit-learn's, without its warning
+            float(stats.balanced_accuracy(matrix)),  # equals scikit-learn's, without its warning
             stats.balanced_accuracy,
         ),
         "weighted_f1": (
@@ -143,7 +143,7 @@ def classification_scores(
 
 
 def class_features(encoder: Encoder, benchmark: ClassBenchmark) -> torch.Tensor:
-    """One feature of length 1 per class, `(num_classes, dim)`."""
+    """Returns one L2-normalised feature per class, `(num_classes, dim)`."""
     means = [
         encoder.encode_texts(benchmark.sentences(index)).mean(dim=0)
         for index in range(len(benchmark.classes))
@@ -166,23 +166,23 @@ def retrieval(
 ) -> dict[str, Any]:
     """Finds captions for images and images for captions, and writes recall at k.
 
-    Captions of the same words are one caption, with several images that are right for it.
+    Equal captions count as one caption, for which several images are right.
 
     Args:
         encoder: The CLIP.
         pairs: `pairs.jsonl`.
-        out: Takes `metrics.json`, `metrics.md`, `skipped.jsonl`.
-        image_folder: Of the images; by default the file's own.
-        ks: At which ranks recall is taken.
-        cache_dir: Takes features, for a later run; by default `features/` in `out`.
-        batch_size: Images at a time.
-        num_workers: Processes that read images.
-        seed: Of the intervals.
-        progress: Show a progress bar.
+        out: Folder for `metrics.json`, `metrics.md`, `skipped.jsonl`.
+        image_folder: Folder of the images; by default the folder of `pairs`.
+        ks: Ranks k at which recall is computed.
+        cache_dir: Folder in which features are cached; by default `features/` in `out`.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images.
+        seed: Seed of the bootstrap.
+        progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No pair that can be used.
+        FileNotFoundError: If `pairs` does not exist.
+        ValueError: If no pair can be used.
     """
     pairs, out = Path(pairs), Path(out)
     folder = Path(image_folder) if image_folder else pairs.parent
@@ -253,9 +253,9 @@ def _groups(right: NDArray[np.int64], num_texts: int) -> list[list[int]]:
 def _ranks(
     queries: NDArray[np.float32], candidates: NDArray[np.float32], right: Sequence[Sequence[int]]
 ) -> NDArray[np.int64]:
-    """How many wrong candidates are as near to each query as the nearest right one, or nearer.
+    """Counts, per query, the wrong candidates that are at least as near as the nearest right one.
 
-    A tie counts against the model: one that gives everything the same feature finds nothing.
+    Ties count against the model: one that maps everything to the same feature finds nothing.
     """
     ranks = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), _QUERIES_AT_A_TIME):
