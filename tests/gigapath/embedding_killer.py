@@ -1,16 +1,16 @@
 """Starts an embedding job again and again, kills it at random moments, and looks at what it left.
 
-Usage: python embedding_killer.py JOB_JSON. A process that has imported everything forks one child
-a run, so that dozens of kills cost no imports.
+Usage: python -m tests.gigapath.embedding_killer JOB_JSON.
+
+A process that has imported everything forks one child a run, so that dozens of
+kills cost no imports.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +24,8 @@ from gigapath.embed.slide_vectors import describe_slide_encoder
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import register_architecture
 from pathcore import files
-from pathcore.files import folder_lock, sha256_of
+from pathcore.files import folder_lock
+from tests.killing import finishes, visible_digests
 from wsi.tiling import PatchSpec
 
 SLIDE_ARCH = "tiny_killed"
@@ -40,36 +41,18 @@ def settings_of(job: dict[str, Any]) -> EmbeddingSettings:
 
 def run(job: dict[str, Any], out: Path, kill_after_s: float | None) -> bool:
     """Embeds in a child; returns whether it finished."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            embed_slides(
-                job["slides"],
-                out,
-                settings_of(job),
-                Placement("cpu"),
-                workers=job["workers"],
-                progress=False,
-            )
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the job failed by itself"
-    return not os.WIFSIGNALED(status)
 
+    def work() -> None:
+        embed_slides(
+            job["slides"],
+            out,
+            settings_of(job),
+            Placement("cpu"),
+            workers=job["workers"],
+            progress=False,
+        )
 
-def digests(out: Path) -> dict[str, str]:
-    """What a user sees; files under construction have names that begin with a dot."""
-    return {
-        path.relative_to(out).as_posix(): sha256_of(path)
-        for path in out.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(out).parts)
-    }
+    return finishes(work, kill_after_s)
 
 
 def main() -> None:
@@ -84,7 +67,7 @@ def main() -> None:
     start = time.perf_counter()
     assert run(job, root / "whole", None)
     seconds = time.perf_counter() - start
-    whole = digests(root / "whole")
+    whole = visible_digests(root / "whole")
     generator, kills, with_parts = random.Random(job["seed"]), 0, 0
     out = root / "out"
     # On, until a kill has fallen between parts: how often one does is up to the machine.
@@ -92,14 +75,14 @@ def main() -> None:
         kills += not run(job, out, generator.uniform(0.05, 1.0) * seconds)
         if (out / ".job").is_dir():
             with folder_lock(out / ".job" / "lock"):  # until the workers have noticed, too
-                found = digests(out)
+                found = visible_digests(out)
                 assert found.items() <= whole.items(), "a file that is not whole, or another"
                 with_parts += any((out / ".job").rglob("*.npz"))
         if (out / "report.json").is_file():
-            assert digests(out) == whole, "a continued run gives other files"
+            assert visible_digests(out) == whole, "a continued run gives other files"
             shutil.rmtree(out)
     assert run(job, out, None)
-    assert digests(out) == whole, "a continued run gives other files"
+    assert visible_digests(out) == whole, "a continued run gives other files"
     assert not list((out / ".job").rglob("*.npz")), "parts are left"
     print("KILLS", kills, "WITH_PARTS", with_parts, "FILES", len(whole))
 

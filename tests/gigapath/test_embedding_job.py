@@ -184,7 +184,7 @@ def test_killed_again_and_again(tmp_path: Path, workers: int, kills: int) -> Non
         "seed": kills,
     }
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("embedding_killer.py")), json.dumps(job)],
+        [sys.executable, "-m", "tests.gigapath.embedding_killer", json.dumps(job)],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -1,14 +1,14 @@
 """Describes rows in a process of its own, to be killed, by a test or by itself.
 
-Usage: python agents_killed.py URL ROWS OUT IMAGES [KILLS]. With KILLS it runs the step again and
-again in children, kills them at random moments, and looks at what each left.
+Usage: python -m tests.pathgen.agents_killed URL ROWS OUT IMAGES [KILLS].
+
+With KILLS it runs the step again and again in children, kills them at random
+moments, and looks at what each left.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ import PIL.Image  # noqa: F401
 from pathgen.agents.backends import OpenAIBackend
 from pathgen.agents.captions import describe
 from pathgen.agents.steps import left_out_path, run_step
+from tests.killing import finishes
 
 
 def run(url: str, rows: str, out: str, images: str, concurrency: int = 1) -> None:
@@ -28,20 +29,7 @@ def run(url: str, rows: str, out: str, images: str, concurrency: int = 1) -> Non
 
 def run_child(arguments: list[str], kill_after_s: float | None) -> bool:
     """Runs the step in a child; returns whether it finished."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            run(*arguments, concurrency=4)
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the step failed by itself"
-    return not os.WIFSIGNALED(status)
+    return finishes(lambda: run(*arguments, concurrency=4), kill_after_s)
 
 
 def kill_again_and_again(arguments: list[str], kills: int) -> None:

@@ -1,16 +1,16 @@
 """Starts an extraction again and again, kills it at random moments, and looks at what it left.
 
-Usage: python killer.py JOB_JSON. A process that has imported everything forks one child a run, so
-that dozens of kills cost no imports. Prints how many runs were killed and how many finished.
+Usage: python -m tests.wsi.killer JOB_JSON.
+
+A process that has imported everything forks one child a run, so that dozens of
+kills cost no imports. Prints how many runs were killed and how many finished.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,49 +20,32 @@ import imagecodecs  # noqa: F401
 import openslide  # noqa: F401
 import tifffile  # noqa: F401
 
-from pathcore.files import folder_lock, sha256_of
+from pathcore.files import folder_lock
+from tests.killing import finishes, visible_digests
 from wsi.extraction import OutputSettings, extract
 from wsi.requests import PatchRequest
 
 
 def run(job: dict[str, Any], out: Path, kill_after_s: float | None) -> bool:
     """Extracts in a child; returns whether it finished."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            extract(
-                lambda: (PatchRequest(*row) for row in job["rows"]),
-                job["slides"],
-                out,
-                settings=OutputSettings(job["layout"], "jpg", part_size=3),
-                source={},
-                workers=job["workers"],
-                progress=False,
-            )
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the extraction failed by itself"
-    return not os.WIFSIGNALED(status)
 
+    def work() -> None:
+        extract(
+            lambda: (PatchRequest(*row) for row in job["rows"]),
+            job["slides"],
+            out,
+            settings=OutputSettings(job["layout"], "jpg", part_size=3),
+            source={},
+            workers=job["workers"],
+            progress=False,
+        )
 
-def digests(out: Path) -> dict[str, str]:
-    """What a user sees; files under construction have names that begin with a dot."""
-    return {
-        path.relative_to(out).as_posix(): sha256_of(path)
-        for path in out.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(out).parts)
-    }
+    return finishes(work, kill_after_s)
 
 
 def check(out: Path, whole: dict[str, str], seen: set[str]) -> None:
     """Whatever has a name is whole, and nothing that was there is gone."""
-    found = digests(out)
+    found = visible_digests(out)
     assert found.items() <= whole.items(), "a file under its final name that is not whole"
     assert seen <= found.keys(), "a file that was there is gone"
     seen |= found.keys()
@@ -77,7 +60,7 @@ def main() -> None:
     start = time.perf_counter()
     assert run(job, root / "whole", None)
     seconds = time.perf_counter() - start
-    whole = digests(root / "whole")
+    whole = visible_digests(root / "whole")
     generator, kills, finished = random.Random(job["seed"]), 0, 0
     out, seen = root / "out", set[str]()
     while kills < job["kills"]:
@@ -90,11 +73,11 @@ def main() -> None:
                 check(out, whole, seen)
         if (out / "report.json").is_file() or generator.random() < 0.1:
             assert run(job, out, None)
-            assert digests(out) == whole, "a continued run gives other files"
+            assert visible_digests(out) == whole, "a continued run gives other files"
             shutil.rmtree(out)
             seen.clear()
     assert run(job, out, None)
-    assert digests(out) == whole
+    assert visible_digests(out) == whole
     leftovers = [path.name for path in out.iterdir() if path.name.startswith(".")]
     print("KILLS", kills, "FINISHED", finished, "LEFTOVERS", leftovers)
 

@@ -39,7 +39,7 @@ def test_killed_again_and_again(tmp_path: Path, layout: str, workers: int, kills
         "seed": kills,
     }
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killer.py")), json.dumps(job)],
+        [sys.executable, "-m", "tests.wsi.killer", json.dumps(job)],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -1,16 +1,16 @@
 """Starts a converter again and again, kills it at random moments, and looks at what it left.
 
-Usage: python killer.py JOB_JSON. A process that has imported everything forks one child a run, so
-that dozens of kills cost no imports. Prints how many runs were killed and how many finished.
+Usage: python -m tests.pallava.release.killer JOB_JSON.
+
+A process that has imported everything forks one child a run, so that dozens of
+kills cost no imports. Prints how many runs were killed and how many finished.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from pallava.release.export import export
 from pallava.release.merge import merge
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint
 from pathcore.files import sha256_of
+from tests.killing import finishes
 
 
 def converter(job: dict[str, object]) -> Callable[[Path], None]:
@@ -38,21 +39,12 @@ def converter(job: dict[str, object]) -> Callable[[Path], None]:
 
 def run(convert: Callable[[Path], None], out: Path, kill_after_s: float | None) -> bool:
     """Runs a converter in a child; returns whether it finished."""
-    child = os.fork()
-    if child == 0:
-        code = 1
+
+    def work() -> None:
         torch.set_num_threads(2)  # two shards at a time
-        try:
-            convert(out)
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the converter failed by itself"
-    return not os.WIFSIGNALED(status)
+        convert(out)
+
+    return finishes(work, kill_after_s)
 
 
 def digests(folder: Path) -> dict[str, str]:

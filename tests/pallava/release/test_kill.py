@@ -19,13 +19,16 @@ from tests.pallava.release.test_pth_to_hf import recipe
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def kill(kills: int, root: Path, **job: Any) -> None:
     root.mkdir()
     job |= {"root": str(root), "kills": kills, "seed": 0}
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killer.py")), json.dumps(job)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.pallava.release.killer", json.dumps(job)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -401,7 +401,7 @@ def test_a_killed_run_is_continued(server: DescriberServer, tmp_path: Path) -> N
     server.write = lambda text: time.sleep(0.1) or f"{WORDS} {text[-9:]}"  # type: ignore[func-returns-value]
     arguments = [server.url, source, out, tmp_path / "images"]
     process = subprocess.Popen(
-        [sys.executable, agents_killed.__file__, *map(str, arguments)],
+        [sys.executable, "-m", agents_killed.__name__, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     while sum(server.requests.values()) < 10:
@@ -428,7 +428,7 @@ def test_killed_at_fifty_random_moments(server: DescriberServer, tmp_path: Path)
     server.write = lambda text: time.sleep(0.02) or f"{WORDS} {text[-9:]}"  # type: ignore[func-returns-value]
     arguments = [server.url, source, tmp_path / "out.jsonl", tmp_path / "images", kills]
     result = subprocess.run(
-        [sys.executable, agents_killed.__file__, *map(str, arguments)],
+        [sys.executable, "-m", agents_killed.__name__, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
