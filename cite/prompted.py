@@ -131,7 +131,8 @@ class PromptedEncoder(nn.Module):
         """
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
-                f"pixel_values: (batch, 3, height, width) expected, got {tuple(pixel_values.shape)}"
+                f"pixel_values: expected (batch, 3, height, width), "
+                f"found {tuple(pixel_values.shape)}"
             )
         size = self.encoder.image_size
         if size is not None and tuple(pixel_values.shape[2:]) != tuple(size):

@@ -61,7 +61,7 @@ def choose_grid(
             f"image {width_px} x {height_px} px, tile {tile_px} px: sides of at least 1 px expected"
         )
     if ties not in ("published", "largest_scale"):
-        raise ValueError(f"ties: 'published' or 'largest_scale' expected, got {ties!r}")
+        raise ValueError(f"ties: expected 'published' or 'largest_scale', found {ties!r}")
 
     def cost(grid: tuple[int, int]) -> tuple[int, int, float]:
         canvas_w, canvas_h = grid[0] * tile_px, grid[1] * tile_px
@@ -148,7 +148,7 @@ class AnyRes:
         sides -= {None}
         if len(sides) != 1:
             raise ValueError(
-                f"{type(processor).__name__}: one square crop_size or size expected, got {size!r}"
+                f"{type(processor).__name__}: expected one square crop_size or size, found {size!r}"
             )
         return cls(
             tile_px=int(sides.pop()),

@@ -108,7 +108,7 @@ class FolderBuild:
             self._check_finished()
             return self
         if self.out.exists() and not self.out.is_dir():
-            raise OutputExistsError(f"{self.out}: a file lies there; name a new folder")
+            raise OutputExistsError(f"{self.out}: is a file; name a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(folder_lock(self.folder / _LOCK, folder=self.out))
         inputs, rows = read_manifest(self.folder)
@@ -180,7 +180,8 @@ class FolderBuild:
         inputs, rows = read_manifest(self.out)
         if inputs != self.inputs:
             raise OutputExistsError(
-                f"{self.out}: holds something else already; name a new folder, or remove it"
+                f"{self.out}: already exists and holds the result of other inputs; "
+                "name a new folder, or remove it"
             )
         self._rows, self.complete = rows, True
         self._verify(self.out)

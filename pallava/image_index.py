@@ -80,7 +80,7 @@ def path_inside(folder: Path, name: str) -> Path:
     parts = PurePath(name)
     roots = (folder.absolute(), folder.resolve())  # the folder itself may be a symbolic link
     if parts.is_absolute() and not any(parts.is_relative_to(root) for root in roots):
-        raise ImageError(f"{name}: lies outside the image folder {folder}")
+        raise ImageError(f"{name}: is outside the image folder {folder}")
     if ".." in parts.parts:
-        raise ImageError(f"{name}: leads out of the image folder {folder}")
+        raise ImageError(f"{name}: resolves to a path outside the image folder {folder}")
     return folder / name

@@ -174,7 +174,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         if mode == "loss":
             return {"loss": self.language_model_loss(inputs)}
         if mode not in ("tensor", "predict"):
-            raise ValueError(f"mode: 'loss', 'tensor' or 'predict' expected, got {mode!r}")
+            raise ValueError(f"mode: expected 'loss', 'tensor' or 'predict', found {mode!r}")
         outputs = self.llm(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,

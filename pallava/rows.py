@@ -36,25 +36,27 @@ def read_rows(data_path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
                         yield number, f"no JSON: {error}"
         return
     if path.suffix != ".json":
-        raise ValueError(f"data_path {path}: .json or .jsonl expected, got {path.suffix!r}")
+        raise ValueError(f"data_path {path}: expected .json or .jsonl, found {path.suffix!r}")
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data_path {path}: no JSON: {error}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"data_path {path}: an array of rows expected, got {type(rows).__name__}")
+        raise ValueError(
+            f"data_path {path}: expected an array of rows, found {type(rows).__name__}"
+        )
     yield from enumerate(rows, start=1)
 
 
 def pair_fault(row: Any) -> str | None:
     """Returns what is wrong with a row of a pairs file, or None."""
     if not isinstance(row, Mapping):
-        return f"a JSON object expected, got {type(row).__name__}"
+        return f"expected a JSON object, found {type(row).__name__}"
     if not isinstance(row.get("id"), str | int):
-        return f"id: text or a whole number expected, got {row.get('id')!r}"
+        return f"id: expected text or a whole number, found {row.get('id')!r}"
     for name in ("image", "caption"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            return f"{name}: text expected, got {row.get(name)!r}"
+            return f"{name}: expected text, found {row.get(name)!r}"
         if "\0" in row[name] or not _is_unicode(row[name]):
             return f"{name}: {row[name]!r} holds characters that no text has"
     return None

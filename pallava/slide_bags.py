@@ -146,7 +146,7 @@ class BagFolder:
         try:
             return path_inside(folder, name)
         except ImageError as error:
-            raise SlideBagError(f"slide {name}: leads out of {folder}") from error
+            raise SlideBagError(f"slide {name}: resolves to a path outside {folder}") from error
 
 
 @dataclass(frozen=True)

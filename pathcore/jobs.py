@@ -104,9 +104,11 @@ class JobFolder:
 
     def __enter__(self) -> JobFolder:
         if self.out.exists() and not self.out.is_dir():
-            raise OutputExistsError(f"{self.out}: a file lies there; name a folder")
+            raise OutputExistsError(f"{self.out}: is a file; name a folder")
         if not self.folder.is_dir() and self.out.is_dir() and any(self.out.iterdir()):
-            raise OutputExistsError(f"{self.out}: holds something else already; name a new folder")
+            raise OutputExistsError(
+                f"{self.out}: already exists and was not written by this command; name a new folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._stack.enter_context(folder_lock(self.folder / _LOCK, folder=self.out))

@@ -380,7 +380,7 @@ def read_shard_index(index: Path) -> dict[str, Path]:
         The file of every tensor, by name.
 
     Raises:
-        CheckpointError: If it is damaged, or a shard is missing or lies outside the folder.
+        CheckpointError: If it is damaged, or a shard is missing or is outside the folder.
     """
     try:
         weight_map = {
@@ -390,7 +390,7 @@ def read_shard_index(index: Path) -> dict[str, Path]:
         raise CheckpointError(f"{index}: no index with a weight_map: {error}") from error
     for shard in sorted(set(weight_map.values())):
         if not is_file_name(shard):
-            raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder")
+            raise CheckpointError(f"{index}: shard {shard!r} is outside the folder")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index}: shard {shard!r} is missing")
     return {name: index.parent / shard for name, shard in weight_map.items()}

@@ -157,7 +157,7 @@ def length_step(min_words: int, max_words: int) -> FilterStep:
         ValueError: If no length satisfies both bounds.
     """
     if not 1 <= min_words <= max_words:
-        raise ValueError(f"words: 1 <= minimum <= maximum expected, got {min_words}..{max_words}")
+        raise ValueError(f"words: expected 1 <= minimum <= maximum, found {min_words}..{max_words}")
 
     def fault(row: Mapping[str, Any]) -> str | None:
         count = count_words(row["caption"])
@@ -226,7 +226,9 @@ def near_step(
     from datasketch import MinHash, MinHashLSH
 
     if not 0 < threshold < 1:
-        raise ValueError(f"near duplicates: a similarity between 0 and 1 expected, got {threshold}")
+        raise ValueError(
+            f"near duplicates: expected a similarity between 0 and 1, found {threshold}"
+        )
     lsh = MinHashLSH(threshold=threshold, num_perm=num_perm)
     kept: list[tuple[str, Any]] = []
 
@@ -309,7 +311,7 @@ def _sift(
             continue
         caption = row.get("caption")
         if not isinstance(caption, str) or not caption.strip():
-            yield line, row, 0, f"caption: text expected, got {json.dumps(caption):.80}"
+            yield line, row, 0, f"caption: expected text, found {json.dumps(caption):.80}"
             continue
         for index, step in enumerate(steps, start=1):
             reason = step.fault(row)

@@ -47,9 +47,9 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"no JSON in UTF-8: {error}"
     if not isinstance(row, dict):
-        return f"an object expected, got {type(row).__name__}"
+        return f"expected an object, found {type(row).__name__}"
     if not isinstance(row.get("id"), str) or not row["id"]:
-        return f"id: text expected, got {row.get('id')!r:.80}"
+        return f"id: expected text, found {row.get('id')!r:.80}"
     return row
 
 
@@ -71,7 +71,7 @@ def path_inside(folder: Path, name: Any) -> Path:
         ValueError: If the name is not a string, is absolute, or points outside the folder.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"image: a file name expected, got {name!r:.80}")
+        raise ValueError(f"image: expected a file name, found {name!r:.80}")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or "\\" in name:
         raise ValueError(f"image {name!r:.200}: a path inside the image folder expected")

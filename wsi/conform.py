@@ -255,8 +255,8 @@ def converted(
         coords, features = coords[np.sort(first)], features[np.sort(first)]
     if patch_level0 is None or file.patch_px is None:
         raise FeatureFileError(
-            f"features {file.path}: it does not say how large a tile is; without that, nobody can "
-            "use the coordinates"
+            f"features {file.path}: no tile size found; the coordinates cannot be used without it; "
+            "expected an attribute such as patch_size_level0"
         )
     attributes: dict[str, Any] = {
         "patch_size": round(file.patch_px),

@@ -34,7 +34,7 @@ def encoder(image_format: str, quality: int | None = None) -> Callable[[NDArray[
         return encode_png
     quality = _DEFAULT_QUALITY[image_format] if quality is None else quality
     if not 1 <= quality <= 100:
-        raise ValueError(f"quality: from 1 to 100 expected, got {quality}")
+        raise ValueError(f"quality: expected 1 to 100, found {quality}")
     import imagecodecs
 
     if image_format == "jpg":

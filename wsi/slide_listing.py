@@ -183,7 +183,7 @@ class SlideListing:
             elif path.name in parts and path not in multi_file:
                 self._pass(path, "part of a slide", f"named in {parts[path.name].name}")
             elif self._inside_only and not self._is_inside(path):
-                self._pass(path, "link that leads out of the folder")
+                self._pass(path, "link to a path outside the folder")
             elif TILE_NAME.fullmatch(path.name):
                 has_tiles = True
             elif suffix == ".dcm":
@@ -208,7 +208,7 @@ class SlideListing:
         elif folder.name.startswith("."):
             self._pass(folder, "hidden folder")
         elif self._inside_only and not self._is_inside(folder):
-            self._pass(folder, "link that leads out of the folder")
+            self._pass(folder, "link to a path outside the folder")
         elif (folder / "Slidedat.ini").is_file() and folder.with_suffix(".mrxs").is_file():
             pass  # the data of a MIRAX slide; nothing in it has the suffix of a slide
         else:

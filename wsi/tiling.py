@@ -39,7 +39,7 @@ class PatchSpec:
             raise ValueError(f"mpp: expected a positive number of micrometres, found {self.mpp}")
         if not 0 <= self.overlap_px < self.patch_px:
             raise ValueError(
-                f"overlap_px: 0 to {self.patch_px - 1} expected, got {self.overlap_px}"
+                f"overlap_px: expected 0 to {self.patch_px - 1}, found {self.overlap_px}"
             )
         if not 0 <= self.min_tissue <= 1:
             raise ValueError(

@@ -208,11 +208,11 @@ class PatchDataset(BaseDataset):
         )
         if len(missing) > self.max_missing * len(samples):
             raise FileNotFoundError(
-                f"{message}. Unpack them, make the annotation file anew, or allow a share by "
-                "max_missing"
+                f"{message}. Unpack them, write the annotation file again, or "
+                "allow a fraction of them with max_missing"
             )
         self.missing = [f"{s['ann_file']}:{s['ann_line']}: {s['img_path']}" for s in missing]
-        print_log(f"{message}: left out", logger="current", level=logging.WARNING)
+        print_log(f"{message}: skipped", logger="current", level=logging.WARNING)
         gone = {id(sample) for sample in missing}
         return [sample for sample in samples if id(sample) not in gone]
 

@@ -139,7 +139,7 @@ class MissingPatchesHook(Hook):
         if is_main_process():
             write_text(file, "\n".join(missing) + "\n")
             runner.logger.error(
-                f"{len(missing)} patch(es) were left out, for instance {missing[0]}. All: {file}"
+                f"{len(missing)} patch(es) were skipped, for instance {missing[0]}. All: {file}"
             )
         raise SystemExit(EXIT_SKIPPED)
 

@@ -109,7 +109,7 @@ def describe_encoder(
         return _describe_named(pretrained, precision)
     transform = tile_encoder.encoder_transform(pretrained, model_arch)
     if transform.output_px is None:
-        raise ValueError(f"tile encoder {pretrained}: its transform gives no square images")
+        raise ValueError(f"tile encoder {pretrained}: its transform does not produce square images")
     if pretrained in ("", tile_encoder.RANDOM):
         name = f"random-{model_arch or tile_encoder.DEFAULT_ARCHITECTURE}-{seed}"
         return TileEncoderSpec("", model_arch, precision, name, seed=seed, transform=transform)

@@ -111,7 +111,7 @@ def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting:
     if setting not in SETTINGS:
         raise ValueError(f"setting {setting!r}: one of {', '.join(SETTINGS)} expected")
     if setting == "binary" and len(classes) != 2:
-        raise ValueError(f"setting binary: 2 classes expected, got {len(classes)}")
+        raise ValueError(f"setting binary: expected 2 classes, found {len(classes)}")
     if not len(labels):
         raise ValueError("scores of no cases are asked for")
     shape = (len(labels), len(classes))

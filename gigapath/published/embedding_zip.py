@@ -99,10 +99,10 @@ class EmbeddingArchive:
         """
         value = load_tensors(self._bytes(entry))
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise EntryError(f"a float tensor expected, got {type(value).__name__}")
+            raise EntryError(f"expected a float tensor, found {type(value).__name__}")
         vector = value.squeeze().float()
         if vector.ndim != 1:
-            raise EntryError(f"one vector expected, got shape {tuple(value.shape)}")
+            raise EntryError(f"expected one vector, found shape {tuple(value.shape)}")
         if not torch.isfinite(vector).all():
             raise EntryError("infinities or NaN")
         return vector

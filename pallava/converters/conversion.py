@@ -184,7 +184,7 @@ def relative_name(folder: Path, path: Path) -> str:
     for root in (folder, folder.absolute(), folder.resolve()):
         if path.is_relative_to(root):
             return path.relative_to(root).as_posix()
-    raise ImageError(f"{path}: lies outside the image folder {folder}")
+    raise ImageError(f"{path}: outside the image folder {folder}")
 
 
 class _RowMaker:
@@ -222,7 +222,7 @@ class _RowMaker:
         folder = self.conversion.image_folder
         assert folder is not None, "rows name image files, but the conversion has no image_folder"
         if "\0" in name:
-            raise ImageError(f"image: a file name expected, got {name!r:.80}")
+            raise ImageError(f"image: expected a file name, found {name!r:.80}")
         if not self.check_images:
             return relative_name(folder, path_inside(folder, name))
         image = find_image(folder, name)

@@ -75,7 +75,7 @@ def dataformat(
         row = as_mapping(record)
         image, caption = row.get("image"), text_field(row, "caption")
         if not isinstance(image, str) or not image.strip() or "\0" in image:
-            raise RowError(f"image: a file name expected, got {image!r:.80}")
+            raise RowError(f"image: expected a file name, found {image!r:.80}")
         pair_id = str(row.get("id") or PurePosixPath(image).with_suffix(""))
         if max_area_px is not None:
             width_px, height_px = image_size(path_inside(folder, image))

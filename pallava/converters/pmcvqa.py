@@ -39,7 +39,7 @@ def pmc_vqa(
         question_template: Prompt with `{question}` and `{options}`, as for `xtuner-add pmcvqa`.
     """
     if answer not in ("letter", "text", "both"):
-        raise ValueError(f"pmc-vqa: answer=letter|text|both expected, got {answer}")
+        raise ValueError(f"pmc-vqa: expected answer=letter|text|both, found {answer}")
     data = data_file(data_path, (f"{split}.csv", f"{split}_2.csv"))
     folder = image_root(image_folder, data, IMAGE_FOLDERS)
     records, make_question = choice_rows(data, folder, question_template)

@@ -80,7 +80,7 @@ def _names(row: Mapping[str, Any]) -> list[str]:
     value = row.get("image")
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise RowError(f"image: a file name or a list of them expected, got {value!r:.80}")
+        raise RowError(f"image: expected a file name or a list of them, found {value!r:.80}")
     return names
 
 

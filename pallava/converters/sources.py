@@ -71,7 +71,7 @@ def as_mapping(row: Any) -> Mapping[str, Any]:
         RowError: If it is not.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"a record expected, got {row!r:.80}")
+        raise RowError(f"expected a record, found {row!r:.80}")
     return row
 
 

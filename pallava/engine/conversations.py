@@ -215,7 +215,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _record(self, row: Mapping[str, Any], reason: str) -> None:
         files = image_files(row)
         self.skip_log.record(row.get("id", ""), files[0] if files else "", reason)
-        print_log(f"sample left out: {reason}", logger="current", level=logging.WARNING)
+        print_log(f"sample skipped: {reason}", logger="current", level=logging.WARNING)
 
 
 def load_processed_text(folder: str | os.PathLike[str]) -> Any:

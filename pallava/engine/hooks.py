@@ -53,7 +53,7 @@ class SkippedSamplesHook(Hook):
         skipped = log.read()
         if skipped and get_rank() == 0:
             runner.logger.warning(
-                f"{len(skipped)} sample(s) were left out, for instance {skipped[0].file}: "
+                f"{len(skipped)} sample(s) were skipped, for instance {skipped[0].file}: "
                 f"{skipped[0].reason}. All of them: {log.path}"
             )
 

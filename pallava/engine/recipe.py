@@ -95,7 +95,7 @@ def _lora(lora: Any) -> dict[str, Any]:
 
     config = BUILDER.build(dict(lora)) if isinstance(lora, Mapping) else lora
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"model.llm_lora: a LoraConfig expected, got {type(config).__name__}")
+        raise ValueError(f"model.llm_lora: expected a LoraConfig, found {type(config).__name__}")
     values = asdict(config)
     kept = {name: values[name] for name in _LORA_FIELDS if name in values}
     return {name: sorted(v) if isinstance(v, set) else v for name, v in kept.items()}

@@ -176,8 +176,8 @@ def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     report = json.loads(path.read_bytes()) if path.is_file() else {}
     if report.pop("inputs", None) != json.loads(json.dumps(inputs)):
         raise OutputExistsError(
-            f"{out}: holds something else, or the result of other data or settings; name a new "
-            "folder, or remove it"
+            f"{out}: already exists and holds other files or the result of other settings; "
+            "name a new folder, or remove it"
         )
     return report
 

@@ -118,7 +118,7 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
         answer = record.get("answer") if isinstance(record, Mapping) else record
         if not isinstance(answer, str):
             raise ValueError(
-                f"{path}, {question_id!r}: {{question_id, answer}} with text expected, got "
+                f"{path}, {question_id!r}: expected {{question_id, answer}} with text, found "
                 f"{record!r:.80}"
             )
         try:

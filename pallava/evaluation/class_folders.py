@@ -175,7 +175,7 @@ def read_class_records(
 
     def make(row_id: str, row: Any) -> Question:
         if not isinstance(row, Mapping):
-            raise RowError(f"a record with question and image expected, got {row!r:.80}")
+            raise RowError(f"expected a record with question and image, found {row!r:.80}")
         label = labels.get(row_id, row.get("answer"))
         return Question(
             id=row_id,

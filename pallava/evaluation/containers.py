@@ -43,14 +43,14 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no JSON: {error}") from error
     else:
-        raise ValueError(f"{path}: .json, .jsonl, .pkl or .parquet expected, got {path.suffix!r}")
+        raise ValueError(f"{path}: expected .json, .jsonl, .pkl or .parquet, found {path.suffix!r}")
     if isinstance(content, Mapping):
         yield from ((str(key), row) for key, row in content.items())
     elif isinstance(content, list | tuple):
         yield from ((_row_id(row, number), row) for number, row in enumerate(content))
     else:
         raise ValueError(
-            f"{path}: an object of id -> record or a list of records expected, got "
+            f"{path}: expected an object of id -> record or a list of records, found "
             f"{type(content).__name__}"
         )
 

@@ -80,7 +80,7 @@ def generate_answers(
         ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"batch size: at least 1 expected, got {batch_size}")
+        raise ValueError(f"batch size: expected at least 1, found {batch_size}")
     rank, world_size = _processes()
     images = _image_identities(questions, digests_path, rank, world_size)
     digests = answer_digests(assistant, questions, max_new_tokens, images)

@@ -220,7 +220,7 @@ def find_image(folder: ImageFolder, name: object) -> FileImage | None:
     if isinstance(folder, NoImages):
         return None
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ImageError(f"image: a file name expected, got {name!r:.80}")
+        raise ImageError(f"image: expected a file name, found {name!r:.80}")
     path = path_inside(Path(folder), name)
     for suffix in ("", *_SUFFIXES):
         candidate = path.with_name(path.name + suffix) if suffix else path
@@ -241,7 +241,7 @@ def text_field(row: Mapping[str, Any], *names: str) -> str:
             text = str(value).strip()
             if text and text.lower() != "nan":  # pandas writes missing values as nan
                 return text
-    raise RowError(f"{names[0]}: text expected, got {row.get(names[0])!r:.80}")
+    raise RowError(f"{names[0]}: expected text, found {row.get(names[0])!r:.80}")
 
 
 def image_files(folder: Path) -> list[Path]:

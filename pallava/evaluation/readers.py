@@ -131,7 +131,7 @@ def question_type_of(question: str) -> str:
 
 def _mapping(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
-        raise RowError(f"a record with question, image and answer expected, got {row!r:.80}")
+        raise RowError(f"expected a record with question, image and answer, found {row!r:.80}")
     return row
 
 

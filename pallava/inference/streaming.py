@@ -59,13 +59,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: at least 1 expected, got {self.max_new_tokens}")
+            raise ValueError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
         if not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature: 0 to 2 expected, got {self.temperature}")
+            raise ValueError(f"temperature: expected 0 to 2, found {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: above 0, at most 1 expected, got {self.top_p}")
+            raise ValueError(f"top_p: expected above 0, at most 1, found {self.top_p}")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed: 0 to 2^63 - 1 expected, got {self.seed}")
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, found {self.seed}")
         if "" in self.stop:
             raise ValueError("stop: an empty text would end every answer before it begins")
 

@@ -200,7 +200,7 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
     values = _read_json(file)
     if values.get("model_type") != SLIDE_TOKENS_MODEL_TYPE:
         raise CheckpointError(
-            f"{file}: model_type {SLIDE_TOKENS_MODEL_TYPE!r} expected, got "
+            f"{file}: expected model_type {SLIDE_TOKENS_MODEL_TYPE!r}, found "
             f"{values.get('model_type')!r}"
         )
     known = {field.name for field in fields(SlideTokenConfig)}

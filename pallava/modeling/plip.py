@@ -229,7 +229,7 @@ class PLIPVisionEncoder(nn.Module):
         size = self.config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(
-                f"pixel_values: (batch, 3, {size}, {size}) expected, got "
+                f"pixel_values: expected (batch, 3, {size}, {size}), found "
                 f"{tuple(pixel_values.shape)}"
             )
         embeddings = self.vision_model.embeddings(pixel_values.to(self.dtype))

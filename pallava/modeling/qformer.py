@@ -60,7 +60,7 @@ class ConnectorConfig:
         for name in ("num_hidden_layers", "num_attention_heads", "cross_attention_freq", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"connector {name}: at least 1 expected, got {getattr(self, name)}"
+                    f"connector {name}: expected at least 1, found {getattr(self, name)}"
                 )
         if self.visual_hidden_size % self.num_attention_heads:
             raise ValueError(

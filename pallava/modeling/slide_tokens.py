@@ -49,7 +49,7 @@ class SlideTokenConfig:
         for name in ("in_features", "hidden_size", "num_attention_heads", "map_size"):
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"slide tokens, {name}: at least 1 expected, got {getattr(self, name)}"
+                    f"slide tokens, {name}: expected at least 1, found {getattr(self, name)}"
                 )
         if self.hidden_size % 4:
             raise ValueError(

@@ -111,7 +111,7 @@ def read_request(body: Any, model: str, max_pixels: int = MAX_PIXELS) -> ChatReq
         raise RequestError("stream_options: only with stream", "stream_options")
     num_answers = _typed(fields, "n", int, 1)
     if not 1 <= num_answers <= MAX_ANSWERS:
-        raise RequestError(f"n: 1 to {MAX_ANSWERS} expected, got {num_answers}", "n")
+        raise RequestError(f"n: expected 1 to {MAX_ANSWERS}, found {num_answers}", "n")
     sampling = _sampling(fields)
     turns = _read_turns(fields.get("messages"), max_pixels)
     return ChatRequest(
@@ -140,7 +140,7 @@ def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> An
     value = fields.get(name, default)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name}: {kind.__name__} expected, got {value!r:.80}", name)
+        raise RequestError(f"{name}: expected {kind.__name__}, found {value!r:.80}", name)
     return value
 
 
@@ -185,7 +185,7 @@ def _read_turns(messages: Any, max_pixels: int) -> tuple[Turn, ...]:
         role = _ROLES.get(str(message.get("role")))
         if role is None:
             raise RequestError(
-                f"{param}.role: {', '.join(_ROLES)} expected, got {message.get('role')!r:.80}",
+                f"{param}.role: expected {', '.join(_ROLES)}, found {message.get('role')!r:.80}",
                 param,
             )
         others = [name for name, value in message.items() if value not in (None, [])]
@@ -226,7 +226,7 @@ def _content(content: Any, param: str) -> tuple[str, list[str]]:
             urls.append(image["url"])
         else:
             raise RequestError(
-                f"{where}: a part of type text or image_url expected, got {kind!r:.80}", where
+                f"{where}: expected a part of type text or image_url, found {kind!r:.80}", where
             )
     return "\n".join(texts), urls
 

@@ -67,7 +67,7 @@ def square_around(
         (1500, 1500, 1000)
     """
     if not 0 < size < 1e7:
-        raise ValueError(f"size of the region: a positive number expected, got {size}")
+        raise ValueError(f"size of the region: expected a positive number, found {size}")
     if not all(0 <= part <= 1 for part in centre):
         raise ValueError(f"centre {centre}: fractions of width and height expected")
     side = max(1, round(size / info.mpp if info.mpp else size))

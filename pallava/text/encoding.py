@@ -86,7 +86,7 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
         return "conversations: a list of {from, value} expected"
     roles = {str(turn.get("from")) for turn in turns}
     if not roles <= {"human", "gpt"}:
-        return f"conversations: roles 'human' and 'gpt' expected, got {sorted(roles)}"
+        return f"conversations: expected roles 'human' and 'gpt', found {sorted(roles)}"
     for turn in turns:
         if fault := _text_fault(turn.get("value") or ""):
             return f"conversations: {fault}"
@@ -99,7 +99,7 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
             return f"conversations: an empty {'answer' if turn['from'] == 'gpt' else 'question'}"
     image = row.get(field)
     if image is not None and not isinstance(image, str) and not _is_list(image, str):
-        return f"{field}: a file name or a list of them expected, got {image!r:.80}"
+        return f"{field}: expected a file name or a list of them, found {image!r:.80}"
     for name in (str(row.get("id", "")), *image_files(row, field)):
         if fault := _text_fault(name):
             return f"id or {field}: {fault}"
@@ -115,7 +115,7 @@ def _is_list(value: object, item_type: type) -> bool:
 
 def _text_fault(value: object) -> str | None:
     if not isinstance(value, str):
-        return f"text expected, got {type(value).__name__} {value!r:.80}"
+        return f"expected text, found {type(value).__name__} {value!r:.80}"
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -46,7 +46,7 @@ def make_instructions(
     shares = dict(shares or dict.fromkeys(KINDS, 1.0))
     unknown = set(shares) - set(KINDS)
     if unknown or min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ValueError(f"kinds: weights for some of {', '.join(KINDS)} expected, got {shares}")
+        raise ValueError(f"kinds: expected weights for some of {', '.join(KINDS)}, found {shares}")
     kinds = [kind for kind in KINDS if shares.get(kind, 0) > 0]
 
     def choose(row: Mapping[str, Any]) -> Sequence[str]:

@@ -48,7 +48,7 @@ class LocalBackend:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if self.batch_size < 1:
-            raise ValueError(f"batch size: at least 1 expected, got {self.batch_size}")
+            raise ValueError(f"batch size: expected at least 1, found {self.batch_size}")
         if self.model[:1] in ("/", ".", "~") and not Path(self.model).is_dir():
             raise FileNotFoundError(f"model {self.model}: no such folder")
         trust = {"trust_remote_code": self.trust_remote_code}

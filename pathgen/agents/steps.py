@@ -248,9 +248,9 @@ class _Run:
     def _request(self, row: Mapping[str, Any], prompt: Prompt) -> Request:
         for name in self.step.requires:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{name}: text expected, got {row.get(name)!r:.80}")
+                raise ValueError(f"{name}: expected text, found {row.get(name)!r:.80}")
         if not isinstance(row.get("provenance", []), list):
-            raise ValueError(f"provenance: a list expected, got {row['provenance']!r:.80}")
+            raise ValueError(f"provenance: expected a list, found {row['provenance']!r:.80}")
         image, digest = None, None
         if self.step.with_image:
             image = find_image(self.folder, row)

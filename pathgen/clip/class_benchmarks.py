@@ -156,7 +156,7 @@ def read_images(benchmark: ClassBenchmark, data_path: str | os.PathLike[str]) ->
         raise FileNotFoundError(
             f"{folder}: no images of {', '.join(missing)} of {benchmark.name}, laid out as "
             f"{json.dumps(dict(benchmark.layout))}; copy the config and adapt it"
-            + (f"; the first row left out: {found.skipped[0]}" if found.skipped else "")
+            + (f"; the first skipped row: {found.skipped[0]}" if found.skipped else "")
         )
     return found
 

@@ -108,12 +108,12 @@ def read_recipe(
     read = tuple(_stage(path, row, shared, data, images, options or {}) for row in stages)
     names = [stage.name for stage in read]
     if len(set(names)) != len(names):
-        raise ValueError(f"recipe {path}: stages of different names expected, got {names}")
+        raise ValueError(f"recipe {path}: expected stages of different names, found {names}")
     if unknown := sorted(set(data) - set(names)):
         raise ValueError(f"recipe {path}: has no stages {unknown}, only {names}")
     named = model or content.get("model")
     if not isinstance(named, str):
-        raise ValueError(f"recipe {path}: model: a name or a JSON file expected, got {named!r}")
+        raise ValueError(f"recipe {path}: model: expected a name or a JSON file, found {named!r}")
     start = content.get("pretrained") if pretrained is None else pretrained
     return Recipe(_model(path, named), _start(path, start or ""), read)
 
@@ -241,5 +241,5 @@ def _mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"recipe {path}: {name}: a mapping expected, got {value!r:.80}")
+        raise ValueError(f"recipe {path}: {name}: expected a mapping, found {value!r:.80}")
     return {str(key): item for key, item in value.items()}

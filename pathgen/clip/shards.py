@@ -268,10 +268,10 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
     from PIL import Image, UnidentifiedImageError
 
     if not isinstance(row, dict):
-        raise ValueError(f"an object expected, got {type(row).__name__}")
+        raise ValueError(f"expected an object, found {type(row).__name__}")
     caption = row.get("caption")
     if not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"caption: text expected, got {caption!r:.80}")
+        raise ValueError(f"caption: expected text, found {caption!r:.80}")
     path = path_inside(images, row.get("image"))
     content = path.read_bytes()
     try:

@@ -230,7 +230,7 @@ def _read_pairs(
                 path = path_inside(folder, row.get("image"))
                 caption = row.get("caption")
                 if not isinstance(caption, str) or not caption.strip():
-                    raise ValueError(f"caption: text expected, got {caption!r:.80}")
+                    raise ValueError(f"caption: expected text, found {caption!r:.80}")
                 images.append(FileImage(row["id"], path))
                 captions.append(caption)
             except ValueError as error:
@@ -312,7 +312,7 @@ def _head(metrics: Mapping[str, Any], what: str) -> list[str]:
         f"Model: `{metrics['model']}`; {what}.",
     ]
     if skipped:
-        lines.append(f"{skipped} left out: see {SKIPPED_NAME}.")
+        lines.append(f"{skipped} skipped: see {SKIPPED_NAME}.")
     return [*lines, ""]
 
 

@@ -178,7 +178,7 @@ def read_table(path: str | os.PathLike[str], field_name: str) -> dict[str, str]:
         ) from error
     wrong = next((k for k, v in table.items() if not isinstance(v, str)), None)
     if wrong is not None:
-        raise ValueError(f"{path}: {wrong!r}: a text expected, got {table[wrong]!r:.80}")
+        raise ValueError(f"{path}: {wrong!r}: expected text, found {table[wrong]!r:.80}")
     return table
 
 

@@ -186,7 +186,7 @@ def select(
     if quota < 1 or not 0 < max_similarity <= 1:
         raise ValueError("selection: a quota of at least 1, a similarity up to 1 expected")
     if set(shares) - set(SOURCES) or min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ValueError(f"shares: weights for {', '.join(SOURCES)} expected, got {shares}")
+        raise ValueError(f"shares: expected weights for {', '.join(SOURCES)}, found {shares}")
     labels = find_clusters(features, cluster_count(clusters, len(features)), seed)
     picker = _Picker(features, labels, max_similarity)
     total = sum(shares.values())

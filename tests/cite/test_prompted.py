@@ -372,7 +372,7 @@ def test_larger_images_resize_the_positions() -> None:
 
 def test_wrong_input_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"\(batch, 3, height, width\) expected, got \(3, 32, 32\)"
+        ValueError, match=r"expected \(batch, 3, height, width\), found \(3, 32, 32\)"
     ):
         clip_encoder()(torch.zeros(3, 32, 32))
 

@@ -139,7 +139,7 @@ def test_a_processor_without_a_square_is_an_error(crop_size: dict[str, int]) -> 
 
     processor = Processor()
     processor.crop_size = crop_size
-    with pytest.raises(ValueError, match="one square crop_size or size expected"):
+    with pytest.raises(ValueError, match="expected one square crop_size or size"):
         AnyRes.from_image_processor(processor)
 
 
@@ -155,7 +155,7 @@ def test_the_thumbnail_alone() -> None:
     [
         ((0, 5, 224), "image 0 x 5 px"),
         ((5, 5, 0), "tile 0 px"),
-        ((5, 5, 224, "first"), "'published' or 'largest_scale' expected, got 'first'"),
+        ((5, 5, 224, "first"), "expected 'published' or 'largest_scale', found 'first'"),
     ],
 )
 def test_impossible_sizes_are_an_error(arguments: tuple[object, ...], message: str) -> None:

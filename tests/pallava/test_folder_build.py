@@ -48,7 +48,9 @@ def test_other_inputs_start_anew(tmp_path: Path) -> None:
         build(out, "ab", {"v": 1}, fail_at="b")
     assert build(out, "xb", {"v": 2}) == ["x", "b"]
     assert not (out / "a").exists()
-    with pytest.raises(OutputExistsError, match="holds something else already"):
+    with pytest.raises(
+        OutputExistsError, match="already exists and holds the result of other inputs"
+    ):
         build(out, "ab", {"v": 1})
 
 

@@ -221,7 +221,7 @@ def test_longer_texts_stretch_the_positions(plip: Path) -> None:
 def test_modes_of_mmengine(plip: Path) -> None:
     model = build(plip)
     data, _ = recorded_batch("released")
-    with pytest.raises(ValueError, match="'loss', 'tensor' or 'predict' expected, got 'train'"):
+    with pytest.raises(ValueError, match="expected 'loss', 'tensor' or 'predict', found 'train'"):
         model(data, mode="train")
     model.init_weights()  # MMEngine calls it; the weights stay
     assert set(model(data)) == {"loss"}

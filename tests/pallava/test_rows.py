@@ -41,13 +41,13 @@ def test_a_json_file_that_is_none_is_named(tmp_path: Path, content: bytes) -> No
 
 def test_a_json_file_must_be_an_array(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="an array of rows expected, got dict"):
+    with pytest.raises(ValueError, match="expected an array of rows, found dict"):
         list(read_rows(tmp_path / "a.json"))
 
 
 def test_other_extensions_and_absent_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"a\.csv: \.json or \.jsonl expected, got '\.csv'"):
+    with pytest.raises(ValueError, match=r"a\.csv: expected \.json or \.jsonl, found '\.csv'"):
         list(read_rows(tmp_path / "a.csv"))
     with pytest.raises(FileNotFoundError, match=r"data_path .*b\.json: no such file"):
         list(read_rows(tmp_path / "b.json"))

@@ -131,9 +131,9 @@ def test_a_group_instead_of_an_array(tmp_path: Path) -> None:
 
 
 NAMES = {
-    "../secret": "leads out of",
-    "/etc/secret": "leads out of",
-    "cohort/../../secret": "leads out of",
+    "../secret": "resolves to a path outside",
+    "/etc/secret": "resolves to a path outside",
+    "cohort/../../secret": "resolves to a path outside",
     "absent": "no such file",
     "a\0b": "a.b.h5",
     "": "no such file",

@@ -48,7 +48,7 @@ def test_both_phases(tmp_path: Path) -> None:
     (folder / "data/tiny/images/20.png").write_bytes(b"no image")
     first = run(folder, "train", configs["pathgen_llava_pretrain_tiny"], "--seed", 0)
     assert first.returncode == EXIT_SKIPPED, first.stdout[-3000:]
-    assert "1 sample(s) were left out" in first.stdout and "20.png" in first.stdout
+    assert "1 sample(s) were skipped" in first.stdout and "20.png" in first.stdout
     found = losses(first.stdout)
     assert found[-1] < found[0]
     phase1 = torch.load(

@@ -276,7 +276,10 @@ def test_a_folder_with_something_else_is_refused(slides: Path, tmp_path: Path) -
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    for name, message in (("thesis", "holds something else"), ("file", "a file lies there")):
+    for name, message in (
+        ("thesis", "was not written by this command"),
+        ("file", "is a file; name"),
+    ):
         with pytest.raises(OutputExistsError, match=message):
             run(requests(3), slides, tmp_path / name)
     run(requests(3), slides, tmp_path / "out")

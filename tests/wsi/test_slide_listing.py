@@ -128,7 +128,7 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     assert set(reasons(listing)) == {"again", "sub/circle"}
     guarded = SlideListing(slides, inside_only=True)
     assert "linked" not in guarded.slides
-    assert reasons(guarded)["link"] == "link that leads out of the folder"
+    assert reasons(guarded)["link"] == "link to a path outside the folder"
 
 
 def test_part_files_of_multi_file_slides(tmp_path: Path) -> None:

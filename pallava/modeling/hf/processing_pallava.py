@@ -148,7 +148,7 @@ def _flatten(images: Any) -> list[Image.Image]:
         return [images]
     if not isinstance(images, list | tuple):  # iterating over a str never reaches an image
         raise ValueError(
-            f"images: PIL images or lists of them expected, got {type(images).__name__}; open "
+            f"images: expected PIL images or lists of them, found {type(images).__name__}; open "
             "files with PIL.Image.open first"
         )
     return [image for item in images for image in _flatten(item)]

@@ -172,5 +172,5 @@ def test_what_was_left_out_is_said_at_the_end(
     log.record("8", "b.png", "absent")
     SkippedSamplesHook().after_train(run)
     (warning,) = warnings
-    assert "2 sample(s) were left out, for instance a.png: truncated" in warning
+    assert "2 sample(s) were skipped, for instance a.png: truncated" in warning
     assert str(log.path) in warning

@@ -88,7 +88,7 @@ def test_bad_slides_are_recorded_and_left_out(tmp_path: Path) -> None:
     reasons = {
         "nan": "12 of 12 tiles hold NaN",
         "absent": "no such file",
-        "../rows": "leads out of",
+        "../rows": "resolves to a path outside",
         "narrow": "16 wide, the model takes 32",
         "half": "half-written or damaged",
     }
@@ -96,7 +96,7 @@ def test_bad_slides_are_recorded_and_left_out(tmp_path: Path) -> None:
     for name, reason in reasons.items():
         assert reason in recorded[f"row of {name}"]
     assert "list of {from, value}" in recorded["row of case1"]
-    assert "slide: a file name or a list of them expected, got 7" in recorded["row of case2"]
+    assert "slide: expected a file name or a list of them, found 7" in recorded["row of case2"]
 
 
 def test_a_wrong_folder_stops_the_run(tmp_path: Path) -> None:

@@ -119,9 +119,9 @@ def test_bad_rows_are_recorded_and_many_are_an_error(tmp_path: Path) -> None:
     found = read_vqa(path, None)
     assert len(found.questions) == 30
     reasons = {row.id: row.reason for row in found.skipped}
-    assert "text expected" in reasons["31"]
+    assert "expected text" in reasons["31"]
     assert "no such image file" in reasons["32"]
-    assert "leads out of the image folder" in reasons["33"]
+    assert "resolves to a path outside the image folder" in reasons["33"]
     with pytest.raises(ValueError, match="33 of 33 rows cannot be used"):
         read_vqa(path, tmp_path / "elsewhere")
 

@@ -115,7 +115,9 @@ def test_a_layer_that_is_not_there_is_an_error(select_layer: int) -> None:
 
 
 def test_pixels_of_another_size_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"\(batch, 3, 32, 32\) expected, got \(1, 3, 224, 224\)"):
+    with pytest.raises(
+        ValueError, match=r"expected \(batch, 3, 32, 32\), found \(1, 3, 224, 224\)"
+    ):
         goldens.encoder().features(torch.zeros(1, 3, 224, 224))
 
 

@@ -183,7 +183,7 @@ def test_a_folder_is_the_encoder_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config.json"):
         load_slide_encoder(tmp_path)
     save_connector(connector(), tmp_path / "projector")
-    with pytest.raises(CheckpointError, match="model_type 'slide_tokens' expected"):
+    with pytest.raises(CheckpointError, match="expected model_type 'slide_tokens'"):
         load_slide_encoder(tmp_path / "projector")
 
 

@@ -141,7 +141,7 @@ def test_travelling_code_imports_itself_alone() -> None:
 @pytest.mark.parametrize("image", ["a.png", Path("a.png"), np.zeros((8, 8, 3), np.uint8)])
 def test_the_processor_takes_images_not_paths(image: Any, folders: dict[str, Path]) -> None:
     processor = AutoProcessor.from_pretrained(folders["released"])
-    with pytest.raises(ValueError, match=r"PIL images .* expected, got .*PIL\.Image\.open"):
+    with pytest.raises(ValueError, match=r"expected PIL images .*, found .*PIL\.Image\.open"):
         processor(images=[image], text=["<image>\nWhat?"])
 
 

@@ -76,7 +76,7 @@ def test_a_model_that_knows_is_right_and_bad_images_are_recorded(
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
     assert len(rows) == 24 and all(row["true"] == row["predicted"] for row in rows)
     report = (tmp_path / "out/metrics.md").read_text()
-    assert "balanced accuracy | 1.0000" in report and "1 left out" in report
+    assert "balanced accuracy | 1.0000" in report and "1 skipped" in report
 
 
 def test_features_are_kept_and_a_killed_run_continues(

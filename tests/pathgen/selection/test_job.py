@@ -185,4 +185,4 @@ def test_wrong_usage(folder: Path, spec: str, tmp_path: Path) -> None:
     assert "cancer type 'X'" in run(folder, spec, out, "--cancer-type", "X").output
     (tmp_path / "types.json").write_text('{"a": 3}')
     result = run(folder, spec, out, "--cancer-types", tmp_path / "types.json")
-    assert "a text expected" in result.output
+    assert "expected text" in result.output
