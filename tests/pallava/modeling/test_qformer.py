@@ -289,7 +289,7 @@ def test_frequency_is_read_from_the_names(layers: int, frequency: int, crossed: 
     ("changes", "message"),
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, found 0"),
-        ({"depth": 0}, "depth: at least 1"),
+        ({"depth": 0}, "depth: expected at least 1"),
         ({"num_attention_heads": 7}, "768 is no multiple of num_attention_heads 7"),
     ],
 )

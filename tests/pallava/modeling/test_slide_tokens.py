@@ -169,7 +169,7 @@ def test_bags_that_do_not_fit(wrong: SlideBag, words: str) -> None:
 def test_sizes_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="hidden_size 66: a multiple of 4"):
         encoder(hidden_size=66)
-    with pytest.raises(ValueError, match="map_size: at least 1"):
+    with pytest.raises(ValueError, match="map_size: expected at least 1"):
         encoder(map_size=0)
 
 

@@ -143,11 +143,17 @@ def test_a_good_row_has_no_fault(index: int) -> None:
             row(("human", IMAGE_TOKEN * 2), ("gpt", "b"), image=["a.png"]),
             "1 image file(s) but 2 <image> mark(s)",
         ),
-        (row(("human", IMAGE_TOKEN), ("gpt", "b"), image=3), "image: a file name or a list"),
-        (row(("human", IMAGE_TOKEN), ("gpt", "b"), image=[None]), "image: a file name or a list"),
+        (
+            row(("human", IMAGE_TOKEN), ("gpt", "b"), image=3),
+            "image: expected a file name or a list",
+        ),
+        (
+            row(("human", IMAGE_TOKEN), ("gpt", "b"), image=[None]),
+            "image: expected a file name or a list",
+        ),
         (
             row(("human", IMAGE_TOKEN), ("gpt", "b"), image={"a.png": 1}),
-            "image: a file name or a list",
+            "image: expected a file name or a list",
         ),
     ],
 )
