@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pathcore.encoders.layouts import fit_layout, pools_patches
-from pathcore.encoders.networks import NETWORKS
+from pathcore.encoders.networks import NETWORKS, uninitialised
 from pathcore.encoders.presets import Preset, get_preset
 from pathcore.encoders.transform import Transform, TransformError
 from pathcore.files import read_json, sha256_of
@@ -360,8 +360,7 @@ def _build_preset(
     file = _weights_file(preset, weights)
     state_dict = read_state_dict(file, mmap=True)
     if preset.library == "own":
-        with torch.device("meta"):
-            module = NETWORKS[preset.architecture](**arguments)
+        module = uninitialised(lambda: NETWORKS[preset.architecture](**arguments))
         _load(module, state_dict, preset.name, file)
         embed_dim = int(arguments.get("projection_dim", getattr(module, "num_features", 0)))
         own_transform = _known_transform(preset)
@@ -537,10 +536,7 @@ def _timm_tower(
             )
         # The class token of such a model has no norm of its own, see `pools_patches`.
         settings["global_pool"], feature = "avg", "mean"
-    # On the meta device: initialising a billion parameters takes half a minute and twice the
-    # memory, only to be overwritten.
-    with torch.device("meta"):
-        module = timm.create_model(architecture, pretrained=False, **settings)
+    module = uninitialised(lambda: timm.create_model(architecture, pretrained=False, **settings))
     _load(module, state_dict, name, file)
     feature = feature or ("class" if hasattr(module, "cls_token") else "output")
     read = _timm_reading(module, feature, name)

@@ -75,6 +75,26 @@ def test_own_networks_are_built_at_their_real_size(architecture: str) -> None:
     assert count == pytest.approx({"ctranspath": 27.5, "keep": 304.7}[architecture], rel=0.01)
 
 
+SWIN: dict[str, Any] = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), img_size=224)
+OWN: dict[str, dict[str, Any]] = {
+    "ctranspath": SWIN,
+    "chief-ctp": SWIN,
+    "keep": {**TINY, "projection_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_features_of_own_networks(name: str, tmp_path: Path) -> None:
+    """Relative positions of a Swin are in no file: they must be computed, not left on meta."""
+    preset = get_preset(name)
+    model = NETWORKS[preset.architecture](**OWN[name]).eval()
+    encoder = create_encoder(name, stored(model, tmp_path / "w.bin"), device="cpu", **OWN[name])
+    with torch.inference_mode():
+        expected = model(encoder.preprocess([picture(width=256)]))
+    torch.testing.assert_close(encoder.features([picture(width=256)]), expected, rtol=0, atol=1e-5)
+    assert expected.shape[1] == encoder.embed_dim
+
+
 @pytest.mark.parametrize("name", ["uni", "uni2-h", "virchow", "virchow2", "h0-mini", "h0-mini-mean",
                                   "lunit-vits16", "h-optimus-0"])  # fmt: skip
 def test_features_are_those_of_timm_by_hand(name: str, tmp_path: Path) -> None:
