@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pallava.evaluation.class_folders import ClassSet, read_class_folders
-from pallava.evaluation.questions import FileImage
 from pallava.folder_build import FolderBuild
+from pallava.records.class_folders import ClassSet, read_class_folders
+from pallava.records.questions import FileImage
 from pallava.skipping import SKIP_LOG_NAME, SkipLog, SkippedSample
 from pathcore.files import file_identity
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pallava.converters.class_sets import ClassConversion, class_conversion
-from pallava.evaluation.class_folders import load_class_set
+from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
 
 TABLES = ("colon_train.csv", "colon_val.csv", "colon_test.csv")

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from pallava.converters.parts import PARTS_NAME, Joined, Part, run_in_parts
-from pallava.evaluation.questions import FileImage, ParquetImage, Question, RowError, find_image
 from pallava.image_index import path_inside
+from pallava.records.questions import FileImage, ParquetImage, Question, RowError, find_image
 from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import IMAGE_TOKEN, check_row
@@ -157,7 +157,7 @@ def question_row(question: Question, folder: Path | None, answer: str | None = N
     """Converts a benchmark question to a conversation row without an id.
 
     Args:
-        question: Question, as returned by the readers of `pallava.evaluation`.
+        question: Question, as returned by the readers of `pallava.records`.
         folder: Image folder; None for images in parquet files.
         answer: Answer to use instead of the reference.
     """
@@ -173,6 +173,11 @@ def question_row(question: Question, folder: Path | None, answer: str | None = N
     else:
         return {"conversations": conversation(question.text, answer, 0)}
     return {"image": image, "conversations": conversation(question.text, answer)}
+
+
+def chosen(text: str) -> frozenset[str]:
+    """Splits a comma-separated option into lowercased names; an empty set means all."""
+    return frozenset(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def relative_name(folder: Path, path: Path) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pallava.converters.conversion import Conversion, Row, conversation, convert
-from pallava.converters.sources import as_mapping, read_json_rows
-from pallava.evaluation.questions import RowError, text_field
 from pallava.image_index import path_inside
+from pallava.records.containers import read_json_rows
+from pallava.records.questions import RowError, as_mapping, text_field
 from pallava.rows import MAX_SKIPPED_SHARE
 from pallava.text.encoding import IMAGE_TOKEN
 from pathcore.images import image_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pallava.converters.class_sets import ClassConversion, class_conversion
-from pallava.evaluation.class_folders import load_class_set
+from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
 
 

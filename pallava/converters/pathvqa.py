@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pallava.converters.conversion import Conversion, Row, question_row
-from pallava.converters.sources import data_file
-from pallava.evaluation.containers import parquet_files
-from pallava.evaluation.readers import default_image_folder, vqa_rows
+from pallava.records.containers import data_file, image_root, parquet_files
+from pallava.records.readers import vqa_rows
 from pallava.registry import CONVERTERS
 
 
@@ -60,4 +59,4 @@ def _locate(path: Path, folder: Path | None, split: str) -> tuple[list[Path], Pa
     if path.is_dir():
         names = (f"qas/{split}/{split}_qa.pkl", f"qas/{split}_vqa.pkl", f"qas/{split}_qa.pkl")
         return [data_file(path, names)], folder or path / "images" / split
-    return [data_file(path, ())], folder or default_image_folder(path)
+    return [data_file(path, ())], folder or image_root(None, path, ("images",))

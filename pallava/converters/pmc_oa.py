@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from pallava.converters.conversion import Conversion, Row
-from pallava.converters.sources import as_mapping, data_file, image_root, read_json_rows
-from pallava.evaluation.questions import text_field
+from pallava.records.containers import data_file, image_root, read_json_rows
+from pallava.records.questions import as_mapping, text_field
 from pallava.registry import CONVERTERS
 
 DATA_NAMES = ("pmc_oa.jsonl", "pmc_oa_beta.jsonl")

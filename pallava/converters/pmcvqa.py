@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pallava.converters.conversion import Conversion, Row, question_row
 from pallava.converters.pmc_oa import article
-from pallava.converters.sources import as_mapping, data_file, image_root
-from pallava.evaluation.questions import Question
-from pallava.evaluation.readers import CHOICE_PROMPT, choice_rows
+from pallava.records.containers import data_file, image_root
+from pallava.records.questions import Question, as_mapping
+from pallava.records.readers import CHOICE_PROMPT, choice_rows
 from pallava.registry import CONVERTERS
 
 IMAGE_FOLDERS = ("images", "figures")

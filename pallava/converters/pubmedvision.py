@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pallava.converters.conversion import Conversion, Row, conversation
-from pallava.converters.sources import as_mapping, chosen, data_file, image_root, read_json_rows
-from pallava.evaluation.questions import RowError
+from pallava.converters.conversion import Conversion, Row, chosen, conversation
+from pallava.records.containers import data_file, image_root, read_json_rows
+from pallava.records.questions import RowError, as_mapping
 from pallava.registry import CONVERTERS
 
 DATA_NAMES = ("PubMedVision_Alignment_VQA.json",)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pallava.converters.conversion import Conversion, Row
-from pallava.converters.sources import as_mapping, chosen, data_file, image_root
-from pallava.evaluation.containers import read_csv
-from pallava.evaluation.questions import text_field
+from pallava.converters.conversion import Conversion, Row, chosen
+from pallava.records.containers import data_file, image_root, read_csv
+from pallava.records.questions import as_mapping, text_field
 from pallava.registry import CONVERTERS
 
 DATA_NAMES = ("quilt_1M_lookup.csv",)

@@ -109,7 +109,7 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file has another format; the message names the record.
     """
-    from pallava.evaluation.containers import ID_FIELDS, read_records
+    from pallava.records.containers import ID_FIELDS, read_records
 
     answers: dict[str, str] = {}
     num_positions = 0

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pallava.evaluation import scoring
-from pallava.evaluation.class_folders import (
+from pallava.records.class_folders import (
     load_class_set,
     read_class_folders,
     read_class_records,
 )
-from pallava.evaluation.questions import ImageFolder, Question, QuestionSet
-from pallava.evaluation.readers import CHOICE_PROMPT, read_choices, read_vqa
+from pallava.records.questions import ImageFolder, Question, QuestionSet
+from pallava.records.readers import CHOICE_PROMPT, read_choices, read_vqa
 from pallava.registry import EVALUATIONS
 
 PathLike = str | os.PathLike[str]

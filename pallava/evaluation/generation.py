@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.image_digests import ImageDigests
-from pallava.evaluation.questions import Question
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.records.questions import Question
 from pallava.skipping import SkippedSample
 from pathcore.images import ImageError
 from pathcore.ranks import open_gloo_group

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pallava.evaluation.class_folders import ClassSet
 from pallava.evaluation.metrics import choices, classes, published, text
-from pallava.evaluation.questions import Question
+from pallava.records.class_folders import ClassSet
+from pallava.records.questions import Question
 from pathcore import stats
 
 Score = dict[str, float]

@@ -234,7 +234,7 @@ def answer(
 
 
 def _image_files(images: Iterable[Path]) -> Iterable[Path]:
-    from pallava.evaluation.questions import image_files
+    from pallava.records.questions import image_files
 
     for path in images:
         found = image_files(path) if path.is_dir() else [path]
@@ -364,8 +364,8 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     score; run it again to continue.
     """
     from pallava.evaluation.answers import read_answers
-    from pallava.evaluation.questions import NO_IMAGES
     from pallava.evaluation.report import write_report
+    from pallava.records.questions import NO_IMAGES
     from pallava.registry import EVALUATIONS
 
     if bool(options["judge"]) != bool(options["judge_model"]):

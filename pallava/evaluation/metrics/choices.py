@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pallava.evaluation.metrics.replies import answer_part, boxed, plain
-from pallava.evaluation.metrics.text import words
+from pallava.text.words import words
 
 # A standalone letter; excludes "B-cell", "non-A", "I'd", "A's", "U.S.A.", "H&E".
 _LETTER = re.compile(r"(?<![\w&])(?<!\w['.-])([A-Za-z])(?![\w&]|['-]\w)")
@@ -226,12 +226,6 @@ def parse_choice(answer: str, options: Mapping[str, str]) -> str | None:
             if letter := _parse(rest.lstrip(" ,.:-" if marker is _REVISION else ""), options):
                 return letter
     return _parse(text, options)
-
-
-def strip_letter(text: str, letter: str) -> str:
-    """Strips an option's own letter from its text: published files contain ` A: necrosis `."""
-    match = re.match(rf"\s*{re.escape(letter)}\s*[:.)]\s*", text, flags=re.IGNORECASE)
-    return (text[match.end() :] if match else text).strip()
 
 
 def _parse(text: str, options: Mapping[str, str]) -> str | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pallava.evaluation.metrics.choices import contains
 from pallava.evaluation.metrics.replies import answer_part, plain
-from pallava.evaluation.metrics.text import words
+from pallava.text.words import words
 
 Counts = NDArray[np.int64]
 

@@ -7,18 +7,14 @@ BLEU, lie between 0 and 1.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallava.evaluation.metrics.replies import answer_part, plain
+from pallava.text.words import words
 
-_ARTICLES = {"a", "an", "the"}
-_X_RAY = re.compile(r"\bx[\s-]?rays?\b")
-# A hyphen or slash joins a word (cd3-positive, h/e); a stop or comma joins digits (1.5, 1,000).
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+(?:[-/&+']\w+)*\+?")
 _NEGATIONS = {"no", "not", "none", "cannot", "without"}
 
 
@@ -28,19 +24,6 @@ class TokenScores(NamedTuple):
     precision: float
     recall: float
     f1: float
-
-
-def words(text: str) -> list[str]:
-    """Splits an answer into normalised words.
-
-    Example:
-        >>> words("The X-ray shows Barrett's esophagus (CD3 - positive).")
-        ['xray', 'shows', 'barretts', 'esophagus', 'cd3-positive']
-    """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    text = _X_RAY.sub("xray", text.replace(" - ", "-"))
-    found = (word.replace("'", "") for word in _WORD.findall(text))
-    return [word for word in found if word not in _ARTICLES]
 
 
 def exact_match(answer: str, reference: str) -> bool:

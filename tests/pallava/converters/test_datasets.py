@@ -7,7 +7,7 @@ import pytest
 
 from pallava.converters.class_sets import write_class_folders
 from pallava.converters.conversion import convert
-from pallava.evaluation.class_folders import load_class_set, read_class_folders
+from pallava.records.class_folders import load_class_set, read_class_folders
 from pallava.registry import CONVERTERS
 from pallava.rows import pair_fault
 from pallava.text.encoding import check_row

@@ -68,11 +68,6 @@ def test_any_text_is_a_letter_or_none(answer: str) -> None:
     assert choices.parse_choice(answer, OPTIONS) in {*OPTIONS, None}
 
 
-def test_letters_leave_option_texts() -> None:
-    assert choices.strip_letter(" A: necrosis ", "A") == "necrosis"
-    assert choices.strip_letter("Actin", "A") == "Actin"
-
-
 @pytest.mark.parametrize(
     ("answer", "said"),
     [

@@ -26,10 +26,10 @@ from pallava.evaluation.generation import (
     make_batches,
 )
 from pallava.evaluation.image_digests import ImageDigests, content_digest
-from pallava.evaluation.questions import NO_IMAGES
 from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
 from pallava.inference.assistant import Assistant
+from pallava.records.questions import NO_IMAGES
 from pallava.registry import EVALUATIONS
 from pallava.skipping import SkippedSample
 from pathcore import files

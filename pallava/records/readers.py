@@ -8,20 +8,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pallava.evaluation.containers import parquet_files, read_csv, read_parquet, read_records
-from pallava.evaluation.metrics.choices import strip_letter
-from pallava.evaluation.metrics.text import words
-from pallava.evaluation.questions import (
+from pallava.records.containers import (
+    image_root,
+    parquet_files,
+    read_csv,
+    read_parquet,
+    read_records,
+)
+from pallava.records.questions import (
     ImageFolder,
     ParquetImage,
     Question,
     QuestionSet,
     RowError,
+    as_mapping,
     collect,
     find_image,
     text_field,
 )
 from pallava.text.encoding import IMAGE_TOKEN, check_row
+from pallava.text.words import words
 
 Path_ = str | os.PathLike[str]
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
@@ -61,12 +67,12 @@ def vqa_rows(data_path: Path_, image_folder: ImageFolder | None, split: str = "t
     path = Path(data_path)
     if path.is_dir() or path.suffix == ".parquet":
         return read_parquet(parquet_files(path, split)), _parquet_question
-    folder = image_folder or default_image_folder(path)
+    folder = image_folder or image_root(None, path, ("images",))
 
     def make(row_id: str, row: Any) -> Question:
         if isinstance(row, Mapping) and "conversations" in row:
             return _conversation_question(row_id, row, folder)
-        record = _mapping(row)
+        record = as_mapping(row)
         name = record.get("image", record.get("img_id", record.get("image_name")))
         return _vqa_question(row_id, record, find_image(folder, name))
 
@@ -97,7 +103,7 @@ def choice_rows(
 ) -> Rows:
     """Returns the rows of `read_choices` as an iterator, and the function that builds questions."""
     path = Path(data_path)
-    folder = image_folder or default_image_folder(path)
+    folder = image_folder or image_root(None, path, ("images",))
     if path.suffix != ".csv":
         return read_records(path), lambda row_id, row: _asked_choice(row_id, row, folder)
     if "{question}" not in question_template or "{options}" not in question_template:
@@ -105,12 +111,6 @@ def choice_rows(
             f"question template {question_template!r}: {{question}} and {{options}} must be in it"
         )
     return read_csv(path), lambda row_id, row: _csv_choice(row_id, row, folder, question_template)
-
-
-def default_image_folder(data_path: Path) -> Path:
-    """Returns `images/` beside the data file if it exists, otherwise the file's folder."""
-    beside = data_path.parent / "images"
-    return beside if beside.is_dir() else data_path.parent
 
 
 def answer_type_of(answer: str) -> str:
@@ -129,10 +129,10 @@ def question_type_of(question: str) -> str:
     return first[0] if first else ""
 
 
-def _mapping(row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise RowError(f"expected a record with question, image and answer, found {row!r:.80}")
-    return row
+def strip_letter(text: str, letter: str) -> str:
+    """Strips an option's own letter from its text: published files contain ` A: necrosis `."""
+    match = re.match(rf"\s*{re.escape(letter)}\s*[:.)]\s*", text, flags=re.IGNORECASE)
+    return (text[match.end() :] if match else text).strip()
 
 
 def _vqa_question(row_id: str, record: Mapping[str, Any], image: Any) -> Question:
@@ -174,7 +174,7 @@ def _conversation_question(row_id: str, row: Mapping[str, Any], folder: ImageFol
 
 
 def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
-    record = _mapping(row)
+    record = as_mapping(row)
     text = text_field(record, "question")
     options = {m.group(1): m.group(2).strip() for m in _INLINE_OPTION.finditer(text)}
     if len(options) < 2:
@@ -191,7 +191,7 @@ def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
 
 
 def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Question:
-    record = {str(name).strip(): value for name, value in _mapping(row).items()}
+    record = {str(name).strip(): value for name, value in as_mapping(row).items()}
     options = {
         letter: strip_letter(record[f"Choice {letter}"], letter)
         for letter in _LETTERS

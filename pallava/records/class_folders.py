@@ -29,20 +29,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pallava.evaluation.containers import read_csv, read_records
-from pallava.evaluation.questions import (
+from pallava.records.containers import image_root, read_csv, read_records
+from pallava.records.questions import (
     FileImage,
     ImageFolder,
     Question,
     QuestionSet,
     RowError,
+    as_mapping,
     collect,
     find_image,
     image_files,
     text_field,
 )
 
-_PACKAGE = "pallava.evaluation.class_sets"
+_PACKAGE = "pallava.records.class_sets"
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,11 @@ def read_class_records(
         FileNotFoundError: If a file does not exist.
         ValueError: If more than a tenth of the rows cannot be used.
     """
-    from pallava.evaluation.readers import default_image_folder
-
-    folder = image_folder or default_image_folder(Path(data_path))
+    folder = image_folder or image_root(None, Path(data_path), ("images",))
     labels = dict(read_records(labels_path)) if labels_path else {}
 
     def make(row_id: str, row: Any) -> Question:
-        if not isinstance(row, Mapping):
-            raise RowError(f"expected a record with question and image, found {row!r:.80}")
+        row = as_mapping(row)
         label = labels.get(row_id, row.get("answer"))
         return Question(
             id=row_id,

@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pallava.evaluation.class_folders import (
+from pallava.evaluation.image_digests import content_digest
+from pallava.evaluation.metrics.classes import parse_class
+from pallava.records.class_folders import (
     class_set_names,
     load_class_set,
     read_class_folders,
     read_class_records,
 )
-from pallava.evaluation.containers import read_plain_pickle
-from pallava.evaluation.image_digests import content_digest
-from pallava.evaluation.metrics.classes import parse_class
-from pallava.evaluation.readers import read_choices, read_vqa
+from pallava.records.containers import read_plain_pickle
+from pallava.records.readers import read_choices, read_vqa, strip_letter
 
 
 def save_image(path: Path, value: int = 90) -> Path:
@@ -166,6 +166,11 @@ def test_pmcvqa_csv_is_read(tmp_path: Path, missing: tuple[str, ...]) -> None:
     assert question.options == {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
     assert question.answer == "B"
     assert question.text.splitlines()[:3] == ["What is {seen}?", "A: necrosis", "B: fibrosis"]
+
+
+def test_letters_leave_option_texts() -> None:
+    assert strip_letter(" A: necrosis ", "A") == "necrosis"
+    assert strip_letter("Actin", "A") == "Actin"
 
 
 def test_pmcvqa_template_must_name_its_places(tmp_path: Path) -> None:

@@ -229,6 +229,17 @@ def find_image(folder: ImageFolder, name: object) -> FileImage | None:
     raise ImageError(f"{path}: no such image file")
 
 
+def as_mapping(row: Any) -> Mapping[str, Any]:
+    """Returns the row if it is a record.
+
+    Raises:
+        RowError: If it is not.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"expected a record, found {row!r:.80}")
+    return row
+
+
 def text_field(row: Mapping[str, Any], *names: str) -> str:
     """Returns the first usable text among several fields of a row.
 

@@ -1,0 +1,1 @@
+"""Records of published datasets: questions, their images and their classes, read row by row."""
