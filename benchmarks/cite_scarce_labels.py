@@ -50,7 +50,7 @@ def pretrain(folder: Path, out: Path, *, steps: int, batch: int = 64, seed: int 
     from safetensors.torch import save_file
     from torch.nn import functional as F
 
-    from cite.mm.backbones import PromptedOpenCLIP
+    from cite.mm.backbones import PromptedEncoderBackbone
     from cite.text_encoder import build_text_encoder
     from pathcore.files import atomic_file
 
@@ -60,7 +60,7 @@ def pretrain(folder: Path, out: Path, *, steps: int, batch: int = 64, seed: int 
     texts = F.normalize(build_text_encoder("sentence", model=TEXT_MODEL).encode(wordings), dim=-1)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     targets = torch.tensor([wordings.index(text) for text in captions])
-    encoder = PromptedOpenCLIP(arch=ARCH, frozen=False)
+    encoder = PromptedEncoderBackbone({"library": "open_clip", "config": ARCH}, frozen=False)
     scale = torch.nn.Parameter(torch.tensor(3.0))
     optimizer = torch.optim.AdamW([*encoder.parameters(), scale], lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)

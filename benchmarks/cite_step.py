@@ -191,7 +191,7 @@ class Bench:
         }
 
     def _encoder(self, precision: str) -> PromptedEncoder:
-        encoder = build_encoder("open_clip", arch=self.arch)
+        encoder = build_encoder({"library": "open_clip", "config": self.arch})
         return PromptedEncoder(
             encoder, prompt_length=1, prompt_init="zero", precision=precision
         ).train()

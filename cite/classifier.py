@@ -25,7 +25,7 @@ from pathcore.weights import load_strict, read_state_dict, write_state_dict
 
 WEIGHTS_NAME = "classifier.safetensors"
 CONFIG_NAME = "classifier.json"
-FORMAT = 1
+FORMAT = 2
 
 Picture = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
 
@@ -161,7 +161,7 @@ def load_classifier(
     prompts = config["prompts"] or {}
     names = {"length": "prompt_length", "layers": "prompt_layers", "position": "prompt_pos"}
     backbone = PromptedEncoder(
-        build_encoder(**config["encoder"]),
+        build_encoder(config["encoder"]),
         **{argument: prompts[name] for name, argument in names.items() if name in prompts},
         prompt_init="zero",
         precision=config["precision"],

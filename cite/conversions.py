@@ -274,7 +274,8 @@ def published_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if pools_patches(found):
         raise ConversionError(
             "weights fine-tuned on the mean of the patches (fc_norm, no norm): the target formats "
-            "read the class token, which was never trained; load them with PromptedTimm instead"
+            "read the class token, which was never trained; load them as they are, with "
+            "encoder='mae-b@FILE'"
         )
     if dropped:
         kinds = sorted({name.split(".")[0] for name in dropped})

@@ -5,7 +5,6 @@ Shapes: B images, T tokens of an image, D width, E features.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 from cite.blocks import Block
 from cite.encoders.base import Encoder
 from cite.prompts import Prompts, PromptSpec
-from pathcore.weights import load_strict, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PROMPTED_FAMILIES = (
+    "VisionTransformer of timm (DINOv2, UNI, Virchow, MAE and others), CLIP's image tower of "
+    "open_clip, CLIP, DINOv2, ViT and DeiT of transformers, and the ViT of MMClassification"
+)
 
 _CPU_BATCH = 8
 """Images that go through the blocks at once on a CPU (docs/benchmarks.md)."""
@@ -34,8 +37,9 @@ class PromptedEncoder(nn.Module):
     """An encoder, its prompts, and no more work than the features need.
 
     Nothing below the first prompted block keeps a graph, and where the features depend on the class
-    token alone, the last block computes it alone. In state dicts the encoder's tensors have their
-    library's names and the prompts are `prompt`, as in the published checkpoints.
+    token alone, the last block computes it alone. Where nothing is trained, the features are those
+    of `pathcore.encoders` by the same name, to the bit. In state dicts the encoder's tensors have
+    their library's names and the prompts are `prompt`, as in the published checkpoints.
 
     Args:
         encoder: What is adapted.
@@ -48,19 +52,17 @@ class PromptedEncoder(nn.Module):
         lora: Arguments of PEFT's `LoraConfig`; by default the attention's layers are adapted.
         precision: Type in which a frozen encoder is kept and computed: `fp32`, `bf16`, `fp16`.
             Norms, embeddings and everything that is trained stay in fp32.
-        save_frozen: False leaves the frozen weights out of state dicts; they then come from
-            `checkpoint` again.
+        save_frozen: False leaves the frozen weights out of state dicts; they then come from the
+            encoder's own file again.
         gradient_checkpointing: Recompute blocks in the backward pass.
-        checkpoint: The encoder's weights; all names and shapes must fit.
 
     Raises:
-        ValueError: Arguments that are not possible, or weights of another architecture.
-        FileNotFoundError: No such checkpoint.
+        ValueError: If arguments are not possible together.
 
     Example:
         >>> from cite.encoders import build_encoder
         >>> arch = dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=16)
-        >>> encoder = build_encoder("vit", arch=arch, img_size=16, patch_size=8)
+        >>> encoder = build_encoder(dict(library="mm", arch=arch, img_size=16, patch_size=8))
         >>> model = PromptedEncoder(encoder, prompt_length=3)
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['prompts.prompt']
@@ -82,12 +84,9 @@ class PromptedEncoder(nn.Module):
         precision: str = "fp32",
         save_frozen: bool = True,
         gradient_checkpointing: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(frozen, lora, precision, save_frozen, checkpoint)
-        if checkpoint is not None:
-            load_encoder(encoder, checkpoint)
+        _check_arguments(frozen, lora, precision, save_frozen, encoder.has_weights)
         self.encoder = encoder
         self.embed_dim = encoder.embed_dim
         self.frozen = frozen
@@ -95,12 +94,15 @@ class PromptedEncoder(nn.Module):
         self.save_frozen = save_frozen
         self.gradient_checkpointing = gradient_checkpointing
         self.adapted = lora is not None
+        self.untouched = frozen and lora is None and not prompt_length
+        if not self.untouched:
+            encoder.take_apart()
         if frozen:
             encoder.requires_grad_(False)
             lower_precision(encoder, PRECISIONS[precision])
         if lora is not None:
             _add_lora(encoder, lora)
-        num_blocks = len(encoder.blocks())
+        num_blocks = 0 if self.untouched else len(encoder.blocks())
         self.prompts = None
         if num_blocks:
             spec = PromptSpec.from_arguments(
@@ -110,8 +112,8 @@ class PromptedEncoder(nn.Module):
             self.prompts = Prompts(spec, encoder.width) if prompt_length else None
         elif prompt_length:
             raise ValueError(
-                f"prompt_length {prompt_length}: {encoder.spec['model']} takes no prompts, 0 "
-                "expected; prompts need a plain ViT"
+                f"prompt_length {prompt_length}: {type(encoder.model).__name__} takes no prompts, "
+                f"0 expected; prompts are for {PROMPTED_FAMILIES}"
             )
         self.register_load_state_dict_pre_hook(_to_own_names)
         self.register_state_dict_post_hook(_to_published_names)
@@ -141,6 +143,8 @@ class PromptedEncoder(nn.Module):
                 f"{pixel_values.shape[2]} x {pixel_values.shape[3]}; set ResizePatch(size=...), or "
                 "the encoder's image size, which fits the positions"
             )
+        if self.untouched:
+            return self._as_in_the_library(pixel_values)
         if self.prompts is not None and not self.prompts.checked:
             with torch.no_grad():
                 self.prompts.initialise(self.encoder.embed(pixel_values))
@@ -164,9 +168,19 @@ class PromptedEncoder(nn.Module):
         finally:
             self.save_frozen = saved
 
+    @torch.no_grad()
+    def _as_in_the_library(self, pixel_values: Tensor) -> Tensor:
+        """Computes what `pathcore.encoders.Encoder.features` does; fp32 follows the host."""
+        if self.precision == "fp32":
+            return self.encoder.features(pixel_values).float()
+        with torch.autocast(pixel_values.device.type, PRECISIONS[self.precision]):
+            return self.encoder.features(pixel_values).float()
+
     def _features(self, pixel_values: Tensor) -> Tensor:
         encoder, prompts = self.encoder, self.prompts
         blocks = encoder.blocks()
+        if not blocks:
+            return encoder.features(pixel_values)
         last = len(blocks) - 1
         if not self.frozen or self.adapted:
             first_graph = -1
@@ -197,53 +211,6 @@ class PromptedEncoder(nn.Module):
         return torch.cat([hidden_states[:, :prefix], hidden_states[:, prefix + spec.length :]], 1)
 
 
-def load_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
-    """Loads the weights of an encoder; all names and shapes must fit.
-
-    Args:
-        encoder: Takes the weights.
-        path: A checkpoint of its family, or one of a classifier with such a backbone.
-
-    Raises:
-        FileNotFoundError: No such file.
-        CheckpointError: Weights of something else.
-    """
-    state_dict = encoder.adapt_checkpoint(only_backbone(read_state_dict(path)))
-    described = {k: v for k, v in encoder.spec.items() if k != "kind"}
-    load_strict(
-        encoder.model,
-        state_dict,
-        what=f"{encoder.spec['kind']} {described}",
-        source=str(path),
-        hint=_name_architecture,
-    )
-
-
-def _name_architecture(state_dict: Mapping[str, Tensor]) -> str:
-    """Says whose weights these are, where the names tell and another backbone would take them."""
-    if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
-        return "These are weights of CTransPath: UnpromptedTimm(model='ctranspath')."
-    if any("relative_position_bias_table" in name for name in state_dict):
-        return "These are weights of a Swin: UnpromptedTimm(model='swin_...')."
-    if any(".dcn." in name for name in state_dict):
-        return "These are weights of InternImage, which no backbone here builds."
-    if "layer1.0.conv1.weight" in state_dict:
-        return "These are weights of a ResNet: UnpromptedTimm(model='resnet...')."
-    return ""
-
-
-def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps the frozen encoder of a classifier's checkpoint; others stay as they are."""
-    if not any(name.startswith("backbone.") for name in state_dict):
-        return dict(state_dict)
-    ours = ("backbone.prompt", "backbone.prompt_initialised")
-    return {
-        name.removeprefix("backbone.").removeprefix(_PUBLISHED): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith("backbone.") and name not in ours
-    }
-
-
 def lower_precision(encoder: Encoder, dtype: torch.dtype) -> None:
     """Keeps the weights of linear layers, convolutions and CLIP's projection in another type.
 
@@ -264,7 +231,7 @@ def _check_arguments(
     lora: Mapping[str, Any] | None,
     precision: str,
     save_frozen: bool,
-    checkpoint: str | os.PathLike[str] | None,
+    has_weights: bool,
 ) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: one of {list(PRECISIONS)} expected")
@@ -275,14 +242,25 @@ def _check_arguments(
         )
     if lora is not None and not frozen:
         raise ValueError("lora with frozen=False: LoRA is for a frozen encoder")
-    if not save_frozen and checkpoint is None:
+    if not save_frozen and not has_weights:
         raise ValueError("save_frozen=False: needs `checkpoint`, or the weights would be lost")
 
 
 def _add_lora(encoder: Encoder, lora: Mapping[str, Any]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    arguments = {"target_modules": list(encoder.lora_targets), **lora}
+    targets = list(encoder.lora_targets)
+    for kind in (nn.Linear, nn.Conv2d):  # a ResNet has no linear layers
+        targets = targets or [
+            name
+            for name, module in encoder.model.named_modules()
+            # PEFT cannot merge grouped convolutions; CLIP's ResNet reads its pooling's weights
+            # directly, past what would stand around them.
+            if type(module) is kind
+            and getattr(module, "groups", 1) == 1
+            and not name.startswith("attnpool.")
+        ]
+    arguments = {"target_modules": targets, **lora}
     inject_adapter_in_model(LoraConfig(**arguments), encoder.model)
 
 

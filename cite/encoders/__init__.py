@@ -1,43 +1,135 @@
-"""Image encoders of several libraries behind one interface; built from a description in JSON."""
+"""Image encoders to adapt: opened by name, or built from a description in JSON.
+
+The names are those of `pathcore.encoders`, the descriptions those of `pathcore.encoders.towers`;
+`{"library": "mm", ...}` is in addition the ViT of MMClassification and MMPreTrain.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cite.conversions import clip_vision_from_hf
 from cite.encoders.base import Encoder
+from pathcore.encoders.encoder import EncoderName, open_image_tower
+from pathcore.encoders.presets import get_preset
+from pathcore.encoders.towers import VISION_TYPES, EncoderError, Tower, build_tower, open_tower
+from pathcore.weights import read_state_dict
 
-KINDS = ("open_clip", "vit", "timm", "hf", "whole")
+_PUBLISHED = "model."
+"""Prefix of the image tower within the backbone in checkpoints of the published code."""
+
+_PROMPTS = ("backbone.prompt", "backbone.prompt_initialised")
 
 
-def build_encoder(kind: str, **arguments: Any) -> Encoder:
-    """Builds an encoder with random weights.
+def open_encoder(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    feature: str | None = None,
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> Encoder:
+    """Opens an encoder by its name; see `pathcore.encoders.create_encoder` for all arguments.
+
+    Of a CLIP of open_clip in a file, the text tower is neither needed nor built.
+    """
+    parsed = EncoderName.parse(name)
+    given = weights if weights is not None else parsed.weights
+    architecture = parsed.model if parsed.library == "open_clip" else ""
+    if parsed.library == "preset" and (preset := get_preset(parsed.model)).library == "open_clip":
+        architecture = preset.architecture
+    if architecture and ":" not in architecture and given and Path(given).is_file():
+        description = {"library": "open_clip", "architecture": architecture, **arguments}
+        return build_encoder(description | ({"feature": feature} if feature else {}), given)
+    tower = open_image_tower(
+        name, weights, feature=feature, trust_remote_code=trust_remote_code, **arguments
+    )
+    return _as_encoder(tower, has_weights=True)
+
+
+def build_encoder(
+    description: Mapping[str, Any], checkpoint: str | os.PathLike[str] | None = None
+) -> Encoder:
+    """Builds an encoder from its description.
 
     Args:
-        kind: One of `KINDS`: a tower of open_clip, the ViT of MMClassification and MMPreTrain, a
-            ViT of timm, a vision model of transformers, or any model of timm without prompts.
-        **arguments: Those of the class.
+        description: `library` and what it takes, see `pathcore.encoders.towers`; or `mm` and the
+            arguments of `cite.encoders.vit.ViTEncoder`.
+        checkpoint: Its weights: a file of its family, or the checkpoint of a classifier with such
+            an encoder. Random ones if None.
 
     Raises:
-        ValueError: No such kind.
+        EncoderError: If there is no such library or model.
+        FileNotFoundError: If there is no such checkpoint.
+        CheckpointError: If its names or shapes do not fit.
     """
-    if kind == "open_clip":
-        from cite.encoders.clip import OpenCLIPEncoder
-
-        return OpenCLIPEncoder(**arguments)
-    if kind == "vit":
+    weights = None if checkpoint is None else only_backbone(read_state_dict(checkpoint))
+    if description.get("library") == "mm":
         from cite.encoders.vit import ViTEncoder
 
-        return ViTEncoder(**arguments)
-    if kind == "timm":
-        from cite.encoders.timm_vit import TimmEncoder
+        arguments = {k: v for k, v in description.items() if k != "library"}
+        return ViTEncoder(**arguments, weights=weights, source=str(checkpoint))
+    if weights is None:
+        return _as_encoder(build_tower(description), has_weights=False)
+    if description.get("library") == "open_clip" and any(
+        name.startswith("vision_model.") for name in weights
+    ):
+        weights = clip_vision_from_hf(weights)
+    tower = open_tower(
+        description,
+        weights,
+        name=str(description.get("architecture") or description.get("library")),
+        source=str(checkpoint),
+        hint=_name_architecture,
+    )
+    return _as_encoder(tower, has_weights=True)
 
-        return TimmEncoder(**arguments)
-    if kind == "hf":
-        from cite.encoders.hugging_face import HuggingFaceEncoder
 
-        return HuggingFaceEncoder(**arguments)
-    if kind == "whole":
-        from cite.encoders.whole import WholeEncoder
+def _as_encoder(tower: Tower, *, has_weights: bool) -> Encoder:
+    from cite.encoders.plain import OpenClipViT, TimmViT, TransformersViT
 
-        return WholeEncoder(**arguments)
-    raise ValueError(f"encoder {kind!r}: one of {KINDS} expected")
+    module: Any = tower.module
+    library = tower.description.get("library")
+    kind = Encoder
+    if library == "timm" and TimmViT.takes(module) and tower.feature != "layer3":
+        kind = TimmViT
+    elif library == "open_clip" and OpenClipViT.takes(module):
+        kind = OpenClipViT
+    elif library == "transformers" and module.config.model_type in VISION_TYPES:
+        kind = TransformersViT
+    return kind(tower, has_weights=has_weights)
+
+
+def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keeps the frozen encoder of a classifier's checkpoint; others stay as they are."""
+    if not any(name.startswith("backbone.") for name in state_dict):
+        return dict(state_dict)
+    return {
+        name.removeprefix("backbone.").removeprefix(_PUBLISHED): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("backbone.") and name not in _PROMPTS
+    }
+
+
+def _name_architecture(state_dict: Mapping[str, Tensor]) -> str:
+    """Says whose weights these are, where the names tell and another encoder would take them."""
+    if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
+        return "These are weights of CTransPath: encoder='ctranspath'."
+    if any("relative_position_bias_table" in name for name in state_dict):
+        return "These are weights of a Swin: encoder='timm:swin_...'."
+    if any(".dcn." in name for name in state_dict):
+        return (
+            "These are weights of InternImage, which no library here builds: use its folder of the "
+            "hub, encoder='hf:OpenGVLab/internimage_...' with trust_remote_code=True."
+        )
+    if "layer1.0.conv1.weight" in state_dict:
+        return "These are weights of a ResNet: encoder='timm:resnet...'."
+    return ""
+
+
+__all__ = ["EncoderError", "build_encoder", "only_backbone", "open_encoder"]

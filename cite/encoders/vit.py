@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cite.blocks import Block, Packed, normalise
-from cite.encoders.base import Encoder, fit_positions
+from cite.encoders.base import Encoder
+from pathcore.encoders.layouts import fit_positions
+from pathcore.encoders.towers import Call, EncoderError, Tower
+from pathcore.weights import load_strict
 
 ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
     "small": (768, 8, 8, 2304),
@@ -47,9 +50,12 @@ class ViTEncoder(Encoder):
             bias.
         final_norm: A norm after the last block.
         norm_eps: Of every norm.
+        weights: State dict in these libraries' names; random weights if None.
+        source: Where the weights come from, for errors.
 
     Raises:
-        ValueError: No such architecture.
+        EncoderError: If there is no such architecture.
+        CheckpointError: If the weights do not fit.
     """
 
     lora_targets = ("qkv", "proj")
@@ -63,10 +69,10 @@ class ViTEncoder(Encoder):
         pre_norm: bool = False,
         final_norm: bool = True,
         norm_eps: float = 1e-6,
+        weights: Mapping[str, Tensor] | None = None,
+        source: str = "checkpoint",
     ) -> None:
-        super().__init__()
         sizes = _read_arch(arch)
-        self.width = self.embed_dim = sizes["embed_dims"]
         options: dict[str, Any] = {
             "img_size": img_size,
             "patch_size": patch_size,
@@ -75,10 +81,25 @@ class ViTEncoder(Encoder):
             "final_norm": final_norm,
             "norm_eps": norm_eps,
         }
-        self.spec = {"kind": "vit", "arch": sizes, **options}
-        self.model = _ViT(sizes, **options)
+        model = _ViT(sizes, **options)
+        if weights is not None:
+            adapted = dict(weights)
+            if not final_norm:
+                adapted = {k: v for k, v in adapted.items() if not k.startswith("ln1.")}
+            fit_positions(adapted, "pos_embed", model.pos_embed, 1)
+            load_strict(model, adapted, what=f"ViT {sizes | options}", source=source)
+        description = {"library": "mm", "arch": sizes, **options}
+        tower = Tower(model, Call(model), sizes["embed_dims"], "class", description)
+        super().__init__(tower, has_weights=weights is not None)
         self.num_heads = sizes["num_heads"]
         self.image_size = (img_size, img_size)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """See `Encoder`."""
+        hidden_states = self.embed(pixel_values)
+        for block in self.blocks():
+            hidden_states = block(hidden_states)
+        return self.pool(hidden_states)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """See `Encoder`."""
@@ -105,14 +126,6 @@ class ViTEncoder(Encoder):
     def pool(self, hidden_states: Tensor) -> Tensor:
         """See `Encoder`; the class token after the final norm."""
         return normalise(self.model.ln1, hidden_states[:, 0])
-
-    def adapt_checkpoint(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fits the position embeddings; a norm that this encoder lacks is left out."""
-        adapted = dict(state_dict)
-        if not self.spec["final_norm"]:
-            adapted = {k: v for k, v in adapted.items() if not k.startswith("ln1.")}
-        fit_positions(adapted, "pos_embed", self.model.pos_embed, 1)
-        return adapted
 
 
 class _ViT(nn.Module):
@@ -159,14 +172,8 @@ def _read_arch(arch: str | Mapping[str, int]) -> dict[str, int]:
     if isinstance(arch, str):
         name = _SHORT.get(arch, arch)
         if name not in ARCHITECTURES:
-            raise ValueError(f"arch {arch!r}: one of {sorted(ARCHITECTURES)} expected")
+            raise EncoderError(f"arch {arch!r}: one of {sorted(ARCHITECTURES)} expected")
         return dict(zip(_FIELDS, ARCHITECTURES[name], strict=True))
     if set(arch) != set(_FIELDS):
-        raise ValueError(f"arch: the fields {_FIELDS} expected, found {sorted(arch)}")
+        raise EncoderError(f"arch: the fields {_FIELDS} expected, found {sorted(arch)}")
     return {field: int(arch[field]) for field in _FIELDS}
-
-
-def as_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the arguments of mmcls's own `VisionTransformer` for an encoder's description."""
-    arguments = {k: v for k, v in spec.items() if k not in ("kind", "norm_eps")}
-    return arguments | {"norm_cfg": {"type": "LN", "eps": spec["norm_eps"]}}

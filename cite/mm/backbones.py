@@ -1,56 +1,77 @@
-"""Prompted image encoders as backbones of MMPreTrain and MMClassification.
+"""Image encoders, prompted or not, as backbones of MMPreTrain and MMClassification.
 
-All take the arguments of `cite.prompted.PromptedEncoder`: `prompt_length`, `prompt_layers`,
+Both take the arguments of `cite.prompted.PromptedEncoder`: `prompt_length`, `prompt_layers`,
 `prompt_pos`, `prompt_init`, `prompt_noise_std`, `frozen`, `lora`, `precision`, `save_frozen`,
-`gradient_checkpointing`, `checkpoint`. They have no `init_weights`, so that MMEngine's runner does
-not draw loaded weights anew.
+`gradient_checkpointing`. They have no `init_weights`, so that MMEngine's runner does not draw
+loaded weights anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from cite.encoders import build_encoder
-from cite.encoders.timm_vit import read_timm_folder
+from cite.encoders import build_encoder, open_encoder
 from cite.mm.published import published_arguments
 from cite.prompted import PromptedEncoder
 
+_PUBLISHED = published_arguments({"float16": "precision='fp16'"})
 
-@published_arguments({"float16": "precision='fp16'"})
+
 class _Backbone(PromptedEncoder):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """Maps images to a tuple of one tensor `(batch, embed_dim)`, as the hosts expect."""
         return (super().forward(pixel_values),)
 
 
-@MODELS.register_module()
-class PromptedOpenCLIP(_Backbone):
-    """An image tower of open_clip.
+@MODELS.register_module(name="PromptedEncoder")
+@_PUBLISHED
+class PromptedEncoderBackbone(_Backbone):
+    """An encoder by its name, or one with weights of your own.
 
     Args:
-        arch: Architecture of open_clip, or its description.
-        project: Multiply by CLIP's projection.
-        image_size: By default the architecture's.
-        **arguments: Those of `PromptedEncoder`.
+        encoder: Name for `pathcore.encoders.create_encoder`: a preset such as `uni2-h`,
+            `NAME@/path`, `timm:`, `hf:`, `open_clip:ARCH@WEIGHTS`, or a folder. Or a description,
+            see `pathcore.encoders.towers`, with the weights of `checkpoint` or random ones.
+        checkpoint: File with the weights.
+        feature: Another reading of the output than the preset's, see `Preset.feature`.
+        arguments_of_encoder: Arguments of the architecture in place of the preset's.
+        trust_remote_code: Whether code from the hub's repository may run.
+        **arguments: Those of `cite.prompted.PromptedEncoder`.
     """
 
     def __init__(
         self,
-        arch: str | Mapping[str, Any],
-        project: bool = True,
-        image_size: int | None = None,
+        encoder: str | Mapping[str, Any],
+        checkpoint: str | None = None,
+        feature: str | None = None,
+        arguments_of_encoder: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
         **arguments: Any,
     ) -> None:
-        encoder = build_encoder("open_clip", arch=arch, project=project, image_size=image_size)
-        super().__init__(encoder, **arguments)
+        if isinstance(encoder, str):
+            opened = open_encoder(
+                encoder,
+                checkpoint,
+                feature=feature,
+                trust_remote_code=trust_remote_code,
+                **(arguments_of_encoder or {}),
+            )
+        elif feature is not None or arguments_of_encoder is not None:
+            raise ValueError(
+                "PromptedEncoder: feature and arguments_of_encoder are for a name; put them into "
+                "the description"
+            )
+        else:
+            opened = build_encoder(dict(encoder), checkpoint)
+        super().__init__(opened, **arguments)
 
 
 @MODELS.register_module()
+@_PUBLISHED
 class PromptedViT(_Backbone):
     """The hosts' own ViT, under its names.
 
@@ -62,7 +83,8 @@ class PromptedViT(_Backbone):
         pre_norm: A norm before the first block.
         final_norm: A norm after the last block.
         norm_eps: Of every norm.
-        **arguments: Those of `PromptedEncoder`.
+        checkpoint: File with the weights.
+        **arguments: Those of `cite.prompted.PromptedEncoder`.
     """
 
     def __init__(
@@ -74,107 +96,17 @@ class PromptedViT(_Backbone):
         pre_norm: bool = False,
         final_norm: bool = True,
         norm_eps: float = 1e-6,
+        checkpoint: str | None = None,
         **arguments: Any,
     ) -> None:
-        encoder = build_encoder(
-            "vit",
-            arch=arch,
-            img_size=img_size,
-            patch_size=patch_size,
-            qkv_bias=qkv_bias,
-            pre_norm=pre_norm,
-            final_norm=final_norm,
-            norm_eps=norm_eps,
-        )
-        super().__init__(encoder, **arguments)
-
-
-@MODELS.register_module()
-class PromptedTimm(_Backbone):
-    """A ViT of timm.
-
-    Args:
-        model: Name that timm knows.
-        model_args: Arguments of `timm.create_model`.
-        folder: Instead of both: a folder with `config.json` and weights, as timm's models lie on
-            the hub.
-        **arguments: Those of `PromptedEncoder`.
-
-    Raises:
-        ValueError: Both or none of folder and model.
-    """
-
-    def __init__(
-        self,
-        model: str | None = None,
-        model_args: Mapping[str, Any] | None = None,
-        folder: str | None = None,
-        **arguments: Any,
-    ) -> None:
-        if (folder is None) == (model is None):
-            raise ValueError(f"{type(self).__name__}: either `folder` or `model` expected")
-        if folder is not None:
-            model, own = read_timm_folder(folder)
-            model_args = {**own, **(model_args or {})}
-            arguments.setdefault("checkpoint", folder)
-        super().__init__(build_encoder("timm", model=model, model_args=model_args), **arguments)
-
-
-@MODELS.register_module()
-class UnpromptedTimm(_Backbone):
-    """CTransPath, or any model of timm (Swin, ResNet, ...), without prompts.
-
-    Args:
-        model: `ctranspath`, `keep`, or a name that timm knows.
-        model_args: Arguments of `timm.create_model`.
-        **arguments: Those of `PromptedEncoder`.
-    """
-
-    def __init__(
-        self, model: str, model_args: Mapping[str, Any] | None = None, **arguments: Any
-    ) -> None:
-        super().__init__(build_encoder("whole", model=model, model_args=model_args), **arguments)
-
-
-@MODELS.register_module()
-class PromptedHF(_Backbone):
-    """A vision model of transformers.
-
-    Args:
-        folder: A Hugging Face folder: config and weights.
-        config: Instead of the folder: a config, for random weights or those of `checkpoint`.
-        project: For CLIP: multiply by the visual projection.
-        **arguments: Those of `PromptedEncoder`.
-
-    Raises:
-        ValueError: Both or none of folder and config.
-    """
-
-    def __init__(
-        self,
-        folder: str | None = None,
-        config: Mapping[str, Any] | None = None,
-        project: bool = False,
-        **arguments: Any,
-    ) -> None:
-        if (folder is None) == (config is None):
-            raise ValueError(f"{type(self).__name__}: either `folder` or `config` expected")
-        source = folder if folder is not None else config
-        if folder is not None:
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(f"{folder}: a folder with config.json and weights expected")
-            arguments.setdefault("checkpoint", folder)
-        super().__init__(build_encoder("hf", config=source, project=project), **arguments)
-
-
-@MODELS.register_module()
-class PromptedPLIP(PromptedHF):
-    """PA-LLaVA's PLIP encoder: the folder that its pretraining exports, or a released one.
-
-    Args:
-        folder: `config.json` and weights, in Hugging Face's or the released names.
-        **arguments: Those of `PromptedEncoder`.
-    """
-
-    def __init__(self, folder: str, **arguments: Any) -> None:
-        super().__init__(folder=folder, **arguments)
+        description = {
+            "library": "mm",
+            "arch": arch,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "qkv_bias": qkv_bias,
+            "pre_norm": pre_norm,
+            "final_norm": final_norm,
+            "norm_eps": norm_eps,
+        }
+        super().__init__(build_encoder(description, checkpoint), **arguments)

@@ -17,8 +17,8 @@ Class = TypeVar("Class", bound=type)
 TABLE = "configs/cite/gastric/README.md"
 
 _MODELS = {
-    "PromptedCLIPImageBackbone": "PromptedOpenCLIP",
-    "CLIPImageBackbone": "PromptedOpenCLIP without prompts",
+    "PromptedCLIPImageBackbone": "PromptedEncoder with encoder='open_clip:ViT-B-16-quickgelu@FILE'",
+    "CLIPImageBackbone": "PromptedEncoder without prompts",
     "PromptedVisionTransformer": "PromptedViT",
     "VisionTransformerFrozen": "PromptedViT without prompts",
     "MyLinearClsHead": "LinearClsHead of MMClassification",

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
         EncoderName,
         Network,
         create_encoder,
+        find_transform,
+        open_image_tower,
     )
+    from pathcore.encoders.towers import Tower
 
 __all__ = [
     "Encoder",
@@ -23,10 +26,13 @@ __all__ = [
     "EncoderName",
     "Network",
     "Preset",
+    "Tower",
     "Transform",
     "create_encoder",
+    "find_transform",
     "get_preset",
     "list_encoders",
+    "open_image_tower",
 ]
 
 

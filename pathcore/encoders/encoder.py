@@ -26,9 +26,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pathcore.encoders.layouts import fit_layout, pools_patches
-from pathcore.encoders.networks import NETWORKS, uninitialised
 from pathcore.encoders.presets import Preset, get_preset
+from pathcore.encoders.towers import (
+    VISION_TYPES,
+    EncoderError,
+    Tower,
+    default_feature,
+    drop_unread,
+    open_clip_config,
+    open_clip_tower,
+    open_tower,
+    transformers_tower,
+    vision_config,
+)
 from pathcore.encoders.transform import Transform, TransformError
 from pathcore.files import read_json, sha256_of
 from pathcore.weights import CheckpointError, check_loading_report, load_strict, read_state_dict
@@ -45,10 +55,8 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-class EncoderError(ValueError):
-    """A name that is no encoder, or an encoder that cannot be built here."""
+_NOT_WEIGHTS = ("context_length", "input_resolution", "vocab_size")
+"""Numbers that OpenAI's archives store among the weights."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class Network:
         files: Files of weights; empty where a library fetched them by itself.
         joint: The image's side of the space that images and texts share.
         texts: Texts to `(num_texts, dim)` of that space.
+        tower: The part for images, which shares the weights of `module`; None if that is all.
     """
 
     module: nn.Module
@@ -127,6 +136,7 @@ class Network:
     files: tuple[Path, ...] = ()
     joint: Callable[[Tensor], Tensor] | None = None
     texts: Callable[[list[str], torch.device], Tensor] | None = None
+    tower: Tower | None = None
 
 
 class Encoder:
@@ -311,26 +321,15 @@ def create_encoder(
         >>> encoder.features([Image.new("RGB", (256, 256))]).shape
         torch.Size([1, 32])
     """
-    parsed = EncoderName.parse(name)
-    given = os.fspath(weights) if weights is not None else parsed.weights
     if precision is not None and precision not in _DTYPES:
         raise EncoderError(f"precision {precision!r}: expected one of {', '.join(_DTYPES)}")
-    if parsed.library == "folder":
-        parsed = _recognise_folder(Path(parsed.model))
+    parsed = _recognise(name)
     preset = get_preset(parsed.model) if parsed.library == "preset" else None
-    if preset is not None:
-        reading = feature or preset.feature
-        built, reading = _build_preset(preset, given, reading, trust_remote_code, arguments)
-    elif parsed.library == "timm":
-        built, reading = _build_timm(parsed.model, given, feature, arguments)
-    elif parsed.library == "hf":
-        built, reading = _build_transformers(parsed.model, feature, trust_remote_code)
-    else:
-        built, reading = _build_open_clip(parsed.model, given), "projected"
+    built, reading = _build(parsed, weights, feature, trust_remote_code, arguments)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     usual = preset.precision if preset is not None and place.type != "cpu" else "float32"
     return Encoder(
-        parsed.model if parsed.library == "preset" else f"{parsed.library}:{parsed.model}",
+        parsed.model if preset else f"{parsed.library}:{parsed.model}",
         built,
         feature=reading,
         patch_px=preset.patch_px if preset else None,
@@ -338,6 +337,58 @@ def create_encoder(
         precision=precision or usual,
         device=place,
     )
+
+
+def open_image_tower(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    feature: str | None = None,
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> Tower:
+    """Opens the part for images of an encoder, with gradients: to adapt it, or to read its tokens.
+
+    See `create_encoder` for arguments and errors.
+    """
+    built, reading = _build(_recognise(name), weights, feature, trust_remote_code, arguments)
+    return built.tower or Tower(built.module, built.features, built.embed_dim, reading)
+
+
+def find_transform(name: str) -> Transform:
+    """Returns what an encoder does to images; opens its files only where no preset tells.
+
+    Raises:
+        EncoderError: See `create_encoder`.
+    """
+    parsed = _recognise(name)
+    if parsed.library == "preset" and (known := get_preset(parsed.model).transform) is not None:
+        return known
+    return _build(parsed, None, None, False, {})[0].transform
+
+
+def _recognise(name: str) -> EncoderName:
+    parsed = EncoderName.parse(name)
+    return _recognise_folder(Path(parsed.model)) if parsed.library == "folder" else parsed
+
+
+def _build(
+    parsed: EncoderName,
+    weights: str | os.PathLike[str] | None,
+    feature: str | None,
+    trust_remote_code: bool,
+    arguments: dict[str, Any],
+) -> tuple[Network, str]:
+    given = os.fspath(weights) if weights is not None else parsed.weights
+    if parsed.library == "preset":
+        preset = get_preset(parsed.model)
+        reading = feature or preset.feature
+        return _build_preset(preset, given, reading, trust_remote_code, arguments)
+    if parsed.library == "timm":
+        return _build_timm(parsed.model, given, feature, arguments)
+    if parsed.library == "hf":
+        return _build_transformers(parsed.model, feature, trust_remote_code)
+    return _build_open_clip(parsed.model, given, feature or "projected", arguments)
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -356,23 +407,35 @@ def _build_preset(
     if preset.library == "transformers":
         return _build_transformers(weights or preset.hub, feature, trust_remote_code, preset=preset)
     if preset.library == "open_clip":
-        return _build_open_clip(*_open_clip_names(preset, weights), preset=preset), "projected"
+        names = _open_clip_names(preset, weights)
+        return _build_open_clip(*names, feature, arguments, preset=preset)
     file = _weights_file(preset, weights)
     state_dict = read_state_dict(file, mmap=True)
-    if preset.library == "own":
-        module = uninitialised(lambda: NETWORKS[preset.architecture](**arguments))
-        _load(module, state_dict, preset.name, file)
-        embed_dim = int(arguments.get("projection_dim", getattr(module, "num_features", 0)))
-        own_transform = _known_transform(preset)
-        built = Network(module, module, own_transform, embed_dim or preset.embed_dim, (file,))
-        return built, feature
     architecture, settings = preset.architecture, {**preset.arguments, **arguments}
     transform = preset.transform
     if transform is None:
         config = _timm_config(file)
         architecture, transform = config.architecture, config.transform
         settings = {**config.arguments, **settings}
-    return _timm_tower(architecture, settings, state_dict, feature, transform, preset.name, file)
+    description = {"library": preset.library, "architecture": architecture, "arguments": settings}
+    return _network(description, feature, state_dict, transform, preset.name, file)
+
+
+def _network(
+    description: dict[str, Any],
+    feature: str | None,
+    state_dict: Mapping[str, Tensor],
+    transform: Transform,
+    name: str,
+    file: Path,
+) -> tuple[Network, str]:
+    description = {**description, "feature": feature} if feature else description
+    tower = open_tower(description, state_dict, name=name, source=file)
+    module = tower.module.eval()
+    return (
+        Network(module, tower.features, transform, tower.embed_dim, (file,), tower=tower),
+        tower.feature,
+    )
 
 
 def _known_transform(preset: Preset) -> Transform:
@@ -427,14 +490,6 @@ def _from_hub(repository: str, names: Sequence[str], *, name: str) -> Path:
     ) from reason
 
 
-def _load(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, source: object) -> None:
-    """Loads published weights strictly, and says what of the file was not needed."""
-    fitted = fit_layout(state_dict, module)
-    load_strict(module, fitted.state_dict, what=f"encoder {name}", source=str(source))
-    if dropped := fitted.describe():
-        logger.info("encoder %s: %s: dropped %s", name, source, dropped)
-
-
 # --- timm ---------------------------------------------------------------------------------------
 
 
@@ -473,10 +528,12 @@ def _build_timm(
         file = _in_folder(folder, _TIMM_WEIGHTS)
         config = _timm_config(file)
         state_dict = read_state_dict(file, mmap=True)
-        settings = {**config.arguments, **arguments}
-        return _timm_tower(
-            config.architecture, settings, state_dict, feature, config.transform, model, file
-        )
+        description = {
+            "library": "timm",
+            "architecture": config.architecture,
+            "arguments": {**config.arguments, **arguments},
+        }
+        return _network(description, feature, state_dict, config.transform, model, file)
     hub = model.startswith(_HUB_PREFIXES)
     if hub and not weights:
         repository = model.partition(":")[2]
@@ -508,90 +565,8 @@ def _build_timm(
         names = [n for n in (known.hf_hub_filename, *_TIMM_WEIGHTS) if n]
         file = _from_hub(known.hf_hub_id, names, name=f"timm:{model}")
         state_dict = read_state_dict(file, mmap=True)
-    return _timm_tower(model, arguments, state_dict, feature, transform, f"timm:{model}", file)
-
-
-def _timm_tower(
-    architecture: str,
-    arguments: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    feature: str | None,
-    transform: Transform,
-    name: str,
-    file: Path,
-) -> tuple[Network, str]:
-    import timm
-    from timm import layers
-
-    settings = {"num_classes": 0, **arguments}
-    if isinstance(settings.get("mlp_layer"), str):
-        settings["mlp_layer"] = getattr(layers, settings["mlp_layer"])
-    if isinstance(settings.get("act_layer"), str):
-        settings["act_layer"] = layers.get_act_layer(settings["act_layer"])
-    if pools_patches(state_dict):
-        if feature not in (None, "class", "mean"):
-            raise CheckpointError(
-                f"{file}: was fine-tuned on the mean of its patch tokens (fc_norm), so {feature!r} "
-                "was never trained; use feature='mean'"
-            )
-        # The class token of such a model has no norm of its own, see `pools_patches`.
-        settings["global_pool"], feature = "avg", "mean"
-    module = uninitialised(lambda: timm.create_model(architecture, pretrained=False, **settings))
-    _load(module, state_dict, name, file)
-    feature = feature or ("class" if hasattr(module, "cls_token") else "output")
-    read = _timm_reading(module, feature, name)
-    embed_dim = _timm_dim(module, feature)
-    return Network(module, read, transform, embed_dim, (file,)), feature
-
-
-def _timm_reading(module: Any, feature: str, name: str) -> Callable[[Tensor], Tensor]:
-    """Returns the function from `pixel_values` to the vector that `feature` names."""
-    if feature == "output":
-        return lambda pixels: module(pixels)
-    if feature == "layer3":  # CLAM reads a ResNet after its third stage
-
-        def third_stage(pixels: Tensor) -> Tensor:
-            maps = module.forward_intermediates(pixels, indices=[3], intermediates_only=True)
-            return maps[0].mean((-2, -1))
-
-        return third_stage
-    if not hasattr(module, "num_prefix_tokens"):
-        raise EncoderError(
-            f"encoder {name}: {type(module).__name__} has no tokens, so feature={feature!r} "
-            "cannot be read; use feature='output'"
-        )
-    prefix = int(module.num_prefix_tokens)
-
-    def tokens(pixels: Tensor) -> Tensor:
-        return module.forward_features(pixels)
-
-    def mean(pixels: Tensor) -> Tensor:
-        # With `avg` pooling timm normalises after the mean (fc_norm), else each token before it.
-        if module.global_pool == "avg":
-            return module(pixels)
-        return tokens(pixels)[:, prefix:].mean(1)
-
-    def class_and_mean(pixels: Tensor) -> Tensor:
-        found = tokens(pixels)
-        # Registers stand between the class token and the patches, and belong to neither.
-        return torch.cat([found[:, 0], found[:, prefix:].mean(1)], dim=-1)
-
-    readings = {
-        "class": lambda pixels: tokens(pixels)[:, 0],
-        "mean": mean,
-        "class+mean": class_and_mean,
-    }
-    if feature not in readings:
-        raise EncoderError(
-            f"encoder {name}: feature {feature!r}, expected one of {', '.join(readings)}, output"
-        )
-    return readings[feature]
-
-
-def _timm_dim(module: Any, feature: str) -> int:
-    if feature == "layer3":
-        return int(module.feature_info[3]["num_chs"])
-    return int(module.num_features) * (2 if feature == "class+mean" else 1)
+    description = {"library": "timm", "architecture": model, "arguments": arguments}
+    return _network(description, feature, state_dict, transform, f"timm:{model}", file)
 
 
 def _in_folder(folder: Path, names: Sequence[str]) -> Path:
@@ -612,7 +587,7 @@ def _recognise_folder(folder: Path) -> EncoderName:
         content = read_json(config, what="encoder config")
         if "architecture" in content:
             return EncoderName("timm", str(folder))
-        if "model_type" in content:
+        if "model_type" in content or "vision_config" in content:
             return EncoderName("hf", str(folder))
     raise EncoderError(
         f"encoder {folder}: neither {_OPEN_CLIP_CONFIG} nor a config.json of timm or transformers"
@@ -625,14 +600,44 @@ def _recognise_folder(folder: Path) -> EncoderName:
 def _build_transformers(
     model: str, feature: str | None, trust_remote_code: bool, *, preset: Preset | None = None
 ) -> tuple[Network, str]:
-    from transformers import AutoModel
-
     name = preset.name if preset else f"hf:{model}"
     folder = Path(model).expanduser()
     if folder.is_dir():
         model = str(folder)
     elif model[:1] in ("/", ".", "~") or model.count("/") > 1:
         raise FileNotFoundError(f"encoder {name}: no such folder: {folder}")
+    known = preset.transform if preset else None
+    files = tuple(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+    files = files if folder.is_dir() else ()
+    content = read_json(folder / "config.json", what="encoder config") if files else {}
+    if content and "model_type" not in content:  # PA-LLaVA's released PLIP, older versions
+        values = vision_config(content, str(folder / "config.json"))
+        tower = open_tower(
+            {"library": "transformers", "config": values, "feature": feature},
+            read_state_dict(folder),
+            name=name,
+            source=folder,
+        )
+        module, joint, texts = tower.module, None, None
+    else:
+        module, tower = _load_transformers(model, feature, trust_remote_code, name, preset)
+        joint = tower.features if tower.feature == "projected" else None
+        if joint is None and hasattr(module, "get_image_features"):
+            joint = _transformers_tower(module, "projected", None).features
+        texts = _transformers_texts(module, model) if hasattr(module, "get_text_features") else None
+    transform = known or _hugging_face_transform(model, name)
+    embed_dim = tower.embed_dim or (preset.embed_dim if preset else 0)
+    return (
+        Network(module, tower.features, transform, embed_dim, files, joint, texts, tower),
+        tower.feature,
+    )
+
+
+def _load_transformers(
+    model: str, feature: str | None, trust_remote_code: bool, name: str, preset: Preset | None
+) -> tuple[nn.Module, Tower]:
+    from transformers import AutoModel
+
     try:
         module, report = AutoModel.from_pretrained(
             model, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -642,8 +647,9 @@ def _build_transformers(
         raise kind(
             f"encoder {name}: transformers cannot load {model}: {str(error).splitlines()[0]}"
         ) from error
-    two_towers = hasattr(module, "get_image_features")
-    feature = feature or ("projected" if two_towers else "class")
+    if feature is None:
+        two_towers = hasattr(module, "get_image_features")
+        feature = "projected" if two_towers else default_feature(module.config.model_type)
     check_loading_report(
         report,
         module,
@@ -652,19 +658,37 @@ def _build_transformers(
         # Many ViTs are published without the pooler that only their class token's readers skip.
         unused=lambda key: feature != "pooler" and key.split(".")[0] == "pooler",
     )
-    transform = preset.transform if preset else None
-    transform = transform or _hugging_face_transform(model, name)
-    read, embed_dim = _transformers_reading(module, feature, name, preset)
-    files = tuple(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
-    joint = module.get_image_features if two_towers else None
-    texts = _transformers_texts(module, model) if hasattr(module, "get_text_features") else None
-    return (
-        Network(
-            module, read, transform, embed_dim, files if folder.is_dir() else (),
-            None if joint is None else (lambda pixels: joint(pixel_values=pixels)), texts,
-        ),
-        feature,
-    )  # fmt: skip
+    if feature == "conch":  # TITAN's repository holds CONCH v1.5, its patch encoder
+        tower, _ = module.return_conch()
+        return module, Tower(tower, tower, preset.embed_dim if preset else 0, feature)
+    try:
+        return module, _transformers_tower(module, feature, preset)
+    except EncoderError as error:
+        raise EncoderError(f"encoder {name}: {error}") from error
+
+
+def _transformers_tower(module: Any, feature: str, preset: Preset | None) -> Tower:
+    """Takes the part for images out of a model; it shares the model's weights."""
+    from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+
+    prefix = preset.num_prefix_tokens if preset else None
+    model_type = module.config.model_type
+    own_code = type(module).__module__.startswith("transformers.models.")
+    if model_type not in VISION_TYPES or not own_code:
+        return transformers_tower(module, feature, {}, prefix)
+    values = vision_config(module.config.to_dict())
+    if model_type != "clip":
+        drop_unread(module, feature)
+        return transformers_tower(module, feature, values, prefix)
+    kind = CLIPVisionModelWithProjection if feature == "projected" else CLIPVisionModel
+    config = module.vision_model.config
+    config.projection_dim = module.config.projection_dim
+    with torch.device("meta"):
+        tower = kind(config).eval()
+    tower.vision_model = module.vision_model
+    if feature == "projected":
+        tower.visual_projection = module.visual_projection
+    return transformers_tower(tower, feature, values, prefix)
 
 
 def _hugging_face_transform(model: str, name: str) -> Transform:
@@ -678,54 +702,6 @@ def _hugging_face_transform(model: str, name: str) -> Transform:
             "expects are not known"
         ) from error
     return Transform.from_hugging_face(processor, source=f"{model}: preprocessor_config.json")
-
-
-def _transformers_reading(
-    module: Any, feature: str, name: str, preset: Preset | None
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Returns the function from `pixel_values` to the vector `feature`, and its length."""
-    if feature == "projected":
-        return (
-            lambda pixels: module.get_image_features(pixel_values=pixels),
-            _projection_dim(module),
-        )
-    if feature == "conch":  # TITAN's repository holds CONCH v1.5, its patch encoder
-        tower, _ = module.return_conch()
-        return lambda pixels: tower(pixels), preset.embed_dim if preset else 0
-    if feature == "output":
-        return lambda pixels: module(pixels), preset.embed_dim if preset else 0
-    tower = getattr(module, "vision_model", module)
-    hidden = int(getattr(tower.config, "hidden_size", 0))
-    prefix = 1 + int(getattr(tower.config, "num_register_tokens", 0) or 0)
-    if preset is not None and preset.num_prefix_tokens is not None:
-        prefix = preset.num_prefix_tokens
-
-    def outputs(pixels: Tensor) -> Any:
-        return tower(pixel_values=pixels)
-
-    def class_and_mean(pixels: Tensor) -> Tensor:
-        tokens = outputs(pixels).last_hidden_state
-        return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], dim=-1)
-
-    readings: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-        "class": (lambda pixels: outputs(pixels).last_hidden_state[:, 0], hidden),
-        "mean": (lambda pixels: outputs(pixels).last_hidden_state[:, prefix:].mean(1), hidden),
-        "class+mean": (class_and_mean, 2 * hidden),
-        "pooler": (lambda pixels: outputs(pixels).pooler_output, hidden),
-    }
-    if feature not in readings:
-        raise EncoderError(
-            f"encoder {name}: feature {feature!r}, expected one of {', '.join(readings)}, projected"
-        )
-    return readings[feature]
-
-
-def _projection_dim(module: Any) -> int:
-    config = module.config
-    found: Any = getattr(config, "projection_dim", None)
-    if found is None:  # SigLIP pools into its hidden size
-        found = config.vision_config.hidden_size
-    return int(found)
 
 
 def _transformers_texts(
@@ -769,34 +745,31 @@ def _open_clip_names(preset: Preset, weights: str) -> tuple[str, str]:
     return f"hf-hub:{preset.hub}", ""
 
 
-def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) -> Network:
+def _build_open_clip(
+    model: str,
+    weights: str,
+    feature: str,
+    arguments: Mapping[str, Any],
+    *,
+    preset: Preset | None = None,
+) -> tuple[Network, str]:
     import open_clip
+    from open_clip.model import CLIP, CustomTextCLIP
 
     name = preset.name if preset else f"open_clip:{model}"
-    files: tuple[Path, ...] = ()
-    if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        if not (folder / _OPEN_CLIP_CONFIG).is_file():
-            raise FileNotFoundError(f"encoder {folder}: no {_OPEN_CLIP_CONFIG} in this folder")
-        files = (_in_folder(folder, _OPEN_CLIP_WEIGHTS),)
-    elif not model.startswith("hf-hub:"):
-        if model not in open_clip.list_models():
-            raise EncoderError(f"encoder {name}: open_clip has no architecture {model}")
-        if not weights:
-            raise EncoderError(
-                f"encoder {name}: without weights it would be random; name a tag or a file: "
-                f"open_clip:{model}@WEIGHTS"
-            )
-        if Path(weights).expanduser().is_file():
-            files = (Path(weights).expanduser(),)
-            read_state_dict(files[0], mmap=True)  # says what the file is if it holds no weights
-        elif weights not in (tags := open_clip.list_pretrained_tags_by_model(model)):
-            raise FileNotFoundError(
-                f"encoder {name}: {weights} is neither a file nor one of {', '.join(tags)}"
-            )
+    if unknown := set(arguments) - {"image_size"}:
+        raise EncoderError(f"encoder {name}: argument {min(unknown)!r}, expected image_size")
+    files = _open_clip_files(model, weights, name)
+    given = bool(files and weights)
+    disabled = logging.root.manager.disable
+    if given:  # open_clip would warn of random weights, which are loaded below
+        logging.disable(logging.WARNING)
     try:
-        module = open_clip.create_model(model, pretrained=str(files[0]) if files and weights
-                                        else weights or None)  # fmt: skip
+        module = open_clip.create_model(
+            model,
+            pretrained=None if given else weights or None,
+            force_image_size=arguments.get("image_size"),
+        )
         tokenizer = open_clip.get_tokenizer(model)
     except RuntimeError as error:
         message = " ".join(str(error).split())
@@ -805,6 +778,10 @@ def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) 
         raise FileNotFoundError(f"encoder {name}: {message:.300}") from error
     except OSError as error:
         raise FileNotFoundError(f"encoder {name}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.disable(disabled)
+    if given:
+        _load_open_clip(module, files[0], name)
     transform = preset.transform if preset and preset.transform else None
     try:
         transform = transform or Transform.from_open_clip(
@@ -812,15 +789,76 @@ def _build_open_clip(model: str, weights: str, *, preset: Preset | None = None) 
         )
     except TransformError as error:
         raise EncoderError(str(error)) from error
-    return Network(
-        module,
-        module.encode_image,
-        transform,
-        preset.embed_dim if preset else int(module.visual.output_dim),
-        files,
-        module.encode_image,
-        lambda texts, device: module.encode_text(tokenizer(texts).to(device)),
+    joint = module.encode_image
+    tower = None
+    if type(module) in (CLIP, CustomTextCLIP):
+        config = open_clip_config(model)
+        size = module.visual.image_size
+        sized = {**config["vision_cfg"], "image_size": size if size[0] != size[1] else size[0]}
+        tower = open_clip_tower(module.visual, {**config, "vision_cfg": sized}, feature)
+        joint = joint if feature == "projected" else None
+    elif feature != "projected":
+        raise EncoderError(f"encoder {name}: feature {feature!r}, expected projected")
+    width = preset.embed_dim if preset else int(module.visual.output_dim)
+    return (
+        Network(
+            module,
+            tower.features if tower else module.encode_image,
+            transform,
+            tower.embed_dim if tower and feature != "projected" else width,
+            files,
+            joint,
+            lambda texts, device: module.encode_text(tokenizer(texts).to(device)),
+            tower,
+        ),
+        feature,
     )
+
+
+def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
+    """Returns the file of the weights; none where open_clip fetches them by itself."""
+    import open_clip
+
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        if not (folder / _OPEN_CLIP_CONFIG).is_file():
+            raise FileNotFoundError(f"encoder {folder}: no {_OPEN_CLIP_CONFIG} in this folder")
+        return (_in_folder(folder, _OPEN_CLIP_WEIGHTS),)
+    if not model.startswith("hf-hub:"):
+        open_clip_config(model)  # says which architectures there are
+        if not weights:
+            raise EncoderError(
+                f"encoder {name}: without weights it would be random; name a tag or a file: "
+                f"open_clip:{model}@WEIGHTS"
+            )
+        if Path(weights).expanduser().is_file():
+            return (Path(weights).expanduser(),)
+        if weights not in (tags := open_clip.list_pretrained_tags_by_model(model)):
+            raise FileNotFoundError(
+                f"encoder {name}: {weights} is neither a file nor one of {', '.join(tags)}"
+            )
+    return ()
+
+
+def _load_open_clip(module: Any, file: Path, name: str) -> None:
+    """Loads the file of a whole CLIP, of which OpenAI's are archives of TorchScript, strictly."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.factory import resize_pos_embed, resize_text_pos_embed
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state_dict = {k: v for k, v in read_state_dict(file).items() if k not in _NOT_WEIGHTS}
+    state_dict = convert_state_dict(module, state_dict)
+    if "positional_embedding" in state_dict and not hasattr(module, "positional_embedding"):
+        state_dict = convert_to_custom_text_state_dict(state_dict)
+    # Constants: transformers before 4.31 stored the first, TorchScript the second.
+    for constant in ("text.transformer.embeddings.position_ids", "attn_mask"):
+        state_dict.pop(constant, None)
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in state_dict and getattr(module, scalar, None) is not None:
+            state_dict[scalar] = state_dict[scalar].reshape(getattr(module, scalar).shape)
+    resize_pos_embed(state_dict, module)
+    resize_text_pos_embed(state_dict, module)
+    load_strict(module, state_dict, what=f"encoder {name}", source=str(file))
 
 
 # --- packages of the authors --------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pathcore.weights import StateDict, shorten, strip_prefix_to_fit
@@ -125,6 +126,42 @@ def pools_patches(state_dict: Mapping[str, Tensor]) -> bool:
     return any(name.endswith("fc_norm.weight") for name in outer) and not any(
         name == "norm.weight" or name.endswith(".norm.weight") for name in outer
     )
+
+
+def resize_positions(positions: Tensor, num_positions: int, num_prefix: int) -> Tensor:
+    """Interpolates position embeddings of a square grid to another square grid (bicubic).
+
+    Args:
+        positions: `(..., num_prefix + side**2, D)`.
+        num_positions: The number wanted, prefix included.
+        num_prefix: Leading embeddings that are kept.
+
+    Raises:
+        ValueError: If one of the two grids is not square.
+    """
+    found, wanted = positions.shape[-2] - num_prefix, num_positions - num_prefix
+    sides = [round(max(n, 0) ** 0.5) for n in (found, wanted)]
+    if [side**2 for side in sides] != [found, wanted] or not min(sides):
+        raise ValueError(
+            f"position embeddings: cannot fit {found} positions to {wanted}, both must be squares"
+        )
+    prefix, grid = positions[..., :num_prefix, :], positions[..., num_prefix:, :]
+    grid = grid.reshape(1, sides[0], sides[0], -1).permute(0, 3, 1, 2).float()
+    grid = nn.functional.interpolate(
+        grid, size=(sides[1], sides[1]), mode="bicubic", align_corners=False, antialias=True
+    )
+    grid = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    return torch.cat([prefix, grid.reshape(*positions.shape[:-2], wanted, -1)], dim=-2)
+
+
+def fit_positions(state_dict: dict[str, Tensor], name: str, like: Tensor, num_prefix: int) -> None:
+    """Resizes the position embeddings of a checkpoint in place if their number differs."""
+    positions = state_dict.get(name)
+    if positions is None or positions.shape == like.shape:
+        return
+    same_width = positions.shape[-1] == like.shape[-1] and positions.dim() == like.dim()
+    if same_width:
+        state_dict[name] = resize_positions(positions, like.shape[-2], num_prefix)
 
 
 def _aliases(expected: Mapping[str, Tensor]) -> set[str]:

@@ -102,7 +102,7 @@ class KeepImageTower(nn.Module):
         super().__init__()
         import timm
 
-        projected = int(arguments.pop("projection_dim", 768))
+        projected = self.num_features = int(arguments.pop("projection_dim", 768))
         settings = {"num_classes": 0, "init_values": 1e-5, "dynamic_img_size": True, **arguments}
         self.visual = timm.create_model("vit_large_patch16_224", pretrained=False, **settings)
         self.visual_head = nn.Sequential(

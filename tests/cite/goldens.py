@@ -27,6 +27,9 @@ CLIP_ARCH: dict[str, Any] = dict(
     vision_cfg=dict(image_size=32, patch_size=8, width=128, layers=3, head_width=64),
 )
 VIT_ARCH = dict(embed_dims=64, num_layers=3, num_heads=2, feedforward_channels=256)
+CLIP: dict[str, Any] = dict(library="open_clip", config=CLIP_ARCH)
+VIT: dict[str, Any] = dict(library="mm", arch=VIT_ARCH, img_size=32, patch_size=8)
+"""Descriptions for `build_encoder`."""
 
 
 @lru_cache
@@ -36,10 +39,10 @@ def read_arrays(name: str) -> dict[str, Tensor]:
 
 
 def clip_encoder(project: bool = True, **arguments: Any) -> PromptedEncoder:
-    encoder = build_encoder("open_clip", arch=CLIP_ARCH, project=project)
-    return PromptedEncoder(encoder, checkpoint=CLIP_WEIGHTS, **arguments)
+    feature = "projected" if project else "class"
+    description = dict(library="open_clip", config=CLIP_ARCH, feature=feature)
+    return PromptedEncoder(build_encoder(description, CLIP_WEIGHTS), **arguments)
 
 
 def vit_encoder(**arguments: Any) -> PromptedEncoder:
-    encoder = build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8)
-    return PromptedEncoder(encoder, checkpoint=VIT_WEIGHTS, **arguments)
+    return PromptedEncoder(build_encoder(VIT, VIT_WEIGHTS), **arguments)

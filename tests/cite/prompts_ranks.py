@@ -25,8 +25,8 @@ def main() -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     torch.manual_seed(rank)  # the noise differs; DDP sends that of rank 0 around
-    encoder = build_encoder("open_clip", arch=json.loads(arch))
-    module = PromptedEncoder(encoder, checkpoint=checkpoint, prompt_length=2, prompt_noise_std=0.01)
+    encoder = build_encoder(dict(library="open_clip", config=json.loads(arch)), checkpoint)
+    module = PromptedEncoder(encoder, prompt_length=2, prompt_noise_std=0.01)
     model = DistributedDataParallel(module)
     with np.load(arrays) as golden:
         rows = slice(2 * rank, 2 * rank + 2)

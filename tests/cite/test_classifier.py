@@ -19,14 +19,14 @@ from cite.prompted import PromptedEncoder
 from cite.text_embeddings import TextEmbeddings
 from cite.text_scores import TextScores
 from pathcore.weights import CheckpointError
-from tests.cite.goldens import GOLDEN, VIT_ARCH
+from tests.cite.goldens import GOLDEN, VIT
 
 NORM = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 
 
 def make(head: str, precision: str = "fp32") -> Classifier:
     torch.manual_seed(0)
-    encoder = build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8)
+    encoder = build_encoder(VIT)
     backbone = PromptedEncoder(
         encoder, prompt_length=2, prompt_layers=[0, 1], prompt_init="normal", precision=precision
     )
@@ -102,7 +102,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)of another shape.*: backbone\.pos_embed"):
         load_classifier(tmp_path)
     (tmp_path / "classifier.json").write_text(json.dumps(config | {"format": 9}))
-    with pytest.raises(ValueError, match="format 9, 1 expected"):
+    with pytest.raises(ValueError, match="format 9, 2 expected"):
         load_classifier(tmp_path)
 
 

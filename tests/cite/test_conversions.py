@@ -19,7 +19,7 @@ from cite.conversions import SOURCES, TARGETS, ConversionError, convert
 from cite.encoders import build_encoder
 from cite.prompted import PromptedEncoder
 from pathcore.weights import read_state_dict
-from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
+from tests.cite.goldens import CLIP, FP32, VIT_ARCH
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, num_classes=0)
@@ -40,8 +40,8 @@ def timm_vit(**options: Any) -> torch.nn.Module:
     return model
 
 
-def encode(kind: str, state_dict: dict[str, Tensor], **arguments: Any) -> Tensor:
-    encoder = build_encoder(kind, **arguments)
+def encode(library: str, state_dict: dict[str, Tensor], **arguments: Any) -> Tensor:
+    encoder = build_encoder(dict(library=library, **arguments))
     encoder.model.load_state_dict(state_dict)
     return PromptedEncoder(encoder)(images())
 
@@ -50,11 +50,11 @@ def test_vit_to_mm_and_hugging_face() -> None:
     model = timm_vit()
     expected, state = model(images()).detach(), model.state_dict()
     mm = convert(state, "timm", "mm")
-    found = encode("vit", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
+    found = encode("mm", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
     torch.testing.assert_close(found, expected, **FP32)
     config = {"model_type": "vit", **HF_SIZES, "layer_norm_eps": 1e-6}
     hf = convert(mm, "mm", "hf-vit")
-    torch.testing.assert_close(encode("hf", hf, config=config), expected, **FP32)
+    torch.testing.assert_close(encode("transformers", hf, config=config), expected, **FP32)
     for back in (convert(hf, "hf-vit", "timm"), convert(mm, "mm", "timm")):
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
@@ -64,7 +64,7 @@ def test_dinov2() -> None:
     model = timm_vit(init_values=1e-1)
     hf = convert(model.state_dict(), "timm", "hf-dinov2")
     config = {"model_type": "dinov2", **HF_SIZES, "layer_norm_eps": 1e-6}
-    found = encode("hf", hf, config=config)
+    found = encode("transformers", hf, config=config)
     torch.testing.assert_close(found, model(images()).detach(), **FP32)
     back = convert(hf, "hf-dinov2", "timm")
     assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
@@ -171,7 +171,7 @@ def test_two_encoders_in_one_file_are_not_chosen_from() -> None:
 
 def test_clip_and_back() -> None:
     torch.manual_seed(0)
-    encoder = build_encoder("open_clip", arch=CLIP_ARCH)
+    encoder = build_encoder(CLIP)
     state = encoder.model.state_dict()
     hf = convert({f"visual.{k}": v for k, v in state.items()}, "clip", "hf-clip")
     values = HF_SIZES | dict(hidden_size=128, intermediate_size=512, hidden_act="quick_gelu")
@@ -204,7 +204,7 @@ def test_moco_by_command(suffix: str, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     mm = load_file(out) if suffix != "pth" else torch.load(out, weights_only=True)["state_dict"]
-    found = encode("vit", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
+    found = encode("mm", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
     torch.testing.assert_close(found, timm_vit()(images()).detach(), **FP32)
     command[-1] = "clip"
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

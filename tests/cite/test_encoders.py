@@ -15,17 +15,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cite.encoders import build_encoder
-from cite.encoders.base import Encoder, resize_positions
-from cite.encoders.vit import as_arguments
+from cite.encoders import build_encoder, open_encoder
+from cite.encoders.base import Encoder
 from cite.prompted import PromptedEncoder, merge_lora
+from pathcore.encoders.layouts import resize_positions
 from pathcore.encoders.networks import ctranspath
 from pathcore.weights import CheckpointError
-from tests.cite.goldens import CLIP_ARCH, FP32, VIT_ARCH
+from tests.cite.goldens import CLIP, CLIP_ARCH, FP32, VIT
 
 TIMM_SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
 HF_SMALL = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3)
 HF_SMALL |= dict(num_attention_heads=2, intermediate_size=48)
+
+SWIN: dict[str, Any] = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), img_size=56)
 
 TIMM: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": {},
@@ -57,20 +59,33 @@ def images(size: int = 32) -> Tensor:
     return torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def timm_vit(name: str = "vit_base_patch16_224", **arguments: Any) -> dict[str, Any]:
+    return dict(library="timm", architecture=name, arguments=TIMM_SMALL | arguments)
+
+
+def in_blocks(encoder: Encoder, **arguments: Any) -> PromptedEncoder:
+    """Without prompts, by the blocks that prompts would enter."""
+    model = PromptedEncoder(encoder, **arguments)
+    encoder.take_apart()
+    model.untouched = False
+    return model
+
+
 def make(kind: str, name: str) -> Encoder:
     torch.manual_seed(0)
     if kind == "timm":
-        encoder = build_encoder("timm", model=name, model_args=TIMM_SMALL | TIMM[name])
+        encoder = build_encoder(timm_vit(name, **TIMM[name]))
     else:
         config = {"model_type": name, **HF_SMALL, **HF[name]}
-        encoder = build_encoder("hf", config=config, project=name.startswith("clip"))
+        feature = "projected" if name.startswith("clip") else "class"
+        encoder = build_encoder(dict(library="transformers", config=config, feature=feature))
     shake(encoder)
     return encoder.eval()
 
 
 def native(encoder: Encoder, pixel_values: Tensor) -> Tensor:
     model = encoder.model
-    if encoder.spec["kind"] == "timm":
+    if encoder.spec["library"] == "timm":
         return model(pixel_values)
     output = model(pixel_values)
     return output.image_embeds if "image_embeds" in output else output.last_hidden_state[:, 0]
@@ -83,10 +98,11 @@ ALL = [("timm", name) for name in TIMM] + [("hf", name) for name in HF]
 def test_equal_to_the_library(kind: str, name: str) -> None:
     encoder = make(kind, name)
     expected = native(encoder, images()).detach()
-    found = PromptedEncoder(encoder)(images())
+    assert torch.equal(PromptedEncoder(encoder)(images()), expected)
+    found = in_blocks(encoder)(images())
     torch.testing.assert_close(found, expected, **FP32)
     assert found.shape == (5, encoder.embed_dim)
-    assert build_encoder(**json.loads(json.dumps(encoder.spec))).spec == encoder.spec
+    assert build_encoder(json.loads(json.dumps(encoder.spec))).spec == encoder.spec
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
@@ -129,18 +145,21 @@ def test_lora_and_low_precision(kind: str, name: str) -> None:
     assert len([p for p in adapted.parameters() if p.requires_grad]) == 3 * 2 * 2
     merge_lora(adapted.encoder)
     assert adapted.state_dict().keys() == PromptedEncoder(make(kind, name)).state_dict().keys()
-    narrow = PromptedEncoder(make(kind, name), precision="bf16")(images())
-    likeness = nn.functional.cosine_similarity(narrow, expected)
-    assert (likeness > 0.99).all()
+    for narrow in (PromptedEncoder, in_blocks):
+        found = narrow(make(kind, name), precision="bf16")(images())
+        likeness = nn.functional.cosine_similarity(found, expected)
+        assert (likeness > 0.99).all()
 
 
 def test_vit_equals_the_hosts_own() -> None:
     from mmcls.models import VisionTransformer
 
     for options in (dict(), dict(qkv_bias=False, final_norm=False), dict(pre_norm=True)):
-        encoder = build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8, **options)
+        encoder = build_encoder(VIT | options)
         shake(encoder)
-        theirs = VisionTransformer(**as_arguments(encoder.spec))
+        spec = {k: v for k, v in encoder.spec.items() if k not in ("library", "norm_eps")}
+        norm = dict(type="LN", eps=encoder.spec["norm_eps"])
+        theirs = VisionTransformer(**spec, norm_cfg=norm)
         theirs.eval()  # gives None in this library
         theirs.load_state_dict(encoder.model.state_dict())
         expected = theirs(images())[-1][-1]
@@ -153,7 +172,7 @@ def test_named_architectures_have_the_hosts_shapes(arch: str) -> None:
 
     kind = MoCoV3ViT if arch.startswith("moco") else VisionTransformer
     with torch.device("meta"):
-        ours = build_encoder("vit", arch=arch).model.state_dict()
+        ours = build_encoder(dict(library="mm", arch=arch)).model.state_dict()
     expected = {
         name: tensor.shape for name, tensor in kind(arch=arch, patch_size=16).state_dict().items()
     }
@@ -163,12 +182,13 @@ def test_named_architectures_have_the_hosts_shapes(arch: str) -> None:
 @pytest.mark.parametrize("pool", ["tok", "avg"])
 def test_open_clip_equals_the_library(pool: str) -> None:
     vision = CLIP_ARCH["vision_cfg"] | {"pool_type": pool, "ls_init_value": 0.1}
-    encoder = build_encoder("open_clip", arch=CLIP_ARCH | {"vision_cfg": vision})
+    encoder = build_encoder(dict(library="open_clip", config=CLIP_ARCH | {"vision_cfg": vision}))
     shake(encoder)
     theirs = open_clip.model._build_vision_tower(48, vision, quick_gelu=True).eval()
     theirs.load_state_dict(encoder.model.state_dict())
-    model = PromptedEncoder(encoder)
-    torch.testing.assert_close(model(images()), theirs(images()).detach(), **FP32)
+    with torch.no_grad():
+        assert torch.equal(PromptedEncoder(encoder)(images()), theirs(images()))
+    torch.testing.assert_close(in_blocks(encoder)(images()), theirs(images()).detach(), **FP32)
     assert PromptedEncoder(encoder, prompt_length=1)(images()).requires_grad
 
 
@@ -191,8 +211,7 @@ def test_open_clip_checkpoints_in_every_form(tmp_path: Path) -> None:
     model.load_state_dict(clip_vision_to_hf(state), strict=False)
     model.save_pretrained(tmp_path / "d")
     for name in ("a.pt", "b.safetensors", "c.pt", "d"):
-        encoder = build_encoder("open_clip", arch=CLIP_ARCH)
-        found = PromptedEncoder(encoder, checkpoint=tmp_path / name)(images())
+        found = PromptedEncoder(build_encoder(CLIP, tmp_path / name))(images())
         torch.testing.assert_close(found, expected, **FP32)
 
 
@@ -214,9 +233,10 @@ def test_plip_folder_in_hugging_faces_and_in_the_released_names(tmp_path: Path) 
     names["text_encoder.x"] = torch.zeros(1)
     torch.save(names, released / "pytorch_model.bin")
     for folder in (tmp_path / "hf", released):
-        encoder = build_encoder("hf", config=str(folder))
-        found = PromptedEncoder(encoder, checkpoint=folder)(images())
-        torch.testing.assert_close(found, expected, **FP32)
+        transformers.CLIPImageProcessor().save_pretrained(folder)
+        for name in (str(folder), f"hf:{folder}"):
+            found = PromptedEncoder(open_encoder(name))(images())
+            torch.testing.assert_close(found, expected, **FP32)
 
 
 def test_hugging_face_folders_of_whole_models(tmp_path: Path) -> None:
@@ -224,9 +244,12 @@ def test_hugging_face_folders_of_whole_models(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model("dinov2", **HF_SMALL, num_labels=2)
     model = transformers.Dinov2ForImageClassification(config).eval()
     model.save_pretrained(tmp_path)
-    encoder = build_encoder("hf", config=tmp_path)
+    transformers.BitImageProcessor().save_pretrained(tmp_path)
     expected = model.dinov2(images()).last_hidden_state[:, 0].detach()
-    found = PromptedEncoder(encoder, checkpoint=tmp_path)(images())
+    found = PromptedEncoder(open_encoder(str(tmp_path)))(images())
+    torch.testing.assert_close(found, expected, **FP32)
+    values = dict(library="transformers", config=config.to_dict())
+    found = PromptedEncoder(build_encoder(values, tmp_path))(images())
     torch.testing.assert_close(found, expected, **FP32)
 
 
@@ -234,17 +257,14 @@ def test_timm_checkpoints_and_other_image_sizes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model("vit_base_patch16_224", **TIMM_SMALL, num_classes=7).eval()
     save_file(theirs.state_dict(), tmp_path / "t.safetensors")
-    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
-    model = PromptedEncoder(encoder, checkpoint=tmp_path / "t.safetensors")
+    model = PromptedEncoder(build_encoder(timm_vit(), tmp_path / "t.safetensors"))
     expected = theirs.forward_head(theirs.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(model(images()), expected.detach(), **FP32)
-    larger = TIMM_SMALL | dict(img_size=48)
-    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=larger)
-    model = PromptedEncoder(encoder, checkpoint=tmp_path / "t.safetensors")
+    larger = timm_vit(img_size=48)
+    model = PromptedEncoder(build_encoder(larger, tmp_path / "t.safetensors"))
     assert model(images(48)).shape == (5, 32)
-    other = build_encoder("timm", model="vit_base_patch16_224", model_args=larger | {"depth": 2})
     with pytest.raises(CheckpointError, match=r"(?s)12 unexpected.*: blocks\.2"):
-        PromptedEncoder(other, checkpoint=tmp_path / "t.safetensors")
+        build_encoder(timm_vit(img_size=48, depth=2), tmp_path / "t.safetensors")
 
 
 def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
@@ -257,33 +277,78 @@ def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "message"),
+    ("description", "message"),
     [
-        ("resnet", dict(), "encoder 'resnet'"),
-        ("open_clip", dict(arch="ViT-B-17"), r"open_clip does not know it; near: .*ViT-B-16"),
-        ("open_clip", dict(arch=dict(width=3)), "embed_dim and vision_cfg expected"),
-        ("open_clip", dict(arch="RN50"), "for towers from timm"),
-        ("timm", dict(model="resnet18"), "found ResNet"),
-        ("timm", dict(model="vit_none"), "model 'vit_none'"),
-        ("hf", dict(config=dict(model_type="resnet")), "model_type 'resnet'"),
-        ("hf", dict(config=dict(model_type="vit"), project=True), "no visual projection"),
-        ("vit", dict(arch="tiny"), "arch 'tiny'"),
-        ("vit", dict(arch=dict(width=3)), "embed_dims"),
+        (dict(library="resnet"), "encoder library 'resnet'"),
+        (
+            dict(library="open_clip", architecture="ViT-B-17"),
+            r"open_clip has no architecture ViT-B-17; near: .*ViT-B-16",
+        ),
+        (dict(library="open_clip", config=dict(width=3)), "embed_dim and vision_cfg expected"),
+        (dict(library="timm", architecture="vit_none"), "encoder timm:vit_none"),
+        (dict(library="timm", model="vit_none"), "unexpected keyword argument 'model'"),
+        (dict(library="transformers", config=dict(model_type="resnet")), "model_type 'resnet'"),
+        (
+            dict(library="transformers", config=dict(model_type="vit"), feature="projected"),
+            "no visual projection",
+        ),
+        (dict(library="own", architecture="resnet17000"), "expected one of ctranspath, keep"),
+        (dict(library="mm", arch="tiny"), "arch 'tiny'"),
+        (dict(library="mm", arch=dict(width=3)), "embed_dims"),
     ],
 )
-def test_what_cannot_be_built(kind: str, arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_built(description: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_encoder(kind, **arguments)
+        build_encoder(description)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        dict(library="open_clip", architecture="RN50"),
+        dict(library="timm", architecture="resnet18"),
+        dict(library="timm", architecture="convnext_atto"),
+        dict(library="timm", architecture="swin_tiny_patch4_window7_224", arguments=SWIN),
+        dict(library="own", architecture="ctranspath", arguments=SWIN),
+    ],
+    ids=["RN50", "resnet", "convnext", "swin", "ctranspath"],
+)
+def test_networks_without_blocks_work_wherever_no_prompt_is_needed(
+    description: dict[str, Any],
+) -> None:
+    """Frozen features, LoRA and fine-tuning; prompts say which families take them."""
+    torch.manual_seed(0)
+    encoder = build_encoder(description)
+    size = 224 if description.get("architecture") == "RN50" else 56
+    pixels = torch.randn(2, 3, size, size)
+    model = PromptedEncoder(encoder)
+    expected = model(pixels)
+    with torch.no_grad():
+        assert torch.equal(expected, encoder.model.eval()(pixels))
+    assert expected.shape == (2, encoder.embed_dim) and not expected.requires_grad
+    with pytest.raises(ValueError, match=r"takes no prompts, 0 expected; prompts are for Vision"):
+        PromptedEncoder(build_encoder(description), prompt_length=1)
+    names = set(model.state_dict())
+    adapted = PromptedEncoder(encoder, lora=dict(r=2))
+    torch.testing.assert_close(adapted(pixels), expected, **FP32)
+    adapted(pixels).sum().backward()
+    trained = {n for n, p in adapted.named_parameters() if p.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    merge_lora(adapted.encoder)
+    assert set(adapted.state_dict()) == names
+    tuned = PromptedEncoder(build_encoder(description), frozen=False)
+    tuned(pixels).sum().backward()
+    assert any(p.grad is not None for p in tuned.parameters())
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json: a folder with config\.json"):
-        build_encoder("hf", config=tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such folder"):
+        open_encoder(f"hf:{tmp_path / 'config.json'}")
     with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
-        PromptedEncoder(build_encoder("vit", arch=VIT_ARCH), checkpoint=tmp_path)
+        build_encoder(VIT, tmp_path)
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"c\.pt: cannot be read as a checkpoint"):
-        PromptedEncoder(build_encoder("vit", arch=VIT_ARCH), checkpoint=tmp_path / "c.pt")
+        build_encoder(VIT, tmp_path / "c.pt")
 
 
 def write_mae(path: Path, *, tuned: bool) -> nn.Module:
@@ -304,17 +369,14 @@ def write_mae(path: Path, *, tuned: bool) -> nn.Module:
 @pytest.mark.parametrize("tuned", [False, True])
 def test_mae_with_its_decoder_and_fine_tuned(tuned: bool, tmp_path: Path) -> None:
     model = write_mae(tmp_path / "mae.pth", tuned=tuned)
-    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
-    prompted = PromptedEncoder(encoder, checkpoint=tmp_path / "mae.pth")
+    encoder = build_encoder(timm_vit(), tmp_path / "mae.pth")
+    prompted = PromptedEncoder(encoder)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(prompted(images), model(images), **FP32)
     assert encoder.pools_class_token is not tuned
-    again = build_encoder(**encoder.spec)  # the pooling travels with the description
+    again = build_encoder(encoder.spec)  # the pooling travels with the description
     assert again.pools_class_token is not tuned
-
-
-SWIN: dict[str, Any] = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), img_size=56)
 
 
 def ctranspath_file(path: Path) -> nn.Module:
@@ -334,42 +396,38 @@ def ctranspath_file(path: Path) -> nn.Module:
 
 def test_ctranspath_without_prompts(tmp_path: Path) -> None:
     theirs = ctranspath_file(tmp_path / "ctranspath.pth")
-    arguments = dict(model="ctranspath", model_args=SWIN)
-    encoder = build_encoder("whole", **arguments)
-    model = PromptedEncoder(encoder, checkpoint=tmp_path / "ctranspath.pth").train()
+    description = dict(library="own", architecture="ctranspath", arguments=SWIN)
+    encoder = build_encoder(description, tmp_path / "ctranspath.pth")
+    model = PromptedEncoder(encoder).train()
     pixels = images(56)
     torch.testing.assert_close(model(pixels), theirs(pixels).detach(), **FP32)
     assert not model(pixels).requires_grad
-    assert build_encoder(**json.loads(json.dumps(encoder.spec))).spec == encoder.spec
-    trained = PromptedEncoder(build_encoder("whole", **arguments), frozen=False)
+    assert build_encoder(json.loads(json.dumps(encoder.spec))).spec == encoder.spec
+    trained = PromptedEncoder(build_encoder(description), frozen=False)
     trained(pixels).sum().backward()
     assert all(p.grad is not None for n, p in trained.named_parameters() if "norm.weight" in n)
     with pytest.raises(ValueError, match="takes no prompts"):
-        PromptedEncoder(build_encoder("whole", **arguments), prompt_length=1)
+        PromptedEncoder(build_encoder(description), prompt_length=1)
     with pytest.raises(ValueError, match="56 x 56 px, found 64 x 64"):
         model(images(64))
-    with pytest.raises(ValueError, match=r"'ctranspath' takes no prompts; use UnpromptedTimm"):
-        build_encoder("timm", model="ctranspath")
+    with pytest.raises(ValueError, match=r"timm:ctranspath: timm has no such model"):
+        build_encoder(dict(library="timm", architecture="ctranspath"))
 
 
 def test_weights_say_which_backbone_takes_them(tmp_path: Path) -> None:
     ctranspath_file(tmp_path / "ctranspath.pth")
-    encoder = build_encoder("timm", model="vit_base_patch16_224", model_args=TIMM_SMALL)
-    with pytest.raises(CheckpointError, match=r"of CTransPath: UnpromptedTimm"):
-        PromptedEncoder(encoder, checkpoint=tmp_path / "ctranspath.pth")
+    with pytest.raises(CheckpointError, match=r"of CTransPath: encoder='ctranspath'"):
+        build_encoder(timm_vit(), tmp_path / "ctranspath.pth")
     torch.manual_seed(0)
     resnet = timm.create_model("resnet18", num_classes=5).eval()
     torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(CheckpointError, match=r"of a ResNet: UnpromptedTimm"):
-        PromptedEncoder(encoder, checkpoint=tmp_path / "resnet.pth")
-    model = PromptedEncoder(
-        build_encoder("whole", model="resnet18"), checkpoint=tmp_path / "resnet.pth"
-    )
+    with pytest.raises(CheckpointError, match=r"of a ResNet: encoder='timm:resnet"):
+        build_encoder(timm_vit(), tmp_path / "resnet.pth")
+    description = dict(library="timm", architecture="resnet18")
+    model = PromptedEncoder(build_encoder(description, tmp_path / "resnet.pth"))
     expected = resnet.forward_head(resnet.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(model(images()), expected.detach(), **FP32)
     half = {k: v for k, v in resnet.state_dict().items() if not k.startswith("layer4")}
     torch.save(half, tmp_path / "half.pth")
     with pytest.raises(CheckpointError, match=r"(?s)missing.*layer4\.0\.conv1\.weight"):
-        PromptedEncoder(build_encoder("whole", model="resnet18"), checkpoint=tmp_path / "half.pth")
-    with pytest.raises(ValueError, match=r"model 'resnet17000': one of ctranspath"):
-        build_encoder("whole", model="resnet17000")
+        build_encoder(description, tmp_path / "half.pth")

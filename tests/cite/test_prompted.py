@@ -16,11 +16,12 @@ from cite.encoders import build_encoder
 from cite.prompted import PromptedEncoder, merge_lora
 from pathcore.weights import CheckpointError
 from tests.cite.goldens import (
+    CLIP,
     CLIP_ARCH,
     CLIP_WEIGHTS,
     FP16,
     FP32,
-    VIT_ARCH,
+    VIT,
     clip_encoder,
     read_arrays,
     vit_encoder,
@@ -351,20 +352,17 @@ def test_impossible_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_checkpoint_of_another_architecture(tmp_path: Any) -> None:
     arch = CLIP_ARCH | {"vision_cfg": CLIP_ARCH["vision_cfg"] | {"layers": 4, "width": 64}}
-    encoder = build_encoder("open_clip", arch=arch)
     with pytest.raises(CheckpointError, match=r"(?s)12 missing.*of another shape.*resblocks\.3"):
-        PromptedEncoder(encoder, checkpoint=CLIP_WEIGHTS)
+        build_encoder(dict(library="open_clip", config=arch), CLIP_WEIGHTS)
     state = {k: v for k, v in load_file(CLIP_WEIGHTS).items() if "ln_pre" not in k}
     save_file(state | {"visual.extra": torch.zeros(1)}, tmp_path / "f.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)2 missing, 1 unex.*: ln_pre.*: extra"):
-        PromptedEncoder(
-            build_encoder("open_clip", arch=CLIP_ARCH), checkpoint=tmp_path / "f.safetensors"
-        )
+        build_encoder(CLIP, tmp_path / "f.safetensors")
 
 
 def test_larger_images_resize_the_positions() -> None:
-    encoder = build_encoder("open_clip", arch=CLIP_ARCH, image_size=48)
-    model = PromptedEncoder(encoder, checkpoint=CLIP_WEIGHTS)
+    encoder = build_encoder(CLIP | dict(image_size=48), CLIP_WEIGHTS)
+    model = PromptedEncoder(encoder)
     assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 48)
     same = clip_encoder().encoder.model.positional_embedding
     assert torch.equal(encoder.model.positional_embedding[0], same[0])
@@ -379,7 +377,7 @@ def test_wrong_input_is_named() -> None:
 
 def test_more_added_prompts_than_patches_are_refused() -> None:
     model = PromptedEncoder(
-        build_encoder("vit", arch=VIT_ARCH, img_size=32, patch_size=8),
+        build_encoder(VIT),
         prompt_length=17,
         prompt_pos="add",
         prompt_init="normal",

@@ -53,7 +53,7 @@ def test_two_processes_train_a_clip_above_chance_that_cite_reads(
     import open_clip
     import torch
 
-    from cite.encoders import build_encoder
+    from cite.encoders import open_encoder
     from cite.prompted import PromptedEncoder
 
     folder = tmp_path / "out/only/open_clip"
@@ -70,8 +70,7 @@ def test_two_processes_train_a_clip_above_chance_that_cite_reads(
     metrics = json.loads((tmp_path / "scores/metrics.json").read_text())
     assert metrics["balanced_accuracy"]["low"] > 0.5  # chance is 0.25
     model = open_clip.create_model(f"local-dir:{folder}").eval()
-    arch = open_clip.get_model_config(f"local-dir:{folder}")
-    encoder = PromptedEncoder(build_encoder("open_clip", arch=arch), checkpoint=folder).eval()
+    encoder = PromptedEncoder(open_encoder(str(folder))).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(encoder(pixels), model.encode_image(pixels))

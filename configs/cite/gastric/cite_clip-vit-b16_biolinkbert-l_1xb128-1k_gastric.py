@@ -2,8 +2,8 @@ _base_ = ["_base_/runtime.py", "_base_/gastric.py", "_base_/schedule_1k.py"]
 
 model = dict(
     backbone=dict(
-        type="PromptedOpenCLIP",
-        arch="ViT-B-16-quickgelu",
+        type="PromptedEncoder",
+        encoder="open_clip:ViT-B-16-quickgelu",
         checkpoint="checkpoints/ViT-B-16.pt",
         prompt_length=1,
         prompt_pos="prepend",

@@ -2,11 +2,14 @@ _base_ = "cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric.py"
 
 model = dict(
     backbone=dict(
-        arch=dict(
+        encoder=dict(
             _delete_=True,
-            embed_dim=32,
-            vision_cfg=dict(image_size=224, patch_size=32, layers=2, width=64, head_width=32),
-            quick_gelu=True,
+            library="open_clip",
+            config=dict(
+                embed_dim=32,
+                vision_cfg=dict(image_size=224, patch_size=32, layers=2, width=64, head_width=32),
+                quick_gelu=True,
+            ),
         ),
         checkpoint=None,
     ),

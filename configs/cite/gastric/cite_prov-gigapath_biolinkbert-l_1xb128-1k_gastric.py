@@ -1,12 +1,12 @@
 _base_ = "cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric.py"
 
-# The tile encoder of Prov-GigaPath: config.json and pytorch_model.bin of
+# The tile encoder of Prov-GigaPath: pytorch_model.bin of
 # https://huggingface.co/prov-gigapath/prov-gigapath, whose terms are to be accepted there.
 model = dict(
     backbone=dict(
         _delete_=True,
-        type="PromptedTimm",
-        folder="checkpoints/prov-gigapath",
+        type="PromptedEncoder",
+        encoder="prov-gigapath@checkpoints/prov-gigapath",
         prompt_length=1,
         prompt_pos="prepend",
         prompt_init="token",

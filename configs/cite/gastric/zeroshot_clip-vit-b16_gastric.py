@@ -3,7 +3,9 @@ _base_ = ["_base_/runtime.py", "_base_/gastric.py"]
 
 model = dict(
     backbone=dict(
-        type="PromptedOpenCLIP", arch="ViT-B-16-quickgelu", checkpoint="checkpoints/ViT-B-16.pt"
+        type="PromptedEncoder",
+        encoder="open_clip:ViT-B-16-quickgelu",
+        checkpoint="checkpoints/ViT-B-16.pt",
     ),
     head=dict(
         type="TextEmbeddingHead",

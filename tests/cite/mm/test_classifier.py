@@ -11,14 +11,13 @@ import pytest
 import torch
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import cite.mm  # noqa: F401
-from cite.mm.backbones import PromptedHF
+from cite.mm.backbones import PromptedEncoderBackbone
 from cite.mm.heads import ProjectionNeck
-from cite.prompted import load_encoder
 from cite.text_embeddings import write_text_embeddings
-from tests.cite.goldens import CLIP_ARCH, CLIP_WEIGHTS, FP32, VIT_ARCH, read_arrays
+from tests.cite.goldens import CLIP, CLIP_WEIGHTS, FP32, VIT_ARCH, read_arrays
 
 HOSTS = {"mmcls": "ClsDataSample", "mmpretrain": "DataSample"}
 
@@ -42,8 +41,8 @@ def model_config(text_file: Path, **backbone: Any) -> dict[str, Any]:
     return dict(
         type="ImageClassifier",
         backbone=dict(
-            type="PromptedOpenCLIP",
-            arch=CLIP_ARCH,
+            type="PromptedEncoder",
+            encoder=CLIP,
             checkpoint=str(CLIP_WEIGHTS),
             **(dict(prompt_length=1) | backbone),
         ),
@@ -183,19 +182,26 @@ SIZES |= dict(num_attention_heads=2, intermediate_size=48)
     [
         dict(type="PromptedViT", arch=VIT_ARCH, img_size=32, patch_size=8),
         dict(
-            type="PromptedTimm",
-            model="vit_large_patch16_224",
-            model_args=dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+            type="PromptedEncoder",
+            encoder=dict(
+                library="timm",
+                architecture="vit_large_patch16_224",
+                arguments=dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+            ),
         ),
-        dict(type="PromptedHF", config=dict(model_type="dinov2", **SIZES)),
-        dict(type="PromptedPLIP"),
+        dict(
+            type="PromptedEncoder",
+            encoder=dict(library="transformers", config=dict(model_type="dinov2", **SIZES)),
+        ),
+        dict(type="PromptedEncoder", encoder="PLIP"),
     ],
-    ids=lambda config: config["type"],
+    ids=["ViT", "timm", "DINOv2", "PLIP"],
 )
 def test_every_backbone_by_its_registered_name(config: dict[str, Any], tmp_path: Path) -> None:
-    if config["type"] == "PromptedPLIP":
+    if config.get("encoder") == "PLIP":
         CLIPVisionModel(CLIPVisionConfig(**SIZES)).save_pretrained(tmp_path)
-        config = config | {"folder": str(tmp_path)}
+        CLIPImageProcessor().save_pretrained(tmp_path)
+        config = config | {"encoder": str(tmp_path)}
     backbone = MODELS.build(dict(config, prompt_length=2))
     (features,) = backbone(torch.zeros(2, 3, 32, 32))
     assert features.shape == (2, backbone.embed_dim)
@@ -203,11 +209,13 @@ def test_every_backbone_by_its_registered_name(config: dict[str, Any], tmp_path:
     assert not hasattr(backbone, "init_weights")
 
 
-def test_folder_or_config() -> None:
-    with pytest.raises(ValueError, match="either `folder` or `config`"):
-        PromptedHF()
-    with pytest.raises(FileNotFoundError, match=r"no/such: a folder with config\.json"):
-        PromptedHF(folder="no/such")
+def test_names_and_descriptions_that_are_none() -> None:
+    with pytest.raises(TypeError, match="encoder"):
+        PromptedEncoderBackbone()
+    with pytest.raises(FileNotFoundError, match=r"hf:no/such/x: no such folder"):
+        PromptedEncoderBackbone("hf:no/such/x")
+    with pytest.raises(ValueError, match="are for a name; put them into the description"):
+        PromptedEncoderBackbone(CLIP, feature="class")
 
 
 def test_order_of_described_classes_is_stated() -> None:
@@ -256,8 +264,8 @@ def test_checkpoints_of_the_published_code_land_entirely(
         elif not name.startswith("head."):
             assert torch.equal(found[name], tensor), name
     torch.save({"state_dict": published}, text_file.parent / "published.pth")
+    config["backbone"]["checkpoint"] = str(text_file.parent / "published.pth")
     again = MODELS.build(config)
-    load_encoder(again.backbone.encoder, text_file.parent / "published.pth")
     for name, tensor in again.backbone.encoder.model.state_dict().items():
         assert torch.equal(tensor, source.backbone.encoder.model.state_dict()[name]), name
 
@@ -265,13 +273,16 @@ def test_checkpoints_of_the_published_code_land_entirely(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(type="PromptedCLIPImageBackbone", arch="ViT-B/16"), "is PromptedOpenCLIP here"),
-        (dict(type="CLIPImageBackbone"), "PromptedOpenCLIP without prompts"),
+        (dict(type="PromptedCLIPImageBackbone", arch="ViT-B/16"), "is PromptedEncoder with "),
+        (dict(type="CLIPImageBackbone"), "PromptedEncoder without prompts"),
         (dict(type="MyLinearClsHead", num_classes=3), "is LinearClsHead"),
-        (dict(type="PromptedOpenCLIP", arch="ViT-B-16", float16=True), "precision='fp16'"),
+        (dict(type="PromptedEncoder", encoder="uni", float16=True), "precision='fp16'"),
         (dict(type="ProjectionNeck", in_features=2, out_features=2, float16=True), "'float16'"),
         (dict(type="TextEmbeddingHead", learnable_t=True), "learnable_temperature"),
-        (dict(type="PromptedOpenCLIP", arch="ViT-B/16"), "OpenAI's CLIP is 'ViT-B-16-quickgelu'"),
+        (
+            dict(type="PromptedEncoder", encoder="open_clip:ViT-B/16@x"),
+            "OpenAI's CLIP is 'ViT-B-16-quickgelu'",
+        ),
     ],
 )
 def test_published_names_and_arguments_are_answered(config: dict[str, Any], message: str) -> None:
@@ -287,10 +298,13 @@ def test_published_transform_and_balance_are_answered() -> None:
         DATASETS.build(dict(type="PatchGastric", ann_file="a.txt", patch_balance=True))
 
 
+TIMM_TINY = dict(library="timm", architecture="vit_tiny_patch16_224", arguments=dict(img_size=32))
+
+
 def test_images_of_another_size(text_file: Path) -> None:
     for config in (
-        dict(type="PromptedOpenCLIP", arch=CLIP_ARCH),
-        dict(type="PromptedTimm", model="vit_tiny_patch16_224", model_args=dict(img_size=32)),
+        dict(type="PromptedEncoder", encoder=CLIP),
+        dict(type="PromptedEncoder", encoder=TIMM_TINY),
         dict(type="PromptedViT", arch="deit-tiny", img_size=32),
     ):
         backbone = MODELS.build(config)
@@ -303,7 +317,8 @@ def test_images_of_another_size(text_file: Path) -> None:
 def test_ctranspath_as_a_linear_baseline(host: Any) -> None:
     """Features of a network that takes no prompts; only the head is trained."""
     swin = dict(embed_dim=24, depths=[2, 2], num_heads=[2, 4], img_size=56)
-    backbone = dict(type="UnpromptedTimm", model="ctranspath", model_args=swin)
+    encoder = dict(library="own", architecture="ctranspath", arguments=swin)
+    backbone = dict(type="PromptedEncoder", encoder=encoder)
     head = dict(type="LinearClsHead", num_classes=3, in_channels=48)
     model = MODELS.build(dict(type="ImageClassifier", backbone=backbone, head=head)).train()
     samples = samples_of(host, [0, 1, 2])

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from cite.features import FeatureWriter, read_features
 from cite.mm.feature_extraction import build_classifier, build_dataset, extract_features
 from cite.mm.features import CachedFeatureDataset, PrecomputedFeatures
-from tests.cite.goldens import CLIP_ARCH, CLIP_WEIGHTS, GOLDEN
+from tests.cite.goldens import CLIP, CLIP_WEIGHTS, GOLDEN
 from tests.cite.mm.gastric import make_gastric
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +48,7 @@ def make_config(data: Path, scope: str = "mmcls") -> dict[str, Any]:
         model=dict(
             type="ImageClassifier",
             data_preprocessor=dict(mean=[127.0] * 3, std=[64.0] * 3, to_rgb=False),
-            backbone=dict(type="PromptedOpenCLIP", arch=CLIP_ARCH, checkpoint=str(CLIP_WEIGHTS)),
+            backbone=dict(type="PromptedEncoder", encoder=CLIP, checkpoint=str(CLIP_WEIGHTS)),
             head=dict(type="LinearClsHead", num_classes=3, in_channels=48),
         ),
         train_dataloader=loader("train_all_0.2.txt"),
@@ -80,7 +80,7 @@ def test_features_are_those_of_the_encoder(config: Path, tmp_path: Path) -> None
     item = dataset[3]
     batch = model.data_preprocessor({k: [v] for k, v in item.items()}, False)
     torch.testing.assert_close(found.features[3:4], model.backbone(batch["inputs"])[0])
-    assert found.header["backbone"]["type"] == "PromptedOpenCLIP"
+    assert found.header["backbone"]["type"] == "PromptedEncoder"
 
 
 def test_training_and_testing_from_the_file(config: Path, data: Path, tmp_path: Path) -> None:

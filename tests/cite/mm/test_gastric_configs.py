@@ -40,7 +40,7 @@ def build(name: str, host: str = "mmcls") -> Any:
         if config.model.get("neck"):
             config.model.neck.out_features = 32
         else:
-            config.model.backbone.arch.embed_dim = 32
+            config.model.backbone.encoder.config.embed_dim = 32
     if host == "mmcls":
         import mmcls.models  # noqa: F401
     else:

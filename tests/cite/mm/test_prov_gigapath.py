@@ -14,8 +14,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
 from cite.encoders import build_encoder
-from cite.encoders.timm_vit import read_timm_folder
-from cite.mm.backbones import PromptedTimm
+from cite.mm.backbones import PromptedEncoderBackbone
+from pathcore.encoders import get_preset
 from pathcore.weights import CheckpointError
 from tests.gigapath.tiny_encoders import config, tiny_model, write_tile_encoder
 
@@ -35,15 +35,15 @@ def images(number: int = 3) -> torch.Tensor:
 def test_without_prompts_it_is_the_tile_encoder(tmp_path: Path, safetensors: bool) -> None:
     folder = write_tile_encoder(tmp_path / "enc", safetensors=safetensors)
     with torch.no_grad():
-        (found,) = PromptedTimm(folder=str(folder))(images())
+        (found,) = PromptedEncoderBackbone(str(folder))(images())
         torch.testing.assert_close(found, tiny_model()(images()), atol=1e-5, rtol=1e-5)
     assert found.shape == (3, 48)
 
 
 def test_prompts_alone_are_trained(tmp_path: Path) -> None:
     folder = write_tile_encoder(tmp_path / "enc")
-    model = PromptedTimm(
-        folder=str(folder), prompt_length=2, gradient_checkpointing=True, save_frozen=False
+    model = PromptedEncoderBackbone(
+        str(folder), prompt_length=2, gradient_checkpointing=True, save_frozen=False
     )
     model(images())[0].square().sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -56,36 +56,41 @@ def test_released_names_and_shapes(tmp_path: Path) -> None:
     sizes = {k: FACTS["hyperparameters"][k] for k in ("img_size", "in_chans", "patch_size")}
     sizes |= {k: FACTS["hyperparameters"][k] for k in ("embed_dim", "depth", "num_heads")}
     sizes |= {k: FACTS["hyperparameters"][k] for k in ("init_values", "mlp_ratio", "num_classes")}
-    (tmp_path / "config.json").write_text(json.dumps(config(sizes)))
-    model, model_args = read_timm_folder(tmp_path)
+    preset = get_preset("prov-gigapath")
+    assert {k: v for k, v in preset.arguments.items() if k in sizes} == {
+        k: v for k, v in sizes.items() if k in preset.arguments
+    }
     with torch.device("meta"):
-        encoder = build_encoder("timm", model=model, model_args=model_args)
+        encoder = build_encoder(
+            dict(library="timm", architecture=preset.architecture, arguments=preset.arguments)
+        )
     found = {name: list(tensor.shape) for name, tensor in encoder.model.state_dict().items()}
     assert found == FACTS["state_dict"]
+    encoder.take_apart()
     assert encoder.embed_dim == 1536 and len(encoder.blocks()) == 40
 
 
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        PromptedTimm(folder=str(tmp_path))
-    with pytest.raises(ValueError, match="either `folder` or `model`"):
-        PromptedTimm()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        PromptedEncoderBackbone(str(tmp_path))
+    with pytest.raises(TypeError, match="encoder"):
+        PromptedEncoderBackbone()
     folder = write_tile_encoder(tmp_path / "enc")
     with pytest.raises(CheckpointError, match="missing"):
-        PromptedTimm(folder=str(folder), model_args=dict(depth=3))
+        PromptedEncoderBackbone(str(folder), arguments_of_encoder=dict(depth=3))
     (folder / "config.json").write_text('{"model_args": {}}')
-    with pytest.raises(ValueError, match="`architecture`, as timm writes it"):
-        PromptedTimm(folder=str(folder))
+    with pytest.raises(ValueError, match=r"nor a config\.json of timm"):
+        PromptedEncoderBackbone(str(folder))
     (folder / "config.json").write_text(json.dumps(config(dict(embed_dim=48, img_size=32))))
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in this folder"):
-        PromptedTimm(folder=str(folder), model_args=dict(depth=1))
+    with pytest.raises(FileNotFoundError, match="in this folder"):
+        PromptedEncoderBackbone(str(folder), arguments_of_encoder=dict(depth=1))
 
 
 def test_full_size_recipe() -> None:
     recipe = Config.fromfile(CONFIGS / f"{NAME}.py")
-    assert recipe.model.backbone.type == "PromptedTimm"
-    assert recipe.model.backbone.folder == "checkpoints/prov-gigapath"
+    assert recipe.model.backbone.type == "PromptedEncoder"
+    assert recipe.model.backbone.encoder == "prov-gigapath@checkpoints/prov-gigapath"
     assert recipe.model.neck.in_features == 1536
     plain = Config.fromfile(CONFIGS / f"{NAME.replace('prov-gigapath', 'clip-vit-b16')}.py")
     assert recipe.train_dataloader == plain.train_dataloader
@@ -110,7 +115,7 @@ def test_tiny_recipe_trains(tmp_path: Path) -> None:
         for k in range(3)
     ]
     data = {key: [sample[key] for sample in batch] for key in ("inputs", "data_samples")}
-    for backbone in (recipe.model.backbone, {**full, "folder": str(folder)}):
+    for backbone in (recipe.model.backbone, {**full, "encoder": str(folder)}):
         settings: dict[str, Any] = {**recipe.model, "backbone": backbone}
         with DefaultScope.overwrite_default_scope("mmcls"):
             torch.manual_seed(0)

@@ -1,0 +1,505 @@
+"""Image towers: networks of timm, transformers and open_clip, and how their output is read.
+
+A tower is described by JSON values, without its weights:
+
+    {"library": "timm", "architecture": "vit_base_patch16_224", "arguments": {}, "feature": "class"}
+    {"library": "own", "architecture": "ctranspath", "arguments": {}}
+    {"library": "transformers", "config": {"model_type": "dinov2", ...}, "feature": "class"}
+    {"library": "open_clip", "config": {"embed_dim": 512, "vision_cfg": {...}, "quick_gelu": true}}
+
+`build_tower` draws the weights at random, `open_tower` loads published ones, all or none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathcore.encoders.layouts import FittedLayout, fit_layout, fit_positions, pools_patches
+from pathcore.encoders.networks import NETWORKS, uninitialised
+from pathcore.weights import CheckpointError, load_strict
+
+logger = logging.getLogger(__name__)
+
+CLIP_TYPES = ("clip", "clip_vision_model")
+DINO_TYPES = ("dinov2", "dinov2_with_registers")
+VIT_TYPES = ("vit", "deit")
+VISION_TYPES = (*CLIP_TYPES, *DINO_TYPES, *VIT_TYPES)
+"""Models of transformers that a description builds."""
+
+_MISSPELLED = "vision_model.post_layrnorm."
+"""As the published PLIP of PA-LLaVA calls `vision_model.post_layernorm.`."""
+
+
+class EncoderError(ValueError):
+    """A name or description that is no encoder, or an encoder that cannot be built here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """A network for images and how its output becomes a vector.
+
+    Attributes:
+        module: The network.
+        features: `(batch, 3, height, width)` to `(batch, embed_dim)`. Copied with the module.
+        embed_dim: Length of the features.
+        feature: What the vector is, see `Preset.feature`.
+        description: What `build_tower` builds it from again; empty for networks that only their
+            authors' code builds.
+    """
+
+    module: nn.Module
+    features: Callable[[Tensor], Tensor]
+    embed_dim: int
+    feature: str
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenPooling:
+    """Normalised tokens `(batch, num_tokens, dim)` to a vector.
+
+    Attributes:
+        feature: `class`, `mean` (of the patch tokens) or `class+mean`.
+        num_prefix: Class and register tokens before the patch tokens. Registers belong to neither.
+    """
+
+    feature: str
+    num_prefix: int
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Returns `(batch, dim)`, or twice `dim` for `class+mean`."""
+        if self.feature == "class":
+            return tokens[:, 0]
+        mean = tokens[:, self.num_prefix :].mean(1)
+        return mean if self.feature == "mean" else torch.cat([tokens[:, 0], mean], dim=-1)
+
+
+TOKEN_FEATURES = ("class", "mean", "class+mean")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The output of a network as it is; the first where there are several.
+
+    Attributes:
+        module: The network.
+    """
+
+    module: nn.Module
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Returns `(batch, embed_dim)`."""
+        output = self.module(pixel_values)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+
+def build_tower(description: Mapping[str, Any]) -> Tower:
+    """Builds a tower with random weights.
+
+    Args:
+        description: See the head of this module.
+
+    Raises:
+        EncoderError: If a library, architecture or feature is not known.
+
+    Example:
+        >>> tower = build_tower({"library": "timm", "architecture": "resnet18"})
+        >>> tower.features(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 512])
+    """
+    rest = dict(description)
+    library = rest.pop("library", None)
+    if library not in _BUILDERS:
+        raise EncoderError(f"encoder library {library!r}: expected one of {', '.join(_BUILDERS)}")
+    try:
+        return _BUILDERS[library](**rest)
+    except TypeError as error:
+        if "unexpected keyword" in str(error) or "missing" in str(error):
+            raise EncoderError(f"encoder of {library}: {error}") from error
+        raise
+
+
+def open_tower(
+    description: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    name: str,
+    source: object,
+    hint: Callable[[Mapping[str, Tensor]], str] | None = None,
+) -> Tower:
+    """Builds a tower and loads weights in a form in which they are published.
+
+    Weights that were fine-tuned on the mean of the patches (MAE's `fc_norm`) switch a ViT of timm
+    to that pooling: their class token was never normalised.
+
+    Args:
+        description: See the head of this module.
+        state_dict: As `pathcore.weights.read_state_dict` returns it.
+        name: What it is, for errors.
+        source: Where the weights come from, for errors.
+        hint: See `load_strict`.
+
+    Raises:
+        EncoderError: See `build_tower`.
+        CheckpointError: If a tensor is missing, unexpected or of another shape.
+    """
+    description = dict(description)
+    if description.get("library") == "timm" and pools_patches(state_dict):
+        if description.get("feature") not in (None, "class", "mean"):
+            raise CheckpointError(
+                f"{source}: was fine-tuned on the mean of its patch tokens (fc_norm), so "
+                f"{description['feature']!r} was never trained; use feature='mean'"
+            )
+        arguments = {**description.get("arguments", {}), "global_pool": "avg"}
+        description |= {"arguments": arguments, "feature": "mean"}
+    towers: list[Tower] = []
+
+    def build() -> nn.Module:
+        towers.append(build_tower(description))
+        return towers[-1].module
+
+    module = uninitialised(build)
+    fitted = _FITS[description["library"]](state_dict, module)
+    # Released in half precision, some are; on the meta device their type would replace float32.
+    weights = {n: t.float() if t.is_floating_point() else t for n, t in fitted.state_dict.items()}
+    load_strict(module, weights, what=f"encoder {name}", source=str(source), hint=hint)
+    if dropped := fitted.describe():
+        logger.info("encoder %s: %s: dropped %s", name, source, dropped)
+    return towers[-1]
+
+
+# --- timm ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _TimmReading:
+    module: Any
+    feature: str
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        module = self.module
+        if self.feature == "layer3":  # CLAM reads a ResNet after its third stage
+            maps = module.forward_intermediates(pixel_values, indices=[3], intermediates_only=True)
+            return maps[0].mean((-2, -1))
+        # With `avg` pooling timm normalises after the mean (fc_norm), else each token before it.
+        if self.feature == "output" or (self.feature == "mean" and module.global_pool == "avg"):
+            return module(pixel_values)
+        pool = TokenPooling(self.feature, int(module.num_prefix_tokens))
+        return pool(module.forward_features(pixel_values))
+
+
+def _timm(
+    architecture: str, arguments: Mapping[str, Any] | None = None, feature: str | None = None
+) -> Tower:
+    import timm
+    from timm import layers
+
+    # Through JSON, as a config file and an exported classifier would give them.
+    stored = json.loads(json.dumps({"num_classes": 0, **(arguments or {})}))
+    settings = dict(stored)
+    if isinstance(settings.get("mlp_layer"), str):
+        if not hasattr(layers, settings["mlp_layer"]):
+            raise EncoderError(
+                f"mlp_layer {settings['mlp_layer']!r}: timm.layers has no such layer"
+            )
+        settings["mlp_layer"] = getattr(layers, settings["mlp_layer"])
+    if isinstance(settings.get("act_layer"), str):
+        settings["act_layer"] = layers.get_act_layer(settings["act_layer"])
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.split('.')[0].split('_')[0]}*")[:5]
+        hint = f"; for example {', '.join(near)}" if near else ""
+        raise EncoderError(f"encoder timm:{architecture}: timm has no such model{hint}")
+    module: Any = timm.create_model(architecture, pretrained=False, **settings)
+    pools_token = getattr(module, "global_pool", None) == "token" and hasattr(module, "cls_token")
+    feature = feature or ("class" if pools_token else "output")
+    if feature in TOKEN_FEATURES and not hasattr(module, "num_prefix_tokens"):
+        raise EncoderError(
+            f"encoder {architecture}: {type(module).__name__} has no tokens, so "
+            f"feature={feature!r} cannot be read; use feature='output'"
+        )
+    if feature not in (*TOKEN_FEATURES, "output", "layer3"):
+        raise EncoderError(
+            f"encoder {architecture}: feature {feature!r}, expected one of "
+            f"{', '.join(TOKEN_FEATURES)}, output"
+        )
+    if feature == "layer3":
+        embed_dim = int(module.feature_info[3]["num_chs"])
+    else:
+        embed_dim = int(module.num_features) * (2 if feature == "class+mean" else 1)
+    description = {
+        "library": "timm", "architecture": architecture, "arguments": stored, "feature": feature
+    }  # fmt: skip
+    return Tower(module, _TimmReading(module, feature), embed_dim, feature, description)
+
+
+def _own(
+    architecture: str, arguments: Mapping[str, Any] | None = None, feature: str = "output"
+) -> Tower:
+    if architecture not in NETWORKS:
+        raise EncoderError(f"encoder {architecture!r}: expected one of {', '.join(NETWORKS)}")
+    stored = json.loads(json.dumps(dict(arguments or {})))
+    module: Any = NETWORKS[architecture](**stored)
+    description = {"library": "own", "architecture": architecture, "arguments": stored}
+    return Tower(module, Call(module), int(module.num_features), feature, description)
+
+
+# --- transformers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TransformersReading:
+    """Pixels to a vector by a model of transformers.
+
+    Attributes:
+        module: The model.
+        feature: `projected`, `pooler`, `output` or one of `TOKEN_FEATURES`.
+        num_prefix: See `TokenPooling`.
+    """
+
+    module: Any
+    feature: str
+    num_prefix: int
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Returns `(batch, embed_dim)`."""
+        if self.feature == "output":
+            return self.module(pixel_values)
+        if self.feature == "projected":
+            if hasattr(self.module, "get_image_features"):
+                return self.module.get_image_features(pixel_values=pixel_values)
+            return self.module(pixel_values=pixel_values).image_embeds
+        tower = getattr(self.module, "vision_model", self.module)
+        output = tower(pixel_values=pixel_values)
+        if self.feature == "pooler":
+            return output.pooler_output
+        return TokenPooling(self.feature, self.num_prefix)(output.last_hidden_state)
+
+
+def default_feature(model_type: str) -> str:
+    """Returns what a vision model of transformers is read as if nothing else is asked for."""
+    # A class token of CLIP is normalised in the pooler only.
+    return "pooler" if model_type in CLIP_TYPES else "class"
+
+
+def _transformers(config: Mapping[str, Any], feature: str | None = None) -> Tower:
+    import transformers
+
+    values = vision_config(config)
+    model_type = values["model_type"]
+    feature = feature or default_feature(model_type)
+    arguments = {k: v for k, v in values.items() if k != "model_type"}
+    if feature == "projected" and model_type not in CLIP_TYPES:
+        raise EncoderError(f"feature 'projected': {model_type} has no visual projection")
+    module: Any
+    if model_type in CLIP_TYPES:
+        name = "CLIPVisionModelWithProjection" if feature == "projected" else "CLIPVisionModel"
+        module = getattr(transformers, name)(transformers.CLIPVisionConfig(**arguments))
+    else:
+        module = transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model(model_type, **arguments)
+        )
+        drop_unread(module, feature)
+    # Initialising leaves transformers' own mode; from_pretrained gives models to evaluate.
+    return transformers_tower(module.eval(), feature, values)
+
+
+def drop_unread(module: Any, feature: str) -> None:
+    """Removes the pooler and the mask token where features do not depend on them."""
+    if hasattr(module, "pooler") and feature != "pooler":
+        module.pooler = None
+    if hasattr(getattr(module, "embeddings", None), "mask_token"):
+        module.embeddings.mask_token = None
+
+
+def transformers_tower(
+    module: Any, feature: str, values: Mapping[str, Any], num_prefix: int | None = None
+) -> Tower:
+    """Describes how a model of transformers for images is read.
+
+    Args:
+        module: The model, without towers of other kinds.
+        feature: See `TransformersReading`.
+        values: Its config with its `model_type`, from which it can be built again; or empty.
+        num_prefix: See `TokenPooling`; by default what the config tells.
+
+    Raises:
+        EncoderError: If the feature is not known.
+    """
+    config = getattr(module, "vision_model", module).config
+    if num_prefix is None:
+        num_prefix = 1 + int(getattr(config, "num_register_tokens", 0) or 0)
+        num_prefix += values.get("model_type") == "deit"  # its distillation token
+    hidden = int(getattr(config, "hidden_size", 0))
+    widths = {"class": hidden, "mean": hidden, "class+mean": 2 * hidden, "pooler": hidden}
+    widths["projected"] = int(getattr(module.config, "projection_dim", None) or hidden)
+    widths["output"] = 0
+    if feature not in widths:
+        raise EncoderError(
+            f"feature {feature!r} of {type(module).__name__}: expected one of {', '.join(widths)}"
+        )
+    description = {
+        "library": "transformers", "config": dict(values), "feature": feature
+    } if values else {}  # fmt: skip
+    reading = TransformersReading(module, feature, num_prefix)
+    return Tower(module, reading, widths[feature], feature, description)
+
+
+def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str, Any]:
+    """Returns the vision part of a model's `config.json`, with its `model_type`.
+
+    Raises:
+        EncoderError: If it is no vision model among `VISION_TYPES`.
+    """
+    values = dict(config)
+    if "vision_config" in values:
+        projection = values.get("projection_dim")
+        values = {"model_type": "clip_vision_model", **values["vision_config"]}
+        if projection is not None:
+            values["projection_dim"] = projection
+    if "model_type" not in values and {"image_size", "patch_size"} <= set(values):
+        values["model_type"] = "clip_vision_model"  # folders of older versions do not say
+    if values.get("model_type") not in VISION_TYPES:
+        raise EncoderError(
+            f"{source}: model_type {values.get('model_type')!r}, expected one of "
+            f"{', '.join(VISION_TYPES)}"
+        )
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+def fit_transformers(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:
+    """Takes the vision tower out of a whole model, in Hugging Face's or PA-LLaVA's names."""
+    own = module.state_dict()
+    adapted: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        short = name.removeprefix("visual_encoder.").removeprefix(f"{module.base_model_prefix}.")
+        short = short.removeprefix(f"{module.config.model_type}.")
+        short = short.replace(_MISSPELLED, "vision_model.post_layernorm.")
+        inside = short.startswith(("vision_model.", "embeddings.", "encoder."))
+        unused = short.endswith((".position_ids", ".mask_token"))
+        if short in own or (inside and not unused):
+            adapted[short] = tensor
+    kept = {id(tensor) for tensor in adapted.values()}
+    dropped = tuple(name for name, tensor in state_dict.items() if id(tensor) not in kept)
+    positions = next(name for name in own if "position_embedding" in name)
+    fit_positions(
+        adapted, positions, own[positions], 2 if module.config.model_type == "deit" else 1
+    )
+    return FittedLayout(adapted, dropped)
+
+
+# --- open_clip ----------------------------------------------------------------------------------
+
+
+def _open_clip(
+    config: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    image_size: int | None = None,
+    feature: str = "projected",
+) -> Tower:
+    from open_clip.model import _build_vision_tower  # the text tower is not built
+
+    if config is None:
+        config = open_clip_config(architecture or "")
+    if "embed_dim" not in config or "vision_cfg" not in config:
+        raise EncoderError(
+            f"encoder of open_clip: embed_dim and vision_cfg expected, found {sorted(config)}"
+        )
+    kept = {k: config[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in config}
+    kept = json.loads(json.dumps(kept))
+    if image_size is not None:
+        kept["vision_cfg"]["image_size"] = image_size
+    module = _build_vision_tower(
+        kept["embed_dim"], dict(kept["vision_cfg"]), bool(kept.get("quick_gelu"))
+    )
+    return open_clip_tower(module.eval(), kept, feature)
+
+
+def open_clip_tower(module: Any, config: Mapping[str, Any], feature: str) -> Tower:
+    """Describes how an image tower of open_clip is read.
+
+    Args:
+        module: The tower; `feature='class'` takes its projection away.
+        config: `embed_dim`, `vision_cfg` and `quick_gelu`, of which it can be built again.
+        feature: `projected`, or `class`: the class token after its norm.
+
+    Raises:
+        EncoderError: If it cannot be read so.
+    """
+    embed_dim = int(config["embed_dim"])
+    if feature == "class":
+        if not isinstance(getattr(module, "proj", None), nn.Parameter):
+            raise EncoderError(
+                f"feature 'class': {type(module).__name__} of open_clip has no projection to leave "
+                "away; use feature='projected'"
+            )
+        embed_dim = len(module.proj)
+        module.proj = None
+    elif feature != "projected":
+        raise EncoderError(f"feature {feature!r} of open_clip: expected projected or class")
+    kept = {k: config[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in config}
+    description = {"library": "open_clip", "config": kept, "feature": feature}
+    return Tower(module, Call(module), embed_dim, feature, description)
+
+
+def open_clip_config(architecture: str) -> dict[str, Any]:
+    """Returns open_clip's description of an architecture.
+
+    Raises:
+        EncoderError: If it has none of this name.
+    """
+    import difflib
+
+    import open_clip
+
+    found = open_clip.get_model_config(architecture)
+    if found is not None:
+        return dict(found)
+    known = open_clip.list_models()
+    openai = f"{architecture.replace('/', '-')}-quickgelu"
+    if openai in known:
+        # OpenAI's weights compute another GELU: under the plain name features differ, silently.
+        near = f"; OpenAI's CLIP is {openai!r}"
+    else:
+        names = difflib.get_close_matches(architecture, known, n=3)
+        near = f"; near: {', '.join(names)}" if names else ""
+    raise EncoderError(
+        f"encoder open_clip:{architecture}: open_clip has no architecture {architecture}{near}"
+    )
+
+
+def fit_open_clip(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:
+    """Takes the image tower out of a whole CLIP in OpenAI's names."""
+    inside = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("visual.")
+    }
+    adapted = inside or dict(state_dict)
+    if getattr(module, "proj", 0) is None:
+        adapted.pop("proj", None)
+    if isinstance(positions := getattr(module, "positional_embedding", None), Tensor):
+        fit_positions(adapted, "positional_embedding", positions, 1)
+    outside = [n for n in state_dict if inside and not n.startswith("visual.")]
+    return FittedLayout(adapted, tuple(outside))
+
+
+_BUILDERS: dict[str, Callable[..., Tower]] = {
+    "timm": _timm,
+    "own": _own,
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+}
+_FITS: dict[str, Callable[[Mapping[str, Tensor], nn.Module], FittedLayout]] = {
+    "timm": fit_layout,
+    "own": fit_layout,
+    "transformers": fit_transformers,
+    "open_clip": fit_open_clip,
+}
