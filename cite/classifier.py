@@ -19,6 +19,7 @@ from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder
 from cite.text_scores import TextScores
+from pathcore.encoders.transform import Transform
 from pathcore.files import read_json, write_json
 from pathcore.images import load_image, to_rgb
 from pathcore.weights import load_strict, read_state_dict, write_state_dict
@@ -67,7 +68,7 @@ class Classifier(nn.Module):
         backbone: PromptedEncoder,
         neck: Projection | None,
         head: TextScores | LinearScores,
-        preprocessing: Preprocessing,
+        preprocessing: Preprocessing | Transform,
         classes: Sequence[str],
         provenance: dict[str, Any] | None = None,
     ) -> None:
@@ -123,7 +124,7 @@ class Classifier(nn.Module):
         return {
             "format": FORMAT,
             "classes": self.classes,
-            "preprocessing": self.preprocessing.to_json(),
+            "preprocessing": self.preprocessing.to_dict(),
             "encoder": self.backbone.encoder.spec,
             "precision": self.backbone.precision,
             "prompts": None if prompts is None else asdict(prompts.spec),
@@ -173,7 +174,9 @@ def load_classifier(
         head = TextScores.from_spec(config["head"])
     else:
         head = LinearScores(width, len(config["classes"]))
-    preprocessing = Preprocessing.from_json(config["preprocessing"])
+    described = config["preprocessing"]
+    kind = Transform if "resize_px" in described else Preprocessing
+    preprocessing = kind.from_dict(described)
     provenance = config.get("provenance")
     model = Classifier(backbone, neck, head, preprocessing, config["classes"], provenance)
     weights = folder / WEIGHTS_NAME

@@ -52,13 +52,13 @@ class Preprocessing:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() - mean) / std
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the attributes as JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Preprocessing:
-        """Reads what `to_json` gave."""
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Reads what `to_dict` returned."""
         return cls(**values | {key: tuple(values[key]) for key in ("mean", "std")})
 
     def _resize(self, image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pathcore.encoders import EncoderError, create_encoder
 from pathcore.weights import (
     check_loading_report,
-    load_strict,
     read_state_dict,
     strip_prefix_to_fit,
 )
 
 POOLINGS = ("pooler", "cls", "mean")
-KINDS = ("bert", "sentence", "open_clip", "hf_clip")
+KINDS = ("bert", "sentence", "encoder")
 
 _CLIP_TYPES = ("clip", "clip_text_model")
 _TOKENIZER_FILES = (
@@ -34,8 +34,6 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_NOT_WEIGHTS = ("context_length", "input_resolution", "vocab_size")
-"""Numbers that OpenAI's archives store among the weights."""
 
 
 class TextEncoder(Protocol):
@@ -86,7 +84,8 @@ class BertTextEncoder:
         kind = config.model_type
         if kind in _CLIP_TYPES:
             raise ValueError(
-                f"text encoder {model}: model_type {kind!r} is a CLIP; use type='hf_clip'"
+                f"text encoder {model}: model_type {kind!r} is a CLIP; use type='encoder', "
+                f"encoder='hf:{model}'"
             )
         if getattr(config, "vocab_size", None) is None or config.is_encoder_decoder:
             raise ValueError(
@@ -124,75 +123,29 @@ class BertTextEncoder:
         return F.normalize(embedding, dim=-1) if self.normalize else embedding
 
 
-class OpenCLIPTextEncoder:
-    """The text tower of an open_clip architecture.
+class NamedTextEncoder:
+    """The text tower of an encoder by its name: CLIP, PLIP, QuiltNet, KEEP and others.
 
     Args:
-        arch: Name of an architecture of open_clip, or its description.
-        checkpoint: Weights of the whole CLIP, in OpenAI's names.
+        encoder: Name of an encoder that has one, see `pathcore.encoders`.
+        trust_remote_code: Whether code from the hub's repository may run.
 
     Raises:
-        ValueError: Weights of another architecture.
+        EncoderError: If there is no such encoder, or it has no text tower.
+        FileNotFoundError: If weights are missing.
+        CheckpointError: If they do not fit.
     """
 
-    def __init__(self, arch: str | Mapping[str, Any], checkpoint: str) -> None:
-        import open_clip
+    def __init__(self, encoder: str, trust_remote_code: bool = False) -> None:
+        self.encoder = create_encoder(encoder, device="cpu", trust_remote_code=trust_remote_code)
+        if not self.encoder.has_text:
+            raise EncoderError(f"encoder {encoder}: has no text tower, or no tokenizer beside it")
+        described = self.encoder.describe()
+        self.description = {"type": "encoder"} | {k: described[k] for k in ("encoder", "digest")}
 
-        if isinstance(arch, str):
-            self.model: Any = open_clip.create_model(arch)
-            self.tokenizer = open_clip.get_tokenizer(arch)
-        else:
-            self.model = open_clip.CLIP(**arch)
-            length = arch.get("text_cfg", {}).get("context_length", 77)
-            self.tokenizer = open_clip.SimpleTokenizer(context_length=length)
-        weights = read_state_dict(checkpoint)
-        weights = {name: t for name, t in weights.items() if name not in _NOT_WEIGHTS}
-        load_strict(self.model, weights, what=f"the CLIP {arch}", source=str(checkpoint))
-        self.model.float().eval().requires_grad_(False)
-        self.description = {"type": "open_clip", "arch": arch, "checkpoint": str(checkpoint)}
-
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """See `TextEncoder`."""
-        return self.model.encode_text(self.tokenizer(list(texts))).float()
-
-
-class HuggingFaceCLIPTextEncoder:
-    """The text tower of a Hugging Face CLIP such as PLIP.
-
-    Args:
-        model: Folder, or name on the hub.
-
-    Raises:
-        FileNotFoundError: If there is no such model, or it has no tokenizer.
-        CheckpointError: If tensors are missing, unexpected or of another shape.
-        ValueError: If it is no CLIP.
-    """
-
-    def __init__(self, model: str) -> None:
-        from transformers import CLIPTextModelWithProjection
-
-        source = find_model(model)
-        kind = _read_config(source, model).model_type
-        if kind not in _CLIP_TYPES:
-            advice = "use type='bert'" if "bert" in kind else "give a CLIP"
-            raise ValueError(
-                f"text encoder {model}: model_type {kind!r} found, one of {_CLIP_TYPES} expected; "
-                f"{advice}"
-            )
-        self.tokenizer = _load_tokenizer(source, model)
-        self.model, _ = _load_weights(CLIPTextModelWithProjection, source, model)
-        self.description = {"type": "hf_clip", "model": model}
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """See `TextEncoder`."""
-        rows = []
-        limit = self.model.config.max_position_embeddings
-        for text in texts:
-            tokens = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)
-            rows.append(self.model(input_ids=tokens["input_ids"]).text_embeds.float())
-        return torch.cat(rows)
+        """See `TextEncoder`; of length 1."""
+        return self.encoder.encode_texts(texts)
 
 
 def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:
@@ -214,10 +167,8 @@ def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:
         return BertTextEncoder(**arguments)
     if type == "sentence":
         return BertTextEncoder(**{"pooling": "mean", "normalize": True, **arguments})
-    if type == "open_clip":
-        return OpenCLIPTextEncoder(**arguments)
-    if type == "hf_clip":
-        return HuggingFaceCLIPTextEncoder(**arguments)
+    if type == "encoder":
+        return NamedTextEncoder(**arguments)
     near = f"; the published {type!r} is {type.lower()!r}" if type.lower() in KINDS else ""
     raise ValueError(f"text encoder {type!r}: one of {KINDS} expected{near}")
 

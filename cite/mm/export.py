@@ -13,8 +13,10 @@ from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder, merge_lora
 from cite.text_scores import TextScores
+from pathcore.encoders import Transform, find_transform
 from pathcore.files import sha256_of
 
+_OF_ENCODER = "EncoderDataPreprocessor"
 _WITHOUT_PIXELS = ("LoadPatch", "PackPatch", "PackClsInputs", "PackInputs")
 
 
@@ -43,6 +45,11 @@ def export_classifier(
             f"{config}: a backbone of cite.mm expected, found {type(model.backbone).__name__}; "
             "export from the config whose encoder made the features"
         )
+    if not model.backbone.encoder.spec:
+        raise ValueError(
+            f"{config}: {type(model.backbone.encoder.model).__name__} is built by code of its "
+            "authors alone, so its classifier cannot be exported; use the config and checkpoint"
+        )
     if model.backbone.adapted:
         merge_lora(model.backbone.encoder)
     if not (model.neck is None or isinstance(model.neck, Projection)):
@@ -60,19 +67,27 @@ def export_classifier(
     return classifier
 
 
-def read_preprocessing(cfg: Config) -> Preprocessing:
+def read_preprocessing(cfg: Config) -> Preprocessing | Transform:
     """Reads size and normalisation from a config's test pipeline and data preprocessor.
 
     Raises:
-        ValueError: A step that is not known here.
+        ValueError: If a step is not known here.
     """
     resize: dict[str, Any] | None = None
+    normalise = cfg.model.get("data_preprocessor") or {}
     for step in cfg.test_dataloader.dataset.pipeline:
+        if step["type"] == "EncoderResize":
+            name = step["encoder"]
+            if (normalise.get("type"), normalise.get("encoder")) != (_OF_ENCODER, name):
+                raise ValueError(
+                    f"test pipeline: EncoderResize of {name} goes with data_preprocessor="
+                    f"dict(type='{_OF_ENCODER}', encoder='{name}'), found {dict(normalise)}"
+                )
+            return find_transform(name)
         if step["type"] in ("ResizePatch", "PatchGastricPipeline"):
             resize = {k: v for k, v in step.items() if k in ("size", "interpolation", "keep_ratio")}
         elif step["type"] not in _WITHOUT_PIXELS:
             raise ValueError(f"test pipeline: {step['type']} cannot be exported; use ResizePatch")
-    normalise = cfg.model.get("data_preprocessor") or {}
     if resize is None or "mean" not in normalise or "std" not in normalise:
         raise ValueError("a ResizePatch in the test pipeline, and mean and std expected")
     if normalise.get("to_rgb"):

@@ -22,7 +22,7 @@ _MODELS = {
     "PromptedVisionTransformer": "PromptedViT",
     "VisionTransformerFrozen": "PromptedViT without prompts",
     "MyLinearClsHead": "LinearClsHead of MMClassification",
-    "CLIPTextHead": "TextEmbeddingHead with text_encoder=dict(type='open_clip', ...)",
+    "CLIPTextHead": "TextEmbeddingHead with text_encoder=dict(type='encoder', ...)",
 }
 _TRANSFORMS = {
     "CLIPPreprocess": "LoadPatch, ResizePatch(interpolation='bicubic', keep_ratio=True) and "

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.model import BaseDataPreprocessor
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from PIL import Image
 
+from pathcore.encoders import find_transform
 from pathcore.images import ImageError, load_image
 
 IMAGENET_NORM = {
@@ -101,6 +103,58 @@ class ResizePatch:
         results["img"] = np.asarray(image)
         results["img_shape"] = results["img"].shape[:2]
         return results
+
+
+@TRANSFORMS.register_module()
+class EncoderResize:
+    """Resizes and crops as an encoder expects; `EncoderDataPreprocessor` then normalises.
+
+    Args:
+        encoder: Name of the encoder, see `pathcore.encoders`.
+
+    Raises:
+        EncoderError: If there is no such encoder, or its transform is not known.
+    """
+
+    def __init__(self, encoder: str) -> None:
+        self.transform = find_transform(encoder)
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Replaces `img` and `img_shape`."""
+        results["img"] = np.asarray(self.transform.resize(Image.fromarray(results["img"])))
+        results["img_shape"] = results["img"].shape[:2]
+        return results
+
+
+@MODELS.register_module()
+class EncoderDataPreprocessor(BaseDataPreprocessor):
+    """Stacks patches of `EncoderResize` and normalises them as an encoder expects, to the bit.
+
+    Args:
+        encoder: Name of the encoder, see `pathcore.encoders`.
+        batch_augments: MMPreTrain hands its `train_cfg` on under this name; none is possible.
+        **kwargs: As for MMEngine's `BaseDataPreprocessor`.
+
+    Raises:
+        EncoderError: If there is no such encoder, or its transform is not known.
+        ValueError: If `batch_augments` are given.
+    """
+
+    def __init__(self, encoder: str, batch_augments: Any = None, **kwargs: Any) -> None:
+        if batch_augments:
+            raise ValueError(
+                f"train_cfg {batch_augments}: images of EncoderDataPreprocessor are not mixed; use "
+                "the host's data preprocessor with mean and std"
+            )
+        super().__init__(**kwargs)
+        self.transform = find_transform(encoder)
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """Takes a batch as the dataloader collates it."""
+        data = dict(self.cast_data(data))
+        inputs = data["inputs"]
+        pixels = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
+        return data | {"inputs": self.transform.normalise(pixels)}
 
 
 @TRANSFORMS.register_module()

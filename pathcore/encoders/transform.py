@@ -69,8 +69,24 @@ class Transform:
 
     def __call__(self, image: Image) -> Tensor:
         """Returns `(3, height, width)` in float32."""
-        pixels: Tensor = self._compiled(image if image.mode == "RGB" else image.convert("RGB"))
-        return pixels
+        import numpy as np
+        import torch  # which presets do not need
+
+        pixels = torch.from_numpy(np.array(self.resize(image))).permute(2, 0, 1).contiguous()
+        return self.normalise(pixels)
+
+    def resize(self, image: Image) -> Image:
+        """Returns the RGB image resized and cropped."""
+        resized: Image = self._compiled(image if image.mode == "RGB" else image.convert("RGB"))
+        return resized
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Maps resized pixels `(..., 3, height, width)`, uint8, to float32 as torchvision does."""
+        mean, std = (
+            pixels.new_tensor(values, dtype=_float32()).view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
@@ -218,8 +234,13 @@ class Transform:
             steps.append(transforms.Resize(self.resize_px, interpolation=mode))
         if self.crop_px is not None:
             steps.append(transforms.CenterCrop(self.crop_px))
-        steps += [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         return transforms.Compose(steps)
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
 
 
 def _is_1_of_255(processor: Mapping[str, Any]) -> bool:

@@ -16,8 +16,9 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     ViTConfig,
     ViTModel,
 )
@@ -119,39 +120,48 @@ def test_a_config_of_another_width(bert_folder: Path) -> None:
 
 
 def test_a_model_of_another_kind(bert_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_type 'bert'.*'clip'.*expected; use type='bert'"):
-        build_text_encoder("hf_clip", model=str(bert_folder))
+    with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
+        build_text_encoder("encoder", encoder=str(bert_folder))
+    write_clip(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"is a CLIP; use type='encoder', encoder='hf:.*clip'"):
+        build_text_encoder("bert", model=str(tmp_path / "clip"))
     ViTModel(ViTConfig(**VIT_SIZES)).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="model_type 'vit' is no text model"):
         build_text_encoder("bert", model=str(tmp_path / "vit"))
-    with pytest.raises(ValueError, match="model_type 'vit'"):
-        build_text_encoder("hf_clip", model=str(tmp_path / "vit"))
+    CLIPImageProcessor().save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="has no text tower"):
+        build_text_encoder("encoder", encoder=str(tmp_path / "vit"))
 
 
 def test_half_of_a_clip_text_tower(tmp_path: Path) -> None:
     write_clip(tmp_path)
-    tensors = {k: v for k, v in stored(tmp_path).items() if "layers.1." not in k}
+    tensors = {k: v for k, v in stored(tmp_path).items() if "text_model.encoder.layers.1." not in k}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"(?s)16 missing.*text_model\.encoder\.layers\.1\."):
-        build_text_encoder("hf_clip", model=str(tmp_path))
+        build_text_encoder("encoder", encoder=str(tmp_path))
 
 
 def test_what_is_not_there(tmp_path: Path, bert_folder: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for kind in ("bert", "hf_clip"):
-        with pytest.raises(FileNotFoundError, match=r"text encoder .*absent: no such folder"):
-            build_text_encoder(kind, model=str(tmp_path / "absent"))
-        with pytest.raises(FileNotFoundError, match=r"empty: no config\.json"):
-            build_text_encoder(kind, model=str(tmp_path / "empty"))
-        with pytest.raises(FileNotFoundError, match=r"text encoder org/absent: neither a folder"):
-            build_text_encoder(kind, model="org/absent")
+    with pytest.raises(FileNotFoundError, match=r"text encoder .*absent: no such folder"):
+        build_text_encoder("bert", model=str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match=r"empty: no config\.json"):
+        build_text_encoder("bert", model=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"text encoder org/absent: neither a folder"):
+        build_text_encoder("bert", model="org/absent")
+    with pytest.raises(ValueError, match=r"encoder .*absent': no such folder"):
+        build_text_encoder("encoder", encoder=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"empty: neither open_clip_config\.json nor a config"):
+        build_text_encoder("encoder", encoder=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"encoder hf:org/absent: transformers cannot load"):
+        build_text_encoder("encoder", encoder="hf:org/absent")
     for file in [*bert_folder.glob("*token*"), *bert_folder.glob("vocab*")]:
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"bert: no tokenizer"):
         build_text_encoder("bert", model=str(bert_folder))
     write_clip(tmp_path / "clip", tokenizer=False)
-    with pytest.raises(FileNotFoundError, match=r"clip: no tokenizer"):
-        build_text_encoder("hf_clip", model=str(tmp_path / "clip"))
+    with pytest.raises(ValueError, match=r"clip: has no text tower, or no tokenizer"):
+        build_text_encoder("encoder", encoder=str(tmp_path / "clip"))
 
 
 def test_code_in_the_folder_is_not_asked_about(
@@ -173,29 +183,33 @@ def test_text_tower_of_open_clip(tmp_path: Path) -> None:
     arch = CLIP_ARCH | {"text_cfg": text}
     model = open_clip.CLIP(**arch).eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "clip.pt")
-    encoder = build_text_encoder("open_clip", arch=arch, checkpoint=str(tmp_path / "clip.pt"))
+    (tmp_path / "tiny-text-test.json").write_text(json.dumps(arch))
+    (tmp_path / "deep-text-test.json").write_text(
+        json.dumps(arch | {"text_cfg": text | {"layers": 3}})
+    )
+    open_clip.add_model_config(tmp_path)
+    encoder = build_text_encoder("encoder", encoder=f"open_clip:tiny-text-test@{tmp_path}/clip.pt")
     tokens = open_clip.SimpleTokenizer(context_length=16)(TEXTS)
-    torch.testing.assert_close(encoder.encode(TEXTS), model.encode_text(tokens).detach())
-    other = arch | {"text_cfg": text | {"layers": 3}}
+    expected = F.normalize(model.encode_text(tokens).detach(), dim=-1)
+    torch.testing.assert_close(encoder.encode(TEXTS), expected)
+    assert json.dumps(encoder.description)
     with pytest.raises(CheckpointError, match="12 missing"):
-        build_text_encoder("open_clip", arch=other, checkpoint=str(tmp_path / "clip.pt"))
+        build_text_encoder("encoder", encoder=f"open_clip:deep-text-test@{tmp_path}/clip.pt")
 
 
-def write_clip(folder: Path, *, tokenizer: bool = True) -> CLIPTextModelWithProjection:
+def write_clip(folder: Path, *, tokenizer: bool = True) -> CLIPModel:
     torch.manual_seed(0)
     words = AutoTokenizer.from_pretrained(TINY_BERT)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(
+        text_config=small
+        | dict(vocab_size=len(words), max_position_embeddings=32, eos_token_id=words.sep_token_id),
+        vision_config=small | dict(image_size=32, patch_size=16),
         projection_dim=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        eos_token_id=words.sep_token_id,
     )
-    model = CLIPTextModelWithProjection(config).eval()
+    model = CLIPModel(config).eval()
     model.save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
     if tokenizer:
         words.save_pretrained(folder)
     return model
@@ -203,10 +217,10 @@ def write_clip(folder: Path, *, tokenizer: bool = True) -> CLIPTextModelWithProj
 
 def test_text_tower_of_hugging_face(tmp_path: Path) -> None:
     model = write_clip(tmp_path)
-    encoder = build_text_encoder("hf_clip", model=str(tmp_path))
+    encoder = build_text_encoder("encoder", encoder=str(tmp_path))
     tokens = AutoTokenizer.from_pretrained(TINY_BERT)(TEXTS[0], return_tensors="pt")
-    expected = model(input_ids=tokens["input_ids"]).text_embeds.detach()
-    torch.testing.assert_close(encoder.encode(TEXTS)[:1], expected)
+    expected = model.get_text_features(input_ids=tokens["input_ids"]).detach()
+    torch.testing.assert_close(encoder.encode(TEXTS)[:1], F.normalize(expected, dim=-1))
 
 
 def test_model_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,15 +189,12 @@ def splits(
 )
 @click.option(
     "--encoder",
-    type=click.Choice(["bert", "sentence", "open_clip", "hf_clip"]),
     default="bert",
     show_default=True,
-    help="Kind of the text model.",
+    help="bert, sentence, or the name of an encoder with a text tower, as in docs/encoders.md.",
 )
-@click.option("--model", help="Text model: folder or hub name.")
+@click.option("--model", help="Text model of bert and sentence: folder or hub name.")
 @click.option("--pooling", type=click.Choice(["pooler", "cls", "mean"]), help="Pooling of a BERT.")
-@click.option("--arch", help="Architecture of open_clip.")
-@click.option("--checkpoint", help="Weights of open_clip.")
 @click.option("--template", multiple=True, help="Text with one {}; may be repeated.")
 def texts(
     out: str,
@@ -205,29 +202,27 @@ def texts(
     encoder: str,
     model: str | None,
     pooling: str | None,
-    arch: str | None,
-    checkpoint: str | None,
     template: tuple[str, ...],
 ) -> None:
     """Write the embeddings of the classes' descriptions to the safetensors file OUT."""
     from cite.text_embeddings import texts_by_class, write_text_embeddings
     from cite.text_encoder import build_text_encoder
 
-    needed = (
-        {"arch": arch, "checkpoint": checkpoint} if encoder == "open_clip" else {"model": model}
-    )
-    missing = [f"--{name}" for name, value in needed.items() if value is None]
-    if missing:
-        raise click.UsageError(f"--encoder {encoder} needs {' and '.join(missing)}")
-    arguments: dict[str, Any] = dict(needed)
-    if pooling is not None:
-        if encoder not in ("bert", "sentence"):
-            raise click.UsageError(f"--pooling is for a BERT, not for --encoder {encoder}")
+    arguments: dict[str, Any] = {"type": encoder, "model": model}
+    if encoder not in ("bert", "sentence"):
+        if model is not None or pooling is not None:
+            raise click.UsageError(
+                f"--model and --pooling are for bert and sentence, not for --encoder {encoder}"
+            )
+        arguments = {"type": "encoder", "encoder": encoder}
+    elif model is None:
+        raise click.UsageError(f"--encoder {encoder} needs --model")
+    elif pooling is not None:
         arguments["pooling"] = pooling
     with user_errors():
         descriptions = read_json(classes, what="classes")
         texts, class_ids = texts_by_class(descriptions, template or ("{}",))
-        text_encoder = build_text_encoder(encoder, **arguments)
+        text_encoder = build_text_encoder(**arguments)
         content = write_text_embeddings(
             out,
             text_encoder.encode(texts),

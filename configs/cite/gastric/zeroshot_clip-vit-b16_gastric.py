@@ -15,7 +15,7 @@ model = dict(
             "Poorly differentiated adenocarcinoma",
         ],
         text_encoder=dict(
-            type="open_clip", arch="ViT-B-16-quickgelu", checkpoint="checkpoints/ViT-B-16.pt"
+            type="encoder", encoder="open_clip:ViT-B-16-quickgelu@checkpoints/ViT-B-16.pt"
         ),
     ),
 )

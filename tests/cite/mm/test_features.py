@@ -20,6 +20,7 @@ from cite.mm.feature_extraction import build_classifier, build_dataset, extract_
 from cite.mm.features import CachedFeatureDataset, PrecomputedFeatures
 from tests.cite.goldens import CLIP, CLIP_WEIGHTS, GOLDEN
 from tests.cite.mm.gastric import make_gastric
+from tests.pathgen.tiny_encoders import save_open_clip
 
 ROOT = Path(__file__).parents[3]
 
@@ -239,6 +240,13 @@ def test_text_embeddings_by_command(tmp_path: Path) -> None:
     content = read_text_embeddings(tmp_path / "t.safetensors", classes=["well", "poor"])
     assert content.texts == ("Well differentiated x", "Poorly x", "bad x")
     assert content.encoder["pooling"] == "pooler"
+    clip = save_open_clip(tmp_path / "clip")
+    named = subprocess.run(
+        [*command, "--encoder", clip], capture_output=True, text=True, check=False
+    )
+    assert "3 texts of 2 classes, width 16" in named.stdout, named.stderr
+    content = read_text_embeddings(tmp_path / "t.safetensors", classes=["well", "poor"])
+    assert content.encoder["encoder"] == clip and len(content.encoder["digest"]) == 64
     missing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert missing.returncode == 2
     assert "--encoder bert needs --model" in missing.stderr
