@@ -44,6 +44,11 @@ class Preprocessing:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std}: three numbers each expected")
 
+    @property
+    def output_px(self) -> int:
+        """Side of the square images that come out."""
+        return self.size
+
     def __call__(self, image: Image.Image | np.ndarray[Any, Any]) -> Tensor:
         """Maps an image, or RGB pixels `(height, width, 3)` uint8, to `(3, size, size)` fp32."""
         if isinstance(image, np.ndarray):

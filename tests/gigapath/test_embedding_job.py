@@ -6,13 +6,13 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -22,9 +22,9 @@ from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_enco
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from pathcore.encoders import create_encoder
-from pathcore.encoders import presets as encoder_presets
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
+from tests.pathcore.encoders.tiny_presets import tiny_uni
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.features import EmbeddingError
@@ -257,36 +257,10 @@ def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
     assert third.stdout == "1\n"  # given back by the one that was killed
 
 
-TINY_VIT: dict[str, Any] = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=4)
-
-
 @pytest.fixture
-def tiny_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A preset as another package adds it, and its weights as timm's models are stored."""
-    presets = tmp_path / "presets"
-    presets.mkdir()
-    content = {
-        "extends": "uni",
-        "arguments": {**TINY_VIT, "init_values": 1e-5, "dynamic_img_size": True},
-        "transform": {"resize_px": 32, "crop_px": 32, "interpolation": "bilinear",
-                      "mean": [0.7, 0.5, 0.6], "std": [0.2, 0.25, 0.2]},
-        "embed_dim": 24, "patch_px": 40, "mpp": [1.0, 0.25],
-    }  # fmt: skip
-    (presets / "tiny-uni.json").write_text(json.dumps(content))
-    folders = encoder_presets._folders
-    monkeypatch.setattr(encoder_presets, "_folders", lambda: iter([*folders(), presets]))
-    for cached in (encoder_presets._files, encoder_presets._read):
-        cached.cache_clear()
-    torch.manual_seed(0)
-    model = timm.create_model("vit_large_patch16_224", num_classes=0, init_values=1e-5, **TINY_VIT)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    torch.save(model.state_dict(), tmp_path / "weights.bin")
-    yield f"tiny-uni@{tmp_path / 'weights.bin'}"
-    monkeypatch.undo()
-    for cached in (encoder_presets._files, encoder_presets._read):
-        cached.cache_clear()
+def tiny_preset(tmp_path: Path) -> Iterator[str]:
+    with tiny_uni(tmp_path) as name:
+        yield name
 
 
 @pytest.mark.parametrize("kind", ["preset", "open_clip", "hf"])

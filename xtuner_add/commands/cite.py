@@ -339,7 +339,9 @@ def score_maps(
         if unknown := set(only) - set(slides):
             raise ValueError(f"{patches}: no patches of {sorted(unknown)[0]}")
         slides = {name: slides[name] for name in (only or slides)}
-        side = patch_px or model.preprocessing.size
+        side = patch_px or model.preprocessing.output_px
+        if side is None:
+            raise ValueError("--patch-px needed: the classifier takes patches of any size")
         tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
     failed = []
     for slide, names in slides.items():
