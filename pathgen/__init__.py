@@ -1,1 +1,1 @@
-"""From patches to image-caption pairs: PathGen's annotations and what is made of them."""
+"""PathGen: from slides to image-caption pairs, and from pairs to CLIP models."""

@@ -29,10 +29,10 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class AnnotationError(ValueError):
-    """A row that is not an annotation.
+    """Raised for a row that is not a valid annotation.
 
     Attributes:
-        reason: A few words, the same for all rows with this fault.
+        reason: Short reason, the same for all rows with this fault, so that faults can be counted.
         detail: What was found.
     """
 
@@ -52,7 +52,7 @@ def read_annotations(
         patch_px: Side of the patches in level-0 pixels.
 
     Yields:
-        For each row, in order, the patch that it asks for, or why it asks for none.
+        For each row, in order, the requested patch, or the reason why the row is invalid.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -69,14 +69,14 @@ def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
 
 
 def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile]:
-    """Asks the GDC for the files of slides, a few hundred at a time.
+    """Requests the entries of slides from the GDC, a few hundred at a time.
 
     Args:
         slide_ids: Ids as in annotations.
         url: Address of the GDC's API.
 
     Raises:
-        ConnectionError: If there is no answer, or it cannot be understood.
+        ConnectionError: If the GDC does not answer, or the answer is invalid.
     """
     iterator = iter(sorted(slide_ids))
     while batch := list(islice(iterator, _BATCH)):

@@ -1,4 +1,4 @@
 """Language models that write about patches: describe, revise, summarise, make instructions.
 
-Each agent is one step from JSON lines to JSON lines and knows nothing of the others.
+Each agent is one step that maps JSON lines to JSON lines, independent of the others.
 """

@@ -1,4 +1,4 @@
-"""Asking: many requests at a time, again where it helps, within a budget, everything kept."""
+"""Sends requests to a backend concurrently, with retries, a budget and a cache of replies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathgen.agents.budget import Budget, Spent
 from pathgen.agents.cache import ReplyCache
 
 MOST_SILENT = 25
-"""So many requests one after the other without a word in reply mean that nobody is there."""
+"""Number of consecutive requests without a reply after which the endpoint counts as down."""
 
 _CORRECTION = "Your reply cannot be used: {problem}. Reply again, in the form that was asked for."
-_CORRECTION_BYTES = 400
+_CORRECTION_BYTES = 400  # upper bound: the template and the 200 characters of a problem
 
 
 NO_REQUEST = Request("", "")
@@ -25,20 +25,20 @@ NO_REQUEST = Request("", "")
 
 @dataclass
 class Task:
-    """One request about one row, and what came of it.
+    """One request about one row, and its outcome.
 
     Attributes:
-        line: Of the row.
-        row_id: Its id.
-        row: Its fields.
+        line: Line number of the row.
+        row_id: Id of the row.
+        row: Fields of the row.
         prompt: Name of the prompt.
-        request: What is asked; `NO_REQUEST` where the row does not allow any.
-        digest: Of the request.
+        request: The request; `NO_REQUEST` if the row is invalid.
+        digest: Digest of the request, the key of the cache.
         state: `open`, `done`, `failed`, `not asked` or `rejected`.
-        reason: Why it is not done.
-        value: What the reply says.
-        endpoint: Who replied.
-        from_cache: Whether that was in an earlier run.
+        reason: Why the state is neither `open` nor `done`.
+        value: Parsed reply.
+        endpoint: Endpoint that replied.
+        from_cache: Whether the reply was received by an earlier run.
     """
 
     line: int
@@ -55,11 +55,11 @@ class Task:
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing left to wait for."""
+        """Whether the outcome is known."""
         return self.state != "open"
 
     def settle(self, value: Any, endpoint: str, *, from_cache: bool = False) -> None:
-        """Takes the value of a reply."""
+        """Marks the task as done, with the value of its reply."""
         self.state, self.value, self.endpoint = "done", value, endpoint
         self.from_cache = from_cache
 
@@ -74,17 +74,17 @@ class _Outcome:
 
 
 class Asker:
-    """Asks a backend about tasks, several batches at a time.
+    """Sends tasks to a backend, several batches at a time.
 
     Args:
-        backend: Whom.
-        cache: Keeps every reply at once.
-        budget: What may be spent.
-        attempts: How often to ask for a usable reply.
-        read: `(task, text)` -> value, or raises `ReplyError`.
+        backend: Model that replies.
+        cache: Cache; each reply is stored as soon as it arrives.
+        budget: Limits on cost and tokens.
+        attempts: Maximum number of requests for one usable reply.
+        read: Maps `(task, text)` to a value, or raises `ReplyError`.
 
     Raises:
-        AgentError: From `add`, `flush` and `wait`: the backend cannot be used.
+        AgentError: From `add`, `flush` and `wait`, if the backend cannot be used.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Asker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Waits for what is being answered: it is paid for and must be kept."""
+        """Waits for requests in flight and caches their replies, which will be billed anyway."""
         for future in self._running:
             future.cancel()
         self._pool.shutdown(wait=True)
@@ -129,7 +129,7 @@ class Asker:
         self._running.clear()
 
     def add(self, task: Task) -> None:
-        """Takes a task in; a settled one is left alone, an equal one waits for the first."""
+        """Queues a task, unless it is settled; a task with an equal request shares its reply."""
         if task.settled:
             return
         if task.digest in self._same:
@@ -140,13 +140,14 @@ class Asker:
         self._send()
 
     def flush(self) -> None:
-        """No more tasks will come: an incomplete batch may go."""
+        """Sends incomplete batches too, because no more tasks will be added."""
         self._flushing = True
         self._send()
 
     def wait(self) -> None:
         """Waits until at least one batch is answered."""
-        flushing, self._flushing = self._flushing, True  # who waits wants no half batch held back
+        # Otherwise an incomplete batch would wait for tasks that the blocked caller cannot add.
+        flushing, self._flushing = self._flushing, True
         self._send()
         self._flushing = flushing
         if not self._running:
@@ -176,19 +177,19 @@ class Asker:
             if batch:
                 self._running[self._pool.submit(self._ask, batch)] = batch
             elif self._running:
-                return  # what is being asked may turn out cheaper than feared
+                return  # a request in flight may cost less than was reserved for it
             else:
                 self._give_up(self._queue.popleft())
 
     def _give_up(self, task: Task) -> None:
         for same in self._same.pop(task.digest):
-            same.state, same.reason = "not asked", "the budget's ceiling is reached"
+            same.state, same.reason = "not asked", "the budget is exhausted"
 
     def _highest(self, task: Task) -> Spent:
         total, request = Spent(), task.request
         limit = self._backend.sampling.max_tokens
         for attempt in range(self._attempts):
-            # A token of an earlier reply is one token again; its bytes do not matter.
+            # Earlier replies are sent again. They have at most `limit` tokens, however many bytes.
             earlier = attempt * (limit + _CORRECTION_BYTES)
             total += self._budget.highest(
                 text_bytes=request.text_bytes + earlier,
@@ -198,7 +199,7 @@ class Asker:
         return total
 
     def _ask(self, tasks: Sequence[Task]) -> list[_Outcome]:
-        """Runs in a thread: asks, and asks again about replies that cannot be used."""
+        """Sends a batch, and repeats requests whose replies are unusable; runs in a thread."""
         outcomes = [_Outcome() for _ in tasks]
         requests = {index: task.request for index, task in enumerate(tasks)}
         for _ in range(self._attempts):

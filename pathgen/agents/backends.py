@@ -1,4 +1,7 @@
-"""Who answers: an OpenAI-compatible vision endpoint. Local models are in `local_model`."""
+"""Backends of the agents: the protocol, and OpenAI-compatible vision endpoints.
+
+Local models are in `local_model`.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,18 @@ _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/we
 
 
 class AgentError(ValueError):
-    """The model cannot be used at all: wrong key, wrong name, out of reach."""
+    """Raised if a model cannot be used at all: wrong key, unknown name, unreachable endpoint."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn.
+    """Sampling parameters.
 
     Attributes:
-        max_tokens: Of one reply.
-        temperature: 0 for the most likely words; None leaves it to the endpoint, since some models
-            refuse the parameter.
-        seed: Where the backend takes one.
+        max_tokens: Maximum number of tokens of a reply.
+        temperature: Temperature; 0 decodes greedily. With None the parameter is not sent, since
+            some models reject it.
+        seed: Seed, if the backend supports one.
     """
 
     max_tokens: int = 512
@@ -51,22 +54,22 @@ class Sampling:
             raise ValueError("sampling: expected at least one token, a temperature from 0 to 2")
 
     def parameters(self) -> dict[str, Any]:
-        """For provenance."""
+        """Returns the parameters as recorded in the provenance."""
         seed = {} if self.seed is None else {"seed": self.seed}
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, **seed}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one model is asked once.
+    """One request to a model.
 
     Attributes:
         system: System message; may be empty.
         user: User message.
-        image: File to look at.
-        image_sha256: Of its bytes.
-        schema: JSON schema of the reply, None for text.
-        earlier: Replies that could not be used, each with what is wrong with it.
+        image: Path of the image.
+        image_sha256: SHA-256 of the image file.
+        schema: JSON schema of the reply; None for plain text.
+        earlier: Unusable replies to this request, each with the correction that was sent.
     """
 
     system: str
@@ -77,20 +80,20 @@ class Request:
     earlier: tuple[tuple[str, str], ...] = ()
 
     def digest(self, model: str, parameters: Mapping[str, Any]) -> str:
-        """SHA-256 of all that decides about the reply."""
+        """Returns the SHA-256 of everything that the reply depends on."""
         content = [model, dict(parameters), self.system, self.user, self.image_sha256, self.schema]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def text_bytes(self) -> int:
-        """Length of all text in UTF-8."""
+        """Length of all texts in UTF-8 bytes."""
         texts = [self.system, self.user, *(text for pair in self.earlier for text in pair)]
         if self.schema is not None:
             texts.append(json.dumps(self.schema))
         return sum(len(text.encode(errors="replace")) for text in texts)
 
     def messages(self, image_part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-        """As chat messages, the image first."""
+        """Returns the request as chat messages, with the image before the text."""
         parts: list[dict[str, Any]] = [dict(image_part)] if image_part else []
         parts.append({"type": "text", "text": self.user})
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -103,17 +106,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """A reply, or the reason why there is none.
 
     Attributes:
-        text: As it came.
-        prompt_tokens: As counted by the backend, 0 where nothing was answered; None if it did
-            not say.
-        reply_tokens: Likewise.
-        fault: Why there is no reply at all.
-        blame: What to do about a fault. `model`: may do better when asked again. `image`: will not.
-            `endpoint`: has been asked often enough. `limit`: the reply was cut off, as it would be
-            again. `content`: a verdict about the content, which is final and never asked again.
+        text: Text of the reply, unmodified.
+        prompt_tokens: Number of prompt tokens that the backend counted; 0 if the request was not
+            answered, None if the backend reports no usage.
+        reply_tokens: Number of reply tokens, likewise.
+        fault: Why there is no reply.
+        blame: Cause of a fault, or of a reply that cannot be used. `model`: the request is
+            repeated. `image`: the image is unreadable. `endpoint`: the client has already retried.
+            `limit`: the reply was cut off, as it would be again. `content`: the content was
+            refused; this is final, and not even a later run asks again.
     """
 
     text: str = ""
@@ -124,15 +128,15 @@ class Reply:
 
 
 class Backend(Protocol):
-    """A model that looks and writes.
+    """A model that replies to requests with text and images.
 
     Attributes:
-        kind: For provenance.
-        model: Its name.
-        endpoint: Where it is; no secrets.
-        sampling: How it draws.
-        batch_size: Requests it takes at once.
-        concurrency: Batches at a time.
+        kind: Kind of backend, for the provenance.
+        model: Name of the model.
+        endpoint: Address of the model, without secrets.
+        sampling: Sampling parameters.
+        batch_size: Number of requests per batch.
+        concurrency: Number of batches in flight.
     """
 
     kind: str
@@ -143,15 +147,15 @@ class Backend(Protocol):
     concurrency: int
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """Answers each request.
+        """Returns one reply per request.
 
         Raises:
-            AgentError: The backend cannot be used at all.
+            AgentError: If the backend cannot be used at all.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of connections and memory."""
+        """Releases connections and memory."""
         ...
 
 
@@ -159,20 +163,21 @@ class Backend(Protocol):
 class OpenAIBackend:
     """Any endpoint with OpenAI's chat completions: vLLM, GPT-4V, `xtuner-add serve`.
 
-    The openai client retries failures, timeouts, 429 and 5xx with growing pauses.
+    The openai client retries lost connections, timeouts, 429 and 5xx with exponential backoff.
 
     Attributes:
-        base_url: Its address, up to and including `/v1`.
-        model: Its name there.
-        sampling: See `Sampling`.
-        concurrency: Requests at a time.
-        timeout_s: Longest wait for one reply.
-        max_retries: Of one request.
-        structured: Send the reply's JSON schema as `response_format`; not all endpoints take it.
-        token_field: What the endpoint calls the most tokens of a reply.
+        base_url: Address of the endpoint, up to and including `/v1`.
+        model: Name of the model at the endpoint.
+        sampling: Sampling parameters.
+        concurrency: Number of concurrent requests.
+        timeout_s: Timeout of one request in seconds.
+        max_retries: Maximum number of retries of a request.
+        structured: Whether to send the JSON schema of the reply as `response_format`, which not all
+            endpoints accept.
+        token_field: Name under which the endpoint expects the maximum number of tokens.
 
     Raises:
-        ValueError: No key in OPENAI_API_KEY, or numbers that make no sense.
+        ValueError: If OPENAI_API_KEY is not set, or a number is out of range.
     """
 
     base_url: str
@@ -197,11 +202,11 @@ class OpenAIBackend:
         )
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """See `Backend.ask`."""
+        """Returns one reply per request."""
         return [self._ask(request) for request in requests]
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Closes the HTTP client."""
         self._client.close()
 
     def _ask(self, request: Request) -> Reply:
@@ -237,7 +242,7 @@ class OpenAIBackend:
             return Reply(fault=f"no completion: {error}")
         except openai.OpenAIError as error:
             return Reply("", 0, 0, fault=f"{type(error).__name__}: {error}", blame="endpoint")
-        except ValueError as error:  # a body that is no JSON
+        except ValueError as error:  # the body is not JSON
             return Reply(fault=f"no completion: {error}")
         return _read_completion(completion)
 
@@ -261,16 +266,16 @@ def _read_completion(completion: Any) -> Reply:
         fault = f"the model refuses: {refusal:.200}"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
     if reason == "length":
-        fault = "the reply was cut off at the largest number of tokens; allow more of them"
+        fault = "the reply was cut off at the maximum number of tokens; allow more of them"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="limit")
     return Reply(text, prompt_tokens, reply_tokens)
 
 
 def open_image(path: Path) -> Image:
-    """Opens and decodes an image.
+    """Opens and fully decodes an image.
 
     Raises:
-        ValueError: It is none, is cut off, or is too large to be one patch.
+        ValueError: If the file is no image, is truncated, or is too large for a patch.
     """
     from PIL import Image
 
@@ -283,10 +288,12 @@ def open_image(path: Path) -> Image:
 
 
 def data_url(path: Path) -> str:
-    """An image file as a data URL; what endpoints may not know is sent as PNG.
+    """Returns an image file as a data URL.
+
+    PNG, JPEG and WebP are sent unchanged; other formats, which endpoints may not support, as PNG.
 
     Raises:
-        ValueError: It is no whole image.
+        ValueError: If the image cannot be decoded completely.
     """
     image = open_image(path)
     mime = _SENT_AS_THEY_ARE.get(image.format or "")

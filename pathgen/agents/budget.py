@@ -1,26 +1,26 @@
-"""What asking may cost: prices, ceilings, and the most that one request can come to."""
+"""Prices, limits on cost and tokens, and the maximum cost of a request."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _TEMPLATE_TOKENS = 100
-"""Room for what chat templates put around the messages."""
+"""Generous estimate of the tokens that a chat template adds to the messages."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Prices and ceilings. Ceilings count what earlier runs with the same cache spent.
+    """Prices and limits. The limits include what earlier runs with the same cache spent.
 
     Attributes:
-        price_in: US dollars for a million tokens of prompt.
-        price_out: US dollars for a million tokens of reply.
-        max_cost: In US dollars; no request is sent that could exceed it.
-        max_tokens: Of prompts and replies together; likewise.
-        image_tokens: The most that one image can count as prompt.
+        price_in: US dollars per million prompt tokens.
+        price_out: US dollars per million reply tokens.
+        max_cost: Limit in US dollars; a request that could exceed it is not sent.
+        max_tokens: Limit on prompt and reply tokens together, likewise.
+        image_tokens: Maximum number of prompt tokens per image.
 
     Raises:
-        ValueError: A ceiling on money without prices, or negative numbers.
+        ValueError: If the cost is limited but no price is given, or a number is negative.
     """
 
     price_in: float = 0.0
@@ -31,32 +31,32 @@ class Budget:
 
     def __post_init__(self) -> None:
         if min(self.price_in, self.price_out, self.image_tokens) < 0:
-            raise ValueError("budget: prices and image tokens of at least 0 expected")
+            raise ValueError("budget: expected prices and image tokens of at least 0")
         if self.max_cost is not None and self.price_in + self.price_out <= 0:
-            raise ValueError("budget: a ceiling on the cost needs --price-in and --price-out")
+            raise ValueError("max_cost: a limit on the cost requires price_in and price_out")
 
     def cost(self, prompt_tokens: int, reply_tokens: int) -> float:
-        """US dollars for one request."""
+        """Returns the cost of one request in US dollars."""
         return (prompt_tokens * self.price_in + reply_tokens * self.price_out) / 1e6
 
     def highest(self, *, text_bytes: int, has_image: bool, max_reply_tokens: int) -> Spent:
-        """The most that one request can come to: a token is at least one byte."""
+        """Returns an upper bound for one request: a token has at least one byte."""
         prompt = text_bytes + _TEMPLATE_TOKENS + (self.image_tokens if has_image else 0)
         return Spent(self.cost(prompt, max_reply_tokens), prompt + max_reply_tokens)
 
     def allows(self, spent: Spent) -> bool:
-        """Whether so much may be spent."""
+        """Returns whether `spent` is within the limits."""
         within_cost = self.max_cost is None or spent.cost <= self.max_cost
         return within_cost and (self.max_tokens is None or spent.tokens <= self.max_tokens)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Money and tokens.
+    """Cost and tokens of requests.
 
     Attributes:
         cost: US dollars.
-        tokens: Of prompts and replies together.
+        tokens: Prompt and reply tokens together.
     """
 
     cost: float = 0.0

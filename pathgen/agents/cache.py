@@ -1,4 +1,4 @@
-"""Every reply that was paid for, in an SQLite file: what resuming reads."""
+"""SQLite cache of replies, so that a resumed run does not pay for them again."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _KEEP = """INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest)
     reply = excluded.reply, problem = excluded.problem, endpoint = excluded.endpoint,
     is_final = excluded.is_final,
     cost = cost + excluded.cost, tokens = tokens + excluded.tokens"""
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0  # how long to wait for another process that holds the lock of the database
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A usable reply and who gave it."""
+    """Text from the cache, and the endpoint that it came from."""
 
     text: str
     endpoint: str
 
 
 class ReplyCache:
-    """Replies by the digest of what was asked.
+    """Replies by the digest of their request.
 
-    Failures are kept for their cost, and verdicts about the content so that they are not asked for
-    again.
+    Failures are stored for their cost, and refusals of the content so that the request is not
+    repeated. Each reply is committed at once, so a killed process loses none.
 
     Args:
-        path: The file; made if need be. A killed process loses nothing that was kept.
+        path: SQLite file, created if missing.
 
     Raises:
-        ValueError: The file is something else.
+        ValueError: If the file is not a cache of replies.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,28 +49,28 @@ class ReplyCache:
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute(_TABLE)
             columns = [row[1] for row in self._connection.execute("PRAGMA table_info(replies)")]
-            if "is_final" not in columns:  # a cache that an earlier version began
+            if "is_final" not in columns:  # written by a version without this column
                 self._connection.execute(
                     "ALTER TABLE replies ADD COLUMN is_final INTEGER NOT NULL DEFAULT 0"
                 )
             self._connection.commit()
         except sqlite3.DatabaseError as error:
             self._connection.close()
-            raise ValueError(f"{path}: no cache of replies: {error}") from error
+            raise ValueError(f"{path}: not a cache of replies: {error}") from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the database."""
         self._connection.close()
 
     def get(self, digest: str) -> Kept | None:
-        """The usable reply to what has this digest."""
+        """Returns the usable reply to the request with this digest."""
         row = self._connection.execute(
             "SELECT reply, endpoint FROM replies WHERE digest = ? AND problem IS NULL", (digest,)
         ).fetchone()
         return Kept(*row) if row else None
 
     def verdict(self, digest: str) -> Kept | None:
-        """Returns why what has this digest is never answered, if that is final."""
+        """Returns why the request with this digest was refused, if the refusal is final."""
         row = self._connection.execute(
             "SELECT problem, endpoint FROM replies WHERE digest = ? AND is_final", (digest,)
         ).fetchone()
@@ -86,20 +86,20 @@ class ReplyCache:
         *,
         is_final: bool = False,
     ) -> None:
-        """Keeps a reply, or the problem with it.
+        """Stores a reply, or the problem with it, and adds up its cost.
 
         Args:
-            digest: Of what was asked.
+            digest: Digest of the request.
             reply: Text of the reply.
-            problem: Why the reply cannot be used.
-            endpoint: Who replied.
-            spent: What it cost.
-            is_final: Whether the problem will be the same whenever it is asked.
+            problem: Why the reply cannot be used; None for a usable one.
+            endpoint: Endpoint that replied.
+            spent: Cost and tokens of the request.
+            is_final: Whether a repeated request would meet the same problem.
 
         Raises:
             OSError: If the file cannot be written, for instance because the disk is full.
         """
-        # SQLite stores UTF-8: half a surrogate pair in a useless reply must not stop the run.
+        # SQLite stores UTF-8; a lone surrogate in an unusable reply must not stop the run.
         values = [text.encode(errors="replace").decode() for text in (reply, problem or "")]
         problem = values[1] if problem is not None else None
         row = (digest, values[0], problem, endpoint, spent.cost, spent.tokens, int(is_final))
@@ -110,7 +110,7 @@ class ReplyCache:
             raise OSError(f"{self._path}: {error}") from error
 
     def spent(self) -> Spent:
-        """All that was spent through this file."""
+        """Returns the total cost and tokens of all runs that used this cache."""
         cost, tokens = self._connection.execute(
             "SELECT COALESCE(SUM(cost), 0), COALESCE(SUM(tokens), 0) FROM replies"
         ).fetchone()

@@ -13,8 +13,8 @@ from pathgen.agents.steps import Rejected, Step
 from pathgen.filters import count_words, find_leak, find_loop, find_refusal
 
 CLIP_TOKENS = 77
-"""Positions of CLIP's text encoder, those of the start and end marks included (arXiv:2103.00020,
-section 2.4: 76 without the last)."""
+"""Context length of CLIP's text encoder, including start and end tokens (arXiv:2103.00020,
+section 2.4, which counts 76, without the end token)."""
 
 CountTokens = Callable[[str], int]
 
@@ -22,14 +22,14 @@ CountTokens = Callable[[str], int]
 def describe(
     prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
 ) -> Step:
-    """The step that looks at a patch and writes a detailed caption.
+    """Returns the step that describes a patch in a detailed caption.
 
-    What the row says already, `caption` and `report`, is offered to the model as notes.
+    Existing fields `caption` and `report` of a row are given to the model as notes.
 
     Args:
-        prompt_file: Instead of this package's prompt.
-        min_words: Shorter replies are asked for again.
-        max_words: Longer ones too.
+        prompt_file: Prompt that replaces the one of this package.
+        min_words: Minimum number of words; shorter replies are requested again.
+        max_words: Maximum number of words; longer replies are requested again.
     """
 
     def read(value: Any) -> str:
@@ -42,15 +42,15 @@ def describe(
 def revise(
     prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
 ) -> Step:
-    """The step that checks a caption against image and report, and corrects or rejects it."""
+    """Returns the step that checks a caption against image and report; corrects or rejects it."""
 
     def read(value: Mapping[str, Any] | str) -> dict[str, Any]:
-        if isinstance(value, str):  # the user's own prompt asks for plain text
+        if isinstance(value, str):  # a user-defined prompt may ask for plain text
             value = {"usable": True, "caption": value}
         if not isinstance(value.get("usable"), bool):
             raise ReplyError("usable: true or false expected")
         if not value["usable"]:
-            return {**value, "caption": ""}  # models leave the caption empty, or repeat it
+            return {**value, "caption": ""}  # models return an empty caption here, or the old one
         caption = check_caption(_caption(value), min_words=min_words, max_words=max_words)
         return {**value, "caption": caption}
 
@@ -58,7 +58,7 @@ def revise(
         found = value.get("problems") or []
         problems = [str(problem) for problem in ([found] if isinstance(found, str) else found)]
         if not value["usable"]:
-            raise Rejected("; ".join(problems) or "of no use, without a reason")
+            raise Rejected("; ".join(problems) or "unusable; the model gave no reason")
         row = _replace(row, "revise", value["caption"])
         row["problems"] = problems
         return row
@@ -80,13 +80,14 @@ def summarise(
     max_tokens: int = CLIP_TOKENS,
     max_words: int = 60,
 ) -> Step:
-    """The step that shortens a caption to what CLIP's text encoder reads.
+    """Returns the step that shortens a caption to fit CLIP's text encoder.
 
     Args:
-        prompt_file: Instead of this package's prompt.
-        count_tokens: Text -> tokens with both marks; by default `clip_token_counter()`.
-        max_tokens: Longer replies are asked for again.
-        max_words: Likewise.
+        prompt_file: Prompt that replaces the one of this package.
+        count_tokens: Counts the tokens of a text, including start and end tokens; by default
+            `clip_token_counter()`.
+        max_tokens: Maximum number of tokens; longer replies are requested again.
+        max_words: Maximum number of words; longer replies are requested again.
     """
     count = count_tokens or clip_token_counter()
 
@@ -109,26 +110,26 @@ def summarise(
 
 
 def check_caption(text: str, *, min_words: int, max_words: int) -> str:
-    """Returns a caption that can be used.
+    """Returns the caption if it is usable.
 
     Raises:
-        ReplyError: If its length is outside the bounds, it declines, repeats itself, or mentions
-            the notes that the model was shown.
+        ReplyError: If the caption has too few or too many words, is a refusal, repeats itself, or
+            mentions the notes that the model was given.
     """
     count = count_words(text)
     if not min_words <= count <= max_words:
-        raise ReplyError(f"{count} words; {min_words} to {max_words} are asked for")
+        raise ReplyError(f"{count} words; expected {min_words} to {max_words}")
     if words := find_refusal(text):
         raise ReplyError(f"it declines: {words!r}")
     if words := find_loop(text):
         raise ReplyError(f"it repeats itself: {words!r}")
     if words := find_leak(text):
-        raise ReplyError(f"it speaks of texts that the reader does not know: {words!r}")
+        raise ReplyError(f"it mentions texts that the reader does not know: {words!r}")
     return text
 
 
 def clip_token_counter() -> CountTokens:
-    """Counts the tokens of CLIP's own vocabulary, the start and end marks included."""
+    """Returns a function that counts CLIP tokens, including start and end tokens."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
@@ -141,15 +142,15 @@ def _prompts(name: str, prompt_file: str | Path | None) -> dict[str, Prompt]:
 
 
 def _caption(value: Any) -> str:
-    """A caption, also out of an object as a prompt of the user's may ask for."""
+    """Returns the caption; a user-defined prompt may ask for it in an object."""
     caption = value.get("caption") if isinstance(value, Mapping) else value
     if not isinstance(caption, str):
-        raise ReplyError("the field caption is missing or no text")
+        raise ReplyError("the field caption is missing or not a text")
     return read_caption(caption)
 
 
 def _replace(row: dict[str, Any], step: str, caption: str) -> dict[str, Any]:
-    """Puts a new caption in place; every earlier one stays readable under its step's name."""
+    """Replaces the caption; earlier ones stay in `versions`, under the names of their steps."""
     versions = dict(row.get("versions") or {})
     if not versions and row.get("caption"):
         versions["source"] = row["caption"]

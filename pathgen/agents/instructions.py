@@ -1,6 +1,6 @@
 """Instruction data from captions: conversations, detailed descriptions, open and closed questions.
 
-Rows come out in the LLaVA schema: `id`, `image`, `conversations` `[{from: human|gpt, value}]`.
+Output rows follow the LLaVA schema: `id`, `image`, `conversations` `[{from: human|gpt, value}]`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathgen.agents.steps import Step
 from pathgen.filters import count_words, find_leak, find_loop, find_refusal
 
 KINDS = ("conversation", "detail", "open", "closed")
-"""A talk of several turns, one long description, questions with free and with given answers."""
+"""Conversation of several turns, one long description, questions without and with choices."""
 
 IMAGE_MARK = "<image>"
 
@@ -31,17 +31,17 @@ def make_instructions(
     with_image: bool = False,
     seed: int = 0,
 ) -> Step:
-    """The step that turns captions into instruction data.
+    """Returns the step that turns captions into instruction data.
 
     Args:
-        shares: Kind -> weight; each caption is given one kind, drawn by its id. By default all
-            kinds equally.
-        every_kind: Make each kind from each caption instead.
-        with_image: Let the model see the image beside the caption.
-        seed: Of the draw, of the order of choices and of the question for descriptions.
+        shares: Kind -> weight. Each caption gets one kind, drawn at random from the seed and the
+            row's id. By default all kinds are equally likely.
+        every_kind: Whether to make every kind from every caption instead.
+        with_image: Whether the model sees the image in addition to the caption.
+        seed: Seed of the draw of kinds, order of choices and question for descriptions.
 
     Raises:
-        ValueError: An unknown kind, or weights that make no sense.
+        ValueError: If a kind is unknown, a weight is negative, or all weights are 0.
     """
     shares = dict(shares or dict.fromkeys(KINDS, 1.0))
     unknown = set(shares) - set(KINDS)
@@ -79,22 +79,22 @@ def make_instructions(
 
 
 def _read(value: Any) -> Any:
-    """Checks a reply of any kind: right choices, no refusals, no word about the caption."""
+    """Checks a reply: answers among the choices, no refusal, no mention of unseen texts."""
     for item in value.get("pairs", ()) if isinstance(value, Mapping) else ():
         if "choices" in item and item["answer"] not in item["choices"]:
-            raise ReplyError(f"the answer {item['answer']!r:.80} is none of the choices")
+            raise ReplyError(f"the answer {item['answer']!r:.80} is not among the choices")
     texts = [value] if isinstance(value, str) else list(_texts(value))
     for text in texts:
         if not text:
             raise ReplyError("a question or an answer is empty")
         if token := find_markup(text):
-            raise ReplyError(f"it holds the token {token}")
+            raise ReplyError(f"it contains the token {token}")
         if words := find_loop(text):
             raise ReplyError(f"it repeats itself: {words!r}")
         if words := find_refusal(text) or find_leak(text):
-            raise ReplyError(f"it speaks of more than the image: {words!r}")
+            raise ReplyError(f"it mentions more than the image shows: {words!r}")
     if isinstance(value, str) and count_words(value) < 20:
-        raise ReplyError("fewer than 20 words are no detailed description")
+        raise ReplyError("a detailed description has at least 20 words")
     return value
 
 
@@ -115,7 +115,7 @@ def _turns(kind: str, value: Any, draw: random.Random) -> list[tuple[str, str]]:
 
 
 def _closed(pair: Mapping[str, Any], draw: random.Random) -> tuple[str, str]:
-    """Models favour the first letter for the right answer, so the order is drawn anew."""
+    # Models tend to put the right answer first, so the choices are shuffled.
     choices, answer = list(pair["choices"]), pair["answer"]
     if {choice.casefold() for choice in choices} == {"yes", "no"}:
         return f"{pair['question']} Answer yes or no.", answer
@@ -133,6 +133,6 @@ def _detail_questions() -> list[str]:
 
 
 def _draw(seed: int, *names: str) -> random.Random:
-    """The same draw for the same row, in whatever order rows come."""
+    """Returns a generator that depends on seed and names only, not on the order of rows."""
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))

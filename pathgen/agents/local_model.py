@@ -1,4 +1,4 @@
-"""A Hugging Face image-text-to-text model on this machine as describer."""
+"""Backend that runs a Hugging Face image-text-to-text model on this machine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class LocalBackend:
 
     Attributes:
         model: Folder, or name on the hub.
-        sampling: See `Sampling`.
-        batch_size: Requests at once.
-        device: `cpu`, `cuda`, ...; by default a GPU where there is one.
-        dtype: Of the weights: `auto`, `float32`, `bfloat16`, ...
-        trust_remote_code: Run code that comes with the model; an exported PA-LLaVA needs it.
+        sampling: Sampling parameters.
+        batch_size: Number of requests per batch.
+        device: `cpu`, `cuda`, ...; by default the GPU, if there is one.
+        dtype: Data type of the weights: `auto`, `float32`, `bfloat16`, ...
+        trust_remote_code: Whether to run code that comes with the model, as an exported PA-LLaVA
+            requires.
 
     Raises:
-        OSError: There is no such folder, or no such model on the hub.
-        ValueError: Its processor has no chat template, or the settings make no sense.
+        OSError: If the model is neither a folder nor on the hub.
+        ValueError: If the processor has no chat template, or `batch_size` is less than 1.
     """
 
     model: str
@@ -61,14 +62,16 @@ class LocalBackend:
         )
         self._model.to(self.device).eval()
         tokenizer = self._processor.tokenizer
-        tokenizer.padding_side = "left"  # what is generated follows the last token
+        tokenizer.padding_side = "left"  # generation continues from the last position
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model = _identity(self.model)
         self._lock = threading.Lock()
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """See `Backend.ask`. Requests with and without an image are asked apart."""
+        """Returns one reply per request."""
+        # Requests with and without an image form separate batches, since some processors (Mllama's)
+        # reject a mix.
         replies: dict[int, Reply] = {}
         with self._lock:
             for with_image in (True, False):
@@ -89,7 +92,7 @@ class LocalBackend:
         return [replies[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Releases the model."""
         self._model = None
 
     def _generate(self, requests: Sequence[Request], images: list[Any]) -> list[Reply]:
@@ -107,7 +110,9 @@ class LocalBackend:
         inputs = self._processor(text=prompts, padding=True, return_tensors="pt", **given)
         inputs = inputs.to(self.device)
         if "token_type_ids" not in inspect.signature(self._model.forward).parameters:
-            inputs.pop("token_type_ids", None)  # some tokenizers give them unasked
+            inputs.pop(
+                "token_type_ids", None
+            )  # some tokenizers return them, and generate() rejects them
         for name, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[name] = value.to(self._model.dtype)
@@ -133,14 +138,14 @@ class LocalBackend:
             text = self._processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
             fault = None
             if stop is None and len(row) >= self.sampling.max_tokens:
-                fault = "the reply was cut off at the largest number of tokens"
+                fault = "the reply was cut off at the maximum number of tokens"
             length = len(row) if stop is None else stop + 1
             replies.append(Reply(text.strip(), int(mask.sum()), length, fault=fault))
         return replies
 
 
 def _identity(model: str) -> str:
-    """A name for provenance and cache that changes when the files of a folder do."""
+    """Returns a name for provenance and cache keys that changes with the files of a folder."""
     folder = Path(model)
     if not folder.is_dir():
         return model

@@ -1,13 +1,13 @@
-"""Prompts of the agents: read, checked, filled with the fields of a row.
+"""Reads and checks prompts of agents, and fills them with the fields of a row.
 
 A prompt file is JSON:
 
     {"system": "...", "user": ["paragraph", "paragraph with {caption}"], "reply": {...}}
 
-`{field}` is replaced by that field of the row and `{field:json}` by its JSON form, which cannot
-pose as prompt. A paragraph is left out when the row lacks a field that it names. `reply` is the
-JSON schema of the reply; without it the reply is plain text. A `.txt` file is the `user` part
-alone, paragraphs apart by blank lines.
+`{field}` is replaced by that field of the row, and `{field:json}` by its JSON encoding, whose
+quotes keep the text from posing as part of the prompt. A paragraph is omitted if the row lacks a
+field that it names. `reply` is the JSON schema of the reply; without it the reply is plain text. A
+`.txt` file holds the `user` part only, with blank lines between paragraphs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)(:json)?\}")
 _ALIASES = {"description": "caption"}
-"""The published describer prompt calls a row's caption so."""
+"""PathGen's published prompt for descriptions calls the caption of a row `description`."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an agent is told.
+    """Template of the messages to a model.
 
     Attributes:
-        name: For provenance.
-        system: The system message; may be empty.
-        paragraphs: Of the user message.
+        name: Name, for the provenance.
+        system: System message; may be empty.
+        paragraphs: Paragraphs of the user message.
         schema: JSON schema of the reply; None for plain text.
     """
 
@@ -44,15 +44,15 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that is said, for provenance."""
+        """SHA-256 of messages and schema, for the provenance."""
         content = [self.system, list(self.paragraphs), self.schema]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The user message for one row.
+        """Returns the user message for one row.
 
         Raises:
-            ValueError: No paragraph is left: the row has none of the fields.
+            ValueError: If every paragraph names a field that the row lacks.
         """
         kept = [text for text in (_fill(p, row) for p in self.paragraphs) if text is not None]
         if not kept:
@@ -61,22 +61,22 @@ class Prompt:
 
 
 def load_prompt(name_or_path: str | Path, *, reply_of: Prompt | None = None) -> Prompt:
-    """Reads a prompt of this package by name, or a file of the user's.
+    """Reads a prompt of this package by name, or a prompt file.
 
     Args:
-        name_or_path: `describe`, for instance, or a `.json` or `.txt` file.
-        reply_of: Gives the system message and the reply's schema where the file does not.
+        name_or_path: Name such as `describe`, or path of a `.json` or `.txt` file.
+        reply_of: Prompt that supplies the schema of the reply if the file has none.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no prompt.
+        FileNotFoundError: If there is no such prompt.
+        ValueError: If the file is not a valid prompt.
     """
     path = Path(name_or_path)
     if path.suffix not in (".json", ".txt"):
         resource = files("pathgen.prompts") / f"{path.name}.json"
         if path.name != str(name_or_path) or not resource.is_file():
             raise FileNotFoundError(
-                f"prompt {name_or_path}: neither a known name nor .json or .txt"
+                f"prompt {name_or_path}: expected a known name, or a .json or .txt file"
             )
         return _parse(path.name, resource.read_text(encoding="utf-8"))
     if not path.is_file():
@@ -98,9 +98,9 @@ def _parse(name: str, text: str) -> Prompt:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"prompt {name}: no JSON: {error}") from error
+        raise ValueError(f"prompt {name}: not valid JSON: {error}") from error
     if not isinstance(value, Mapping) or not set(value) <= {"system", "user", "reply"}:
-        raise ValueError(f"prompt {name}: an object of system, user and reply expected")
+        raise ValueError(f"prompt {name}: expected an object with system, user and reply")
     user = value.get("user")
     paragraphs = [user] if isinstance(user, str) else user
     if (
@@ -108,7 +108,7 @@ def _parse(name: str, text: str) -> Prompt:
         or not paragraphs
         or not all(isinstance(p, str) and p for p in paragraphs)
     ):
-        raise ValueError(f"prompt {name}: user: a text or a list of paragraphs expected")
+        raise ValueError(f"prompt {name}: user: expected a text or a list of paragraphs")
     schema = value.get("reply")
     if schema is not None:
         _check_schema(name, schema)
@@ -121,11 +121,11 @@ def _check_schema(name: str, schema: Any) -> None:
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"prompt {name}: reply is no JSON schema: {error.message}") from error
+        raise ValueError(f"prompt {name}: reply is not a JSON schema: {error.message}") from error
 
 
 def _fill(paragraph: str, row: Mapping[str, Any]) -> str | None:
-    """One pass over the template: what a row's text brings along in braces stays as it is."""
+    """Fills a paragraph in one pass, so that braces in the row's own texts stay unchanged."""
     values = {}
     for field, _ in _FIELD.findall(paragraph):
         value = row.get(field, row.get(_ALIASES.get(field, field)))

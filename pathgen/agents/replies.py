@@ -1,8 +1,8 @@
-"""Replies of captioning models: plain text or JSON, taken apart by a grammar and checked.
+"""Extracts captions and JSON from replies of language models, and checks them.
 
-`pathcore.chat_replies` removes what the model and its chat template put around a reply; this
-module removes what models put around a caption, and refuses what is no text at all. The grammar
-is written down in `docs/captions.md`.
+`pathcore.chat_replies` removes reasoning and markup of the chat template; this module removes what
+models write around a caption, and rejects replies that contain none. `docs/captions.md` describes
+the grammar.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathcore.chat_replies import (
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)\n?\s*```", re.DOTALL)
 _SPACE = re.compile(r"\s+")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]")
-# U+FFFD is what a byte-level tokenizer decodes half a character to; at the ends it is harmless.
+# Byte-level tokenizers decode incomplete UTF-8 to U+FFFD. `clean_text` strips it at both ends.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
 _QUOTES = {'"': '"', "\u201c": "\u201d", "'": "'", "\u00ab": "\u00bb", "`": "`"}
 _EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
@@ -51,11 +51,12 @@ def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
     r"""Reads a reply: plain text on one line, or JSON that fits the schema.
 
     Args:
-        text: As the model gave it.
+        text: Reply of the model, unmodified.
         schema: JSON schema; None for plain text.
 
     Raises:
-        ReplyError: If the reply is empty, unprintable, only reasoning, or does not fit the schema.
+        ReplyError: If the reply is empty, has unprintable characters, consists of reasoning only,
+            or does not match the schema.
 
     Example:
         >>> read_reply('```json\n{"usable": true}\\n```', {"type": "object"})
@@ -79,11 +80,11 @@ def read_reply(text: str, schema: Mapping[str, Any] | None) -> Any:
 
 
 def read_caption(text: str) -> str:
-    """Returns the caption that a plain text holds, on one line.
+    """Returns the caption in a plain-text reply, on one line.
 
-    Strips fences, quotes, markdown emphasis, headings, labels such as "Caption:" and
-    introductions such as "Here is the description:". An object with a field `caption` or
-    `description` stands for that field.
+    Strips code fences, quotes, Markdown emphasis, headings, labels such as "Caption:" and
+    introductions such as "Here is the description:". Of a JSON object, returns the field `caption`
+    or `description`.
 
     Raises:
         ReplyError: If nothing printable is left, or only a placeholder such as "nan".
@@ -91,16 +92,16 @@ def read_caption(text: str) -> str:
     while (shorter := _unwrap(text)) != text:
         text = shorter
     if _PLACEHOLDER.fullmatch(text) or not any(map(str.isalpha, text)):
-        raise ReplyError(f"the reply {text!r:.80} is a placeholder, no text")
+        raise ReplyError(f"the reply {text!r:.80} is a placeholder, not a text")
     if token := find_markup(text):
-        raise ReplyError(f"the reply holds the token {token}")
+        raise ReplyError(f"the reply contains the token {token}")
     if "```" in text:
-        raise ReplyError("the reply holds a code fence where plain text is expected")
+        raise ReplyError("expected plain text, but the reply contains a code fence")
     return text
 
 
 def _unwrap(text: str) -> str:
-    """Takes off one layer of wrapping; never returns a longer text."""
+    """Removes one layer of wrapping. The result is never longer, so that the loop ends."""
     text = strip_reasoning(text)
     if _OBJECT.search(text):
         return _caption_field(last_json_object(text))
@@ -118,20 +119,20 @@ def _caption_field(value: Mapping[str, Any]) -> str:
     for name in ("caption", "description"):
         if isinstance(value.get(name), str):
             return str(value[name])
-    raise ReplyError("the reply is JSON where plain text is expected")
+    raise ReplyError("expected plain text, but the reply is JSON")
 
 
 def clean_text(text: str) -> str:
-    """One line of printable text.
+    """Returns the text on one line, without invisible characters.
 
     Raises:
-        ReplyError: If nothing is left, or there are control characters, half surrogate pairs or
-            a U+FFFD inside.
+        ReplyError: If the result is empty, or contains a control character, a lone surrogate, or
+            U+FFFD other than at the ends.
     """
     text = text.strip("\ufffd \n\t\r")
     bad = _UNPRINTABLE.search(text)
     if bad:
-        raise ReplyError(f"the reply holds the character {bad[0]!r}")
+        raise ReplyError(f"the reply contains the character {bad[0]!r}")
     text = _SPACE.sub(" ", _INVISIBLE.sub("", text)).strip()
     if not text:
         raise ReplyError("the reply is empty")

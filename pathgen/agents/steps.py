@@ -1,8 +1,8 @@
-"""A step: rows in, a model asked about each, rows out, in the same order.
+"""Runs an agent on JSON lines: asks a model about each row and writes new rows in the same order.
 
-Replies go to a cache as they come, so that a run that was stopped goes on where it was and nothing
-is paid for twice. Rows are written at the end, whole; what was left out stands beside them with
-the reason.
+Replies are cached as they arrive, so that an interrupted run continues where it stopped and pays
+for nothing twice. The output appears at the end, complete; skipped rows and the reasons are written
+to a file next to it.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from pathgen.agents.replies import read_reply
 from pathgen.rows import find_image, read_rows, row_digest, row_files, write_row
 
 _WINDOW = 16
-"""Rows in hand for each one being asked about: how far a slow reply may hold up the others."""
+"""Rows in memory per request in flight. Output is ordered, so one slow reply blocks later rows;
+this is how far the others may run ahead of it."""
 
 
 class Rejected(Exception):
-    """The model found that a row is of no use; the message says why."""
+    """Raised if the model judges a row to be unusable; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an agent does to a row.
+    """An agent's treatment of a row.
 
     Attributes:
-        name: For provenance and reports.
-        prompts: By name.
-        choose: Names of the prompts that a row gets.
+        name: Name, for provenance and reports.
+        prompts: Prompts by name.
         read: Checks a parsed reply and returns its value, or raises `ReplyError`.
-        finish: `(row, prompt name, value)` -> the new row, or raises `Rejected`.
-        requires: Fields that a row must have, as text.
+        finish: Maps `(row, prompt name, value)` to the new row, or raises `Rejected`.
+        choose: Returns the names of the prompts to use for a row; by default all are used.
+        requires: Text fields that a row must have.
         with_image: Whether the model sees the row's image.
-        settings: What else decides about replies and rows, for provenance.
+        settings: Other settings that affect the output, for the provenance.
     """
 
     name: str
@@ -61,18 +62,18 @@ class Step:
 
 @dataclass
 class StepReport:
-    """What came of a step.
+    """Outcome of a step.
 
     Attributes:
-        counts: Of `rows`, `written`, `from cache`, `rejected`, `failed`, `not asked`.
-        spent: Money and tokens, those of earlier runs with the same cache included.
-        left_out: The file with the reasons.
+        counts: Counts of `rows`, `written`, `from cache`, `rejected`, `failed`, `not asked`.
+        spent: Cost and tokens, including those of earlier runs with the same cache.
+        skipped: File of the skipped rows, with reasons.
         examples: The first reasons.
     """
 
     counts: Counter[str]
     spent: Spent
-    left_out: Path
+    skipped: Path
     examples: list[str]
 
     @property
@@ -81,10 +82,10 @@ class StepReport:
         return not (self.counts["failed"] or self.counts["not asked"])
 
 
-def left_out_path(out: str | os.PathLike[str]) -> Path:
-    """Where a step says what it left out: beside its output."""
+def skipped_path(out: str | os.PathLike[str]) -> Path:
+    """Returns the path of the file in which a step records the rows that it skipped."""
     out = Path(out)
-    return out.with_name(f"{out.stem}.left_out.jsonl")
+    return out.with_name(f"{out.stem}.skipped.jsonl")
 
 
 def run_step(
@@ -102,21 +103,22 @@ def run_step(
     """Asks about every row of `source` and writes `out`.
 
     Args:
-        step: What to do.
-        backend: Whom to ask.
-        source: JSON lines; each has an `id` and what the prompt needs. Where `image` is missing,
-            the file is sought by the id, as `xtuner-add extract` names patches.
-        out: JSON lines; appears when all is done. What was left out goes to `left_out_path(out)`.
-        images: Folder that the rows' `image` is relative to; by default that of `source`.
-        budget: Prices and ceilings.
-        cache: SQLite file of replies; by default beside `out`.
-        attempts: How often a model is asked for a reply that can be used.
-        progress: Show a bar.
+        step: Step to run.
+        backend: Model to ask.
+        source: JSON lines with an `id` and the fields that the prompt names. Without `image`, the
+            file is found by the id, as `xtuner-add extract` names patches.
+        out: JSON lines; the file appears when the step is complete. Skipped rows are recorded in
+            `skipped_path(out)`.
+        images: Folder that the rows' `image` is relative to; by default the folder of `source`.
+        budget: Prices and limits.
+        cache: SQLite file of replies; by default next to `out`.
+        attempts: Maximum number of requests for one usable reply.
+        progress: Whether to show a progress bar.
 
     Raises:
-        AgentError: The model refuses the key, is not there, or no longer answers.
-        FileNotFoundError: There is no `source` or no folder of images.
-        ValueError: Another run is writing `out`.
+        AgentError: If the model rejects the key, does not exist, or stops answering.
+        FileNotFoundError: If `source` or the folder of images is missing.
+        ValueError: If `out` is `source`, or another run is writing `out`.
     """
     source, out = Path(source), Path(out)
     if not source.is_file():
@@ -130,7 +132,7 @@ def run_step(
     counts: Counter[str] = Counter()
     examples: list[str] = []
     with (
-        row_files(out, left_out_path(out)) as (rows_file, left_out_file),
+        row_files(out, skipped_path(out)) as (rows_file, skipped_file),
         closing(ReplyCache(cache_path)) as replies,
         tqdm(desc=step.name, unit="row", disable=not progress) as bar,
     ):
@@ -149,16 +151,17 @@ def run_step(
                 except Rejected as error:
                     task.state, task.reason = "rejected", str(error)
             counts[task.state] += 1
-            left = {"line": task.line, "id": task.row_id, "kind": task.state, "reason": task.reason}
-            write_row(left_out_file, left)
+            entry = {"line": task.line, "id": task.row_id, "kind": task.state}
+            skipped = {**entry, "reason": task.reason}
+            write_row(skipped_file, skipped)
             if len(examples) < 3:
                 examples.append(f"line {task.line}, {task.row_id}: {task.reason}")
         spent = replies.spent()
-    return StepReport(counts, spent, left_out_path(out), examples)
+    return StepReport(counts, spent, skipped_path(out), examples)
 
 
 def _in_order(tasks: Iterator[Task], asker: Asker, backend: Backend) -> Iterator[Task]:
-    """Yields tasks as they were given, each when it is settled; asks many at a time."""
+    """Yields settled tasks in their original order while many are in flight."""
     window: deque[Task] = deque()
     most = _WINDOW * backend.concurrency * backend.batch_size
     with asker:
@@ -187,7 +190,7 @@ class _Run:
         self.parameters = {**backend.sampling.parameters(), **step.settings}
 
     def tasks(self, source: Path) -> Iterator[Task]:
-        """One task for each row and prompt, those known from the cache settled."""
+        """Yields one task per row and prompt; tasks with a cached reply are settled."""
         for line, row in read_rows(source):
             if isinstance(row, str):
                 yield Task(line, "", {}, "", NO_REQUEST, "", state="failed", reason=row)
@@ -197,11 +200,11 @@ class _Run:
                 yield self._task(line, row, name)
 
     def read(self, task: Task, text: str) -> Any:
-        """The value of a reply, checked."""
+        """Parses and checks a reply."""
         return self.step.read(read_reply(text, self.step.prompts[task.prompt].schema))
 
     def finish(self, task: Task) -> dict[str, Any]:
-        """The new row, with where it comes from."""
+        """Returns the new row, including its provenance."""
         image = task.request.image
         named = {"image": image.relative_to(self.folder).as_posix()} if image else {}
         row = self.step.finish({**task.row, **named}, task.prompt, task.value)
@@ -242,7 +245,7 @@ class _Run:
             try:
                 task.settle(self.read(task, known.text), known.endpoint, from_cache=True)
             except ValueError:
-                return task  # usable once, but the checks have changed: ask again
+                return task  # usable when cached, but the checks have changed since
         return task
 
     def _request(self, row: Mapping[str, Any], prompt: Prompt) -> Request:

@@ -1,1 +1,1 @@
-"""Representative patches of slides: selection, and the job over many slides."""
+"""Selects representative patches of slides."""

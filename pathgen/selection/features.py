@@ -1,4 +1,4 @@
-"""Features of a slide's patches, computed once and kept beside the coordinates they belong to."""
+"""Computes the features of a slide's patches once, and caches them with their coordinates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wsi.store import read_attributes, read_coordinates
 
 @dataclass(frozen=True)
 class _PatchEncoder:
-    """An image-text encoder as `embed_tiles` takes one; it transforms images by itself."""
+    """Adapts an image-text encoder, which applies its own transform, to `embed_tiles`."""
 
     encoder: Encoder
     resize: None = None
@@ -43,15 +43,15 @@ def slide_features(
 ) -> TileEmbeddings:
     """Returns the features of a slide's patches; computes them if they are not in `folder`.
 
-    They are kept as `folder/<encoder>/<slide>.h5` and computed anew when slide, coordinates or
-    encoder have changed. A run that was stopped continues.
+    The features are stored in `folder/<encoder>/<slide>.h5` and recomputed if slide, coordinates or
+    encoder have changed. An interrupted run continues where it stopped.
 
     Args:
-        slide_path: The slide.
-        coords_path: Its coordinates file.
-        encoder: Computes the features.
+        slide_path: Path of the slide.
+        coords_path: Path of its coordinates file.
+        encoder: Image-text encoder.
         folder: Folder of the features.
-        batch_size: Patches encoded at once.
+        batch_size: Number of patches per batch.
 
     Raises:
         SlideError: If the slide cannot be opened, or none of its patches can be read.
@@ -60,7 +60,8 @@ def slide_features(
     coordinates, path = read_coordinates(coords_path), Path(coords_path)
     if not len(coordinates.coords):
         raise ValueError(f"coordinates {path}: no patches")
-    # Row by row, so that tiles of the file that patches share are decoded once.
+    # Sorted by row, so that compressed tiles of the file that several patches overlap are decoded
+    # once.
     order = np.lexsort((coordinates.coords[:, 0], coordinates.coords[:, 1]))
     tiles = SlideTiles(
         Path(slide_path),

@@ -3,9 +3,9 @@
 Writes into one folder:
 
     features/<encoder>/<slide>.h5   features of all patches, reused by later runs
-    coords/<slide>.h5               the chosen patches, for `xtuner-add extract`
-    pictures/<slide>.jpg            clusters and chosen patches on the slide
-    selection.jsonl                 one row per chosen patch, with the reason
+    coords/<slide>.h5               selected patches, for `xtuner-add extract`
+    pictures/<slide>.jpg            clusters and selected patches on the slide
+    selection.jsonl                 one row per selected patch, with the reason
     selection.skipped.jsonl         slides and patches that were skipped, and why
 """
 
@@ -51,12 +51,12 @@ class SelectionSettings:
     Attributes:
         quota: Maximum number of patches per slide; PathGen takes 256.
         shares: Fraction of the quota by source.
-        clusters: See `pathgen.selection.sampling.cluster_count`.
-        max_similarity: Cosine from which two patches are near-duplicates.
-        seed: Seed of k-means and draws.
+        clusters: Rule for the number of clusters, see `cluster_count`.
+        max_similarity: Cosine similarity above which two patches are near-duplicates.
+        seed: Seed of k-means and of the draw within clusters.
         classes: JSON file of class descriptions; by default that of this package.
         cancer_type: Cancer type of slides that `cancer_types` does not name.
-        batch_size: Patches encoded at once.
+        batch_size: Number of patches per batch.
         pictures: Whether to draw pictures.
     """
 
@@ -81,7 +81,7 @@ class SelectionReport:
         num_reused: Number of slides whose features an earlier run had computed.
         skipped: For each slide that was skipped, why.
         damaged: For each slide with patches that could not be read, how many.
-        passed_over: Files among the slides that are none.
+        passed_over: Files in the folder of slides that are not slides.
     """
 
     num_slides: int = 0
@@ -113,15 +113,15 @@ def select_patches(
     Args:
         coords: Folder of coordinates files, `<slide>.h5` or `<slide>_patches.h5`.
         slides: Folder of the slides.
-        output: Folder to write; see the head of this module.
-        encoder: Maps patches and texts into one space.
-        settings: See `SelectionSettings`.
+        output: Output folder; the docstring of this module lists its files.
+        encoder: Image-text encoder.
+        settings: How patches are selected.
         cancer_types: Slide -> TCGA code.
         reports: Slide -> text of its report.
         progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no coordinates in it.
+        FileNotFoundError: If there are no coordinates, or the folder of slides is missing.
         ValueError: If a cancer type has no descriptions, or the settings are invalid.
     """
     settings = settings or SelectionSettings()
@@ -156,11 +156,11 @@ def select_patches(
 
 
 def read_table(path: str | os.PathLike[str], field_name: str) -> dict[str, str]:
-    """Reads texts by slide: JSON lines with `wsi_id` and the field, or one JSON object.
+    """Reads a mapping from slide to text: JSON lines with `wsi_id` and the field, or one object.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file has another form.
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file has another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -202,7 +202,7 @@ class _Job:
     def select(
         self, name: str, coords_path: Path, slide_path: Path
     ) -> tuple[list[dict[str, Any]], TileEmbeddings]:
-        """The rows of one slide's chosen patches; writes coordinates and picture."""
+        """Returns the rows of one slide's selected patches; writes coordinates and picture."""
         settings, coordinates = self._settings, read_coordinates(coords_path)
         found = slide_features(
             slide_path,

@@ -1,4 +1,4 @@
-"""The picture of a slide with its clusters and its chosen patches."""
+"""Draws the clusters and the selected patches of a slide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 SOURCE_COLOURS = {"prompt": (200, 30, 30), "report": (20, 110, 40), "cluster": (20, 60, 220)}
-"""Outlines of chosen patches by what they were chosen for."""
+"""Colour of a selected patch's outline by its source."""
 
 _OPACITY = 0.45
 _LEGEND_PX = 24
@@ -30,14 +30,14 @@ def draw_selection(
     *,
     max_side_px: int = 1024,
 ) -> Image.Image:
-    """Draws two views of a slide side by side: every patch by cluster, and the chosen ones.
+    """Draws two views of a slide side by side: all patches by cluster, and the selected ones.
 
     Args:
         slide: The slide.
         coords: `(N, 2)`, left and top in level-0 pixels.
         size_level0: Side of a patch in level-0 pixels.
         clusters: `(N,)`, the cluster of each patch.
-        choices: The chosen patches.
+        choices: Selected patches.
         max_side_px: Longer side of each view.
     """
     from PIL import Image, ImageDraw
@@ -69,10 +69,11 @@ def draw_selection(
 
 
 def cluster_colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours far apart in hue, for any number of clusters."""
+    """Returns colours of distinct hues, for any number of clusters."""
     import colorsys
 
-    golden = 0.618034  # steps by the golden ratio never come close to an earlier hue soon
+    # Steps of the golden ratio spread hues evenly, however many there are.
+    golden = 0.618034
     hues = [(index * golden) % 1 for index in range(count)]
     rows = [colorsys.hsv_to_rgb(hue, 0.75, 0.95 - 0.3 * (i % 2)) for i, hue in enumerate(hues)]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in rows]

@@ -1,9 +1,9 @@
-"""Representative patches of a slide: by prompts, by the report, and for diversity.
+"""Selects representative patches of a slide: by prompts, by the report, and for diversity.
 
-Follows PathGen-1.6M (arXiv:2407.00203): patches that match descriptions of findings, patches that
-match sentences of the report, and patches drawn evenly from clusters of features. What the
-published script does by mistake, a number of clusters that depends on the batch size, is there by
-name.
+Follows PathGen-1.6M (arXiv:2407.00203): takes patches that match descriptions of findings, patches
+that match sentences of the report, and patches drawn evenly from clusters of features. In the
+published script the number of clusters depends on the batch size, probably by mistake; the rule
+`published:BATCH` reproduces it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ SOURCES: tuple[Source, ...] = ("prompt", "report", "cluster")
 SHARES: Mapping[Source, float] = {"prompt": 0.25, "report": 0.25, "cluster": 0.5}
 
 _PUBLISHED_FACTOR = 1.6
-_MANY = 20_000
+_MANY = 20_000  # patches from which k-means runs on mini-batches, to bound its time
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+(?=[A-Z0-9(])|\n+")
-_SHORTEST_SENTENCE = 12
+_SHORTEST_SENTENCE = 12  # characters; shorter pieces such as "pT2." say nothing visible
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One chosen patch.
+    """One selected patch.
 
     Attributes:
-        index: Into the slide's patches.
-        source: What it was chosen for.
-        text: The description or sentence it matches best; empty for clusters.
-        label: The name of the description's class; empty otherwise.
-        score: Cosine similarity to `text`, or to the centre of its cluster.
-        cluster: Number of its cluster.
+        index: Index into the slide's patches.
+        source: Why the patch was selected.
+        text: Description or sentence that the patch matches best; empty for clusters.
+        label: Class of the description; empty otherwise.
+        score: Cosine similarity to `text`, or to the centre of the cluster.
+        cluster: Index of the patch's cluster.
     """
 
     index: int
@@ -54,7 +54,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with their features and, for descriptions, the names of their classes."""
+    """Texts with L2-normalised features `(T, dim)` and, for descriptions, class names."""
 
     texts: Sequence[str]
     labels: Sequence[str]
@@ -64,18 +64,18 @@ class Texts:
 def load_classes(
     cancer_type: str | None = None, file: str | os.PathLike[str] | None = None
 ) -> list[tuple[str, str]]:
-    """Class descriptions: those for any tissue, then those of a cancer type.
+    """Reads class descriptions: those for any tissue, then those for a cancer type.
 
     Args:
-        cancer_type: TCGA's code, `BRCA` for instance; None for those of any tissue alone.
-        file: JSON in place of this package's: `{type or "any": {class: [descriptions]}}`.
+        cancer_type: TCGA code such as `BRCA`; None for the descriptions for any tissue only.
+        file: JSON file `{type or "any": {class: [descriptions]}}`; by default that of this package.
 
     Returns:
         Pairs of class and description.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: It has another form, or not this cancer type.
+        FileNotFoundError: If `file` is missing.
+        ValueError: If `file` has another format, or lacks the cancer type.
     """
     if file is not None and not Path(file).is_file():
         raise FileNotFoundError(f"classes {file}: no such file")
@@ -92,12 +92,12 @@ def load_classes(
         raise ValueError(f"classes {source}: {{type: {{class: [texts]}}}}: {error}") from error
     if cancer_type is not None and cancer_type not in pairs:
         known = ", ".join(kind for kind in pairs if kind != "any")
-        raise ValueError(f"cancer type {cancer_type!r}: one of {known} expected")
+        raise ValueError(f"cancer type {cancer_type!r}: expected one of {known}")
     return [*pairs.get("any", []), *(pairs[cancer_type] if cancer_type else [])]
 
 
 def split_report(text: str) -> list[str]:
-    """Sentences of a report, without fragments.
+    """Splits a report into sentences; drops fragments.
 
     Example:
         >>> split_report("Ductal carcinoma, grade 2. pT2. Vascular invasion is seen.")
@@ -108,16 +108,16 @@ def split_report(text: str) -> list[str]:
 
 
 def cluster_count(rule: str, num_patches: int) -> int:
-    """The number of clusters.
+    """Returns the number of clusters for a slide.
 
     Args:
-        rule: A number; `sqrt`: the root of half the patches (Mardia, Kent, Bibby: Multivariate
-            Analysis, 1979, p. 365); or `published:BATCH`: `ceil(sqrt(1.6 * batches))`, as
-            PathGen's script has it, for its batch size.
-        num_patches: Of the slide.
+        rule: A number; `sqrt` for `ceil(sqrt(num_patches / 2))` (Mardia, Kent, Bibby: Multivariate
+            Analysis, 1979, p. 365); or `published:BATCH` for `ceil(sqrt(1.6 * num_batches))`, as
+            PathGen's script computes it, where BATCH is its batch size.
+        num_patches: Number of patches of the slide.
 
     Raises:
-        ValueError: Another rule.
+        ValueError: If the rule is none of these.
 
     Example:
         >>> cluster_count("sqrt", 5000), cluster_count("published:64", 5000)
@@ -131,12 +131,12 @@ def cluster_count(rule: str, num_patches: int) -> int:
     elif name == "published" and number.isdecimal() and int(number) > 0:
         count = math.ceil(math.sqrt(math.ceil(num_patches / int(number)) * _PUBLISHED_FACTOR))
     else:
-        raise ValueError(f"clusters {rule!r}: a number, sqrt or published:BATCH expected")
+        raise ValueError(f"clusters {rule!r}: expected a number, sqrt or published:BATCH")
     return max(1, min(count, num_patches))
 
 
 def find_clusters(features: NDArray[np.float32], count: int, seed: int) -> NDArray[np.int64]:
-    """K-means by scikit-learn: for each patch the number of its cluster."""
+    """Clusters patches by k-means; returns `(N,)` cluster indices."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     if count == 1:
@@ -160,31 +160,32 @@ def select(
     max_similarity: float = 0.95,
     seed: int = 0,
 ) -> tuple[list[Choice], NDArray[np.int64]]:
-    """Chooses at most `quota` patches, none of them nearly equal to another.
+    """Selects at most `quota` patches without near-duplicates.
 
-    Descriptions: the patch's best similarity to any of them counts. Report: the sum over its
-    sentences counts. Clusters take their turns until the quota is full; what the other two sources
-    leave free, because there is no report for instance, falls to them.
+    Patches are ranked by their highest similarity to any description, and by the sum of their
+    similarities to the sentences of the report. The rest of the quota, which grows if there is no
+    report for instance, is taken from the clusters in turn.
 
     Args:
-        features: `(N, dim)`, of length 1.
-        quota: Most patches of this slide.
+        features: `(N, dim)`, L2-normalised.
+        quota: Maximum number of patches.
         prompts: Class descriptions.
         report: Sentences of the report.
-        shares: Of the quota by source.
-        clusters: See `cluster_count`.
-        max_similarity: A patch more similar than this to a chosen one is a near-duplicate.
-        seed: Of k-means and of the draw within clusters.
+        shares: Source -> fraction of the quota.
+        clusters: Rule for the number of clusters, see `cluster_count`.
+        max_similarity: Cosine similarity to a selected patch above which a patch is a
+            near-duplicate.
+        seed: Seed of k-means and of the draw within clusters.
 
     Returns:
-        The choices, and the cluster of every patch.
+        The selected patches, and the cluster of every patch.
 
     Raises:
-        ValueError: A quota or shares that make no sense.
+        ValueError: If `quota`, `max_similarity` or `shares` is out of range.
     """
     shares = dict(SHARES if shares is None else shares)
     if quota < 1 or not 0 < max_similarity <= 1:
-        raise ValueError("selection: a quota of at least 1, a similarity up to 1 expected")
+        raise ValueError("selection: expected a quota of at least 1 and a similarity in (0, 1]")
     if set(shares) - set(SOURCES) or min(shares.values()) < 0 or sum(shares.values()) <= 0:
         raise ValueError(f"shares: expected weights for {', '.join(SOURCES)}, found {shares}")
     labels = find_clusters(features, cluster_count(clusters, len(features)), seed)
@@ -199,7 +200,7 @@ def select(
 
 
 class _Picker:
-    """Takes patches one by one, passing over near-duplicates of those taken."""
+    """Selects patches one by one and skips near-duplicates of those already selected."""
 
     def __init__(
         self, features: NDArray[np.float32], labels: NDArray[np.int64], max_similarity: float
@@ -223,7 +224,7 @@ class _Picker:
             taken += self._take(index, source, texts.texts[text], texts.labels[text], score)
 
     def take_evenly(self, quota: int, draw: np.random.Generator) -> None:
-        """The clusters take turns; within one the order is drawn."""
+        """Takes one patch of each cluster in turn, in random order within a cluster."""
         queues: list[Iterator[int]] = []
         centres = {}
         for label in np.unique(self._labels).tolist():
@@ -250,5 +251,5 @@ class _Picker:
         self.choices.append(Choice(index, source, text, label, score, int(self._labels[index])))
         similarities = self._features @ self._features[index]
         self._nearest = np.maximum(self._nearest, similarities)
-        self._nearest[index] = np.inf
+        self._nearest[index] = np.inf  # also blocks the patch itself if `max_similarity` is 1
         return True

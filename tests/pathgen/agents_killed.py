@@ -18,7 +18,7 @@ import PIL.Image  # noqa: F401
 
 from pathgen.agents.backends import OpenAIBackend
 from pathgen.agents.captions import describe
-from pathgen.agents.steps import left_out_path, run_step
+from pathgen.agents.steps import run_step, skipped_path
 from tests.killing import finishes
 
 
@@ -35,7 +35,7 @@ def run_child(arguments: list[str], kill_after_s: float | None) -> bool:
 def kill_again_and_again(arguments: list[str], kills: int) -> None:
     """Kills the step so often; whatever has a name is whole, and the end is always the same."""
     out = Path(arguments[2])
-    outputs = [out, left_out_path(out)]
+    outputs = [out, skipped_path(out)]
     start = time.perf_counter()
     assert run_child(arguments, None)
     seconds = time.perf_counter() - start

@@ -279,7 +279,7 @@ def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **opt
     if not report.complete:
         for example in report.examples:
             click.echo(f"  {example}", err=True)
-        click.echo(f"All reasons: {report.left_out}; to try again, run this again", err=True)
+        click.echo(f"All reasons: {report.skipped}; to try again, run this again", err=True)
         raise SystemExit(EXIT_SKIPPED)
 
 

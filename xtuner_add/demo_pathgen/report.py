@@ -245,7 +245,7 @@ def _captions(work_dir: Path) -> list[dict[str, Any]]:
 
 def _rejected(work_dir: Path) -> list[dict[str, str]]:
     """Patches that the check found of no use."""
-    rows = read_jsonl(work_dir / "captions" / "revised.left_out.jsonl")
+    rows = read_jsonl(work_dir / "captions" / "revised.skipped.jsonl")
     rejected = [row for row in rows if row["kind"] == "rejected"]
     return [
         {"id": row["id"], "image": _patch(work_dir, row["id"]), "reason": row["reason"]}

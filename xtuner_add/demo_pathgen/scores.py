@@ -199,7 +199,7 @@ def _retrieval(work_dir: Path, model: str) -> dict[str, Any]:
 
 
 def _agent(command: str, out: Path, before: int) -> dict[str, Any]:
-    left = read_jsonl(out.with_name(f"{out.stem}.left_out.jsonl"))
+    left = read_jsonl(out.with_name(f"{out.stem}.skipped.jsonl"))
     reasons = Counter(_short(row) for row in left)
     return _step(command, "captions", before, before - len(left), {"reasons": reasons})
 

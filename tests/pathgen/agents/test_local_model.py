@@ -137,4 +137,4 @@ def test_the_command_takes_a_local_model(llava_folder: Path, tmp_path: Path, pat
     ]  # fmt: skip
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == 3, result.output
-    assert "cut off at the largest number of tokens" in result.output
+    assert "cut off at the maximum number of tokens" in result.output

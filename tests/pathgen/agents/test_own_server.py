@@ -40,7 +40,7 @@ def test_describing_by_our_own_server(
         report = run_step(step, backend, source, out, images=patches, progress=False)
         backend.close()
     # Random weights seldom end a reply within 16 tokens: cut-off replies are the model's fault.
-    reasons = [row["reason"] for row in read_rows(report.left_out)]
+    reasons = [row["reason"] for row in read_rows(report.skipped)]
     assert all("cut off" in reason for reason in reasons)
     assert report.counts["written"] + len(reasons) == 2
     assert report.spent.tokens > 2 * 16

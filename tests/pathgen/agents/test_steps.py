@@ -19,7 +19,7 @@ from pathgen.agents.backends import AgentError, OpenAIBackend, Sampling
 from pathgen.agents.budget import Budget, Spent
 from pathgen.agents.cache import ReplyCache
 from pathgen.agents.captions import describe, revise, summarise
-from pathgen.agents.steps import StepReport, left_out_path, run_step
+from pathgen.agents.steps import StepReport, run_step, skipped_path
 from tests.pathgen import agents_killed
 from tests.pathgen.conftest import patch_rows, read_rows, write_rows
 from tests.pathgen.describer_server import (
@@ -65,7 +65,7 @@ def test_rows_keep_order_and_say_where_they_come_from(
     assert origin["parents"][0]["id"] == "p3"
     assert server.keys == {"Bearer secret"}
     assert 1 <= server.most_running <= 4
-    assert not read_rows(left_out_path(tmp_path / "out.jsonl"))
+    assert not read_rows(skipped_path(tmp_path / "out.jsonl"))
     for path in tmp_path.iterdir():
         assert not path.is_file() or b"secret" not in path.read_bytes()
 
@@ -101,7 +101,7 @@ FAULTS = {
     "html": "no completion",
     "brokenjson": "no completion",
     "nochoices": "no completion",
-    "short": "1 words; 20 to 250",
+    "short": "1 words; expected 20 to 250",
     "refusal": "it declines",
     "leak": "texts that the reader does not know",
     "cut": "cut off",
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_left_out_and_asked_anew(
     report, rows = ask(server, tmp_path, f"[{fault}]", "case 7", max_retries=0)
     assert not report.complete
     assert [row["id"] for row in rows] == ["p1"]
-    (left,) = read_rows(report.left_out)
+    (left,) = read_rows(report.skipped)
     assert (left["line"], left["id"], left["kind"]) == (1, "p0", "failed")
     assert FAULTS[fault] in left["reason"]
     before = dict(server.requests)
@@ -234,7 +234,7 @@ def test_verdicts_about_the_content_are_results(
     report, rows = ask(server, tmp_path, *captions, concurrency=2)
     assert [row["caption"] for row in rows] == [f"{WORDS} Field 99."]
     assert report.counts["failed"] == 40 and not report.complete
-    assert all(reason in row["reason"] for row in read_rows(report.left_out))
+    assert all(reason in row["reason"] for row in read_rows(report.skipped))
     assert set(server.requests.values()) == {1}, "asked once, although two attempts are allowed"
     paid = 0 if verdict == "filter400" else 40
     assert report.spent.tokens == (paid + 1) * (PROMPT_TOKENS + REPLY_TOKENS)
@@ -272,7 +272,7 @@ def test_rows_that_are_no_json_lines(
     bad.write_text('{"id": "a", "image": "0.png", "caption": NaN}\n')
     out = tmp_path / "out.jsonl"
     report = run_step(describe(), backend, bad, out, images=patches, progress=False)
-    assert "NaN is not JSON" in read_rows(report.left_out)[0]["reason"]
+    assert "NaN is not JSON" in read_rows(report.skipped)[0]["reason"]
     assert not server.requests
 
 
@@ -306,7 +306,7 @@ def test_bad_rows_are_left_out(server: DescriberServer, tmp_path: Path, patches:
     report = run_step(describe(), backend, source, out, images=patches, progress=False)
     assert [row["id"] for row in read_rows(out)] == ["good"]
     assert report.counts["failed"] == len(bad)
-    left = {row["line"]: row["reason"] for row in read_rows(report.left_out)}
+    left = {row["line"]: row["reason"] for row in read_rows(report.skipped)}
     assert sorted(left) == list(range(1, len(bad) + 1))
     assert all(left.values())
     assert "inside the image folder" in left[6] and "inside" in left[7]
@@ -322,7 +322,7 @@ def test_patches_are_found_by_their_ids(
     backend = OpenAIBackend(server.url, "m")
     report = run_step(describe(), backend, source, out, images=patches, progress=False)
     assert [row["image"] for row in read_rows(out)] == ["slide_10_20.webp"]
-    left = [row["reason"] for row in read_rows(report.left_out)]
+    left = [row["reason"] for row in read_rows(report.skipped)]
     assert "no slide_1_2.png" in left[0] and "is not allowed in a file name" in left[1]
 
 
@@ -340,7 +340,7 @@ def test_revise_corrects_and_rejects(server: DescriberServer, tmp_path: Path) ->
     assert report.complete, "a rejection is a result"
     assert report.counts["rejected"] == 1
     assert (rows[0]["caption"], rows[0]["problems"]) == (WORDS, ["no necrosis"])
-    assert read_rows(report.left_out)[0]["reason"] == "no necrosis"
+    assert read_rows(report.skipped)[0]["reason"] == "no necrosis"
 
 
 @pytest.mark.usefixtures("patches")
@@ -364,7 +364,7 @@ def test_summarise_counts_clips_tokens(server: DescriberServer, tmp_path: Path) 
     server.write = lambda text: long_words if "case 1" in text else "Necrosis in fibrous stroma."
     report, rows = ask(server, tmp_path, "case 1", "case 2", step=summarise())
     assert [row["caption"] for row in rows] == ["Necrosis in fibrous stroma."]
-    assert "tokens are too many" in read_rows(report.left_out)[0]["reason"]
+    assert "tokens are too many" in read_rows(report.skipped)[0]["reason"]
     assert all(len(user_text(body)) for body in server.bodies)
     assert all(len(body["messages"][1]["content"]) == 1 for body in server.bodies), "no image sent"
 
@@ -445,7 +445,7 @@ def test_killed_at_fifty_random_moments(server: DescriberServer, tmp_path: Path)
 def test_settings_that_make_no_sense_are_refused(
     server: DescriberServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="needs --price-in"):
+    with pytest.raises(ValueError, match="requires price_in"):
         Budget(max_cost=1)
     with pytest.raises(ValueError, match="a URL such as"):
         OpenAIBackend("localhost:80", "m")
@@ -454,7 +454,7 @@ def test_settings_that_make_no_sense_are_refused(
     with pytest.raises(ValueError, match="would replace"):
         run_step(describe(), OpenAIBackend(server.url, "m"), source, source)
     (tmp_path / "x.sqlite").write_text("something else, long enough to be no database at all")
-    with pytest.raises(ValueError, match="no cache of replies"):
+    with pytest.raises(ValueError, match="not a cache of replies"):
         run_step(
             describe(), OpenAIBackend(server.url, "m"), source, tmp_path / "out.jsonl",
             cache=tmp_path / "x.sqlite", progress=False,
