@@ -22,7 +22,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor, tuple[Any, .
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 SCORES_PER_CHUNK = 2**24
-"""Attention scores that the `math` backend holds at once: 64 MiB in float32."""
+"""Number of attention scores that the `math` backend holds in memory: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def _math_chunks(query: Tensor, num_keys: int) -> list[slice]:
 
 
 def _math_scores(query: Tensor, key: Tensor) -> Tensor:
+    # In float32 at least, like the fused kernels, which accumulate scores in float32.
     wide = torch.promote_types(query.dtype, torch.float32)
     scaled = query.to(wide) * (1 / math.sqrt(query.shape[-1]))
     return scaled @ key.to(wide).transpose(-1, -2)
@@ -77,6 +78,8 @@ def _math_backward(
         weights = _math_scores(query[:, :, rows], key).sub_(lse[:, :, rows].unsqueeze(-1)).exp_()
         grad_rows = grad[:, :, rows].to(wide)
         grad_value += weights.transpose(-1, -2) @ grad_rows
+        # Gradient of the softmax: dS = P * (dP - rowsum(dO * O)). Computing the row sums from the
+        # output lets `output` and `lse` belong to a softmax over more keys than `key` holds.
         row_sums = (grad_rows * output[:, :, rows]).sum(-1, keepdim=True)
         products = grad_rows @ value.to(wide).transpose(-1, -2)
         grad_scores = products.sub_(row_sums).mul_(weights).mul_(scale)
@@ -107,6 +110,8 @@ def _cpu_backward(
 def _cuda_flash_forward(
     query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    # `rest` starts with the cumulative and maximum lengths and the state of the random generator,
+    # all of which the backward kernel requires even without dropout.
     output, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
     return output, lse, tuple(rest[:6])
 
@@ -184,8 +189,11 @@ BACKENDS: dict[str, AttentionBackend] = {
     "cuda_efficient": AttentionBackend(_cuda_efficient_forward, _cuda_efficient_backward),
     "flash_attn": AttentionBackend(_flash_attn_forward, _flash_attn_backward),
 }
-"""`math`: chunked matrix products, on any device. `cpu`, `cuda_flash` and `cuda_efficient`: the
-kernels of PyTorch's `scaled_dot_product_attention`. `flash_attn`: the package flash-attn."""
+"""Backends by name.
+
+`math` uses chunked matrix products and runs on any device. `cpu`, `cuda_flash` and `cuda_efficient`
+are the kernels behind PyTorch's `scaled_dot_product_attention`. `flash_attn` is the package
+flash-attn."""
 
 
 @cache
@@ -202,14 +210,18 @@ def select_backend(query: Tensor) -> str:
     """Returns the name of the fastest backend for the device, dtype and head width of a tensor.
 
     Args:
-        query: Any shape with `head_dim` last.
+        query: `(..., head_dim)`.
+
+    Example:
+        >>> select_backend(torch.zeros(1, 16, 100, 48))
+        'cpu'
     """
     head_dim, dtype, device = query.shape[-1], query.dtype, query.device
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or dtype is torch.float64:
         return "math"
-    if head_dim % 8:
+    if head_dim % 8:  # the kernels of PyTorch and flash-attn require a multiple of 8
         return "math"
     # flash-attn 2 and PyTorch's copy of it need Ampere or newer.
     recent = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -219,10 +231,10 @@ def select_backend(query: Tensor) -> str:
 
 
 def get_backend(name: str) -> AttentionBackend:
-    """Returns the backend of a name.
+    """Returns the backend with this name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is unknown.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r}: expected one of {', '.join(sorted(BACKENDS))}")

@@ -13,14 +13,14 @@ from gigapath import slide_encoder
 
 
 def parse_layers(feat_layer: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Parses layer numbers.
+    """Parses layer numbers as the published scripts write them: joined by `-`, not a range.
 
     Args:
-        feat_layer: 0 is the input embedding, i the output of layer i.
+        feat_layer: Layer numbers; 0 is the input embedding, i the output of layer i.
         depth: Number of layers of the encoder.
 
     Raises:
-        ValueError: If there is no such layer.
+        ValueError: If the text cannot be parsed or the encoder has no such layer.
 
     Example:
         >>> parse_layers("5-11", depth=12), parse_layers(11, depth=12)
@@ -44,7 +44,7 @@ class ClassificationHead(nn.Module):
 
     Args:
         input_dim: Width of the tile embeddings.
-        latent_dim: Width of the encoder, checked; 0 for whatever it is.
+        latent_dim: Expected width of the encoder; 0 accepts any.
         feat_layer: Layers whose embeddings are concatenated, such as `"11"` or `"5-11"`.
         n_classes: Number of outputs.
         model_arch: Architecture of the encoder.
@@ -106,13 +106,13 @@ class ClassificationHead(nn.Module):
         """Classifies slides.
 
         Args:
-            images: Tile embeddings `(num_slides, num_tiles, input_dim)` or, of one slide,
-                `(num_tiles, input_dim)`.
+            images: Tile embeddings `(num_slides, num_tiles, input_dim)`, or
+                `(num_tiles, input_dim)` for a single slide.
             coords: `(num_slides, num_tiles, 2)`, x and y in level-0 pixels.
             lengths: Number of tiles per slide; the rest is padding.
 
         Returns:
-            `(num_slides, n_classes)`.
+            Logits `(num_slides, n_classes)`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             vectors = self._vectors(images, coords, lengths)
@@ -129,5 +129,5 @@ class ClassificationHead(nn.Module):
 
 
 def get_model(**kwargs: Any) -> ClassificationHead:
-    """Builds a `ClassificationHead`; the original's name for it."""
+    """Builds a `ClassificationHead`, under the name that the published scripts use."""
     return ClassificationHead(**kwargs)

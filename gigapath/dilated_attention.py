@@ -9,9 +9,9 @@ softmax denominators (equation 10), which are treated as constants in the backwa
 
 The published implementation pads the sequence to whole segments and each segment to a multiple of
 `r`, and the padding stays in the softmax as keys of score 0 and value 0. The weights were trained
-that way, so the zeros must count: leaving them out moves the output of the released model by 0.11
-at 1500 tokens. Here they are accounted for without being stored: `z` zeros turn a log-sum-exp `l`
-into `log(exp(l) + z)` and scale the output accordingly.
+that way, so the zeros must count: without them the output of the released model changes by 0.11 at
+1500 tokens. Here they are accounted for without being stored: `z` zeros turn a log-sum-exp `l` into
+`log(exp(l) + z)`, and the output is multiplied by `exp(l) / (exp(l) + z)`.
 
 The tokens of a group are equidistant, so a branch takes a few attention calls on strided views.
 
@@ -32,7 +32,9 @@ from torch import Tensor
 from gigapath.attention_backends import get_backend, select_backend
 
 UNCOVERED = -1e8
-"""Log-sum-exp of a branch where it does not cover a token and head, as in the original."""
+"""Log-sum-exp of a branch at tokens and heads that it does not cover, as in the original.
+
+Finite, because a softmax over branches that are all `-inf` would be NaN."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ def _calls(
 def branch_calls(
     num_sequences: int, length: int, num_heads: int, segment_length: int, dilation: int
 ) -> tuple[Call, ...]:
-    """Plans the attention calls of one branch.
+    """Plans the attention calls of one branch; cached, because all layers share the plan.
 
     Args:
-        num_sequences: B.
-        length: L.
-        num_heads: H.
-        segment_length: Tokens per segment, clipped to the sequence.
+        num_sequences: Number of sequences B.
+        length: Number of tokens L.
+        num_heads: Number of heads H.
+        segment_length: Tokens per segment, clipped to L.
         dilation: Distance between the tokens of a group.
     """
     segment = min(segment_length, length)
@@ -128,6 +130,8 @@ def branch_calls(
     for first, count, tokens in ((0, full, segment), (full * segment, 1, tail)):
         if not tokens:
             continue
+        # The first `tokens % dilation` groups have one token more than the others, so they need
+        # calls of their own.
         longer = tokens % dilation
         bounds = sorted({0, min(longer, whole), whole})
         runs = [(a, b - a, group_heads) for a, b in itertools.pairwise(bounds)]
@@ -158,10 +162,10 @@ def _with_zeros(output: Tensor, lse: Tensor, zeros: int) -> tuple[Tensor, Tensor
 
 
 class _DilatedAttention(torch.autograd.Function):
-    """All attention calls and the weighted sum of their outputs.
+    """Runs all attention calls and sums their weighted outputs.
 
-    One autograd function, because the weights of the branches are constants in the backward pass
-    and the log-sum-exps that the kernels take there include the zero keys.
+    This is a single autograd function because the weights of the branches are constants in the
+    backward pass, and because the backward kernels need log-sum-exps that include the zero keys.
     """
 
     @staticmethod
@@ -232,7 +236,7 @@ def dilated_attention(
     dilated_ratios: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:
-    """Computes dilated attention.
+    """Computes dilated attention; see the module docstring for the definition.
 
     Args:
         query: `(B, L, H, D)`.
@@ -247,8 +251,8 @@ def dilated_attention(
         `(B, L, H, D)`; zeros where no branch covers a token and head.
 
     Raises:
-        ValueError: If the shapes or the numbers of segment lengths and ratios differ, or one of
-            these is below 1.
+        ValueError: If the shapes differ, if there are not as many ratios as segment lengths, or if
+            one of them is below 1.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 100, 8, 16)

@@ -1,1 +1,1 @@
-"""Tile embeddings and slide embeddings of many slides: `xtuner-add embed`."""
+"""Computes tile and slide embeddings of many slides; behind the command `xtuner-add embed`."""

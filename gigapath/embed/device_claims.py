@@ -1,4 +1,4 @@
-"""Gives each process of a job a GPU of its own. Imports no torch."""
+"""Assigns a separate GPU to each process of a job, by file locks. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _held: list[int] = []
-"""Descriptors of locks that this process holds until it ends."""
+"""Descriptors of the locks, which must stay open: closing one would release the GPU."""
 
 
 def claim(folder: Path, number: int) -> int:
     """Claims a GPU until this process ends; the operating system releases the claim.
 
     Args:
-        folder: The folder of the job, which all its processes see.
+        folder: Folder of the job, shared by all its processes.
         number: Number of GPUs of this machine.
 
     Returns:
         The index of the GPU.
 
     Raises:
-        RuntimeError: If all are claimed.
+        RuntimeError: If all GPUs are claimed.
     """
     if fcntl is None:
         return 0
     locks = folder / ".job" / "devices"
     locks.mkdir(parents=True, exist_ok=True)
     for index in range(number):
+        # The host is part of the name because machines may share the folder.
         path = locks / f"{socket.gethostname()}-{index}"
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:

@@ -1,4 +1,4 @@
-"""Pictures of tile embeddings: what lies close in the encoder's space has like colours."""
+"""Draws tile embeddings over their slide: tiles with similar embeddings get similar colours."""
 
 from __future__ import annotations
 
@@ -13,24 +13,35 @@ from wsi.reader import Slide, SlideError
 
 MAX_SIDE_PX = 2048
 _RANGE = (1, 99)
+"""Percentiles that map to 0 and 255, so that a few outliers do not take all the contrast."""
+
 _GREY = 128
 _BARE = (243, 243, 243)
+"""Colour of the background, close to that of empty glass."""
+
 _FADED = 0.25
+"""Opacity of the slide below the coloured tiles."""
+
 _GAP_PX = 16
 _WIDE = 1.5
+"""Aspect ratio from which the two pictures are stacked instead of placed side by side."""
 
 
 def principal_colours(features: NDArray[Any]) -> NDArray[np.uint8]:
-    """Turns the first three principal components into red, green and blue.
+    """Maps the first three principal components to red, green and blue.
 
-    Each is stretched from its 1st to its 99th percentile; a component that is missing or does not
-    vary is grey.
+    Each component is stretched from its 1st to its 99th percentile. A component that is missing or
+    does not vary becomes grey (128).
 
     Args:
-        features: `(N, dim)`.
+        features: Tile embeddings `(N, dim)`.
 
     Returns:
-        `(N, 3)`.
+        uint8 `(N, 3)`.
+
+    Example:
+        >>> principal_colours(np.random.default_rng(0).normal(size=(100, 384))).shape
+        (100, 3)
     """
     from sklearn.decomposition import PCA
 
@@ -39,9 +50,10 @@ def principal_colours(features: NDArray[Any]) -> NDArray[np.uint8]:
     if number < 1:
         return colours
     values = np.asarray(features, np.float64)
-    # The embeddings of like tiles may be equal, and have no variance to share out.
+    # PCA divides by the total variance, which is 0 if all embeddings are equal.
     if not np.ptp(values, axis=0).any():
         return colours
+    # Both solvers are deterministic; "auto" may choose a randomised one.
     components = PCA(number, svd_solver="full" if len(values) < 512 else "covariance_eigh")
     scores = components.fit_transform(values)
     low, high = np.percentile(scores, _RANGE, axis=0)
@@ -55,13 +67,13 @@ def principal_colours(features: NDArray[Any]) -> NDArray[np.uint8]:
 def draw_slide(
     slide: Slide, coords: NDArray[np.int64], size_level0: int, colours: NDArray[np.uint8]
 ) -> Image.Image:
-    """Draws coloured tiles beside the slide that they lie on.
+    """Draws a slide and, beside it, its tiles in the given colours.
 
     Args:
         slide: The slide.
-        coords: `(N, 2)`: left and top in level-0 pixels.
-        size_level0: Side of a tile.
-        colours: `(N, 3)`.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        size_level0: Side of a tile in level-0 pixels.
+        colours: uint8 `(N, 3)`.
     """
     thumbnail = slide.thumbnail(MAX_SIDE_PX)
     scale = thumbnail.width / slide.dimensions[0]
@@ -71,12 +83,12 @@ def draw_slide(
 def draw_folder(
     tiles: FolderTiles, coords: NDArray[np.int64], colours: NDArray[np.uint8]
 ) -> Image.Image:
-    """Draws coloured tiles beside a mosaic of their images.
+    """Draws a mosaic of tile images and, beside it, the tiles in the given colours.
 
     Args:
         tiles: All tiles of the folder.
-        coords: `(N, 2)`: of those that have a colour.
-        colours: `(N, 3)`.
+        coords: int64 `(N, 2)`, left and top of the tiles that have a colour, in level-0 pixels.
+        colours: uint8 `(N, 3)`.
     """
     low = tiles.coords.min(axis=0)
     width, height = (tiles.coords.max(axis=0) + tiles.size_level0 - low).tolist()
@@ -96,7 +108,7 @@ def draw_folder(
 def _beside(
     image: Image.Image, corners: NDArray[Any], side: float, colours: NDArray[np.uint8]
 ) -> Image.Image:
-    """The image, and the image faded with filled squares on it."""
+    """Returns the image joined with a faded copy of it on which squares are drawn."""
     grey = image.convert("L").convert("RGB")
     painted = Image.blend(Image.new("RGB", image.size, _BARE), grey, _FADED)
     draw = ImageDraw.Draw(painted)

@@ -1,7 +1,8 @@
-"""Embeds the tiles of many slides, and the slides as wholes, in parallel and resumable.
+"""Computes tile and slide embeddings of many slides, as a parallel, resumable job.
 
-`OUT/` gets, for every slide, `coords/`, `features/ENCODER/`, `slide_features/ENCODER-PRESET/`,
-`thumbnails/`, `overlays/` and `pictures/`, and for all of them `slide_embeddings.npz`.
+For each slide, the output folder gets one file in each of `coords/`, `features/ENCODER/`,
+`slide_features/ENCODER-PRESET/`, `thumbnails/`, `overlays/` and `pictures/`. The embeddings of all
+slides are joined in `slide_embeddings.npz`.
 """
 
 from __future__ import annotations
@@ -52,24 +53,24 @@ _FOLDERS = ("coords", "overlays", "thumbnails", "pictures")
 
 
 class NoTilesError(UnitError):
-    """A slide without tissue."""
+    """Raised if no tile of a slide contains enough tissue."""
 
     reason = "no tissue"
 
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What to embed and how.
+    """Settings that determine the output of an embedding job.
 
     Attributes:
         tile_encoder: The tile encoder.
-        slide_encoder: The slide encoder; None stops at the tiles.
-        spec: The tiles to place on slides.
+        slide_encoder: The slide encoder; None computes tile embeddings only.
+        spec: Size, resolution and selection of the tiles.
         slide_mpp: Micrometres per pixel of all slides, overriding what the files say.
         masks: Folder with a mask per slide; by default tissue is found by Otsu's threshold.
         coords: Folder with a coordinates file per slide, instead of placing tiles.
-        batch_size: Tiles embedded at once.
-        pictures: Whether to draw pictures.
+        batch_size: Number of tiles per forward pass.
+        pictures: Whether to draw thumbnails, overlays and pictures of the embeddings.
     """
 
     tile_encoder: TileEncoderSpec
@@ -84,13 +85,14 @@ class EmbeddingSettings:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where to compute; does not change the output.
+    """Settings of an embedding job that do not change its output.
 
     Attributes:
         device: Name of the device; by default a GPU if there is one.
-        read_workers: Processes that read ahead for each slide under way; 0 is a thread.
-        own_gpu: Whether each process takes a GPU of its own.
-        tile_bar: Whether to show a progress bar of the tiles of each slide.
+        read_workers: Number of processes that read tiles ahead of the encoder, per slide; 0 uses a
+            thread.
+        own_gpu: Whether each process claims a separate GPU.
+        tile_bar: Whether to show a progress bar over the tiles of each slide.
     """
 
     device: str | None = None
@@ -111,21 +113,21 @@ def embed_slides(
     retry_skipped: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Embeds every slide of a folder; see the head of this module for the output.
+    """Embeds every slide of a folder; the module docstring lists the output.
 
     Args:
         slides: A slide, a folder of tiles (`01581x_25327y.png`), or a folder of both.
-        out: Folder to write; a job that was stopped continues in it.
-        settings: What to embed and how.
-        placement: Where to compute.
-        workers: See `wsi.slide_job.process_slides`, as for the arguments below.
+        out: Output folder; a job that was stopped continues in it.
+        settings: Encoders, tiles and masks.
+        placement: Device and reading processes.
+        workers: Number of processes, each of which embeds one slide at a time.
         engine: `process` or `ray`.
         address: Address of a Ray cluster.
         retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
 
     Returns:
-        The report; `incomplete` counts the slides of which tiles could not be read.
+        The report; `incomplete` counts the slides with tiles that could not be read.
 
     Raises:
         FileNotFoundError: If `slides` does not exist or holds neither slides nor tiles.
@@ -183,10 +185,10 @@ def _embed(unit: SlideUnit, settings: EmbeddingSettings, placement: Placement) -
 def _place(
     slide: Slide, unit: SlideUnit, settings: EmbeddingSettings
 ) -> tuple[SlideTiles, dict[str, Any], int]:
-    """Places the tiles of a slide, and writes their coordinates and pictures.
+    """Places the tiles of a slide and writes their coordinates, overlay and thumbnail.
 
     Returns:
-        The tiles, attributes for the files made from them, and the number of tiles that were
+        The tiles, the attributes to store with their features, and the number of tiles that were
         dropped because they cannot be read.
     """
     name, out = unit.slide_id, unit.out
@@ -195,6 +197,7 @@ def _place(
         source = _find_coords(Path(settings.coords), name)
         given, attributes = read_coordinates(source), read_attributes(source)
         coords, size, tile_px = given.coords, given.size_level0, given.patch_px
+        # The order of the tiles affects the slide encoder, which was trained on rows.
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)
     else:
@@ -223,11 +226,15 @@ def _embed_tiles(
     *,
     num_lost: int = 0,
 ) -> tuple[dict[str, Any], TileEmbeddings]:
-    """Embeds the tiles of a slide, and the slide; returns its row of the manifest as well."""
+    """Embeds the tiles of a slide and the slide itself.
+
+    Returns:
+        The row of the manifest, and the tile embeddings.
+    """
     name, out, spec = unit.slide_id, unit.out, settings.tile_encoder
     if not len(tiles.coords):
         raise NoTilesError(f"{tiles.name}: no tile holds enough tissue")
-    if settings.slide_encoder is not None:  # before hours go into tiles that it would refuse
+    if settings.slide_encoder is not None:  # checked before the expensive tile pass
         check_slide(tiles.coords, tiles.size_level0, settings.slide_encoder, tiles.name)
     device = _worker_device(placement.device, out if placement.own_gpu else None)
     features_path = f"features/{spec.name}/{name}.h5"
@@ -272,7 +279,7 @@ def _embed_tiles(
     return row, embedded
 
 
-# What a worker process keeps from one slide to the next.
+# Caches of a worker process: models are loaded once, not once per slide.
 
 
 @lru_cache
@@ -281,8 +288,7 @@ def _worker_device(device: str | None, claims: Path | None) -> torch.device:
 
     Args:
         device: Name of the device; by default a GPU if there is one.
-        claims: Folder of a job whose processes on this machine take a GPU each; None takes the
-            first.
+        claims: Folder of a job whose processes claim a GPU each; None uses the first GPU.
 
     Raises:
         RuntimeError: If there are more processes than GPUs.
@@ -304,7 +310,7 @@ def _load_slide_encoder(spec: SlideEncoderSpec, device: torch.device) -> LongNet
 
 
 def _write_table(job: JobFolder) -> None:
-    """Joins the vectors of all slides, in the order of their names."""
+    """Joins the embeddings of all slides, sorted by name."""
     names, vectors = [], []
     written = (row for row in job.rows() if row["state"] == WRITTEN)
     for row in sorted(written, key=lambda row: str(row["slide"])):

@@ -1,7 +1,7 @@
-"""Slide embeddings from tile embeddings: which encoder, which vector, and its file.
+"""Computes slide embeddings from tile embeddings, by presets for the variants in use.
 
-The vectors that different pipelines call GigaPath's are not comparable: they come from different
-layers, poolings and position grids. A preset names one and computes it.
+The vectors that different pipelines call GigaPath's slide embedding are not comparable: they use
+different layers, poolings and position grids. A preset names each variant.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pathcore.files import atomic_file, sha256_of
 from wsi.features import EmbeddingError, check_features
 
 NUM_GRIDS = 1000
-"""Cells of the released encoders along an axis."""
+"""Number of cells of the released encoders' position grid, along each axis."""
 
 _ARCHITECTURE_OF = {1536: "gigapath_slide_enc12l768d", 384: "gigapath_slide_enc12l384d"}
-"""By the width of the released tile encoders' embeddings."""
+"""Released slide encoder for each width of the released tile encoders' embeddings."""
 
 _DIGEST_CHARS = 8
 
@@ -41,15 +41,15 @@ CoordsUnit = Literal["level0_px", "tile"]
 
 @dataclass(frozen=True)
 class SlideVector:
-    """How the vector of a slide is computed.
+    """Definition of a slide embedding.
 
     Attributes:
-        layer: The layer, as in `LongNetViT.embed`.
+        layer: Layer whose output is pooled, as in `LongNetViT.embed`.
         pooling: `cls` for the class token, `mean` for the mean of the tiles.
-        tile_size: Side of a cell of the position grid in level-0 pixels; `"patch"` is the side that
-            the tiles of the slide have at level 0.
-        coords_unit: Unit of the coordinates: level-0 pixels, or numbers of tiles.
-        source: Which software computes such vectors.
+        tile_size: Side of a cell of the position grid in level-0 pixels, or `"patch"` for the side
+            of the slide's tiles.
+        coords_unit: `level0_px` for pixels, or `tile` for rows and columns of tiles.
+        source: Software that computes such vectors.
     """
 
     layer: Layer
@@ -67,23 +67,30 @@ class SlideVector:
         padding_mask: Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Computes the vectors of slides.
+        """Computes slide embeddings.
 
         Args:
-            model: The slide encoder; its own pooling and tile size are not used.
-            x: `(B, L, C)` or `(L, C)`, tile embeddings.
-            coords: `(B, L, 2)` or `(L, 2)`, in `coords_unit`.
-            patch_size_level0: Side of the tiles in level-0 pixels; needed if `tile_size` is
+            model: The slide encoder; its own pooling and tile size are ignored.
+            x: Tile embeddings `(B, L, C)` or `(L, C)`.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in `coords_unit`.
+            patch_size_level0: Side of the tiles in level-0 pixels; required if `tile_size` is
                 `"patch"`.
-            padding_mask: `(B, L)`, true where there is no tile.
-            lengths: Number of tiles of each slide, instead of a mask.
+            padding_mask: bool `(B, L)`, true at padding.
+            lengths: Number of tiles per slide, instead of a mask.
 
         Returns:
             `(B, D)`.
 
         Raises:
-            ValueError: If the side of the tiles is needed and not given; or as in
-                `LongNetViT.forward`.
+            ValueError: If `patch_size_level0` is required and missing, or `LongNetViT.forward`
+                rejects the input.
+
+        Example:
+            >>> model = slide_encoder.create_model("", "gigapath_slide_enc12l384d", in_chans=384)
+            >>> coords = 512 * torch.arange(40).reshape(20, 2)
+            >>> with torch.no_grad():
+            ...     get_preset("mean").embed(model, torch.zeros(20, 384), coords, 512).shape
+            torch.Size([1, 384])
         """
         if self.tile_size == "patch":
             if patch_size_level0 is None:
@@ -95,7 +102,7 @@ class SlideVector:
         else:
             tile_size = self.tile_size
         if self.coords_unit == "tile":
-            # Numbers of tiles may be stored in integers too short for pixels.
+            # Tile numbers may be stored as int16 or int32, in which the product would overflow.
             coords = (coords if coords.is_floating_point() else coords.long()) * tile_size
         return model.embed(
             x, coords, self.layer, self.pooling, padding_mask, lengths, tile_size=tile_size
@@ -110,18 +117,18 @@ PRESETS: dict[str, SlideVector] = {
     "trident": SlideVector(11, "mean", "patch", source="TRIDENT, `gigapath` slide encoder"),
     "lazyslide": SlideVector("final", "cls", source="LazySlide; `slide_encoder(x, coords)`"),
 }
-"""Vectors in use, for the released 12-layer encoder.
+"""Slide embeddings in use, for the released 12-layer encoder.
 
-`mean` is recommended for new work. Its position grid counts tiles, as the authors advise, so that
-it does not depend on the scanner: the grid of `pipeline` and `lazyslide` counts 256 level-0 pixels,
-with which the same tissue at 20x and 40x lies in different cells."""
+`mean` is recommended for new work. A cell of its position grid is one tile, as the authors advise,
+so that the embedding does not depend on the scanner. The cells of `pipeline` and `lazyslide` are
+256 level-0 pixels wide, which gives the same tissue different positions at 20x and 40x."""
 
 
 def get_preset(name: str) -> SlideVector:
-    """Returns the preset of this name.
+    """Returns the preset with this name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
@@ -130,20 +137,21 @@ def get_preset(name: str) -> SlideVector:
 
 @dataclass(frozen=True)
 class SlideEncoderSpec:
-    """Which slide encoder to open and which vector to take; a plain value.
+    """Slide encoder and preset, as a plain value that can be sent to other processes.
 
     Attributes:
-        pretrained: See `slide_encoder.create_model`.
-        model_arch: See there.
+        pretrained: Weights, as for `slide_encoder.create_model`.
+        model_arch: Architecture, as for `slide_encoder.create_model`.
         in_chans: Width of the tile embeddings.
-        preset: See `PRESETS`.
-        grid_px: Side of a cell of the position grid in level-0 pixels, `tile` for that of the
-            slide's tiles, or None for the preset's own.
-        precision: fp32, bf16 or fp16.
-        name: Of the folder of its vectors, before the preset's.
-        digest: SHA-256 of the weights; empty for random ones.
-        seed: Of random weights.
-        architecture: Settings of `model_arch` as JSON, for processes that do not know the name.
+        preset: A key of `PRESETS`.
+        grid_px: Side of a cell of the position grid in level-0 pixels, `tile` for the side of the
+            slide's tiles, or None for that of the preset.
+        precision: `fp32`, `bf16` or `fp16`.
+        name: First part of the name of the output folder; the preset follows.
+        digest: SHA-256 of the weights; empty for random weights.
+        seed: Seed of random weights.
+        architecture: Settings of `model_arch` as JSON, for worker processes in which the
+            architecture is not registered.
     """
 
     pretrained: str
@@ -158,14 +166,14 @@ class SlideEncoderSpec:
     architecture: str = ""
 
     def vector(self) -> SlideVector:
-        """The preset, with the grid asked for."""
+        """Returns the preset with `grid_px` applied."""
         preset = get_preset(self.preset)
         if self.grid_px is None:
             return preset
         return replace(preset, tile_size="patch" if self.grid_px == "tile" else self.grid_px)
 
     def cell_px(self, size_level0: int) -> int:
-        """Side of a cell of the position grid in level-0 pixels."""
+        """Returns the side of a cell of the position grid in level-0 pixels."""
         tile_size = self.vector().tile_size
         return size_level0 if tile_size == "patch" else tile_size
 
@@ -180,20 +188,21 @@ def describe_slide_encoder(
     precision: str = "fp32",
     seed: int = 0,
 ) -> SlideEncoderSpec:
-    """Finds the weights of a slide encoder and gives them a name that no others have.
+    """Finds the weights of a slide encoder and derives a unique name from their digest.
 
     Args:
         pretrained: `hf_hub:OWNER/NAME`, a file or folder of weights, or `random`.
         in_chans: Width of the tile embeddings.
-        model_arch: Name of its architecture; by default the released one for that width.
-        preset: See `PRESETS`.
+        model_arch: Architecture; by default the released one for `in_chans`.
+        preset: A key of `PRESETS`.
         grid_px: See `SlideEncoderSpec`.
-        precision: fp32, bf16 or fp16.
-        seed: Of random weights.
+        precision: `fp32`, `bf16` or `fp16`.
+        seed: Seed of random weights.
 
     Raises:
-        FileNotFoundError: There are no weights.
-        ValueError: No such preset or architecture, or none is released for the width.
+        FileNotFoundError: If the weights do not exist.
+        ValueError: If preset or architecture are unknown, or no encoder is released for
+            `in_chans`.
     """
     arch = model_arch or _ARCHITECTURE_OF.get(in_chans)
     if arch not in ARCHITECTURES:
@@ -220,7 +229,7 @@ def describe_slide_encoder(
 
 
 def open_slide_encoder(spec: SlideEncoderSpec, device: torch.device | str = "cpu") -> LongNetViT:
-    """Builds the slide encoder that a description names."""
+    """Builds the slide encoder of a spec, in evaluation mode."""
     if spec.architecture:
         ARCHITECTURES.setdefault(spec.model_arch, json.loads(spec.architecture))
     with torch.random.fork_rng(devices=[]):
@@ -232,10 +241,10 @@ def open_slide_encoder(spec: SlideEncoderSpec, device: torch.device | str = "cpu
 def check_slide(
     coords: NDArray[np.int64], size_level0: int, spec: SlideEncoderSpec, where: str
 ) -> None:
-    """Checks that tiles lie on the grid of a slide encoder, in the right unit.
+    """Checks that the tiles of a slide lie on the position grid of a slide encoder.
 
     Raises:
-        EmbeddingError: They do not.
+        EmbeddingError: If a tile lies outside the grid, or coordinates are not level-0 pixels.
     """
     cell = spec.cell_px(size_level0)
     places = onto_slide(torch.from_numpy(coords), cell)
@@ -246,15 +255,21 @@ def check_slide(
 
 
 def onto_slide(coords: Tensor, cell_px: int) -> Tensor:
-    """Shifts the tiles of a slide so that those over its left and upper edge begin at 0.
+    """Shifts the tiles of a slide so that none begins beyond the left or upper edge.
 
-    The original's tiler centres its grid on the tissue, so that the first row or column may begin
-    up to half a tile outside; its slide encoder then takes the position of a cell at the opposite
-    end. All tiles are shifted alike, which keeps rows and columns apart.
+    The original's tiler centres its grid on the tissue, so the first row or column may begin up to
+    half a tile outside the slide. Its slide encoder then wraps the negative index to a cell at the
+    opposite end of the grid. Here all tiles are shifted by the same amount, which keeps rows and
+    columns apart.
 
     Args:
-        coords: `(..., N, 2)`: left and top in level-0 pixels.
-        cell_px: Side of a cell; tiles further outside are left to be refused.
+        coords: int64 `(..., N, 2)`, left and top in level-0 pixels.
+        cell_px: Side of a cell in level-0 pixels. Coordinates further outside are returned
+            unchanged, so that later checks reject them.
+
+    Example:
+        >>> onto_slide(torch.tensor([[-100, 0], [156, 256]]), cell_px=256).tolist()
+        [[0, 0], [256, 256]]
     """
     low = coords.amin(dim=-2, keepdim=True)
     over_edge = (low < 0) & (low > -cell_px)
@@ -270,25 +285,27 @@ def slide_vector(
     spec: SlideEncoderSpec,
     where: str,
 ) -> NDArray[np.float32]:
-    """Embeds a slide.
+    """Computes the embedding of one slide.
 
     Args:
         model: The slide encoder.
-        features: `(N, in_chans)`.
-        coords: `(N, 2)`: left and top in level-0 pixels; they are sorted row by row.
+        features: Tile embeddings `(N, in_chans)`.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels, in any order.
         size_level0: Side of a tile in level-0 pixels.
-        spec: Which vector to take.
-        where: Name of the slide, for errors.
+        spec: Preset, grid and precision.
+        where: Name of the slide, for error messages.
 
     Returns:
-        `(dim,)`.
+        float32 `(embed_dim,)`.
 
     Raises:
-        EmbeddingError: No tiles, another width or length, values that are not finite, or tiles
-            off the grid.
+        EmbeddingError: If there are no tiles, shapes do not fit, values are not finite, or tiles
+            lie outside the grid.
     """
     check_features(features, coords, where, width=spec.in_chans)
     check_slide(coords, size_level0, spec, where)
+    # Row by row, as in pretraining: dilated attention depends on the order of the tiles (shuffled,
+    # the cosine to the sorted result is 0.986 at 1500 tiles).
     order = np.lexsort((coords[:, 0], coords[:, 1]))
     device = model.cls_token.device
     x = torch.from_numpy(np.asarray(features, np.float32)[order]).to(device)
@@ -310,9 +327,9 @@ def write_slide_vector(
     spec: SlideEncoderSpec,
     details: Mapping[str, Any],
 ) -> None:
-    """Writes the vector of a slide as dataset `features` `(dim,)`, as TRIDENT does.
+    """Writes a slide embedding as dataset `features` `(embed_dim,)`, as TRIDENT does.
 
-    Its attributes say which vector it is.
+    Attributes of the dataset record encoder, weights, layer, pooling and grid.
     """
     path, chosen = Path(path), spec.vector()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tiles to embeddings: device, precision, batches."""
+"""Runs tile encoders: choice of device and precision, normalisation, forward pass."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _LIBRARIES = ("timm", "hf", "open_clip")
 
 
 def choose_device(device: str | None = None) -> torch.device:
-    """Returns the device named, else the first GPU, else the CPU."""
+    """Returns the named device; by default the current GPU, or the CPU if there is none."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> str:
-    """Resolves `auto`: fp16 on a GPU, as the original computes, else fp32.
+    """Resolves `auto` to fp16 on a GPU, as in the original, and to fp32 elsewhere.
 
     Raises:
-        ValueError: No such precision.
+        ValueError: If the precision is unknown.
     """
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
@@ -50,7 +50,7 @@ def choose_precision(precision: Precision, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to a precision; none for fp32."""
+    """Returns an autocast context, or one that does nothing for fp32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[precision])
@@ -58,20 +58,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 @dataclass(frozen=True)
 class TileEncoderSpec:
-    """Which tile encoder to open, and how; a plain value that other processes understand.
+    """Tile encoder and precision, as a plain value that can be sent to other processes.
 
     Attributes:
-        pretrained: See `tile_encoder.create_model`.
-        model_arch: See there.
-        precision: fp32, bf16 or fp16.
+        pretrained: Weights, as for `tile_encoder.create_model`.
+        model_arch: Architecture, as for `tile_encoder.create_model`.
+        precision: `fp32`, `bf16` or `fp16`.
         name: Name of the folder of its features.
-        digest: SHA-256 of the weights; empty for random ones.
+        digest: SHA-256 of the weights; empty for random weights.
         seed: Seed of random weights.
-        transform: How tiles become the images that the encoder expects; by default the published
-            transform of Prov-GigaPath.
-        named: Whether `pretrained` is a name for `pathcore.encoders.create_encoder`.
+        transform: Preprocessing of the encoder; by default the published transform of
+            Prov-GigaPath.
+        named: Whether `pretrained` is a name that `pathcore.encoders.create_encoder` takes.
         embed_dim: Length of the features of a named encoder.
-        patch_px: Side of the patches that the authors of a named encoder read from slides.
+        patch_px: Side in pixels of the patches that a named encoder was published with.
         mpp: Micrometres per pixel of those patches.
     """
 
@@ -122,20 +122,20 @@ def describe_encoder(
     known = published.get(pretrained.replace("hf-hub:", "hf_hub:"))
     stem = weights.path.stem if Path(pretrained).is_file() else Path(pretrained).name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60] or "encoder"
-    # The published names stay as the field knows them; the digest stands in the file.
+    # Released encoders keep the names that other tools use; files record their digest anyway.
     name = known or f"{stem}-{digest[:_DIGEST_CHARS]}"
     return TileEncoderSpec(pretrained, model_arch, precision, name, digest, seed, transform)
 
 
 def embedding_width(spec: TileEncoderSpec) -> int:
-    """Width of an encoder's embeddings, without loading its weights into a model."""
+    """Returns the width of an encoder's embeddings without loading its weights into a model."""
     if spec.named:
         return spec.embed_dim
     return tile_encoder.embedding_width(spec.pretrained, spec.model_arch)
 
 
 def _is_named(pretrained: str) -> bool:
-    """Whether a text is a name of `pathcore.encoders` rather than weights for `tile_encoder`."""
+    """Returns whether a string names an encoder of `pathcore.encoders` rather than weights."""
     if pretrained in ("", tile_encoder.RANDOM) or pretrained.startswith(("hf_hub:", "hf-hub:")):
         return False
     path = Path(pretrained)
@@ -152,7 +152,7 @@ def _is_named(pretrained: str) -> bool:
 
 
 def _describe_named(name: str, precision: str) -> TileEncoderSpec:
-    """Describes an encoder of `pathcore.encoders`, which is built once for its digest."""
+    """Describes an encoder of `pathcore.encoders`; builds it, because the digest needs weights."""
     encoder = create_encoder(name, device="cpu")
     scales = encoder.mpp or (0.5,)
     return TileEncoderSpec(
@@ -165,7 +165,7 @@ def _describe_named(name: str, precision: str) -> TileEncoderSpec:
         named=True,
         embed_dim=encoder.embed_dim,
         patch_px=encoder.patch_px or 256,
-        # Half a micrometre is what slides are tiled at here unless the authors say otherwise.
+        # Encoders trained at several resolutions get 0.5 um/px, the default of all commands here.
         mpp=0.5 if 0.5 in scales else scales[0],
     )
 
@@ -173,7 +173,11 @@ def _describe_named(name: str, precision: str) -> TileEncoderSpec:
 def open_tile_encoder(
     spec: TileEncoderSpec, device: torch.device | str = "cpu"
 ) -> TileEncoder | NamedEncoder:
-    """Builds the tile encoder that a description names."""
+    """Builds the tile encoder of a spec.
+
+    Raises:
+        ValueError: If the weights of a named encoder changed since the spec was made.
+    """
     if not spec.named:
         return TileEncoder.open(spec, device=device)
     precision = str(_DTYPES[spec.precision]).removeprefix("torch.")
@@ -184,7 +188,7 @@ def open_tile_encoder(
 
 
 class NamedEncoder:
-    """An encoder of `pathcore.encoders` as `wsi.features.embed_tiles` takes one.
+    """Adapts an encoder of `pathcore.encoders` to the `PatchEncoder` interface of `wsi.features`.
 
     Args:
         encoder: The encoder.
@@ -196,14 +200,14 @@ class NamedEncoder:
 
     @property
     def resize(self) -> Resize | None:
-        """How tiles are resized and cropped before `encode`; None leaves them as they are."""
+        """How tiles are resized and cropped before `encode`; None if they are not."""
         transform = self.encoder.transform
         if transform.output_px is None:
             return None
         return Resize(transform.output_px, transform.resize_px, transform.interpolation)
 
     def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Maps RGB `(batch, height, width, 3)` to float32 `(batch, embed_dim)` on the CPU."""
+        """Maps uint8 RGB `(batch, height, width, 3)` to float32 `(batch, embed_dim)` on the CPU."""
         return self.encoder.features(self._normalise(pixels))
 
     def describe(self) -> dict[str, Any]:
@@ -216,7 +220,10 @@ class NamedEncoder:
 
 
 class _Normalise:
-    """Converts pixels to `pixel_values` as ToTensor and Normalize of torchvision do, to the bit."""
+    """Converts pixels to `pixel_values` with the same bits as torchvision's ToTensor and Normalize.
+
+    The bits are the same because the operations are: division by 255, subtraction, division.
+    """
 
     def __init__(self, transform: Transform, device: torch.device) -> None:
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -233,17 +240,18 @@ class _Normalise:
 
 
 class TileEncoder:
-    """A tile encoder on a device.
+    """Tile encoder on a device, with its precision and transform.
 
     Args:
-        model: The model; it is moved, and in low precision its matrices are converted in place.
-        device: Where to compute.
-        precision: fp32, bf16 or fp16; the latter two under autocast.
-        transform: How tiles become the images that the model expects; by default the published
-            transform of Prov-GigaPath, for images of the model's size.
+        model: The network. It is moved to the device; for bf16 and fp16 its matrices are converted
+            in place.
+        device: Device to run on.
+        precision: `fp32`, or `bf16` or `fp16` for autocast.
+        transform: Preprocessing; by default the published transform of Prov-GigaPath at the image
+            size of the model.
 
     Raises:
-        ValueError: If the transform gives images of another size than the model takes.
+        ValueError: If the transform produces images of a size that the model does not accept.
     """
 
     def __init__(
@@ -281,7 +289,7 @@ class TileEncoder:
 
     @classmethod
     def open(cls, spec: TileEncoderSpec, *, device: torch.device | str = "cpu") -> TileEncoder:
-        """Builds the encoder that a description names."""
+        """Builds the encoder of a spec; random weights depend only on its seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             model = tile_encoder.create_model(spec.pretrained, spec.model_arch)
@@ -289,10 +297,10 @@ class TileEncoder:
 
     @torch.inference_mode()
     def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Embeds tiles that are resized and cropped already.
+        """Embeds tiles that are already resized and cropped.
 
         Args:
-            pixels: RGB `(batch, crop_px, crop_px, 3)`.
+            pixels: uint8 RGB `(batch, crop_px, crop_px, 3)`.
 
         Returns:
             float32 `(batch, embed_dim)` on the device.
@@ -301,16 +309,16 @@ class TileEncoder:
 
     @torch.inference_mode()
     def encode_normalised(self, values: Tensor) -> Tensor:
-        """Embeds `(batch, 3, height, width)` as `tile_transform` gives it."""
+        """Embeds normalised images `(batch, 3, height, width)`, as from `tile_transform`."""
         with autocast(self.precision, self.device):
             embeddings: Tensor = self.model(values.to(self.device))
         return embeddings.float()
 
 
 def _convert_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Converts what autocast would convert anew in every batch; the results are the same.
+    """Converts weights that autocast would otherwise convert in every batch; results are equal.
 
-    Norms, layer scales and the sum of the residual stream stay in fp32.
+    Norms, layer scales and the residual stream stay in fp32.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
