@@ -6,7 +6,6 @@ frame, by convention the slide's level 0.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore.files import atomic_file
+from pathcore.rows import read_csv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 _MAX_CELLS = 4_000_000
@@ -205,19 +205,12 @@ def layouts_from_csv(
         FileNotFoundError: No such file.
         ValueError: Another table, or a patch that is not in it; names file and line or patch.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of coordinates")
     places: dict[str, tuple[int, int]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"name", "x", "y"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: columns name, x, y expected, found {reader.fieldnames}")
-        for row in reader:
-            try:
-                places[row["name"]] = int(float(row["x"])), int(float(row["y"]))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{reader.line_num}: two numbers expected") from error
+    for line, row in read_csv(path, columns=("name", "x", "y")):
+        try:
+            places[row["name"]] = int(float(row["x"])), int(float(row["y"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{line}: two numbers expected") from error
     layouts = {}
     for slide, names in slides.items():
         missing = [name for name in names if name not in places]

@@ -7,8 +7,6 @@ patches train.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathcore.files import write_text
+from pathcore.rows import read_csv
 
 PUBLISHED_SUBTYPES = {
     "Well differentiated tubular adenocarcinoma": 0,
@@ -99,29 +98,13 @@ def read_captions(
             f"{path}: no such file; put captions.csv of PatchGastric there, or name it"
         )
     labels: dict[str, int] = {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: no UTF-8 text; a spreadsheet wrote it in another encoding, save it as "
-            "CSV UTF-8"
-        ) from error
-    with io.StringIO(text, newline="") as file:
-        rows = csv.DictReader(file)
-        missing = {"id", "subtype"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{path}:1: no column {' and no column '.join(sorted(missing))}; found "
-                f"{', '.join(rows.fieldnames or ()) or 'nothing'}"
-            )
-        for row in rows:
-            slide, subtype = (row["id"] or "").strip(), (row["subtype"] or "").strip()
-            if subtype not in subtypes:
-                continue
-            if slide in labels:
-                raise ValueError(f"{path}:{rows.line_num}: slide {slide!r} is named a second time")
-            labels[slide] = subtypes[subtype]
+    for line, row in read_csv(path, columns=("id", "subtype")):
+        slide, subtype = (row["id"] or "").strip(), (row["subtype"] or "").strip()
+        if subtype not in subtypes:
+            continue
+        if slide in labels:
+            raise ValueError(f"{path}:{line}: slide {slide!r} is named a second time")
+        labels[slide] = subtypes[subtype]
     for label in range(max(subtypes.values()) + 1):
         if label not in labels.values():
             names = " or ".join(repr(name) for name, c in subtypes.items() if c == label)

@@ -22,8 +22,8 @@ from pallava.engine.conversations import (
     load_processed_text,
     process_text,
 )
-from pallava.image_index import index_images, path_inside
-from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image
+from pallava.image_index import index_images
+from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image, path_inside
 
 __all__ = ["LLaVADataset", "load_processed_text", "process_text"]
 

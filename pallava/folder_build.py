@@ -26,6 +26,7 @@ from pathcore.files import (
     read_chunks,
     write_text,
 )
+from pathcore.rows import read_lines
 
 MANIFEST_NAME = "release.manifest.jsonl"
 """Manifest of a built folder: its inputs, then one row per file with digest and checksum."""
@@ -240,11 +241,7 @@ def read_manifest(
         return None, {}
     inputs: dict[str, Any] | None = None
     rows: dict[str, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for _, row in read_lines(file):
         if isinstance(row, dict) and "inputs" in row:
             inputs = row["inputs"]
         elif isinstance(row, dict) and set(row) >= _ROW_KEYS:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from tqdm import tqdm
 
-from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size
+from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size, path_inside
 
 _THREADS = 32  # reading headers is bound by disk or network latency
 _SILENT_BELOW = 5000
@@ -65,22 +65,3 @@ def index_images(
             else:
                 index.sizes[name] = size
     return index
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """Joins a file name from data to a folder, rejecting names that point outside it.
-
-    Raises:
-        ImageError: If the name is an absolute path elsewhere or escapes through `..`.
-
-    Example:
-        >>> path_inside(Path("images"), "a/b.png").as_posix()
-        'images/a/b.png'
-    """
-    parts = PurePath(name)
-    roots = (folder.absolute(), folder.resolve())  # the folder itself may be a symbolic link
-    if parts.is_absolute() and not any(parts.is_relative_to(root) for root in roots):
-        raise ImageError(f"{name}: is outside the image folder {folder}")
-    if ".." in parts.parts:
-        raise ImageError(f"{name}: resolves to a path outside the image folder {folder}")
-    return folder / name

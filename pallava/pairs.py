@@ -19,16 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pallava.image_index import path_inside
-from pallava.rows import pair_fault
 from pallava.skipping import SkipLog
-from pathcore.images import ImageError, load_image
-
-MAX_SKIPPED_SHARE = 0.1
-"""Maximum fraction of unusable lines; more indicate a wrong file."""
+from pathcore.images import ImageError, load_image, path_inside
+from pathcore.rows import check_share, line_offsets, pair_fault
 
 _MAX_TRIES = 100
-_MIN_LINES_TO_JUDGE = 10
 
 
 class PairError(ValueError):
@@ -83,7 +78,7 @@ def read_captions(pairs_file: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    for _, line in _lines(Path(pairs_file)):
+    for _, line in line_offsets(pairs_file):
         try:
             yield parse_pair(line).caption
         except PairError:
@@ -169,24 +164,21 @@ class PairDataset(Dataset[PairSample]):
         )
 
     def _index(self) -> None:
-        offsets, digests, num_bad, first_error = [], [], 0, None
-        for number, (offset, line) in enumerate(_lines(self.pairs_file), start=1):
+        offsets, digests, faults = [], [], {}
+        for number, (offset, line) in enumerate(line_offsets(self.pairs_file), start=1):
             try:
                 pair = parse_pair(line)
                 path_inside(self.image_folder, pair.image)
             except (PairError, ImageError) as error:
                 self.skip_log.record(f"line {number}", self.pairs_file, error)
-                num_bad, first_error = num_bad + 1, first_error or error
+                faults[f"line {number}"] = f"line {number}: {error}"
                 continue
             offsets.append(offset)
             normalised = " ".join(pair.caption.lower().split()).encode()
             digests.append(hashlib.blake2b(normalised, digest_size=8).digest())
-        total = len(offsets) + num_bad
-        if not offsets or (total >= _MIN_LINES_TO_JUDGE and num_bad > MAX_SKIPPED_SHARE * total):
-            raise ValueError(
-                f"{self.pairs_file}: {num_bad} of {total} lines are no usable pair (id, image and "
-                f"caption); the first: {first_error}. All of them: {self.skip_log.path}"
-            )
+        check_share(len(faults), len(offsets) + len(faults), str(self.pairs_file), faults)
+        if not offsets:
+            raise ValueError(f"{self.pairs_file}: no pairs")
         self._offsets = np.asarray(offsets, dtype=np.int64)
         keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
         self._caption_ids = np.unique(keys, return_inverse=True)[1]
@@ -260,15 +252,3 @@ def collate_pairs(samples: list[PairSample]) -> dict[str, Any]:
         "captions": [sample["caption"] for sample in samples],
         "caption_ids": torch.tensor([sample["caption_id"] for sample in samples]),
     }
-
-
-def _lines(pairs_file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields byte offset and content of every non-blank line."""
-    if not pairs_file.is_file():
-        raise FileNotFoundError(f"pairs file {pairs_file}: no such file")
-    offset = 0
-    with pairs_file.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield offset, line
-            offset += len(line)

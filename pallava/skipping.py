@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pathcore.rows import encode_row, read_lines
 
 SKIP_LOG_NAME = "skipped_samples.jsonl"
 
@@ -60,10 +61,9 @@ class SkipLog:
             return
         self._seen.add((sample.id, sample.file))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(sample), ensure_ascii=False) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode("utf-8", errors="backslashreplace"))
+            os.write(descriptor, encode_row(asdict(sample)))
         finally:
             os.close(descriptor)
 
@@ -76,13 +76,12 @@ class SkipLog:
         if not self.path.is_file():
             return []
         samples: dict[tuple[str, str], SkippedSample] = {}
-        with self.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    sample = SkippedSample(**json.loads(line))
-                except (json.JSONDecodeError, TypeError) as error:
-                    raise ValueError(
-                        f"{self.path}, line {number}: id, file and reason expected ({error})"
-                    ) from error
-                samples.setdefault((sample.id, sample.file), sample)
+        for number, row in read_lines(self.path):
+            try:
+                sample = SkippedSample(**row)
+            except TypeError as error:
+                raise ValueError(
+                    f"{self.path}, line {number}: id, file and reason expected, found {row!r:.80}"
+                ) from error
+            samples.setdefault((sample.id, sample.file), sample)
         return list(samples.values())

@@ -21,8 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pallava.image_index import path_inside
-from pathcore.images import ImageError
+from pathcore.images import ImageError, path_inside
 
 if TYPE_CHECKING:
     import h5py

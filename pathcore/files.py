@@ -82,12 +82,16 @@ def fsync_path(path: StrPath) -> None:
 
 
 @contextmanager
-def atomic_file(path: StrPath) -> Iterator[Path]:
+def atomic_file(path: StrPath, *, partial_name: str | None = None) -> Iterator[Path]:
     """Yields a temporary path, then fsyncs it and renames it over `path`.
 
-    If the body raises, the temporary file is deleted and an existing `path` is kept. The name of
-    the temporary file contains the process id, so concurrent writers never share one. Missing
-    parent folders are created.
+    If the body raises, the temporary file is deleted and an existing `path` is kept. Missing parent
+    folders are created.
+
+    Args:
+        path: File to write.
+        partial_name: Name of the temporary file. By default it contains the process id, so that
+            concurrent writers never share one.
 
     Example:
         >>> import tempfile
@@ -101,7 +105,7 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is hashed because `path.name` may already be as long as the file system allows.
     checksum = zlib.crc32(os.fsencode(path.name))
-    partial = path.with_name(f".{checksum:08x}.{os.getpid()}{_PARTIAL_SUFFIX}")
+    partial = path.with_name(partial_name or f".{checksum:08x}.{os.getpid()}{_PARTIAL_SUFFIX}")
     try:
         yield partial
         fsync_path(partial)

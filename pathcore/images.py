@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
@@ -17,8 +19,70 @@ NETWORK_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 """Pillow's names of the formats that `decode_image` takes."""
 
 
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+"""Suffixes of the files that folders of images are searched for."""
+
+
 class ImageError(ValueError):
     """An image file that cannot be used; the message names the file and the reason."""
+
+
+def path_inside(folder: Path, name: object) -> Path:
+    """Joins an image name from data to a folder, rejecting names that point outside it.
+
+    Raises:
+        ImageError: If the name is not text, is an absolute path elsewhere, or contains `..`.
+
+    Example:
+        >>> path_inside(Path("images"), "a/b.png").as_posix()
+        'images/a/b.png'
+    """
+    if not isinstance(name, str) or "\0" in name or not (path := PurePath(name)).parts:
+        raise ImageError(f"image: expected a file name, found {name!r:.80}")
+    roots = (folder.absolute(), folder.resolve())  # the folder itself may be a symbolic link
+    if path.anchor and not any(path.is_relative_to(root) for root in roots):
+        raise ImageError(f"{name}: is outside the image folder {folder}")
+    if ".." in re.split(r"[/\\]", name):
+        raise ImageError(f"{name}: resolves to a path outside the image folder {folder}")
+    return folder / name
+
+
+def relative_name(folder: Path, path: Path) -> str:
+    """Returns the path of a file relative to a folder, with forward slashes.
+
+    Raises:
+        ImageError: If the file is not inside the folder.
+    """
+    for root in (folder, folder.absolute(), folder.resolve()):
+        if path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    raise ImageError(f"{path}: outside the image folder {folder}")
+
+
+def find_image(folder: Path, name: object, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Path:
+    """Returns the path of an image, whose name in the data may lack the suffix.
+
+    Raises:
+        ImageError: If there is no such file, or the name points outside the folder.
+    """
+    path = path_inside(folder, name)
+    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in suffixes)):
+        if os.path.isfile(candidate):  # False, too, for a name that is too long
+            return candidate
+    raise ImageError(f"{path}: no such image file")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Returns the image files below a folder, sorted.
+
+    Hidden files are skipped, because archives made on a Mac contain metadata files such as
+    `._image.tif`.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def image_size(

@@ -31,6 +31,7 @@ from pathcore.files import (
     write_text,
 )
 from pathcore.pool import Engine, ProgressBar, WorkerDiedError, run_tasks
+from pathcore.rows import encode_row
 
 WRITTEN, SKIPPED = "written", "skipped"
 MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME = "manifest.jsonl", "skipped.jsonl", "report.json"
@@ -301,14 +302,6 @@ def write_record(out: Path, unit: str, rows: Sequence[Mapping[str, Any]]) -> dic
     lines = [encode_row(row) for row in (head, *rows)]
     write_text(_records_folder(out) / f"{unit}.jsonl", b"".join(lines).decode())
     return head
-
-
-def encode_row(row: Mapping[str, Any]) -> bytes:
-    """Returns one line of JSON; unpaired surrogates, which bad rows may contain, stay escaped."""
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(row).encode() + b"\n"
 
 
 def _records_folder(out: Path) -> Path:

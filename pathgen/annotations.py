@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import UnsafeNameError, check_name
+from pathcore.rows import BadRow, first_byte, is_encodable, read_array, read_lines
 from wsi.requests import NAME_ROOM_BYTES, PatchRequest, RejectedRow
 
 PATCH_PX = 672
@@ -24,8 +25,6 @@ PATCH_PX = 672
 _ID_FIELDS = ("wsi_id", "WSI_id")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
 _MAX_POSITION = 2**31
-_BLANKS = b" \t\r\n"
-_BOM = b"\xef\xbb\xbf"
 
 
 class AnnotationError(ValueError):
@@ -61,11 +60,18 @@ def read_annotations(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"annotations {path}: no such file")
-    rows = _array_rows(path) if _begins_with_array(path) else _line_rows(path)
+    first = first_byte(path)
+    if first == b"[":
+        rows = read_array(path, what="annotations")
+    elif first == b"{":
+        rows = (row for _, row in read_lines(path))
+    else:
+        raise ValueError(
+            f"annotations {path}: expected a JSON array of objects, or one object per line; it "
+            f"begins with {first!r}"
+        )
     for number, row in enumerate(rows, 1):
         try:
-            if isinstance(row, AnnotationError):
-                raise row
             slide_id, x, y, caption = parse_annotation(row)
         except AnnotationError as error:
             yield RejectedRow(number, error.reason, error.detail)
@@ -85,6 +91,8 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
     Raises:
         AnnotationError: If a field is missing or invalid.
     """
+    if isinstance(row, BadRow):
+        raise AnnotationError("bad row", row)
     if not isinstance(row, dict):
         raise AnnotationError("bad row", f"expected an object, found {row!r:.80}")
     slide_id = next((row[name] for name in _ID_FIELDS if name in row), None)
@@ -100,18 +108,9 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
     caption = row.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise AnnotationError("bad caption", f"expected text, found {caption!r:.80}")
-    if "\0" in caption or not _is_encodable(caption):
+    if "\0" in caption or not is_encodable(caption):
         raise AnnotationError("bad caption", f"{caption!r:.80} contains NUL or unpaired surrogates")
     return slide_id, _pixels(position[0]), _pixels(position[1]), caption
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether text has no unpaired surrogates; a loop over characters takes far longer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _pixels(value: Any) -> int:
@@ -130,44 +129,3 @@ def _pixels(value: Any) -> int:
     if not -_MAX_POSITION < number < _MAX_POSITION:
         raise AnnotationError("bad position", f"{number}: larger than any slide")
     return number
-
-
-def _begins_with_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(_BOM).lstrip(_BLANKS)
-    if head[:1] not in (b"[", b"{"):
-        raise ValueError(
-            f"annotations {path}: expected a JSON array of objects, or one object per line; it "
-            f"begins with {head[:40]!r}"
-        )
-    return head[:1] == b"["
-
-
-def _array_rows(path: Path) -> Iterator[Any]:
-    import ijson
-
-    with path.open("rb") as file:
-        if file.read(len(_BOM)) != _BOM:
-            file.seek(0)
-        try:
-            yield from ijson.items(file, "item")
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"annotations {path}: no good JSON near byte {file.tell():,}, or the file breaks "
-                f"off there ({error}); fetch it again"
-            ) from error
-
-
-def _line_rows(path: Path) -> Iterator[Any]:
-    import msgspec
-
-    decode = msgspec.json.decode
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if number == 0:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                try:
-                    yield decode(line)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    yield AnnotationError("bad row", f"no JSON ({error}): {line[:60]!r}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pathcore.chat_replies import find_markup
 from pathcore.files import write_json
-from pathgen.rows import read_rows, row_files, write_row
+from pathcore.rows import encode_row, read_rows_with_id, row_files
 
 _REFUSAL = re.compile(
     r"\b(?:i['\u2019]?m|i am|we are|we['\u2019]?re) (?:very |so |really |truly )?"
@@ -284,16 +284,16 @@ def filter_captions(
     counts = [StepCount("readable"), *(StepCount(step.name) for step in steps)]
     draw = random.Random(seed)
     with row_files(out, out.with_name(f"{out.stem}.dropped.jsonl")) as (kept_file, dropped_file):
-        bar = tqdm(read_rows(source), desc="filtered", unit="row", disable=not progress)
+        bar = tqdm(read_rows_with_id(source), desc="filtered", unit="row", disable=not progress)
         for line, row, index, reason in _sift(bar, steps):
             for count in counts[: len(counts) if reason is None else index + 1]:
                 count.seen += 1
             if reason is None:
-                write_row(kept_file, row)
+                kept_file.write(encode_row(row))
                 continue
             left = {"line": line, "id": row.get("id", ""), "step": counts[index].name}
             left["reason"] = reason
-            write_row(dropped_file, left)
+            dropped_file.write(encode_row(left))
             _sample(counts[index], {**left, "caption": row.get("caption")}, num_samples, draw)
     kept = counts[-1].seen - counts[-1].dropped
     summary = {"rows": counts[0].seen, "kept": kept, "steps": [vars(count) for count in counts]}

@@ -6,7 +6,6 @@ contain: it is looked up in a manifest saved from the GDC portal, or requested f
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import urllib.error
@@ -14,9 +13,9 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from pathcore.files import write_text
+from pathcore.rows import read_csv
 from pathgen.annotations import read_annotations
 from wsi.requests import PatchRequest
 
@@ -27,6 +26,7 @@ COLUMNS = ("id", "filename", "md5", "size", "state")
 _BATCH = 200
 _TIMEOUT_S = 60
 _SUFFIX = ".svs"
+_LISTING = "manifest of the GDC portal"
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,8 @@ def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
         FileNotFoundError: If there is no such file.
         ValueError: If a column is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"listing {path}: no such file")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        missing = {"id", "filename"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"listing {path}: expected columns {', '.join(COLUMNS)}, as in a manifest of the "
-                f"GDC portal, found {reader.fieldnames}"
-            )
-        for row in reader:
-            yield GdcFile(*(row.get(name) or "" for name in COLUMNS))
+    for _, row in read_csv(path, columns=("id", "filename"), delimiter="\t", what=_LISTING):
+        yield GdcFile(*(row.get(name) or "" for name in COLUMNS))
 
 
 def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile]:

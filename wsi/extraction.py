@@ -31,11 +31,11 @@ from pathcore.jobs import (
     WRITTEN,
     JobFolder,
     Report,
-    encode_row,
     staging_folder,
     write_record,
 )
 from pathcore.pool import Engine, WorkerDiedError
+from pathcore.rows import encode_row
 from wsi.image_codecs import encoder
 from wsi.reader import Region, Slide, SlideError
 from wsi.requests import PatchRequest, RejectedRow, RequestTable

@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import Any
 
 import pallava
-from pallava.rows import check_share, read_rows
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
+from pathcore.rows import check_share, read_rows
 from xtuner_add.launch import LaunchError, Processes
 from xtuner_add.paths import xtuner_dir
 
@@ -372,7 +372,7 @@ def _check_dataset(dataset: dict[str, Any]) -> int | None:
     absent: dict[str, str] = {}
     total = with_images = 0
     try:
-        for number, row in itertools.islice(read_rows(data_path), _ROWS_CHECKED):
+        for number, row in itertools.islice(read_rows(data_path, what="data_path"), _ROWS_CHECKED):
             total += 1
             fault = check_row(row, field) if isinstance(row, Mapping) else f"no object: {row!s:.80}"
             if fault:

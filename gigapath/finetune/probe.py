@@ -25,14 +25,15 @@ from gigapath.finetune.baselines import METHODS, VectorSplit, check_methods
 from gigapath.finetune.metrics import NUM_RESAMPLES, score_predictions
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
+    SKIPPED_NAME,
     TABLE_NAME,
     draw_curves,
     results_table,
     write_predictions,
-    write_skipped,
 )
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
 from pathcore.files import atomic_file, folder_lock, remove_partials, write_json, write_text
+from pathcore.rows import write_rows
 
 LINEAR_PROBE = "linear_probe"
 
@@ -410,7 +411,7 @@ def probe_tiles(
             "num_without_row": data.num_without_row,
             "methods": found,
         }
-        write_skipped(out, data.skipped)
+        write_rows(out / SKIPPED_NAME, data.skipped)
         write_text(out / TABLE_NAME, _table(results))
         write_json(out / RESULTS_NAME, results)
     return results

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import atomic_file, write_text
+from pathcore.files import atomic_file
+from pathcore.rows import write_csv
 
 SKIPPED_NAME = "skipped.jsonl"
 RESULTS_NAME, TABLE_NAME = "results.json", "results.md"
@@ -41,21 +38,13 @@ def write_predictions(
     classes: Sequence[str],
 ) -> None:
     """Writes a csv of ids, true and predicted classes (multi-label: 0 or 1) and probabilities."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     several = labels.ndim == 2
     head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
-    writer.writerow(["id", *head, *(f"probability_{name}" for name in classes)])
+    rows = []
     for name, label, row in zip(ids, labels, probabilities, strict=True):
         said = label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
-        writer.writerow([name, *said, *map("{:.6f}".format, row)])
-    write_text(path, text.getvalue())
-
-
-def write_skipped(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `skipped.jsonl`, empty if nothing was skipped."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(folder / SKIPPED_NAME, lines)
+        rows.append([name, *said, *map("{:.6f}".format, row)])
+    write_csv(path, ["id", *head, *(f"probability_{name}" for name in classes)], rows)
 
 
 def results_table(

@@ -36,11 +36,11 @@ from gigapath.finetune.metrics import plain_values, score_names, score_predictio
 from gigapath.finetune.mil import MODELS, BagModel, MILModel
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
+    SKIPPED_NAME,
     TABLE_NAME,
     results_table,
     spread,
     write_predictions,
-    write_skipped,
 )
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import (
@@ -52,6 +52,7 @@ from gigapath.finetune.tasks import SlideTask, read_task
 from gigapath.finetune.trainer import WEIGHTS_NAME, Trainer, check_inputs
 from pathcore.files import StrPath, folder_lock, remove_partials, write_json, write_text
 from pathcore.ranks import Ranks
+from pathcore.rows import write_rows
 
 SLIDE_ENCODER = "slide_encoder"
 
@@ -147,7 +148,7 @@ def finetune_slides(
             "methods": found,
         }
         if ranks.is_first:
-            write_skipped(out, [*cohort.skipped, *runs.skipped])
+            write_rows(out / SKIPPED_NAME, [*cohort.skipped, *runs.skipped])
             write_text(out / TABLE_NAME, _table(results, task))
             write_text(out / "summary.csv", _summary(results))
             write_json(out / RESULTS_NAME, results)

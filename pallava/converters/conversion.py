@@ -15,14 +15,13 @@ from typing import Any, Literal
 from PIL import Image
 
 from pallava.converters.parts import PARTS_NAME, Joined, Part, run_in_parts
-from pallava.image_index import path_inside
 from pallava.records.questions import FileImage, ParquetImage, Question, RowError, find_image
-from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import IMAGE_TOKEN, check_row
 from pallava.text.encoding import image_files as image_names
 from pathcore.files import atomic_file, file_identity
-from pathcore.images import NETWORK_FORMATS, ImageError
+from pathcore.images import NETWORK_FORMATS, ImageError, path_inside, relative_name
+from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 
 REPORT_NAME = "conversion.json"
 IMAGES_NAME = "images"
@@ -178,18 +177,6 @@ def question_row(question: Question, folder: Path | None, answer: str | None = N
 def chosen(text: str) -> frozenset[str]:
     """Splits a comma-separated option into lowercased names; an empty set means all."""
     return frozenset(name.strip().lower() for name in text.split(",") if name.strip())
-
-
-def relative_name(folder: Path, path: Path) -> str:
-    """Returns the path of a file relative to a folder, with forward slashes.
-
-    Raises:
-        ImageError: If the file is not inside the folder.
-    """
-    for root in (folder, folder.absolute(), folder.resolve()):
-        if path.is_relative_to(root):
-            return path.relative_to(root).as_posix()
-    raise ImageError(f"{path}: outside the image folder {folder}")
 
 
 class _RowMaker:

@@ -15,12 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pallava.converters.conversion import Conversion, Row, conversation, convert
-from pallava.image_index import path_inside
 from pallava.records.containers import read_json_rows
 from pallava.records.questions import RowError, as_mapping, text_field
-from pallava.rows import MAX_SKIPPED_SHARE
 from pallava.text.encoding import IMAGE_TOKEN
-from pathcore.images import image_size
+from pathcore.images import image_size, path_inside
+from pathcore.rows import MAX_SKIPPED_SHARE
 
 MAX_AREA_PX = 4096 * 4096
 """Maximum area of an image, as in the published script (dataformat.py of PA-LLaVA)."""

@@ -16,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from pathcore.files import OutputExistsError, atomic_file, folder_lock, staged_files, write_json
+from pathcore.rows import encode_row
 
 PARTS_NAME = ".parts"
 _INPUTS = "inputs.json"
@@ -190,37 +191,24 @@ def _accept(parts: Path, inputs: Mapping[str, Any], shard: Shard | None) -> None
 
 
 def _write_part(path: Path, part: Part) -> None:
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        head = {"counts": part.counts, "notes": part.notes}
-        file.write(_dump(head) + "\n")
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        file.write(encode_row({"counts": part.counts, "notes": part.notes}))
         for name, rows in part.rows.items():
             for row in rows:
-                file.write(f"{name}\t{_dump(row)}\n")
-
-
-def _dump(row: Any) -> str:
-    text = json.dumps(row, ensure_ascii=False)
-    # Unchecked fields may contain a lone surrogate, which only a JSON escape can represent.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(row)
-    return text
+                file.write(f"{name}\t".encode() + encode_row(row))
 
 
 def _join(paths: Sequence[Path], folder: Path, names: Sequence[str]) -> Joined:
     joined = Joined(Counter(), [])
     with ExitStack() as stack:
-        files: dict[str, IO[str]] = {
-            name: stack.enter_context((folder / name).open("w", encoding="utf-8")) for name in names
-        }
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
         for path in paths:
-            with path.open(encoding="utf-8", newline="\n") as lines:
+            with path.open("rb") as lines:
                 head = json.loads(next(lines))
                 joined.counts.update(head["counts"])
                 if head["notes"] is not None:
                     joined.notes.append(head["notes"])
                 for line in lines:
-                    name, _, row = line.partition("\t")
-                    files[name].write(row)
+                    name, _, row = line.partition(b"\t")
+                    files[name.decode()].write(row)
     return joined

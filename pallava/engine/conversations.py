@@ -14,7 +14,6 @@ from mmengine.config import Config, ConfigDict
 from torch.utils.data import Dataset
 
 from pallava.engine.skipping import default_skip_log
-from pallava.rows import check_share, read_rows
 from pallava.skipping import SkipLog
 from pallava.text.encoding import (
     IMAGE_TOKEN,
@@ -26,6 +25,7 @@ from pallava.text.encoding import (
     interleaved_map_fn,
 )
 from pathcore.images import ImageError
+from pathcore.rows import check_share, read_rows
 
 _ROWS_PER_PROCESS = 2000
 _REPLACEMENTS = 16
@@ -271,7 +271,7 @@ def process_text(
     from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
 
     rows, faults, total = [], {}, 0
-    for number, row in read_rows(data_path):
+    for number, row in read_rows(data_path, what="data_path"):
         total += 1
         is_row = isinstance(row, Mapping)
         fault = check_row(row, image_field) if is_row else f"no object: {row!s:.80}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from pathcore.files import StrPath, folder_lock
+from pathcore.rows import read_lines
 
 _PATTERN = "rank*.jsonl"
 
@@ -82,21 +83,14 @@ class AnswerLog:
         """
         answers: dict[str, str] = {}
         for path in sorted(self.folder.glob(_PATTERN)):
-            answers |= _read(path.read_bytes().split(b"\n"), digests)
+            for _, record in read_lines(path):
+                try:
+                    question_id, digest = record["question_id"], record["digest"]
+                    if digests.get(question_id) == digest:
+                        answers[question_id] = record["answer"]
+                except (KeyError, TypeError):  # truncated by a kill
+                    continue
         return answers
-
-
-def _read(lines: Iterable[bytes], digests: Mapping[str, str]) -> dict[str, str]:
-    answers = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            question_id, digest, answer = (record[k] for k in ("question_id", "digest", "answer"))
-        except (ValueError, KeyError, TypeError):  # truncated by a kill
-            continue
-        if digests.get(question_id) == digest:
-            answers[question_id] = answer
-    return answers
 
 
 def read_answers(path: StrPath) -> tuple[dict[str, str], int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from pallava.files import read_chunks, write_json
+from pathcore.files import read_chunks, write_json
 
 _CLOCK_S = 2.0
 """Coarsest timestamp resolution of common file systems (FAT); ext4 and XFS have milliseconds."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pallava.evaluation.benchmarks import Benchmark
 from pallava.skipping import SKIP_LOG_NAME, SkippedSample
-from pathcore.files import atomic_file, remove_partials, write_json, write_text
+from pathcore.files import remove_partials, write_json, write_text
+from pathcore.rows import write_rows
 
 Compat = Literal["none", "original"]
 Missing = Literal["wrong", "skip"]
@@ -54,7 +55,10 @@ def write_report(
     remove_partials(work_dir)  # left by a run that was killed while writing
     result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
     write_json(work_dir / benchmark.result_name, result)
-    _write_skipped(work_dir / SKIP_LOG_NAME, skipped)
+    if skipped:
+        write_rows(work_dir / SKIP_LOG_NAME, map(asdict, skipped))
+    else:
+        (work_dir / SKIP_LOG_NAME).unlink(missing_ok=True)
     unanswered = _unanswered(benchmark, answers, skipped)
     metrics: dict[str, Any] = {
         "benchmark": benchmark.name,
@@ -71,7 +75,19 @@ def write_report(
     scored = {**answers, **filled}
     if benchmark.score is not None and scored:
         tables = benchmark.score(benchmark.questions.questions, scored, tokenizer)
-        _write_details(work_dir / DETAILS_NAME, benchmark, scored, tables.pop("details"))
+        details = tables.pop("details")
+        rows = (
+            {
+                "question_id": question.id,
+                "question": question.text,
+                "reference": question.answer,
+                "answer": scored[question.id],
+                **details[question.id],
+            }
+            for question in benchmark.questions.questions
+            if question.id in details
+        )
+        write_rows(work_dir / DETAILS_NAME, rows)
         metrics |= tables
     if judged:
         metrics["judged"] = dict(judged)
@@ -215,27 +231,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _cell(name: object) -> str:
     return str(name).replace("|", "\\|").replace("\n", " ")
-
-
-def _write_details(
-    path: Path, benchmark: Benchmark, answers: Mapping[str, str], details: Mapping[str, Any]
-) -> None:
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for question in benchmark.questions.questions:
-            if question.id in details:
-                row = {
-                    "question_id": question.id,
-                    "question": question.text,
-                    "reference": question.answer,
-                    "answer": answers[question.id],
-                    **details[question.id],
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _write_skipped(path: Path, skipped: Sequence[SkippedSample]) -> None:
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return
-    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in skipped]
-    write_text(path, "\n".join(lines) + "\n")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
-from pallava.files import staged_files
 from pallava.modeling.plip import (
     POSITION_IDS,
     PUBLISHED_TO_HF,
@@ -28,6 +27,7 @@ from pallava.modeling.plip import (
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.modeling.slide_tokens import SlideTokenConfig, SlideTokenEncoder
 from pallava.registry import CONNECTORS, ENCODERS
+from pathcore.files import staged_files
 from pathcore.weights import CheckpointError, load_strict, read_state_dict
 
 CONNECTOR_MODEL_TYPE = "q_former_projector"

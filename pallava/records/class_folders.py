@@ -39,9 +39,9 @@ from pallava.records.questions import (
     as_mapping,
     collect,
     find_image,
-    image_files,
     text_field,
 )
+from pathcore.images import image_files
 
 _PACKAGE = "pallava.records.class_sets"
 

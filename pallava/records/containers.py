@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import pickle
@@ -11,9 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pallava.rows import read_rows
-
-_CSV_FIELD_BYTES = 10 << 20
+from pathcore import rows
 
 ID_FIELDS = ("question_id", "qid", "id")
 """Fields that may hold the id of a record in a list, in order of precedence."""
@@ -33,7 +30,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     if path.suffix == ".jsonl":
-        yield from ((_row_id(row, number - 1), row) for number, row in read_rows(path))
+        yield from ((_row_id(row, number - 1), row) for number, row in rows.read_lines(path))
         return
     if path.suffix in (".pkl", ".pickle"):
         content = read_plain_pickle(path)
@@ -64,24 +61,9 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not a UTF-8 CSV file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    csv.field_size_limit(_CSV_FIELD_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for number, row in enumerate(reader):
-                wrong = None in row or None in row.values()
-                yield str(number), "another number of columns than the header" if wrong else row
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(
-                f"{path}, after line {reader.line_num}: not UTF-8 (byte 0x{byte:02x}); if it is "
-                f"Latin-1, convert it: iconv -f latin1 -t utf-8 {path.name}"
-            ) from error
+    for number, (_, row) in enumerate(rows.read_csv(path)):
+        wrong = None in row or None in row.values()
+        yield str(number), "another number of columns than the header" if wrong else row
 
 
 def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
@@ -91,23 +73,7 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If the suffix is unknown or the array is not valid JSON.
     """
-    path = Path(path)
-    if path.suffix != ".json":
-        yield from ((str(number), row) for number, row in read_rows(path))
-        return
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    import ijson
-
-    with path.open("rb") as file:
-        rows = ijson.items(file, "item", use_float=True)
-        try:
-            yield from ((str(number), row) for number, row in enumerate(rows, start=1))
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}: no JSON array, or it breaks off near byte {file.tell():,} ({error}); "
-                "fetch the file again"
-            ) from error
+    yield from ((str(number), row) for number, row in rows.read_rows(path, what="data file"))
 
 
 def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +11,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from pallava.image_index import path_inside
-from pallava.rows import check_share
 from pallava.skipping import SkippedSample
-from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image, to_rgb
-
-_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+from pathcore import images
+from pathcore.images import ImageError, decode_image, load_image
+from pathcore.rows import check_share
 
 
 class ImageSource(Protocol):
@@ -101,17 +98,7 @@ class ParquetImage:
 
     def load(self) -> Image.Image:
         """See `ImageSource.load`."""
-        content = self.content()
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ImageError(f"{self.name}: {image.width} x {image.height} px is too large")
-                image.load()
-                return to_rgb(image, name=self.name)
-        except ImageError:
-            raise
-        except Exception as error:  # decoders raise a dozen exception types
-            raise ImageError(f"{self.name}: cannot be decoded ({error})") from error
+        return decode_image(self.content(), name=self.name)
 
     def identity(self, digest: Callable[[Path], str]) -> str:
         """See `ImageSource.identity`; the digest of the file plus the position of the row."""
@@ -219,14 +206,7 @@ def find_image(folder: ImageFolder, name: object) -> FileImage | None:
     """
     if isinstance(folder, NoImages):
         return None
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ImageError(f"image: expected a file name, found {name!r:.80}")
-    path = path_inside(Path(folder), name)
-    for suffix in ("", *_SUFFIXES):
-        candidate = path.with_name(path.name + suffix) if suffix else path
-        if candidate.is_file():
-            return FileImage(candidate, name)
-    raise ImageError(f"{path}: no such image file")
+    return FileImage(images.find_image(Path(folder), name), str(name))
 
 
 def as_mapping(row: Any) -> Mapping[str, Any]:
@@ -253,16 +233,3 @@ def text_field(row: Mapping[str, Any], *names: str) -> str:
             if text and text.lower() != "nan":  # pandas writes missing values as nan
                 return text
     raise RowError(f"{names[0]}: expected text, found {row.get(names[0])!r:.80}")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Returns the image files below a folder, sorted.
-
-    Hidden files are skipped, because archives made on a Mac contain metadata files such as
-    `._image.tif`.
-    """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )

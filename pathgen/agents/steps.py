@@ -18,17 +18,22 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pathcore.files import check_name
+from pathcore.images import find_image, path_inside, relative_name
+from pathcore.rows import encode_row, read_rows_with_id, row_digest, row_files
 from pathgen.agents.asking import NO_REQUEST, Asker, Task
 from pathgen.agents.backends import Backend, Request
 from pathgen.agents.budget import Budget, Spent
 from pathgen.agents.cache import ReplyCache
 from pathgen.agents.prompts import Prompt
 from pathgen.agents.replies import read_reply
-from pathgen.rows import find_image, read_rows, row_digest, row_files, write_row
 
 _WINDOW = 16
 """Rows in memory per request in flight. Output is ordered, so one slow reply blocks later rows;
 this is how far the others may run ahead of it."""
+
+_EXTRACTED_SUFFIXES = (".png", ".jpg", ".webp")
+"""Formats in which `xtuner-add extract` writes patches, which it names after the row's id."""
 
 
 class Rejected(Exception):
@@ -145,7 +150,7 @@ def run_step(
                 if task.from_cache:
                     counts["from cache"] += 1
                 try:
-                    write_row(rows_file, run.finish(task))
+                    rows_file.write(encode_row(run.finish(task)))
                     counts["written"] += 1
                     continue
                 except Rejected as error:
@@ -153,7 +158,7 @@ def run_step(
             counts[task.state] += 1
             entry = {"line": task.line, "id": task.row_id, "kind": task.state}
             skipped = {**entry, "reason": task.reason}
-            write_row(skipped_file, skipped)
+            skipped_file.write(encode_row(skipped))
             if len(examples) < 3:
                 examples.append(f"line {task.line}, {task.row_id}: {task.reason}")
         spent = replies.spent()
@@ -191,7 +196,7 @@ class _Run:
 
     def tasks(self, source: Path) -> Iterator[Task]:
         """Yields one task per row and prompt; tasks with a cached reply are settled."""
-        for line, row in read_rows(source):
+        for line, row in read_rows_with_id(source):
             if isinstance(row, str):
                 yield Task(line, "", {}, "", NO_REQUEST, "", state="failed", reason=row)
                 continue
@@ -206,7 +211,7 @@ class _Run:
     def finish(self, task: Task) -> dict[str, Any]:
         """Returns the new row, including its provenance."""
         image = task.request.image
-        named = {"image": image.relative_to(self.folder).as_posix()} if image else {}
+        named = {"image": relative_name(self.folder, image)} if image else {}
         row = self.step.finish({**task.row, **named}, task.prompt, task.value)
         prompt = self.step.prompts[task.prompt]
         digest = {"image_sha256": task.request.image_sha256} if image else {}
@@ -256,7 +261,12 @@ class _Run:
             raise ValueError(f"provenance: expected a list, found {row['provenance']!r:.80}")
         image, digest = None, None
         if self.step.with_image:
-            image = find_image(self.folder, row)
+            if row.get("image") is not None:
+                image = path_inside(self.folder, row["image"])
+            else:
+                image = find_image(
+                    self.folder, check_name(row["id"], room_bytes=5), _EXTRACTED_SUFFIXES
+                )
             try:
                 digest = hashlib.sha256(image.read_bytes()).hexdigest()
             except OSError as error:

@@ -28,11 +28,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pathcore.images import load_image
-from pathgen.rows import path_inside
+from pathcore.images import image_files, load_image, path_inside
 
 _PACKAGE = "pathgen.clip.benchmarks"
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 _KINDS = {
     "folders": set(),
     "table": {"file", "image"},
@@ -168,7 +166,7 @@ def _folders(benchmark: ClassBenchmark, folder: Path) -> LabelledImages:
         for pattern in patterns:
             for match in folder.glob(pattern):
                 if not match.name.startswith("."):
-                    paths.update(_image_files(match) if match.is_dir() else [match])
+                    paths.update(image_files(match) if match.is_dir() else [match])
         for path in sorted(paths):
             images.append(FileImage(path.relative_to(folder).as_posix(), path))
             labels.append(index)
@@ -201,7 +199,7 @@ def _table(benchmark: ClassBenchmark, folder: Path) -> LabelledImages:
         try:
             path = path_inside(root, name)
             if not path.is_file():
-                by_name = by_name or {_plain(p.stem): p for p in _image_files(root)}
+                by_name = by_name or {_plain(p.stem): p for p in image_files(root)}
                 path = by_name[_plain(re.sub(r"\.(jpe?g|png|tiff?)$", "", Path(name).name))]
         except (ValueError, KeyError) as error:
             skipped.append({"id": name, "reason": f"no such image in {root}: {error}"})
@@ -282,14 +280,6 @@ def _is_one(row: Mapping[str, str], keys: tuple[str, ...]) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")  # ._x.png of macOS
-    )
 
 
 def _parse(text: str, suffix: str) -> Any:

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pathcore.files import atomic_file, folder_lock, write_json
-from pathgen.rows import path_inside
+from pathcore.images import path_inside
+from pathcore.rows import line_offsets
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 """What open_clip's pipeline takes for an image in a shard."""
@@ -173,7 +173,7 @@ def _count(path: Path) -> dict[str, Any]:
 def _pack(
     data: Path, images: Path, work_dir: Path, num_readers: int, num_processes: int, seed: int
 ) -> ShardSet:
-    offsets = np.fromiter(_line_offsets(data), dtype=np.int64)
+    offsets = np.fromiter((offset for offset, _ in line_offsets(data)), dtype=np.int64)
     if not len(offsets):
         raise ValueError(f"{data}: holds no pairs")
     per_reader = -(-len(offsets) // (PAIRS_PER_SHARD * num_readers))
@@ -225,15 +225,6 @@ def _packed(data: Path, shards: Path, num_shards: int) -> ShardSet:
 
 def _mixed(offsets: np.ndarray, seed: int) -> list[int]:
     return [int(offset) for offset in np.random.default_rng(seed).permutation(offsets)]
-
-
-def _line_offsets(path: Path) -> Iterator[int]:
-    offset = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if line.strip():
-                yield offset
-            offset += len(line)
 
 
 def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: list[int]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import folder_lock, write_json
+from pathcore.rows import read_lines, write_rows
 from pathgen.clip.export import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -218,8 +219,7 @@ def _export(
         note = f"not exported for transformers: {error}"
         logger.warning("stage %s: %s", stage.name, note)
     skipped = [*shards.skipped, *_skipped_in_training(folder)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-    (folder / SKIPPED_NAME).write_text(lines, encoding="utf-8")
+    write_rows(folder / SKIPPED_NAME, skipped)
     record = {
         "inputs": inputs,
         "num_pairs": shards.total,
@@ -319,7 +319,8 @@ def _skipped_in_training(folder: Path) -> list[dict[str, Any]]:
     file = folder / "skipped_in_training.jsonl"
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # A process that was killed may have left half a line.
+    rows = [row for _, row in read_lines(file) if isinstance(row, dict)]
     return list({(row["shard"], row["id"]): row for row in rows}.values())
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pathcore.rows import encode_row
+
 _BAD_SAMPLE = "Handling webdataset error"
 
 
@@ -41,9 +43,8 @@ class SkippedSamples(logging.Handler):
             row = {"id": getattr(error, "key", None), "shard": getattr(error, "url", None)}
             cause = getattr(error, "__cause__", None) or error
             row = {**row, "reason": f"cannot be decoded: {cause!r:.300}"}
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self._path.open("ab") as file:
+                file.write(encode_row(row))
 
 
 @contextmanager

@@ -6,9 +6,6 @@ in embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/21
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +18,10 @@ from numpy.typing import NDArray
 from pathcore import stats
 from pathcore.encoders import Encoder
 from pathcore.files import write_json, write_text
+from pathcore.images import path_inside
+from pathcore.rows import BadRow, pair_fault, read_rows_with_id, write_csv, write_rows
 from pathgen.clip.class_benchmarks import ClassBenchmark, FileImage, read_images
 from pathgen.clip.image_features import image_features
-from pathgen.rows import path_inside, read_rows
 
 METRICS_NAME = "metrics.json"
 TABLES_NAME = "metrics.md"
@@ -93,7 +91,7 @@ def zero_shot(
         [found.images[k].id, benchmark.classes[t], benchmark.classes[p], *map("{:.5f}".format, s)]
         for k, t, p, s in zip(features.kept, true, predicted, similarities, strict=True)
     ]
-    _write_csv(out / "predictions.csv", ["id", "true", "predicted", *benchmark.classes], rows)
+    write_csv(out / "predictions.csv", ["id", "true", "predicted", *benchmark.classes], rows)
     _write_report(out, metrics, _classification_tables(metrics), skipped)
     return metrics
 
@@ -223,16 +221,12 @@ def _read_pairs(
     pairs: Path, folder: Path
 ) -> tuple[list[FileImage], list[str], list[dict[str, str]]]:
     images, captions, skipped = [], [], []
-    for number, row in read_rows(pairs):
-        reason = row if isinstance(row, str) else None
-        if isinstance(row, dict):
+    for number, row in read_rows_with_id(pairs):
+        reason = row if isinstance(row, BadRow) else pair_fault(row)
+        if isinstance(row, dict) and not reason:
             try:
-                path = path_inside(folder, row.get("image"))
-                caption = row.get("caption")
-                if not isinstance(caption, str) or not caption.strip():
-                    raise ValueError(f"caption: expected text, found {caption!r:.80}")
-                images.append(FileImage(row["id"], path))
-                captions.append(caption)
+                images.append(FileImage(row["id"], path_inside(folder, row["image"])))
+                captions.append(row["caption"])
             except ValueError as error:
                 reason = str(error)
         if reason is not None:
@@ -321,18 +315,9 @@ def _score_row(name: str, score: Mapping[str, float]) -> str:
     return f"| {label} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} |"
 
 
-def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def _write_report(
     out: Path, metrics: Mapping[str, Any], tables: str, skipped: Sequence[Mapping[str, Any]]
 ) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-    write_text(out / SKIPPED_NAME, lines)
+    write_rows(out / SKIPPED_NAME, skipped)
     write_text(out / TABLES_NAME, tables)
     write_json(out / METRICS_NAME, metrics)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pathcore.encoders import Encoder
 from pathcore.files import check_name
-from pathgen.rows import row_files, write_row
+from pathcore.rows import encode_row, row_files
 from pathgen.selection.features import slide_features
 from pathgen.selection.picture import draw_selection
 from pathgen.selection.sampling import (
@@ -142,16 +142,16 @@ def select_patches(
                 rows, found = job.select(name, file, path)
             except (ValueError, OSError) as error:
                 report.skipped[name] = str(error)
-                write_row(skipped_file, {"wsi_id": name, "reason": str(error)})
+                skipped_file.write(encode_row({"wsi_id": name, "reason": str(error)}))
                 continue
             report.num_reused += found.reused
             report.num_patches += len(rows)
             if found.num_damaged:
                 report.damaged[name] = found.num_damaged
                 reason = f"{found.num_damaged} patches cannot be read"
-                write_row(skipped_file, {"wsi_id": name, "reason": reason})
+                skipped_file.write(encode_row({"wsi_id": name, "reason": reason}))
             for row in rows:
-                write_row(rows_file, row)
+                rows_file.write(encode_row(row))
     return report
 
 

@@ -76,7 +76,7 @@ def test_layouts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"c\.csv:2: two numbers"):
         layouts_from_csv(table, {}, 8)
     table.write_text("file,x,y\n")
-    with pytest.raises(ValueError, match="columns name, x, y expected"):
+    with pytest.raises(ValueError, match="no column name; found file, x, y"):
         layouts_from_csv(table, {}, 8)
 
 

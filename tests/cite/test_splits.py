@@ -105,7 +105,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_captions_in_another_encoding_name_file_and_line(tmp_path: Path) -> None:
     file = captions(tmp_path / "captions.csv", [("a", SUBTYPES[0]), ("b", SUBTYPES[1])])
     file.write_bytes(file.read_bytes() + "c,x,caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"captions\.csv:4: no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"captions\.csv:4: not UTF-8"):
         read_captions(file)
 
 

@@ -185,7 +185,7 @@ def checkpoints_case(folder: Path) -> Case:
 
 def rows_case(folder: Path) -> Case:
     """Files of JSON lines: sound lines come back as they are, the others as reasons."""
-    from pathgen.rows import read_rows
+    from pathcore.rows import read_rows_with_id
 
     def case(rng: random.Random, work: Path) -> str:
         rows = [{"id": f"r{i}", "image": f"{i}.png", "caption": "é" * i} for i in range(12)]
@@ -196,7 +196,7 @@ def rows_case(folder: Path) -> Case:
         path = work / "rows.jsonl"
         path.write_bytes(b"\n".join(lines) + b"\n")
         try:
-            found = dict(read_rows(path))
+            found = dict(read_rows_with_id(path))
         except (ValueError, OSError):
             return "error"
         values = [found.get(i + 1) for i in range(12)]

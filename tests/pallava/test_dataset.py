@@ -146,7 +146,7 @@ BAD_ROWS: dict[str, tuple[Any, str, str | None]] = {
         "../rows.jsonl",
     ),
     "absolute": (row("bad", image="/etc/hosts"), "is outside the image", "/etc/hosts"),
-    "nul": (row("bad", image="a\0.png"), "not a readable image", "a\0.png"),
+    "nul": (row("bad", image="a\0.png"), "expected a file name", "a\0.png"),
     "no_image": (row("bad", image="text.png"), "not a readable image", "text.png"),
 }
 

@@ -110,9 +110,9 @@ def test_any_line_is_a_pair_or_an_error_of_ours(line):
 
 def test_many_unusable_lines_mean_a_wrong_file(make_dataset):
     lines = [row() for _ in range(17)] + [row(caption="")] * 3
-    with pytest.raises(ValueError, match="3 of 20 lines are no usable pair"):
+    with pytest.raises(ValueError, match="3 of 20 rows cannot be used"):
         make_dataset(*lines)
-    with pytest.raises(ValueError, match="1 of 1 lines"):
+    with pytest.raises(ValueError, match="1 of 1 rows"):
         make_dataset("{}")
 
 

@@ -17,8 +17,11 @@ from pathcore.images import (
     MAX_IMAGE_PIXELS,
     ImageError,
     decode_image,
+    find_image,
     image_size,
     load_image,
+    path_inside,
+    relative_name,
     to_rgb,
 )
 
@@ -260,3 +263,42 @@ def test_bytes_of_other_formats_and_broken_ones_are_refused(tmp_path: Path) -> N
         decode_image(png[:-40], name="upload")
     with pytest.raises(ImageError, match="upload: 12 x 8 px is more than the 95 pixels"):
         decode_image(png, name="upload", max_pixels=95)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "deep/../../a.png", "/etc/passwd", "..", "a/..", "..\\a.png"]
+)
+def test_names_that_lead_out_are_errors(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ImageError, match=r"(resolves to a path|is) outside the image folder"):
+        path_inside(tmp_path, name)
+
+
+def test_an_absolute_name_inside_is_taken_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for root in ("real", "link"):
+        name = str(tmp_path / root / "a.png")
+        assert path_inside(tmp_path / "link", name) == Path(name)
+        assert relative_name(tmp_path / "link", Path(name)) == "a.png"
+    with pytest.raises(ImageError, match="outside the image folder"):
+        path_inside(tmp_path / "link", str(tmp_path / "other" / "a.png"))
+    with pytest.raises(ImageError, match="resolves to a path outside"):
+        path_inside(tmp_path / "link", str(tmp_path / "link" / ".." / "a.png"))
+    with pytest.raises(ImageError, match="outside the image folder"):
+        relative_name(tmp_path / "link", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", [None, 7, "", ".", "a\0.png"])
+def test_what_names_no_file_is_an_error(tmp_path: Path, name: object) -> None:
+    with pytest.raises(ImageError, match="expected a file name"):
+        path_inside(tmp_path, name)
+
+
+def test_an_image_is_found_without_its_suffix(tmp_path: Path) -> None:
+    (tmp_path / "a.1.png").touch()
+    assert find_image(tmp_path, "a.1.png") == find_image(tmp_path, "a.1") == tmp_path / "a.1.png"
+    for name in ("a", "a.1.jpg", "x" * 300):
+        with pytest.raises(ImageError, match="no such image file"):
+            find_image(tmp_path, name)
+    with pytest.raises(ImageError, match="no such image file"):
+        find_image(tmp_path, "a.1", (".jpg",))

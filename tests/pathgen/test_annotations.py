@@ -121,7 +121,6 @@ def test_files_that_are_not_whole_or_something_else(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-import ijson
 from pathgen.annotations import read_annotations
 from wsi.requests import RequestTable
 def peak_kib():

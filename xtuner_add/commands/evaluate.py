@@ -16,7 +16,8 @@ import click
 
 from pallava.skipping import SKIP_LOG_NAME
 from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
-from pathcore.files import write_json, write_text
+from pathcore.files import write_json
+from pathcore.rows import write_rows
 from xtuner_add.commands.options import (
     ANY_PATH,
     RelaunchedCommand,
@@ -228,13 +229,12 @@ def answer(
     if asked:
         flush()
     if output is not None:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(output, "".join(lines))
+        write_rows(output, rows)
     ctx.exit(EXIT_SKIPPED if num_skipped else EXIT_OK)
 
 
 def _image_files(images: Iterable[Path]) -> Iterable[Path]:
-    from pallava.records.questions import image_files
+    from pathcore.images import image_files
 
     for path in images:
         found = image_files(path) if path.is_dir() else [path]

@@ -9,8 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pallava.image_index import path_inside
-from pathcore.images import ImageError, load_image
+from pathcore.images import ImageError, load_image, path_inside
 
 _THUMBNAIL_PX = 160
 _CELL_CHARACTERS = 160

@@ -14,13 +14,12 @@ from typing import Any
 from pallava.converters.cleaning.report import write_page, write_tables
 from pallava.converters.cleaning.steps import Candidate, RowIndex, Step, index_step
 from pallava.converters.parts import Joined, Part, Shard, run_in_parts
-from pallava.image_index import path_inside
 from pallava.records.containers import read_json_rows
-from pallava.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import check_row, image_files
 from pathcore.files import file_identity
-from pathcore.images import ImageError
+from pathcore.images import ImageError, path_inside
+from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 
 REPORT_NAME = "cleaning.json"
 TABLES_NAME = "cleaning.md"

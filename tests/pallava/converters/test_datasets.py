@@ -9,8 +9,8 @@ from pallava.converters.class_sets import write_class_folders
 from pallava.converters.conversion import convert
 from pallava.records.class_folders import load_class_set, read_class_folders
 from pallava.registry import CONVERTERS
-from pallava.rows import pair_fault
 from pallava.text.encoding import check_row
+from pathcore.rows import pair_fault
 from tests.pallava.converters import published
 from tests.pallava.converters.published import read_lines, save_image, write_lines
 

@@ -309,7 +309,7 @@ def test_bad_rows_are_left_out(server: DescriberServer, tmp_path: Path, patches:
     left = {row["line"]: row["reason"] for row in read_rows(report.skipped)}
     assert sorted(left) == list(range(1, len(bad) + 1))
     assert all(left.values())
-    assert "inside the image folder" in left[6] and "inside" in left[7]
+    assert "outside the image folder" in left[6] and "outside" in left[7]
     assert sum(server.requests.values()) == 1
 
 
@@ -323,7 +323,7 @@ def test_patches_are_found_by_their_ids(
     report = run_step(describe(), backend, source, out, images=patches, progress=False)
     assert [row["image"] for row in read_rows(out)] == ["slide_10_20.webp"]
     left = [row["reason"] for row in read_rows(report.skipped)]
-    assert "no slide_1_2.png" in left[0] and "is not allowed in a file name" in left[1]
+    assert "slide_1_2: no such image file" in left[0] and "is not allowed in a file name" in left[1]
 
 
 REVISED = {"usable": True, "problems": ["no necrosis"], "caption": WORDS}

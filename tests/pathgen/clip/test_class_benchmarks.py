@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_used_are_recorded(tmp_path: Path) -> None:
     found = read_images(load_benchmark("mhist"), tmp_path)
     assert [row["id"] for row in found.skipped] == ["MHIST_gone.png", "MHIST_a.png", "../x.png"]
     assert "0 classes" in found.skipped[1]["reason"]
-    assert "inside the image folder" in found.skipped[2]["reason"]
+    assert "outside the image folder" in found.skipped[2]["reason"]
 
 
 def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:

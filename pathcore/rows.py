@@ -1,0 +1,329 @@
+"""Rows of data files, read and written one by one: JSON lines, JSON arrays and CSV tables."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pathcore.files import FolderInUseError, StrPath, atomic_file, folder_lock, write_text
+
+MAX_SKIPPED_SHARE = 0.1
+"""Maximum fraction of unusable rows; more indicate a wrong folder or file."""
+
+_FEW_ROWS = 10
+_CSV_FIELD_BYTES = 10 << 20
+_CHUNK_CHARS = 1 << 20
+_MAX_ELEMENT_CHARS = 64 << 20
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class BadRow(str):
+    """Takes the place of a row that cannot be read, and says why."""
+
+
+def read_rows(path: StrPath, *, what: str = "rows") -> Iterator[tuple[int, Any]]:
+    """Yields `(line or element number, row)` of a `.jsonl` file or a `.json` array.
+
+    Rows are JSON values of any kind, for the caller to check.
+
+    Args:
+        path: The file.
+        what: What the file is, for error messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the suffix is unknown, or a `.json` file does not hold an array.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {path}: no such file")
+    if path.suffix == ".jsonl":
+        yield from read_lines(path)
+    elif path.suffix == ".json":
+        yield from enumerate(read_array(path, what=what), start=1)
+    else:
+        raise ValueError(f"{what} {path}: expected .json or .jsonl, found {path.suffix!r}")
+
+
+def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Yields `(line number, row)` of JSON lines; a valid row is an object with a text `id`.
+
+    What Python reads but other readers of JSON refuse makes a bad row: NaN, infinity and half a
+    surrogate pair.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is one JSON array.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if first_byte(path) == b"[":
+        raise ValueError(
+            f"{path}: expected JSON lines, one object per line, found an array: "
+            f"jq -c '.[]' {path.name}"
+        )
+    for number, row in read_lines(path, strict=True):
+        if isinstance(row, BadRow):
+            yield number, row
+        elif not isinstance(row, dict):
+            yield number, BadRow(f"expected an object, found {type(row).__name__}")
+        elif not isinstance(row.get("id"), str) or not row["id"]:
+            yield number, BadRow(f"id: expected text, found {row.get('id')!r:.80}")
+        else:
+            yield number, row
+
+
+def read_lines(path: StrPath, *, strict: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yields `(line number, JSON value or BadRow)` of every line that is not blank."""
+    constant = _refuse_constant if strict else None
+    with open(path, "rb") as lines:  # as bytes, so that an encoding error affects only its line
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, parse_constant=constant)
+                if strict:
+                    line.decode()
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                row = BadRow(f"no JSON: {error}")
+            yield number, row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def first_byte(path: StrPath) -> bytes:
+    """Returns the first byte of a text that is neither blank nor of a byte order mark."""
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def line_offsets(path: StrPath) -> Iterator[tuple[int, bytes]]:
+    """Yields the byte offset and the content of every line that is not blank."""
+    offset = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            if line.strip():
+                yield offset, line
+            offset += len(line)
+
+
+def read_array(path: StrPath, *, what: str = "rows") -> Iterator[Any]:
+    """Yields the elements of a JSON array of any size, in the memory that the largest needs.
+
+    Raises:
+        ValueError: If the file does not hold a valid array.
+    """
+    if first_byte(path) == b"{":
+        raise ValueError(
+            f"{what} {path}: expected an array of rows, found an object; JSON lines are named "
+            ".jsonl"
+        )
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from _elements(file)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise ValueError(
+                f"{what} {path}: no JSON array of rows, or it breaks off near byte "
+                f"{os.lseek(file.fileno(), 0, os.SEEK_CUR):,} ({reason}); fetch the file again"
+            ) from error
+
+
+def _elements(file: IO[str]) -> Iterator[Any]:
+    # Python's decoder, unlike ijson's, takes NaN, which json.dump writes by default.
+    decode = json.JSONDecoder().raw_decode
+    text = file.read(_CHUNK_CHARS)
+    at = _skip_blanks(text, 0)
+    if text[at : at + 1] != "[":
+        raise ValueError("expected '['")
+    at, is_first = at + 1, True
+    while True:
+        try:
+            start = _skip_blanks(text, at)
+            if is_first and text[start] == "]":
+                end = start
+                break
+            row, end = decode(text, start)
+            end = _skip_blanks(text, end)
+            if text[end] not in ",]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, end)
+        except (json.JSONDecodeError, IndexError) as error:
+            # The element may continue beyond what has been read.
+            more = file.read(max(_CHUNK_CHARS, len(text) - at))
+            if not more or len(text) - at > _MAX_ELEMENT_CHARS:
+                raise ValueError(getattr(error, "msg", "the array has no end")) from error
+            text, at = text[at:] + more, 0
+            continue
+        yield row
+        if text[end] == "]":
+            break
+        at, is_first = end + 1, False
+    if text[end + 1 :].strip() or file.read(_CHUNK_CHARS).strip():
+        raise ValueError("more follows after the array")
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    assert found is not None  # it matches the empty string
+    return found.end()
+
+
+def read_csv(
+    path: StrPath,
+    *,
+    columns: Iterable[str] = (),
+    delimiter: str = ",",
+    what: str = "table",
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields `(line number, {column: text})` of a CSV file with a header, as `csv.DictReader`.
+
+    Args:
+        path: The file, in UTF-8.
+        columns: Columns that must be there.
+        delimiter: Character between fields.
+        what: What the file is, for error messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column is missing, or the file is not CSV in UTF-8; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {path}: no such file")
+    csv.field_size_limit(_CSV_FIELD_BYTES)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(_utf8_lines(file, f"{what} {path}"), delimiter=delimiter)
+        try:
+            found = reader.fieldnames or ()
+            if missing := sorted(set(columns) - set(found)):
+                raise ValueError(
+                    f"{what} {path}:1: no column {' and no column '.join(missing)}; found "
+                    f"{', '.join(found) or 'nothing'}"
+                )
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"{what} {path}:{reader.line_num}: no CSV: {error}") from error
+
+
+def _utf8_lines(file: IO[str], name: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:  # an escaped byte
+            raise ValueError(
+                f"{name}:{number}: not UTF-8 (byte 0x{ord(line[error.start]) - 0xDC00:02x}); save "
+                "it as CSV UTF-8, or convert it: iconv -f latin1 -t utf-8"
+            ) from error
+        yield line
+
+
+def write_csv(path: StrPath, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """Returns one line of JSON; unpaired surrogates, which bad rows may contain, stay escaped."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"
+
+
+def write_rows(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines atomically."""
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        file.writelines(map(encode_row, rows))
+
+
+@contextmanager
+def row_files(*paths: Path) -> Iterator[list[IO[bytes]]]:
+    """Opens output files that are renamed to their final names together, the first one last.
+
+    Holds a lock on the first file, so that two runs cannot write it at once.
+
+    Raises:
+        ValueError: If another run is writing the first file.
+    """
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(paths[0].with_name(f".{paths[0].name}.lock")))
+        except FolderInUseError as error:
+            raise ValueError(f"{paths[0]}: another run is writing this file") from error
+        # The lock makes constant names safe: a later run overwrites what a killed one left behind.
+        partials = [
+            stack.enter_context(atomic_file(path, partial_name=f".{path.name}.partial"))
+            for path in paths
+        ]
+        with ExitStack() as opened:
+            yield [opened.enter_context(partial.open("wb")) for partial in partials]
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a row, independent of the order of its fields."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def pair_fault(row: Any) -> str | None:
+    """Returns what is wrong with a row of a pairs file, or None."""
+    if not isinstance(row, Mapping):
+        found = row if isinstance(row, BadRow) else type(row).__name__
+        return f"expected a JSON object, found {found}"
+    if not isinstance(row.get("id"), str | int):
+        return f"id: expected text or a whole number, found {row.get('id')!r}"
+    for name in ("image", "caption"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            return f"{name}: expected text, found {row.get(name)!r}"
+        if "\0" in row[name] or not is_encodable(row[name]):
+            return f"{name}: {row[name]!r} holds characters that no text has"
+    return None
+
+
+def is_encodable(text: str) -> bool:
+    """Whether text has no unpaired surrogates, which JSON can escape but UTF-8 cannot hold."""
+    try:
+        text.encode()  # a loop over the characters takes far longer
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_share(
+    num_bad: int,
+    total: int,
+    what: str,
+    faults: Mapping[str, str],
+    most: int = 3,
+    max_share: float = MAX_SKIPPED_SHARE,
+) -> None:
+    """Tolerates a few bad rows, but raises if there are too many.
+
+    Raises:
+        ValueError: If more than `max_share` of at least ten rows are bad, or all of them.
+    """
+    if num_bad > max_share * total and num_bad > 0 and (num_bad == total or total >= _FEW_ROWS):
+        shown = "\n  ".join(list(faults.values())[:most])
+        raise ValueError(
+            f"{what}: {num_bad} of {total} rows cannot be used, more than "
+            f"{'a tenth' if max_share == MAX_SKIPPED_SHARE else f'{max_share:.0%}'}; the first:\n"
+            f"  {shown}"
+        )
