@@ -211,7 +211,11 @@ def _origin(target: Any) -> str:
     return f"{getattr(target, '__module__', '?')}:{name}"
 
 
-ENCODERS = Registry("encoder", builtin_modules=("pallava.modeling.folders",), shares_models=True)
+ENCODERS = Registry(
+    "encoder",
+    builtin_modules=("pallava.modeling.folders", "pallava.named_encoder"),
+    shares_models=True,
+)
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
 ``features(pixel_values, select_layer)``. For inputs other than pixels, the module has
 ``visual_tokens`` and ``blank`` instead, as `pallava.modeling.slide_tokens.SlideTokenEncoder`. In

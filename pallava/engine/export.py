@@ -57,6 +57,9 @@ def save_trained_parts(
     if hasattr(model.visual_encoder, "visual_tokens"):  # has no image processor
         _say("slide token encoder", save_dir / "visual_encoder")
         save_slide_encoder(model.visual_encoder, save_dir / "visual_encoder")
+    elif not model.freeze_visual_encoder and hasattr(model.visual_encoder, "save"):
+        _say("visual encoder", save_dir / "visual_encoder")
+        model.visual_encoder.save(save_dir / "visual_encoder")
     elif not model.freeze_visual_encoder:
         _say("visual encoder", save_dir / "visual_encoder")
         processor = BUILDER.build(cfg.image_processor)

@@ -26,6 +26,7 @@ from pallava.modeling.folders import load_connector, load_vision_encoder  # noqa
 from pallava.modeling.qformer import ConnectorConfig  # noqa: E402
 from pallava.modeling.qformer import ScaleInvariantConnector as Connector  # noqa: E402
 from pallava.modeling.slide_tokens import SlideTokenEncoder  # noqa: E402
+from pallava.named_encoder import NamedVisionEncoder, image_processor  # noqa: E402
 from pallava.registry import CONNECTORS, ENCODERS  # noqa: E402
 
 
@@ -62,10 +63,11 @@ def _register(name: str, part: Any, *registries: Registry) -> None:
             registry.register_module(name=name, module=part)
 
 
-for _part in (LLaVAModel, PLIPPretrainingModel, SlideTokenEncoder):
+for _part in (LLaVAModel, PLIPPretrainingModel, SlideTokenEncoder, NamedVisionEncoder):
     _register(_part.__name__, _part, MODELS, BUILDER)
 _register("PLIPVisionEncoder", build_vision_encoder, MODELS, BUILDER)
 _register("ScaleInvariantConnector", build_connector, MODELS, BUILDER)
+_register("EncoderImageProcessor", image_processor, BUILDER)
 _register("LLaVADataset", LLaVADataset, DATASETS, BUILDER)
 _register("EvaluateChatHook", EvaluateChatHook, HOOKS, BUILDER)
 for _name in ENCODERS.names():

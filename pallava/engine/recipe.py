@@ -14,6 +14,7 @@ from mmengine.config import Config
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.prompts import disagreeing_templates, trained_template
 from pallava.engine.runtime import prepare_host
+from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def read_recipe(
             "pth_to_hf`, which `xtuner-add answer --llava` reads. One folder for transformers "
             "holds models of images alone"
         )
+    _refuse_names(model["visual_encoder"], config_file)
     encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
     statistics = _image_statistics(cfg, encoder)
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
@@ -99,6 +101,17 @@ def _lora(lora: Any) -> dict[str, Any]:
     values = asdict(config)
     kept = {name: values[name] for name in _LORA_FIELDS if name in values}
     return {name: sorted(v) if isinstance(v, set) else v for name, v in kept.items()}
+
+
+def _refuse_names(value: Any, config_file: object) -> None:
+    name = value.get("encoder") if isinstance(value, Mapping) else str(value)
+    if (isinstance(value, Mapping) and name) or str(name).startswith(PREFIX):
+        name = str(name).removeprefix(PREFIX)
+        raise ValueError(
+            f"{config_file}: its vision encoder {name} has a network that cannot travel with an "
+            "exported model, which carries CLIP's alone; use `xtuner-add convert pth_to_hf`, and "
+            f"`xtuner-add answer --llava FOLDER --visual-encoder {PREFIX}{name}`"
+        )
 
 
 def _encoder_folder(value: Any) -> str:

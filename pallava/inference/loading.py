@@ -27,6 +27,7 @@ CONVERSION_NAME = "conversion.json"
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_NAMED = "encoder:"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 # 32 samples of 64 KiB read 2 MiB of a weight file, where hashing all of it would read gigabytes.
@@ -53,8 +54,8 @@ def load_model(
             exported folder, which holds all parts; `llava` and `visual_encoder` must then be None.
         llava: Folder written by `xtuner convert pth_to_hf`, with `projector/` and, if they were
             trained, `llm_adapter/` and `visual_encoder/`. Defaults to `llm`.
-        visual_encoder: Folder of a PLIP, CLIP or slide token encoder. Defaults to the one in
-            `llava`.
+        visual_encoder: Folder of a PLIP, CLIP or slide token encoder, or `encoder:NAME` with a name
+            of `pathcore.encoders`. Defaults to the one in `llava`.
         prompt_template: XTuner name of a prompt template, or `tokenizer`. Defaults to the template
             used in training, which both kinds of folder record; a different one logs a warning.
         bos: `double` prepends two BOS tokens, as the published evaluation tools do.
@@ -125,8 +126,19 @@ def load_model(
         prepare,
         prompt_template=_choose_template(prompt_template, recorded_template(folder), folder),
         bos=bos,
-        fingerprint=fingerprint(llm, folder / "projector", encoder_folder, adapter),
+        fingerprint=_fingerprint(llm, folder / "projector", encoder, encoder_folder, adapter),
     )
+
+
+def _fingerprint(
+    llm: _PathLike, projector: Path, encoder: Any, encoder_folder: Path | str, adapter: Path | None
+) -> str:
+    if isinstance(encoder_folder, Path):
+        return fingerprint(llm, projector, encoder_folder, adapter)
+    from pallava.named_encoder import identity
+
+    parts = f"{fingerprint(llm, projector, adapter)}\0{identity(encoder)}"
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def fingerprint(llm: _PathLike, *folders: Path | None) -> str:
@@ -186,8 +198,15 @@ def _llava_folder(llava: _PathLike) -> Path:
     return folder
 
 
-def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path:
+def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path | str:
     trained = folder / "visual_encoder"
+    if visual_encoder is not None and str(visual_encoder).startswith(_NAMED):
+        if trained.is_dir():
+            raise ValueError(
+                f"{trained} holds the encoder that the connector was trained with; leave "
+                "--visual-encoder out"
+            )
+        return str(visual_encoder)
     if trained.is_dir():
         if visual_encoder is not None and not _same_encoder(trained, Path(visual_encoder)):
             raise ValueError(
@@ -451,8 +470,22 @@ def _add_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def _load_encoder(folder: Path, sub_images: bool) -> tuple[Any, Any]:
-    """Loads the encoder of a folder and the preprocessing that belongs to it."""
+def _load_encoder(folder: Path | str, sub_images: bool) -> tuple[Any, Any]:
+    """Loads the encoder of a folder or a name and the preprocessing that belongs to it."""
+    from pallava.anyres import AnyRes
+    from pallava.named_encoder import NamedVisionEncoder, is_named_encoder, load_named_encoder
+
+    if isinstance(folder, str) or is_named_encoder(folder):
+        found = (
+            NamedVisionEncoder(folder) if isinstance(folder, str) else load_named_encoder(folder)
+        )
+        transform = found.transform
+        return found.eval(), AnyRes(
+            tile_px=found.config.image_size,
+            image_mean=transform.mean,
+            image_std=transform.std,
+            sub_images=sub_images,
+        )
     from pallava.modeling.folders import (
         SLIDE_TOKENS_MODEL_TYPE,
         load_slide_encoder,

@@ -144,7 +144,7 @@ def save_connector(connector: Any, folder: str | os.PathLike[str]) -> None:
         folder: Output folder.
     """
     config = {"model_type": CONNECTOR_MODEL_TYPE, **asdict(connector.config)}
-    _save_module(connector, config, folder)
+    save_module(connector, config, folder)
 
 
 def connector_config_of(
@@ -212,10 +212,11 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
 
 def save_slide_encoder(encoder: SlideTokenEncoder, folder: str | os.PathLike[str]) -> None:
     """Saves `config.json` and `model.safetensors` of a slide token encoder."""
-    _save_module(encoder, {"model_type": SLIDE_TOKENS_MODEL_TYPE, **asdict(encoder.config)}, folder)
+    save_module(encoder, {"model_type": SLIDE_TOKENS_MODEL_TYPE, **asdict(encoder.config)}, folder)
 
 
-def _save_module(module: nn.Module, config: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+def save_module(module: nn.Module, config: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Saves `config.json` and `model.safetensors`."""
     with staged_files(folder, last="model.safetensors") as stage:
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _save_tensors(stage, module.state_dict())

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -352,7 +352,8 @@ def open_image_tower(
     See `create_encoder` for arguments and errors.
     """
     built, reading = _build(_recognise(name), weights, feature, trust_remote_code, arguments)
-    return built.tower or Tower(built.module, built.features, built.embed_dim, reading)
+    tower = built.tower or Tower(built.module, built.features, built.embed_dim, reading)
+    return replace(tower, files=built.files)
 
 
 def find_transform(name: str) -> Transform:

@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Tower:
         feature: What the vector is, see `Preset.feature`.
         description: What `build_tower` builds it from again; empty for networks that only their
             authors' code builds.
+        files: Files of the weights; empty if they are random or a library fetched them by itself.
     """
 
     module: nn.Module
@@ -59,6 +61,7 @@ class Tower:
     embed_dim: int
     feature: str
     description: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

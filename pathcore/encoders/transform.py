@@ -69,11 +69,9 @@ class Transform:
 
     def __call__(self, image: Image) -> Tensor:
         """Returns `(3, height, width)` in float32."""
-        import numpy as np
-        import torch  # which presets do not need
+        from torchvision.transforms.functional import pil_to_tensor
 
-        pixels = torch.from_numpy(np.array(self.resize(image))).permute(2, 0, 1).contiguous()
-        return self.normalise(pixels)
+        return self.normalise(pil_to_tensor(self.resize(image)))
 
     def resize(self, image: Image) -> Image:
         """Returns the RGB image resized and cropped."""
@@ -82,11 +80,9 @@ class Transform:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Maps resized pixels `(..., 3, height, width)`, uint8, to float32 as torchvision does."""
-        mean, std = (
-            pixels.new_tensor(values, dtype=_float32()).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        values = pixels.float().div_(255)
+        mean, std = (values.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return values.sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
@@ -235,12 +231,6 @@ class Transform:
         if self.crop_px is not None:
             steps.append(transforms.CenterCrop(self.crop_px))
         return transforms.Compose(steps)
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _is_1_of_255(processor: Mapping[str, Any]) -> bool:

@@ -36,7 +36,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.argument("llm", metavar="LLM"),
         click.option("--llava", help="Folder that `convert pth_to_hf` wrote. [default: LLM]"),
-        click.option("--visual-encoder", help="PLIP folder. [default: the one in --llava]"),
+        click.option(
+            "--visual-encoder", help="PLIP folder, or encoder:NAME. [default: the one in --llava]"
+        ),
         click.option("--visual-select-layer", default=-2, show_default=True),
         click.option(
             "--prompt-template",
