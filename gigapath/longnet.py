@@ -26,8 +26,8 @@ LAYER_NORM_EPS = 1e-5
 """Epsilon of all norms in the encoder, as in the configuration of the released weights."""
 
 CHUNK = 512
-"""Tokens per call of the feed-forward network without gradients on a CPU: their hidden states fit
-in the cache, and the hidden states of all tokens are never held at once."""
+"""Number of tokens per call of the feed-forward network on a CPU without gradients: their hidden
+states fit in the cache, and those of all tokens are never held at once."""
 
 
 def default_segment_lengths(
@@ -95,7 +95,7 @@ class LongNetConfig:
 
 
 class DilatedSelfAttention(nn.Module):
-    """Dilated self-attention with its projections."""
+    """Dilated self-attention with query, key, value and output projections."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class DilatedSelfAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         ]
         mixed, start = [], 0
-        # Neighbours of equal length are attended to in one call, as a batch.
+        # Adjacent sequences of equal length form a batch for a single attention call.
         for length, run in groupby(lengths):
             count = len(list(run))
             stop = start + count * length

@@ -2,8 +2,8 @@
 
 `tile_one_slide` writes tiles as images, and `run_inference_with_tile_encoder` reads such a folder.
 To embed many slides without writing images, use `xtuner-add embed` (`gigapath.embed.job`).
-Functions have the original's names and arguments, followed by keyword arguments of ours. Where the
-original is wrong, the default is right and an argument selects the original's behaviour.
+Functions have the original's names and arguments; further arguments are keyword-only. Defects of
+the original are corrected by default, and an argument selects its behaviour.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from wsi.reader import Slide, SlideError
 
 SLIDE_ARCHITECTURE = "gigapath_slide_enc12l768d"
 TILE_WIDTH = 1536
-"""Architecture and input width of the released slide encoder, the only one the original loads."""
+"""Architecture and input width of the slide encoder that the original's pipeline loads."""
 
 _COLUMNS = ("slide_id", "tile_id", "image", "label", "tile_x", "tile_y", "occupancy")
 _TABLE, _FAILED, _SETTINGS = "dataset.csv", "failed_tiles.csv", "tiling.json"
@@ -85,17 +85,19 @@ def tile_one_slide(
         slide_mpp: Resolution of the slide, in place of what the file says.
         occupancy_threshold: Fraction of tissue that a tile must exceed.
         coordinates: Coordinates in names and table: `level0`, or `published` with x and y of the
-            tissue's corner swapped, as the original writes them.
-        arithmetic: `published` computes luminance and occupancy in 16-bit floats, as the original.
+            tissue's corner swapped, as in the original.
+        arithmetic: `exact`, or `published` for luminance and occupancy in float16, as in the
+            original.
         progress: Whether to show a progress bar.
 
     Returns:
-        The folder of the tiles. It is written completely or not at all; an existing one is kept.
+        The folder of the tiles. It is written completely or not at all; a complete folder of a run
+        with the same settings is kept.
 
     Raises:
         SlideError: If the slide cannot be opened.
-        ValueError: If there is no such level, no tissue, no tile with enough of it, or the folder
-            holds something else.
+        ValueError: If the level does not exist, no tile has enough tissue, or the folder holds
+            something else.
     """
     if not os.fspath(slide_file) or not os.fspath(save_dir):
         raise ValueError("tile_one_slide: slide_file and save_dir are needed")
@@ -161,12 +163,13 @@ def load_tile_slide_encoder(
 
     Args:
         local_tile_encoder_path: File or folder of weights; by default from the hub or its cache.
-        local_slide_encoder_path: The same for the slide encoder.
+        local_slide_encoder_path: File or folder of the slide encoder's weights; by default from the
+            hub or its cache.
         global_pool: Whether the slide encoder pools the mean of the tiles instead of the class
             token.
 
     Raises:
-        FileNotFoundError: If there are no weights.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
         ValueError: If the weights do not fit.
     """
     tile_model = tile_encoders.create_model(local_tile_encoder_path or tile_encoders.HUB_NAME)
@@ -180,9 +183,9 @@ def load_tile_slide_encoder(
 
 
 class TileEncodingDataset(Dataset[dict[str, Tensor]]):
-    """Tile images with their coordinates, by the name and arguments of the original.
+    """Data set of tile images with coordinates, with the original's name and arguments.
 
-    `run_inference_with_tile_encoder` does not need it; use it for a data loader of your own.
+    `run_inference_with_tile_encoder` reads images by itself; this class is for other data loaders.
 
     Args:
         image_paths: Images named by their coordinates, for instance `256x_512y.png`.
@@ -230,7 +233,7 @@ def run_inference_with_tile_encoder(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Embeds tile images that are named by their coordinates.
+    """Embeds tile images that are named by their coordinates, such as `256x_512y.png`.
 
     Args:
         image_paths: The images, from one or more folders.
@@ -289,11 +292,12 @@ def run_inference_with_slide_encoder(
 
     Args:
         tile_embeds: `(N, embed_dim)` or `(batch, N, embed_dim)`.
-        coords: `(N, 2)` or `(batch, N, 2)` in level-0 pixels. Tiles that begin outside the slide
-            are shifted onto it, see `gigapath.embed.slide_vectors.onto_slide`.
+        coords: `(N, 2)` or `(batch, N, 2)`, x and y in level-0 pixels. Slides with tiles beyond the
+            left or upper edge are shifted, see `gigapath.embed.slide_vectors.onto_slide`.
         slide_encoder_model: The model; moved to the device.
-        order: LongNet depends on the order of the tiles. `row-major` sorts them, as in training;
-            `given` keeps the order, which in the original is that of a directory listing.
+        order: Order of the tiles, on which LongNet's output depends. `row-major` sorts them, as in
+            training; `given` keeps their order, which in the original is that of a directory
+            listing.
         device: Device; by default a GPU if there is one.
         precision: `auto` is fp16 on a GPU, as in the original, and fp32 on a CPU.
 
@@ -302,8 +306,17 @@ def run_inference_with_slide_encoder(
         float32 `(batch, dim)` each.
 
     Raises:
-        ValueError: If there are no tiles, shapes differ, values are not finite, coordinates are off
-            the grid or in another unit, or there is no such order.
+        ValueError: If there are no tiles, shapes do not fit, values are not finite, coordinates lie
+            outside the grid or have another unit, or the order is unknown.
+
+    Example:
+        >>> model = slide_encoders.create_model("", "gigapath_slide_enc12l384d", in_chans=384)
+        >>> coords = 256 * torch.arange(40).reshape(20, 2)
+        >>> outputs = run_inference_with_slide_encoder(
+        ...     torch.zeros(20, 384), coords, model, device="cpu"
+        ... )
+        >>> len(outputs), outputs["last_layer_embed"].shape
+        (14, torch.Size([1, 384]))
     """
     if order not in ("row-major", "given"):
         raise ValueError(f"order {order!r}: expected row-major or given")
@@ -329,7 +342,12 @@ def run_inference_with_slide_encoder(
 
 
 def row_major(coords: Tensor) -> Tensor:
-    """Returns the indices that sort tiles `(N, 2)` row by row, from left to right."""
+    """Returns the indices that sort tiles `(N, 2)` row by row, from left to right.
+
+    Example:
+        >>> row_major(torch.tensor([[256, 256], [256, 0], [0, 256]])).tolist()
+        [1, 2, 0]
+    """
     places = coords.detach().cpu().numpy()
     return torch.from_numpy(np.lexsort((places[:, 0], places[:, 1])))
 
@@ -347,10 +365,10 @@ def _scale(slide: Slide, level: int, mpp: float | None) -> float:
 
 
 def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a run with these settings has finished the folder.
+    """Returns whether the folder is the complete output of a run with these settings.
 
     Raises:
-        ValueError: Something else lies there.
+        ValueError: If the folder holds something else.
     """
     if not folder.exists():
         return False
@@ -378,7 +396,7 @@ def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _write_tiles(found: Any, folder: Path, slide_id: str) -> list[tuple[int, int]]:
-    """Writes images and tables; returns where the tiles lie at level 0."""
+    """Writes images and tables; returns the positions (x, y) of the tiles in level-0 pixels."""
     places: list[tuple[int, int]] = []
     failed = 0
     with (
@@ -423,7 +441,7 @@ def _draw(
     places: list[tuple[int, int]],
     size_level0: int,
 ) -> None:
-    """The slide, its box of tissue, and the tiles in it."""
+    """Draws the slide, the box of its tissue, and the tiles in the box."""
     from wsi.report import draw_patches
 
     thumbnail = slide.thumbnail(_THUMBNAIL_PX)

@@ -21,7 +21,8 @@ CROWD = 64
 that overlap by 7/8 of their side reach it, tile indices given as pixels exceed it by far."""
 
 FEW = 5
-"""Number of adjacent coordinates in a single cell from which on the unit must be wrong, too."""
+"""Number of different coordinates, all in a single cell and some only 1 apart, from which on the
+unit must be wrong, too."""
 
 
 def axis_table(ngrids: int, dim: int) -> Tensor:
@@ -39,6 +40,10 @@ def axis_table(ngrids: int, dim: int) -> Tensor:
 
     Raises:
         ValueError: If the width is odd.
+
+    Example:
+        >>> axis_table(1000, 384).shape
+        torch.Size([1000, 384])
     """
     if dim % 2:
         raise ValueError(f"dim {dim}: expected an even number")
@@ -56,6 +61,10 @@ def grid_cells(coords: Tensor, tile_size: int) -> Tensor:
     Args:
         coords: `(..., 2)`, x and y in level-0 pixels.
         tile_size: Side of a cell in level-0 pixels.
+
+    Example:
+        >>> grid_cells(torch.tensor([[512, 300]]), tile_size=256).tolist()
+        [[2, 1]]
     """
     if coords.is_floating_point():
         return torch.floor(coords / tile_size).long()

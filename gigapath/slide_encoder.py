@@ -3,8 +3,8 @@
 Prov-GigaPath (doi:10.1038/s41586-024-07441-w), Methods. Functions, arguments and parameters have
 their published names, and the released weights load unchanged.
 
-Shapes: B slides, L tiles of the longest, D width, C channels of a tile embedding, T tokens of all
-slides together, each slide's class token before its tiles.
+Shapes: B slides, L tiles of the longest slide, D width of the encoder, C width of a tile embedding,
+T tokens of all slides together, where each slide's class token precedes its tiles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathcore.weights import check_finite, check_names, read_state_dict
 
 HUB_PREFIX = "hf_hub:"
 FILE_NAMES = ("slide_encoder.pth", "slide_encoder.safetensors")
-"""The released file, and the same tensors without pickle."""
+"""Name of the released file, and of the same tensors as safetensors."""
 
 FINAL_NORM_EPS = 1e-6
 """Epsilon of the norm after pooling in the released configuration; PyTorch's default is 1e-5."""
@@ -81,8 +81,8 @@ class LongNetViT(nn.Module):
     """LongNet over a class token and the tiles of a slide, with sine-cosine positions.
 
     Args:
-        in_chans: C.
-        embed_dim: D.
+        in_chans: Width C of the tile embeddings.
+        embed_dim: Width D of the encoder; a multiple of 4.
         depth: Number of layers.
         slide_ngrids: Number of grid cells along each axis.
         tile_size: Side of a grid cell in level-0 pixels; may be changed later.
@@ -104,8 +104,17 @@ class LongNetViT(nn.Module):
         check_inputs: Whether to check for non-finite values and implausible coordinates.
 
     Attributes:
-        embed_dim: D.
-        in_chans: C.
+        embed_dim: Width D of the encoder.
+        in_chans: Width C of the tile embeddings.
+
+    Example:
+        >>> model = LongNetViT(in_chans=384, embed_dim=64, depth=2, num_heads=4).eval()
+        >>> x, coords = torch.zeros(3, 50, 384), 256 * torch.arange(300).reshape(3, 50, 2)
+        >>> with torch.no_grad():
+        ...     layers = model(x, coords, all_layer_embed=True, lengths=[50, 20, 35])
+        ...     tiles = model.tokens(x, coords, lengths=[50, 20, 35])
+        >>> len(layers), layers[-1].shape, tiles.shape
+        (3, torch.Size([3, 64]), torch.Size([3, 50, 64]))
     """
 
     pos_axis: Tensor
@@ -159,6 +168,7 @@ class LongNetViT(nn.Module):
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
         self.encoder = LongNetEncoder(config)
         self.norm = nn.LayerNorm(embed_dim, eps=FINAL_NORM_EPS)
+        # Not persistent, because the released weights do not contain positions.
         table = axis_table(slide_ngrids, embed_dim // 2)
         self.register_buffer("pos_axis", table, persistent=False)
 
@@ -199,13 +209,14 @@ class LongNetViT(nn.Module):
             lengths: Number of tiles per slide, in place of a mask.
 
         Returns:
-            `(1, B, D)`: `[0]` equals the original's list of one, and `.squeeze()` works as in its
-            README. With `all_layer_embed`, a list of depth + 1 tensors `(B, D)`: of the input
-            embedding, then after each layer. They skip the encoder's final norm, so the last one is
-            not the default output.
+            `(1, B, D)`, where the original returns a list of one tensor; `[0]` and `.squeeze()`
+            work for both. With `all_layer_embed`, a list of depth + 1 tensors `(B, D)`: the pooled
+            input embedding and the pooled state after each layer. They skip the encoder's final
+            norm, so the last one differs from the default output.
 
         Raises:
-            ValueError: If the inputs fit neither each other, nor the model, nor the grid.
+            ValueError: If shapes do not fit each other or the model, values are not finite, or
+                coordinates lie outside the grid.
         """
         tokens, sizes = self._embed(x, coords, padding_mask, lengths)
         pooling: Pooling = "mean" if self.global_pool else "cls"
@@ -232,8 +243,8 @@ class LongNetViT(nn.Module):
         """Computes slide embeddings from a given layer; later layers are not run.
 
         Args:
-            x: `(B, L, C)` or `(L, C)`.
-            coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels; see `forward`.
+            x: Tile embeddings `(B, L, C)` or `(L, C)`.
+            coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels.
             layer: 0 is the input embedding, i the state after layer i, without the encoder's final
                 norm; `"final"` is the last state with it. A norm follows the pooling in any case.
             pooling: `"cls"` for the class token, `"mean"` for the mean of the tiles.
@@ -245,7 +256,7 @@ class LongNetViT(nn.Module):
             `(B, D)`.
 
         Raises:
-            ValueError: See `forward`; or if there is no such layer or pooling.
+            ValueError: If layer or pooling do not exist, or `forward` would reject the inputs.
         """
         state, sizes = self._state(x, coords, layer, padding_mask, lengths, tile_size)
         return self._pooled(layer, state, sizes, pooling)
@@ -262,7 +273,7 @@ class LongNetViT(nn.Module):
         """Computes contextualised tile embeddings: the state of each tile after a layer.
 
         Args:
-            x: `(B, L, C)` or `(L, C)`.
+            x: Tile embeddings `(B, L, C)` or `(L, C)`.
             coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels.
             layer: See `embed`.
             padding_mask: See `forward`.
@@ -274,7 +285,7 @@ class LongNetViT(nn.Module):
             `"final"` is normalised, by the encoder's final norm.
 
         Raises:
-            ValueError: See `embed`.
+            ValueError: If the layer does not exist, or `forward` would reject the inputs.
         """
         state, sizes = self._state(x, coords, layer, padding_mask, lengths)
         if layer == "final":
@@ -285,6 +296,8 @@ class LongNetViT(nn.Module):
         return nn.functional.pad(padded, (0, 0, 0, missing))
 
     def _pooled(self, layer: Layer, state: Tensor, sizes: list[int], pooling: Pooling) -> Tensor:
+        # The encoder's norm acts on tokens, the norm of this class on pooled vectors. For the class
+        # token the order does not matter, and normalising a single token is cheaper.
         if layer != "final":
             vectors = _pool(state, sizes, pooling)
         elif pooling == "cls":
@@ -386,7 +399,7 @@ def _batched(x: Tensor, coords: Tensor, in_chans: int) -> tuple[Tensor, Tensor]:
 def _slide_lengths(
     x: Tensor, padding_mask: Tensor | None, lengths: Sequence[int] | Tensor | None
 ) -> list[int]:
-    """Returns the number of tiles of each slide of a batch.
+    """Returns the number of tiles of each slide.
 
     Raises:
         ValueError: If both a mask and lengths are given, shapes differ, tiles follow padding, or a
@@ -437,11 +450,12 @@ def find_slide_weights(
     Args:
         pretrained: `hf_hub:OWNER/NAME`, optionally with `@REVISION`; a file; or a folder with
             `slide_encoder.pth` or `slide_encoder.safetensors`.
-        local_dir: Folder to look for the hub's file first, where the original code downloads it,
-            and cache of the hub otherwise; by default the usual cache (`HF_HOME`, `HF_HUB_CACHE`).
+        local_dir: Folder to search before the hub, as the original code downloads the file there;
+            also the cache folder of the hub. By default the usual cache (`HF_HOME`,
+            `HF_HUB_CACHE`).
 
     Raises:
-        FileNotFoundError: If there are none, or the hub cannot be reached.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
     """
     name = os.fspath(pretrained)
     if not name.startswith(HUB_PREFIX):
@@ -457,7 +471,7 @@ def find_slide_weights(
             )
         return path
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    # A file without history says nothing about its revision.
+    # A file in a plain folder does not say which revision it is.
     if local_dir is not None and not revision and (found := _in_folder(Path(local_dir))):
         return found
     try:
@@ -504,9 +518,9 @@ def create_model(
         **kwargs: Further arguments of `LongNetViT`.
 
     Raises:
-        ValueError: If the architecture is unknown, or the weights do not fit: names the tensors
-            that are missing, unexpected or of another shape.
-        FileNotFoundError: If there are no weights.
+        ValueError: If the architecture is unknown, or the weights do not fit. The message names the
+            tensors that are missing, unexpected or of a different shape.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
 
     Example:
         >>> import torch
@@ -544,7 +558,7 @@ def create_model(
 
 
 def _hint(state: Mapping[str, Tensor], model_arch: str, in_chans: int) -> str:
-    """Names the architecture that the shapes of a file belong to, for an error."""
+    """Returns a hint which architecture the weights belong to, for an error message."""
     projection = state.get("patch_embed.proj.weight")
     if projection is None or projection.dim() != 2:
         return ""
@@ -574,28 +588,28 @@ def _create_by_timm(name: str, options: dict[str, Any]) -> LongNetViT:
     return create_model("", name, in_chans, **options).train()  # as every model of timm
 
 
-# The published code looks the sizes up in timm's registry, and users import them by name.
+# Functions, because the published code looks the sizes up in timm's registry and users import them.
 
 
 @register_model
 def gigapath_slide_enc12l768d(**kwargs: Any) -> LongNetViT:
-    """Slide encoder of Prov-GigaPath, with random weights."""
+    """Returns the slide encoder of Prov-GigaPath with random weights (86 M parameters)."""
     return _create_by_timm("gigapath_slide_enc12l768d", kwargs)
 
 
 @register_model
 def gigapath_slide_enc24l1024d(**kwargs: Any) -> LongNetViT:
-    """Larger slide encoder, with random weights."""
+    """Returns a deeper and wider slide encoder with random weights (304 M parameters)."""
     return _create_by_timm("gigapath_slide_enc24l1024d", kwargs)
 
 
 @register_model
 def gigapath_slide_enc12l1536d(**kwargs: Any) -> LongNetViT:
-    """Slide encoder as wide as the tile embeddings, with random weights."""
+    """Returns a slide encoder as wide as its tile embeddings, with random weights (343 M)."""
     return _create_by_timm("gigapath_slide_enc12l1536d", kwargs)
 
 
 @register_model
 def gigapath_slide_enc12l384d(**kwargs: Any) -> LongNetViT:
-    """Slide encoder of GigaPath-Flash, with random weights."""
+    """Returns the slide encoder of GigaPath-Flash with random weights (21.5 M parameters)."""
     return _create_by_timm("gigapath_slide_enc12l384d", kwargs)

@@ -1,8 +1,8 @@
-"""The tile encoders: Prov-GigaPath's ViT-g/16 and GigaPath-Flash's ViT-S/16, both models of timm.
+"""Tile encoders of Prov-GigaPath (ViT-g/16) and GigaPath-Flash (ViT-S/16), as models of timm.
 
-Architectures are known here by name, so that building one needs no network. Weights come from the
-hub, a folder in timm's layout (`config.json` beside `model.safetensors` or `pytorch_model.bin`),
-or one file.
+The arguments of both architectures are listed here, because timm reads them from the hub even for
+`pretrained=False`. Weights come from the hub, a folder in timm's layout (`config.json` with
+`model.safetensors` or `pytorch_model.bin`), or a single file.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathcore.weights import CheckpointError, check_names, read_state_dict
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
 FLASH_HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath-flash"
 RANDOM = "random"
-"""In place of weights where a name is needed; `create_model("")` means the same."""
+"""Name that stands for random weights, like the empty string."""
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 RESIZE_PX, CROP_PX = 256, 224
-"""Of the published transform, as are mean and deviation:
+"""Sizes of the published transform, like mean and standard deviation above:
 https://github.com/prov-gigapath/prov-gigapath#inference-with-the-tile-encoder."""
 
 _SLIDE_ENCODERS = {"prov-gigapath": HUB_NAME, "gigapath-flash": FLASH_HUB_NAME}
-"""Slide encoders by the preset of the tile encoder."""
+"""Hub name of the slide encoder for each preset of `pathcore.encoders`."""
 
 _HUB_PREFIXES = ("hf_hub:", "hf-hub:")
 _CONFIG = "config.json"
@@ -41,11 +41,11 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class TileArchitecture:
-    """A model of timm.
+    """Arguments that build a tile encoder with timm.
 
     Attributes:
-        timm_name: Name under which timm knows it.
-        model_args: Arguments of `timm.create_model`, as JSON values; layers by name.
+        timm_name: Name of the model in timm.
+        model_args: Arguments of `timm.create_model` as JSON values; layers are given by name.
     """
 
     timm_name: str
@@ -91,11 +91,11 @@ DEFAULT_ARCHITECTURE = "gigapath_tile_enc_vitg16"
 
 @dataclass(frozen=True)
 class TileWeights:
-    """Where a tile encoder lies.
+    """Files of a tile encoder.
 
     Attributes:
-        path: Its weights.
-        config: The `config.json` that lies beside them, if any.
+        path: Weights.
+        config: `config.json` in the same folder, if any.
     """
 
     path: Path
@@ -105,29 +105,37 @@ class TileWeights:
 def create_model(
     pretrained: str | os.PathLike[str], model_arch: str | None = None, **model_args: Any
 ) -> nn.Module:
-    """Builds a tile encoder and loads its weights, all of them or none.
+    """Builds a tile encoder and loads its weights, which must match exactly.
 
     Args:
-        pretrained: `hf_hub:OWNER/NAME`, a folder in timm's layout, a file of weights, or the empty
-            string for random weights.
-        model_arch: Name from `ARCHITECTURES`, or any ViT of timm. By default what `config.json`
-            says, else what the width of the weights tells, else the ViT-g.
-        **model_args: Arguments of `timm.create_model` in place of the architecture's.
+        pretrained: `hf_hub:OWNER/NAME`, a folder in timm's layout, a file of weights, or `""` for
+            random weights.
+        model_arch: A key of `ARCHITECTURES`, or the name of a model of timm. By default taken from
+            `config.json` or, without one, recognised by the width of the weights; the ViT-g for
+            random weights.
+        **model_args: Arguments of `timm.create_model` that override those of the architecture.
 
     Returns:
         The model in evaluation mode; it maps `(batch, 3, height, width)` to `(batch, embed_dim)`.
 
     Raises:
-        FileNotFoundError: No such file, or it cannot be had from the hub.
-        CheckpointError: Names or shapes differ from the model's; lists them.
-        ValueError: No such architecture.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
+        CheckpointError: If names or shapes differ from the model's. The message lists them.
+        ValueError: If the architecture is unknown.
+
+    Example:
+        >>> model = create_model("", "gigapath_tile_enc_dinov2s")
+        >>> with torch.no_grad():
+        ...     model(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 384])
     """
     if str(pretrained) in ("", RANDOM):
         return _build(_architecture(model_arch or DEFAULT_ARCHITECTURE), model_args).eval()
     source = find_tile_weights(pretrained)
     state_dict = read_state_dict(source.path, mmap=True)
     architecture = _choose(source, model_arch, state_dict)
-    # On no device at first: a billion random numbers would take half a minute, and twice the room.
+    # On the meta device, because initialising a billion parameters at random would take half a
+    # minute and twice the memory.
     with torch.device("meta"):
         model = _build(architecture, model_args)
     own = model.state_dict()
@@ -138,11 +146,11 @@ def create_model(
 
 
 def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None = None) -> int:
-    """The width of the embeddings of the encoder that `create_model` would build.
+    """Returns the embedding width of the encoder that `create_model` would build.
 
     Raises:
-        FileNotFoundError: As `create_model`.
-        ValueError: As `create_model`.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
+        ValueError: If the architecture is unknown.
     """
     if str(pretrained) in ("", RANDOM):
         architecture = _architecture(model_arch or DEFAULT_ARCHITECTURE)
@@ -154,13 +162,18 @@ def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None =
 
 
 def tile_transform(crop_px: int = CROP_PX) -> Callable[[Any], Tensor]:
-    """Gives the published transform: bicubic to 256 px, the middle 224 px, normalised.
+    """Returns the published transform: bicubic resize to 256 px, centre crop, normalisation.
 
     Args:
-        crop_px: Side of the encoder's images; the shorter side becomes 8/7 of it.
+        crop_px: Side of the crop; the shorter side of the image is resized to 8/7 of it.
 
     Returns:
-        Maps an RGB image of Pillow to `(3, crop_px, crop_px)`.
+        A function that maps an RGB image of Pillow to `(3, crop_px, crop_px)`.
+
+    Example:
+        >>> from PIL import Image
+        >>> tile_transform()(Image.new("RGB", (256, 256))).shape
+        torch.Size([3, 224, 224])
     """
     from torchvision import transforms
 
@@ -183,18 +196,18 @@ def published_transform(crop_px: int = CROP_PX) -> Transform:
 def encoder_transform(
     pretrained: str | os.PathLike[str], model_arch: str | None = None
 ) -> Transform:
-    """Returns the transform with which the encoder that `create_model` would build was trained.
+    """Returns the preprocessing of the encoder that `create_model` would build.
 
-    For Prov-GigaPath and GigaPath-Flash it is the published one, which their own `pretrained_cfg`
-    does not describe. Any other model has to come with its own.
+    Prov-GigaPath and GigaPath-Flash use the published transform, which differs from the
+    `pretrained_cfg` in their `config.json`. Any other model must come with its own.
 
     Args:
         pretrained: As for `create_model`.
         model_arch: As for `create_model`.
 
     Raises:
-        FileNotFoundError: As for `create_model`.
-        ValueError: If the transform of the model is not known.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
+        ValueError: If the transform is not known.
     """
     import timm  # takes a second
 
@@ -220,14 +233,14 @@ def encoder_transform(
             "its pretrained_cfg"
         )
     config = json.loads(source.config.read_text(encoding="utf-8"))
-    # Before timm 0.9 the fields of pretrained_cfg stood in the configuration itself.
+    # Before timm 0.9 the fields of pretrained_cfg were at the top level of config.json.
     return Transform.from_timm(config.get("pretrained_cfg") or config, source=str(source.config))
 
 
 def slide_encoder_of(
     pretrained: str | os.PathLike[str], model_arch: str | None = None, *, named: bool = False
 ) -> str | None:
-    """Returns the hub name of the slide encoder that was trained on a tile encoder; None if none.
+    """Returns the hub name of the slide encoder trained on a tile encoder; None if there is none.
 
     Args:
         pretrained: As for `create_model`.
@@ -251,7 +264,7 @@ def slide_encoder_of(
 
 
 def _is_published(architecture: TileArchitecture) -> bool:
-    """Whether a model has the sizes of one of `ARCHITECTURES`, under that name or timm's."""
+    """Returns whether a model has the sizes of one of `ARCHITECTURES`, under either name."""
     sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     return any(
         known.timm_name == architecture.timm_name
@@ -261,15 +274,15 @@ def _is_published(architecture: TileArchitecture) -> bool:
 
 
 def resize_px(crop_px: int) -> int:
-    """The shorter side before cropping, in the published ratio."""
+    """Returns the length of the shorter side before cropping, in the published ratio 256 / 224."""
     return round(crop_px * RESIZE_PX / CROP_PX)
 
 
 def find_tile_weights(pretrained: str | os.PathLike[str]) -> TileWeights:
-    """Finds the files of a tile encoder; those of the hub are fetched, or taken from its cache.
+    """Finds the files of a tile encoder; files of the hub are downloaded unless they are cached.
 
     Raises:
-        FileNotFoundError: There are none; the message says what would help.
+        FileNotFoundError: If the weights do not exist or cannot be downloaded.
     """
     name = os.fspath(pretrained)
     if name.startswith(_HUB_PREFIXES):
@@ -294,7 +307,7 @@ def read_config(path: Path) -> TileArchitecture:
     """Reads timm's `config.json`.
 
     Raises:
-        ValueError: No JSON, or no architecture in it.
+        ValueError: If the file is not JSON, names no architecture, or an unknown one.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -371,7 +384,7 @@ def _choose(
 
 
 def _recognise(state_dict: Mapping[str, Tensor], path: Path) -> str:
-    """The architecture with the width of the weights."""
+    """Returns the name of the architecture with the embedding width of the weights."""
     weight = state_dict.get("patch_embed.proj.weight")
     widths = {arch.model_args["embed_dim"]: name for name, arch in ARCHITECTURES.items()}
     if weight is not None and weight.shape[0] in widths:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NUM_NEIGHBOURS = 20
-"""As in DINO's evaluation (Caron et al. 2021, https://arxiv.org/abs/2104.14294, section 4.1)."""
+"""Number of neighbours in DINO's evaluation (Caron et al. 2021, https://arxiv.org/abs/2104.14294,
+section 4.1)."""
 
 C_GRID = tuple(10.0**power for power in range(-4, 3))
-"""Inverse strengths of the L2 penalty, chosen by the validation loss."""
+"""Inverse strengths of the L2 penalty, among which the validation loss selects."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def fit_knn(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Pr
 
     def fitted(labels: Array) -> Any:
         count = min(NUM_NEIGHBOURS, len(train.vectors))
-        # Euclidean distance of unit vectors sorts like the cosine, and BLAS computes it.
+        # The Euclidean distance of unit vectors sorts like the cosine distance and is faster,
+        # because scikit-learn computes it by BLAS.
         model = KNeighborsClassifier(count, weights="distance", algorithm="brute")
         return model.fit(normalize(train.vectors), labels)
 
@@ -94,6 +96,7 @@ def _each(fitted: Callable[[Array], Any], labels: Array, num_classes: int) -> Pr
 
 
 def _model(fitted: Callable[[Array], Any], labels: Array) -> Any:
+    # scikit-learn refuses to fit a single class; a constant prediction replaces the model then.
     labels = labels.astype(np.int64)
     return int(labels[0]) if len(np.unique(labels)) == 1 else fitted(labels)
 

@@ -1,4 +1,4 @@
-"""Slides of a fine-tuning: labels, splits, and which files cannot be used."""
+"""Slides of a fine-tuning run: labels, splits, and the files that cannot be used."""
 
 from __future__ import annotations
 

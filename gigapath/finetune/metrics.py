@@ -1,7 +1,7 @@
-"""Scores of classifiers with bootstrap intervals: scikit-learn's metrics, SciPy's bootstrap.
+"""Scores of classifiers by scikit-learn's metrics, with intervals by SciPy's bootstrap.
 
-Three settings, named as in the published task files: `multi_class` and `binary` (one class each;
-probabilities sum to 1) and `multi_label` (each class by itself).
+Settings are named as in the published task files. In `multi_class` and `binary` each case has one
+class and probabilities sum to 1; in `multi_label` classes are independent.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SETTINGS = ("multi_class", "binary", "multi_label")
 NUM_RESAMPLES = 1000
 
 _COUNTS_AT_ONCE = 4_000_000
+"""Number of case counts per batch of bootstrap draws; bounds the memory."""
+
 _LABEL_HITS = (
     ("accuracy", stats.accuracy),
     ("balanced_accuracy", stats.balanced_accuracy),
@@ -43,33 +45,44 @@ def score_predictions(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores predictions; each score with a percentile interval over draws of cases.
+    """Computes scores of predictions with 95 % percentile bootstrap intervals over cases.
 
-    `auroc` and `auprc` are means over the classes that have cases for and against them; of
-    `binary` they are those of the second class, and `macro_auprc` is the mean over both.
-    `balanced_accuracy` is the mean recall of the classes that occur. `quadratic_kappa` weighs
-    confusions by the squared distance of the classes' numbers. `multi_label` counts a class as
-    predicted from 0.5 on; its `accuracy` and `balanced_accuracy` are means over classes.
+    `auroc` and `auprc` are means over the classes that have both positive and negative cases. For
+    `binary` they are those of the second class, and `macro_auprc` is the mean over both classes.
+    `balanced_accuracy` is the mean recall of the classes that occur. `quadratic_kappa` weights
+    confusions by the squared difference of the class indices. For `multi_label`, a class is
+    predicted if its probability is at least 0.5, and `accuracy` and `balanced_accuracy` are means
+    over classes.
 
     Args:
-        labels: int `(num_cases,)`, of `multi_label` 0 or 1 `(num_cases, num_classes)`.
+        labels: int `(num_cases,)`, or 0 and 1 `(num_cases, num_classes)` for `multi_label`.
         probabilities: float `(num_cases, num_classes)`.
-        classes: Names, in the order of the columns.
+        classes: Names of the classes, in the order of the columns.
         setting: One of `SETTINGS`.
-        num_resamples: Of the bootstrap (Efron 1979, doi:10.1214/aos/1176344552); 0 for none.
-        seed: Same seed, same intervals.
+        num_resamples: Number of resamples of the bootstrap (Efron 1979,
+            doi:10.1214/aos/1176344552); 0 computes no intervals.
+        seed: Seed of the bootstrap.
 
     Returns:
-        Name -> `value`, `low`, `high` (None where undefined), then `per_class` with `auroc`,
-        `auprc` and `num_cases` of each, `num_cases`, and `undefined`: classes without a case for
-        or without one against them.
+        For each score `value`, `low` and `high` (None where undefined). Also `per_class` with
+        `auroc`, `auprc` and `num_cases` of each class, `num_cases`, and `undefined`, the classes
+        without positive or without negative cases.
 
     Raises:
-        ValueError: No cases, shapes that do not fit, NaN, or an unknown setting.
+        ValueError: If there are no cases, shapes do not fit, a probability is not finite, or the
+            setting is unknown.
+
+    Example:
+        >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
+        >>> scores = score_predictions(
+        ...     np.array([0, 1, 1, 1]), probabilities, ["benign", "tumour"], setting="binary"
+        ... )
+        >>> scores["accuracy"]["value"], scores["auroc"]["value"]
+        (0.75, 1.0)
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     _check(labels, probabilities, classes, setting)
-    with warnings.catch_warnings():  # of classes that a draw lacks
+    with warnings.catch_warnings():  # scikit-learn and NumPy warn of classes absent from a draw
         warnings.simplefilter("ignore")
         values = _values(labels, probabilities, setting)
         ranges = _intervals(labels, probabilities, setting, num_resamples, seed)
@@ -92,7 +105,7 @@ def score_predictions(
 
 
 def score_names(setting: str) -> tuple[str, ...]:
-    """Names of the scores of a setting, without those of single classes."""
+    """Returns the names of the scores of a setting, without per-class scores."""
     curves = {
         "multi_class": ("auroc", "auprc"),
         "binary": ("auroc", "auprc", "macro_auprc"),
@@ -103,7 +116,7 @@ def score_names(setting: str) -> tuple[str, ...]:
 
 
 def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """The values of `score_predictions` without intervals and classes."""
+    """Returns the values of `score_predictions` without intervals and per-class scores."""
     return {name: s["value"] for name, s in scores.items() if isinstance(s, dict) and "value" in s}
 
 
@@ -151,7 +164,7 @@ def _values(labels: Array, probabilities: Array, setting: str) -> dict[str, floa
 
 
 def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]:
-    """Scores of the predicted classes."""
+    """Returns the scores that depend on predicted classes only."""
     from sklearn.metrics import (
         accuracy_score,
         balanced_accuracy_score,
@@ -175,11 +188,11 @@ def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]
         "weighted_f1": f1_score(
             labels, predicted, labels=numbers, average="weighted", zero_division=0
         ),
-        # Over the classes that occur, like the balanced accuracy.
+        # Averaged over the classes that occur, like the balanced accuracy.
         "macro_f1": f1_score(
             labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
         ),
-        # All classes are named: otherwise one that is absent would bring the others closer.
+        # All classes are listed, since an omitted one would shrink the distances between the rest.
         "quadratic_kappa": cohen_kappa_score(
             labels, predicted, labels=numbers, weights="quadratic"
         ),
@@ -196,6 +209,7 @@ def _intervals(
     names: list[str] = []
 
     def statistic(draws: Array, axis: int = -1) -> Array:
+        # Counting how often each case was drawn lets all draws be scored in one matrix product.
         counts = stats.count_draws(draws.reshape(-1, draws.shape[-1]), len(labels))
         found = _drawn(labels, probabilities, setting, counts)
         names[:] = found
@@ -216,7 +230,7 @@ def _intervals(
 
 
 def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> dict[str, Array]:
-    """What `_values` returns, `(num_draws,)` each."""
+    """Returns the scores of `_values` for each draw, as arrays `(num_draws,)`."""
     num_classes = probabilities.shape[1]
     columns = list(zip(_one_hot(labels, num_classes).T, probabilities.T, strict=True))
     if setting == "multi_label":

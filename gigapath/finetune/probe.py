@@ -1,9 +1,10 @@
-"""Classifiers of tile embeddings: the published linear probe, and comparisons on the same tiles.
+"""Classifiers of tile embeddings: the published linear probe, and baselines on the same tiles.
 
-The probe is one linear layer, trained by SGD with a cosine schedule; the weights with the best
-weighted F1 on the validation tiles are kept. The original draws its batches once and repeats them,
-and computes AUROC and AUPRC from logits instead of probabilities. `protocol="published"` draws
-batches the same way; the results give the original's scores under `published` with either protocol.
+The probe is a single linear layer, trained by SGD with a cosine schedule; the weights with the best
+weighted F1 on the validation tiles are kept. The original draws the batches of one epoch and
+repeats them, and computes AUROC and AUPRC from logits instead of probabilities.
+`protocol="published"` draws batches the same way. With either protocol, the results list the
+original's scores as `published`.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ from pathcore.rows import write_rows
 LINEAR_PROBE = "linear_probe"
 
 Order = Callable[[int], Tensor]
-"""Number of a pass over the training tiles -> their numbers, in the order they are taken."""
+"""Maps an epoch to the indices of the training tiles in their order."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a linear probe is trained; the defaults are those published for PCam.
+    """Settings of a linear probe; the defaults are those published for PCam.
 
     Attributes:
-        protocol: `corrected`: a new order of all tiles in every pass. `published`: tiles drawn
-            with replacement for one pass, which is repeated.
-        batch_size: Tiles a step.
-        train_iters: Steps.
-        eval_interval: Steps between scores on the validation tiles.
+        protocol: `corrected` shuffles all tiles in every epoch. `published` draws tiles with
+            replacement for one epoch and repeats it.
+        batch_size: Number of tiles per step.
+        train_iters: Number of steps.
+        eval_interval: Number of steps between evaluations on the validation tiles.
         optim: `sgd` or `adam`.
-        lr: At the start.
-        min_lr: At the end of the cosine.
-        momentum: Of SGD.
-        weight_decay: Added to the gradient.
-        model_select: `best` by weighted F1 on the validation tiles, or `last`.
-        z_score: Bring each embedding to mean 0 and deviation 1.
-        seed: Of weights and order.
-        num_resamples: Of the bootstrap intervals.
+        lr: Initial learning rate.
+        min_lr: Learning rate at the end of the cosine schedule.
+        momentum: Momentum of SGD.
+        weight_decay: L2 penalty, added to the gradient.
+        model_select: `best` for the best weighted F1 on the validation tiles, or `last`.
+        z_score: Whether to standardise each embedding to mean 0 and standard deviation 1.
+        seed: Seed of weights and order.
+        num_resamples: Number of resamples of the bootstrap intervals.
     """
 
     protocol: str = "corrected"
@@ -95,11 +96,11 @@ class ProbeSettings:
 
 
 class LinearProbe(nn.Module):
-    """Logits `(batch, num_classes)` of embeddings `(batch, embed_dim)`.
+    """Linear classifier of embeddings.
 
     Args:
         embed_dim: Width of the embeddings.
-        num_classes: Classes.
+        num_classes: Number of classes.
     """
 
     def __init__(self, embed_dim: int = 1536, num_classes: int = 10) -> None:
@@ -107,20 +108,20 @@ class LinearProbe(nn.Module):
         self.fc = nn.Linear(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classifies embeddings."""
+        """Maps embeddings `(batch, embed_dim)` to logits `(batch, num_classes)`."""
         return self.fc(x)
 
 
 class ProbeRun:
-    """One linear probe.
+    """Resumable training and test of one linear probe.
 
     Args:
-        data: Tiles with labels.
-        settings: Of the training.
-        folder: Takes weights, state and figures.
-        device: `cuda` or `cpu`; by default a GPU where there is one.
-        order: Of the training tiles; by default what `settings.protocol` says.
-        progress: Show a progress bar.
+        data: Labelled tile embeddings.
+        settings: Settings of the training.
+        folder: Folder for weights, state, predictions and curves.
+        device: `cuda` or `cpu`; by default a GPU if there is one.
+        order: Order of the training tiles per epoch; by default that of `settings.protocol`.
+        progress: Whether to show a progress bar.
     """
 
     def __init__(
@@ -156,13 +157,13 @@ class ProbeRun:
         self._pass: tuple[int, Tensor] | None = None
 
     def finish(self, setting: str) -> dict[str, Any]:
-        """Trains what is left to train, tests, and returns the scores."""
+        """Completes the training, tests, and returns the scores of validation and test tiles."""
         self._check_folder()
         self.train()
         return self.test(setting)
 
     def train(self) -> list[float]:
-        """Trains from where the folder's state stands; returns the loss of each step."""
+        """Trains from the saved state to the last step; returns the loss of each step."""
         from tqdm import trange
 
         start, losses = self._resume(), []
@@ -176,14 +177,14 @@ class ProbeRun:
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # not .item(), which would wait for the GPU in every step
             done = step + 1
             if done % self.settings.eval_interval == 0 or done == self.settings.train_iters:
                 self._evaluate(done, losses)
         return [float(loss) for loss in losses]
 
     def batch(self, step: int) -> Tensor:
-        """Numbers of the training tiles of a step, counted from 0."""
+        """Returns the indices of the training tiles of a step, at most `(batch_size,)`."""
         size = self.settings.batch_size
         per_pass = -(-len(self.labels) // size)
         number, position = divmod(step, per_pass)
@@ -192,7 +193,7 @@ class ProbeRun:
         return self._pass[1][position * size : (position + 1) * size]
 
     def test(self, setting: str) -> dict[str, Any]:
-        """Scores the kept weights on validation and test tiles, and writes the predictions."""
+        """Scores the selected weights on validation and test tiles and writes predictions."""
         from safetensors.torch import load_file
 
         kept = self.settings.model_select
@@ -226,7 +227,7 @@ class ProbeRun:
 
     @torch.inference_mode()
     def predict(self, features: Tensor) -> Tensor:
-        """Logits `(num_tiles, num_classes)`, on the CPU."""
+        """Maps `(num_tiles, embed_dim)` to float32 logits `(num_tiles, num_classes)` on the CPU."""
         self.model.eval()
         parts = [self.model(part.to(self.device)).cpu() for part in features.split(1 << 14)]
         return torch.cat(parts).float()
@@ -305,11 +306,13 @@ class ProbeRun:
 
 
 def published_scores(labels: NDArray[np.int64], logits: NDArray[Any]) -> dict[str, Any]:
-    """The six scores of the original, AUROC and AUPRC from logits; None where undefined.
+    """Computes the six scores of the original, with AUROC and AUPRC from logits.
+
+    AUROC and AUPRC are None if a class is absent.
 
     Args:
-        labels: `(num_tiles,)`.
-        logits: `(num_tiles, num_classes)`.
+        labels: int64 `(num_tiles,)`.
+        logits: float `(num_tiles, num_classes)`.
     """
     from sklearn.metrics import (
         average_precision_score,
@@ -342,7 +345,7 @@ def score_split(
     settings: ProbeSettings,
     setting: str,
 ) -> dict[str, Any]:
-    """What `gigapath.finetune.metrics.score_predictions` says of a split."""
+    """Scores the predictions of a split; see `gigapath.finetune.metrics.score_predictions`."""
     return score_predictions(
         split.labels,
         probabilities,
@@ -367,21 +370,22 @@ def probe_tiles(
     """Trains and tests classifiers of tile embeddings.
 
     Args:
-        embeddings: Zip as published, or a folder of `.pt`.
-        table: csv with `input`, `label`, `split`; by default the one among the embeddings.
-        out: Output folder; the same call continues a run that was killed.
-        settings: Of the linear probe.
+        embeddings: Zip as published, or a folder of `.pt` files.
+        table: csv with columns `input`, `label` and `split`; by default the only csv among the
+            embeddings.
+        out: Output folder; the same call continues a run that was stopped.
+        settings: Settings of the linear probe.
         methods: `linear_probe`, `knn`, `logistic`.
-        embed_dim: Width; by default that of most embeddings.
-        device: `cuda` or `cpu`; by default a GPU where there is one.
-        progress: Show progress bars.
+        embed_dim: Width of the embeddings; by default the width that most of them have.
+        device: `cuda` or `cpu`; by default a GPU if there is one.
+        progress: Whether to show progress bars.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
-        FileNotFoundError: No embeddings or no table.
-        ValueError: A table that cannot be used, or a folder of another run.
+        FileNotFoundError: If embeddings or table do not exist.
+        ValueError: If the table cannot be used, or `out` holds another run.
     """
     settings, out = settings or ProbeSettings(), Path(out)
     methods = check_methods(methods, (LINEAR_PROBE,))
@@ -433,7 +437,7 @@ def _compare(
 
 
 def standardised(data: EmbeddingData) -> EmbeddingData:
-    """Embeddings with mean 0 and deviation 1, each by itself."""
+    """Returns the data with each embedding standardised to mean 0 and standard deviation 1."""
 
     def standardise(x: Tensor) -> Tensor:
         return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)

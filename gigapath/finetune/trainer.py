@@ -39,6 +39,7 @@ from pathcore.ranks import Ranks
 STATE_NAME, WEIGHTS_NAME = "state.pt", "model.safetensors"
 
 _ORDER, _TILES, _NOISE = range(3)
+"""Purposes of random numbers, which keep their seeds apart."""
 
 _ENCODER = "slide_encoder."
 _LAYERS = f"{_ENCODER}encoder.layers."
@@ -112,10 +113,13 @@ class Trainer:
         ranks.share_parameters(model)
 
     def finish(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Trains whatever is left to train, tests, and returns the scores.
+        """Completes the training, tests, and returns the scores.
 
         Args:
-            inputs: Everything the run depends on; a folder of a run with other inputs is refused.
+            inputs: Everything the run depends on, as JSON values.
+
+        Raises:
+            ValueError: If the folder holds a run with other inputs.
         """
         self.ranks.first(lambda: check_inputs(self.folder, inputs))
         done = self.folder / "metrics.json"
@@ -234,6 +238,8 @@ class Trainer:
             loss = torch.stack(losses).mean()
         else:
             loss = classification_loss(self._logits(batch), labels)
+        # The mean over the slides of a step. The original divides by `gc` even if the last step of
+        # an epoch has fewer batches.
         share = len(batch.indices) / num_slides
         if self.settings.protocol == "published":
             share = 1 / self.settings.gc
@@ -336,7 +342,7 @@ class Trainer:
     def _save_state(self) -> None:
         """Saves what is needed to continue the run."""
         losses = [value for part in self.ranks.gather(self.losses) for value in part]
-        if self.settings.protocol == "published":  # save the gradients that leak as well
+        if self.settings.protocol == "published":  # includes gradients left over for the next epoch
             self.ranks.add_gradients(self.model.parameters())
             if not self.ranks.is_first:
                 self.optimizer.zero_grad()
@@ -386,8 +392,8 @@ class Trainer:
 def layer_id(name: str, depth: int, *, protocol: str = "corrected") -> int:
     """Returns the layer that a parameter belongs to: 0 for the embedding, depth + 1 for the top.
 
-    The original compares with a prefix that the name of the embedding's projection does not have,
-    so that it learns at the full rate; `protocol="published"` reproduces that.
+    The original compares names with a prefix that the projection of the embedding does not have, so
+    the projection learns at the full rate; `protocol="published"` reproduces that.
 
     Args:
         name: Name of the parameter in the classifier.
@@ -414,6 +420,11 @@ def scale_and_decay(
     """Returns learning rate factor and weight decay of each trained parameter.
 
     The factor is `layer_decay ** (depth + 1 - layer)`. Norms and biases have no weight decay.
+
+    Example:
+        >>> classifier = nn.Sequential(nn.Linear(4, 2))
+        >>> scale_and_decay(classifier, depth=12, weight_decay=0.05, layer_decay=0.95)
+        {'0.weight': (1.0, 0.05), '0.bias': (1.0, 0.0)}
     """
     return {
         name: (
@@ -447,7 +458,7 @@ def parameter_groups(
 def learning_rate(
     epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int
 ) -> float:
-    """Returns the learning rate at a point of the training; that of the first step is 0.
+    """Returns the learning rate at a point of the training; it is 0 at the first step of a warm-up.
 
     Args:
         epoch: Number of epochs seen, with fractions.
@@ -455,6 +466,11 @@ def learning_rate(
         min_lr: Learning rate at the end of the training.
         warmup_epochs: Length of the warm-up.
         epochs: Length of the training.
+
+    Example:
+        >>> schedule = dict(lr=1e-3, min_lr=0.0, warmup_epochs=1.0, epochs=5)
+        >>> [learning_rate(epoch, **schedule) for epoch in (0, 0.5, 1, 3, 5)]
+        [0.0, 0.0005, 0.001, 0.0005, 0.0]
     """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs

@@ -1,1 +1,1 @@
-"""Formats and tiling of the published Prov-GigaPath code."""
+"""Tiling and file formats of the published Prov-GigaPath code."""

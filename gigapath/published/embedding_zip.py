@@ -1,7 +1,7 @@
-"""Tile embeddings as published: a zip (or folder) of `.pt` files, one tensor each, read in place.
+"""Reads tile embeddings as published: a zip or folder of `.pt` files with one tensor each.
 
-Nothing is unpacked, so names in the archive never become paths. Entries are read with torch's
-restricted unpickler.
+Entries of a zip are read in memory, so names in the archive never become paths. They are loaded
+with torch's restricted unpickler.
 """
 
 from __future__ import annotations
@@ -25,25 +25,30 @@ from torch import Tensor
 SPLITS = ("train", "val", "test")
 
 ENTRY_LIMIT_BYTES = 16 << 20
-"""Largest entry that is read: an embedding has kilobytes; a view saved with its storage, one."""
+"""Maximum size of an entry. An embedding takes kilobytes, but `torch.save` of a view also saves the
+storage that it is a view of."""
 
 _COLUMNS = ("input", "label", "split")
 _NUM_PEEKED = 101
+"""Number of embeddings that are read to find the usual width."""
 
 
 class EntryError(ValueError):
-    """An embedding that cannot be used; the message is what `skipped.jsonl` says."""
+    """Raised if an embedding cannot be used; the message is the `reason` in `skipped.jsonl`."""
 
 
 class EmbeddingArchive:
-    """The `.pt` entries of a zip or of a folder, by name without suffix; a context manager.
+    """Context manager for the `.pt` entries of a zip or folder.
 
     Args:
         path: The zip or folder.
 
+    Attributes:
+        entries: Paths of the entries by name without suffix; a name may occur in several folders.
+
     Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: Neither a zip nor a folder, or no `.pt` in it.
+        FileNotFoundError: If `path` does not exist.
+        ValueError: If it is neither a zip nor a folder, or has no `.pt` files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,10 +84,12 @@ class EmbeddingArchive:
             self._zip.close()
 
     def find(self, name: str, split: str) -> str:
-        """The entry of a row of the table; of equal names, the one under the split's folder.
+        """Returns the entry for a row of the table.
+
+        If several entries have the same name, the one in a folder named after the split is chosen.
 
         Raises:
-            EntryError: None, or several.
+            EntryError: If there is no such entry, or the choice is ambiguous.
         """
         found = self.entries.get(PurePosixPath(name).name.removesuffix(".pt"), [])
         if len(found) > 1:
@@ -95,7 +102,7 @@ class EmbeddingArchive:
         """Reads an embedding as float32 `(embed_dim,)`.
 
         Raises:
-            EntryError: Damaged, too large, not a vector, or infinities or NaN in it.
+            EntryError: If the entry is damaged, too large, not a vector, or not finite.
         """
         value = load_tensors(self._bytes(entry))
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -108,7 +115,7 @@ class EmbeddingArchive:
         return vector
 
     def table(self) -> bytes | None:
-        """The csv that lies in the zip or folder, if there is exactly one."""
+        """Returns the content of the csv in the zip or folder; None if there is not exactly one."""
         if self._zip is None:
             files = sorted(self.path.rglob("*.csv"))
             return files[0].read_bytes() if len(files) == 1 else None
@@ -136,18 +143,21 @@ class EmbeddingArchive:
             return (self.path / entry).read_bytes() if self._zip is None else self._zip.read(entry)
         except EntryError:
             raise
-        # Damaged deflate data, checksums, passwords, unknown methods: zipfile has no common error.
+        # zipfile has no common base class for damaged data, wrong checksums, passwords and unknown
+        # compression methods.
         except Exception as error:
             raise EntryError(f"cannot be read: {error}") from error
 
 
 def load_tensors(content: bytes, limit_bytes: int = ENTRY_LIMIT_BYTES) -> Any:
-    """Unpickles tensors, and nothing that runs code.
+    """Loads the content of a file of tensors without executing code.
 
     Raises:
-        EntryError: No such file, code in it, or more than `limit_bytes` when inflated.
+        EntryError: If it is not a file of tensors, contains other objects, or inflates to more than
+            `limit_bytes`.
     """
     try:
+        # torch.load inflates without a limit, so the declared sizes are checked first.
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as inner:
                 size = sum(info.file_size for info in inner.infolist())
@@ -156,7 +166,7 @@ def load_tensors(content: bytes, limit_bytes: int = ENTRY_LIMIT_BYTES) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except EntryError:
         raise
-    # Made-up bytes lead the unpickler into errors of any kind.
+    # Crafted or damaged bytes make the unpickler raise exceptions of any type.
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise EntryError(f"not a file of tensors: {type(error).__name__}: {first}") from error
@@ -167,9 +177,9 @@ class EmbeddingSplit:
     """Embeddings of one split.
 
     Attributes:
-        ids: As in the table.
+        ids: Values of the column `input`.
         features: float32 `(num_tiles, embed_dim)`.
-        labels: int64 `(num_tiles,)`, positions in `EmbeddingData.classes`.
+        labels: int64 `(num_tiles,)`, indices into `EmbeddingData.classes`.
     """
 
     ids: tuple[str, ...]
@@ -179,13 +189,13 @@ class EmbeddingSplit:
 
 @dataclass(frozen=True)
 class EmbeddingData:
-    """What a probe is trained and tested on.
+    """Labelled tile embeddings.
 
     Attributes:
-        classes: Labels that occur, numbers in their order, otherwise by alphabet.
-        splits: `train`, `val`, `test`.
-        skipped: Rows that were left out: `id`, `split`, `reason`.
-        num_without_row: Embeddings that no row of the table names.
+        classes: Labels that occur; numbers are sorted as numbers, other labels alphabetically.
+        splits: Embeddings of `train`, `val` and `test`.
+        skipped: `id`, `split` and `reason` of skipped rows.
+        num_without_row: Number of embeddings that the table does not name.
     """
 
     classes: tuple[str, ...]
@@ -204,16 +214,16 @@ def read_embeddings(
     """Reads labelled tile embeddings into memory.
 
     Args:
-        path: Zip or folder of `.pt`.
-        table: csv with columns `input` (name of a `.pt`), `label`, and `split` (train, val or
-            test); by default the one that lies beside the embeddings.
-        embed_dim: Width; by default that of most of the first embeddings.
-        progress: Show a progress bar.
+        path: Zip or folder of `.pt` files.
+        table: csv with columns `input` (name of a `.pt` file), `label`, and `split` (train, val or
+            test); by default the only csv in `path`.
+        embed_dim: Width of the embeddings; by default the width that most of the first 101 have.
+        progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: No embeddings or no table.
-        ValueError: A table without these columns, fewer than two classes, or a split of which no
-            embedding can be used.
+        FileNotFoundError: If embeddings or table do not exist.
+        ValueError: If the table lacks a column, there are fewer than two classes, or a split has no
+            usable embeddings.
     """
     from tqdm import tqdm
 

@@ -1,9 +1,9 @@
-"""Tiling as the original does it: Otsu on luminance, a box around the tissue, a padded grid in it.
+"""Tiler of the published code: Otsu on luminance, bounding box of the tissue, padded grid inside.
 
-`wsi.tiling` is the tiler of this project; this one gives the original's tiles. Two of its defects
-are mended unless the `published` behaviour is asked for: it computes in 16-bit floats, in which the
-occupancy of a tile of 256 px overflows, and it swaps x and y of the box's corner, which shifts
-every coordinate. Sources: https://github.com/prov-gigapath/prov-gigapath, gigapath/preprocessing,
+The tiler of this project is `wsi.tiling`; this one reproduces the published tiles. It corrects two
+defects of the original, unless `published` is requested: the original computes in float16, in which
+the occupancy of a 256 px tile overflows, and swaps x and y of the corner of the box, which shifts
+all coordinates. Source: https://github.com/prov-gigapath/prov-gigapath, gigapath/preprocessing,
 adapted there from https://github.com/microsoft/hi-ml.
 
 Shapes: H height, W width, N tiles.
@@ -27,7 +27,11 @@ MIN_OCCUPANCY = 0.1
 """`occupancy_threshold` of the original's `tile_one_slide`."""
 
 _BLOCK_PX = 2048
+"""Side of the blocks in which a level is read."""
+
 _MAX_SIDE_PX = 8192
+"""Longest side of a coarsest level that is read whole; larger ones are replaced by a thumbnail."""
+
 _THUMBNAIL_PX = 2048
 
 
@@ -43,15 +47,15 @@ class Box:
 
 @dataclass(frozen=True)
 class GridTile:
-    """A tile that holds enough tissue.
+    """A tile with enough tissue.
 
     Attributes:
-        pixels: RGB `(tile_px, tile_px, 3)`, white outside the tissue's box.
-        x_level0: Left edge, of the slide at level 0.
-        y_level0: Top edge.
-        x_named: Left edge as names and tables give it.
-        y_named: Top edge as they give it.
-        occupancy: Share of pixels darker than the threshold.
+        pixels: uint8 RGB `(tile_px, tile_px, 3)`, white outside the box of the tissue.
+        x_level0: Left edge in level-0 pixels.
+        y_level0: Top edge in level-0 pixels.
+        x_named: Left edge as given in file names and tables.
+        y_named: Top edge as given in file names and tables.
+        occupancy: Fraction of pixels darker than the threshold.
     """
 
     pixels: NDArray[np.uint8]
@@ -63,50 +67,56 @@ class GridTile:
 
 
 def luminance(rgb: NDArray[np.uint8], arithmetic: Arithmetic = "exact") -> NDArray[Any]:
-    """The mean of the channels, as float32, or as the original's float16.
+    """Returns the mean of the channels, as float32 or as the original's float16.
 
     Args:
-        rgb: `(..., H, W, 3)`.
+        rgb: uint8 `(..., H, W, 3)`.
         arithmetic: `exact` or `published`.
 
     Returns:
         `(..., H, W)`.
     """
     sums = rgb.sum(axis=-1, dtype=np.uint16)
-    # Sums up to 765 are whole numbers in float16 too, so that only the division rounds.
+    # float16 represents sums up to 765 exactly, so only the division rounds, and a table of the 766
+    # quotients gives the same values as dividing each pixel.
     dtype = np.dtype(np.float16 if arithmetic == "published" else np.float32)
     table: NDArray[Any] = np.divide(np.arange(3 * 255 + 1).astype(dtype), dtype.type(3))
     return table[sums]
 
 
 def foreground_threshold(values: NDArray[Any]) -> Any:
-    """Otsu's threshold of luminance `(H, W)`; what is darker counts as tissue."""
+    """Returns Otsu's threshold of luminance `(H, W)`; darker pixels count as tissue."""
     from skimage.filters import threshold_otsu
 
     return threshold_otsu(values)
 
 
 def occupancies(tissue: NDArray[np.bool_], arithmetic: Arithmetic = "exact") -> NDArray[Any]:
-    """The share of tissue in each tile; the published one overflows to infinity.
+    """Returns the fraction of tissue in each tile.
 
     Args:
-        tissue: `(N, H, W)`.
+        tissue: bool `(N, H, W)`.
         arithmetic: `exact` or `published`.
 
     Returns:
         `(N,)`.
     """
     if arithmetic == "published":
+        # Counts above 65,504 overflow to infinity in float16, so full tiles always pass.
         with np.errstate(over="ignore"):
             return tissue.mean(axis=(-2, -1), dtype=np.float16)
     return tissue.mean(axis=(-2, -1), dtype=np.float64)
 
 
 def bounding_box(tissue: NDArray[np.bool_], scale: float = 1.0) -> Box:
-    """The smallest box around tissue `(H, W)`, in pixels of `1 / scale`.
+    """Returns the smallest box around tissue.
+
+    Args:
+        tissue: bool `(H, W)`.
+        scale: Level-0 pixels per pixel of `tissue`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If there is no tissue.
     """
     rows, columns = np.flatnonzero(tissue.any(axis=1)), np.flatnonzero(tissue.any(axis=0))
     if not len(rows):
@@ -118,10 +128,14 @@ def bounding_box(tissue: NDArray[np.bool_], scale: float = 1.0) -> Box:
 
 
 def grid(width: int, height: int, tile_px: int) -> NDArray[np.int64]:
-    """Places tiles on an image, row by row; what is missing at the edges is shared between both.
+    """Covers an image with tiles, row by row; the overhang is split between opposite edges.
 
     Returns:
-        int64 `(N, 2)`: left and top, negative where a tile begins outside.
+        int64 `(N, 2)`, left and top; negative where a tile begins outside the image.
+
+    Example:
+        >>> grid(500, 256, tile_px=256).tolist()
+        [[-6, 0], [250, 0]]
     """
     starts = []
     for length in (width, height):
@@ -132,7 +146,7 @@ def grid(width: int, height: int, tile_px: int) -> NDArray[np.int64]:
 
 
 def cut(image: NDArray[Any], coords: NDArray[np.int64], tile_px: int, fill: int = 255) -> Any:
-    """Cuts tiles `(N, tile_px, tile_px, ...)` out of an image `(H, W, ...)`, filled outside."""
+    """Cuts tiles `(N, tile_px, tile_px, ...)` from an image `(H, W, ...)`, with `fill` outside."""
     tiles = np.full((len(coords), tile_px, tile_px, *image.shape[2:]), fill, image.dtype)
     height, width = image.shape[:2]
     for tile, (x, y) in zip(tiles, coords.tolist(), strict=True):
@@ -146,13 +160,13 @@ def cut(image: NDArray[Any], coords: NDArray[np.int64], tile_px: int, fill: int 
 def assemble(
     tiles: NDArray[Any], coords: NDArray[np.int64], fill: float = np.nan
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Puts tiles `(N, side, side, ...)` back into one image, the smallest that holds them all.
+    """Assembles tiles `(N, side, side, ...)` into the smallest image that holds all of them.
 
     Returns:
-        The image, and what to add to coordinates to find them in it.
+        The image, and the offset `(2,)` from coordinates to pixels of the image.
 
     Raises:
-        ValueError: Not as many tiles as coordinates.
+        ValueError: If the numbers of tiles and coordinates differ, or there are none.
     """
     if len(tiles) != len(coords) or not len(tiles):
         raise ValueError(f"{len(tiles)} tiles and {len(coords)} coordinates: as many expected")
@@ -166,10 +180,10 @@ def assemble(
 
 @dataclass(frozen=True)
 class Tissue:
-    """Where the original sees tissue.
+    """Tissue of a slide.
 
     Attributes:
-        box: Around all of it.
+        box: Bounding box of all tissue.
         threshold: Luminance below which a pixel is tissue.
     """
 
@@ -178,12 +192,13 @@ class Tissue:
 
 
 def find_tissue(slide: Slide, arithmetic: Arithmetic = "exact") -> Tissue:
-    """Finds tissue on the coarsest level.
+    """Finds tissue on the coarsest level, as the original does.
 
-    A slide without coarse levels is looked at as a thumbnail, unless `published` is asked for.
+    If that level is longer than 8192 px, a thumbnail of 2048 px replaces it, except with
+    `published`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If there is no tissue.
     """
     last = len(slide.level_dimensions) - 1
     large = max(slide.level_dimensions[last]) > _MAX_SIDE_PX
@@ -209,16 +224,19 @@ def tissue_tiles(
     arithmetic: Arithmetic = "exact",
     origin: Origin = "level0",
 ) -> Iterator[GridTile | SlideError]:
-    """Reads the tiles with enough tissue, row by row, in the memory of one row.
+    """Reads the tiles with enough tissue, row by row.
 
     Args:
         slide: The slide.
-        tile_px: Side of a tile.
+        tile_px: Side of a tile in pixels.
         scale: Level-0 pixels per pixel of a tile.
-        tissue: See `find_tissue`.
-        min_occupancy: A tile needs more.
-        arithmetic: See `luminance` and `occupancies`.
-        origin: How to name places: `level0`, or `published` with the corner's x and y swapped.
+        tissue: Result of `find_tissue`.
+        min_occupancy: Fraction of tissue that a tile must exceed.
+        arithmetic: `exact` or `published`, see `luminance` and `occupancies`.
+        origin: Coordinates in names: `level0`, or `published` with x and y of the corner swapped.
+
+    Yields:
+        Tiles, and errors for tiles that cannot be read.
     """
     box = tissue.box
     size = (int(box.width * (1 / scale)), int(box.height * (1 / scale)))
@@ -244,7 +262,7 @@ def tissue_tiles(
 def _whiten(
     pixels: NDArray[np.uint8], corner: NDArray[np.int64], size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Outside the tissue's box a tile is white, whatever lies there."""
+    """Whitens the pixels of a tile outside the box of the tissue, like the original's padding."""
     side = len(pixels)
     (x, y), (width, height) = corner.tolist(), size
     left, top = max(-x, 0), max(-y, 0)
@@ -257,7 +275,7 @@ def _whiten(
 
 
 def _read_level(slide: Slide, level: int) -> NDArray[np.uint8]:
-    """A whole level `(H, W, 3)`."""
+    """Reads a whole level `(H, W, 3)` in blocks."""
     width, height = slide.level_dimensions[level]
     scale = slide.level_downsamples[level]
     side = min(_BLOCK_PX, max(width, height))

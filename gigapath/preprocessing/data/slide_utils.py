@@ -6,7 +6,7 @@ from pathcore.files import StrPath
 from wsi.reader import ResolutionError, Slide
 
 TOLERANCE_MPP = 0.1
-"""As in the original: scanners differ by a few per cent from their nominal resolution."""
+"""Tolerance of the original; scanners differ by a few per cent from their nominal resolution."""
 
 
 def find_level_for_target_mpp(slide_path: StrPath, target_mpp: float) -> int | None:
