@@ -1,1 +1,1 @@
-"""From slides to patches: reading, tissue, tiling, extraction. Knows no torch and no MM library."""
+"""Whole-slide images: reading, tissue detection, tiling, patch extraction; without torch."""

@@ -1,8 +1,8 @@
-"""Feature files of other tools: what they hold, what is wrong with them, and how to convert them.
+"""Reads, checks and converts feature files of other tools.
 
 Reads files of this package, TRIDENT, CLAM, STAMP and slide2vec. The checks look for defects that
-were reported for these tools: swapped axes, coordinates of another level or squeezed into
-0..1000, tiles of another scale, overflow of float16, duplicates, features of another encoder.
+were reported for these tools: swapped axes, coordinates of another level or normalised to 0..1000,
+tiles of another scale, overflow of float16, duplicates, features of another encoder.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from pathcore.files import StrPath
 from wsi.store import write_features
 
 SUFFIXES = (".h5", ".hdf5", ".npz")
-"""Kinds of files that `read_feature_file` knows."""
+"""Suffixes of the files that `read_feature_file` reads."""
 
 _FLOAT16_MAX = 65504.0
 _SQUEEZED_PX = 1000
-"""GigaPath wrappers that normalise coordinates map a slide's longer side to this."""
+"""Length to which GigaPath wrappers that normalise coordinates map the longer side of a slide."""
 
 _RELATIVE_TOLERANCE = 0.02
-"""Of scales: scanners state 0.2527 where tools assume 0.25."""
+"""Tolerance of scales: scanners state, for instance, 0.2527 um/px where tools assume 0.25."""
 
 _ALIKE = 1e-6
-"""Spread of features, relative to their size, below which all tiles have one vector."""
+"""Spread of features, relative to their magnitude, below which all tiles count as equal."""
 
 
 class FeatureFileError(ValueError):
-    """A file that holds no features in a layout that is known."""
+    """Raised if a file is damaged, has an unknown layout, or cannot be converted."""
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features of a slide's tiles as a tool stored them.
+    """Tile features of a slide as a tool stored them.
 
     Attributes:
         path: The file.
         layout: `xtuner-add`, `TRIDENT`, `CLAM`, `STAMP` or `slide2vec`.
-        encoder: Name of the encoder as far as the file says it.
+        encoder: Name of the encoder; empty if the file does not name it.
         features: `(N, dim)`.
-        coords: float64 `(M, 2)`: left and top, in `unit`. None if the file holds none.
-        unit: `px` of level 0, or `um`.
-        patch_level0_px: Side of a tile in level-0 pixels; None if it cannot be told.
-        patch_px: Side of the image that the encoder was given; None if it cannot be told.
+        coords: float64 `(M, 2)`, left and top in `unit`; None if the file has none. M and N differ
+            in damaged files.
+        unit: `px` for level-0 pixels, or `um`.
+        patch_level0_px: Side of a tile in level-0 pixels; None if unknown.
+        patch_px: Side of the image that the encoder was given; None if unknown.
         overlap_px: Overlap of neighbouring tiles in pixels of that image.
         mpp: Micrometres per pixel of that image.
         mpp_level0: Micrometres per pixel at level 0.
         slide_px: `(width, height)` of the slide at level 0.
-        attributes: Everything that the file states, by name.
+        attributes: All attributes of the file by name.
     """
 
     path: Path
@@ -76,13 +77,13 @@ class FeatureFile:
 
     @property
     def scale(self) -> float | None:
-        """Level-0 pixels for each pixel of the encoder's image."""
+        """Level-0 pixels per pixel of the encoder's image; None if unknown."""
         if not self.patch_level0_px or not self.patch_px:
             return None
         return self.patch_level0_px / self.patch_px
 
     def describe(self) -> dict[str, Any]:
-        """Returns what the file says, as JSON values."""
+        """Returns a summary of the file as JSON values."""
         return {
             "file": str(self.path),
             "layout": self.layout,
@@ -101,12 +102,12 @@ class FeatureFile:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a file.
+    """A defect of a file.
 
     Attributes:
-        defect: Short name, the same in all versions.
+        defect: Short name, stable across versions.
         message: What was found, what was expected and what to do.
-        convertible: Whether `converted` mends it.
+        convertible: Whether `converted` corrects it.
     """
 
     defect: str
@@ -115,11 +116,11 @@ class Finding:
 
 
 def read_feature_file(path: StrPath) -> FeatureFile:
-    """Reads a feature file of any known layout, without judging it.
+    """Reads a feature file of any known layout, without checking its content.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        FeatureFileError: If it is damaged, or of another layout.
+        FileNotFoundError: If the file does not exist.
+        FeatureFileError: If it is damaged, or has an unknown layout.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,15 +173,22 @@ def check(
 
     Args:
         file: The file.
-        encoder: Preset that the features should come from; by default what the file says.
-        slide_px: Size of the slide at level 0, where the file does not say it.
-        mpp_level0: Micrometres per pixel of the slide, where the file does not say it.
+        encoder: Preset that the features should come from; by default the one that the file names.
+        slide_px: Width and height of the slide at level 0, used if the file does not state them.
+        mpp_level0: Micrometres per pixel of the slide, used if the file does not state it.
 
     Returns:
-        The defects; none if the file is sound as far as can be told.
+        The defects found; an empty list does not prove that the file is correct.
 
     Raises:
-        UnknownEncoderError: If `encoder` is no preset.
+        UnknownEncoderError: If `encoder` is not a preset.
+
+    Example:
+        >>> file = FeatureFile(
+        ...     Path("slide.h5"), "CLAM", "uni", np.eye(4, 1024), np.zeros((4, 2)), patch_px=256
+        ... )
+        >>> [finding.defect for finding in check(file)]
+        ['duplicate tiles']
     """
     file = replace(
         file,
@@ -214,19 +222,19 @@ def converted(
     *,
     mpp_level0: float | None = None,
 ) -> int:
-    """Writes a file in the layout of this package and TRIDENT, with what can be mended mended.
+    """Writes a file in the layout of this package and TRIDENT, with convertible defects corrected.
 
     Args:
         file: The file.
         findings: What `check` returned for it.
         out: The file to write.
-        mpp_level0: Micrometres per pixel of the slide; needed for coordinates in micrometres.
+        mpp_level0: Micrometres per pixel of the slide; required if coordinates are micrometres.
 
     Returns:
         Number of tiles written.
 
     Raises:
-        FeatureFileError: If a defect cannot be mended, or a needed number is unknown.
+        FeatureFileError: If a defect cannot be corrected, or a required length is unknown.
     """
     fatal = [finding for finding in findings if not finding.convertible]
     if fatal:
@@ -283,7 +291,7 @@ def converted(
 def _stamp(
     path: Path, features: NDArray[Any], coords: Any, attributes: dict[str, Any]
 ) -> FeatureFile:
-    """STAMP: `feats` in float16, coordinates in micrometres, tiles by their side in micrometres."""
+    """Interprets a file of STAMP: coordinates and tile sizes are in micrometres."""
     um, pixels = _number(attributes, "tile_size_um"), _number(attributes, "tile_size_px")
     # The extractor's name carries a hash of its weights: `uni-1a2b3c4d`.
     extractor = re.sub(r"-[0-9a-f]{8,}$", "", str(attributes.get("extractor", "")))
@@ -329,7 +337,7 @@ def _trident_or_clam(
 
 
 def _read_npz(path: Path) -> FeatureFile:
-    """slide2vec: `features` in an archive, beside it `NAME.meta.json`, and perhaps coordinates."""
+    """Reads an archive of slide2vec, with attributes from `NAME.meta.json` beside it."""
     with np.load(path, allow_pickle=False) as archive:
         if "features" not in archive:
             raise FeatureFileError(f"features {path}: no `features` in it, only {archive.files}")
@@ -350,7 +358,7 @@ def _read_npz(path: Path) -> FeatureFile:
 
 
 def _encoder_of_folder(path: Path) -> str:
-    """TRIDENT keeps files in `features_uni_v2`, this package in `features/ENCODER`."""
+    """Returns the encoder from the folder: TRIDENT's `features_ENCODER` or `features/ENCODER`."""
     if path.parent.name.startswith("features_"):
         return path.parent.name.removeprefix("features_")
     return path.parent.name if path.parent.parent.name == "features" else ""
@@ -460,14 +468,15 @@ def _check_coordinates(file: FeatureFile) -> list[Finding]:
 
 
 def _squeezed(file: FeatureFile) -> Finding | None:
-    """Coordinates that were mapped to 0..1000, so that hundreds of tiles lie on each other."""
+    """Finds coordinates that were normalised to 0..1000, so that most tiles overlap."""
     coords, patch = file.coords, file.patch_level0_px or file.patch_px or 256.0
     assert coords is not None
     top = float(coords.max(initial=0.0))
     if len(coords) < 10 or top > _SQUEEZED_PX or top < 0.9 * _SQUEEZED_PX:
         return None
     extent = np.ptp(coords, axis=0) + patch
-    # More than twice the tiles that fit side by side into the box around them.
+    # Only if there are more than twice as many tiles as fit side by side into their bounding box;
+    # a small slide may really be 1000 px wide.
     if len(coords) * (patch - file.overlap_px) ** 2 <= 2 * float(np.prod(extent)):
         return None
     return Finding(
@@ -478,7 +487,7 @@ def _squeezed(file: FeatureFile) -> Finding | None:
 
 
 def _check_scale(file: FeatureFile) -> list[Finding]:
-    """Compares the size of a tile with what resolutions and magnifications in the file say."""
+    """Compares the size of a tile with the resolutions and magnifications that the file states."""
     scale = file.scale
     if scale is None:
         return []
@@ -502,7 +511,7 @@ def _check_scale(file: FeatureFile) -> list[Finding]:
 
 
 def _other_level(file: FeatureFile) -> Finding | None:
-    """Coordinates whose grid has the step of the encoder's image, not of the tile at level 0."""
+    """Finds coordinates that count pixels of the level that was read instead of level 0."""
     scale, coords = file.scale, file.coords
     assert coords is not None
     if scale is None or abs(scale - 1) < _RELATIVE_TOLERANCE or file.patch_px is None:
@@ -560,7 +569,10 @@ def _check_position(file: FeatureFile) -> list[Finding]:
 
 
 def _grid_step(coords: NDArray[np.float64]) -> float | None:
-    """Returns the smallest distance of tiles in one row or column; None if there are too few."""
+    """Returns the usual distance of neighbours in a row or column; None if there are too few.
+
+    This is the median of the smaller half of the distances, which gaps in the tissue do not affect.
+    """
     steps = []
     for axis in (0, 1):
         order = np.lexsort((coords[:, axis], coords[:, 1 - axis]))
@@ -573,7 +585,7 @@ def _grid_step(coords: NDArray[np.float64]) -> float | None:
 
 
 def _known_encoder(name: str) -> str:
-    """Returns the preset that a file's encoder name surely means, or an empty string."""
+    """Returns the preset for an encoder name of another tool, or an empty string."""
     aliases = {"uni_v1": "uni", "uni_v2": "uni2-h", "uni2": "uni2-h", "gigapath": "prov-gigapath",
                "conch_v1": "conch", "conch_v15": "conch-v1.5", "hoptimus0": "h-optimus-0",
                "hoptimus1": "h-optimus-1", "phikon_v2": "phikon-v2"}  # fmt: skip

@@ -1,4 +1,7 @@
-"""Finds out why a file does not open as a slide, since OpenSlide has one message for everything."""
+"""Explains why a file cannot be opened as a slide.
+
+OpenSlide says "Unsupported or missing image file" for missing, empty and truncated files alike.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ _HEAD_BYTES = 512
 
 
 def is_tiff(path: Path) -> bool:
-    """Whether a file has the signature of a TIFF."""
+    """Returns whether a file has the signature of TIFF or BigTIFF."""
     with open(path, "rb") as file:
         return file.read(4) in _TIFF_MAGICS
 
@@ -18,7 +21,7 @@ def is_tiff(path: Path) -> bool:
 def explain(path: Path) -> str | None:
     """Returns what is wrong with a file that should be a slide, or None if nothing is apparent.
 
-    Tells missing and empty files, folders, text and truncated TIFF files apart.
+    Detects missing and empty files, folders, text files and truncated TIFF files.
     """
     try:
         status = os.stat(path)

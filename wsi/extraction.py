@@ -1,9 +1,9 @@
-"""Cuts millions of patches out of thousands of slides, in parallel and resumable.
+"""Extracts patches from many slides, as a parallel, resumable job.
 
 Requests are sorted by slide and position into a table on disk and divided into parts of a fixed
-size. A worker writes a part and records it when it is in place. What a part contains depends on
-its requests alone, so that any number of workers writes the same bytes and a killed job continues
-where it stopped.
+size. A worker writes the files of a part and then its record. The content of a part depends only on
+its requests, so that any number of workers writes the same bytes, and a job that was killed
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _TABLE_NAME = "requests.sqlite"
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """How patches are written.
+    """Format of the extracted patches.
 
     Attributes:
-        layout: `files`: an image and a text file each, in one folder, with PathGen's names;
-            `shards`: WebDataset tar files.
+        layout: `files` for an image and a text file per patch, with PathGen's names, all in one
+            folder; `shards` for WebDataset tar files.
         image_format: `png`, `jpg` or `webp`.
-        quality: 1 to 100; by default that of the format.
-        part_size: Patches in a shard; in the other layout, patches that are recorded together.
+        quality: Quality from 1 to 100; by default that of the format.
+        part_size: Number of patches per part, which is a shard with `shards`.
     """
 
     layout: Layout = "files"
@@ -76,16 +76,16 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """Some hundred patches that a worker reads, encodes and puts in place together.
+    """Patches that a worker reads, encodes and writes as a unit.
 
     Attributes:
         number: Number of the part, counted from 0.
-        requests: Sorted by slide and position.
-        slides: File of each slide that is there.
+        requests: Requests, sorted by slide and position.
+        slides: File of each slide that exists.
         out: The folder of the job.
-        settings: How to write.
-        mpp: Micrometres per pixel of all slides, overriding what the files say.
-        deadly: Slides that killed a worker, with reason and detail; they are skipped.
+        settings: Format of the output.
+        mpp: Micrometres per pixel of all slides, overriding the files.
+        deadly: Reason and detail for each slide that killed a worker; these slides are skipped.
     """
 
     number: int
@@ -98,17 +98,17 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Name of the record of the part, and of its shard."""
+        """Name of the part's record and shard."""
         return part_name(self.number)
 
     @property
     def slide_note(self) -> Path:
-        """Where a worker notes the slide that it is working on, in case the slide kills it."""
+        """File in which a worker notes the slide it is working on, in case the slide kills it."""
         return staging_folder(self.out) / f"{self.name}.slide"
 
 
 def part_name(number: int) -> str:
-    """Returns the name of the record of a part."""
+    """Returns the name of a part's record and shard, such as `000042`."""
     return f"{number:06d}"
 
 
@@ -126,24 +126,25 @@ def extract(
     retry_skipped: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Extracts patches, with their captions where there are any.
+    """Extracts patches, with captions if the requests have them.
 
     Args:
-        rows: Returns the requests, in the order of their source, and the rows that are none.
+        rows: Function that returns the requests and rejected rows in the order of their source. It
+            is called again if slides are added later.
         slides: Folder of the slides.
-        out: Folder to write; a job that was stopped continues in it.
+        out: Output folder; a job that was stopped continues in it.
         settings: Layout, image format and size of the parts.
-        source: Identifies the requests, for instance by a digest; a folder begun with others is
-            refused.
-        mpp: Micrometres per pixel of all slides, overriding what the files say.
+        source: Identifies the requests, for instance by a digest; a folder that was begun with
+            other requests is refused.
+        mpp: Micrometres per pixel of all slides, overriding the files.
         workers: Number of worker processes.
         engine: `process` or `ray`.
         address: Address of a Ray cluster; all its machines must see `slides` and `out`.
-        retry_skipped: Whether to try again what an earlier run skipped.
+        retry_skipped: Whether to retry patches that an earlier run skipped.
         progress: Whether to show a progress bar.
 
     Returns:
-        The report. `out` has it row by row in `manifest.jsonl`, with one row per missing slide.
+        The report. `manifest.jsonl` in `out` has a row per patch, and one per missing slide.
 
     Raises:
         OutputExistsError: If `out` holds something else.
@@ -192,13 +193,14 @@ def _add_slides(
     part_size: int,
     rows: Callable[[], Iterable[PatchRequest | RejectedRow]],
 ) -> None:
-    """Adds slides that were missing in an earlier run and are there now."""
+    """Adds slides that were missing in an earlier run and exist now."""
     with RequestTable(job.folder / _TABLE_NAME) as table:
         names = [slide.slide_id for slide in table.missing()]
         added = [name for name in names if _why_missing(listing, name) is None]
         if not added:
             return
-        # Before the table is changed: a part whose record is gone is only done once more.
+        # Records are removed before the table changes: if the run is killed in between, the parts
+        # are merely written again. The other way round they would miss the new patches.
         for number in table.parts_of(added, part_size):
             job.forget(part_name(number))
         table.add_slides(added, rows())
@@ -223,13 +225,13 @@ def _parts(
 
 
 def _without_deadly_slide(part: Part, error: WorkerDiedError) -> list[Part]:
-    """Returns the part without the slide on which its worker died."""
+    """Returns the part without the slide that killed its worker."""
     try:
         slide_id = part.slide_note.read_text(encoding="utf-8")
     except OSError:
         slide_id = ""
     if slide_id not in part.slides or slide_id in part.deadly:
-        raise error  # it did not die of a slide, so it would die again
+        raise error  # no slide is to blame, so a retry would end the same way
     fault = WORKER_DIED, f"{part.slides[slide_id]}: {error}"
     return [replace(part, deadly={**part.deadly, slide_id: fault})]
 
@@ -265,7 +267,7 @@ def write_part(part: Part) -> dict[str, Any]:
         for slide_id, group in groupby(part.requests, key=lambda request: request.slide_id):
             requests = list(group)
             path = part.slides.get(slide_id)
-            if path is None:  # it was there when the job began
+            if path is None:  # removed since the table was built
                 reason = SlideNotFoundError.reason, f"no slide named {slide_id!r} any more"
             elif slide_id in part.deadly:
                 reason = part.deadly[slide_id]
@@ -277,8 +279,8 @@ def write_part(part: Part) -> dict[str, Any]:
                 except SlideError as error:
                     reason = error.reason, str(error)
                 except (OSError, RuntimeError):
-                    raise  # a full disk concerns every slide
-                except Exception as error:  # a fault that one file provoked concerns this file
+                    raise  # for instance a full disk, which affects every slide
+                except Exception as error:  # any other fault is blamed on the slide
                     what = "out of memory" if isinstance(error, MemoryError) else "unexpected error"
                     deadly[slide_id] = what, f"{path}: {type(error).__name__}: {error}"
                     break
@@ -286,7 +288,7 @@ def write_part(part: Part) -> dict[str, Any]:
         else:
             sink.finish()
     part.slide_note.unlink(missing_ok=True)
-    if deadly:  # the sink may hold patches of this slide, so begin again without it
+    if deadly:  # the sink may hold patches of this slide, so the part is started over without it
         return write_part(replace(part, deadly={**part.deadly, **deadly}))
     return write_record(part.out, part.name, rows)
 
@@ -329,7 +331,7 @@ def _extract_slide(
 class FileSink:
     """Writes an image file and a text file per patch, with the names of PathGen's script.
 
-    The files are written to a staging folder and moved to their places when the part is complete.
+    Files are written to a staging folder and moved to the output folder when the part is complete.
     """
 
     def __init__(self, part: Part) -> None:
@@ -354,7 +356,7 @@ class FileSink:
         return _written(request, name, image, mpp)
 
     def finish(self) -> None:
-        """Moves all files to their places."""
+        """Moves all files to the output folder."""
         for name in self._names:
             fsync_path(self._folder / name)
         for name in self._names:
@@ -370,7 +372,7 @@ class FileSink:
 class ShardSink:
     """Writes a WebDataset shard: image, text and JSON of a patch share a key.
 
-    Keys are numbers, because WebDataset cuts keys at the first dot and ids of slides contain dots.
+    Keys are numbers, because WebDataset splits names at the first dot and slide ids contain dots.
     """
 
     def __init__(self, part: Part) -> None:
@@ -406,7 +408,7 @@ class ShardSink:
         return row
 
     def finish(self) -> None:
-        """Moves the shard to its place; a part without any patch leaves no shard."""
+        """Moves the shard to the output folder; a part without patches has no shard."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -420,19 +422,19 @@ class ShardSink:
         fsync_path(shard.parent)
 
     def _write(self, name: str, content: bytes) -> None:
-        # Time, owner and mode stay at TarInfo's constants, so that equal patches give equal shards.
+        # Time, owner and mode keep TarInfo's defaults, so that equal patches give equal shards.
         info = tarfile.TarInfo(name)
         info.size = len(content)
         self._tar.addfile(info, io.BytesIO(content))
 
 
 def patch_stem(request: PatchRequest) -> str:
-    """Returns the name of a patch's files without suffix, as PathGen's script forms it."""
+    """Returns the file name of a patch without suffix, as PathGen's script forms it."""
     return f"{request.slide_id}_{request.x_level0}_{request.y_level0}"
 
 
 def _pair_lines(rows: Iterator[dict[str, Any]], out: Path) -> Iterator[bytes]:
-    """Yields the lines of `pairs.jsonl`: one per patch that has a caption beside it."""
+    """Yields the lines of `pairs.jsonl`, one per patch with a caption file."""
     for row in rows:
         caption = (out / row["file"]).with_suffix(".txt") if row["state"] == WRITTEN else None
         if caption and caption.is_file():
@@ -467,6 +469,7 @@ def _described(request: PatchRequest) -> dict[str, Any]:
 
 
 def _write_all(file: Any, content: bytes) -> None:
+    # An unbuffered file may write only part of its input and returns how much.
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]

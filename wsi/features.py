@@ -1,9 +1,10 @@
-"""Features of the patches of a slide: read ahead of the encoder, kept in parts, whole or absent.
+"""Computes the features of the patches of a slide, resumable after a few thousand patches.
 
-Patches come straight from a slide, or from a folder with one image per tile, named as
-Prov-GigaPath's tiler names them: `01581x_25327y.png`. Parts of a few thousand are kept while a
-slide is under way. All parts have the same size and begin a batch, so that a continued run gives
-the same bytes as an unbroken one. No torch is imported here: processes that read start at once.
+Patches are read ahead of the encoder, from a slide or from a folder of images named by position as
+Prov-GigaPath's tiler does (`01581x_25327y.png`). Finished parts are stored until the slide is
+complete. Parts have a fixed size that is a multiple of the batch size, so that a continued run
+forms the same batches, and writes the same bytes, as an uninterrupted one. Torch is not imported,
+so that reading processes start fast.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ from wsi.slide_listing import TILE_NAME
 from wsi.store import read_attributes, read_features, write_features
 
 PART_TILES = 2048
-"""About a minute of a GPU's work, and 13 MB: what a kill can cost."""
+"""Number of tiles per part, which a kill can cost: about a minute on a GPU, 13 MB of features."""
 
 READ_TILES = 256
-"""Tiles that a reading process hands over at once: 38 MB at 224 px."""
+"""Number of tiles per task of a reading process: 38 MB at 224 px."""
 
 _FILTERS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
 _THREAD_TILES = 16
 _THREAD_DEPTH = 8
+"""Number of groups of `_THREAD_TILES` tiles that the reading thread keeps ahead of the encoder."""
+
 _SOURCE = "tiles_sha256"
 _DAMAGED = "num_damaged"
 
@@ -49,7 +52,7 @@ _Item = TypeVar("_Item")
 
 
 class Tiles(Protocol):
-    """The tiles of one slide."""
+    """Interface of the tiles of a slide."""
 
     @property
     def name(self) -> str:
@@ -58,7 +61,7 @@ class Tiles(Protocol):
 
     @property
     def coords(self) -> NDArray[np.int64]:
-        """Left and top in level-0 pixels, `(N, 2)`."""
+        """Left and top `(N, 2)` in level-0 pixels."""
         ...
 
     @property
@@ -67,23 +70,23 @@ class Tiles(Protocol):
         ...
 
     def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8] | SlideError]:
-        """Yields RGB `(height, width, 3)` for each index, or why it cannot be read."""
+        """Yields RGB `(height, width, 3)` for each index, or the reason why it cannot be read."""
         ...
 
     def digest(self) -> str:
-        """Returns a text that changes when other pixels would be read."""
+        """Returns a string that changes if other pixels would be read."""
         ...
 
 
 @dataclass(frozen=True)
 class SlideTiles:
-    """Tiles that are read straight from a slide.
+    """Tiles that are read from a slide.
 
     Attributes:
         path: The slide.
-        coords: int64 `(N, 2)`: left and top in level-0 pixels.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
         size_level0: Side of a tile in level-0 pixels.
-        tile_px: Side of a tile after scaling.
+        tile_px: Side of the resulting image in pixels.
         slide_id: Id of the slide; by default its file name without suffix.
     """
 
@@ -115,13 +118,22 @@ class SlideTiles:
 
 @dataclass(frozen=True)
 class FolderTiles:
-    """Tiles that are images in a folder, sorted row by row.
+    """Tiles that are stored as images.
 
     Attributes:
         folder: The folder; its name is the id of the slide.
-        files: Names of the images.
-        coords: int64 `(N, 2)`: left and top, from the names of the images.
+        files: Names of the images, or absolute paths.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels, from the names of the images.
         size_level0: Side of a tile in level-0 pixels.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("00256x_00000y.png", "00000x_00000y.png"):
+        ...     Image.new("RGB", (256, 256)).save(folder / name)
+        >>> tiles = FolderTiles.find(folder)
+        >>> tiles.coords.tolist(), tiles.size_level0, next(tiles.read([0])).shape
+        ([[0, 0], [256, 0]], 256, (256, 256, 3))
     """
 
     folder: Path
@@ -131,20 +143,20 @@ class FolderTiles:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Name of the folder."""
         return self.folder.name
 
     @classmethod
     def find(cls, folder: str | os.PathLike[str], *, size_level0: int | None = None) -> FolderTiles:
-        """Lists the tiles of a folder.
+        """Lists the tiles of a folder, sorted row by row.
 
         Args:
             folder: The folder; files with other names are ignored.
             size_level0: Side of a tile in level-0 pixels; by default the smallest distance between
-                two tiles, or the width of the only one.
+                two tiles, or the width of the image if there is only one.
 
         Raises:
-            FileNotFoundError: If there is no such folder, or no tile in it.
+            FileNotFoundError: If the folder does not exist or has no tiles.
             ValueError: If two files have the same position.
         """
         folder = Path(os.path.abspath(folder))
@@ -168,10 +180,10 @@ class FolderTiles:
 
     @classmethod
     def of_files(cls, paths: Sequence[str | os.PathLike[str]]) -> FolderTiles:
-        """Takes images of any folders, in the given order.
+        """Returns tiles from images in one or more folders, in the given order.
 
         Raises:
-            ValueError: If there are none, or a name has no coordinates.
+            ValueError: If `paths` is empty, or a name has no coordinates.
         """
         if not len(paths):
             raise ValueError("tiles: no images given")
@@ -201,14 +213,18 @@ class FolderTiles:
 
 
 def fit(pixels: NDArray[np.uint8], resize: Resize) -> NDArray[np.uint8]:
-    """Resizes and crops as torchvision's `Resize` and `CenterCrop` do to a Pillow image.
+    """Resizes and crops like torchvision's `Resize` and `CenterCrop` on a Pillow image.
 
     Args:
-        pixels: RGB `(height, width, 3)`.
+        pixels: uint8 RGB `(height, width, 3)`.
         resize: Sizes and interpolation.
 
     Returns:
-        RGB `(crop_px, crop_px, 3)`.
+        uint8 RGB `(crop_px, crop_px, 3)`.
+
+    Example:
+        >>> fit(np.zeros((256, 300, 3), np.uint8), Resize(crop_px=224, resize_px=256)).shape
+        (224, 224, 3)
     """
     height, width = pixels.shape[:2]
     if isinstance(resize.resize_px, int):
@@ -229,12 +245,12 @@ def fit(pixels: NDArray[np.uint8], resize: Resize) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Resize:
-    """The part of a transform that changes the size; see `pathcore.encoders.Transform`.
+    """Resizing and cropping of a transform; see `pathcore.encoders.Transform`.
 
     Attributes:
-        crop_px: Side of the result.
+        crop_px: Side of the centre crop in pixels.
         resize_px: Shorter side before cropping, or `(height, width)`; None keeps the size.
-        interpolation: Name of a filter of Pillow, in lower case.
+        interpolation: Name of a resampling filter of Pillow in lower case.
     """
 
     crop_px: int
@@ -257,15 +273,16 @@ def read_tiles(
 
     Args:
         tiles: The tiles.
-        parts: Ranges of their indices.
-        resize: See `fit`; None leaves them as they are.
-        workers: Number of processes that read; 0 reads in a thread of this process.
+        parts: Ranges of indices to read.
+        resize: Resizing and cropping; None keeps the size.
+        workers: Number of reading processes; 0 reads in a thread of this process.
 
     Yields:
-        In order, each index with RGB `(crop_px, crop_px, 3)`, or why it cannot be read.
+        In order, each index with RGB `(crop_px, crop_px, 3)`, or with the reason why it cannot be
+        read.
 
     Raises:
-        SlideError: If reading kills a process.
+        SlideError: If a reading process dies.
     """
     if workers < 1:
         tasks = (_ReadTask(tiles, part, resize) for part in parts)
@@ -290,7 +307,7 @@ def read_tiles(
 
 
 def read_ahead(items: Iterator[_Item], depth: int) -> Iterator[_Item]:
-    """Yields items that a thread draws in advance, at most `depth` of them."""
+    """Yields items that a thread fetches in advance, at most `depth` of them."""
     end = object()
 
     def draw() -> Any:
@@ -322,7 +339,7 @@ def _read(task: _ReadTask) -> Iterator[tuple[int, NDArray[np.uint8] | str]]:
 
 
 class _Held(threading.local):
-    """The slide that this thread read last, since opening a slide takes longer than a tile."""
+    """Last slide of a thread; opening a slide for each tile would cost more than reading it."""
 
     path: Path | None = None
     slide: Slide | None = None
@@ -352,7 +369,7 @@ def _in_groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
 
 
 def _spacing(coords: NDArray[np.int64]) -> int:
-    """The smallest distance between two columns or two rows; 0 where there is but one of each."""
+    """Returns the smallest distance of two columns or rows; 0 if there is only one of each."""
     steps = [np.diff(np.unique(axis)) for axis in coords.T]
     found = np.concatenate(steps)
     return int(found.min()) if len(found) else 0
@@ -372,7 +389,7 @@ def _digest(head: str, coords: NDArray[np.int64]) -> str:
 
 
 class EmbeddingError(UnitError):
-    """Embeddings or coordinates that cannot be right."""
+    """Raised if embeddings or coordinates are missing, not finite, or of the wrong shape."""
 
     reason = "bad embeddings or coordinates"
 
@@ -383,9 +400,9 @@ class TileEmbeddings:
 
     Attributes:
         features: float32 `(N, embed_dim)`.
-        coords: int64 `(N, 2)`: left and top in level-0 pixels.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
         num_damaged: Number of tiles that could not be read; they have no row.
-        reused: Whether an earlier run had computed them.
+        reused: Whether they come from an earlier run.
     """
 
     features: NDArray[np.float32]
@@ -395,22 +412,22 @@ class TileEmbeddings:
 
 
 class PatchEncoder(Protocol):
-    """Maps the pixels of patches to features."""
+    """Interface of encoders that map pixels to features."""
 
     @property
     def resize(self) -> Resize | None:
-        """How patches are resized and cropped before `encode`; None leaves them as they are."""
+        """How patches are resized and cropped before `encode`; None keeps their size."""
         ...
 
     def encode(self, pixels: NDArray[np.uint8]) -> Any:
-        """Maps RGB `(batch, height, width, 3)` to a tensor of torch, float32 `(batch, dim)`.
+        """Maps uint8 RGB `(batch, height, width, 3)` to a torch tensor, float32 `(batch, dim)`.
 
-        The tensor may be on a GPU and need not be computed yet: the next batch is read meanwhile.
+        The tensor may be on a GPU with its computation pending; the next batch is read meanwhile.
         """
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Returns what a features file should say about the encoder, as attributes of HDF5."""
+        """Returns a description of the encoder for feature files, as attributes of HDF5."""
         ...
 
 
@@ -428,22 +445,23 @@ def embed_tiles(
     workers: int = 0,
     progress: bool = False,
 ) -> TileEmbeddings:
-    """Writes the embeddings of a slide's tiles as `features` and `coords`; see `wsi.store`.
+    """Computes the embeddings of a slide's tiles and writes them in the format of `wsi.store`.
 
-    Nothing is computed if `out` already holds those of the same tiles, encoder and batch size.
+    Nothing is computed if `out` already has the embeddings of the same tiles, encoder and batch
+    size.
 
     Args:
         tiles: The tiles.
         encoder: The encoder.
         out: The `.h5` file.
-        parts: Folder for finished parts while the slide is under way; removed at the end.
+        parts: Folder for finished parts until the slide is complete; removed at the end.
         name: Name of the encoder.
         weights_sha256: SHA-256 of the encoder's weights.
         attributes: Further attributes of the coordinates.
-        batch_size: Tiles embedded at once.
-        part_tiles: Tiles of a part, rounded up to whole batches.
-        workers: Number of processes that read; see `read_tiles`.
-        progress: Whether to show a progress bar of the tiles.
+        batch_size: Number of tiles per forward pass.
+        part_tiles: Number of tiles per part, rounded up to whole batches.
+        workers: Number of reading processes; 0 reads in a thread.
+        progress: Whether to show a progress bar over the tiles.
 
     Raises:
         SlideError: If none of the tiles can be read.
@@ -456,7 +474,7 @@ def embed_tiles(
     out, size = Path(out), -(-part_tiles // batch_size) * batch_size
     source = _source(tiles, weights_sha256, encoder, batch_size, size)
     if (kept := _kept(out, source)) is not None:
-        shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before this
+        shutil.rmtree(parts, ignore_errors=True)  # left behind if the run was killed at the end
         return kept
     folder = Path(parts) / source[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,12 +510,11 @@ def check_features(
     Args:
         features: `(N, dim)`.
         coords: `(N, 2)`.
-        where: The file or slide, for errors.
-        width: The expected `dim`.
+        where: Name of the file or slide, for error messages.
+        width: Expected `dim`; by default any.
 
     Raises:
-        EmbeddingError: If there are no tiles, the width or the lengths differ, or values are not
-            finite.
+        EmbeddingError: If there are no tiles, shapes do not fit, or values are not finite.
     """
     if not len(features):
         raise EmbeddingError(f"{where}: no tiles")
@@ -538,7 +555,7 @@ def _write_part(
                 good.append(index)
                 pixels.append(found)
         bar.update(len(pixels))
-        if pixels:  # stays on the device, so that the next batch is read while this is computed
+        if pixels:  # results stay on the device, so that reading and computing overlap
             features.append(encoder.encode(np.stack(pixels)))
     values = np.empty((0, 0), np.float32)
     if features:
@@ -567,7 +584,7 @@ def _join(folder: Path, numbers: range, tiles: Tiles) -> TileEmbeddings:
 
 
 def _kept(out: Path, source: str) -> TileEmbeddings | None:
-    """Returns the result of an earlier run if it has the same source."""
+    """Returns the result of an earlier run with the same source, or None."""
     if not out.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Encodes patches as PNG, JPEG and WebP, with the same bytes on every machine."""
+"""Encodes patches as PNG, JPEG or WebP."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ def encoder(image_format: str, quality: int | None = None) -> Callable[[NDArray[
     """Returns a function from RGB `(height, width, 3)` to the bytes of an image file.
 
     Args:
-        image_format: `png` (lossless), `jpg` (without colour subsampling) or `webp`.
-        quality: 1 to 100, 90 by default; 100 makes WebP lossless.
+        image_format: `png` (lossless), `jpg` (without chroma subsampling) or `webp`.
+        quality: Quality from 1 to 100; by default 90. 100 makes WebP lossless.
 
     Raises:
-        ValueError: If the format or quality is unknown, or a quality is given for PNG.
+        ValueError: If the format is unknown, the quality is out of range or given for PNG.
+
+    Example:
+        >>> encoder("png")(np.zeros((8, 8, 3), np.uint8))[1:4]
+        b'PNG'
     """
     if image_format not in FORMATS:
         raise ValueError(f"format {image_format!r}: expected one of {', '.join(FORMATS)}")
@@ -38,7 +42,7 @@ def encoder(image_format: str, quality: int | None = None) -> Callable[[NDArray[
     import imagecodecs
 
     if image_format == "jpg":
-        # In H&E colour tells nuclei from cytoplasm; at half the colour resolution edges blur.
+        # In H&E, nuclei and cytoplasm differ in colour; chroma subsampling would blur their edges.
         return lambda pixels: bytes(
             imagecodecs.jpeg8_encode(pixels, level=quality, subsampling="444")
         )
@@ -49,13 +53,14 @@ def encoder(image_format: str, quality: int | None = None) -> Callable[[NDArray[
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """Encodes RGB as PNG with the `up` filter, compressed by ISA-L: a fifth of zlib's time.
+    """Encodes RGB as PNG with filter `up`, compressed by ISA-L in a fifth of zlib's time.
 
     Args:
-        pixels: `(height, width, 3)`.
+        pixels: uint8 `(height, width, 3)`.
 
     Returns:
-        A file as in https://www.w3.org/TR/png-3: one IDAT chunk, filter type 2 in every row.
+        The content of a file as in https://www.w3.org/TR/png-3, with a single IDAT chunk and filter
+        type 2 in every row.
     """
     from isal import isal_zlib
 

@@ -1,7 +1,7 @@
-"""The libraries behind `wsi.reader.Slide`.
+"""Backends of `wsi.reader.Slide`.
 
-OpenSlide reads slides, tifffile the TIFF files that OpenSlide does not open or knows only in part,
-and Pillow plain images.
+OpenSlide reads slides, tifffile reads TIFF files that OpenSlide does not support or only in part,
+and Pillow reads plain images.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ SLIDE_SUFFIXES = (
 """Suffixes of the formats that OpenSlide 4 reads: https://openslide.org/formats."""
 
 _MPP_TOLERANCE = 0.02
+"""Relative difference of horizontal and vertical resolution up to which pixels count as square."""
+
 _ASPECT_TOLERANCE = 0.02
+"""Relative difference of aspect ratios up to which a reduced page counts as a level."""
+
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _MAX_SEGMENT_PX = 1 << 28
 _SEGMENT_CACHE_BYTES = 256 << 20
 
-# Values of TIFF tags.
+# Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and Compression.
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _SEPARATE = 2
 _JPEG_COMPRESSIONS = (6, 7, 34712, 33003, 33004, 33005)
@@ -40,20 +44,20 @@ _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
 class SlideError(UnitError):
-    """A slide that cannot be opened, or a region that cannot be read; the message says why."""
+    """Raised if a slide cannot be opened, or a region cannot be read; the message says why."""
 
     reason = "slide unreadable"
 
 
 class Backend(Protocol):
-    """What `Slide` needs of a library. Regions lie inside the level.
+    """Interface of the backends. Regions must lie inside the level.
 
     Attributes:
         level_dimensions: Width and height of each level.
         level_downsamples: Level-0 pixels per pixel of each level.
-        mpp: Micrometres per pixel, if the file says.
-        mpp_fault: What is wrong with the resolution that the file states; empty if nothing is.
-        magnification: Magnification of the objective, if the file says.
+        mpp: Micrometres per pixel at level 0; None if the file does not state it.
+        mpp_fault: Why the stated resolution cannot be used; empty if it can.
+        magnification: Magnification of the objective; None if the file does not state it.
     """
 
     level_dimensions: Sequence[tuple[int, int]]
@@ -63,7 +67,7 @@ class Backend(Protocol):
     magnification: float | None
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Returns RGB `(height, width, 3)`; `x`, `y` in level-0 pixels, sizes in the level's."""
+        """Returns RGB `(height, width, 3)`; `x` and `y` are level-0 pixels, sizes the level's."""
 
     def level_for(self, downsample: float) -> int:
         """Returns the coarsest level that is not coarser than `downsample`."""
@@ -73,10 +77,10 @@ class Backend(Protocol):
 
 
 def open_backend(path: Path) -> Backend:
-    """Opens a file with the library that reads it.
+    """Opens a file with the first library that can read it.
 
     Raises:
-        SlideError: If none does; the message keeps the reason of each.
+        SlideError: If no library can. The message gives the reason of each.
     """
     if path.suffix.lower() in PLAIN_SUFFIXES:
         return PlainImageBackend(path)
@@ -88,8 +92,8 @@ def open_backend(path: Path) -> Backend:
         return _open_other_tiff(path, error)
     if opened.vendor != "generic-tiff":
         return opened
-    # OpenSlide takes the first image of any tiled TIFF, as grey where it is one of several
-    # channels, and knows neither the levels that OME-TIFF stores as SubIFDs nor its resolution.
+    # For a generic TIFF, OpenSlide reads the first image, as grey if it is one of several channels.
+    # It ignores levels that OME-TIFF stores as SubIFDs, and the resolution in the OME-XML.
     try:
         tiff = TiffBackend(path)
     except UnreadableTiffError:
@@ -107,7 +111,7 @@ def open_backend(path: Path) -> Backend:
 
 
 def _open_other_tiff(path: Path, because: SlideError) -> Backend:
-    """Opens a TIFF that OpenSlide does not, for instance one without tiles."""
+    """Opens a TIFF that OpenSlide cannot open, for instance one without tiles."""
     try:
         return TiffBackend(path)
     except UnreadableTiffError as error:
@@ -121,9 +125,9 @@ def _open_other_tiff(path: Path, because: SlideError) -> Backend:
 
 
 class OpenSlideBackend:
-    """A file that OpenSlide reads.
+    """Reads a file by OpenSlide.
 
-    It is opened anew after a failed read, because every later read of the old handle fails too.
+    The file is reopened after a failed read, because every later read of the old handle fails too.
 
     Args:
         path: The file.
@@ -181,17 +185,17 @@ class OpenSlideBackend:
 
 
 class UnreadableTiffError(SlideError):
-    """A TIFF whose pixels `TiffBackend` cannot decode; another library may."""
+    """Raised if `TiffBackend` cannot decode the pixels of a TIFF; another library may."""
 
 
 class TiffBackend:
-    """A TIFF file read by tifffile, segment by segment: tiled or in strips, with or without levels.
+    """Reads a TIFF by tifffile, with tiles or strips, with or without levels.
 
     Args:
         path: The file.
 
     Raises:
-        UnreadableTiffError: If the kind of pixels is not supported here.
+        UnreadableTiffError: If the format of the pixels is not supported.
         SlideError: If the file holds several channels, or is too large to decode.
     """
 
@@ -221,7 +225,11 @@ class TiffBackend:
         self._segment_bytes = 0
 
     def _find_pages(self) -> list[Any]:
-        """Returns the pages of the levels, from fine to coarse."""
+        """Returns the pages of the levels from fine to coarse.
+
+        Files without SubIFDs may store levels as pages marked as reduced; thumbnails and labels
+        with another aspect ratio are ignored.
+        """
         series = self._tiff.series[0]
         channels = dict(zip(series.axes, series.shape, strict=True)).get("C", 1)
         first = series.keyframe
@@ -309,7 +317,7 @@ class TiffBackend:
         self._tiff.close()
 
     def _segment(self, level: int, page: Any, number: int) -> NDArray[np.uint8] | None:
-        """Returns a tile or strip `(height, width, samples)`; None for one that was left empty."""
+        """Returns a tile or strip `(height, width, samples)`; None if it was never written."""
         key = level, number
         if key in self._segments:
             return self._segments[key]
@@ -338,7 +346,7 @@ class TiffBackend:
 
 
 def _blank(page: Any) -> int:
-    """Returns the value of white, for tiles that were never written."""
+    """Returns the sample value of white, with which tiles that were never written are filled."""
     return 0 if page.photometric == _MIN_IS_WHITE else 255
 
 
@@ -351,7 +359,7 @@ def _to_rgb(pixels: NDArray[np.uint8], page: Any) -> NDArray[np.uint8]:
 
 
 def _ome_mpp(tiff: tifffile.TiffFile) -> tuple[float | None, float | None] | None:
-    """Returns the pixel size that the OME-XML of a file states, in micrometres; None without."""
+    """Returns the pixel size from the OME-XML of a file in micrometres; None without OME-XML."""
     if not (tiff.is_ome and tiff.ome_metadata):
         return None
     try:
@@ -370,7 +378,7 @@ def _ome_mpp(tiff: tifffile.TiffFile) -> tuple[float | None, float | None] | Non
 
 
 def _tag_mpp(page: Any) -> tuple[float | None, float | None]:
-    """Returns the pixel size that the resolution tags of a page state, in micrometres."""
+    """Returns the pixel size from the resolution tags of a page in micrometres."""
     unit = {2: 25400.0, 3: 10000.0}.get(int(page.resolutionunit or 1))
     if unit is None:
         return None, None
@@ -379,7 +387,7 @@ def _tag_mpp(page: Any) -> tuple[float | None, float | None]:
 
 
 class PlainImageBackend:
-    """A picture as a slide of one level, kept in memory.
+    """Reads a plain image into memory as a slide with a single level.
 
     Args:
         path: The file.
@@ -426,10 +434,17 @@ class PlainImageBackend:
 
 
 def square_mpp(x: float | None, y: float | None) -> tuple[float | None, str]:
-    """Returns the micrometres per pixel of both directions as one number, and what is wrong.
+    """Joins horizontal and vertical resolution into one number.
 
-    Patches of pixels that are not square would be distorted, so that their mean would be wrong for
-    both directions. The tolerance covers scanners whose directions are calibrated separately.
+    If pixels are not square, their mean would be wrong for both directions and patches would be
+    distorted. The tolerance covers scanners that calibrate both directions separately.
+
+    Returns:
+        Micrometres per pixel, and the reason if the resolution cannot be used.
+
+    Example:
+        >>> square_mpp(0.25, 0.2502), square_mpp(0.25, 0.5)[0]
+        ((0.2501, ''), None)
     """
     if not (x and y):
         return None, ""
@@ -439,6 +454,8 @@ def square_mpp(x: float | None, y: float | None) -> tuple[float | None, str]:
 
 
 def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # OpenSlide returns transparent black for areas that were not scanned; dropping the alpha
+    # channel would turn them black instead of the white of glass.
     alpha = rgba[..., 3:]
     if alpha.all() and int(alpha.min()) == 255:
         return np.ascontiguousarray(rgba[..., :3])

@@ -1,12 +1,12 @@
-"""Reads slides: size, resolution, and regions as RGB.
+"""Reads size, resolution and regions of slides.
 
-`Slide` reads what OpenSlide reads, other TIFF files and plain images. If a level is a plain grid of
-JPEG tiles, it decodes each tile once for all regions on it, provided that this gives OpenSlide's
-pixels on this very file.
+`Slide` reads the formats of OpenSlide, other TIFF files and plain images. If a level is a plain
+grid of JPEG tiles, each tile is decoded once for all regions that overlap it, instead of once per
+region by OpenSlide. This is done only if a comparison on the file shows that the pixels are equal.
 
 Example:
     >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "made_up.png"
+    >>> file = Path(tempfile.mkdtemp()) / "slide.png"
     >>> Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(file)
     >>> with Slide(file, mpp=0.5) as slide:
     ...     slide.dimensions, slide.mpp, slide.read(Region(10, 10, 32, 16)).shape
@@ -34,39 +34,48 @@ from wsi.tiff_tiles import Box, TiffTiles, TiledLevel, TileError
 __all__ = ["PLAIN_SUFFIXES", "Overview", "Region", "ResolutionError", "Slide", "SlideError"]
 
 MAX_SIDE_PX = 1 << 16
-"""Longest side of a region, before and after scaling."""
+"""Maximum side of a region in pixels, before and after scaling."""
 
 _LEVEL_TOLERANCE = 1.01
-"""Factor by which a level may be too coarse and still be used, because downsamples are rounded."""
+"""Factor by which a level may be too coarse and still be used. Downsamples are quotients of rounded
+sizes, such as 4.0003."""
 
 _PLAUSIBLE_MPP = (0.01, 100.0)
-"""Outside this range of micrometres a resolution tag describes a print: 72 dots per inch, say."""
+"""Range of plausible micrometres per pixel; other values, such as 72 dots per inch (353 um/px),
+describe a print."""
 
 _PLAIN_GRIDS = ("aperio", "generic-tiff")
+"""OpenSlide's names of the formats whose levels are single grids of tiles."""
+
 _PROOF_TILES = 3
+"""Number of tiles that are compared with OpenSlide, in addition to the last one."""
+
 _BAND_PX = 1 << 24
+"""Number of pixels per band of an overview."""
+
 _DAMAGE_PX = 64
-"""Pieces of a damaged level are halved down to this side; tiles are rarely smaller."""
+"""Side down to which pieces of a damaged level are halved; tiles are rarely smaller."""
 
 _MAX_FAILED_READS = 4000
-"""OpenSlide must be opened anew after a failed read, which takes some milliseconds."""
+"""Number of failed reads after which an overview gives up: each one reopens the file, which takes
+some milliseconds."""
 
 
 class ResolutionError(UnitError):
-    """A slide whose resolution is needed and not known."""
+    """Raised if the resolution of a slide is needed but not known."""
 
     reason = "resolution unknown"
 
 
 @dataclass(frozen=True)
 class Region:
-    """A square of a slide and the size of its image.
+    """A square region of a slide and the size of its image.
 
     Attributes:
         x_level0: Left edge in level-0 pixels; may lie outside the slide.
         y_level0: Top edge in level-0 pixels.
         size_level0: Side in level-0 pixels.
-        size_px: Side of the resulting image.
+        size_px: Side of the resulting image in pixels.
     """
 
     x_level0: int
@@ -96,16 +105,26 @@ class Overview:
 
 
 class Slide:
-    """An open slide, for use by one thread at a time.
+    """An open slide. Not thread-safe.
 
     Args:
         path: The file.
-        mpp: Micrometres per pixel at level 0, overriding what the file says.
-        magnification: Magnification of the objective, overriding what the file says.
-        decode_tiles: Whether tiles may be decoded without OpenSlide if that gives equal pixels.
+        mpp: Micrometres per pixel at level 0, overriding the file.
+        magnification: Magnification of the objective, overriding the file.
+        decode_tiles: Whether tiles may be decoded without OpenSlide if pixels are equal.
 
     Raises:
         SlideError: If the file cannot be opened; the message says why.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "slide.png"
+        >>> Image.new("RGB", (1000, 600), "pink").save(file)
+        >>> with Slide(file, mpp=0.25) as slide:
+        ...     regions = [Region(x, 0, size_level0=512, size_px=256) for x in (0, 488)]
+        ...     patches = list(slide.read_many(regions))
+        ...     patches[0].shape, slide.overlap(Region(900, 0, 512, 256)), slide.thumbnail(100).size
+        ((256, 256, 3), 'partial', (100, 60))
     """
 
     def __init__(
@@ -157,7 +176,7 @@ class Slide:
 
     @property
     def known_mpp(self) -> float | None:
-        """Micrometres per pixel at level 0; None if neither the file nor the user says."""
+        """Micrometres per pixel at level 0; None if neither file nor user states it."""
         return self._mpp
 
     @property
@@ -165,7 +184,7 @@ class Slide:
         """Micrometres per pixel at level 0.
 
         Raises:
-            ResolutionError: If neither the file nor the user says.
+            ResolutionError: If neither file nor user states it.
         """
         if self._mpp is None:
             if self._backend.mpp_fault:
@@ -175,7 +194,7 @@ class Slide:
                 )
             hint = ""
             if self._magnification:
-                # 20x is about 0.5 um, a rule of thumb: scanners differ by a tenth, so only a hint.
+                # 20x is about 0.5 um/px, but scanners differ by a tenth, so this is only a hint.
                 hint = f"; its objective, {self._magnification:g}x, suggests about "
                 hint += f"{10 / self._magnification:g}"
             raise ResolutionError(
@@ -186,11 +205,11 @@ class Slide:
 
     @property
     def magnification(self) -> float | None:
-        """Of the objective, as the user or the file says; None where neither does."""
+        """Magnification of the objective; None if neither file nor user states it."""
         return self._magnification
 
     def overlap(self, region: Region) -> Literal["inside", "partial", "outside"]:
-        """Whether a region lies inside the slide."""
+        """Returns whether a region lies inside, partly inside or outside the slide."""
         width, height = self.dimensions
         right, bottom = region.x_level0 + region.size_level0, region.y_level0 + region.size_level0
         if region.x_level0 >= width or region.y_level0 >= height or right <= 0 or bottom <= 0:
@@ -214,16 +233,16 @@ class Slide:
         return result
 
     def read_many(self, regions: Sequence[Region]) -> Iterator[NDArray[np.uint8] | SlideError]:
-        """Reads regions in their order; tiles that they share are decoded once.
+        """Reads regions in the given order; tiles that they share are decoded once.
 
         Regions sorted by position need the least memory.
 
         Yields:
-            RGB `(size_px, size_px, 3)` for each region, white outside the slide, or why it cannot
-            be read.
+            RGB `(size_px, size_px, 3)` for each region, white outside the slide, or an error for
+            regions that cannot be read.
         """
         start = 0
-        while start < len(regions):  # a run of regions that are read from the same level
+        while start < len(regions):  # one run of regions that use the same level per iteration
             level = self._level_for(regions[start])
             end = start + 1
             while end < len(regions) and self._level_for(regions[end]) == level:
@@ -242,19 +261,19 @@ class Slide:
         return self.overview(max_side_px).image
 
     def overview(self, max_side_px: int) -> Overview:
-        """Returns the whole slide as an image, and which parts of it are damaged.
+        """Returns the whole slide as an image, with a mask of its damaged parts.
 
         Args:
-            max_side_px: Largest length of the longer side.
+            max_side_px: Maximum length of the longer side.
 
         Raises:
-            SlideError: As for `thumbnail`.
+            SlideError: If nothing of the slide can be read, or it is damaged in very many places.
         """
         scale = max(1.0, max(self.dimensions) / max_side_px)
         level = self._backend.level_for(scale * _LEVEL_TOLERANCE)
         width, height = self.level_dimensions[level]
         size = [max(1, round(length / scale)) for length in self.dimensions]
-        # In bands, because a slide of a single level may not fit into memory.
+        # In bands, because a level may not fit into memory if the slide has no coarser one.
         num_bands = max(1, min(size[1], width * height // _BAND_PX))
         edges = np.linspace(0, size[1], num_bands + 1).round().astype(int)
         result = Image.new("RGB", (size[0], size[1]))
@@ -281,9 +300,10 @@ class Slide:
 
         Args:
             level: The level.
-            box: The part.
-            canvas: Receives its pixels; where nothing can be read it is left as it is.
-            budget: Number of reads that may still fail, as a list of one element.
+            box: The part to read.
+            canvas: Array for its pixels; remains unchanged where nothing can be read.
+            budget: Number of reads that may still fail, as a list of one element that all bands
+                share.
 
         Yields:
             Edges of the pieces that cannot be read, in pixels of the level.
@@ -333,7 +353,7 @@ class Slide:
                 pixels = np.empty((0, 0, 3), np.uint8)
             elif tiled:
                 pixels = next(decoded)
-                if isinstance(pixels, TileError):  # OpenSlide may be more forgiving
+                if isinstance(pixels, TileError):  # OpenSlide may still read it
                     pixels = self._read_openslide(part, level, because=pixels)
             else:
                 pixels = self._read_openslide(
@@ -373,10 +393,10 @@ class Slide:
         try:
             return TiffTiles(self.path, self.level_dimensions)
         except TileError:
-            return None  # OpenSlide makes more of its directory
+            return None  # OpenSlide could read the directory
 
     def _tiled_level(self, level: int, regions: Sequence[Region]) -> TiledLevel | None:
-        """Returns the tiles of a level if decoding them gives OpenSlide's pixels for regions."""
+        """Returns the tiles of a level if decoding them gives the pixels that OpenSlide gives."""
         if self._tiles is None or level not in self._tiles.levels:
             return None
         scale = self.level_downsamples[level]
@@ -390,7 +410,11 @@ class Slide:
         return self._tiles.levels[level] if self._proven[level] else None
 
     def _is_equal(self, tiles: TiffTiles, level: int) -> bool:
-        """Compares the last tile, which the edges cut, and those of most bytes with OpenSlide."""
+        """Compares some tiles of a level with OpenSlide.
+
+        The largest tiles in bytes have the most detail, in which decoders differ; the last tile is
+        cut by the edges of the slide.
+        """
         tiled, scale = tiles.levels[level], int(self.level_downsamples[level])
         richest = np.argsort(tiled.num_bytes, kind="stable")[-_PROOF_TILES:].tolist()
         compared = 0

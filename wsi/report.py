@@ -1,4 +1,4 @@
-"""Pictures of a slide with its tissue and patches, for people to look at."""
+"""Draws a slide with its tissue and patches, for visual checks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def draw_patches(
 
     Args:
         slide: The slide.
-        coords: `(N, 2)`, left and top in level-0 pixels.
-        size_level0: Side of the squares.
-        mask: The tissue; by default no outline is drawn.
-        max_side_px: Longer side of the picture.
-        colours: `(N, 3)` RGB, one per square, for instance by cluster.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        size_level0: Side of the squares in level-0 pixels.
+        mask: Tissue of the slide; by default no outline is drawn.
+        max_side_px: Length of the longer side of the picture.
+        colours: uint8 RGB `(N, 3)`, one per square, for instance by cluster.
     """
     from PIL import Image, ImageDraw
 

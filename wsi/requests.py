@@ -1,4 +1,4 @@
-"""Requests for patches: read from coordinate files, and sorted by slide in a table on disk."""
+"""Requests for patches, read from coordinate files and sorted by slide in a table on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathcore.files import StrPath, UnsafeNameError, check_name, fsync_path
 from wsi.store import read_coordinates
 
 NAME_ROOM_BYTES = len("_-2147483648_-2147483648.webp")
-"""Bytes that the names of patch files add to the id of their slide."""
+"""Maximum number of bytes that file names of patches add to the id of their slide."""
 
 _BATCH = 1000
 _CACHE_KIB = 8192
@@ -21,16 +21,16 @@ _CACHE_KIB = 8192
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """One patch to extract.
+    """A patch to extract.
 
     Attributes:
-        number: Number of the row that asks for it, counted from 1.
-        slide_id: Id of the slide, a plain file name; whoever reads the rows has checked it.
+        number: Number of the row that requests it, counted from 1.
+        slide_id: Id of the slide; the reader of the rows has checked that it is a plain file name.
         x_level0: Left edge in level-0 pixels.
         y_level0: Top edge in level-0 pixels.
         size_level0: Side in level-0 pixels.
-        size_px: Side of the image that comes out.
-        caption: Its caption, if it has one.
+        size_px: Side of the resulting image in pixels.
+        caption: Caption, or None.
     """
 
     number: int
@@ -44,11 +44,11 @@ class PatchRequest:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that does not ask for a patch that could be extracted.
+    """A row that is not a valid request.
 
     Attributes:
         number: Number of the row, counted from 1.
-        reason: A few words, the same for all rows with this fault.
+        reason: Category of the fault, in a few words.
         detail: What was found.
     """
 
@@ -59,13 +59,13 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class MissingSlide:
-    """A slide that rows ask for and that is not there.
+    """A requested slide that does not exist or is ambiguous.
 
     Attributes:
-        slide_id: Its id.
-        reason: A few words, the same for all slides with this fault.
+        slide_id: Id of the slide.
+        reason: Category of the fault, in a few words.
         detail: What was found instead.
-        rows: Numbers of the rows that ask for it.
+        rows: Numbers of the rows that request patches of it.
     """
 
     slide_id: str
@@ -78,13 +78,13 @@ def read_coordinate_folder(folder: StrPath) -> Iterator[PatchRequest | RejectedR
     """Reads the coordinate files of a folder, written by this package, TRIDENT or CLAM.
 
     Args:
-        folder: Holds one `.h5` file per slide.
+        folder: Folder with one `.h5` file per slide.
 
     Yields:
         A request per coordinate. A file that cannot be used counts as one rejected row.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no `.h5` file in it.
+        FileNotFoundError: If the folder does not exist or has no `.h5` files.
     """
     paths = sorted(p for p in Path(folder).glob("*.h5") if not p.name.startswith("."))
     if not paths:
@@ -104,11 +104,11 @@ def read_coordinate_folder(folder: StrPath) -> Iterator[PatchRequest | RejectedR
 
 
 class RequestTable:
-    """The requests of a job, ordered by slide and then from top to bottom, in an SQLite file.
+    """SQLite table of the requests of a job, sorted by slide and then from top to bottom.
 
-    Memory does not grow with the number of rows. For a slide that is not there only positions are
-    stored: they keep the place of its requests in the order, so that the job writes the same files
-    whether the slide was there from the beginning or arrived later.
+    Memory does not grow with the number of rows. For missing slides only positions are stored. They
+    reserve the numbers of their requests, so that the job writes the same files whether a slide was
+    present from the beginning or added later.
 
     Args:
         path: The table, written by `build`.
@@ -126,18 +126,18 @@ class RequestTable:
 
     @property
     def num_positions(self) -> int:
-        """Number of requests in the order, those for missing slides included."""
+        """Number of requests, including those for missing slides."""
         return self._count("SELECT coalesce(max(position), 0) FROM ordering")
 
     def __len__(self) -> int:
-        """Number of requests whose slide is there."""
+        """Returns the number of requests whose slide exists."""
         return self._count(
             "SELECT count(*) FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
             " WHERE reason IS NULL"
         )
 
     def part(self, number: int, size: int) -> list[PatchRequest]:
-        """Returns the requests of the positions from `number * size` on whose slides are there."""
+        """Returns the requests of a part of `size` positions whose slides exist."""
         rows = self._connection.execute(
             "SELECT number, slide_id, x_level0, y_level0, size_level0, size_px, caption"
             " FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
@@ -147,7 +147,7 @@ class RequestTable:
         return [PatchRequest(*row) for row in rows]
 
     def parts_with_requests(self, size: int) -> list[int]:
-        """Returns the numbers of the parts that `part` has requests for."""
+        """Returns the numbers of the parts for which `part` returns requests."""
         rows = self._connection.execute(
             "SELECT DISTINCT (position - 1) / ? FROM ordering JOIN requests USING (number)"
             " JOIN slides USING (slide) WHERE reason IS NULL ORDER BY 1",
@@ -156,12 +156,12 @@ class RequestTable:
         return [number for (number,) in rows]
 
     def rejected(self) -> Iterator[RejectedRow]:
-        """Yields the rows that ask for no patch, in their order."""
+        """Yields the rejected rows, sorted by number."""
         query = "SELECT number, reason, detail FROM rejected ORDER BY number"
         yield from (RejectedRow(*row) for row in self._connection.execute(query))
 
     def missing(self) -> Iterator[MissingSlide]:
-        """Yields the slides that are not there, sorted by id."""
+        """Yields the missing slides, sorted by id."""
         rows = self._connection.execute(
             "SELECT slide_id, reason, detail, number FROM slides JOIN requests USING (slide)"
             " JOIN ordering USING (number) WHERE reason IS NOT NULL ORDER BY slide_id, number"
@@ -170,7 +170,7 @@ class RequestTable:
             yield MissingSlide(slide_id, reason, detail, [row[3] for row in group])
 
     def parts_of(self, slide_ids: Collection[str], size: int) -> list[int]:
-        """Returns the numbers of the parts that contain positions on slides, missing or not."""
+        """Returns the numbers of the parts with positions on these slides, missing or not."""
         marks = ", ".join("?" * len(slide_ids))
         rows = self._connection.execute(
             "SELECT DISTINCT (position - 1) / ? FROM ordering JOIN requests USING (number)"
@@ -182,11 +182,12 @@ class RequestTable:
     def add_slides(
         self, slide_ids: Collection[str], rows: Iterable[PatchRequest | RejectedRow]
     ) -> None:
-        """Marks slides as there that were missing when the table was built.
+        """Adds slides that were missing when the table was built.
 
         Args:
             slide_ids: The slides.
-            rows: The rows that the table was built from; their captions are read again.
+            rows: The rows that the table was built from; captions of missing slides are not stored,
+                so they are read again.
         """
         wanted = set(slide_ids)
         captions = (
@@ -197,7 +198,7 @@ class RequestTable:
         found = ((slide_id,) for slide_id in wanted)
         connection = sqlite3.connect(self._path)
         try:
-            with connection:  # one transaction: a killed run leaves the table as it was
+            with connection:  # a single transaction, so a killed run does not change the table
                 connection.executemany("UPDATE requests SET caption = ? WHERE number = ?", captions)
                 connection.executemany(
                     "UPDATE slides SET reason = NULL, detail = NULL WHERE slide_id = ?", found
@@ -211,14 +212,15 @@ class RequestTable:
         rows: Iterable[PatchRequest | RejectedRow],
         why_missing: Callable[[str], tuple[str, str] | None] = lambda slide_id: None,
     ) -> None:
-        """Writes a table, whole or not at all; a second request for a position is rejected.
+        """Writes a table atomically. A second request for the same position is rejected.
 
         Args:
             path: The table.
             rows: The requests, in the order of their source.
-            why_missing: Returns reason and detail for the id of a slide that is not there; by
-                default all are there.
+            why_missing: Function that returns reason and detail for the id of a missing slide, and
+                None for others; by default no slide is missing.
         """
+        # Without journal and synchronous writes, because a crash discards the partial file anyway.
         partial = path.with_name(f"{path.name}.partial")
         partial.unlink(missing_ok=True)
         connection = sqlite3.connect(partial)
@@ -281,7 +283,7 @@ def _insert(
 
 
 def _order(connection: sqlite3.Connection) -> None:
-    # The sort carries positions, not captions; SQLite spills it to disk.
+    # Captions are not part of the sort, to keep it small; SQLite spills it to disk.
     rows = connection.execute(
         "SELECT number, slide_id, x_level0, y_level0 FROM requests JOIN slides USING (slide)"
         " ORDER BY slide_id, y_level0, x_level0, number"

@@ -1,4 +1,4 @@
-"""A job with one record per slide: finds the slides, processes each, and goes on after bad ones."""
+"""Runs a function on every slide of a folder as a resumable job that skips slides with errors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pathcore.pool import Engine, WorkerDiedError
 from wsi.slide_listing import AmbiguousSlideError, SlideListing
 
 _NAME_ROOM_BYTES = 40
-"""For the suffixes of a slide's output files, and for the names of temporary ones."""
+"""Number of bytes reserved for suffixes of output files and for names of temporary files."""
 
 
 @dataclass(frozen=True)
 class SlideUnit:
-    """One slide of a job.
+    """A slide of a job.
 
     Attributes:
-        slide_id: Its id, which is safe to use as the name of an output file.
+        slide_id: Id of the slide; checked to be safe as a file name before `process` is called.
         path: The slide, or a folder of tiles.
         out: The folder of the job.
     """
@@ -43,8 +43,8 @@ class SlideUnit:
     @property
     def record(self) -> str:
         """Name of the slide's record in the job."""
-        # The id keeps the records in order; the checksum tells apart ids whose first hundred bytes
-        # are equal.
+        # The id keeps records sorted; the checksum distinguishes ids that are equal in their first
+        # hundred bytes.
         head = self.slide_id.encode(errors="replace")[:100].decode(errors="ignore")
         return f"{head}-{zlib.crc32(self.slide_id.encode(errors='surrogateescape')):08x}"
 
@@ -66,10 +66,10 @@ class _SlideFunction:
         except MemoryError as error:
             return _skip(unit, "out of memory", f"{unit.path}: {error or 'out of memory'}")
         except (OSError, RuntimeError):
-            raise  # a full disk or a broken GPU concerns every slide
+            raise  # for instance a full disk or a broken GPU, which affects every slide
         except ValueError as error:
             return _skip(unit, UnitError.reason, str(error))
-        except Exception as error:  # a fault that one file provoked must not stop the others
+        except Exception as error:  # any other fault is blamed on the slide
             where = traceback.extract_tb(error.__traceback__)[-1]
             detail = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return _skip(unit, "unexpected error", detail)
@@ -103,19 +103,19 @@ def process_slides(
     A slide that cannot be processed, or that kills its worker, is recorded as skipped.
 
     Args:
-        process: Processes one slide and returns the fields of its row in the manifest. Picklable;
-            raises `UnitError` for a slide that must be skipped.
+        process: Function that processes one slide and returns the fields of its row in the
+            manifest. It must be picklable, and raises `UnitError` for a slide to be skipped.
         slides: The folder, or one slide.
-        out: Folder to write; a job that was stopped continues in it.
+        out: Output folder; a job that was stopped continues in it.
         inputs: Settings that determine the output; see `JobFolder`.
         folders: Names of the folders in `out` that `process` writes to.
         exclude: Folders under `slides` that are not searched for slides, besides `out`.
         tile_folders: Whether folders of tiles are inputs too; see `SlideListing`.
-        at_end: Called when all slides are done, before the report is written.
-        workers: Number of slides that are processed at a time.
+        at_end: Function that is called when all slides are done, before the report is written.
+        workers: Number of slides that are processed in parallel.
         engine: `process` or `ray`.
         address: Address of a Ray cluster; all its machines must see `slides` and `out`.
-        gpus_per_task: GPUs that Ray reserves for each slide.
+        gpus_per_task: Number of GPUs that Ray reserves for each slide.
         retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
 

@@ -1,8 +1,8 @@
-"""Finds the slides in a folder, for every command that reads slides.
+"""Finds the slides in a folder.
 
-What counts as a slide and what does not is decided here, once: a DICOM series is one slide, the
-part files of a multi-file format are none, a thumbnail beside a slide is not a second slide. Ids
-from data are looked up in the listing and never become paths.
+All commands share these rules: a DICOM series is one slide; part files of a multi-file format and
+thumbnails beside a slide are not slides. Ids from data are looked up in the listing and never
+become paths.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from pathcore.jobs import UnitError, is_job_output
 from wsi.openers import PLAIN_SUFFIXES, SLIDE_SUFFIXES
 
 TILE_NAME = re.compile(r"(-?\d+)x_(-?\d+)y\.(?:png|jpe?g|tiff?|bmp|webp)", re.IGNORECASE)
-"""Names that Prov-GigaPath's tiler gives to the images of tiles, after their position: its output,
-a folder of such images, is an input of `embed`."""
+"""Names of tile images by position, as Prov-GigaPath's tiler writes them; `xtuner-add embed` takes
+folders of such images."""
 
 _MULTI_FILE_SUFFIXES = (".vms", ".vmu")
-"""Hamamatsu's formats of which the slide file is a text that names JPEG or NGR files beside it."""
+"""Formats of Hamamatsu in which the slide is a text file that names JPEG or NGR files."""
 
 _MAX_KEY_FILE_BYTES = 1 << 20
 
 
 class SlideNotFoundError(UnitError):
-    """No slide has the id that is asked for."""
+    """Raised if no slide has the requested id."""
 
     reason = "slide missing"
 
 
 class AmbiguousSlideError(UnitError):
-    """Several slides have the id that is asked for."""
+    """Raised if several slides have the requested id."""
 
     reason = "ambiguous slide name"
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A file or folder that a listing found and does not count as a slide.
+    """A file or folder that was found but does not count as a slide.
 
     Attributes:
         path: The file or folder.
-        reason: A few words, the same for all files of this kind.
-        detail: What gave it away.
+        reason: Category, in a few words.
+        detail: Evidence for the category.
     """
 
     path: Path
@@ -63,23 +63,23 @@ class PassedOver:
 class SlideListing:
     """Slides under a folder, by id.
 
-    The id of a slide is its file name without suffix. A DICOM series that is stored in several
-    files has its SeriesInstanceUID as id, and is found by the names of its files too. Subfolders
-    are searched, since the GDC's transfer tool puts every slide into one of its own, and links to
-    folders are followed. The output of earlier jobs is not searched.
+    The id of a slide is its file name without suffix. The id of a DICOM series with several files
+    is its SeriesInstanceUID, and the names of its files are aliases. Subfolders are searched, since
+    the GDC's transfer tool creates one per slide, and links to folders are followed. The output of
+    earlier jobs is not searched.
 
     Args:
         folder: The folder, or a single slide.
         exclude: Folders that are not searched, for instance masks or the output of this job.
-        tile_folders: Whether a folder of tiles named like `01581x_25327y.png` is an input with the
-            name of the folder as id; otherwise such folders are passed over.
-        inside_only: Whether links that lead out of `folder` are passed over.
+        tile_folders: Whether folders of tiles named like `01581x_25327y.png` count as slides, with
+            the name of the folder as id.
+        inside_only: Whether to ignore links that lead out of `folder`.
 
     Attributes:
         slides: Path of every slide, or of every folder of tiles, by id; sorted by id.
-        paths: Paths of all slides, whether their id is unique or not; sorted.
-        ambiguous: For every id that several slides have, which ones.
-        passed_over: Files that were found and do not count as slides.
+        paths: Paths of all slides, including those with ambiguous ids; sorted.
+        ambiguous: Message for each id that several slides have.
+        passed_over: Files and folders that were found but do not count as slides.
 
     Raises:
         FileNotFoundError: If `folder` does not exist.
@@ -149,7 +149,7 @@ class SlideListing:
         raise SlideNotFoundError(f"no slide of this name under {self.folder}: {slide_id!r:.80}")
 
     def _walk(self) -> None:
-        """Lists all folders; links come last, so that a slide is found under its own path."""
+        """Lists all folders; follows links last, so that slides are found under their own paths."""
         seen: set[str] = set()
         links: list[Path] = []
         queue = [self.folder]
@@ -193,7 +193,7 @@ class SlideListing:
         self._add_dicom(dicom)
         if has_tiles and self._tile_folders:
             self._found.setdefault(folder.name, []).append(folder)
-            for path in entries:  # an index of the tiles, for instance
+            for path in entries:  # other pictures in the folder, such as an index of the tiles
                 if path.suffix.lower() in PLAIN_SUFFIXES and path in self._found.get(path.stem, ()):
                     self._drop(path, "picture in a folder of tiles")
         elif has_tiles:
@@ -202,7 +202,7 @@ class SlideListing:
 
     def _is_searched(self, folder: Path) -> bool:
         if os.path.realpath(folder) in self._excluded:
-            pass  # named by the command itself: its output, masks or coordinates
+            pass  # output, masks or coordinates of this command, which need no mention
         elif is_job_output(folder):
             self._pass(folder, "output of a job", "it contains .job")
         elif folder.name.startswith("."):
@@ -210,7 +210,7 @@ class SlideListing:
         elif self._inside_only and not self._is_inside(folder):
             self._pass(folder, "link to a path outside the folder")
         elif (folder / "Slidedat.ini").is_file() and folder.with_suffix(".mrxs").is_file():
-            pass  # the data of a MIRAX slide; nothing in it has the suffix of a slide
+            pass  # data of a MIRAX slide
         else:
             return True
         return False
@@ -219,32 +219,32 @@ class SlideListing:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
 
     def _add_dicom(self, paths: list[Path]) -> None:
-        """Groups the DICOM files of a folder by series.
+        """Groups the DICOM files of a folder by series and adds one file of each.
 
-        OpenSlide finds the other files of a series by itself, in the same folder.
+        OpenSlide finds the other files of the series in the same folder.
         """
         series: dict[str, list[tuple[int, Path]]] = {}
         for path in paths:
             header = _dicom_header(path)
             uid = str(header.get("SeriesInstanceUID", "")) if header is not None else ""
-            # Without a series the file stands alone; opening it will say what is wrong.
+            # A file without a series counts as a slide, so that opening it reports what is wrong.
             columns = int(header.get("TotalPixelMatrixColumns", 0) or 0) if header else 0
             series.setdefault(uid or str(path), []).append((columns, path))
         for uid, members in series.items():
             if len(members) == 1:
                 self._found.setdefault(members[0][1].stem, []).append(members[0][1])
                 continue
-            # The widest instance is level 0; by name where two are as wide.
+            # The widest instance is level 0; the name makes the choice deterministic.
             best = min(members, key=lambda member: (-member[0], member[1].name))[1]
             self._found.setdefault(uid, []).append(best)
             for _, path in members:
                 self._aliases[path.stem] = uid
 
     def _pass_over_pictures(self) -> None:
-        """Passes over ordinary pictures that show a slide of the listing.
+        """Removes plain images that belong to a slide, such as thumbnails, masks and overlays.
 
-        Thumbnails, masks and overlays lie beside slides, under the name of the slide or one that
-        begins or ends with it: `a.png`, `a_thumbnail.jpg`, `mask-a.png`.
+        Their names equal the id of the slide, or begin or end with it: `a.png`, `a_thumbnail.jpg`,
+        `mask-a.png`.
         """
         slides = {
             slide_id
@@ -270,14 +270,14 @@ class SlideListing:
 
 
 def _distinct(paths: list[Path]) -> list[Path]:
-    """Drops further links to a file that is listed already."""
-    if len(paths) == 1:  # resolving a path takes several system calls, on a network disk
+    """Removes links to files that are already listed."""
+    if len(paths) == 1:  # resolving a path takes several system calls, slow on network disks
         return paths
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
 def _files_named_in(path: Path) -> Iterator[str]:
-    """Yields the file names that the key file of a multi-file slide gives as values."""
+    """Yields the values of a multi-file slide's key file, which include the names of its files."""
     with path.open("rb") as file:
         text = file.read(_MAX_KEY_FILE_BYTES).decode("utf-8", "replace")
     for line in text.splitlines():
@@ -288,7 +288,7 @@ def _files_named_in(path: Path) -> Iterator[str]:
 
 def _dicom_header(path: Path) -> Any:
     """Returns the header of a DICOM file as a data set of pydicom; None if it is not DICOM."""
-    import pydicom  # takes a tenth of a second, and few folders hold DICOM
+    import pydicom  # takes a tenth of a second, and few folders contain DICOM
 
     try:
         return pydicom.dcmread(

@@ -1,9 +1,9 @@
-"""Coordinates and features in HDF5, as TRIDENT and CLAM write and read them.
+"""Reads and writes coordinates and features in HDF5, compatible with TRIDENT and CLAM.
 
-Both keep a dataset `coords` `(N, 2)` of left and top in level-0 pixels, with attributes. TRIDENT's
-`patch_size` counts pixels after scaling, CLAM's pixels of `patch_level` before it. Files written
-here carry TRIDENT's attributes, and CLAM's too where both mean the same; `style="clam"` writes
-what CLAM reads in any case.
+Both tools store a dataset `coords` `(N, 2)` of left and top in level-0 pixels, with attributes.
+TRIDENT's `patch_size` counts pixels after scaling, CLAM's counts pixels of `patch_level` before
+scaling. Files written here have TRIDENT's attributes, and also CLAM's if both agree.
+`style="clam"` always writes attributes that CLAM can read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _MAGNIFICATIONS = ("level0", "target")
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The content of a coordinates file.
+    """Content of a coordinates file.
 
     Attributes:
         name: Id of the slide.
-        coords: int64 `(N, 2)`: left and top in level-0 pixels.
-        size_level0: Side of each patch in level-0 pixels.
-        patch_px: Side of the image that each patch becomes.
-        mpp: Micrometres per pixel of that image, if the file says.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        size_level0: Side of a patch in level-0 pixels.
+        patch_px: Side of the image of a patch in pixels.
+        mpp: Micrometres per pixel of that image; None if the file does not state it.
     """
 
     name: str
@@ -52,14 +52,28 @@ def write_coordinates(
     name: str = "",
     style: CoordsStyle = "trident",
 ) -> None:
-    """Writes the coordinates of the patches of a slide, atomically.
+    """Writes the coordinates of the patches of a slide atomically.
 
     Args:
         path: The file.
         slide: The slide.
         tiling: The patches.
         name: Id of the slide; by default its file name without suffix.
-        style: `trident`, or `clam` for CLAM's readers, which cannot scale patches otherwise.
+        style: `trident`; or `clam` for CLAM, which does not know TRIDENT's attributes for patches
+            that are scaled.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from wsi.tiling import PatchSpec, tile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (700, 520)).save(folder / "slide.png")
+        >>> with Slide(folder / "slide.png", mpp=0.25) as slide:
+        ...     tiling = tile(slide, PatchSpec(patch_px=128, mpp=0.5))
+        ...     write_coordinates(folder / "slide.h5", slide, tiling)
+        >>> found = read_coordinates(folder / "slide.h5")
+        >>> found.coords.shape, found.size_level0, found.patch_px, found.mpp
+        ((4, 2), 256, 128, 0.5)
     """
     attributes = _trident_attributes(slide, tiling, name or slide.path.stem)
     if style == "clam":
@@ -77,9 +91,9 @@ def read_coordinates(path: StrPath) -> Coordinates:
     """Reads a coordinates file of this package, TRIDENT or CLAM.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not HDF5, has no `coords`, or its attributes do not tell the size of a
-            patch.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not HDF5, has no valid `coords`, or its attributes do not state the
+            size of a patch.
     """
     import h5py
 
@@ -94,7 +108,7 @@ def read_coordinates(path: StrPath) -> Coordinates:
             coords, attributes = np.asarray(dataset[:]), dict(dataset.attrs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"coordinates {path}: {error}") from error
-    if coords.size == 0:  # TRIDENT writes an empty list so
+    if coords.size == 0:  # TRIDENT writes shape (0,) if there are no patches
         coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2 or not _are_whole(coords):
         raise ValueError(f"coordinates {path}: expected whole numbers (N, 2), found {coords.shape}")
@@ -113,17 +127,26 @@ def write_features(
     encoder: str,
     attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes features and their coordinates, atomically.
+    """Writes features and their coordinates atomically.
 
     Args:
         path: The file.
         features: float `(N, dim)`.
-        coords: int64 `(N, 2)`: left and top in level-0 pixels.
-        encoder: Name of the encoder that computed them.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels.
+        encoder: Name of the encoder that computed the features.
         attributes: Attributes of the coordinates, for instance those of the coordinates file.
 
     Raises:
-        ValueError: If the numbers of features and coordinates differ.
+        ValueError: If the shapes do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "slide.h5"
+        >>> coords = np.array([[0, 0], [256, 0], [0, 256]])
+        >>> write_features(file, np.ones((3, 1024), np.float32), coords, encoder="uni")
+        >>> features, coords = read_features(file)
+        >>> features.shape, coords.shape
+        ((3, 1024), (3, 2))
     """
     if features.ndim != 2 or coords.shape != (len(features), 2):
         raise ValueError(
@@ -137,8 +160,8 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Reads features `(N, dim)` and coordinates `(N, 2)` of this package, TRIDENT or CLAM.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If one is missing, they differ in length, coordinates are not whole numbers, or
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a dataset is missing, lengths differ, coordinates are not whole numbers, or
             features are not finite.
     """
     import h5py
@@ -181,8 +204,8 @@ def read_attributes(path: StrPath) -> dict[str, Any]:
 
 def _trident_attributes(slide: Slide, tiling: Tiling, name: str) -> dict[str, Any]:
     spec, (width, height) = tiling.spec, slide.dimensions
-    # TRIDENT scales by the quotient of both magnifications, so it must be exactly our scale; 20x
-    # for 0.5 micrometres is the convention of its own code (10 / mpp).
+    # TRIDENT scales patches by the quotient of both magnifications, so the quotient must equal our
+    # scale exactly. That 0.5 um/px is 20x (10 / mpp) is the convention of its own code.
     target = _whole(10 / spec.mpp)
     return {
         "patch_size": spec.patch_px,
@@ -211,7 +234,7 @@ def _clam_attributes(slide: Slide, level: int) -> dict[str, Any]:
 
 
 def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the side of a patch at level 0 and after scaling."""
+    """Returns the side of a patch in level-0 pixels and in pixels after scaling."""
     try:
         patch_size = int(_number(attributes["patch_size"]))
         if "patch_px" in attributes:
@@ -222,8 +245,8 @@ def _sizes(path: Path, attributes: Mapping[str, Any]) -> tuple[int, int]:
             level0, target = (_number(attributes[f"{n}_magnification"]) for n in _MAGNIFICATIONS)
             sizes = (round(patch_size * level0 / target), patch_size)
         else:
-            # Old CLAM forks store by how much they shrink patches of `patch_level` besides; TRIDENT
-            # honours it, so that 256 px at level 0 with a factor of 2 span 512 px.
+            # `custom_downsample` of old CLAM forks is a further factor by which patches are
+            # downscaled; TRIDENT respects it, so 256 px at level 0 with a factor of 2 span 512 px.
             factor = _number(attributes.get("custom_downsample", 1))
             downsample = attributes["downsample"] if _number(attributes["patch_level"]) else 1.0
             span = patch_size * float(np.ravel(downsample)[0]) * factor
@@ -252,7 +275,7 @@ def _write(
 
 
 def _number(value: Any) -> float:
-    """Converts an attribute; some writers store a number as an array of one element."""
+    """Converts an attribute to a number; some tools store numbers as arrays of one element."""
     array = np.asarray(value)
     if array.size != 1:
         raise ValueError(f"expected one number, found {value!r:.60}")
@@ -261,7 +284,7 @@ def _number(value: Any) -> float:
 
 def _are_whole(coords: NDArray[Any]) -> bool:
     if coords.dtype.kind == "f":
-        return bool(np.all(coords == np.round(coords)))  # false for NaN, too
+        return bool(np.all(coords == np.round(coords)))  # false for NaN
     return coords.dtype.kind in "iu"
 
 

@@ -1,8 +1,8 @@
-"""Decodes the JPEG tiles of TIFF and SVS files straight from their offsets, with libjpeg-turbo.
+"""Decodes JPEG tiles of TIFF and SVS files by libjpeg-turbo, bypassing OpenSlide.
 
-Several times as fast as a general reader if patches share tiles. Works for levels whose tiles form
-a plain grid; the caller must check on each file that the pixels equal OpenSlide's, as
-`wsi.reader` does.
+If patches share tiles, this is several times as fast as OpenSlide: sorted patches of 672 px took
+3.7 instead of 11 ms of CPU each. It works for levels whose tiles form a plain grid. The caller must
+check on each file that pixels equal OpenSlide's, since decoders differ in chroma upsampling.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _RGB, _YCBCR = 2, 6
 _CACHE_BYTES = 256 << 20
 
 Box = tuple[int, int, int, int]
-"""Left, top, width, height in pixels of a level; inside the level."""
+"""Left, top, width and height in pixels of a level; must lie inside the level."""
 
 
 class TileError(ValueError):
-    """A tile that cannot be read or decoded."""
+    """Raised if a tile cannot be read or decoded."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class TiledLevel:
         tile_height: Height of a tile.
         offsets: Byte offset of each tile, row by row.
         num_bytes: Number of bytes of each tile.
-        tables: JPEG tables that the tiles share.
-        colorspace: Colour space of the tiles, if the JPEG data do not say.
+        tables: JPEG tables that the tiles share, or None.
+        colorspace: Colour space of the tiles; None if the JPEG data state it.
     """
 
     width: int
@@ -59,7 +59,7 @@ class TiledLevel:
         return -(-self.width // self.tile_width)
 
     def tiles_of(self, box: Box) -> list[int]:
-        """Returns the numbers of the tiles that a box overlaps."""
+        """Returns the indices of the tiles that a box overlaps, row by row."""
         left, top, width, height = box
         rows = range(top // self.tile_height, (top + height - 1) // self.tile_height + 1)
         columns = range(left // self.tile_width, (left + width - 1) // self.tile_width + 1)
@@ -67,17 +67,17 @@ class TiledLevel:
 
 
 class TiffTiles:
-    """Decodes tiles of an open file.
+    """An open file whose tiles are decoded.
 
     Args:
         path: A TIFF or SVS file.
         sizes: Width and height of the levels to decode.
 
+    Attributes:
+        levels: The levels whose tiles can be decoded, by index in `sizes`.
+
     Raises:
         TileError: If the directory of the file cannot be read.
-
-    Attributes:
-        levels: The levels whose tiles can be decoded here, by index in `sizes`.
     """
 
     def __init__(self, path: Path, sizes: Sequence[tuple[int, int]]) -> None:
@@ -126,13 +126,13 @@ class TiffTiles:
     def read_boxes(
         self, level: TiledLevel, boxes: Sequence[Box]
     ) -> Iterator[NDArray[np.uint8] | TileError]:
-        """Reads boxes in their order and decodes each tile once.
+        """Reads boxes in the given order and decodes each tile once.
 
-        A tile is kept from its first to its last use. If that takes more than 256 MiB, the oldest
-        tiles are dropped and decoded again later.
+        A tile is kept in memory from its first to its last use. If kept tiles exceed 256 MiB, the
+        oldest are dropped and decoded again later.
 
         Yields:
-            RGB `(height, width, 3)` for each box, or why it cannot be read.
+            RGB `(height, width, 3)` for each box, or an error if it cannot be read.
         """
         uses = Counter(number for box in boxes for number in level.tiles_of(box))
         tile_bytes = 3 * level.tile_width * level.tile_height
@@ -208,14 +208,14 @@ def _levels_of_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> dict[int, 
                 np.asarray(page.dataoffsets, np.int64),
                 np.asarray(page.databytecounts, np.int64),
                 page.jpegtables,
-                # As tifffile decides: RGB without a JFIF header is stored so, without saying it.
+                # The same rule as in tifffile: without a JFIF header, a decoder would assume YCbCr.
                 _RGB if page.photometric == _RGB and not page.is_jfif else None,
             )
     return levels
 
 
 def _is_plain(page: Any) -> bool:
-    """Whether a page has 8-bit RGB JPEG tiles and none of them is missing."""
+    """Returns whether a page has 8-bit colour JPEG tiles, none of which is missing."""
     if not (page.is_tiled and page.compression == _JPEG and page.photometric in (_RGB, _YCBCR)):
         return False
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1:

@@ -1,4 +1,4 @@
-"""Writes the coordinates of patches of many slides, in parallel and resumable."""
+"""Tiles many slides and writes the coordinates of their patches, as a parallel, resumable job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAMAGED = "tiles that cannot be read"
 
 
 class MaskMissingError(UnitError):
-    """The folder of masks has none for a slide."""
+    """Raised if the folder of masks has none for a slide."""
 
     reason = "mask missing"
 
@@ -33,14 +33,14 @@ class TileSettings:
     """Settings of a tiling job.
 
     Attributes:
-        spec: The patches.
-        masks: Folder with a mask per slide, an image or GeoJSON with the name of the slide; by
-            default tissue is found by Otsu's threshold.
+        spec: Size, resolution and selection of the patches.
+        masks: Folder with a mask per slide, an image or GeoJSON named after the slide; by default
+            tissue is found by Otsu's threshold.
         whole_slide: Whether to keep patches without tissue.
-        mpp: Micrometres per pixel of all slides, overriding what the files say.
-        style: Whose attributes the coordinate files have.
-        level0: Whether patches have the resolution of their slide, so that the lengths of `spec`
-            are level-0 pixels; `spec.mpp` is ignored.
+        mpp: Micrometres per pixel of all slides, overriding the files.
+        style: Attributes of the coordinate files: `trident` or `clam`.
+        level0: Whether lengths of `spec` are level-0 pixels of each slide; `spec.mpp` is ignored
+            then.
     """
 
     spec: PatchSpec
@@ -66,9 +66,9 @@ def tile_slides(
 
     Args:
         slides: The folder, or one slide.
-        out: Folder to write; a job that was stopped continues in it.
+        out: Output folder; a job that was stopped continues in it.
         settings: Settings of the job.
-        workers: See `wsi.slide_job.process_slides`, as for the arguments below.
+        workers: Number of slides that are processed in parallel.
         engine: `process` or `ray`.
         address: Address of a Ray cluster.
         retry_skipped: Whether to process slides again that an earlier run skipped.
@@ -129,24 +129,24 @@ def place_patches(
     name: str = "",
     whole_slide: bool = False,
 ) -> tuple[Tiling, TissueMask | None]:
-    """Places patches on the tissue of a slide and drops those that damage makes unreadable.
+    """Places patches on the tissue of a slide and drops those that cannot be read.
 
     Args:
         slide: The slide.
-        spec: The patches.
-        masks: See `slide_mask`.
-        name: See `slide_mask`.
+        spec: Size, resolution and selection of the patches.
+        masks: Folder of masks, see `slide_mask`.
+        name: Name of the slide, see `slide_mask`.
         whole_slide: Whether to keep patches without tissue.
 
     Returns:
-        The patches, and the tissue; None for `whole_slide`.
+        The patches, and the tissue or, with `whole_slide`, None.
 
     Raises:
         SlideError: If nothing of the slide can be read.
-        ValueError: As `slide_mask` and `wsi.tiling.tile`.
+        ValueError: If a mask cannot be used, or the slide is coarser than the patches.
     """
     mask = None if whole_slide else slide_mask(slide, masks, name=name)
-    # Otsu's mask knows the damage already.
+    # Otsu's mask comes from an overview, which found the damage already.
     known = mask is not None and mask.damaged is not None
     damaged = None if known else slide.overview(MASK_SIDE_PX).damaged
     return tile(slide, spec, mask, damaged=damaged), mask
@@ -157,8 +157,8 @@ def slide_mask(slide: Slide, masks: str | None = None, *, name: str = "") -> Tis
 
     Args:
         slide: The slide.
-        masks: Folder with a mask per slide, an image or GeoJSON with the name of the slide; by
-            default tissue is found by Otsu's threshold.
+        masks: Folder with a mask per slide, an image or GeoJSON named after the slide; by default
+            tissue is found by Otsu's threshold.
         name: Name of the slide; by default its file name without suffix.
 
     Raises:

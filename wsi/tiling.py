@@ -1,4 +1,4 @@
-"""Places patches on a slide in a grid, by size, resolution and amount of tissue."""
+"""Places patches on a slide in a regular grid and keeps those with enough tissue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from wsi.reader import MAX_SIDE_PX, Region, Slide, SlideError
 from wsi.tissue import TissueMask
 
 _ENLARGEMENT = 1.05
-"""Factor by which a slide may be coarser than asked for: scanners of one magnification differ."""
+"""Factor by which a slide may be coarser than requested, since scanners of the same magnification
+differ in resolution."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class PatchSpec:
     """Size, resolution and selection of patches.
 
     Attributes:
-        patch_px: Side of a patch, at `mpp`.
+        patch_px: Side of a patch in pixels at `mpp`.
         mpp: Micrometres per pixel of the patches.
-        overlap_px: Overlap of neighbours, at `mpp`.
-        min_tissue: Minimum fraction of a patch that is tissue.
-        over_edge: Whether to keep patches that extend beyond the edge, white outside.
+        overlap_px: Overlap of neighbouring patches in pixels at `mpp`.
+        min_tissue: Minimum fraction of tissue in a patch.
+        over_edge: Whether to keep patches that extend beyond the edge; they are white outside.
     """
 
     patch_px: int
@@ -66,10 +67,10 @@ class Tiling:
     """The patches of a slide.
 
     Attributes:
-        coords: int64 `(N, 2)`: left and top in level-0 pixels, row by row.
-        size_level0: Side of each patch in level-0 pixels.
-        spec: What was asked for.
-        damaged: Left and top of patches with enough tissue that cannot be read, and why.
+        coords: int64 `(N, 2)`, left and top in level-0 pixels, row by row.
+        size_level0: Side of a patch in level-0 pixels.
+        spec: The specification that they fulfil.
+        damaged: Left, top and error of each patch with enough tissue that cannot be read.
     """
 
     coords: NDArray[np.int64]
@@ -90,13 +91,13 @@ def tile(
     Args:
         slide: The slide.
         spec: Size, resolution, overlap and minimum tissue of the patches.
-        mask: Where tissue is; by default every patch is kept.
+        mask: Tissue of the slide; by default every patch is kept.
         damaged: bool `(height, width)`, true where an overview of the slide could not be read; by
-            default that of the mask. Patches there are read, to find out which of them can be.
+            default that of the mask. Patches there are read to find out which ones are damaged.
 
     Raises:
         ResolutionError: If the resolution of the slide is not known.
-        ValueError: If the slide is coarser than the resolution asked for.
+        ValueError: If the slide is coarser than the requested resolution.
 
     Example:
         >>> import tempfile
@@ -117,13 +118,13 @@ def tile(
     coords = np.stack([x.ravel(), y.ravel()], 1)
     if mask is not None and len(coords):
         fractions = mask.fractions(coords, size)
-        # Even with a minimum of 0 a patch needs some tissue.
+        # `min_tissue` 0 means any amount of tissue, not none.
         coords = coords[(fractions >= spec.min_tissue) & (fractions > 0)]
     if damaged is None and mask is not None:
         damaged = mask.damaged
     if damaged is None or not damaged.any() or not len(coords):
         return Tiling(coords, size, spec)
-    # An overview tells roughly where the damage is; reading a patch tells for sure.
+    # The overview locates damage only roughly, and may use another level than the patches.
     suspect = np.flatnonzero(TissueMask(damaged, slide.dimensions).fractions(coords, size) > 0)
     regions = [Region(int(x), int(y), size, spec.patch_px) for x, y in coords[suspect]]
     faults = {

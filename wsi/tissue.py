@@ -1,4 +1,4 @@
-"""Finds the tissue of a slide, by Otsu's threshold or from masks that the user drew."""
+"""Finds the tissue of a slide by Otsu's threshold, or reads it from user-drawn masks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from skimage.filters import threshold_otsu
 from wsi.reader import Slide
 
 MIN_SATURATION = 8
-"""Saturation up to which nothing is tissue, whatever Otsu says, because a slide may be bare glass.
-CLAM (https://github.com/mahmoodlab/CLAM) uses this constant for the same channel."""
+"""Lower bound of Otsu's threshold, because a slide may be bare glass. CLAM
+(https://github.com/mahmoodlab/CLAM) uses the same constant for the same channel."""
 
 MASK_SIDE_PX = 2048
 _MAX_GLASS_SATURATION = 30
 _MAX_GLASS_DEVIATION = 5
-"""Medians of saturation and of its deviation: glass measures 0 to 15, yellowish glass up to 40 with
-a deviation of 1; the paler half of sections that fill the slide 50 to 90 with one of 12 to 20."""
+"""Median and median absolute deviation of the saturation above which pixels are not glass.
+
+Measured: glass has a median of 0 to 15, yellowish glass up to 40 with a deviation of 1. The paler
+half of sections that fill the slide has 50 to 90 with a deviation of 12 to 20."""
 
 _BLUR_PX = 1.5
 _ASPECT_TOLERANCE = 0.02
@@ -52,20 +54,26 @@ class TissueMask:
         return float(self.mask.mean())
 
     def fractions(self, coords: NDArray[np.int64], size_level0: int) -> NDArray[np.float64]:
-        """Returns the fraction of tissue in each square; outside of the slide there is none.
+        """Returns the fraction of tissue in each square; areas outside the slide have none.
 
         Args:
-            coords: `(N, 2)`, left and top in level-0 pixels.
+            coords: int64 `(N, 2)`, left and top in level-0 pixels.
             size_level0: Side of the squares in level-0 pixels.
 
         Returns:
-            `(N,)`, from 0 to 1.
+            float64 `(N,)`, from 0 to 1.
+
+        Example:
+            >>> mask = TissueMask(np.array([[True, False], [True, True]]), slide_size=(1000, 1000))
+            >>> mask.fractions(np.array([[0, 0], [500, 0]]), size_level0=1000).tolist()
+            [0.75, 0.25]
         """
         height, width = self.mask.shape
+        # A summed-area table gives the count of any rectangle by four look-ups.
         sums = np.zeros((height + 1, width + 1))
         sums[1:, 1:] = self.mask.cumsum(0).cumsum(1)
         scale = np.array([width, height]) / np.array(self.slide_size)
-        # At least one pixel of the mask, so that patches smaller than a pixel have a value too.
+        # At least one pixel of the mask, since patches may be smaller than that.
         low = np.floor(coords * scale + 0.5).astype(np.int64)
         high = np.maximum(np.floor((coords + size_level0) * scale + 0.5).astype(np.int64), low + 1)
         areas = (high - low).prod(1)
@@ -74,11 +82,11 @@ class TissueMask:
 
 
 def otsu_mask(slide: Slide, *, max_side_px: int = MASK_SIDE_PX) -> TissueMask:
-    """Finds tissue by its colour: glass has hardly any saturation.
+    """Finds tissue by its saturation, which glass lacks.
 
-    Otsu's threshold on the saturation of a thumbnail, blurred against noise (Otsu, 1979,
-    https://doi.org/10.1109/TSMC.1979.4310076). Damaged parts of the slide count as tissue, so that
-    whoever reads patches there finds out and can say so.
+    Applies Otsu's threshold (1979, https://doi.org/10.1109/TSMC.1979.4310076) to the blurred
+    saturation of a thumbnail. Damaged parts of the slide count as tissue, so that patches there are
+    read and reported as damaged instead of being missing without a trace.
 
     Raises:
         SlideError: If nothing of the slide can be read.
@@ -99,8 +107,8 @@ def otsu_mask(slide: Slide, *, max_side_px: int = MASK_SIDE_PX) -> TissueMask:
 def _glass_threshold(saturation: NDArray[np.uint8]) -> float:
     """Returns the saturation up to which a pixel is glass.
 
-    Otsu divides any picture into two classes. If the section fills the whole slide, both are
-    tissue, and the lower one is neither colourless nor of one colour as glass is.
+    Otsu's method divides any image into two classes. If tissue fills the whole slide, both classes
+    are tissue; the lower class is then more saturated and less uniform than glass.
     """
     if saturation.min() == saturation.max():
         return MIN_SATURATION
@@ -114,10 +122,10 @@ def _glass_threshold(saturation: NDArray[np.uint8]) -> float:
 
 
 def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
-    """Reads a mask that the user drew: an image of the whole slide, not black where tissue is.
+    """Reads a mask from an image of the whole slide; pixels that are not black are tissue.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it is not an image, or its aspect ratio differs from that of the slide.
     """
     path = Path(path)
@@ -130,7 +138,7 @@ def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
         raise ValueError(f"mask {path}: cannot be read as an image: {error}") from error
     width, height = slide.dimensions
     ratio = (mask.shape[1] / mask.shape[0]) / (width / height)
-    # Sizes are rounded to whole pixels, so that a ratio may be off by one pixel of a side.
+    # The size of the mask is rounded to whole pixels, which changes its ratio by up to one pixel.
     slack = _ASPECT_TOLERANCE + 1 / min(mask.shape)
     if abs(ratio - 1) > slack:
         raise ValueError(
@@ -143,15 +151,15 @@ def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
 def geojson_mask(
     path: str | os.PathLike[str], slide: Slide, *, max_side_px: int = MASK_SIDE_PX
 ) -> TissueMask:
-    """Reads outlines that the user drew, in level-0 pixels, as QuPath exports them.
+    """Reads outlines of tissue in level-0 pixels, as QuPath exports them.
 
     Args:
-        path: A GeoJSON file: a FeatureCollection, a list of features, or one geometry.
+        path: A GeoJSON file with a FeatureCollection, a list of features, or a single geometry.
         slide: The slide.
-        max_side_px: Longer side of the mask.
+        max_side_px: Length of the longer side of the mask.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it is not GeoJSON, or contains no polygon.
     """
     path = Path(path)
@@ -169,7 +177,8 @@ def geojson_mask(
     scale = min(1.0, max_side_px / max(width, height))
     image = Image.new("1", (max(1, round(width * scale)), max(1, round(height * scale))))
     draw = ImageDraw.Draw(image)
-    for polygon in sorted(polygons, key=lambda p: -p.envelope.area):  # islands in holes come last
+    # Large polygons first, because filling their holes would erase islands that lie in the holes.
+    for polygon in sorted(polygons, key=lambda p: -p.envelope.area):
         for ring, value in ((polygon.exterior, 1), *((hole, 0) for hole in polygon.interiors)):
             draw.polygon([(x * scale, y * scale) for x, y, *_ in ring.coords], fill=value)
     return TissueMask(np.asarray(image), slide.dimensions)
