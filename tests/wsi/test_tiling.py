@@ -208,7 +208,7 @@ def test_wrong_specs(slide: Slide, tmp_path: Path) -> None:
     for arguments, message in (
         ({"patch_px": 0}, "patch_px"),
         ({"mpp": -1}, "mpp"),
-        ({"overlap_px": 256}, "overlap_px: 0 to 255"),
+        ({"overlap_px": 256}, "overlap_px: expected 0 to 255"),
         ({"min_tissue": 1.5}, "min_tissue"),
     ):
         with pytest.raises(ValueError, match=message):

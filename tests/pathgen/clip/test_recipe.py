@@ -64,7 +64,7 @@ def test_what_is_given_goes_before_what_the_recipe_says(tmp_path: Path) -> None:
     [
         ("model: ViT-B-32\nstage: []\n", r"\['stage'\]: no such fields"),
         ("model: ViT-B-32\n", "at least one stage"),
-        (STAGE, "model: a name or a JSON file"),
+        (STAGE, "model: expected a name or a JSON file"),
         (f"model: own.json\n{STAGE}", "no such file here or beside"),
         (f"model: ViT-B-32\npretrained: /none/x.pt\n{STAGE}", "no such checkpoint"),
         (f"model: ViT-B-32\noptions: {{learning_rate: 1}}\n{STAGE}", "it has no learning_rate"),
