@@ -5,20 +5,25 @@ MICCAI 2023, https://arxiv.org/abs/2307.14901. Modules outside `cite.mm` need to
 transformers only; `cite.mm` registers everything for `mim train mmcls` and `mim train mmpretrain`.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING, Any
+from pathcore.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from cite.classifier import load_classifier
+    from cite.classifier import load_classifier as load_classifier
+    from cite.encoders import open_encoder as open_encoder
+    from cite.prompted import PromptedEncoder as PromptedEncoder
+    from cite.text_embeddings import encode_texts as encode_texts
+    from cite.text_encoder import build_text_encoder as build_text_encoder
 
-__all__ = ["load_classifier"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports `load_classifier` when it is asked for: importing the package stays cheap."""
-    if name == "load_classifier":
-        from cite.classifier import load_classifier
-
-        return load_classifier
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    "cite",
+    {
+        "PromptedEncoder": "cite.prompted",
+        "build_text_encoder": "cite.text_encoder",
+        "encode_texts": "cite.text_embeddings",
+        "load_classifier": "cite.classifier",
+        "open_encoder": "cite.encoders",
+    },
+)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cite.text_encoder import TextEncoder
 from pathcore.files import atomic_file
 
 _KEY = "cite"
@@ -98,40 +99,54 @@ def texts_by_class(
     return texts, class_ids
 
 
-def write_text_embeddings(
-    path: str | os.PathLike[str],
-    embeddings: Tensor,
-    class_ids: Tensor | Sequence[int],
-    *,
-    classes: Sequence[str],
-    texts: Sequence[str],
-    encoder: Mapping[str, Any] | None = None,
+def encode_texts(
+    encoder: TextEncoder,
+    descriptions: Mapping[str, str | Sequence[str]],
+    templates: Sequence[str] = ("{}",),
 ) -> TextEmbeddings:
-    """Writes embeddings as safetensors with a description in its header.
+    """Embeds the descriptions of classes, each in every template.
+
+    Args:
+        encoder: A text encoder of `cite.text_encoder.build_text_encoder`.
+        descriptions: One or several descriptions by class name.
+        templates: Texts with one `{}`.
 
     Raises:
-        ValueError: The parts do not belong together.
+        ValueError: As `texts_by_class`.
+
+    Example:
+        >>> class Lengths:
+        ...     description = {"type": "lengths"}
+        ...     def encode(self, texts):
+        ...         return torch.tensor([[float(len(text))] for text in texts])
+        >>> found = encode_texts(Lengths(), {"tumour": ["cancer", "neoplasm"], "stroma": "stroma"})
+        >>> found.classes, found.class_ids.tolist(), found.embeddings.shape
+        (('tumour', 'stroma'), [0, 0, 1], torch.Size([3, 1]))
     """
+    texts, class_ids = texts_by_class(descriptions, templates)
+    return TextEmbeddings(
+        encoder.encode(texts).detach().float().cpu(),
+        torch.tensor(class_ids),
+        tuple(descriptions),
+        tuple(texts),
+        encoder.description,
+    )
+
+
+def write_text_embeddings(path: str | os.PathLike[str], content: TextEmbeddings) -> None:
+    """Writes embeddings as safetensors with a description in its header."""
     from safetensors.torch import save_file
 
-    content = TextEmbeddings(
-        embeddings.detach().float().cpu().contiguous(),
-        torch.as_tensor(class_ids, dtype=torch.int64),
-        tuple(classes),
-        tuple(texts),
-        dict(encoder or {}),
-        str(path),
-    )
+    embeddings = content.embeddings.contiguous()
     header = {
         "classes": content.classes,
         "texts": content.texts,
-        "encoder": content.encoder,
-        "digest": _digest(content.embeddings),
+        "encoder": dict(content.encoder),
+        "digest": _digest(embeddings),
     }
-    tensors = {"text_embeddings": content.embeddings, "class_ids": content.class_ids}
+    tensors = {"text_embeddings": embeddings, "class_ids": content.class_ids}
     with atomic_file(path) as partial:
         save_file(tensors, partial, metadata={_KEY: json.dumps(header, ensure_ascii=False)})
-    return content
 
 
 def read_text_embeddings(

@@ -4,27 +4,34 @@ Modules are imported on first access, so that `import gigapath` is cheap and
 `gigapath.slide_encoder.create_model(...)` works as in the published instructions.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from types import ModuleType
+from pathcore.lazy import lazy_exports
 
-_MODULES = (
-    "classification_head",
-    "longnet",
-    "pipeline",
-    "pos_embed",
-    "preprocessing",
-    "slide_encoder",
-    "tile_encoder",
+if TYPE_CHECKING:
+    from gigapath.embed.job import EmbeddingSettings as EmbeddingSettings
+    from gigapath.embed.job import embed_slides as embed_slides
+    from gigapath.embed.slide_vectors import describe_slide_encoder as describe_slide_encoder
+    from gigapath.embed.tile_inference import describe_encoder as describe_encoder
+    from gigapath.slide_encoder import create_model as create_model
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    "gigapath",
+    {
+        "EmbeddingSettings": "gigapath.embed.job",
+        "create_model": "gigapath.slide_encoder",
+        "describe_encoder": "gigapath.embed.tile_inference",
+        "describe_slide_encoder": "gigapath.embed.slide_vectors",
+        "embed_slides": "gigapath.embed.job",
+    },
+    (
+        "classification_head",
+        "longnet",
+        "pipeline",
+        "pos_embed",
+        "preprocessing",
+        "slide_encoder",
+        "tile_encoder",
+    ),
 )
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _MODULES:
-        return importlib.import_module(f"gigapath.{name}")
-    raise AttributeError(f"module 'gigapath' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])

@@ -1,19 +1,24 @@
 """PA-LLaVA: pathology vision encoder, scale-invariant connector, language model."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from typing import TYPE_CHECKING, Any
+from pathcore.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from pallava.inference.loading import load_model
+    from pallava.evaluation.runs import evaluate as evaluate
+    from pallava.inference.loading import load_model as load_model
+    from pallava.release.export import export as export
+    from pallava.release.merge import merge as merge
+    from pallava.release.pth_to_hf import convert_checkpoint as convert_checkpoint
 
-__all__ = ["load_model"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports `load_model` on first access, so that `import pallava` does not import torch."""
-    if name == "load_model":
-        from pallava.inference.loading import load_model
-
-        return load_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    "train",
+    {
+        "convert_checkpoint": "pallava.release.pth_to_hf",
+        "evaluate": "pallava.evaluation.runs",
+        "export": "pallava.release.export",
+        "load_model": "pallava.inference.loading",
+        "merge": "pallava.release.merge",
+    },
+)

@@ -2,3 +2,28 @@
 
 `pathcore` imports none of the other packages, so that everything may build on it.
 """
+
+from typing import TYPE_CHECKING
+
+from pathcore.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pathcore.encoders import Encoder as Encoder
+    from pathcore.encoders import create_encoder as create_encoder
+    from pathcore.encoders import get_preset as get_preset
+    from pathcore.encoders import list_encoders as list_encoders
+    from pathcore.weights import CheckpointError as CheckpointError
+    from pathcore.weights import read_state_dict as read_state_dict
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    "train",
+    {
+        "CheckpointError": "pathcore.weights",
+        "Encoder": "pathcore.encoders",
+        "create_encoder": "pathcore.encoders",
+        "get_preset": "pathcore.encoders",
+        "list_encoders": "pathcore.encoders",
+        "read_state_dict": "pathcore.weights",
+    },
+)

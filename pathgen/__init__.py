@@ -1,1 +1,38 @@
-"""PathGen: from slides to image-caption pairs, and from pairs to CLIP models."""
+"""PathGen: selects patches of slides, captions them and trains a CLIP on the captions."""
+
+from typing import TYPE_CHECKING
+
+from pathcore.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pathgen.agents.backends import OpenAIBackend as OpenAIBackend
+    from pathgen.agents.captions import describe as describe
+    from pathgen.agents.captions import revise as revise
+    from pathgen.agents.captions import summarise as summarise
+    from pathgen.agents.local_model import LocalBackend as LocalBackend
+    from pathgen.agents.steps import run_step as run_step
+    from pathgen.annotations import read_annotations as read_annotations
+    from pathgen.clip.class_benchmarks import load_benchmark as load_benchmark
+    from pathgen.clip.recipe import read_recipe as read_recipe
+    from pathgen.clip.training import train_clip as train_clip
+    from pathgen.clip.zero_shot import zero_shot as zero_shot
+    from pathgen.selection.job import select_patches as select_patches
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    "pathgen",
+    {
+        "LocalBackend": "pathgen.agents.local_model",
+        "OpenAIBackend": "pathgen.agents.backends",
+        "describe": "pathgen.agents.captions",
+        "load_benchmark": "pathgen.clip.class_benchmarks",
+        "read_annotations": "pathgen.annotations",
+        "read_recipe": "pathgen.clip.recipe",
+        "revise": "pathgen.agents.captions",
+        "run_step": "pathgen.agents.steps",
+        "select_patches": "pathgen.selection.job",
+        "summarise": "pathgen.agents.captions",
+        "train_clip": "pathgen.clip.training",
+        "zero_shot": "pathgen.clip.zero_shot",
+    },
+)

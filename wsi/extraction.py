@@ -24,7 +24,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from pathcore.files import StrPath, atomic_file, fsync_path
+from pathcore.files import StrPath, atomic_file, fsync_path, sha256_of
 from pathcore.jobs import (
     SKIPPED,
     WORKER_DIED,
@@ -38,7 +38,7 @@ from pathcore.pool import Engine, WorkerDiedError
 from pathcore.rows import encode_row
 from wsi.image_codecs import encoder
 from wsi.reader import Region, Slide, SlideError
-from wsi.requests import PatchRequest, RejectedRow, RequestTable
+from wsi.requests import PatchRequest, RejectedRow, RequestTable, read_coordinate_folder
 from wsi.slide_listing import AmbiguousSlideError, SlideListing, SlideNotFoundError
 
 Layout = Literal["files", "shards"]
@@ -113,12 +113,12 @@ def part_name(number: int) -> str:
 
 
 def extract(
-    rows: Callable[[], Iterable[PatchRequest | RejectedRow]],
+    requests: StrPath | Callable[[], Iterable[PatchRequest | RejectedRow]],
     slides: StrPath,
     out: StrPath,
     *,
-    settings: OutputSettings,
-    source: Mapping[str, Any],
+    settings: OutputSettings | None = None,
+    source: Mapping[str, Any] | None = None,
     mpp: float | None = None,
     workers: int = 1,
     engine: Engine = "process",
@@ -129,13 +129,13 @@ def extract(
     """Extracts patches, with captions if the requests have them.
 
     Args:
-        rows: Function that returns the requests and rejected rows in the order of their source. It
-            is called again if slides are added later.
+        requests: Folder of coordinate files, or a function that returns the requests and rejected
+            rows in the order of their source. It is called again if slides are added later.
         slides: Folder of the slides.
         out: Output folder; a job that was stopped continues in it.
         settings: Layout, image format and size of the parts.
         source: Identifies the requests, for instance by a digest; a folder that was begun with
-            other requests is refused.
+            other requests is refused. Defaults to the digest of the folder of coordinate files.
         mpp: Micrometres per pixel of all slides, overriding the files.
         workers: Number of worker processes.
         engine: `process` or `ray`.
@@ -147,10 +147,21 @@ def extract(
         The report. `manifest.jsonl` in `out` has a row per patch, and one per missing slide.
 
     Raises:
+        FileNotFoundError: If there is no such folder of coordinate files.
+        ValueError: If `requests` is a function and `source` is missing.
         OutputExistsError: If `out` holds something else.
         FolderInUseError: If another run is writing to `out`.
         OSError: If the output cannot be written; run again to continue.
     """
+    if callable(requests):
+        rows = requests
+        if source is None:
+            raise ValueError("source: needed with a function, to identify what it returns")
+    else:
+        folder = requests
+        rows = lambda: read_coordinate_folder(folder)  # noqa: E731
+        source = source or {"sha256": sha256_of(folder), "patch_px": None}
+    settings = settings or OutputSettings()
     listing = SlideListing(slides, exclude=[out])
     inputs = {"operation": "extract", "source": dict(source), **asdict(settings), "mpp": mpp}
     with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:

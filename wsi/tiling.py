@@ -78,6 +78,9 @@ class Tiling:
     spec: PatchSpec
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        return len(self.coords)
+
 
 def tile(
     slide: Slide,

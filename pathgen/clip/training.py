@@ -73,11 +73,18 @@ class StageResult:
     num_skipped: int
 
 
+def start_here(arguments: Sequence[str]) -> int:
+    """Starts one process of this interpreter, without a launcher."""
+    import subprocess
+
+    return subprocess.run([sys.executable, *arguments], check=False).returncode
+
+
 def train_clip(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
-    start: Start,
+    start: Start = start_here,
     num_processes: int = 1,
     num_packers: int = 1,
     device: str | None = None,
@@ -89,7 +96,7 @@ def train_clip(
     Args:
         recipe: Model, initial weights and stages.
         out: Output folder; gets one folder per stage.
-        start: Function that starts the trainer.
+        start: Function that starts the trainer; by default in one process.
         num_processes: Number of processes that `start` starts, on all machines together.
         num_packers: Number of processes that make shards from `pairs.jsonl`.
         device: `cuda` or `cpu`; by default the trainer's choice.
@@ -322,10 +329,3 @@ def _skipped_in_training(folder: Path) -> list[dict[str, Any]]:
     # A process that was killed may have left half a line.
     rows = [row for _, row in read_lines(file) if isinstance(row, dict)]
     return list({(row["shard"], row["id"]): row for row in rows}.values())
-
-
-def start_here(arguments: Sequence[str]) -> int:
-    """Starts one process of this interpreter, without a launcher."""
-    import subprocess
-
-    return subprocess.run([sys.executable, *arguments], check=False).returncode

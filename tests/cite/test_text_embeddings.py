@@ -26,11 +26,9 @@ def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     write_text_embeddings(
         path,
-        torch.randn(3, 8),
-        [0, 1, 1],
-        classes=CLASSES,
-        texts=["a", "b", "c"],
-        encoder={"type": "bert"},
+        TextEmbeddings(
+            torch.randn(3, 8), torch.tensor([0, 1, 1]), CLASSES, ("a", "b", "c"), {"type": "bert"}
+        ),
     )
     return path
 

@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
         *(ROOT / "configs").rglob("README.md"),
     )
 )
-LANGUAGES = ("sh", "python", "json", "yaml", "toml", "text")
+LANGUAGES = ("sh", "python", "pycon", "json", "yaml", "toml", "text")
 _FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```\s*$", flags=re.MULTILINE | re.DOTALL)
 
 

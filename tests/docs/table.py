@@ -45,6 +45,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"pathvqa/images/test", "pathvqa/images"),
     # Endpoints.
     (r"--(endpoint|judge) (URL|https://\S+)", r"--\1 ENDPOINT"),
+    (r'OpenAIBackend\("URL"', 'OpenAIBackend("ENDPOINT"'),
     (r"^OPENAI_API_KEY=\.\.\. ", ""),
 )  # fmt: skip
 """Patterns and what replaces them, applied in this order."""

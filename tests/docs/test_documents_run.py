@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import json
 import os
@@ -41,7 +42,7 @@ def test_every_document_is_in_a_group() -> None:
     with_code = {
         name
         for name in DOCUMENTS
-        if any(block.language in ("sh", "python") for block in blocks(name))
+        if any(block.language in ("sh", "python", "pycon") for block in blocks(name))
     }
     assert with_code <= set(listed), "add the document to GROUPS in tests/docs/worlds.py"
 
@@ -125,14 +126,24 @@ def run_line(line: str, root: Path, server: DescriberServer) -> str | None:
     return f"$ {shlex.join(words)}\nexit code {code}\n{output[-1500:]}"
 
 
-def run_python(text: str, names: dict[str, object]) -> str | None:
+def run_python(text: str, names: dict[str, object], server: DescriberServer) -> str | None:
     """Runs a block; returns what is wrong with it."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(tiny(text), "block", "exec"), names)
+            code = tiny(text).replace("ENDPOINT", server.url)
+            exec(compile(code, "block", "exec"), names)
     except Exception as error:
         return f"{text}\n{type(error).__name__}: {error}"
     return None
+
+
+def run_examples(document: str, lines: str, names: dict[str, object]) -> str | None:
+    """Runs `>>>` lines; returns what differs from the output that the document prints."""
+    test = doctest.DocTestParser().get_doctest(lines, names, document, document, 0)
+    output = io.StringIO()
+    failed = doctest.DocTestRunner().run(test, out=output.write, clear_globs=False).failed
+    names.update(test.globs)
+    return output.getvalue() if failed or not test.examples else None
 
 
 @pytest.mark.slow
@@ -149,11 +160,15 @@ def test_documents_run(
     monkeypatch.chdir(tmp_path)
     problems = []
     for document in (name for name in documents if (ROOT / name).is_file()):
+        session: dict[str, object] = {}  # the examples of a document continue each other
         for block in blocks(document):
             if block.not_run:
                 continue
-            if block.language == "python" and not reason_not_to_run(block.text, python=True):
-                problems.append((document, run_python(block.text, {"__name__": "block"})))
+            if block.language == "pycon":
+                problems.append((document, run_examples(document, block.text, session)))
+            elif block.language == "python" and not reason_not_to_run(block.text, python=True):
+                names: dict[str, object] = {"__name__": "block"}
+                problems.append((document, run_python(block.text, names, endpoint)))
             elif block.language == "sh":
                 for line in lines_of(block.text):
                     if not reason_not_to_run(line):

@@ -219,6 +219,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
         ("README.md", "docs/release.md", "docs/use.md"),
         (slides, selection, training, encoders, cohort, images, quilt, gastric),
     ),
+    "Python": (("docs/python.md",), (slides, selection, clip, gastric, images, evaluation)),
     "slides": (("docs/commands.md", "docs/slides.md", "docs/encoders.md"), (slides, features)),
     "captions": (("docs/captions.md",), (slides, selecting)),
     "datasets": (("docs/datasets.md",), (datasets,)),

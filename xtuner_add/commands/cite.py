@@ -205,7 +205,7 @@ def texts(
     template: tuple[str, ...],
 ) -> None:
     """Write the embeddings of the classes' descriptions to the safetensors file OUT."""
-    from cite.text_embeddings import texts_by_class, write_text_embeddings
+    from cite.text_embeddings import encode_texts, write_text_embeddings
     from cite.text_encoder import build_text_encoder
 
     arguments: dict[str, Any] = {"type": encoder, "model": model}
@@ -221,18 +221,12 @@ def texts(
         arguments["pooling"] = pooling
     with user_errors():
         descriptions = read_json(classes, what="classes")
-        texts, class_ids = texts_by_class(descriptions, template or ("{}",))
-        text_encoder = build_text_encoder(**arguments)
-        content = write_text_embeddings(
-            out,
-            text_encoder.encode(texts),
-            class_ids,
-            classes=list(descriptions),
-            texts=texts,
-            encoder=text_encoder.description,
-        )
+        text_encoder = build_text_encoder(encoder, **arguments)
+        content = encode_texts(text_encoder, descriptions, template or ("{}",))
+        write_text_embeddings(out, content)
     click.echo(
-        f"Wrote {out}: {len(texts)} texts of {len(descriptions)} classes, width {content.width}"
+        f"Wrote {out}: {len(content.texts)} texts of {len(descriptions)} classes, "
+        f"width {content.width}"
     )
 
 

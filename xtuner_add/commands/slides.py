@@ -195,10 +195,6 @@ def extract(
     from wsi.extraction import extract as extract_patches
 
     def rows() -> Iterable[PatchRequest | RejectedRow]:
-        if annotations.is_dir():
-            from wsi.requests import read_coordinate_folder
-
-            return read_coordinate_folder(annotations)
         from pathgen.annotations import PATCH_PX, read_annotations
 
         return read_annotations(annotations, patch_px=patch_px or PATCH_PX)
@@ -211,7 +207,7 @@ def extract(
         if not annotations.exists():
             raise FileNotFoundError(f"annotations {annotations}: no such file or folder")
         report = extract_patches(
-            rows,
+            annotations if annotations.is_dir() else rows,
             slides,
             output,
             settings=OutputSettings(layout, image_format, quality, part_size),  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 import cite.mm  # noqa: F401
 from cite.mm.backbones import PromptedEncoderBackbone
 from cite.mm.heads import ProjectionNeck
-from cite.text_embeddings import write_text_embeddings
+from cite.text_embeddings import TextEmbeddings, write_text_embeddings
 from tests.cite.goldens import CLIP, CLIP_WEIGHTS, FP32, VIT_ARCH, read_arrays
 
 HOSTS = {"mmcls": "ClsDataSample", "mmpretrain": "DataSample"}
@@ -55,7 +55,8 @@ def model_config(text_file: Path, **backbone: Any) -> dict[str, Any]:
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "texts.safetensors"
     embeddings = read_arrays("train3.npz")["text_embeddings"]
-    write_text_embeddings(path, embeddings, [0, 1, 2], classes="abc", texts="abc")
+    content = TextEmbeddings(embeddings, torch.arange(3), tuple("abc"), tuple("abc"))
+    write_text_embeddings(path, content)
     return path
 
 

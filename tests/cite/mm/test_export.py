@@ -15,7 +15,7 @@ from mmengine.config import Config
 import cite.mm  # noqa: F401
 from cite.mm.export import export_classifier, read_preprocessing
 from cite.mm.feature_extraction import build_classifier, build_dataset
-from cite.text_embeddings import write_text_embeddings
+from cite.text_embeddings import TextEmbeddings, write_text_embeddings
 from tests.cite.mm.gastric import make_gastric
 from tests.cite.mm.test_features import make_config
 
@@ -43,10 +43,7 @@ def config_of(kind: str, data: Path, tmp_path: Path) -> Config:
     if kind == "cite":
         write_text_embeddings(
             tmp_path / "t.safetensors",
-            torch.randn(3, 16),
-            [0, 1, 2],
-            classes="abc",
-            texts="abc",
+            TextEmbeddings(torch.randn(3, 16), torch.arange(3), tuple("abc"), tuple("abc")),
         )
         model["backbone"]["prompt_length"] = 2
         model["neck"] = dict(type="ProjectionNeck", in_features=48, out_features=16)

@@ -1,0 +1,47 @@
+"""Attributes of packages that are imported on first access (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def lazy_exports(
+    package: str, extra: str, exports: Mapping[str, str], modules: Iterable[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Returns `__getattr__`, `__dir__` and `__all__` of a package.
+
+    Nothing is imported until an attribute is read, so that `import wsi` costs milliseconds and
+    `import pallava` does not import torch.
+
+    Args:
+        package: `__name__` of the package.
+        extra: Extra of `xtuner-add` with the requirements of the exports; empty if the base
+            installation has them.
+        exports: Exported name -> `module`, or `module:attribute` where the names differ.
+        modules: Names of submodules that are imported on first access.
+    """
+    names = sorted([*exports, *modules])
+
+    def get(name: str) -> Any:
+        if name not in names:
+            # With `name` and `obj`, the traceback suggests the nearest attribute.
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package]
+            )
+        module, _, attribute = exports.get(name, f"{package}.{name}").partition(":")
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not extra or (error.name or "").startswith(package):
+                raise
+            raise ModuleNotFoundError(
+                f"{package}.{name} needs {error.name}, which is not installed: "
+                f'pip install "xtuner-add[{extra}]"',
+                name=error.name,
+            ) from error
+        return found if name in modules else getattr(found, attribute or name)
+
+    return get, lambda: names, names
