@@ -1,6 +1,6 @@
-"""Ground floor of the project: files, jobs, statistics and weights that every package shares.
+"""Code that all packages share: files, jobs, statistics, weights, encoders.
 
-`pathcore` imports none of the other packages, so that everything may build on it.
+`pathcore` imports none of the other packages of this project.
 """
 
 from typing import TYPE_CHECKING

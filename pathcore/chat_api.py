@@ -1,4 +1,4 @@
-"""Clients of OpenAI-compatible endpoints: key, address, and what their refusals mean."""
+"""Clients of OpenAI-compatible endpoints: API key, URL, time limits, interpretation of errors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _FILTER_WORDS = (
 
 
 def api_key() -> str:
-    """Returns the key from the environment, without the line break that shells leave at its end.
+    """Returns the API key from the environment.
 
     Raises:
-        ValueError: If there is none, or no HTTP header could carry it.
+        ValueError: If the variable is not set, or the key is not a valid HTTP header.
     """
+    # Keys read from a file by the shell may end in a line break.
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
         raise ValueError(
@@ -40,10 +41,14 @@ def api_key() -> str:
 
 
 def shown_endpoint(base_url: str) -> str:
-    """Returns an address without user, password and query, for reports and errors.
+    """Returns a URL without user, password and query, for reports and error messages.
 
     Raises:
-        ValueError: If it is not the address of an endpoint.
+        ValueError: If it is not the URL of an endpoint.
+
+    Example:
+        >>> shown_endpoint("https://user:secret@host:8000/v1?key=secret")
+        'https://host:8000/v1'
     """
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -56,14 +61,19 @@ def shown_endpoint(base_url: str) -> str:
 
 
 def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
-    """Opens a client that retries failures, timeouts, 429 and 5xx with growing pauses.
+    """Opens a client that retries connection errors, timeouts, 429 and 5xx with growing pauses.
 
-    A query in the address is sent with each request. Azure's classic endpoints
-    (`https://R.openai.azure.com/openai/deployments/D?api-version=V`) take the key in a header of
-    their own.
+    A query in the URL is sent with each request. For Azure's classic endpoints
+    (`https://R.openai.azure.com/openai/deployments/D?api-version=V`) the key is also sent as
+    `api-key`.
+
+    Args:
+        base_url: URL of the endpoint up to `/v1`.
+        timeout_s: Maximum time in seconds for a reply.
+        max_retries: Number of retries per request.
 
     Raises:
-        ValueError: If the address or the key in the environment cannot be used.
+        ValueError: If the URL or the key in the environment cannot be used.
     """
     from openai import DefaultHttpxClient, OpenAI  # takes a second
 
@@ -88,14 +98,14 @@ def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
 
 
 def _limit_body(timeout_s: float) -> Callable[[Any], None]:
-    """Returns a hook that limits the time in which the body of a response must arrive.
+    """Returns a hook that limits the total time for the body of a response.
 
-    httpx limits the time between two pieces, so that a server which sends a blank now and then
-    holds a request for ever.
+    httpx only limits the time between two chunks, so a server that sends a blank now and then could
+    keep a request open forever.
     """
     from openai import DefaultHttpxClient  # takes a second
 
-    # The client library that this version of openai stands on: httpx, or a fork of it.
+    # Versions of openai use httpx or a fork of it; the hook must raise its timeout to be retried.
     httpx: Any = importlib.import_module(DefaultHttpxClient.__mro__[1].__module__.split(".")[0])
 
     class Limited(httpx.SyncByteStream):  # type: ignore[misc]
@@ -120,13 +130,13 @@ def _limit_body(timeout_s: float) -> Callable[[Any], None]:
 
 
 def is_filtered(error: Exception) -> bool:
-    """Whether an endpoint refused a request because of its content, which is final."""
+    """Returns whether an endpoint rejected the content of a request, so that retries are futile."""
     text = f"{getattr(error, 'code', '')} {getattr(error, 'body', '')} {error}".lower()
     return any(word.lower() in text for word in _FILTER_WORDS)
 
 
 def hint_for(error: Exception, base_url: str) -> str:
-    """Returns what may help against an error of an endpoint, to add to its message."""
+    """Returns a hint to append to the message of an endpoint's error, or an empty string."""
     text = str(error).lower()
     if getattr(error, "status_code", None) == 404 and "/v" not in urlsplit(base_url).path:
         return f"; the URL probably lacks /v1: {base_url.rstrip('/')}/v1"
@@ -138,13 +148,13 @@ def hint_for(error: Exception, base_url: str) -> str:
 
 
 def refusal_of(message: Any) -> str | None:
-    """Returns the `refusal` of a chat message, if the model has refused to answer."""
+    """Returns the `refusal` of a chat message; None if the model answered."""
     refusal = getattr(message, "refusal", None)
     return refusal if isinstance(refusal, str) and refusal.strip() else None
 
 
 def content_of(message: Any) -> str:
-    """Returns the text of a chat message; some gateways send a list of parts."""
+    """Returns the text of a chat message, which some gateways send as a list of parts."""
     content = getattr(message, "content", None)
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]

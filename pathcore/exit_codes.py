@@ -1,13 +1,13 @@
-"""Exit codes that every command of the project returns."""
+"""Exit codes of all commands of the project."""
 
 EXIT_OK = 0
-"""Everything was done."""
+"""The work was completed."""
 
 EXIT_FAILED = 1
 """The work failed; the message says why."""
 
 EXIT_USAGE = 2
-"""The command was used wrongly: an unknown option, a missing file, a config that does not parse."""
+"""Usage error, for instance an unknown option, a missing file or an invalid config."""
 
 EXIT_SKIPPED = 3
-"""The work was done, but some items were skipped; the report says which and why."""
+"""The work was completed, but some inputs were skipped; the report lists them with reasons."""

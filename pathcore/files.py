@@ -15,43 +15,52 @@ from typing import Any, TypeAlias
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 """A path in any form that `open` accepts."""
 
 MAX_NAME_BYTES = 255
-"""Length of the longest file name that common file systems accept."""
+"""Maximum length of a file name on common file systems."""
 
 _LOCK_PATIENCE_S = 3.0
+"""Time to wait for a lock, in seconds; the workers of a killed run need this long to end."""
+
 _PARTIAL_SUFFIX = ".partial"
 _STAGE = ".staged.partial"
 _READ_BYTES = 4 << 20
 
 
 class OutputExistsError(ValueError):
-    """The output path already holds something else."""
+    """Raised if the output path already contains something else."""
 
 
 class FolderInUseError(OutputExistsError):
-    """Another process is working on the folder."""
+    """Raised if another process is working on the folder."""
 
 
 class UnsafeNameError(ValueError):
-    """An id or path from data that must not be used as a file name."""
+    """Raised if an id or path from data cannot safely be used as a file name."""
 
 
 def check_name(name: object, *, room_bytes: int = 0) -> str:
-    """Returns `name` unchanged if it can be used as the name of a file in a folder.
+    """Returns `name` unchanged if it can safely be used as a file name.
 
     Args:
         name: An id read from data.
-        room_bytes: Number of bytes that the caller will add to it, for instance for a suffix.
+        room_bytes: Number of bytes that the caller will append, for instance a suffix.
 
     Raises:
-        UnsafeNameError: If it is not text, is empty, `.` or `..`, is too long, or contains path
+        UnsafeNameError: If it is not a string, is empty, `.` or `..`, is too long, or contains path
             separators, control characters or unpaired surrogates.
+
+    Example:
+        >>> check_name("TCGA-A1-A0SB-01Z")
+        'TCGA-A1-A0SB-01Z'
+        >>> check_name("../secret")
+        Traceback (most recent call last):
+        pathcore.files.UnsafeNameError: id '../secret': '/' is not allowed in a file name
     """
     if not isinstance(name, str):
         raise UnsafeNameError(f"id: expected text, found {type(name).__name__}")
@@ -119,12 +128,12 @@ def atomic_file(path: StrPath, *, partial_name: str | None = None) -> Iterator[P
 def staged_files(folder: StrPath, *, last: str) -> Iterator[Path]:
     """Yields a staging folder whose files are moved into `folder` together at the end.
 
-    `last` names the file without which `folder` does not load. An existing file of that name is
-    deleted first and the new one arrives after all others, so that a kill leaves the old folder,
-    one that does not load, or the new one, but never a mixture that loads.
+    `last` is the file without which `folder` cannot be loaded. An existing file of that name is
+    deleted first, and the new one is moved after all others. A kill therefore leaves the old
+    folder, one that cannot be loaded, or the new one, but never a loadable mixture.
 
     Args:
-        folder: Receives the files; created if needed; other files in it are kept.
+        folder: Target folder; created if needed. Other files in it are kept.
         last: Name of the file that makes the folder loadable; the body must write it.
     """
     folder = Path(folder)
@@ -172,11 +181,11 @@ def read_json(path: StrPath, *, what: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        what: What the file is, for error messages.
+        what: Description of the file, for error messages.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file does not hold a JSON object.
+        ValueError: If the file is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
@@ -210,7 +219,7 @@ def sha256_of(path: StrPath) -> str:
 
 
 def file_identity(path: StrPath) -> list[Any]:
-    """Returns path, size and modification time, which change when an input file is replaced."""
+    """Returns path, size and modification time, to detect that an input file was replaced."""
     status = os.stat(path)
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
@@ -222,13 +231,13 @@ def folder_lock(
     """Holds the lock of an output folder; the operating system releases it when the process dies.
 
     Args:
-        lock_file: Created if needed and never deleted, since deleting a lock file is a race.
-        folder: The folder to name in the error; by default the parent of `lock_file`.
+        lock_file: Lock file; created if needed and never deleted, since a process could then hold
+            the deleted file while another one locks its successor.
+        folder: Folder to name in the error message; by default the parent of `lock_file`.
         shared: Whether other shared locks may be held at the same time.
 
     Raises:
-        FolderInUseError: If another process still holds the lock after a few seconds. The workers
-            of a run that was just killed need that long to notice.
+        FolderInUseError: If another process still holds the lock after 3 seconds.
     """
     if fcntl is None:
         yield

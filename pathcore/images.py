@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 MAX_IMAGE_PIXELS = 400_000_000
-"""Largest image that is decoded, in pixels: 20,000 x 20,000, 1.6 GB as RGB in memory."""
+"""Maximum number of pixels of an image: 20,000 x 20,000, or 1.6 GB as Pillow stores RGB."""
 
 NETWORK_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
-"""Pillow's names of the formats that `decode_image` takes."""
+"""Pillow's names of the formats that `decode_image` accepts."""
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message names the file and the reason."""
+    """Raised if an image cannot be used; the message names file and reason."""
 
 
 def path_inside(folder: Path, name: object) -> Path:
@@ -88,31 +88,39 @@ def image_files(folder: Path) -> list[Path]:
 def image_size(
     path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> tuple[int, int]:
-    """Reads `(width_px, height_px)` from the header alone, without decoding the pixels.
+    """Reads width and height in pixels from the header of an image file.
 
     Args:
         path: The image file.
-        max_pixels: As for `load_image`, which would refuse the image.
+        max_pixels: Maximum number of pixels.
 
     Raises:
-        ImageError: The file is absent, is not an image Pillow knows, or is too large.
+        ImageError: If the file does not exist, is not an image, or is too large.
     """
     with _open(Path(path), max_pixels) as image:
         return image.size
 
 
 def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decodes one image file to RGB.
+    """Decodes an image file to 8-bit RGB.
 
-    Transparent pixels become white, the colour of an empty slide; 16-bit grey is scaled by its
-    full range; of an animated or multi-page file the first frame is taken.
+    Transparent pixels become white, like empty glass. 16-bit grey is scaled by its full range.
+    Only the first frame of an animated or multi-page file is read.
 
     Args:
         path: The image file.
-        max_pixels: Images with more pixels than this are refused instead of filling the memory.
+        max_pixels: Maximum number of pixels; larger images would exhaust the memory.
 
     Raises:
-        ImageError: The file is absent, truncated, too large, or not an image.
+        ImageError: If the file does not exist, is truncated, too large, or not an image.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "patch.png"
+        >>> Image.new("RGBA", (224, 224), (255, 0, 0, 0)).save(file)
+        >>> image = load_image(file)
+        >>> image.size, image.mode, image.getpixel((0, 0))
+        ((224, 224), 'RGB', (255, 255, 255))
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
@@ -122,17 +130,18 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXE
 def decode_image(
     data: bytes, *, name: str = "image", max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """Decodes an image that came over a network to RGB, as `load_image` does a file.
+    """Decodes an image from an untrusted source, such as a request, to 8-bit RGB.
 
-    Only `NETWORK_FORMATS` are tried: decoders that start programs or are hardly tested stay shut.
+    Only `NETWORK_FORMATS` are accepted, because other decoders of Pillow start external programs or
+    are rarely tested.
 
     Args:
-        data: The bytes of an image file.
-        name: What to call it in an error.
-        max_pixels: As for `load_image`.
+        data: Content of an image file.
+        name: Name of the image in error messages.
+        max_pixels: Maximum number of pixels.
 
     Raises:
-        ImageError: The image is truncated, too large, or of no such format.
+        ImageError: If the image is truncated, too large, or of another format.
     """
     with _open(name, max_pixels, io.BytesIO(data), NETWORK_FORMATS) as image:
         return _decode(image, name)
@@ -144,7 +153,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return to_rgb(image, name=name)
     except ImageError:
         raise
-    except Exception as error:  # decoders raise a dozen types, and C libraries their own
+    except Exception as error:  # decoders raise many types, and so do the libraries behind them
         raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
 
 
@@ -153,16 +162,17 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
 
     Args:
         image: A loaded image.
-        name: What to call it in an error.
+        name: Name of the image in error messages.
 
     Raises:
-        ImageError: If floating-point pixels are outside 0..1, or 32-bit ones outside 0..65535, so
-            that their scale is unknown.
+        ImageError: If the scale of the pixels is unknown, because floating-point values lie outside
+            0..1 or 32-bit integers outside 0..65535.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if image.readonly else image
     if image.mode.startswith("I"):
-        # 16-bit greyscale; Pillow's own conversion clips at 255 and returns a white square.
+        # 16-bit greyscale, which Pillow's own conversion clips at 255, so that most images turn
+        # white.
         grey = np.asarray(image, dtype=np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ImageError(
@@ -191,8 +201,8 @@ def _open(
     data: BinaryIO | None = None,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    # Pillow has one limit for the process, refuses at twice that and warns in between. It is only
-    # ever raised to ours, so that threads do not undo each other's.
+    # Pillow's limit is global to the process; it warns above the limit and raises above twice the
+    # limit. It is only raised here and never lowered, so that threads do not undo each other.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -201,8 +211,8 @@ def _open(
         raise ImageError(f"{path}: no such image file") from error
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(path, str(error), max_pixels)) from error
-    except Exception as error:  # as for decoding; a name with a NUL byte is a ValueError
-        # Pillow names the stream that it read by its address in memory.
+    except Exception as error:  # many types, for instance ValueError for a name with a NUL byte
+        # For a stream, Pillow's message would contain its address in memory.
         reason = _reason(error) if data is None else f"none of {', '.join(formats or ())}"
         raise ImageError(f"{str(path)!r}: not a readable image ({reason})") from error
     width_px, height_px = image.size

@@ -1,10 +1,10 @@
-"""A long job that can be stopped and continued: one folder with its state and its output.
+"""Resumable jobs: a folder that contains the output of a long job and its state.
 
 `OUT/.job/` holds the settings of the job, its lock, and one record per finished unit of work (a
-slide, a shard). A record is written after the output that it describes is in place, so that a
-killed job continues with the units that have no record. `finish` joins the records to
-`OUT/manifest.jsonl`, with one row per input, copies the rows of skipped inputs to
-`OUT/skipped.jsonl` and writes the counts to `OUT/report.json`.
+slide, a shard). A record is written after the output that it describes, so that a killed job
+continues with the units that have no record. `finish` joins the records to `OUT/manifest.jsonl`,
+with one row per input, copies the rows of skipped inputs to `OUT/skipped.jsonl` and writes the
+counts to `OUT/report.json`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Task = TypeVar("Task")
 
 
 class UnitError(ValueError):
-    """An input that cannot be processed; the job records it as skipped and goes on.
+    """Raised if an input cannot be processed; the job records it as skipped and continues.
 
     Attributes:
-        reason: A few words, the same for all inputs with this fault.
+        reason: Category of the fault, in a few words.
     """
 
     reason: ClassVar[str] = "cannot be processed"
@@ -58,7 +58,7 @@ class Report:
     """Outcome of a job.
 
     Attributes:
-        written: Number of inputs whose output is in place.
+        written: Number of inputs whose output was written.
         skipped: Number of inputs without output; `skipped.jsonl` lists them.
         reasons: Number of skipped inputs by reason.
         notes: Further counts, for instance of patches that extend beyond the edge of their slide.
@@ -81,17 +81,24 @@ class Report:
 
 
 class JobFolder:
-    """The folder that a job fills, unit by unit; a context manager that holds its lock.
+    """Context manager that holds the lock of a job's output folder.
 
     Args:
-        out: The folder.
-        inputs: Settings that determine the output, as JSON values. A folder begun with other
-            settings is refused.
+        out: Output folder; created if needed.
+        inputs: Settings that determine the output, as JSON values. A folder that was begun with
+            other settings is refused.
         retry_skipped: Whether to repeat the units in which an input was skipped.
 
     Raises:
-        OutputExistsError: If the folder holds something else.
-        FolderInUseError: If another process is filling it.
+        OutputExistsError: If the folder contains something else.
+        FolderInUseError: If another process holds the lock.
+
+    Example:
+        >>> import tempfile
+        >>> with JobFolder(Path(tempfile.mkdtemp()) / "out", {"operation": "example"}) as job:
+        ...     _ = write_record(job.out, "slide_1", [{"slide": "slide_1", "state": WRITTEN}])
+        ...     sorted(job.done()), job.finish().written
+        (['slide_1'], 1)
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class JobFolder:
         self._stack.close()
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Returns the heads of the records of all finished units, by name of the unit."""
+        """Returns the head of each finished unit's record, by name of the unit."""
         heads = {}
         for path in sorted(_records_folder(self.out).glob("*.jsonl")):
             with path.open("rb") as file:
@@ -139,7 +146,7 @@ class JobFolder:
         return heads
 
     def forget(self, unit: str) -> None:
-        """Removes the record of a unit, so that the unit is done again."""
+        """Removes the record of a unit, so that the unit is processed again."""
         (_records_folder(self.out) / f"{unit}.jsonl").unlink(missing_ok=True)
 
     def run(
@@ -156,18 +163,19 @@ class JobFolder:
         gpus_per_task: float = 0,
         progress: bool = True,
     ) -> None:
-        """Does the units of work that have no record yet, with a progress bar.
+        """Processes units of work with a progress bar.
 
         Args:
-            function: Does a unit and returns the head of its record, as `write_record` does.
-            tasks: The tasks of the units that are still to be done.
-            on_death: See `run_tasks`; records the unit that killed its worker, or splits it.
+            function: Function that processes a unit and returns the result of `write_record`.
+            tasks: Tasks of the units that have no record yet.
+            on_death: Function that is called if a unit kills its worker; it records the unit as
+                skipped, or returns tasks to run instead. See `run_tasks`.
             num_inputs: Number of inputs of all units.
-            noun: What an input is, for the progress bar.
-            workers: See `run_tasks`, as for the arguments below.
+            noun: Name of an input, for the progress bar.
+            workers: Number of worker processes.
             engine: `process` or `ray`.
             address: Address of a Ray cluster.
-            gpus_per_task: GPUs that Ray reserves for each unit.
+            gpus_per_task: Number of GPUs that Ray reserves for each unit.
             progress: Whether to show the progress bar.
         """
         num_done = sum(head["written"] + head["skipped"] for head in self.done().values())
@@ -191,7 +199,7 @@ class JobFolder:
         extra_rows: Iterable[Mapping[str, Any]] = (),
         passed_over: Iterable[Mapping[str, Any]] = (),
     ) -> Report:
-        """Joins the records of all units and writes manifest and report.
+        """Joins the records of all units and writes manifest, list of skipped inputs and report.
 
         Args:
             extra_rows: Rows of inputs that belong to no unit. A row with a `count` stands for that
@@ -232,7 +240,7 @@ class JobFolder:
         return report
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of all records, in the order of the names of the units."""
+        """Yields the rows of all records, sorted by name of the unit."""
         yield from (json.loads(line) for line in self._lines())
 
     def _lines(self) -> Iterator[bytes]:
@@ -249,6 +257,7 @@ class JobFolder:
         found = json.loads(path.read_bytes())
         if found == self.inputs:
             return
+        # A run that failed before it wrote anything must not bind the folder to its settings.
         if self._is_untouched():
             for leftover in self.folder.iterdir():
                 if leftover.is_file() and leftover.name != _LOCK:
@@ -263,7 +272,7 @@ class JobFolder:
         )
 
     def _is_untouched(self) -> bool:
-        """Whether the job that began the folder has not written any output yet."""
+        """Returns whether the folder contains neither output nor records."""
         others = (child for child in self.out.iterdir() if child.name != _JOB)
         output = (path for child in others for path in (child, *child.rglob("*")))
         return not any(
@@ -272,23 +281,23 @@ class JobFolder:
 
 
 def is_job_output(folder: Path) -> bool:
-    """Whether a folder is the output of a job."""
+    """Returns whether a folder is the output of a job."""
     return (folder / _JOB / "job.json").is_file()
 
 
 def staging_folder(out: Path) -> Path:
-    """Returns the folder in which workers build output that is not complete yet."""
+    """Returns the folder for output that is not complete yet."""
     return out / _JOB / "staging"
 
 
 def write_record(out: Path, unit: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Records a finished unit; call it when all its outputs are in place.
+    """Records a finished unit; must be called after all its output has been written.
 
     Args:
         out: The folder of the job.
         unit: Name of the unit, a plain file name. Records are joined in the order of these names.
-        rows: One per input, with `state`, and with `reason` if the input was skipped. A written
-            input of which a part was skipped lists the reasons as `incomplete`.
+        rows: One row per input, with `state`, and with `reason` if the input was skipped. If a part
+            of a written input was skipped, `incomplete` lists the reasons.
 
     Returns:
         The head of the record: the numbers of `written`, `skipped` and `incomplete` inputs.

@@ -1,7 +1,7 @@
-"""Runs a function over many tasks, in worker processes or on a Ray cluster.
+"""Runs a function on many tasks, in worker processes or on a Ray cluster.
 
-A worker that dies, because it ran out of memory or a C library aborted, costs the task that it was
-working on and nothing else. That is why even a single worker is a process of its own.
+If a worker dies, because it ran out of memory or a C library aborted, only its current task is
+lost. Even a single worker is therefore a separate process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 Engine = Literal["process", "ray"]
 
 _RAY_WAITING_PER_WORKER = 2
-"""Tasks that Ray is handed in advance, to hide its scheduling latency."""
+"""Number of tasks per worker that are submitted in advance, to hide Ray's scheduling latency."""
 
 _RAY_STORE_BYTES = 128 << 20
 _READY = "ready"
@@ -40,18 +40,18 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     """A tqdm bar without tqdm's monitor thread.
 
     A process with several threads must not fork, since a lock that another thread holds at that
-    moment would stay locked in the child for ever.
+    moment would stay locked in the child forever.
     """
 
     monitor_interval = 0
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker process ended without returning a result."""
+    """Raised if a worker process ends without returning a result."""
 
 
 class _RemoteError(Exception):
-    """Carries the traceback of a worker, as the cause of the exception that it raised."""
+    """Carries the traceback of a worker, as the cause of the exception it raised."""
 
 
 def run_tasks(
@@ -64,25 +64,25 @@ def run_tasks(
     gpus_per_task: float = 0,
     on_death: Callable[[Task, WorkerDiedError], Iterable[Task]] | None = None,
 ) -> Iterator[Result]:
-    """Applies a function to tasks and yields the results in the order in which they arrive.
+    """Applies a function to tasks and yields results in the order in which they are completed.
 
-    Tasks are drawn from `tasks` as workers become free. An exception ends the run after the tasks
-    that are under way have finished.
+    Tasks are taken from `tasks` as workers become idle. If the function raises, running tasks are
+    completed before the exception is raised here.
 
     Args:
-        function: Takes a task. Function, task and result must be picklable.
+        function: Function of a task. Function, tasks and results must be picklable.
         tasks: The tasks.
         workers: Number of worker processes.
-        engine: `process`, or `ray`.
+        engine: `process` or `ray`.
         address: Address of a Ray cluster; by default Ray is started on this machine.
-        gpus_per_task: GPUs that Ray reserves for each task. If not 0, processes are not forked: a
-            forked process cannot use CUDA once its parent has initialised it.
-        on_death: Called with the task that was running in a worker that died; returns tasks to run
-            in its place. By default the death of a worker ends the run.
+        gpus_per_task: Number of GPUs that Ray reserves for each task. If not 0, processes are not
+            forked, since a forked process cannot use CUDA once its parent has initialised it.
+        on_death: Function that is called with the task of a worker that died, and returns tasks to
+            run instead. By default the death of a worker ends the run.
 
     Raises:
-        WorkerDiedError: If a worker dies before it is ready for its first task, or dies on a task
-            and `on_death` is not given.
+        WorkerDiedError: If a worker dies before its first task, or during a task and `on_death` is
+            not given.
         ValueError: If the arguments contradict each other.
     """
     if workers < 1:
@@ -104,9 +104,9 @@ def _raise_death(task: object, error: WorkerDiedError) -> Iterable[Any]:
 
 
 def _context() -> BaseContext:
-    # A forked worker starts at once, with everything imported. But locks of other threads stay
-    # locked in it for ever, and so do those of the thread pool of OpenMP, which `threading` does
-    # not know of and which torch uses unless it runs on one thread.
+    # A forked worker starts immediately, with all modules imported. But locks of other threads stay
+    # locked in it forever. This includes the thread pool of OpenMP, which `threading` does not see
+    # and which torch uses unless it is limited to one thread.
     torch = sys.modules.get("torch")
     single = threading.active_count() == 1 and (torch is None or torch.get_num_threads() == 1)
     can_fork = sys.platform == "linux" and single
@@ -115,7 +115,7 @@ def _context() -> BaseContext:
 
 @dataclass
 class _Worker(Generic[Task]):
-    """A worker process; `task` is a list of at most one, since a task may be None."""
+    """A worker process; `task` is a list of at most one element, since a task may be None."""
 
     process: BaseProcess
     connection: Connection
@@ -135,13 +135,14 @@ def _run_in_processes(
     failure: Exception | None = None
 
     def hand_out() -> None:
-        """Gives every idle worker a task, starting workers as long as there are tasks."""
+        """Gives a task to every idle worker; starts workers while there are more tasks."""
         while failure is None:
             idle = next((w for w in crew if w.ready and not w.task), None)
             starting = sum(not worker.ready for worker in crew)
             if idle is None and (starting or len(crew) == workers):
                 return
-            # Looked up only now, so that no more workers are started than there are tasks.
+            # The next task is fetched before a worker is started, so that there are never more
+            # workers than tasks.
             if not again:
                 again.extend(islice(queue, 1))
             if not again:
@@ -152,7 +153,7 @@ def _run_in_processes(
             try:
                 idle.connection.send((again[0],))
             except (BrokenPipeError, ConnectionResetError):
-                crew.remove(idle)  # it died while it was idle, through no fault of this task
+                crew.remove(idle)  # it died while idle, so this task is not to blame
                 continue
             idle.task.append(again.popleft())
 
@@ -190,13 +191,13 @@ def _run_in_processes(
                         results.append(content)
                     else:
                         failure = failure or content
-                hand_out()  # before the results are yielded: their consumer may take its time
+                hand_out()  # before results are yielded, since their consumer may be slow
             yield from results
     finally:
         for worker in crew:
             if worker.task or not worker.ready:
                 worker.process.kill()
-            else:  # closing the pipe would not do: workers forked later hold copies of its end
+            else:  # closing the pipe is not enough, since workers forked later hold copies of it
                 with contextlib.suppress(BrokenPipeError):
                     worker.connection.send(None)
         for worker in crew:
@@ -225,8 +226,8 @@ def _death_of(process: BaseProcess) -> WorkerDiedError:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """Runs in a worker: answers tasks until the parent sends None."""
-    # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
+    """Main loop of a worker: processes tasks until the parent sends None."""
+    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     connection.send(_READY)
@@ -249,7 +250,7 @@ def _portable(error: Exception) -> Exception:
     remote = _RemoteError("\n" + traceback.format_exc())
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception may refuse pickling, and unpickling, in any manner
+    except Exception:  # pickling or unpickling an exception may raise anything
         copy = RuntimeError(f"{type(error).__name__}: {error}")
     copy.__cause__ = remote
     return _WithCause(copy, remote)
@@ -272,7 +273,7 @@ def _restore(error: Exception, cause: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is gone, even if that was killed with SIGKILL."""
+    """Ends this worker when its parent ends, even if the parent is killed by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -304,14 +305,14 @@ def _run_on_ray(
     if started_here:
         ray.init(**options)
     resources: dict[str, Any] = {}
-    if gpus_per_task:  # workers stay alive, with the model that they have loaded
+    if gpus_per_task:  # keeps workers alive, with the model they have loaded
         resources = {"num_gpus": gpus_per_task, "max_calls": 0}
 
-    def call(task: Task) -> Result:  # Ray takes functions alone, not every callable
+    def call(task: Task) -> Result:  # Ray accepts functions only, not all callables
         return function(task)
 
-    # One retry, because a machine of the cluster may be taken away; a task that kills its worker
-    # twice is to blame itself.
+    # One retry, because a node of the cluster may disappear. A task whose worker dies twice is
+    # blamed itself.
     remote = ray.remote(max_retries=1, **resources)(call)
     queue, again = iter(tasks), deque[Task]()
     pending: dict[Any, Task] = {}

@@ -1,4 +1,4 @@
-"""Processes that work together: one, or those that torchrun or another launcher started."""
+"""Process groups of torch.distributed, for one process or those that a launcher started."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from torch import Tensor, nn
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for the first one, which alone checks slides and writes files."""
+"""Timeout of collectives: the first process alone checks slides, which may take hours."""
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Returns this process's number and the number of processes; `(0, 1)` without a group."""
+    """Returns rank and world size; `(0, 1)` without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def open_gloo_group(timeout: timedelta | None = None) -> None:
-    """Opens the process group that a launcher's variables describe, and closes it at exit.
+    """Joins the gloo process group of the launcher's environment variables; leaves it at exit.
 
     Args:
-        timeout: How long a process waits for the others; torch's default if None.
+        timeout: Timeout of collectives; by default that of torch.
     """
     dist.init_process_group("gloo", timeout=timeout)
     atexit.register(_close_group)
 
 
 def _close_group() -> None:
-    """Closes the group while Python still runs.
+    """Leaves the group while Python still runs.
 
-    gloo's threads abort a process in which they free a tensor after the interpreter ended. A
-    process that failed leaves the group open: the others may be waiting in a collective for ever,
-    and closing would wait with them.
+    gloo's threads abort the process if they free a tensor after the interpreter has ended. After an
+    uncaught exception the group stays open, since other processes may be waiting in a collective
+    and leaving would wait for them.
     """
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
@@ -50,9 +50,9 @@ def _close_group() -> None:
 
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """Concatenates the tensors of all ranks along the first axis, in rank order.
+    """Concatenates tensors of the same shape from all ranks along the first axis, in rank order.
 
-    All must have the same shape. No gradient flows back.
+    The result has no gradient.
     """
     _, world_size = rank_and_world_size()
     if world_size == 1:
@@ -63,28 +63,28 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_with_grad(tensor: Tensor) -> Tensor:
-    """Like `all_gather`, but each part gets the sum of the gradients of all ranks that used it."""
+    """Like `all_gather`, but differentiable: gradients are summed over all ranks."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return tensor
-    # Imported here: it starts RPC machinery that a single process does not need.
+    # Imported here because it initialises RPC, which a single process does not need.
     from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 
     return torch.cat(differentiable_all_gather(tensor.contiguous()))
 
 
 class Ranks:
-    """This process among those of a job; a context manager that joins and leaves the group.
+    """Context manager that joins a process group and leaves it at the end.
 
-    Reads `RANK`, `WORLD_SIZE` and `LOCAL_RANK`; without them the process is alone.
+    Reads `RANK`, `WORLD_SIZE` and `LOCAL_RANK`; without them, there is a single process.
 
     Args:
-        device: `cpu` or `cuda`; by default a GPU where there is one.
+        device: `cpu` or `cuda`; by default a GPU if there is one.
 
     Attributes:
-        rank: Number of the process.
+        rank: Rank of this process.
         world: Number of processes.
-        device: Device of this process; each has a GPU of its own.
+        device: Device of this process; processes of a machine use different GPUs.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -99,7 +99,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files."""
+        """Whether this is the first process, which writes all files."""
         return self.rank == 0
 
     def __enter__(self) -> Ranks:
@@ -122,10 +122,11 @@ class Ranks:
             self._started = False
 
     def first(self, work: Callable[[], Value]) -> Value:
-        """Runs `work` in the first process and returns its result in all; the others wait.
+        """Runs `work` in the first process and returns its result in all processes.
 
         Raises:
-            ValueError: If `work` raised in the first process; has its message.
+            ValueError: In all processes, if `work` raised `ValueError` or `OSError`. Otherwise the
+                others would wait until the timeout.
         """
         if self.world == 1:
             return work()
@@ -150,15 +151,16 @@ class Ranks:
         return found
 
     def share_parameters(self, model: nn.Module) -> None:
-        """Copies the first process's parameters and buffers to all."""
+        """Copies parameters and buffers of the first process to all others."""
         if self.world > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces gradients by their sum over the processes.
+        """Replaces gradients by their sum over all processes.
 
-        A parameter without a gradient in all of them keeps none, so that the optimiser skips it.
+        If no process has a gradient for a parameter, it remains None, so that the optimizer skips
+        the parameter.
         """
         if self.world == 1:
             return
@@ -175,6 +177,6 @@ class Ranks:
             work.wait()
 
     def barrier(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes have reached this point."""
         if self.world > 1:
             dist.barrier()

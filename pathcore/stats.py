@@ -1,9 +1,9 @@
-"""Bootstrap intervals, and scores over many bootstrap draws at once.
+"""Bootstrap intervals, and scores that are vectorised over bootstrap draws.
 
-Scores of a single set of predictions come from scikit-learn. An interval needs them for a thousand
-draws, and scikit-learn's functions take milliseconds a call: a minute for seven classes. Here a
-draw is a row of counts, which says how often each case occurs in it, and a score is computed for
-all draws together. The tests compare every function with scikit-learn's.
+Scores of a single set of predictions come from scikit-learn. Intervals need them for a thousand
+draws, but scikit-learn's functions take milliseconds per call, or a minute in total for seven
+classes. Here a draw is a row with the number of times each case occurs, and a score is computed for
+all draws at once. Tests compare every function with scikit-learn's.
 
 Shapes: R draws, N cases, K classes. Confusion matrices have the true classes in rows.
 """
@@ -30,11 +30,11 @@ def percentile_interval(values: Array, confidence: float = CONFIDENCE) -> Interv
     """Returns the percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
 
     Args:
-        values: `(R,)`, the score in each draw; NaN where a draw does not define it.
-        confidence: Probability that the interval covers.
+        values: Score of each draw `(R,)`; NaN where it is undefined.
+        confidence: Confidence level.
 
     Returns:
-        Lower and upper end; NaN if no draw defines the score.
+        Lower and upper bound; NaN if the score is undefined in all draws.
     """
     if np.isnan(values).all():
         return float("nan"), float("nan")
@@ -50,16 +50,16 @@ def count_interval(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """Returns the 95 % interval of a score that depends on counts only.
+    """Returns the 95 % bootstrap interval of a score that depends on counts only.
 
-    Drawing n cases with replacement is then a multinomial draw of their counts, so nothing of
-    size n is drawn.
+    Drawing n cases with replacement is equivalent to a multinomial draw of the counts, which takes
+    no memory of size n.
 
     Args:
-        counts: How often each case occurred, of any shape, such as a confusion matrix.
-        statistic: Maps counts `(num_resamples, *shape)` to scores `(num_resamples,)`.
-        seed: Seed of the draws.
-        num_resamples: Number of draws.
+        counts: Counts of any shape, such as a confusion matrix.
+        statistic: Function that maps counts `(R, *shape)` to scores `(R,)`.
+        seed: Seed of the bootstrap.
+        num_resamples: Number of draws R.
 
     Raises:
         ValueError: If all counts are zero.
@@ -81,11 +81,12 @@ def count_interval(
 def mean_interval(
     values: Sequence[float] | Array, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """Returns the 95 % interval of a mean.
+    """Returns the 95 % bootstrap interval of a mean.
 
     Raises:
         ValueError: If there are no values.
     """
+    # Counts of distinct values suffice, which is fast for answers that are right or wrong.
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
 
     def mean(draws: Array) -> Array:
@@ -98,13 +99,18 @@ def mean_interval(
 
 
 def confusions(labels: Array, predicted: Array, num_classes: int, counts: Array) -> Array:
-    """Returns the confusion matrix of every draw, `(R, K, K)`.
+    """Returns the confusion matrices `(R, K, K)` of all draws.
 
     Args:
-        labels: int `(N,)`.
-        predicted: int `(N,)`.
-        num_classes: K.
-        counts: `(R, N)`.
+        labels: True classes, int `(N,)`.
+        predicted: Predicted classes, int `(N,)`.
+        num_classes: Number of classes K.
+        counts: Number of times each case occurs in each draw `(R, N)`.
+
+    Example:
+        >>> labels, predicted = np.array([0, 0, 1]), np.array([0, 1, 1])
+        >>> confusions(labels, predicted, 2, counts=np.array([[1, 1, 1], [3, 0, 0]])).tolist()
+        [[[1.0, 1.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 0.0]]]
     """
     cells = labels * num_classes + predicted
     table = np.zeros((len(labels), num_classes**2))
@@ -113,41 +119,41 @@ def confusions(labels: Array, predicted: Array, num_classes: int, counts: Array)
 
 
 def accuracy(matrices: Array) -> Array:
-    """Returns the fraction of cases that are right."""
+    """Returns the fraction of correct cases `(R,)`."""
     return _divide(np.trace(matrices, axis1=-2, axis2=-1), matrices.sum(axis=(-2, -1)))
 
 
 def recalls(matrices: Array) -> Array:
-    """Returns the recall of each class, `(R, K)`; NaN for a class that does not occur."""
+    """Returns the recall of each class `(R, K)`; NaN for classes that do not occur."""
     return _divide(np.diagonal(matrices, axis1=-2, axis2=-1), matrices.sum(axis=-1))
 
 
 def balanced_accuracy(matrices: Array) -> Array:
-    """Returns the mean recall of the classes that occur."""
+    """Returns the mean recall `(R,)` of the classes that occur."""
     support = matrices.sum(axis=-1)
     hits = np.nan_to_num(recalls(matrices))
     return _divide(hits.sum(axis=-1), (support > 0).sum(axis=-1))
 
 
 def weighted_f1(matrices: Array) -> Array:
-    """Returns the mean F1 of the classes, weighted by how often each occurs."""
+    """Returns the mean F1 `(R,)` of all classes, weighted by their frequency."""
     support = matrices.sum(axis=-1)
     return _divide((_f1(matrices) * support).sum(axis=-1), support.sum(axis=-1))
 
 
 def macro_f1(matrices: Array) -> Array:
-    """Returns the mean F1 of the classes that occur."""
+    """Returns the mean F1 `(R,)` of the classes that occur."""
     present = matrices.sum(axis=-1) > 0
     return _divide(np.where(present, _f1(matrices), 0.0).sum(axis=-1), present.sum(axis=-1))
 
 
 def kappa(matrices: Array, *, quadratic: bool = False) -> Array:
-    """Returns Cohen's kappa, the agreement beyond that of the margins.
+    """Returns Cohen's kappa `(R,)`, the agreement beyond chance.
 
     Args:
-        matrices: `(R, K, K)`.
-        quadratic: Whether a confusion weighs as the squared distance of the classes (Cohen 1968,
-            doi:10.1037/h0026256) and not the same for all (Cohen 1960,
+        matrices: Confusion matrices `(R, K, K)`.
+        quadratic: Whether confusions are weighted by the squared difference of class indices (Cohen
+            1968, doi:10.1037/h0026256) instead of equally (Cohen 1960,
             doi:10.1177/001316446002000104).
     """
     numbers = np.arange(matrices.shape[-1])
@@ -168,25 +174,39 @@ def _f1(matrices: Array) -> Array:
 
 
 def count_draws(draws: Array, num_cases: int) -> Array:
-    """Turns drawn case numbers `(R, size)` into counts `(R, N)` of float64."""
+    """Counts how often each case was drawn.
+
+    Args:
+        draws: Indices of the drawn cases, int `(R, size)`.
+        num_cases: Number of cases N.
+
+    Returns:
+        float64 `(R, N)`.
+
+    Example:
+        >>> count_draws(np.array([[0, 0, 2], [1, 2, 2]]), 3).tolist()
+        [[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]
+    """
+    # Offsets give each draw its own bins, so that one bincount counts all draws.
     offsets = np.arange(len(draws))[:, None] * num_cases
     flat = np.bincount((draws + offsets).ravel(), minlength=len(draws) * num_cases)
     return flat.reshape(len(draws), num_cases).astype(np.float64)
 
 
 def auroc(positive: Array, scores: Array, counts: Array) -> Array:
-    """Returns the area under the ROC curve of every draw.
+    """Returns the area under the ROC curve of each draw.
 
-    That is the fraction of pairs of a positive and a negative case in which the positive scores
-    higher, with ties counting half (Hanley and McNeil 1982, doi:10.1148/radiology.143.1.7063747).
+    This equals the fraction of pairs of a positive and a negative case in which the positive case
+    has the higher score, where ties count half (Hanley and McNeil 1982,
+    doi:10.1148/radiology.143.1.7063747).
 
     Args:
-        positive: bool `(N,)`.
+        positive: Whether each case is positive, bool `(N,)`.
         scores: float `(N,)`.
-        counts: `(R, N)`.
+        counts: Number of times each case occurs in each draw `(R, N)`.
 
     Returns:
-        `(R,)`; NaN where a draw lacks positive or negative cases.
+        `(R,)`; NaN for draws without positive or without negative cases.
     """
     hits, misses = _by_score(positive, scores, counts)
     above = np.cumsum(hits, axis=1) - hits
@@ -195,15 +215,17 @@ def auroc(positive: Array, scores: Array, counts: Array) -> Array:
 
 
 def average_precision(positive: Array, scores: Array, counts: Array) -> Array:
-    """Returns the sum over thresholds of the gain in recall times the precision.
+    """Returns the average precision of each draw.
+
+    This is the sum over thresholds of the increase in recall times the precision.
 
     Args:
-        positive: bool `(N,)`.
+        positive: Whether each case is positive, bool `(N,)`.
         scores: float `(N,)`.
-        counts: `(R, N)`.
+        counts: Number of times each case occurs in each draw `(R, N)`.
 
     Returns:
-        `(R,)`; NaN where a draw lacks positive or negative cases.
+        `(R,)`; NaN for draws without positive or without negative cases.
     """
     hits, misses = _by_score(positive, scores, counts)
     found = np.cumsum(hits, axis=1)
@@ -213,7 +235,11 @@ def average_precision(positive: Array, scores: Array, counts: Array) -> Array:
 
 
 def _by_score(positive: Array, scores: Array, counts: Array) -> tuple[Array, Array]:
-    """Returns counts of positives and negatives `(R, T)` at each score, from the highest."""
+    """Returns the numbers of positives and negatives at each distinct score, highest first.
+
+    Both have shape `(R, T)` for T distinct scores. Grouping equal scores is what makes ties count
+    half.
+    """
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     counts, positive = counts[:, order].astype(np.float64), positive[order]

@@ -1,9 +1,9 @@
-"""Reads checkpoints without running code in them, and loads them completely or not at all.
+"""Reads checkpoints without executing code in them, and loads them strictly.
 
-`read_state_dict` takes the containers in which weights are published: safetensors, `torch.save` in
-its zip and its older format, TorchScript (OpenAI's CLIP), Hugging Face folders with or without
-shards and DeepSpeed ZeRO-1/2 folders. `load_strict` copies them into a module and names every
-tensor that is missing, unexpected or of another shape.
+`read_state_dict` reads the containers in which weights are published: safetensors, both formats of
+`torch.save`, TorchScript (OpenAI's CLIP), Hugging Face folders with or without shards, and
+DeepSpeed ZeRO-1/2 folders. `load_strict` copies tensors into a module and reports all that are
+missing, unexpected or of a different shape.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathcore.files import atomic_file
 StateDict = dict[str, Tensor]
 
 ZERO_MODEL_FILE = "mp_rank_00_model_states.pt"
-"""Where DeepSpeed ZeRO-1 and ZeRO-2 keep the unpartitioned parameters, under the key `module`."""
+"""File with the unpartitioned parameters of DeepSpeed ZeRO-1 and ZeRO-2, under the key `module`."""
 
 _ZERO3_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _FOLDER_FILES = (
@@ -44,12 +44,12 @@ _FOLDER_FILES = (
     "adapter_model.bin",
 )
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher", "student")
-"""Keys under which trainers store the weights: MMEngine and Lightning, plain torch, MAE and timm,
-DeepSpeed, DINO. DINO evaluates its teacher (an average of the student), so that goes first.
-`model_ema` is missing on purpose: which of two sets of weights is wanted is the caller's choice."""
+"""Keys under which trainers store weights: MMEngine and Lightning, plain torch, MAE and timm,
+DeepSpeed, DINO. `teacher` precedes `student`, because DINO evaluates its teacher. `model_ema` is
+omitted on purpose: callers must choose between two sets of weights."""
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
+"""Prefixes that DistributedDataParallel and torch.compile add to every name."""
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _SHOWN_NAMES = 20
@@ -77,41 +77,41 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 
 
 _FOLDER_FLAG = 0x10
-"""Of MS-DOS, in the attributes of an archive's entry."""
+"""Directory flag of MS-DOS in the attributes of a zip entry."""
 
 _DAMAGED_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
-    NotImplementedError,  # an unknown compression or version, as a changed byte may claim
+    NotImplementedError,  # unknown compression or version, for instance by a changed byte
     OverflowError,
     OSError,
-    RuntimeError,  # zipfile: an entry that claims to be encrypted
+    RuntimeError,  # an entry that is marked as encrypted
     struct.error,
     ValueError,
 )
-"""What zipfile raises for damaged archives."""
+"""Exceptions that zipfile raises for damaged archives."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that does not fit the model it is loaded into."""
+    """Raised if a checkpoint cannot be read or does not fit the model."""
 
 
 def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
-    """Reads the tensors of a checkpoint into one flat dictionary on the CPU.
+    """Reads the tensors of a checkpoint into a flat dictionary on the CPU.
 
-    The content decides on the format, not the suffix. Optimizer states, arguments and other
-    entries beside the weights are dropped, as are the prefixes `module.` and `_orig_mod.`.
+    The format is recognised by content, not by suffix. Optimizer states, arguments and other
+    entries are dropped, and the prefixes `module.` and `_orig_mod.` are removed.
 
     Args:
-        path: A file; a Hugging Face folder, sharded or not, model or adapter; or a DeepSpeed
+        path: A file, a Hugging Face folder (sharded or not, model or adapter), or a DeepSpeed
             ZeRO-1/2 folder.
-        mmap: Whether tensors of a `torch.save` file stay on disk until they are used. The file
-            must then not change as long as the tensors live.
+        mmap: Whether to memory-map a `torch.save` file. The file must not change while the tensors
+            are in use.
 
     Raises:
-        FileNotFoundError: If nothing exists at `path`.
-        CheckpointError: If it is no checkpoint, or holds objects that are not allowed.
+        FileNotFoundError: If `path` does not exist.
+        CheckpointError: If it is not a checkpoint, or contains objects that are not allowed.
 
     Example:
         >>> import tempfile
@@ -129,29 +129,29 @@ def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> Stat
     if container == "safetensors":
         return _read_safetensors(path)
     if container == "torchscript":
-        # Only deserialises: the methods of the archive are compiled but not called.
+        # This only deserialises; methods in the archive are compiled but not called.
         tensors = dict(torch.jit.load(path, map_location="cpu").state_dict())
         check_plain(tensors, path)
         return tensors
     if container in ("zip", "deflated") and not mmap:
         _check_archive(path)
-    # What was packed again with compression cannot be mapped: torch would take the compressed
-    # bytes for the values.
+    # Archives that were repacked with compression cannot be memory-mapped: torch would interpret
+    # the compressed bytes as values.
     return _unwrap(_torch_load(path, mmap=mmap and container == "zip"), path)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """Reads everything that a `torch.save` file holds: tensors and a few harmless types.
+    """Reads the whole content of a `torch.save` file: tensors and a few harmless types.
 
     Raises:
-        CheckpointError: If it is no such file, or holds objects that are not allowed.
+        CheckpointError: If it is not such a file, or contains objects that are not allowed.
     """
     path = Path(path)
     return _torch_load(path, mmap=recognise_container(path) == "zip")
 
 
 def write_state_dict(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
-    """Writes tensors to a `.safetensors` file, or under `state_dict` to a `.pth` or `.pt` file.
+    """Writes tensors to a `.safetensors` file, or under the key `state_dict` to `.pth` or `.pt`.
 
     Raises:
         ValueError: If `path` has another suffix.
@@ -159,7 +159,7 @@ def write_state_dict(path: str | os.PathLike[str], state_dict: Mapping[str, Tens
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{path}: a name that ends in .safetensors, .pth or .pt expected")
-    # Safetensors refuses tensors that share memory, as the chunks of one tensor do.
+    # Safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with atomic_file(path) as partial:
         if path.suffix == ".safetensors":
@@ -176,23 +176,29 @@ def load_strict(
     source: str | os.PathLike[str] = "checkpoint",
     hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> None:
-    """Copies a state dict into a module; every name and every shape must agree.
+    """Copies a state dict into a module; all names and shapes must match.
 
     Args:
-        module: Takes the tensors. Parameters on the meta device are replaced.
-        state_dict: Tensors under the names of `module.state_dict()`.
-        what: What the module is, for the error.
-        source: Where the tensors come from, for the error.
-        hint: Returns a sentence that is added to the error, for example which architecture the
-            tensors seem to belong to.
+        module: The module. Parameters on the meta device are replaced.
+        state_dict: Tensors with the names of `module.state_dict()`.
+        what: Description of the module, for error messages.
+        source: Origin of the tensors, for error messages.
+        hint: Function that maps `state_dict` to advice for the error message, for example which
+            architecture the tensors belong to.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape. The module is
-            then unchanged.
+        CheckpointError: If a tensor is missing, unexpected or of a different shape. The module is
+            unchanged then.
+
+    Example:
+        >>> weights = {"weight": torch.zeros(2, 4)}
+        >>> load_strict(nn.Linear(3, 2), weights, what="classifier")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        pathcore.weights.CheckpointError: checkpoint does not fit the classifier: 1 missing, ...
     """
     expected = module.state_dict()
     check_names(expected, state_dict, what=what, source=source, hint=hint)
-    # There is nothing to copy into on the meta device, so those parameters are assigned.
+    # Tensors on the meta device have no memory to copy into.
     assign = any(tensor.is_meta for tensor in expected.values())
     module.load_state_dict(dict(state_dict), strict=True, assign=assign)
 
@@ -208,7 +214,8 @@ def check_names(
     """Compares the names and shapes of two state dicts.
 
     Raises:
-        CheckpointError: If they differ; lists the missing, unexpected and misshapen tensors.
+        CheckpointError: If they differ. The message lists tensors that are missing, unexpected or
+            of a different shape.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -229,10 +236,10 @@ def check_names(
 
 
 def check_finite(state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Refuses weights with NaN or infinite values, which every output would inherit.
+    """Checks that all weights are finite.
 
     Raises:
-        CheckpointError: If a tensor holds one; names the tensor.
+        CheckpointError: If a tensor has NaN or infinite values. The message names it.
     """
     for name, tensor in state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -247,21 +254,21 @@ def check_loading_report(
     source: str | os.PathLike[str],
     unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Checks what `from_pretrained(..., output_loading_info=True)` of transformers returned.
+    """Checks the info returned by transformers' `from_pretrained(..., output_loading_info=True)`.
 
-    transformers draws missing tensors at random and only logs a warning. Unexpected tensors of a
-    head that the module does not have are harmless (a BERT for masked language modelling); those
-    of a part that it has, such as further layers, are not.
+    transformers initialises missing tensors at random and only logs a warning. Unexpected tensors
+    are harmless if they belong to a head that the module does not have, as in a BERT for masked
+    language modelling, but not if they belong to a part that it has, such as further layers.
 
     Args:
         report: The loading info.
-        module: What was loaded.
-        what: Its name, for the error.
-        source: Where it was loaded from, for the error.
-        unused: Whether a tensor of this name does not matter.
+        module: The loaded module.
+        what: Description of the module, for error messages.
+        source: Origin of the weights, for error messages.
+        unused: Function that returns whether a tensor of this name can be ignored.
 
     Raises:
-        CheckpointError: If tensors were missing, unexpected or of another shape.
+        CheckpointError: If tensors were missing, unexpected or of a different shape.
     """
     own_parts = {name for name, _ in module.named_children()}
     base = f"{getattr(module, 'base_model_prefix', '')}."
@@ -270,9 +277,9 @@ def check_loading_report(
         name
         for name in report.get("unexpected_keys", ())
         if name.removeprefix(base).split(".")[0] in own_parts
-        and not (unused(name) or name.endswith(".position_ids"))  # a constant of older versions
+        and not (unused(name) or name.endswith(".position_ids"))  # stored by older versions
     )
-    # Names alone, or names with both shapes: it depends on the version of transformers.
+    # Depending on the version of transformers, an entry is a name or a name with both shapes.
     misshapen = [
         entry
         if isinstance(entry, str)
@@ -313,16 +320,22 @@ def strip_prefix_to_fit(
     expected: Iterable[str],
     prefixes: Iterable[str] | None = None,
 ) -> StateDict:
-    """Removes the prefix of a larger model if the names then fit better, else changes nothing.
+    """Extracts the part of a larger model whose names fit best, and removes its prefix.
 
-    A DINO teacher stores its encoder as `backbone.*` beside `head.*`, sentence-transformers a BERT
-    as `0.auto_model.*`. With a prefix removed, the tensors outside of it are dropped. Two prefixes
-    that fit equally well (the towers of a CLIP) change nothing: choosing would be a guess.
+    For example, a DINO teacher stores its encoder as `backbone.*` beside `head.*`, and
+    sentence-transformers stores a BERT as `0.auto_model.*`. Tensors without the prefix are dropped.
+    If two prefixes fit equally well, such as the towers of a CLIP, the tensors are returned
+    unchanged, since choosing one would be a guess.
 
     Args:
         state_dict: The checkpoint.
-        expected: Names of the model to load into.
-        prefixes: The only candidates, of which the first of equals is taken; by default any.
+        expected: Names of the tensors of the model to load into.
+        prefixes: Candidates, of which the first wins a tie; by default any prefix.
+
+    Example:
+        >>> checkpoint = {"backbone.norm.weight": torch.ones(4), "head.weight": torch.ones(4)}
+        >>> list(strip_prefix_to_fit(checkpoint, ["norm.weight"]))
+        ['norm.weight']
     """
     wanted = set(expected)
     counts: Counter[str] = Counter()
@@ -345,22 +358,23 @@ def strip_prefix_to_fit(
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Joins names with commas and cuts long lists."""
+    """Joins names with commas; shortens lists of more than 20 names."""
     names = list(names)
     more = f", ... {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return f"{', '.join(names[:_SHOWN_NAMES])}{more}"
 
 
 def is_file_name(value: str) -> bool:
-    """Whether a text names an entry of a folder itself and not another place."""
+    """Returns whether a string is the name of an entry of a folder, not a path."""
     return value not in ("", ".", "..") and Path(value).name == value
 
 
 def check_plain(names: Iterable[object], source: str | os.PathLike[str]) -> None:
-    """Refuses tensor names that a tool which writes one file per tensor could follow elsewhere.
+    """Checks that tensor names are safe for tools that write one file per tensor.
 
     Raises:
-        CheckpointError: If a name is no text, or holds a path separator or control characters.
+        CheckpointError: If a name is not a string, or contains `..`, path separators or control
+            characters.
     """
     for name in names:
         if not isinstance(name, str) or not name or _NOT_IN_NAMES.search(name):
@@ -377,10 +391,10 @@ def read_shard_index(index: Path) -> dict[str, Path]:
         index: `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
 
     Returns:
-        The file of every tensor, by name.
+        The file of each tensor, by name.
 
     Raises:
-        CheckpointError: If it is damaged, or a shard is missing or is outside the folder.
+        CheckpointError: If the index is damaged, or a shard is missing or outside the folder.
     """
     try:
         weight_map = {
@@ -432,13 +446,14 @@ def _read_shards(index: Path, mmap: bool) -> StateDict:
 
 
 def recognise_container(file: Path) -> str:
-    """Returns what a file is: by its content, not by its suffix.
+    """Recognises the format of a checkpoint by content, not by suffix.
 
-    One of `safetensors`, `zip`, `deflated` (a zip with compression), `torchscript` and `pickle`
-    (torch before 1.6).
+    Returns:
+        `safetensors`, `zip`, `deflated` (a zip with compression), `torchscript`, or `pickle` (torch
+        before 1.6, and anything unknown).
 
     Raises:
-        CheckpointError: If the content is something else that is easily named.
+        CheckpointError: If the file is empty or of a known other format, such as HTML.
     """
 
     def refuse(found: str) -> CheckpointError:
@@ -465,14 +480,13 @@ def _recognise_archive(file: Path) -> str:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             deflated = any(entry.compress_type for entry in archive.infolist())
-            # torch reads nothing for an entry marked as a folder, and returns what happened to be
-            # in memory there.
+            # For entries marked as folders torch reads nothing and returns uninitialised memory.
             folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER_FLAG]
     except _DAMAGED_ARCHIVE as error:
         raise _damaged(file, error) from error
     if folders and any(not name.endswith("/") for name in folders):
         raise _damaged(file, f"{folders[0]} is marked as a folder")
-    # Archives of TorchScript have data.pkl too, so constants.pkl decides.
+    # TorchScript archives also contain data.pkl, but only they contain constants.pkl.
     if any(name.split("/")[1:2] == ["constants.pkl"] for name in names):
         return "torchscript"
     if any(name.split("/")[-1] == "data.pkl" for name in names):
@@ -487,7 +501,7 @@ def _recognise_archive(file: Path) -> str:
 
 
 def _check_archive(file: Path) -> None:
-    """Compares an archive with the checksums in it, which torch does not look at."""
+    """Verifies the checksums of an archive, which torch ignores."""
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
@@ -517,9 +531,9 @@ def _torch_load(file: Path, *, mmap: bool) -> Any:
         with _allowing(safe_types()):
             if mmap and file.suffix != ".safetensors":
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            with open(file, "rb") as opened:  # given a path, torch.load would go by the suffix
+            with open(file, "rb") as opened:  # for a path, torch.load would go by the suffix
                 return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types here; all mean the same to a user
+    except Exception as error:  # torch raises many types, all of which mean the same to a user
         reason = str(error) or type(error).__name__
         refused = re.search(r"GLOBAL ([\w.]+) was not an allowed", reason)
         if refused is not None:
@@ -532,7 +546,10 @@ def _torch_load(file: Path, *, mmap: bool) -> Any:
 
 @contextmanager
 def _allowing(types: list[Any]) -> Iterator[None]:
-    """Like `torch.serialization.safe_globals`, which also forgets what was allowed before."""
+    """Allows types for unpickling within a context, and keeps those that were allowed before.
+
+    `torch.serialization.safe_globals` forgets the latter when it ends.
+    """
     before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(types)
     try:
@@ -543,7 +560,7 @@ def _allowing(types: list[Any]) -> Iterator[None]:
 
 
 def _unwrap(loaded: Any, file: Path) -> StateDict:
-    # Wrappers nest: DINOv2 trainers store {"teacher": {...}}, Lightning {"state_dict": {...}}.
+    # Wrappers may be nested. DINOv2 stores {"teacher": {...}}, Lightning {"state_dict": {...}}.
     for _ in range(len(_WRAPPERS)):
         if not isinstance(loaded, Mapping):
             break
@@ -567,7 +584,7 @@ def _unwrap(loaded: Any, file: Path) -> StateDict:
 
 
 class _Opaque:
-    """Stands in for a class whose content is never used, so that it need not be imported."""
+    """Stand-in for classes whose content is not used, so that they are not imported."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         del args, kwargs
@@ -577,21 +594,24 @@ class _Opaque:
 
 
 class _PlainDict:
-    """Stands in for a dict class: torch fills items only into dict and OrderedDict themselves."""
+    """Stand-in for dict classes; torch's unpickler sets items only in dict and OrderedDict."""
 
     def __new__(cls, *args: object, **kwargs: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        del args, kwargs  # a defaultdict passes its factory, a ConfigDict its entries
+        del args, kwargs  # the factory of a defaultdict, the entries of a ConfigDict
         return OrderedDict()
 
 
 class _History(_Opaque):
-    """MMEngine's log history refers to its four statistics by `getattr(HistoryBuffer, name)`."""
+    """Stand-in for MMEngine's log history, whose pickle looks up four statistics by `getattr`."""
 
     mean = max = min = current = None
 
 
 def _statistics_getattr(owner: object, name: str) -> object:
-    """Stands in for `builtins.getattr` and answers for MMEngine's four log statistics only."""
+    """Stand-in for `builtins.getattr` that only supports MMEngine's four log statistics.
+
+    The real `getattr` would let a pickle reach arbitrary functions.
+    """
     is_history = owner is _History or (
         isinstance(owner, type) and f"{owner.__module__}.{owner.__qualname__}" == _HISTORY
     )
@@ -601,15 +621,15 @@ def _statistics_getattr(owner: object, name: str) -> object:
 
 
 def _empty_bytes() -> bytes:
-    """Stands in for `builtins.bytes`, by whose call pickle protocol 2 writes an empty array.
+    """Stand-in for `builtins.bytes`, which pickle protocol 2 calls for empty arrays.
 
-    Without arguments only: `bytes(10**12)` would fill the memory.
+    It takes no arguments, because `bytes(10**12)` would exhaust the memory.
     """
     return b""
 
 
 def numpy_safe_types() -> list[Any]:
-    """Returns the pieces of numpy arrays and scalars, as numpy 1 and 2 name them."""
+    """Returns the types in pickles of numpy arrays and scalars, with names of numpy 1 and 2."""
     multiarray = importlib.import_module(
         "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
     )
@@ -634,8 +654,8 @@ _SETTINGS = (
     "omegaconf.nodes.AnyNode",
     "typing.Any",
 )
-"""Classes of settings that training scripts store beside the weights (MAE, RETFound, HIPT and DINO
-an `argparse.Namespace`). They are read into stand-ins, never imported or called."""
+"""Classes of settings that training scripts store with the weights; MAE, RETFound, HIPT and DINO
+store an `argparse.Namespace`. They are replaced by stand-ins, never imported or called."""
 
 _SETTINGS_DICTS = (
     "collections.defaultdict",
@@ -649,18 +669,18 @@ _SETTINGS_DICTS = (
 
 
 def safe_types(history_type: type = _History) -> list[Any]:
-    """Returns what a training checkpoint may hold besides tensors, for `torch.serialization`.
+    """Returns the types that a checkpoint may contain besides tensors, for `torch.serialization`.
 
     Args:
-        history_type: Built for MMEngine's `HistoryBuffer`; the real class when a run is resumed,
-            a stand-in when only the tensors are wanted.
+        history_type: Class for MMEngine's `HistoryBuffer`: the real one to resume a run, or a
+            stand-in to read tensors only.
     """
     return [
         *numpy_safe_types(),
         (history_type, _HISTORY),
         (_statistics_getattr, "builtins.getattr"),
         *(dict, list, int, float, str, bool),  # factories of a defaultdict, types of a field
-        # An IntEnum: the stage says how the optimizer files are cut, so its value is needed.
+        # An IntEnum, read as int because its value says how optimizer states are partitioned.
         (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
         *((_Opaque, name) for name in _SETTINGS),
         *((_PlainDict, name) for name in _SETTINGS_DICTS),

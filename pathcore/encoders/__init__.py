@@ -1,6 +1,13 @@
-"""Image and image-text encoders of pathology by name, each with its own transform.
+"""Image and image-text encoders for pathology by name, each with its own transform.
 
-Importing this package imports no torch; building an encoder does.
+Importing this package does not import torch; building an encoder does.
+
+Example:
+    >>> list_encoders("uni2")
+    ['uni2-h']
+    >>> preset = get_preset("uni")
+    >>> preset.hub, preset.embed_dim, preset.transform.output_px
+    ('MahmoodLab/UNI', 1024, 224)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Whether an encoder can be built here and now, found out without building it."""
+"""Checks whether an encoder can be built on this machine, without building it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a preset can be built.
+    """Result of checking a preset.
 
     Attributes:
-        name: The preset.
-        ready: Whether `create_encoder(name)` would find its library and its weights on this disk.
-        reason: Why, or what is missing and how to get it.
+        name: Name of the preset.
+        ready: Whether `create_encoder(name)` would find library and weights on this machine.
+        reason: Where the weights are, or what is missing and how to get it.
     """
 
     name: str
@@ -29,10 +29,10 @@ class Availability:
 
 
 def availability(name: str) -> Availability:
-    """Finds out whether a preset can be built with what is on this machine.
+    """Checks whether library and weights of a preset are on this machine.
 
     Raises:
-        UnknownEncoderError: If the name is no preset.
+        UnknownEncoderError: If the preset is unknown.
     """
     preset = get_preset(name)
     module = preset.package or _IMPORTS[preset.library]

@@ -1,13 +1,13 @@
-"""Builds an encoder from its name and computes its features.
+"""Builds encoders by name and computes their features.
 
-The grammar of names, the same in every command:
+All commands accept these names:
 
 - ``uni2-h``: a preset, with weights from the Hugging Face hub
-- ``uni2-h@/path/to/weights``: a preset with weights from a file or a folder
-- ``timm:vit_base_patch16_224.augreg_in21k``: a model of timm, with ``@FILE`` its weights
+- ``uni2-h@/path/to/weights``: a preset with weights from a file or folder
+- ``timm:vit_base_patch16_224.augreg_in21k``: a model of timm, optionally with weights ``@FILE``
 - ``hf:owner/name`` or ``hf:/path/to/folder``: a model of transformers
 - ``open_clip:ViT-B-16@laion2b_s34b_b88k``: a model of open_clip with a tag or a file of weights
-- ``/path/to/folder``: a folder that one of the three libraries wrote
+- ``/path/to/folder``: a folder written by one of these libraries
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _NOT_WEIGHTS = ("context_length", "input_resolution", "vocab_size")
-"""Numbers that OpenAI's archives store among the weights."""
+"""Entries of OpenAI's archives that are not weights."""
 
 
 @dataclass(frozen=True)
 class EncoderName:
-    """A parsed name.
+    """A parsed encoder name.
 
     Attributes:
         library: `preset`, `timm`, `hf`, `open_clip` or `folder`.
-        model: Name of the preset, the model or the folder.
-        weights: File, folder or tag behind the `@`; empty without one.
+        model: Name of the preset or model, or path of the folder.
+        weights: File, folder or tag after the `@`; empty if there is none.
     """
 
     library: str
@@ -75,11 +75,12 @@ class EncoderName:
 
     @classmethod
     def parse(cls, text: str) -> EncoderName:
-        """Reads a name; see the head of this module for the grammar.
+        """Parses a name; the module docstring describes the grammar.
 
         Raises:
-            EncoderError: If it is empty or names an unknown library.
-            UnknownEncoderError: If it is no preset and no folder; suggests the nearest presets.
+            EncoderError: If the name is empty, or names an unknown library or a missing folder.
+            UnknownEncoderError: If it is neither a preset nor a folder. The message suggests
+                similar presets.
 
         Example:
             >>> EncoderName.parse("uni2-h@weights/uni2.bin")
@@ -91,7 +92,7 @@ class EncoderName:
             raise EncoderError("encoder: the name is empty")
         library, colon, rest = text.partition(":")
         if colon and library in _LIBRARIES:
-            # A folder may hold an @ in its name; a model of timm and open_clip cannot.
+            # The name of a folder may contain an @, that of a model cannot.
             folder = library == "hf" and Path(rest).expanduser().exists()
             model, _, weights = (rest, "", "") if folder else rest.partition("@")
             if not model:
@@ -116,17 +117,18 @@ class EncoderName:
 
 @dataclass(frozen=True)
 class Network:
-    """A network and how to read it: what an `Encoder` is built from.
+    """A network with the functions that compute its features.
 
     Attributes:
         module: The network, on the CPU and in evaluation mode.
-        features: `(batch, 3, height, width)` to `(batch, embed_dim)`, as the field means the name.
-        transform: From images to `pixel_values`.
+        features: Maps `pixel_values` `(batch, 3, height, width)` to features `(batch, embed_dim)`.
+        transform: Maps images to `pixel_values`.
         embed_dim: Length of the features.
-        files: Files of weights; empty where a library fetched them by itself.
-        joint: The image's side of the space that images and texts share.
-        texts: Texts to `(num_texts, dim)` of that space.
-        tower: The part for images, which shares the weights of `module`; None if that is all.
+        files: Files of weights; empty if a library downloaded them itself.
+        joint: Maps `pixel_values` to `(batch, dim)` in the space shared with texts; None if it is
+            `features` or there is no text tower.
+        texts: Maps texts and a device to `(num_texts, dim)` in that space.
+        tower: Image tower, which shares weights with `module`; None if `module` is nothing else.
     """
 
     module: nn.Module
@@ -140,17 +142,17 @@ class Network:
 
 
 class Encoder:
-    """A frozen encoder with what belongs to its weights; `create_encoder` builds it.
+    """A frozen encoder with its transform; built by `create_encoder`.
 
     Attributes:
-        name: Name as it was asked for, without the path of the weights.
-        transform: From RGB images to `pixel_values`.
-        embed_dim: Length of `features`.
+        name: Name of the encoder, without the path of the weights.
+        transform: Maps RGB images to `pixel_values`.
+        embed_dim: Length of the features.
         feature: How the network's output becomes a vector, see `Preset.feature`.
-        patch_px: Side of the patches that the authors read from slides; None if they say nothing.
-        mpp: Micrometres per pixel of those patches; empty if they say nothing.
-        precision: `float32`, `float16` or `bfloat16`: the type in which features are computed.
-        device: Where they are computed.
+        patch_px: Side in pixels of the patches that the authors read from slides; None if unknown.
+        mpp: Micrometres per pixel of those patches; empty if unknown.
+        precision: Type in which features are computed: `float32`, `float16` or `bfloat16`.
+        device: Device on which features are computed.
     """
 
     def __init__(
@@ -177,23 +179,23 @@ class Encoder:
 
     @property
     def input_px(self) -> int | None:
-        """Side of the images that the network sees; None if it depends on the image."""
+        """Side of the network's input images in pixels; None if it depends on the image."""
         return self.transform.output_px
 
     @property
     def has_text(self) -> bool:
-        """Whether `encode_texts` is there."""
+        """Whether the encoder supports `encode_texts`."""
         return self._built.texts is not None
 
     @property
     def folder_name(self) -> str:
-        """Name and digest as the name of a folder, so that other weights get another folder."""
+        """Folder name made of name and digest, so that different weights use different folders."""
         last = re.split(r"[:/]", self.name)[-1]
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', last)}_{self.digest[:12]}"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights: of the file, or of the tensors where a library fetched them."""
+        """SHA-256 of the weights file, or of the tensors if a library downloaded them itself."""
         if len(self._built.files) == 1:
             return sha256_of(self._built.files[0])
         digest = hashlib.sha256()
@@ -205,7 +207,7 @@ class Encoder:
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a features file should say about its encoder, as JSON values."""
+        """Returns a description of the encoder for feature files, as JSON values."""
         return {
             "encoder": self.name,
             "digest": self.digest,
@@ -218,40 +220,41 @@ class Encoder:
         }
 
     def preprocess(self, images: Sequence[Image]) -> Tensor:
-        """Returns `pixel_values`, `(num_images, 3, height, width)` in float32 on the CPU."""
+        """Returns `pixel_values` `(num_images, 3, height, width)`, float32 on the CPU."""
         return torch.stack([self.transform(image) for image in images])
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image] | Tensor) -> Tensor:
-        """Computes what the field means by the encoder's name.
+        """Computes features as defined by the authors of the encoder.
 
         Args:
             images: RGB images, or `pixel_values` `(batch, 3, height, width)`.
 
         Returns:
-            `(batch, embed_dim)` in float32 on the CPU, not normalised unless the model does it.
+            float32 `(batch, embed_dim)` on the CPU, only normalised if the model does so.
         """
         return self._compute(self._built.features, images)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image] | Tensor) -> Tensor:
-        """Encodes images for comparison: unit vectors, in the texts' space if there is one.
+        """Computes normalised image embeddings, for comparison with texts or other images.
 
         Args:
             images: RGB images, or `pixel_values` `(batch, 3, height, width)`.
 
         Returns:
-            `(batch, dim)` in float32 on the CPU, of unit length.
+            float32 `(batch, dim)` of unit length on the CPU, in the space of the texts if the
+            encoder has a text tower.
         """
         read = self._built.joint or self._built.features
         return nn.functional.normalize(self._compute(read, images), dim=-1)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encodes texts for comparison with images.
+        """Computes normalised text embeddings, for comparison with images.
 
         Returns:
-            `(num_texts, dim)` in float32 on the CPU, of unit length.
+            float32 `(num_texts, dim)` of unit length on the CPU.
 
         Raises:
             EncoderError: If the encoder has no text tower.
@@ -266,7 +269,7 @@ class Encoder:
 
     @property
     def logit_scale(self) -> float:
-        """Factor of cosines in the softmax over texts; CLIP's largest, 100, if none is stored."""
+        """Factor of cosines in the softmax over texts; CLIP's maximum, 100, if none is stored."""
         scale = getattr(self.module, "logit_scale", None)
         return 100.0 if scale is None else float(scale.detach().exp())
 
@@ -289,23 +292,22 @@ def create_encoder(
     trust_remote_code: bool = False,
     **arguments: Any,
 ) -> Encoder:
-    """Builds an encoder and loads its weights, all of them or none.
+    """Builds an encoder and loads its weights, which must match exactly.
 
     Args:
-        name: A name of the grammar at the head of this module.
-        weights: File or folder of weights, in place of what stands behind `@` in the name.
-        device: By default a GPU if there is one.
-        precision: `float32`, `float16` or `bfloat16`. By default the preset's on a GPU, and
+        name: Name of the encoder; the module docstring describes the grammar.
+        weights: File or folder of weights, overriding those after `@` in the name.
+        device: Device; by default a GPU if there is one.
+        precision: `float32`, `float16` or `bfloat16`. By default that of the preset on a GPU, and
             float32 on a CPU, where half precision is slow or missing.
-        feature: Another reading of the output than the preset's, see `Preset.feature`.
+        feature: How the output becomes a vector, overriding the preset, see `Preset.feature`.
         trust_remote_code: Whether code from the hub's repository may run.
-        **arguments: Arguments of the architecture in place of the preset's.
+        **arguments: Arguments of the architecture that override those of the preset.
 
     Raises:
-        EncoderError: If the model is not known, its transform is not known, or a package is
-            missing.
-        UnknownEncoderError: If the name is no preset.
-        FileNotFoundError: If weights are missing or cannot be fetched.
+        EncoderError: If model or transform are unknown, or a package is missing.
+        UnknownEncoderError: If the name is neither a preset nor a folder.
+        FileNotFoundError: If weights are missing or cannot be downloaded.
         CheckpointError: If the weights do not fit.
 
     Example:
@@ -347,7 +349,7 @@ def open_image_tower(
     trust_remote_code: bool = False,
     **arguments: Any,
 ) -> Tower:
-    """Opens the part for images of an encoder, with gradients: to adapt it, or to read its tokens.
+    """Opens the image tower of an encoder, not frozen, for fine-tuning or access to its tokens.
 
     See `create_encoder` for arguments and errors.
     """
@@ -357,10 +359,14 @@ def open_image_tower(
 
 
 def find_transform(name: str) -> Transform:
-    """Returns what an encoder does to images; opens its files only where no preset tells.
+    """Returns the transform of an encoder; builds the encoder only if its preset does not say.
 
     Raises:
-        EncoderError: See `create_encoder`.
+        EncoderError: If model or transform are unknown, or a package is missing.
+
+    Example:
+        >>> find_transform("uni").resize_px, find_transform("uni").output_px
+        (224, 224)
     """
     parsed = _recognise(name)
     if parsed.library == "preset" and (known := get_preset(parsed.model).transform) is not None:
@@ -446,7 +452,7 @@ def _known_transform(preset: Preset) -> Transform:
 
 
 def _weights_file(preset: Preset, weights: str) -> Path:
-    """Returns the file of a preset's weights, given, in a folder, or from the hub."""
+    """Returns the weights file of a preset: the given one, one in a folder, or one from the hub."""
     names = [*preset.files, *_TIMM_WEIGHTS]
     if weights:
         path = Path(weights).expanduser()
@@ -469,7 +475,7 @@ def _weights_file(preset: Preset, weights: str) -> Path:
 
 
 def _from_hub(repository: str, names: Sequence[str], *, name: str) -> Path:
-    """Fetches the first of some files from the hub, or takes it from the cache."""
+    """Returns the first file that exists in a repository, downloaded unless it is cached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -502,7 +508,7 @@ class _TimmConfig:
 
 
 def _timm_config(file: Path) -> _TimmConfig:
-    """Reads the `config.json` that timm writes beside weights."""
+    """Reads the `config.json` that timm writes with the weights."""
     path = file.with_name("config.json")
     if not path.is_file():
         raise EncoderError(
@@ -578,7 +584,7 @@ def _in_folder(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _recognise_folder(folder: Path) -> EncoderName:
-    """Tells which library wrote a folder; `train-clip` writes `open_clip/` and `hf/` inside one."""
+    """Recognises the library that wrote a folder; `train-clip` writes subfolders of two."""
     if (folder / "open_clip" / _OPEN_CLIP_CONFIG).is_file():
         return EncoderName("open_clip", f"local-dir:{folder / 'open_clip'}")
     if (folder / _OPEN_CLIP_CONFIG).is_file():
@@ -611,7 +617,7 @@ def _build_transformers(
     files = tuple(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
     files = files if folder.is_dir() else ()
     content = read_json(folder / "config.json", what="encoder config") if files else {}
-    if content and "model_type" not in content:  # PA-LLaVA's released PLIP, older versions
+    if content and "model_type" not in content:  # PA-LLaVA's released PLIP; AutoModel needs it
         values = vision_config(content, str(folder / "config.json"))
         tower = open_tower(
             {"library": "transformers", "config": values, "feature": feature},
@@ -656,10 +662,10 @@ def _load_transformers(
         module,
         what=f"encoder {name}",
         source=model,
-        # Many ViTs are published without the pooler that only their class token's readers skip.
+        # Many ViTs are published without a pooler, which only the feature `pooler` needs.
         unused=lambda key: feature != "pooler" and key.split(".")[0] == "pooler",
     )
-    if feature == "conch":  # TITAN's repository holds CONCH v1.5, its patch encoder
+    if feature == "conch":  # TITAN's repository contains CONCH v1.5, its patch encoder
         tower, _ = module.return_conch()
         return module, Tower(tower, tower, preset.embed_dim if preset else 0, feature)
     try:
@@ -669,7 +675,7 @@ def _load_transformers(
 
 
 def _transformers_tower(module: Any, feature: str, preset: Preset | None) -> Tower:
-    """Takes the part for images out of a model; it shares the model's weights."""
+    """Returns the image tower of a model, which shares the model's weights."""
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
     prefix = preset.num_prefix_tokens if preset else None
@@ -712,11 +718,11 @@ def _transformers_texts(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, TypeError):  # TypeError: a slow tokenizer without its files
+    except (OSError, ValueError, TypeError):  # TypeError if files of a slow tokenizer are missing
         logger.warning("%s: no tokenizer, so texts cannot be encoded", model)
         return None
     length = int(module.config.text_config.max_position_embeddings)
-    # SigLIP was trained with every text padded to full length, and without a padding mask.
+    # SigLIP was trained with all texts padded to full length and without a padding mask.
     padding = "max_length" if "siglip" in module.config.model_type else True
 
     def encode(texts: list[str], device: torch.device) -> Tensor:
@@ -733,7 +739,7 @@ def _transformers_texts(
 
 
 def _open_clip_names(preset: Preset, weights: str) -> tuple[str, str]:
-    """Returns open_clip's name of a preset's architecture, and its weights."""
+    """Returns the model name and weights of a preset as open_clip expects them."""
     path = Path(weights).expanduser()
     if weights and path.is_dir() and (path / _OPEN_CLIP_CONFIG).is_file():
         return f"local-dir:{path}", ""
@@ -763,7 +769,7 @@ def _build_open_clip(
     files = _open_clip_files(model, weights, name)
     given = bool(files and weights)
     disabled = logging.root.manager.disable
-    if given:  # open_clip would warn of random weights, which are loaded below
+    if given:  # open_clip would warn that weights are random, but they are loaded below
         logging.disable(logging.WARNING)
     try:
         module = open_clip.create_model(
@@ -817,7 +823,7 @@ def _build_open_clip(
 
 
 def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
-    """Returns the file of the weights; none where open_clip fetches them by itself."""
+    """Returns the file of the weights; none if open_clip downloads them itself."""
     import open_clip
 
     if model.startswith("local-dir:"):
@@ -826,7 +832,7 @@ def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
             raise FileNotFoundError(f"encoder {folder}: no {_OPEN_CLIP_CONFIG} in this folder")
         return (_in_folder(folder, _OPEN_CLIP_WEIGHTS),)
     if not model.startswith("hf-hub:"):
-        open_clip_config(model)  # says which architectures there are
+        open_clip_config(model)  # raises for an unknown architecture
         if not weights:
             raise EncoderError(
                 f"encoder {name}: without weights it would be random; name a tag or a file: "
@@ -842,7 +848,7 @@ def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
 
 
 def _load_open_clip(module: Any, file: Path, name: str) -> None:
-    """Loads the file of a whole CLIP, of which OpenAI's are archives of TorchScript, strictly."""
+    """Loads a checkpoint of a whole CLIP strictly, including OpenAI's TorchScript archives."""
     from open_clip.convert import convert_state_dict
     from open_clip.factory import resize_pos_embed, resize_text_pos_embed
     from open_clip.model import convert_to_custom_text_state_dict
@@ -851,7 +857,8 @@ def _load_open_clip(module: Any, file: Path, name: str) -> None:
     state_dict = convert_state_dict(module, state_dict)
     if "positional_embedding" in state_dict and not hasattr(module, "positional_embedding"):
         state_dict = convert_to_custom_text_state_dict(state_dict)
-    # Constants: transformers before 4.31 stored the first, TorchScript the second.
+    # Constants that are not weights: transformers before 4.31 stored the first, TorchScript the
+    # second.
     for constant in ("text.transformer.embeddings.position_ids", "attn_mask"):
         state_dict.pop(constant, None)
     for scalar in ("logit_scale", "logit_bias"):
@@ -877,7 +884,7 @@ def _build_package(preset: Preset, weights: str, feature: str) -> Network:
 
 
 def _conch(preset: Preset, file: Path, feature: str) -> Network:
-    """CONCH by its package: pooled features for slides, projected ones beside texts."""
+    """Builds CONCH with its package: `joint` is the contrastive projection, `features` is not."""
     from conch.open_clip_custom import (
         create_model_from_pretrained,
         get_tokenizer,
@@ -901,7 +908,7 @@ def _conch(preset: Preset, file: Path, feature: str) -> Network:
 
 
 def _musk(preset: Preset, file: Path, feature: str) -> Network:
-    """MUSK by its package: two scales joined for slides, the head's output beside texts."""
+    """Builds MUSK with its package: `features` may join two scales, `joint` uses the head."""
     from musk import modeling, utils  # noqa: F401  (registers musk_large_patch16_384 in timm)
     from timm.models import create_model
 

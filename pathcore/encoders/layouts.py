@@ -1,8 +1,8 @@
-"""Published weights of vision encoders, brought to the names of the network they belong to.
+"""Renames the tensors of published vision encoders to those of timm's networks.
 
-Trainers store more than the encoder: MAE its decoder, DINO its head, a fine-tuned model its
-classifier. `fit_layout` takes the encoder out, renames what the trainer's code calls differently
-and says what it dropped. It never fills anything in: loading stays strict.
+Checkpoints contain more than the encoder: MAE's decoder, DINO's head, a classifier. `fit_layout`
+extracts the encoder, renames tensors that the training code named differently, and reports what it
+dropped. It never adds tensors, so that strict loading still finds missing ones.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ TRAINING_ONLY = (
     "projector.",
     "queue",
 )
-"""Beginnings of names that only training uses; dropped where the network has no such tensor."""
+"""Prefixes of tensors that only training uses; dropped unless the network has such a tensor."""
 
 _OTHER_TOWER = ("text.", "text_model.", "text_projection", "logit_scale", "logit_bias")
-"""What stands beside an image tower in the file of a two-tower model."""
+"""Prefixes of the other tensors in the checkpoint of a two-tower model."""
 
 _RECOMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
-"""Ends of the names of buffers that depend on the image size and are computed when building."""
+"""Suffixes of buffers that depend on the image size and are computed by the constructor."""
 
 _CHUNKED_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
-"""DINOv2's FSDP training groups blocks in chunks; the second number counts over all of them."""
+"""Name of a block in DINOv2's FSDP training, which groups blocks in chunks; the second number is
+the index of the block across chunks."""
 
 _PREFIXES = (
     "backbone.",
@@ -65,14 +66,14 @@ class FittedLayout:
 
     Attributes:
         state_dict: Tensors to load strictly.
-        dropped: Names in the file that the network has no use for.
+        dropped: Names in the file that the network does not use.
     """
 
     state_dict: StateDict
     dropped: tuple[str, ...]
 
     def describe(self) -> str:
-        """Returns what was dropped as half a sentence, or an empty string."""
+        """Returns a phrase that says what was dropped, or an empty string."""
         if not self.dropped:
             return ""
         kinds = sorted({name.split(".")[0] for name in self.dropped})
@@ -82,17 +83,28 @@ class FittedLayout:
 def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayout:
     """Renames the tensors of a published checkpoint to those of a model of timm.
 
-    Handles wrapper prefixes, DINOv2's chunked blocks, register tokens and SwiGLU names, MAE with
-    its decoder, Swin before timm 0.9, and position embeddings of another image size. timm's own
-    filter for the architecture does what it knows.
+    Handles wrapper prefixes, DINOv2's chunked blocks, register tokens and SwiGLU names, MAE's
+    decoder, and names of LayerScale in older transformers. timm's own filter for the architecture
+    handles what it knows, such as Swin before timm 0.9 and position embeddings of another image
+    size.
 
     Args:
-        state_dict: As `pathcore.weights.read_state_dict` returns it.
+        state_dict: Tensors, as `pathcore.weights.read_state_dict` returns them.
         model: The network, on any device; only its names and shapes are read.
+
+    Example:
+        >>> model = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+        >>> checkpoint = {
+        ...     "backbone.norm.weight": torch.ones(4), "backbone.norm.bias": torch.zeros(4),
+        ...     "dino_head.weight": torch.ones(4),
+        ... }
+        >>> fitted = fit_layout(checkpoint, model)
+        >>> sorted(fitted.state_dict), fitted.dropped
+        (['norm.bias', 'norm.weight'], ('dino_head.weight',))
     """
     expected = model.state_dict()
     found = {unchunk_block(name): t for name, t in state_dict.items()}
-    for _ in range(3):  # prefixes stand before each other, as in `module.backbone.`
+    for _ in range(3):  # prefixes may be nested, as in `module.backbone.`
         stripped = strip_prefix_to_fit(found, _aliases(expected), _PREFIXES)
         if len(stripped) == len(found) and set(stripped) == set(found):
             break
@@ -103,7 +115,7 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
         if name not in expected
         and (name.startswith((*TRAINING_ONLY, *_OTHER_TOWER)) or name.endswith(_RECOMPUTED))
     )
-    # timm recognises DINOv2 by its mask token, so that one stays until its filter has run.
+    # timm's filter recognises DINOv2 by its mask token, which is therefore dropped afterwards.
     kept = {name: t for name, t in found.items() if name not in dropped or name == "mask_token"}
     fitted = _timm_filter(model)(_layer_scale(kept, expected), model)
     fitted.pop("mask_token", None)
@@ -113,14 +125,19 @@ def fit_layout(state_dict: Mapping[str, Tensor], model: nn.Module) -> FittedLayo
 
 
 def unchunk_block(name: str) -> str:
-    """Removes the chunk number that DINOv2's distributed training puts before a block's."""
+    """Removes the chunk number from the name of a block of DINOv2's FSDP training.
+
+    Example:
+        >>> unchunk_block("blocks.1.13.norm1.weight")
+        'blocks.13.norm1.weight'
+    """
     return _CHUNKED_BLOCK.sub(r"\1blocks.\2.", name)
 
 
 def pools_patches(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether weights were fine-tuned on the mean of the patch tokens (MAE's `fc_norm`).
+    """Returns whether weights were fine-tuned on the mean of the patch tokens (MAE's `fc_norm`).
 
-    Such a file has no `norm.*`: its class token was never normalised and must not be read.
+    Such a checkpoint has no `norm.*`: the class token was never normalised and must not be used.
     """
     outer = {name for name in state_dict if "blocks." not in name and "layers." not in name}
     return any(name.endswith("fc_norm.weight") for name in outer) and not any(
@@ -129,15 +146,22 @@ def pools_patches(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def resize_positions(positions: Tensor, num_positions: int, num_prefix: int) -> Tensor:
-    """Interpolates position embeddings of a square grid to another square grid (bicubic).
+    """Interpolates position embeddings from one square grid to another (bicubic).
 
     Args:
         positions: `(..., num_prefix + side**2, D)`.
-        num_positions: The number wanted, prefix included.
-        num_prefix: Leading embeddings that are kept.
+        num_positions: Number of embeddings to return, including the prefix.
+        num_prefix: Number of leading embeddings that are kept unchanged.
+
+    Returns:
+        `(..., num_positions, D)`.
 
     Raises:
         ValueError: If one of the two grids is not square.
+
+    Example:
+        >>> resize_positions(torch.zeros(1, 1 + 14**2, 32), 1 + 16**2, num_prefix=1).shape
+        torch.Size([1, 257, 32])
     """
     found, wanted = positions.shape[-2] - num_prefix, num_positions - num_prefix
     sides = [round(max(n, 0) ** 0.5) for n in (found, wanted)]
@@ -165,7 +189,7 @@ def fit_positions(state_dict: dict[str, Tensor], name: str, like: Tensor, num_pr
 
 
 def _aliases(expected: Mapping[str, Tensor]) -> set[str]:
-    """Returns the names of the network and what other code bases call the same tensors."""
+    """Returns the names of a network's tensors, and their names in other code bases."""
     names = set(expected)
     for name in expected:
         names.add(name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"))
@@ -186,7 +210,10 @@ def _layer_scale(
 
 
 def _timm_filter(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
-    """Returns the function by which timm adapts checkpoints to this kind of model, if any."""
+    """Returns timm's function that adapts checkpoints to an architecture, or one that does nothing.
+
+    The function is in the module that defines the class of the model, or one of its bases.
+    """
     for kind in type(model).__mro__:
         module = sys.modules.get(kind.__module__)
         found: Any = getattr(module, "checkpoint_filter_fn", None)

@@ -1,4 +1,4 @@
-"""Networks that no library builds: CTransPath's and KEEP's image towers, on timm's blocks."""
+"""Image towers of CTransPath and KEEP, which no library provides, built from timm's blocks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def uninitialised(build: Callable[[], nn.Module]) -> nn.Module:
-    """Builds a network whose weights are about to be loaded, on the meta device where it can.
+    """Builds a network without initialising its weights, if possible, on the meta device.
 
-    Initialising a billion parameters takes half a minute and twice the memory, only to be
-    overwritten. Buffers that no file holds, such as the relative positions of a Swin, have to be
-    computed: a network with such buffers is built as usual.
+    Initialising a billion parameters that are overwritten anyway takes half a minute and twice the
+    memory. Buffers that checkpoints do not contain, such as the relative positions of a Swin, must
+    be computed; a network with such buffers is built normally.
     """
     with torch.device("meta"):
         network = build()
@@ -23,7 +23,7 @@ def uninitialised(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class ConvStem(nn.Module):
-    """Patch embedding of CTransPath: three convolutions in place of one.
+    """Patch embedding of CTransPath: three convolutions instead of one.
 
     Two 3x3 convolutions of stride 2, each with batch norm and ReLU, then a 1x1 convolution
     (Wang et al. 2022, doi:10.1016/j.media.2022.102559, section 3.2).
@@ -34,7 +34,11 @@ class ConvStem(nn.Module):
         in_chans: Number of input channels.
         embed_dim: Number of output channels.
         norm_layer: Norm of the output.
-        **_: What timm passes to its own patch embedding.
+        **_: Further arguments of timm's patch embedding, ignored.
+
+    Example:
+        >>> ConvStem(embed_dim=96)(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 56, 56, 96])
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class ConvStem(nn.Module):
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         first, second = embed_dim // 8, embed_dim // 4
-        # Names of the published file: convolutions 0, 3 and 6, batch norms 1 and 4.
+        # The order gives the published names: convolutions 0, 3 and 6, batch norms 1 and 4.
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, first, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(first),
@@ -68,7 +72,8 @@ class ConvStem(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `(batch, height / 4, width / 4, embed_dim)`, the layout of timm's Swin."""
+        """Maps `(batch, in_chans, H, W)` to `(batch, H / 4, W / 4, embed_dim)`."""
+        # Channels last, as timm's Swin expects.
         features: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
         return features
 
@@ -80,7 +85,7 @@ def ctranspath(**arguments: Any) -> nn.Module:
     tensors, so the authors' fork of timm 0.5.4 is not needed.
 
     Args:
-        **arguments: Arguments of timm's `SwinTransformer` in place of those of Swin-T.
+        **arguments: Arguments of timm's `SwinTransformer` that override those of Swin-T.
     """
     import timm
 
@@ -92,10 +97,11 @@ def ctranspath(**arguments: Any) -> nn.Module:
 
 
 class KeepImageTower(nn.Module):
-    """Image tower of KEEP: a ViT-L/16 and a two-layer head, with output of unit length.
+    """Image tower of KEEP: a ViT-L/16 with a two-layer head and normalised output.
 
     Args:
-        **arguments: Arguments of timm's `vit_large_patch16_224` in place of KEEP's.
+        **arguments: Arguments of timm's `vit_large_patch16_224` that override those of KEEP, and
+            `projection_dim`.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -112,7 +118,7 @@ class KeepImageTower(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `(batch, projection_dim)` of unit length."""
+        """Maps `(batch, 3, height, width)` to `(batch, projection_dim)` of unit length."""
         return nn.functional.normalize(self.visual_head(self.visual(x)), dim=-1)
 
 

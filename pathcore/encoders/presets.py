@@ -1,6 +1,6 @@
-"""Encoders that are known by name: what belongs to the weights, as data.
+"""Presets of encoders: architecture, source of the weights, transform and licence, as data.
 
-A preset is one JSON file in `presets/`. Other packages add folders of such files through the entry
+A preset is a JSON file in `presets/`. Other packages add folders of such files through the entry
 point group `pathcore.encoders`, whose entries return the path of a folder.
 """
 
@@ -28,46 +28,47 @@ _LIBRARIES = ("timm", "transformers", "open_clip", "own", "package")
 
 
 class PresetError(ValueError):
-    """A preset file that does not say what a preset must say."""
+    """Raised if a preset file is invalid."""
 
 
 class UnknownEncoderError(ValueError):
-    """A name that is no preset."""
+    """Raised if a name is not a preset."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What the field means by the name of an encoder.
+    """Definition of an encoder by name, as published by its authors.
 
     Attributes:
         name: Name of the preset, which is the name of its file.
-        library: Where the network is built: a library, `own` for the networks of this package, or
-            `package` for code that its authors publish.
-        architecture: The library's name of the network. Empty if the configuration beside the
-            weights says it.
-        arguments: Arguments of the architecture; layers by their name.
+        library: Library that builds the network, `own` for the networks of this package, or
+            `package` for a package of the authors.
+        architecture: Name of the network in the library; empty if the config of the weights names
+            it.
+        arguments: Arguments of the architecture; layers are given by name.
         hub: Repository on the Hugging Face hub, or empty.
-        files: Names of the weights file there, in the order in which they are tried.
-        source: Page from which the weights come if they are not on the hub.
-        transform: What is done to an image. None if the configuration beside the weights says it.
+        files: Names of the weights file in the repository, in the order in which they are tried.
+        source: Page with the weights if they are not on the hub.
+        transform: Preprocessing of images; None if the config of the weights defines it.
         feature: How the network's output becomes a vector: `class`, `class+mean`, `mean`, `pooler`,
-            `projected`, `output`, or a name that the network knows.
-        num_prefix_tokens: Class and register tokens before the patch tokens, where the network
-            does not tell.
+            `projected`, `output`, or a name that is specific to the network.
+        num_prefix_tokens: Number of class and register tokens before the patch tokens, if the
+            network does not state it.
         embed_dim: Length of the vector.
-        patch_px: Side of the patches that the authors read from slides, before the transform.
-        mpp: Micrometres per pixel of those patches. Empty where the authors name none.
-        precision: The type in which the field computes the features on a GPU.
+        patch_px: Side in pixels of the patches that the authors read from slides, before the
+            transform.
+        mpp: Micrometres per pixel of those patches; empty if the authors do not state it.
+        precision: Type in which features are usually computed on a GPU.
         text: Whether the model has a text tower.
-        licence: Licence of the weights, as their page states it.
-        gated: Whether the hub asks for an agreement first.
+        licence: Licence of the weights, as stated on their page.
+        gated: Whether the hub requires an agreement.
         remote_code: Whether the network is code in the hub's repository, which runs only with
             `trust_remote_code=True`.
         package: Import name of the authors' package.
-        install: How to install it.
-        convention: Whose reading of an ambiguous name this is.
-        citation: The paper, or a page.
-        origin: The file of the preset.
+        install: Command that installs it.
+        convention: Source of this definition if the name is ambiguous.
+        citation: Paper or page.
+        origin: File of the preset.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Preset:
 
 
 def list_encoders(pattern: str = "") -> list[str]:
-    """Returns the names of all presets that contain `pattern`, those of other packages included.
+    """Returns the sorted names of all presets that contain `pattern`.
 
     Example:
         >>> list_encoders("virchow2")
@@ -106,11 +107,11 @@ def list_encoders(pattern: str = "") -> list[str]:
 
 
 def get_preset(name: str) -> Preset:
-    """Returns a preset by its name.
+    """Returns a preset by name.
 
     Raises:
-        UnknownEncoderError: If there is none; the message suggests the nearest names.
-        PresetError: If its file is wrong.
+        UnknownEncoderError: If the name is unknown. The message suggests similar names.
+        PresetError: If the preset file is invalid.
 
     Example:
         >>> preset = get_preset("uni2-h")
@@ -145,7 +146,7 @@ def _folders() -> Iterator[Path]:
         try:
             folder = Path(entry.load()())
         except (ImportError, AttributeError) as error:
-            # A broken package of somebody else must not take all other encoders away.
+            # A broken third-party package must not disable all other encoders.
             logger.warning("presets of %s (%s) skipped: %s", entry.name, entry.value, error)
             continue
         if not folder.is_dir():
@@ -178,7 +179,7 @@ def _read(name: str) -> Preset:
 
 
 def _content(name: str) -> tuple[dict[str, Any], Path]:
-    """Reads a preset's file over that of the preset that it extends."""
+    """Reads the file of a preset, merged over that of the preset it extends."""
     file = _files()[name]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -195,7 +196,7 @@ def _content(name: str) -> tuple[dict[str, Any], Path]:
 
 
 def _complete(content: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what a transform may leave open: no crop."""
+    """Adds the default of an optional field of the transform: no crop."""
     if isinstance(content.get("transform"), dict):
         content = {**content, "transform": {"crop_px": None, **content["transform"]}}
     return content

@@ -1,13 +1,13 @@
-"""Image towers: networks of timm, transformers and open_clip, and how their output is read.
+"""Image towers: networks of timm, transformers and open_clip with the pooling of their output.
 
-A tower is described by JSON values, without its weights:
+The architecture of a tower is described by JSON values:
 
     {"library": "timm", "architecture": "vit_base_patch16_224", "arguments": {}, "feature": "class"}
     {"library": "own", "architecture": "ctranspath", "arguments": {}}
     {"library": "transformers", "config": {"model_type": "dinov2", ...}, "feature": "class"}
     {"library": "open_clip", "config": {"embed_dim": 512, "vision_cfg": {...}, "quick_gelu": true}}
 
-`build_tower` draws the weights at random, `open_tower` loads published ones, all or none.
+`build_tower` builds a tower with random weights, `open_tower` loads published weights strictly.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ CLIP_TYPES = ("clip", "clip_vision_model")
 DINO_TYPES = ("dinov2", "dinov2_with_registers")
 VIT_TYPES = ("vit", "deit")
 VISION_TYPES = (*CLIP_TYPES, *DINO_TYPES, *VIT_TYPES)
-"""Models of transformers that a description builds."""
+"""Values of `model_type` for which a tower of transformers can be built."""
 
 _MISSPELLED = "vision_model.post_layrnorm."
-"""As the published PLIP of PA-LLaVA calls `vision_model.post_layernorm.`."""
+"""Spelling of `vision_model.post_layernorm.` in the published PLIP of PA-LLaVA."""
 
 
 class EncoderError(ValueError):
-    """A name or description that is no encoder, or an encoder that cannot be built here."""
+    """Raised if a name or description is invalid, or the encoder cannot be built."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A network for images and how its output becomes a vector.
+    """An image network with the function that computes its features.
 
     Attributes:
         module: The network.
-        features: `(batch, 3, height, width)` to `(batch, embed_dim)`. Copied with the module.
+        features: Maps `(batch, 3, height, width)` to `(batch, embed_dim)`. A callable object that
+            holds `module`, so that a deep copy of the tower uses the copied network.
         embed_dim: Length of the features.
-        feature: What the vector is, see `Preset.feature`.
-        description: What `build_tower` builds it from again; empty for networks that only their
-            authors' code builds.
-        files: Files of the weights; empty if they are random or a library fetched them by itself.
+        feature: How the output becomes a vector, see `Preset.feature`.
+        description: Description from which `build_tower` builds the tower; empty for networks that
+            only the code of their authors can build.
+        files: Files of the weights; empty if weights are random or a library downloaded them.
     """
 
     module: nn.Module
@@ -66,18 +67,23 @@ class Tower:
 
 @dataclass(frozen=True)
 class TokenPooling:
-    """Normalised tokens `(batch, num_tokens, dim)` to a vector.
+    """Pools normalised tokens `(batch, num_tokens, dim)`.
 
     Attributes:
         feature: `class`, `mean` (of the patch tokens) or `class+mean`.
-        num_prefix: Class and register tokens before the patch tokens. Registers belong to neither.
+        num_prefix: Number of class and register tokens before the patch tokens. Register tokens are
+            not pooled.
+
+    Example:
+        >>> TokenPooling("class+mean", num_prefix=5)(torch.zeros(2, 5 + 196, 768)).shape
+        torch.Size([2, 1536])
     """
 
     feature: str
     num_prefix: int
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Returns `(batch, dim)`, or twice `dim` for `class+mean`."""
+        """Returns `(batch, dim)`, or `(batch, 2 * dim)` for `class+mean`."""
         if self.feature == "class":
             return tokens[:, 0]
         mean = tokens[:, self.num_prefix :].mean(1)
@@ -89,7 +95,7 @@ TOKEN_FEATURES = ("class", "mean", "class+mean")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The output of a network as it is; the first where there are several.
+    """Calls a network and returns its output, or the first one if there are several.
 
     Attributes:
         module: The network.
@@ -98,7 +104,7 @@ class Call:
     module: nn.Module
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Returns `(batch, embed_dim)`."""
+        """Maps `(batch, 3, height, width)` to `(batch, embed_dim)`."""
         output = self.module(pixel_values)
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
@@ -108,10 +114,10 @@ def build_tower(description: Mapping[str, Any]) -> Tower:
     """Builds a tower with random weights.
 
     Args:
-        description: See the head of this module.
+        description: Description of the tower; the module docstring gives examples.
 
     Raises:
-        EncoderError: If a library, architecture or feature is not known.
+        EncoderError: If library, architecture or feature are unknown.
 
     Example:
         >>> tower = build_tower({"library": "timm", "architecture": "resnet18"})
@@ -138,21 +144,21 @@ def open_tower(
     source: object,
     hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> Tower:
-    """Builds a tower and loads weights in a form in which they are published.
+    """Builds a tower and loads published weights.
 
-    Weights that were fine-tuned on the mean of the patches (MAE's `fc_norm`) switch a ViT of timm
-    to that pooling: their class token was never normalised.
+    If the weights of a ViT were fine-tuned on the mean of the patch tokens (MAE's `fc_norm`), the
+    pooling is switched to `mean`, because the class token was never normalised.
 
     Args:
-        description: See the head of this module.
-        state_dict: As `pathcore.weights.read_state_dict` returns it.
-        name: What it is, for errors.
-        source: Where the weights come from, for errors.
-        hint: See `load_strict`.
+        description: Description of the tower; the module docstring gives examples.
+        state_dict: Tensors, as `pathcore.weights.read_state_dict` returns them.
+        name: Name of the encoder, for error messages.
+        source: Source of the weights, for error messages.
+        hint: Function that returns advice for the error message, see `load_strict`.
 
     Raises:
-        EncoderError: See `build_tower`.
-        CheckpointError: If a tensor is missing, unexpected or of another shape.
+        EncoderError: If library, architecture or feature are unknown.
+        CheckpointError: If a tensor is missing, unexpected or of a different shape.
     """
     description = dict(description)
     if description.get("library") == "timm" and pools_patches(state_dict):
@@ -171,7 +177,8 @@ def open_tower(
 
     module = uninitialised(build)
     fitted = _FITS[description["library"]](state_dict, module)
-    # Released in half precision, some are; on the meta device their type would replace float32.
+    # Some weights are released in half precision. Assigned to parameters on the meta device, they
+    # would change the type of the network.
     weights = {n: t.float() if t.is_floating_point() else t for n, t in fitted.state_dict.items()}
     load_strict(module, weights, what=f"encoder {name}", source=str(source), hint=hint)
     if dropped := fitted.describe():
@@ -192,7 +199,7 @@ class _TimmReading:
         if self.feature == "layer3":  # CLAM reads a ResNet after its third stage
             maps = module.forward_intermediates(pixel_values, indices=[3], intermediates_only=True)
             return maps[0].mean((-2, -1))
-        # With `avg` pooling timm normalises after the mean (fc_norm), else each token before it.
+        # With `avg` pooling timm normalises after the mean (fc_norm), otherwise each token before.
         if self.feature == "output" or (self.feature == "mean" and module.global_pool == "avg"):
             return module(pixel_values)
         pool = TokenPooling(self.feature, int(module.num_prefix_tokens))
@@ -205,7 +212,7 @@ def _timm(
     import timm
     from timm import layers
 
-    # Through JSON, as a config file and an exported classifier would give them.
+    # A round trip through JSON gives the same values as a config file or an exported classifier.
     stored = json.loads(json.dumps({"num_classes": 0, **(arguments or {})}))
     settings = dict(stored)
     if isinstance(settings.get("mlp_layer"), str):
@@ -259,12 +266,12 @@ def _own(
 
 @dataclass(frozen=True, eq=False)
 class TransformersReading:
-    """Pixels to a vector by a model of transformers.
+    """Computes features by a model of transformers.
 
     Attributes:
         module: The model.
         feature: `projected`, `pooler`, `output` or one of `TOKEN_FEATURES`.
-        num_prefix: See `TokenPooling`.
+        num_prefix: Number of class and register tokens before the patch tokens.
     """
 
     module: Any
@@ -272,7 +279,7 @@ class TransformersReading:
     num_prefix: int
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Returns `(batch, embed_dim)`."""
+        """Maps `(batch, 3, height, width)` to `(batch, embed_dim)`."""
         if self.feature == "output":
             return self.module(pixel_values)
         if self.feature == "projected":
@@ -287,8 +294,8 @@ class TransformersReading:
 
 
 def default_feature(model_type: str) -> str:
-    """Returns what a vision model of transformers is read as if nothing else is asked for."""
-    # A class token of CLIP is normalised in the pooler only.
+    """Returns the default feature of a vision model of transformers."""
+    # CLIP normalises the class token only in the pooler.
     return "pooler" if model_type in CLIP_TYPES else "class"
 
 
@@ -310,12 +317,12 @@ def _transformers(config: Mapping[str, Any], feature: str | None = None) -> Towe
             transformers.AutoConfig.for_model(model_type, **arguments)
         )
         drop_unread(module, feature)
-    # Initialising leaves transformers' own mode; from_pretrained gives models to evaluate.
+    # In evaluation mode, like the models that from_pretrained returns.
     return transformers_tower(module.eval(), feature, values)
 
 
 def drop_unread(module: Any, feature: str) -> None:
-    """Removes the pooler and the mask token where features do not depend on them."""
+    """Removes pooler and mask token if the feature does not depend on them."""
     if hasattr(module, "pooler") and feature != "pooler":
         module.pooler = None
     if hasattr(getattr(module, "embeddings", None), "mask_token"):
@@ -325,16 +332,16 @@ def drop_unread(module: Any, feature: str) -> None:
 def transformers_tower(
     module: Any, feature: str, values: Mapping[str, Any], num_prefix: int | None = None
 ) -> Tower:
-    """Describes how a model of transformers for images is read.
+    """Wraps an image model of transformers as a tower.
 
     Args:
-        module: The model, without towers of other kinds.
-        feature: See `TransformersReading`.
-        values: Its config with its `model_type`, from which it can be built again; or empty.
-        num_prefix: See `TokenPooling`; by default what the config tells.
+        module: The model, without a text tower.
+        feature: `projected`, `pooler`, `output` or one of `TOKEN_FEATURES`.
+        values: Config of the model with `model_type`, from which it can be built again; or empty.
+        num_prefix: Number of class and register tokens; by default taken from the config.
 
     Raises:
-        EncoderError: If the feature is not known.
+        EncoderError: If the feature is unknown.
     """
     config = getattr(module, "vision_model", module).config
     if num_prefix is None:
@@ -359,7 +366,7 @@ def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str
     """Returns the vision part of a model's `config.json`, with its `model_type`.
 
     Raises:
-        EncoderError: If it is no vision model among `VISION_TYPES`.
+        EncoderError: If `model_type` is not in `VISION_TYPES`.
     """
     values = dict(config)
     if "vision_config" in values:
@@ -368,7 +375,7 @@ def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str
         if projection is not None:
             values["projection_dim"] = projection
     if "model_type" not in values and {"image_size", "patch_size"} <= set(values):
-        values["model_type"] = "clip_vision_model"  # folders of older versions do not say
+        values["model_type"] = "clip_vision_model"  # older versions do not store it
     if values.get("model_type") not in VISION_TYPES:
         raise EncoderError(
             f"{source}: model_type {values.get('model_type')!r}, expected one of "
@@ -378,7 +385,7 @@ def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str
 
 
 def fit_transformers(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:
-    """Takes the vision tower out of a whole model, in Hugging Face's or PA-LLaVA's names."""
+    """Extracts the vision tower from a checkpoint with names of Hugging Face or PA-LLaVA."""
     own = module.state_dict()
     adapted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -407,7 +414,7 @@ def _open_clip(
     image_size: int | None = None,
     feature: str = "projected",
 ) -> Tower:
-    from open_clip.model import _build_vision_tower  # the text tower is not built
+    from open_clip.model import _build_vision_tower  # public functions also build a text tower
 
     if config is None:
         config = open_clip_config(architecture or "")
@@ -426,15 +433,15 @@ def _open_clip(
 
 
 def open_clip_tower(module: Any, config: Mapping[str, Any], feature: str) -> Tower:
-    """Describes how an image tower of open_clip is read.
+    """Wraps an image tower of open_clip.
 
     Args:
-        module: The tower; `feature='class'` takes its projection away.
-        config: `embed_dim`, `vision_cfg` and `quick_gelu`, of which it can be built again.
-        feature: `projected`, or `class`: the class token after its norm.
+        module: The network; its projection is removed for `class`.
+        config: `embed_dim`, `vision_cfg` and `quick_gelu`, from which it can be built again.
+        feature: `projected`, or `class` for the normalised class token.
 
     Raises:
-        EncoderError: If it cannot be read so.
+        EncoderError: If the network does not support the feature.
     """
     embed_dim = int(config["embed_dim"])
     if feature == "class":
@@ -453,10 +460,10 @@ def open_clip_tower(module: Any, config: Mapping[str, Any], feature: str) -> Tow
 
 
 def open_clip_config(architecture: str) -> dict[str, Any]:
-    """Returns open_clip's description of an architecture.
+    """Returns open_clip's config of an architecture.
 
     Raises:
-        EncoderError: If it has none of this name.
+        EncoderError: If the architecture is unknown. The message suggests similar ones.
     """
     import difflib
 
@@ -468,7 +475,8 @@ def open_clip_config(architecture: str) -> dict[str, Any]:
     known = open_clip.list_models()
     openai = f"{architecture.replace('/', '-')}-quickgelu"
     if openai in known:
-        # OpenAI's weights compute another GELU: under the plain name features differ, silently.
+        # OpenAI's weights need QuickGELU; with the architecture of the plain name they load, but
+        # give different features.
         near = f"; OpenAI's CLIP is {openai!r}"
     else:
         names = difflib.get_close_matches(architecture, known, n=3)
@@ -479,7 +487,7 @@ def open_clip_config(architecture: str) -> dict[str, Any]:
 
 
 def fit_open_clip(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:
-    """Takes the image tower out of a whole CLIP in OpenAI's names."""
+    """Extracts the image tower from a checkpoint of a whole CLIP with OpenAI's names."""
     inside = {
         name.removeprefix("visual."): tensor
         for name, tensor in state_dict.items()

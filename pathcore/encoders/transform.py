@@ -1,4 +1,4 @@
-"""Image transforms as data, so that a transform can be printed, stored and compared."""
+"""Image transforms as data, which can be printed, stored and compared."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class TransformError(ValueError):
-    """A model's own description of its transform is missing or cannot be followed."""
+    """Raised if the description of a transform is incomplete or not supported."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, centre crop and normalise an RGB image, as torchvision does on Pillow images.
+    """Resizes, crops and normalises an RGB image, as torchvision does with Pillow images.
 
     Attributes:
         resize_px: Length of the shorter side, or `(height, width)`, which changes the aspect ratio.
             None keeps the size.
-        crop_px: Side of the centre crop. None keeps what the resize gave.
+        crop_px: Side of the centre crop in pixels; None does not crop.
         interpolation: `bilinear`, `bicubic`, `nearest` or `lanczos`, with antialiasing.
-        mean: Subtracted from each channel, on a scale of 0 to 1.
-        std: Divides each channel afterwards.
+        mean: Mean of each channel, on a scale from 0 to 1.
+        std: Standard deviation of each channel.
 
     Example:
         >>> from PIL import Image
@@ -60,7 +60,7 @@ class Transform:
 
     @property
     def output_px(self) -> int | None:
-        """Side of the square images that come out; None if it depends on the input."""
+        """Side of the resulting square images; None if the size depends on the input."""
         if self.crop_px is not None:
             return self.crop_px
         if isinstance(self.resize_px, tuple):
@@ -68,7 +68,7 @@ class Transform:
         return self.resize_px
 
     def __call__(self, image: Image) -> Tensor:
-        """Returns `(3, height, width)` in float32."""
+        """Maps an image of any mode to float32 `(3, height, width)`."""
         from torchvision.transforms.functional import pil_to_tensor
 
         return self.normalise(pil_to_tensor(self.resize(image)))
@@ -91,10 +91,10 @@ class Transform:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Transform:
-        """Reads what `to_dict` returned, or the `transform` of a preset.
+        """Builds a transform from the result of `to_dict`, or from the `transform` of a preset.
 
         Raises:
-            TransformError: If a field is missing, unknown or has a wrong type.
+            TransformError: If a field is missing, unknown or of the wrong type.
         """
         known = {"resize_px", "crop_px", "interpolation", "mean", "std"}
         if missing := known - set(fields):
@@ -115,16 +115,24 @@ class Transform:
 
     @classmethod
     def from_timm(cls, pretrained_cfg: Mapping[str, Any], *, source: str) -> Transform:
-        """Follows timm's `pretrained_cfg`, as `timm.data.create_transform` does in evaluation.
+        """Builds the evaluation transform of `timm.data.create_transform` from a `pretrained_cfg`.
 
         Args:
-            pretrained_cfg: With `input_size`, `mean`, `std`, `interpolation`, `crop_pct` and
-                perhaps `crop_mode`.
-            source: Where it comes from, for the error.
+            pretrained_cfg: Mapping with `input_size`, `mean`, `std` and `interpolation`, and
+                optionally `crop_pct` and `crop_mode`.
+            source: Origin of the config, for error messages.
 
         Raises:
-            TransformError: If a field is missing, or the crop mode is neither `center` nor
-                `squash`.
+            TransformError: If a field is missing, images are not square, or the crop mode is
+                neither `center` nor `squash`.
+
+        Example:
+            >>> config = dict(
+            ...     input_size=(3, 224, 224), mean=(0.5,) * 3, std=(0.5,) * 3,
+            ...     interpolation="bicubic", crop_pct=0.9,
+            ... )
+            >>> Transform.from_timm(config, source="example").resize_px
+            248
         """
         needed = ("input_size", "mean", "std", "interpolation")
         if missing := [name for name in needed if not pretrained_cfg.get(name)]:
@@ -139,8 +147,8 @@ class Transform:
                 f"{source}: input_size {pretrained_cfg['input_size']} with crop_mode {mode!r}, "
                 "expected square images with crop_mode center or squash"
             )
-        # timm: scale_size = floor(input size / crop_pct), 0.875 where none is given, and 0 means
-        # that the configuration left it open.
+        # timm resizes to floor(input size / crop_pct); the default of crop_pct, 0.875, also applies
+        # if the config has 0.
         crop_pct = float(pretrained_cfg.get("crop_pct") or 0.875)
         scaled = int(height / crop_pct)
         return cls.from_dict(
@@ -155,10 +163,11 @@ class Transform:
 
     @classmethod
     def from_open_clip(cls, preprocess_cfg: Mapping[str, Any], *, source: str) -> Transform:
-        """Follows open_clip's `preprocess_cfg`, as its `image_transform` does in evaluation.
+        """Builds the evaluation transform of open_clip from a `preprocess_cfg`.
 
         Raises:
-            TransformError: If the resize mode is `longest`, which pads, or a field is missing.
+            TransformError: If a field is missing, images are not square, or the resize mode is
+                `longest`, which pads.
         """
         size, mode = preprocess_cfg.get("size"), preprocess_cfg.get("resize_mode") or "shortest"
         side = size[0] if isinstance(size, (tuple, list)) else size
@@ -180,11 +189,10 @@ class Transform:
 
     @classmethod
     def from_hugging_face(cls, processor: Mapping[str, Any], *, source: str) -> Transform:
-        """Follows the fields of a `preprocessor_config.json`.
+        """Builds a transform from the fields of a `preprocessor_config.json`.
 
         Raises:
-            TransformError: If it does not normalise, or describes something else than resize and
-                centre crop.
+            TransformError: If the config does not normalise, or has unsupported steps.
         """
         if not processor.get("do_normalize", True) or not processor.get("image_mean"):
             raise TransformError(
@@ -199,7 +207,7 @@ class Transform:
         crop = processor.get("crop_size") if processor.get("do_center_crop", False) else None
         if isinstance(size, Mapping):
             resize: Any = size.get("shortest_edge") or [size.get("height"), size.get("width")]
-        else:  # before transformers 4.27, a number: the shorter side where images are cropped
+        else:  # a number before transformers 4.27: the shorter side if a crop follows, else both
             resize = size if crop is not None or size is None else [size, size]
         if isinstance(crop, Mapping):
             if crop.get("height") != crop.get("width"):
