@@ -14,11 +14,8 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pallava
@@ -113,8 +110,7 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     from mmengine.config import Config
 
     try:
-        with _without_engine():
-            cfg = Config.fromfile(str(config))
+        cfg = Config.fromfile(str(config))
     except Exception as error:  # a config is the user's own code and may raise anything
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise TrainingInputError(
@@ -132,33 +128,6 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
         raise TrainingInputError(f"--cfg-options: {type(error).__name__}: {error}") from error
     return cfg._to_lazy_dict()
-
-
-@contextmanager
-def _without_engine() -> Iterator[None]:
-    """Lets a config ask `pallava.engine.runtime` for the machine without importing torch.
-
-    Any answer will do: the parsed config is looked at, never built.
-    """
-    names = ("pallava.engine", "pallava.engine.runtime")
-    before = {name: sys.modules.get(name) for name in names}
-    for name in names:
-        sys.modules[name] = ModuleType(name)
-    answer: dict[str, Any] = {
-        "device": "cpu",
-        "backend": "gloo",
-        "optim_wrapper": {},
-        "model_wrapper_cfg": None,
-    }
-    sys.modules[names[1]].choose_runtime = lambda: dict(answer)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 def _check_arguments(known: argparse.Namespace) -> None:

@@ -1,40 +1,36 @@
-"""What a run needs of its machine, asked by a config when it is read."""
+"""Lets torchrun's processes train on CPU as well, under hosts that assume CUDA.
+
+On CPU the import opens the process group if a launcher such as torchrun started this process:
+MMEngine would call CUDA even for gloo. A config names this module in `custom_imports`, the only
+hook in a config that runs before MMEngine opens the group.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-_WRAPPER = {
-    "type": "MMDistributedDataParallel",
-    "broadcast_buffers": False,
-    "find_unused_parameters": False,
-}
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
+
+from pathcore.ranks import open_gloo_group
 
 
-def choose_backend() -> str:
-    """Returns the communication between processes: NCCL with CUDA, gloo without."""
-    import torch
+@MODEL_WRAPPERS.register_module()
+class AnyDeviceDataParallel(MMDistributedDataParallel):
+    """MMEngine's data-parallel wrapper, on CPU as well."""
 
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    def __init__(self, module: torch.nn.Module, device_ids: list[int] | None, **kwargs: Any):
+        # MMEngine passes device_ids=[LOCAL_RANK], which DDP rejects on a CPU.
+        device_ids = device_ids if torch.cuda.is_available() else None
+        super().__init__(module, device_ids=device_ids, **kwargs)
 
 
-def choose_wrapper() -> dict[str, Any]:
-    """Returns `model_wrapper_cfg` for data-parallel runs, on CPU as well.
-
-    On CPU it opens the process group when a launcher such as torchrun started this process, because
-    MMEngine would call CUDA even for gloo. Configs call it as
-    `__import__('cite.mm.launching', fromlist=['_']).choose_wrapper()`: an import statement would
-    make MMEngine read them in its other style.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from pathcore.ranks import open_gloo_group
-
-    if torch.cuda.is_available():
-        return dict(_WRAPPER)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        open_gloo_group()
-    # MMEngine passes device_ids=[LOCAL_RANK] of its own accord, which DDP refuses on CPU.
-    return _WRAPPER | {"device_ids": None}
+if (
+    not torch.cuda.is_available()
+    and {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    and not dist.is_initialized()
+):
+    open_gloo_group()

@@ -18,7 +18,7 @@ from mmengine.hooks import (
     LoggerHook,
     ParamSchedulerHook,
 )
-from mmengine.optim import CosineAnnealingLR, LinearLR
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
 
 from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 from pallava.engine.plip_pretraining import (
@@ -30,6 +30,7 @@ from pallava.engine.plip_pretraining import (
     SaveEncoderHook,
     collate_pairs,
 )
+from pallava.engine.runner import AdaptedRunner
 
 #######################################################################
 #                              Settings                               #
@@ -53,8 +54,6 @@ betas = (0.9, 0.999)
 weight_decay = 0.02
 warmup_epochs = 0.3  # about 1,000 steps of 1.6 million pairs, 512 a step
 max_norm = 1.0
-
-runtime = __import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()
 
 #######################################################################
 #                                Model                                #
@@ -82,7 +81,7 @@ train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
     persistent_workers=True,
-    pin_memory=runtime["device"] == "cuda",
+    pin_memory=True,
     drop_last=True,  # several processes need equal batches
     dataset=dict(
         type=PLIPPairDataset,
@@ -98,7 +97,8 @@ train_dataloader = dict(
 #                        Optimizer and schedule                       #
 #######################################################################
 optim_wrapper = dict(
-    **runtime["optim_wrapper"],
+    type=AmpOptimWrapper,
+    dtype="bfloat16",
     optimizer=dict(type=MatrixDecayAdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm, error_if_nonfinite=False),
     accumulative_counts=1,
@@ -126,6 +126,7 @@ train_cfg = dict(type=PairTrainLoop, max_epochs=max_epochs)
 #######################################################################
 #                               Runtime                               #
 #######################################################################
+runner_type = AdaptedRunner  # adapts precision and communication to machines without CUDA
 default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=10),
@@ -142,10 +143,8 @@ custom_hooks = [
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend=runtime["backend"]),
+    dist_cfg=dict(backend="nccl"),
 )
-# No buffers are broadcast: the queues are the same on all ranks by construction.
-model_wrapper_cfg = runtime["model_wrapper_cfg"]
 visualizer = None
 log_level = "INFO"
 load_from = None

@@ -1,7 +1,7 @@
 """Adapts a run to its machine: device, precision, communication, and compatibility shims.
 
-A config calls `choose_runtime()` when it is parsed, so that the same file trains on CPU and CUDA.
-`prepare_host()` applies, once per process, the shims that xtuner 0.2.0 and mmengine 0.10 need with
+`adapt_config()` lets a config that was written for CUDA train on other machines. `prepare_host()`
+applies, once per process, the shims that xtuner 0.2.0 and mmengine 0.10 need with
 newer versions of torch and DeepSpeed. Nothing in this module runs on import.
 """
 
@@ -24,60 +24,24 @@ _SINGLE_PROCESS = {
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
 }
-
-
 _DIVERGENCE_HOOK = "StopOnDivergenceHook"
-
-
-def choose_runtime() -> dict[str, Any]:
-    """Chooses device, precision and communication for this machine.
-
-    Configs call it as `__import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()`,
-    because modules imported by a statement in a new-style config cannot be called while it is
-    parsed.
-
-    Returns:
-        `optim_wrapper` (type and precision, to be merged into the config's own), `backend` for
-        `env_cfg.dist_cfg`, `model_wrapper_cfg` for data-parallel runs, and `device`.
-    """
-    import torch
-
-    prepare_host()
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported():
-            precision = {"type": "AmpOptimWrapper", "dtype": "bfloat16"}
-        else:
-            precision = {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": "dynamic"}
-        return {
-            "device": "cuda",
-            "backend": "nccl",
-            "optim_wrapper": precision,
-            "model_wrapper_cfg": dict(_WRAPPER),
-        }
-    return {
-        "device": "cpu",
-        "backend": "gloo",
-        "optim_wrapper": {"type": "OptimWrapper"},
-        "model_wrapper_cfg": _WRAPPER | _ON_CPU,
-    }
-
-
-# MMEngine's default if a config names no wrapper.
-_WRAPPER = {
+# MMEngine's default wrapper, but without the `device_ids=[LOCAL_RANK]` that it passes by default
+# and DDP rejects on a CPU.
+_CPU_WRAPPER = {
     "type": "MMDistributedDataParallel",
     "broadcast_buffers": False,
     "find_unused_parameters": False,
+    "device_ids": None,
 }
-_ON_CPU = {"device_ids": None}
-"""Overrides the `device_ids=[LOCAL_RANK]` that MMEngine passes and DDP rejects on a CPU."""
 
 
 def adapt_config(cfg: Any) -> Any:
     """Adapts a loaded config, for instance a published one, to this machine; modifies it in place.
 
-    On a machine without CUDA, mixed precision and NCCL are replaced by fp32 and gloo. Learning-rate
-    factors of `paramwise_cfg` move into the optimizer, because XTuner silently drops
-    `paramwise_cfg` under DeepSpeed.
+    On a machine without CUDA, mixed precision and NCCL are replaced by fp32 and gloo; on a GPU
+    without bfloat16, float16 with dynamic loss scaling takes its place. Learning-rate factors of
+    `paramwise_cfg` move into the optimizer, because XTuner silently drops `paramwise_cfg` under
+    DeepSpeed.
     """
     import torch
 
@@ -90,9 +54,17 @@ def adapt_config(cfg: Any) -> Any:
             import pallava.engine.hooks  # noqa: F401  registers the hook
 
             cfg.custom_hooks = [*hooks, {"type": _DIVERGENCE_HOOK}]
+    mixed = optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper")
     if torch.cuda.is_available():
+        if (
+            mixed
+            and optim_wrapper.get("dtype") == "bfloat16"
+            and not torch.cuda.is_bf16_supported()
+        ):
+            _logger.warning("no bfloat16 on this GPU: the config's bfloat16 becomes float16")
+            optim_wrapper.update(dtype="float16", loss_scale="dynamic")
         return cfg
-    if optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper"):
+    if mixed:
         _logger.warning(
             "no GPU: mixed precision (%s) of the config becomes fp32",
             optim_wrapper.get("dtype", "float16"),
@@ -103,7 +75,7 @@ def adapt_config(cfg: Any) -> Any:
     if (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("backend") == "nccl":
         cfg.env_cfg.dist_cfg.backend = "gloo"
     if optim_wrapper and cfg.get("model_wrapper_cfg") is None:
-        cfg.model_wrapper_cfg = _WRAPPER | _ON_CPU
+        cfg.model_wrapper_cfg = dict(_CPU_WRAPPER)
     return cfg
 
 

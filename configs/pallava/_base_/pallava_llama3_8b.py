@@ -1,7 +1,6 @@
 """PA-LLaVA with Llama-3-8B-Instruct: what both stages share.
 
-Recipe: the published configs and README (doi:10.1109/BIBM62325.2024.10821785). Device, precision
-and communication are chosen when the config is read.
+Recipe: the published configs and README (doi:10.1109/BIBM62325.2024.10821785).
 """
 
 from mmengine.hooks import (
@@ -11,7 +10,7 @@ from mmengine.hooks import (
     LoggerHook,
     ParamSchedulerHook,
 )
-from mmengine.optim import CosineAnnealingLR, LinearLR
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
 from mmengine.visualization import TensorboardVisBackend, Visualizer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
@@ -24,11 +23,10 @@ from pallava.dataset import LLaVADataset
 from pallava.default_collate_fn import default_collate_fn
 from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 from pallava.engine.optim import GroupedAdamW
+from pallava.engine.runner import AdaptedRunner
 from pallava.engine.samplers import SubImageGroupedSampler
 from pallava.evaluate_chat_hook import EvaluateChatHook
 from pallava.model import LLaVAModel
-
-runtime = __import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()
 
 # Paths: all that a user must set. A config that inherits this one changes them where they are
 # used (`train_dataloader["dataset"].update(data_path=...)`): values, not names, are inherited.
@@ -93,7 +91,8 @@ train_dataloader = dict(
 # Schedule: each stage sets epochs and rates
 warmup_ratio = 0.03
 optim_wrapper = dict(
-    **runtime["optim_wrapper"],
+    type=AmpOptimWrapper,
+    dtype="bfloat16",
     optimizer=dict(type=GroupedAdamW, lr=1e-4, betas=(0.9, 0.999), weight_decay=0),
     clip_grad=dict(max_norm=1, error_if_nonfinite=False),
     accumulative_counts=6,
@@ -118,7 +117,8 @@ param_scheduler = [
 ]
 train_cfg = dict(type=TrainLoop, max_epochs=9)
 
-# Runtime
+# Runtime: for CUDA; the runner adapts precision and communication to other machines
+runner_type = AdaptedRunner
 custom_hooks = [
     dict(type=IterationSeedHook),
     dict(type=SkippedSamplesHook),
@@ -143,13 +143,11 @@ default_hooks = dict(
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend=runtime["backend"]),
+    dist_cfg=dict(backend="nccl"),
 )
-model_wrapper_cfg = runtime["model_wrapper_cfg"]
 visualizer = dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend)])
 log_level = "INFO"
 log_processor = dict(by_epoch=False)
 load_from = None
 resume = False
 randomness = dict(seed=None, deterministic=False)
-del runtime

@@ -12,7 +12,7 @@ from mmengine.hooks import (
     LoggerHook,
     ParamSchedulerHook,
 )
-from mmengine.optim import CosineAnnealingLR, LinearLR
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
 from mmengine.visualization import TensorboardVisBackend, Visualizer
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
@@ -25,9 +25,8 @@ from xtuner.model import LLaVAModel
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
+from pallava.engine.runner import AdaptedRunner
 from pallava.engine.single_images import SingleImageDataset
-
-runtime = __import__("pallava.engine.runtime", fromlist=["_"]).choose_runtime()
 
 # Model
 llm_name_or_path = "lmsys/vicuna-13b-v1.5"
@@ -79,7 +78,8 @@ train_dataloader = dict(
 # Schedule: one epoch; each phase sets its rate
 warmup_ratio = 0.03
 optim_wrapper = dict(
-    **runtime["optim_wrapper"],
+    type=AmpOptimWrapper,
+    dtype="bfloat16",
     optimizer=dict(type=AdamW, lr=1e-3, betas=(0.9, 0.999), weight_decay=0),
     clip_grad=dict(max_norm=1, error_if_nonfinite=False),
     accumulative_counts=1,
@@ -104,7 +104,8 @@ param_scheduler = [
 ]
 train_cfg = dict(type=TrainLoop, max_epochs=1)
 
-# Runtime
+# Runtime: for CUDA; the runner adapts precision and communication to other machines
+runner_type = AdaptedRunner
 custom_hooks = [
     dict(type=IterationSeedHook),
     dict(type=DatasetInfoHook, tokenizer=tokenizer),
@@ -120,13 +121,11 @@ default_hooks = dict(
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend=runtime["backend"]),
+    dist_cfg=dict(backend="nccl"),
 )
-model_wrapper_cfg = runtime["model_wrapper_cfg"]
 visualizer = dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend)])
 log_level = "INFO"
 log_processor = dict(by_epoch=False)
 load_from = None
 resume = False
 randomness = dict(seed=None, deterministic=False)
-del runtime

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from pallava.engine import runtime
 from pallava.engine.hooks import IterationSeedHook, SkippedSamplesHook
 from pallava.engine.optim import GroupedAdamW, tag_parameters
-from pallava.engine.runtime import adapt_config, choose_runtime, prepare_host
+from pallava.engine.runtime import adapt_config, prepare_host
 from pallava.skipping import SkipLog
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
@@ -82,25 +82,18 @@ def test_a_config_without_training_is_left_alone() -> None:
     assert cfg.to_dict() == {"model": {"type": "x"}}
 
 
-@without_cuda
-def test_a_machine_without_cuda_is_chosen_for() -> None:
-    chosen = choose_runtime()
-    assert (chosen["device"], chosen["backend"]) == ("cpu", "gloo")
-    assert chosen["optim_wrapper"] == {"type": "OptimWrapper"}
-    assert chosen["model_wrapper_cfg"]["device_ids"] is None  # MMEngine would pass a CUDA device
-
-
 @pytest.mark.parametrize("bf16", [True, False])
 def test_on_cuda_the_precision_is_what_the_device_has(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
     prepare_host()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
-    chosen = choose_runtime()
-    assert (chosen["device"], chosen["backend"]) == ("cuda", "nccl")
-    assert chosen["optim_wrapper"]["type"] == AmpOptimWrapper.__name__
-    precision = {k: v for k, v in chosen["optim_wrapper"].items() if k != "type"}
+    text = PUBLISHED.replace('    loss_scale="dynamic",\n', "").replace("float16", "bfloat16")
+    cfg = adapt_config(published(tmp_path, text))
+    assert cfg.env_cfg.dist_cfg.backend == "nccl"
+    assert cfg.optim_wrapper.type is AmpOptimWrapper
+    precision = {k: v for k, v in cfg.optim_wrapper.items() if k in ("dtype", "loss_scale")}
     half = {"dtype": "float16", "loss_scale": "dynamic"}
     assert precision == ({"dtype": "bfloat16"} if bf16 else half)
 

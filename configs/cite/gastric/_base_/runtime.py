@@ -1,4 +1,5 @@
-custom_imports = dict(imports=["cite.mm"], allow_failed_imports=False)
+# cite.mm.launching opens torchrun's process group on a CPU, where MMEngine cannot.
+custom_imports = dict(imports=["cite.mm", "cite.mm.launching"], allow_failed_imports=False)
 default_scope = "mmcls"
 
 default_hooks = dict(
@@ -22,10 +23,9 @@ custom_hooks = [
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend=__import__("cite.mm.launching", fromlist=["_"]).choose_backend()),
+    dist_cfg=dict(backend="nccl"),
 )
-# Processes of torchrun, on CPU as well.
-model_wrapper_cfg = __import__("cite.mm.launching", fromlist=["_"]).choose_wrapper()
+model_wrapper_cfg = dict(type="AnyDeviceDataParallel", broadcast_buffers=False)
 
 visualizer = dict(type="ClsVisualizer", vis_backends=[dict(type="LocalVisBackend")])
 log_processor = dict(by_epoch=False)
