@@ -116,15 +116,8 @@ def _cuda_flash_forward(
     return output, lse, tuple(rest[:6])
 
 
-def _cuda_flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *rest: Any,
-) -> Gradients:
+def _cuda_flash_backward(grad: Tensor, *saved: Any) -> Gradients:
+    query, key, value, output, lse, *rest = saved
     offsets_query, offsets_key, max_query, max_key, seed, offset = rest
     gradients: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad, query, key, value, output, lse.contiguous(),

@@ -74,31 +74,17 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         )
         self.evaluation_images = [anyres(_load(name)) for name in names]
 
-    def _eval_images(
-        self,
-        runner: Any,
-        model: Any,
-        device: torch.device,
-        max_new_tokens: int | None = None,
-        save_eval_output: bool = False,
-    ) -> None:
+    def _eval_images(self, *arguments: Any, **named: Any) -> None:
         """See XTuner's hook; passes sub-images as well."""
         images = self.evaluation_images
         questions = [f"{IMAGE_TOKEN}\n{question}" for question in self.evaluation_inputs]
         asked = [(question, [image]) for question, image in zip(questions, images, strict=True)]
-        self._ask(asked, runner, model, device, max_new_tokens, save_eval_output)
+        self._ask(asked, *arguments, **named)
 
-    def _eval_language(
-        self,
-        runner: Any,
-        model: Any,
-        device: torch.device,
-        max_new_tokens: int | None = None,
-        save_eval_output: bool = False,
-    ) -> None:
+    def _eval_language(self, *arguments: Any, **named: Any) -> None:
         """See XTuner's hook, whose own version calls a method that LLaVA models lack."""
         asked: list[tuple[str, list[torch.Tensor]]] = [(q, []) for q in self.evaluation_inputs]
-        self._ask(asked, runner, model, device, max_new_tokens, save_eval_output)
+        self._ask(asked, *arguments, **named)
 
     def _ask(
         self,

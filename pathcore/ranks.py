@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -111,12 +110,7 @@ class Ranks:
             self._started = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._started:
             dist.destroy_process_group()
             self._started = False

@@ -219,13 +219,7 @@ def average_precision(positive: Array, scores: Array, counts: Array) -> Array:
 
     This is the sum over thresholds of the increase in recall times the precision.
 
-    Args:
-        positive: Whether each case is positive, bool `(N,)`.
-        scores: float `(N,)`.
-        counts: Number of times each case occurs in each draw `(R, N)`.
-
-    Returns:
-        `(R,)`; NaN for draws without positive or without negative cases.
+    Shapes are those of `auroc`.
     """
     hits, misses = _by_score(positive, scores, counts)
     found = np.cumsum(hits, axis=1)

@@ -27,24 +27,12 @@ class ProjectionNeck(Projection):
     """Projects image features to the width of the text embeddings.
 
     Args:
-        in_features: The encoder's `embed_dim`.
-        out_features: Width of the text embeddings.
-        init: `identity`, `normal`, `normal_identity` or `kaiming_uniform`.
-        act_before: Name of an activation class of `torch.nn`.
-        act_after: The same.
         fix: Keep the initial weights.
+        arguments: Those of `cite.projection.Projection`, as are the `named` ones.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        init: str = "normal_identity",
-        act_before: str | None = None,
-        act_after: str | None = None,
-        fix: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, init, act_before, act_after)
+    def __init__(self, *arguments: Any, fix: bool = False, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self.requires_grad_(not fix)
 
     def forward(self, features: Any) -> tuple[Tensor]:

@@ -12,12 +12,11 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-Settings = TypeVar("Settings")
+from pathcore.recipes import read_recipes
 
-_BASE = "_base_"
+Settings = TypeVar("Settings")
 
 REPLACED = {
     "latent_dim": "the width follows from model_arch",
@@ -46,7 +45,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If the file or one that it inherits from does not exist.
         ValueError: If it is not YAML, not a mapping, or inherits from itself.
     """
-    return _content(Path(path), ())
+    content: dict[str, Any] = {}
+    for recipe in read_recipes(path):
+        content |= recipe
+    return content
 
 
 def read_settings(
@@ -107,22 +109,3 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if hint not in (int, float, bool, str) and not isinstance(value, Mapping):
         raise ValueError(f"{name}: expected a mapping, found {value!r}")
     return value
-
-
-def _content(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe {path}: no such file")
-    if path.resolve() in seen:
-        raise ValueError(f"recipe {path}: inherits from itself")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path}: expected a mapping, found {content!r:.80}")
-    if _BASE not in content:
-        return content
-    base = _content(path.parent / str(content.pop(_BASE)), (*seen, path.resolve()))
-    return {**base, **content}

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from pathcore.files import StrPath, folder_lock
 from pathcore.rows import read_lines
@@ -51,12 +50,7 @@ class AnswerLog:
             os.write(self._descriptor, b"\n")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

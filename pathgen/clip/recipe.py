@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import check_name
+from pathcore.recipes import read_recipes
 
 SET_HERE = frozenset(
     {
@@ -35,7 +36,7 @@ SET_HERE = frozenset(
 )
 """Options that a recipe may not set, since training here sets them itself."""
 
-_FIELDS = {"_base_", "model", "pretrained", "options", "stages"}
+_FIELDS = {"model", "pretrained", "options", "stages"}
 _STAGE_FIELDS = {"name", "data", "images", "val", "options"}
 
 
@@ -97,13 +98,16 @@ def read_recipe(
         ValueError: If a field or option is unknown.
     """
     path = Path(path)
-    content = _content(path, ())
+    content: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for inherited in read_recipes(path):
+        content |= inherited
+        shared |= _mapping(path, "options", inherited.get("options"))
     if unknown := sorted(set(content) - _FIELDS):
         raise ValueError(f"recipe {path}: {unknown}: no such fields; known: {sorted(_FIELDS)}")
     stages = content.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ValueError(f"recipe {path}: stages: a list with at least one stage expected")
-    shared = {**_mapping(path, "options", content.get("options"))}
     data = dict(data or {})
     read = tuple(_stage(path, row, shared, data, images, options or {}) for row in stages)
     names = [stage.name for stage in read]
@@ -159,28 +163,6 @@ def _parse(arguments: list[str]) -> None:
     except SystemExit as error:
         message = (said.getvalue().strip().splitlines() or ["refused"])[-1]
         raise ValueError(f"options of open_clip's trainer: {message}") from error
-
-
-def _content(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe {path}: no such file")
-    if path.resolve() in seen:
-        raise ValueError(f"recipe {path}: inherits from itself")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: cannot be read: {error}") from error
-    content = _mapping(path, "recipe", content)
-    if "_base_" not in content:
-        return content
-    base = _content(path.parent / str(content["_base_"]), (*seen, path.resolve()))
-    options = {
-        **_mapping(path, "options", base.get("options")),
-        **_mapping(path, "options", content.get("options")),
-    }
-    return {**base, **content, "options": options}
 
 
 def _stage(

@@ -23,6 +23,13 @@ from xtuner_add.commands.options import (
 )
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
 
+_image_folder = click.option(
+    "--image-folder",
+    "images",
+    type=FOLDER,
+    help="Folder of the images. [default: that of the pairs]",
+)
+
 
 @click.command(
     "train-clip",
@@ -39,12 +46,7 @@ from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, 
     metavar="STAGE=PATH",
     help="Shards or pairs.jsonl of a stage, in place of the recipe's; may be repeated.",
 )
-@click.option(
-    "--image-folder",
-    "images",
-    type=FOLDER,
-    help="Folder of the images. [default: that of the pairs]",
-)
+@_image_folder
 @click.option(
     "--model", help="Model in place of the recipe's: a name of open_clip, or a JSON file."
 )
@@ -211,12 +213,7 @@ def clip_zero_shot(
     type=click.Path(dir_okay=False, path_type=Path),
     help="JSON lines with image and caption.",
 )
-@click.option(
-    "--image-folder",
-    "images",
-    type=FOLDER,
-    help="Folder of the images. [default: that of the pairs]",
-)
+@_image_folder
 @click.option(
     "--k",
     "ks",
