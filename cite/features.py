@@ -5,6 +5,7 @@ Shapes: N images, E features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from torch import Tensor
 from pathcore.files import atomic_file, read_json, write_json
 
 _KEY = "cite"
+_MADE_BY = ("encoder", "backbone", "preprocessing", "pipeline", "checkpoint")
+"""Fields of the header that decide the values."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,34 @@ class Features:
     header: Mapping[str, Any] = field(default_factory=dict)
     source: str = "features"
 
+    @property
+    def origin(self) -> str:
+        """Encoder and digest of everything that decides the values, for instance `uni2-h 3f0c1a9b`.
+
+        Empty for files that do not say where they come from.
+        """
+        made_by = {key: self.header.get(key) for key in _MADE_BY}
+        backbone, encoder = made_by["backbone"], made_by["encoder"] or {}
+        if not backbone:
+            return ""
+        if encoder.get("digest"):  # the same weights may lie elsewhere
+            made_by["backbone"] = {k: v for k, v in backbone.items() if k != "checkpoint"}
+            made_by = _without_places(made_by) | {"digest": encoder["digest"]}
+        text = json.dumps(made_by, sort_keys=True).encode()
+        name = encoder.get("encoder") or backbone.get("type")
+        return f"{name} {hashlib.sha256(text).hexdigest()[:12]}"
+
     def rows(self) -> dict[str, int]:
         """Returns the row of each name."""
         return {name: row for row, name in enumerate(self.names)}
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_places(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_places(v) for k, v in value.items() if k != "encoder"}
 
 
 class FeatureWriter:

@@ -7,7 +7,7 @@ The names are those of `pathcore.encoders`, the descriptions those of `pathcore.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cite.encoders.base import Encoder
 from pathcore.encoders.encoder import EncoderName, open_image_tower
 from pathcore.encoders.presets import get_preset
 from pathcore.encoders.towers import VISION_TYPES, EncoderError, Tower, build_tower, open_tower
+from pathcore.files import sha256_of
 from pathcore.weights import read_state_dict
 
 _PUBLISHED = "model."
@@ -45,11 +46,18 @@ def open_encoder(
         architecture = preset.architecture
     if architecture and ":" not in architecture and given and Path(given).is_file():
         description = {"library": "open_clip", "architecture": architecture, **arguments}
-        return build_encoder(description | ({"feature": feature} if feature else {}), given)
+        encoder = build_encoder(description | ({"feature": feature} if feature else {}), given)
+        return _identified(encoder, name, (Path(given),))
     tower = open_image_tower(
         name, weights, feature=feature, trust_remote_code=trust_remote_code, **arguments
     )
-    return _as_encoder(tower, has_weights=True)
+    return _identified(_as_encoder(tower, has_weights=True), name, tower.files)
+
+
+def _identified(encoder: Encoder, name: str, files: Iterable[Path]) -> Encoder:
+    digest = " ".join(sha256_of(file) for file in files)
+    encoder.identity = {"encoder": name.partition("@")[0], "digest": digest}
+    return encoder
 
 
 def build_encoder(

@@ -33,6 +33,7 @@ class Encoder(nn.Module):
         image_size: Height and width of the only images that it takes; None if it takes others, or
             its library checks.
         lora_targets: Names of the layers that LoRA adapts by default; empty for all linear ones.
+        identity: Name and SHA-256 of the weights, where it was opened by name.
         spec: Description from which `build_encoder` builds it again, as JSON values.
     """
 
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         self.embed_dim = self.width = tower.embed_dim
         self.spec: dict[str, Any] = dict(tower.description)
         self.has_weights = has_weights
+        self.identity: dict[str, str] = {}
         embedding: Any = getattr(self.model, "patch_embed", None)
         if embedding is not None and getattr(embedding, "strict_img_size", True):
             # Positions, and Swin's windows, are built for one size.

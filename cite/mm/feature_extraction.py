@@ -74,7 +74,8 @@ def extract_features(
     lock = Path(out).with_name(f".{Path(out).name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(lock, folder=out):
-        writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint))
+        identity = getattr(getattr(backbone, "encoder", None), "identity", {})
+        writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint, identity))
         rest = _Readable(dataset, writer.num_done)
         loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)
         bar = tqdm(total=len(dataset), initial=writer.num_done, disable=not progress, unit="img")
@@ -185,8 +186,11 @@ def _write(writer: FeatureWriter, items: list[dict[str, Any]], features: torch.T
     writer.write_part([item["name"] for item in good], features, labels, skipped)
 
 
-def _describe(cfg: Config, split: str, dataset: Any, checkpoint: str | None) -> dict[str, Any]:
+def _describe(
+    cfg: Config, split: str, dataset: Any, checkpoint: str | None, identity: dict[str, str]
+) -> dict[str, Any]:
     return {
+        "encoder": identity,
         "split": split,
         "classes": list(dataset.metainfo.get("classes", ())),
         "backbone": _plain(cfg.model.backbone),

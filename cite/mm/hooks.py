@@ -22,6 +22,7 @@ from pathcore.weights import CheckpointError, shorten
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 """What `torch.load(weights_only=True)` reads; exactly these types."""
 _LAST = "last_checkpoint"
+_FEATURES_OF = "features_of"
 
 
 @HOOKS.register_module()
@@ -215,6 +216,47 @@ class ClassesAgreeHook(Hook):
     def before_test(self, runner: Any) -> None:
         """Checks the test data."""
         _check_classes(runner, runner.test_loop.dataloader.dataset)
+
+
+@HOOKS.register_module()
+class FeaturesAgreeHook(Hook):
+    """Stops if features come from another encoder than the classifier was trained on.
+
+    Widths of encoders agree often, and scores of the wrong one are only low.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        """Compares training and validation features."""
+        trained = _features_of(runner.train_loop)
+        if runner._val_loop is not None:
+            _check_origin(trained, runner.val_loop)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Writes into the checkpoint which features it was trained on."""
+        if origin := _features_of(runner.train_loop):
+            checkpoint.setdefault("meta", {})[_FEATURES_OF] = origin
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Compares the checkpoint with the features of every loop."""
+        trained = (checkpoint.get("meta") or {}).get(_FEATURES_OF, "")
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            if hasattr(loop, "dataloader"):
+                _check_origin(trained, loop)
+
+
+def _features_of(loop: Any) -> str:
+    cache = getattr(loop.dataloader.dataset, "cache", None)
+    return cache.origin if cache is not None else ""
+
+
+def _check_origin(trained: str, loop: Any) -> None:
+    found = _features_of(loop)
+    if trained and found and trained != found:
+        raise ValueError(
+            f"{loop.dataloader.dataset.cache.source}: features of {found}, but the classifier is "
+            f"trained on those of {trained}; compute them with the same encoder, pixels and "
+            "checkpoint by `xtuner-add cite-features`"
+        )
 
 
 def _check_classes(runner: Any, dataset: Any) -> None:

@@ -9,6 +9,7 @@ original's scores as `published`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -298,10 +299,14 @@ class ProbeRun:
             "classes": list(self.data.classes),
             "num_tiles": {name: len(split.ids) for name, split in self.data.splits.items()},
             "embed_dim": self.features.shape[1],
+            # Embeddings of another encoder may be as wide and as many.
+            "features_sha256": hashlib.sha256(self.features.cpu().numpy().tobytes()).hexdigest(),
         }
         file = self.folder / "config.json"
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != inputs:
-            raise ValueError(f"{self.folder}: holds a probe of other settings; name a new folder")
+            raise ValueError(
+                f"{self.folder}: holds a probe of other settings or embeddings; name a new folder"
+            )
         write_json(file, inputs)
 
 

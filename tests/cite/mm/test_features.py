@@ -120,10 +120,43 @@ def test_training_and_testing_from_the_file(config: Path, data: Path, tmp_path: 
     cfg.test_dataloader = cached("test", "", test_mode=True)
     cfg.test_dataloader.sampler.shuffle = False
     cfg.experiment_name = f"{scope}_cached"
+    hooks = ("PortableCheckpointHook", "FeaturesAgreeHook")
+    cfg.custom_hooks = [dict(type=name) for name in hooks]
     runner = Runner.from_cfg(cfg)
     runner.train()
     assert runner.test()["accuracy"] > 90
+    (checkpoint,) = (tmp_path / "work").glob("*.pth")
+    other = tmp_path / "other.safetensors"
+    options = {"model.backbone.checkpoint": None}  # as wide, but random
+    extract_features(config, other, split="test", progress=False, cfg_options=options)
+    for name, fits in ((f"{tmp_path}/test.safetensors", True), (str(other), False)):
+        cfg.merge_from_dict({"test_dataloader.dataset.feature_file": name})
+        cfg.merge_from_dict({"load_from": str(checkpoint), "experiment_name": Path(name).stem})
+        runner = Runner.from_cfg(cfg)
+        if fits:
+            assert runner.test()["accuracy"] > 90
+        else:
+            with pytest.raises(ValueError, match=r"features of PromptedEncoder \w+, but the class"):
+                runner.test()
     init_default_scope("mmengine")
+
+
+def test_features_say_whose_they_are(data: Path, tmp_path: Path) -> None:
+    """The same weights elsewhere are the same encoder; others of the same name are not."""
+    found = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        save_open_clip(tmp_path / place / "clip", seed=seed)
+        name = f"open_clip:local-dir:{tmp_path}/{place}/clip"
+        settings = make_config(data)
+        settings["model"]["backbone"] = dict(type="PromptedEncoder", encoder=name)
+        settings["model"]["head"]["in_channels"] = 16
+        Config(settings).dump(tmp_path / "config.py")
+        out = tmp_path / f"{place}.safetensors"
+        extract_features(tmp_path / "config.py", out, split="test", progress=False)
+        found.append(read_features(out))
+    assert [len(one.header["encoder"]["digest"]) for one in found] == [64] * 3
+    origins = [one.origin for one in found]
+    assert origins[0].split()[-1] == origins[1].split()[-1] != origins[2].split()[-1]
 
 
 def test_a_killed_run_continues(

@@ -93,9 +93,9 @@ def saved(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def write_cohort(folder: Path, count: int = 120, classes: int = 2) -> Path:
+def write_cohort(folder: Path, count: int = 120, classes: int = 2, seed: int = 0) -> Path:
     """A zip in the published layout; the class is read off the first numbers."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rows = [("input", "label", "split")]
     with zipfile.ZipFile(folder / "embeddings.zip", "w") as archive:
         for number in range(count):
@@ -155,6 +155,10 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(
     other = ProbeSettings(train_iters=3, eval_interval=1)
     with pytest.raises(ValueError, match="other settings"):
         probe_tiles(path, table, tmp_path / "broken", settings=other, progress=False)
+    (tmp_path / "other").mkdir()
+    elsewhere = write_cohort(tmp_path / "other", seed=1)  # as if of another encoder
+    with pytest.raises(ValueError, match="other settings or embeddings"):
+        probe_tiles(elsewhere, table, tmp_path / "broken", settings=SMALL, progress=False)
 
 
 class Evil:

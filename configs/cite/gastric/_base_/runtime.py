@@ -18,6 +18,7 @@ custom_hooks = [
     dict(type="ZeroShotHook"),
     dict(type="CheckpointFitsHook"),
     dict(type="ClassesAgreeHook"),
+    dict(type="FeaturesAgreeHook"),
 ]
 
 env_cfg = dict(
