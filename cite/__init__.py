@@ -1,8 +1,8 @@
-"""CITE: a frozen image encoder adapted by prompts and by the text embeddings of its classes.
+"""CITE: adapts a frozen image encoder by visual prompts and text embeddings of the classes.
 
 Zhang et al., "Text-guided Foundation Model Adaptation for Pathological Image Classification",
-MICCAI 2023, https://arxiv.org/abs/2307.14901. Modules outside `cite.mm` need torch and
-transformers only; `cite.mm` registers everything for `mim train mmcls` and `mim train mmpretrain`.
+MICCAI 2023, https://arxiv.org/abs/2307.14901. `cite.mm` registers all parts for `mim train mmcls`
+and `mim train mmpretrain`; the other modules need neither MMEngine nor these hosts.
 """
 
 from typing import TYPE_CHECKING

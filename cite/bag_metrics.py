@@ -1,8 +1,10 @@
-"""Scores of patches and of slides: published ones, and what a study reports beside them.
+"""Scores of patches and slides: those of the published code, AUROC, kappa, and intervals.
 
-Shapes: N patches, S slides, K classes, R resamples. Accuracies are percentages in float32, as the
-published code gives them (Zhang et al. 2023, https://github.com/Yunkun-Zhang/CITE); `auroc` lies in
-[0, 1], `kappa` in [-1, 1]. Names of scores over slides start with `bag_`.
+Accuracies are percentages in float32, as in the published code (Zhang et al. 2023,
+https://github.com/Yunkun-Zhang/CITE); `auroc` is in [0, 1], `kappa` in [-1, 1]. Names of scores
+over slides start with `bag_`.
+
+Shapes: N patches, K classes, R resamples.
 """
 
 from __future__ import annotations
@@ -33,21 +35,21 @@ PUBLISHED_METRICS = ("accuracy", "class_accuracy", "bag_accuracy", "bag_class_ac
 
 NUM_RESAMPLES = 1000
 _CHUNK = 1 << 24
-"""Weights of resampled cases held at a time."""
+"""Number of weights of resampled cases in memory."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Scores and labels of cases that belong to slides.
+    """Scores and labels of cases, each of which belongs to a slide.
 
     Args:
-        scores: `(N, K)`, the higher the more likely; softmax, for example.
-        labels: `(N,)`, classes counted from 0.
-        slides: `(N,)`, the slide of every case.
+        scores: float `(N, K)`; higher is more likely, for example softmax.
+        labels: int `(N,)`, class indices.
+        slides: Slide of each case `(N,)`.
 
     Raises:
-        ValueError: Lengths that differ, no cases, scores that are not finite, a label that is no
-            class, or a slide with several labels.
+        ValueError: If lengths differ, there are no cases, scores are not finite, a label is out of
+            range, or a slide has several labels.
     """
 
     scores: Array
@@ -86,25 +88,25 @@ class Predictions:
 
     @property
     def num_classes(self) -> int:
-        """K, the classes without a case included."""
+        """Number of classes K, including those without cases."""
         return int(self.scores.shape[1])
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """`(N,)`, the class of the highest score; of equal ones the first."""
+        """Class with the highest score `(N,)`; the first one of a tie."""
         return np.argmax(self.scores, axis=1)
 
 
 def vote(predictions: Predictions, voting: Voting = "soft") -> Predictions:
-    """Joins the patches of each slide; slides stand in the order of their first patch.
+    """Aggregates the patches of each slide, in the order of the slides' first patches.
 
     Args:
-        predictions: Of patches.
-        voting: `soft`: the mean of the scores, as published; `hard`: the share of the patches
-            predicted as a class, equal shares decided by the mean of the scores.
+        predictions: Predictions of patches.
+        voting: `soft` for the mean of the scores, as published; `hard` for the fraction of patches
+            predicted as a class, where the mean of the scores breaks ties.
 
     Raises:
-        ValueError: Another kind of voting.
+        ValueError: If `voting` is unknown.
 
     Example:
         >>> patches = Predictions([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9]], [0, 0, 0], ["a"] * 3)
@@ -120,8 +122,8 @@ def vote(predictions: Predictions, voting: Voting = "soft") -> Predictions:
     if voting == "hard":
         votes = np.eye(predictions.num_classes)[predictions.predicted]
         shares = np.stack([votes[group].mean(axis=0) for group in groups])
-        # Shares of n patches differ by at least 1/n; a score below 1 times half of that only
-        # decides between equal ones.
+        # Fractions of n patches differ by at least 1/n. The scaled scores are below 1/(4n), so they
+        # only break ties.
         spread = max(1.0, float(np.abs(scores).max()))
         scores = shares + scores / (4 * spread * len(predictions.labels))
     by_appearance = np.argsort(first)
@@ -137,21 +139,30 @@ def compute_metrics(
     num_resamples: int = 0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Computes scores of patches and of slides.
+    """Computes scores of patches and slides.
 
-    A class without a case has no score of its own and does not count in a mean. `mean_accuracy`
-    is what is also called balanced accuracy; `class_accuracy` gives it with `accuracy_0`, ... .
+    Classes without cases have no score and are excluded from means. `mean_accuracy` is also known
+    as balanced accuracy; `class_accuracy` returns it together with `accuracy_0`, `accuracy_1`, ...
 
     Args:
-        patches: What was predicted.
-        metrics: Of `PATCH_METRICS` and `SLIDE_METRICS`.
-        voting: How the patches of a slide become one prediction.
-        num_resamples: Of slides, for 95 % intervals `<name>_low` and `<name>_high` (percentile
-            bootstrap over slides, whose patches stay together); 0 for none.
-        seed: Of the resampling.
+        patches: Predictions of patches.
+        metrics: Names from `PATCH_METRICS` and `SLIDE_METRICS`.
+        voting: How patches of a slide are aggregated, see `vote`.
+        num_resamples: Number of bootstrap resamples for 95 % percentile intervals, `<name>_low` and
+            `<name>_high`; 0 computes none. Slides are resampled with all their patches, because
+            patches of a slide are not independent.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Scores by name.
 
     Raises:
-        ValueError: A metric of another name.
+        ValueError: If a metric is unknown.
+
+    Example:
+        >>> patches = Predictions([[0.6, 0.4], [0.2, 0.8], [0.1, 0.9]], [0, 0, 1], ["a", "a", "b"])
+        >>> compute_metrics(patches, ["mean_accuracy", "bag_accuracy"])["bag_accuracy"]
+        50.0
     """
     unknown = [name for name in metrics if name not in (*PATCH_METRICS, *SLIDE_METRICS)]
     if unknown:
@@ -173,7 +184,7 @@ def compute_metrics(
 
 
 def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
-    """Counts pairs of true and predicted class, `(K, K)`, rows are true classes."""
+    """Returns the confusion matrix `(K, K)`, with true classes in rows."""
     from sklearn.metrics import confusion_matrix
 
     classes = np.arange(predictions.num_classes)
@@ -184,10 +195,10 @@ def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> Any:
-    """Draws a confusion matrix, counts over shades of the share of the true class.
+    """Draws a confusion matrix with counts, coloured by the fraction of the true class.
 
     Returns:
-        A matplotlib figure; `save_figure` writes it.
+        A matplotlib figure, for `save_figure`.
     """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -207,7 +218,7 @@ def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> 
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a matplotlib figure as PNG, whole or not at all."""
+    """Writes a matplotlib figure as PNG atomically."""
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 
@@ -245,7 +256,7 @@ def _point_scores(cases: Predictions, names: set[str]) -> dict[str, float]:
 
 
 def _percentage(correct: Array) -> float:
-    # As published: the count times 100 / n, in float32.
+    # In float32 and in this order, to reproduce the published figures exactly.
     return float(np.float32(correct.sum()) * np.float32(100.0 / len(correct)))
 
 

@@ -1,4 +1,4 @@
-"""One block of a pre-norm vision transformer, whichever library its modules come from.
+"""View of a pre-norm transformer block that is independent of the library of its modules.
 
 Shapes: B images, T tokens, D width, H heads.
 """
@@ -15,24 +15,28 @@ from torch.nn import functional as F
 
 
 class Projection(Protocol):
-    """Gives queries, keys and values of tokens; queries for the first tokens alone if asked."""
+    """Interface of projections from tokens to queries, keys and values."""
 
     def __call__(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
-        """Maps `(B, T, D)` to queries `(B, num_queries or T, D)`, keys and values `(B, T, D)`."""
+        """Maps `(B, T, D)` to queries `(B, num_queries or T, D)`, keys and values `(B, T, D)`.
+
+        Queries are computed for the first `num_queries` tokens only.
+        """
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Queries, keys and values from one linear layer of 3 * D outputs.
+    """Queries, keys and values from a single linear layer.
 
     Attributes:
-        qkv: The layer; LoRA may stand around it.
+        qkv: Linear layer from D to 3 * D, possibly wrapped by LoRA.
     """
 
     qkv: nn.Module
 
     def __call__(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
         """See `Projection`."""
+        # A layer wrapped by LoRA must be called as a whole; only a plain one can be sliced.
         if num_queries is None or type(self.qkv) is not nn.Linear:
             query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
             return query[:, :num_queries], key, value
@@ -48,9 +52,9 @@ class Split:
     """Queries, keys and values from three layers.
 
     Attributes:
-        query: D to D.
-        key: D to D.
-        value: D to D.
+        query: Layer from D to D.
+        key: Layer from D to D.
+        value: Layer from D to D.
     """
 
     query: nn.Module
@@ -65,20 +69,20 @@ class Split:
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of a block: x + scale1(attention(norm1 x)), then x + scale2(mlp(norm2 x)).
+    """Parts of a block: x + scale1(attention(norm1 x)), then x + scale2(mlp(norm2 x)).
 
     Attributes:
-        norm1: Before the attention.
-        project: To queries, keys and values.
-        num_heads: H.
-        out: After the attention, D to D.
-        norm2: Before the MLP.
-        mlp: D to D.
-        scale1: Of the attention's branch (LayerScale).
-        scale2: Of the MLP's branch.
-        norm_query: Of the queries, head by head.
-        norm_key: Of the keys, head by head.
-        norm_context: Of the attended values.
+        norm1: Norm before the attention.
+        project: Projection to queries, keys and values.
+        num_heads: Number of heads H.
+        out: Output projection of the attention, D to D.
+        norm2: Norm before the MLP.
+        mlp: MLP, D to D.
+        scale1: LayerScale of the attention branch, or None.
+        scale2: LayerScale of the MLP branch, or None.
+        norm_query: Norm of the queries of each head, or None.
+        norm_key: Norm of the keys of each head, or None.
+        norm_context: Norm before the output projection, or None.
     """
 
     norm1: nn.Module
@@ -98,10 +102,11 @@ class Block:
 
         Args:
             hidden_states: `(B, T, D)`.
-            num_queries: Compute the first tokens alone; the others still serve as keys and values.
+            num_queries: Number of leading tokens to compute; by default all. The others still serve
+                as keys and values.
 
         Returns:
-            `(B, num_queries or T, D)`, in the type of `hidden_states`.
+            `(B, num_queries or T, D)`, in the dtype of `hidden_states`.
         """
         attended = self._attend(normalise(self.norm1, hidden_states), num_queries)
         hidden_states = _add(hidden_states[:, :num_queries], attended, self.scale1)
@@ -131,9 +136,9 @@ def _add(hidden_states: Tensor, branch: Tensor, scale: nn.Module | None) -> Tens
 
 
 def normalise(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Applies a norm whose parameters may be wider than the activations.
+    """Applies a norm in the dtype of its parameters and returns the dtype of the activations.
 
-    It is computed in the parameters' type, fp32, and given back in the activations'.
+    With activations in half precision, norms are thus computed in fp32.
     """
     weight = getattr(norm, "weight", None)
     if weight is None or weight.dtype == hidden_states.dtype:
@@ -142,15 +147,18 @@ def normalise(norm: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU (github.com/openai/CLIP)."""
+    """OpenAI CLIP's approximation of GELU, `x * sigmoid(1.702 x)` (github.com/openai/CLIP).
+
+    Saves one tensor for the backward pass, where the formula as written saves two.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Keeps one tensor for the backward pass where the written formula keeps two."""
+        """Applies the activation to a tensor of any shape."""
         return _QuickGELU.apply(hidden_states)
 
 
 class _QuickGELU(torch.autograd.Function):
-    """silu(1.702 x) / 1.702; its derivative is silu'(1.702 x)."""
+    """Computes QuickGELU as silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x)."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor) -> Tensor:
@@ -165,15 +173,15 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class PackedAttention(nn.Module):
-    """`torch.nn.MultiheadAttention`'s weights as two linear layers, which LoRA can wrap.
+    """Weights of `torch.nn.MultiheadAttention` as two linear layers, which LoRA can wrap.
 
-    Names in state dicts stay `in_proj_weight`, `in_proj_bias`, `out_proj.*`.
+    State dicts keep the names `in_proj_weight`, `in_proj_bias` and `out_proj.*`.
 
     Args:
-        attention: Self-attention with one packed projection.
+        attention: Self-attention with a packed projection; shares its parameters.
 
     Raises:
-        ValueError: Its queries, keys and values have different widths.
+        ValueError: If queries, keys and values have different widths.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:

@@ -1,7 +1,7 @@
-"""One model's weights under the names of several libraries.
+"""Converts weights of vision transformers between the names of several libraries.
 
-A table lists pairs of names and is read both ways. `{}` stands for the number of a block, a final
-`*` for `weight` or `bias`. Queries, keys and values are one tensor in some libraries.
+A table lists pairs of names and is used in both directions. `{}` stands for the index of a block,
+`*` for `weight` or `bias`. Some libraries fuse queries, keys and values into one tensor.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class ConversionError(ValueError):
-    """Weights that are not those of the format they were said to have."""
+    """Raised if weights do not have the stated format, or the conversion does not exist."""
 
 
 class Fused(NamedTuple):
-    """A tensor whose rows are three tensors in the other library."""
+    """A tensor that the other library stores as three tensors, its chunks along the first axis."""
 
     left: str
     right: tuple[str, str, str]
@@ -37,13 +37,13 @@ class NameTable:
     """Names of the same tensors in two libraries.
 
     Attributes:
-        left: The first library, for errors.
-        right: The second library.
+        left: Name of the first library, for error messages.
+        right: Name of the second library, for error messages.
         pairs: Left and right names.
-        fused: Left names and the three right names.
-        transposed: Left names whose tensor is the transpose of the right one.
-        unused_left: Patterns of left names that the right library has no place for.
-        unused_right: Patterns of right names that the left library has no place for.
+        fused: Left names with the three right names.
+        transposed: Left names of tensors that are transposed on the right.
+        unused_left: Patterns of left names without a counterpart, which are dropped.
+        unused_right: Patterns of right names without a counterpart, which are dropped.
     """
 
     left: str
@@ -55,10 +55,10 @@ class NameTable:
     unused_right: tuple[str, ...] = ()
 
     def to_right(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Converts from the left library's names.
+        """Converts names of the left library to those of the right one.
 
         Raises:
-            ConversionError: A name is not in the table.
+            ConversionError: If a name is not in the table.
         """
         converted: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
@@ -77,10 +77,10 @@ class NameTable:
         return converted
 
     def to_left(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Converts from the right library's names.
+        """Converts names of the right library to those of the left one.
 
         Raises:
-            ConversionError: A name is not in the table, or a part of a fused tensor is missing.
+            ConversionError: If a name is not in the table, or a part of a fused tensor is missing.
         """
         converted: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
@@ -143,7 +143,7 @@ CLIP_HF = NameTable(
         ("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
         ("ln_pre.*", "vision_model.pre_layrnorm.*"),
         ("ln_post.*", "vision_model.post_layernorm.*"),
-        ("ln_post.*", "vision_model.post_layrnorm.*"),  # as PA-LLaVA's PLIP calls it
+        ("ln_post.*", "vision_model.post_layrnorm.*"),  # misspelled in PA-LLaVA's PLIP
         ("proj", "visual_projection.weight"),
         ("transformer.resblocks.{}.ln_1.*", f"{_HF_CLIP}layer_norm1.*"),
         ("transformer.resblocks.{}.ln_2.*", f"{_HF_CLIP}layer_norm2.*"),
@@ -234,7 +234,8 @@ TIMM_HF_DINOV2 = NameTable(
         ("blocks.{}.ls2.gamma", f"{_HF_LAYER}layer_scale2.lambda1"),
         ("blocks.{}.mlp.fc1.*", f"{_HF_LAYER}mlp.fc1.*"),
         ("blocks.{}.mlp.fc2.*", f"{_HF_LAYER}mlp.fc2.*"),
-        # Meta's own names; timm calls SwiGLU's layers fc1 and fc2 and the registers reg_token.
+        # These left names are Meta's. `_dinov2_to_timm` renames them to timm's mlp.fc1, mlp.fc2 and
+        # reg_token.
         ("blocks.{}.mlp.w12.*", f"{_HF_LAYER}mlp.weights_in.*"),
         ("blocks.{}.mlp.w3.*", f"{_HF_LAYER}mlp.weights_out.*"),
         ("register_tokens", "embeddings.register_tokens"),
@@ -249,13 +250,13 @@ _PATCHES = "patch_embed.proj.weight"
 
 
 def published_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the ViT out of what MAE, RETFound, DINO (HIPT) and DINOv2 store, in timm's names.
+    """Extracts the ViT from checkpoints of MAE, RETFound, DINO (HIPT) and DINOv2, in timm's names.
 
-    The decoder, heads and mask token of the training are dropped with a warning, and a prefix such
-    as `backbone.` is removed.
+    Decoder, heads and mask token of the training are dropped with a warning, and prefixes such as
+    `backbone.` are removed.
 
     Raises:
-        ConversionError: If there is no ViT, or more than one, or one that pools its patches.
+        ConversionError: If there is not exactly one ViT, or it pools patch tokens.
     """
     prefixes = [name.removesuffix(_PATCHES) for name in state_dict if name.endswith(_PATCHES)]
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
@@ -284,7 +285,10 @@ def published_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dinov2_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives DINOv2 timm's names; with registers timm keeps no position for the class token."""
+    """Renames Meta's DINOv2 to timm's names.
+
+    With registers, timm has no position embedding for the class token, so it is added to the token.
+    """
     state_dict = {
         name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor
         for name, tensor in state_dict.items()
@@ -298,13 +302,17 @@ def _dinov2_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _timm_to_dinov2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes `_dinov2_to_timm`; the class token keeps its position, which becomes zero."""
+    """Reverts `_dinov2_to_timm`.
+
+    The position embedding of the class token becomes zero, since the token already includes it.
+    """
     named = {}
     for name, tensor in state_dict.items():
         stem, is_mlp, rest = name.partition(".mlp.fc")
         first, second = (state_dict.get(f"{stem}.mlp.fc{n}.weight") for n in (1, 2))
         if is_mlp and first is not None and second is not None:
-            # SwiGLU computes two halves of its hidden layer and multiplies them.
+            # SwiGLU multiplies the two halves of the first layer's output, so the second layer has
+            # half as many inputs.
             is_swiglu = first.shape[0] == 2 * second.shape[1]
             layer = "fc" + rest[0] if not is_swiglu else "w12" if rest[0] == "1" else "w3"
             name = f"{stem}.mlp.{layer}{rest[1:]}"
@@ -317,22 +325,22 @@ def _timm_to_dinov2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hf_dinov2_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts DINOv2 of transformers, with or without registers and SwiGLU."""
+    """Converts DINOv2, with or without registers and SwiGLU, from transformers' names to timm's."""
     return _dinov2_to_timm(TIMM_HF_DINOV2.to_left(state_dict))
 
 
 def timm_to_hf_dinov2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts DINOv2 of timm to the names of transformers."""
+    """Converts DINOv2 from timm's names to those of transformers."""
     return TIMM_HF_DINOV2.to_right(_timm_to_dinov2(state_dict))
 
 
 def moco_v3_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the encoder that MoCo v3 trained, in the names of timm.
+    """Extracts the base encoder of MoCo v3, not the momentum encoder, in timm's names.
 
-    Chen et al. 2021 (https://arxiv.org/abs/2104.02057): the base encoder, not the momentum one.
+    MoCo v3: Chen et al. 2021 (https://arxiv.org/abs/2104.02057).
 
     Raises:
-        ConversionError: There is no `base_encoder`.
+        ConversionError: If there is no `base_encoder`.
     """
     encoder: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -345,12 +353,12 @@ def moco_v3_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_vision_from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the image tower of a Hugging Face CLIP, in OpenAI's names without `visual.`."""
+    """Extracts the image tower of Hugging Face's CLIP, in OpenAI's names without `visual.`."""
     return CLIP_HF.to_left(state_dict)
 
 
 def clip_vision_to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives the image tower of CLIP Hugging Face's names; `visual.` may stand before a name."""
+    """Converts CLIP's image tower, with or without prefix `visual.`, to Hugging Face's names."""
     prefixed = {k: v for k, v in state_dict.items() if k.startswith("visual.")}
     names = {k.removeprefix("visual."): v for k, v in prefixed.items()} or state_dict
     return CLIP_HF.to_right(names)
@@ -384,11 +392,17 @@ def convert(state_dict: Mapping[str, Tensor], source: str, target: str) -> dict[
 
     Args:
         state_dict: The weights.
-        source: Their format, one of `SOURCES`.
-        target: The format wanted, one of `TARGETS`.
+        source: Format of the weights, one of `SOURCES`.
+        target: Format to convert to, one of `TARGETS`.
 
     Raises:
-        ConversionError: No such conversion, or a name that the source format does not have.
+        ConversionError: If the conversion does not exist, or a name is not one of the source
+            format.
+
+    Example:
+        >>> weights = {"layers.0.ffn.layers.1.bias": torch.zeros(768)}
+        >>> list(convert(weights, source="mm", target="hf-vit"))
+        ['encoder.layer.0.output.dense.bias']
     """
     if (source, target) in _CLIP:
         return _CLIP[source, target](state_dict)

@@ -1,4 +1,4 @@
-"""Features of many images in one file, made in parts so that a killed run continues.
+"""Stores features of many images in one file, written in parts so that a run can be resumed.
 
 Shapes: N images, E features.
 """
@@ -26,14 +26,15 @@ _MADE_BY = ("encoder", "backbone", "preprocessing", "pipeline", "checkpoint")
 
 @dataclass(frozen=True)
 class Features:
-    """Features by image.
+    """Features of images.
 
     Attributes:
         names: Names of the images, relative to their folder.
         features: `(N, E)`.
-        labels: `(N,)`; -1 where there is none.
-        header: Where they come from, as JSON values; `skipped` lists images that could not be read.
-        source: The file, for errors.
+        labels: int64 `(N,)`; -1 for images without label.
+        header: Origin of the features, as JSON values; `skipped` lists images that could not be
+            read.
+        source: Name of the file, for error messages.
     """
 
     names: tuple[str, ...]
@@ -60,7 +61,7 @@ class Features:
         return f"{name} {hashlib.sha256(text).hexdigest()[:12]}"
 
     def rows(self) -> dict[str, int]:
-        """Returns the row of each name."""
+        """Returns the row of each image by name."""
         return {name: row for row, name in enumerate(self.names)}
 
 
@@ -73,12 +74,12 @@ def _without_places(value: Any) -> Any:
 
 
 class FeatureWriter:
-    """Writes batches of features to parts in `OUT.partial`, and joins them at the end.
+    """Writes parts to the folder `OUT.partial` and joins them at the end.
 
     Args:
         out: The safetensors file to write.
-        header: What the features are made from, as JSON values; parts of an earlier run from
-            something else are dropped.
+        header: Origin of the features, as JSON values; parts of an earlier run with another header
+            are deleted.
     """
 
     def __init__(self, out: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
@@ -97,13 +98,20 @@ class FeatureWriter:
 
     @property
     def num_done(self) -> int:
-        """Images that earlier runs have dealt with, in their order."""
+        """Number of images at the start of the dataset that are already processed."""
         return sum(len(part["names"]) + len(part["skipped"]) for part in self.parts)
 
     def write_part(
         self, names: Iterable[str], features: Tensor, labels: Tensor, skipped: Iterable[str] = ()
     ) -> None:
-        """Writes the next images of the dataset; `skipped` are those that could not be read."""
+        """Writes the next images of the dataset as a part.
+
+        Args:
+            names: Names of the images.
+            features: `(len(names), E)`.
+            labels: int64 `(len(names),)`.
+            skipped: Messages for images that could not be read.
+        """
         from safetensors.torch import save_file
 
         number = len(self.parts)
@@ -117,10 +125,10 @@ class FeatureWriter:
         """Joins the parts into the file and removes them.
 
         Returns:
-            What was left out, with the reason.
+            Messages for skipped images.
 
         Raises:
-            ValueError: Not one image could be read.
+            ValueError: If no image could be read.
         """
         from safetensors.torch import load_file, save_file
 
@@ -144,11 +152,11 @@ class FeatureWriter:
 
 
 def read_features(path: str | os.PathLike[str]) -> Features:
-    """Reads a file of `FeatureWriter`.
+    """Reads a file that `FeatureWriter` wrote.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another kind of file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 

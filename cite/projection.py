@@ -1,4 +1,4 @@
-"""The layer between image features and the space of the text embeddings."""
+"""Linear layer that maps image features to the space of the text embeddings."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from torch import Tensor, nn
 
 INITIALISATIONS = ("identity", "normal", "normal_identity", "kaiming_uniform")
 NORMAL_STD = 0.02
-"""From the published code of CITE (github.com/Yunkun-Zhang/CITE)."""
+"""Standard deviation of normal initialisation in the published code
+(github.com/Yunkun-Zhang/CITE)."""
 
 
 class Projection(nn.Linear):
-    """y = act_after(W act_before(x) + b).
+    """Linear layer with optional activations, `act_after(W act_before(x) + b)`.
 
     Args:
         in_features: Width of the image features.
         out_features: Width of the text embeddings.
-        init: Of W: `identity` (rectangular), `normal`, `normal_identity` (normal plus identity), or
-            `kaiming_uniform`, torch's own. b is uniform in +-1 / sqrt(in_features) in all cases.
-        act_before: Name of an activation class of `torch.nn`.
-        act_after: The same.
+        init: Initialisation of W: `identity` (rectangular), `normal`, `normal_identity` (normal
+            plus identity), or `kaiming_uniform` as in torch. b is always uniform in
+            +-1 / sqrt(in_features).
+        act_before: Name of an activation class of `torch.nn`, or None.
+        act_after: Name of an activation class of `torch.nn`, or None.
 
     Raises:
-        ValueError: No such initialisation or activation.
+        ValueError: If initialisation or activation are unknown.
+
+    Example:
+        >>> Projection(512, 768)(torch.zeros(2, 512)).shape
+        torch.Size([2, 768])
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class Projection(nn.Linear):
         }
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias anew."""
+        """Reinitialises weight and bias."""
         super().reset_parameters()
         with torch.no_grad():
             if self.init == "identity":
@@ -64,7 +70,7 @@ class Projection(nn.Linear):
         """Maps `(batch, in_features)` to `(batch, out_features)`.
 
         Raises:
-            ValueError: Features of another width.
+            ValueError: If the features have another width.
         """
         if features.shape[-1] != self.in_features:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A frozen image encoder with prompts, or one of the ways of adapting it that are compared.
+"""Frozen image encoder with visual prompts, and the alternatives: LoRA, full fine-tuning, none.
 
 Shapes: B images, T tokens of an image, D width, E features.
 """
@@ -25,7 +25,7 @@ PROMPTED_FAMILIES = (
 )
 
 _CPU_BATCH = 8
-"""Images that go through the blocks at once on a CPU (docs/benchmarks.md)."""
+"""Number of images per pass through the blocks on a CPU; measured in docs/benchmarks.md."""
 
 _OF_PROMPTS = ("prompt", "prompt_initialised")
 _ENCODER, _PROMPTS = "encoder.model.", "prompts."
@@ -34,30 +34,31 @@ _PUBLISHED = "model."
 
 
 class PromptedEncoder(nn.Module):
-    """An encoder, its prompts, and no more work than the features need.
+    """Frozen encoder with visual prompts; skips computation that the features do not depend on.
 
-    Nothing below the first prompted block keeps a graph, and where the features depend on the class
-    token alone, the last block computes it alone. Where nothing is trained, the features are those
-    of `pathcore.encoders` by the same name, to the bit. In state dicts the encoder's tensors have
-    their library's names and the prompts are `prompt`, as in the published checkpoints.
+    Blocks below the first prompted one build no graph. If features depend only on the class token,
+    the last block computes only that token. If nothing is trained, features equal those of
+    `pathcore.encoders` exactly. In state dicts, the encoder's tensors have the names of their
+    library and the prompts are called `prompt`, as in the published checkpoints.
 
     Args:
-        encoder: What is adapted.
-        prompt_length: Prompts of a prompted block; 0 for none.
-        prompt_layers: Blocks before which prompts enter; None for the first.
-        prompt_pos: `prepend` or `add`.
+        encoder: The encoder to adapt.
+        prompt_length: Number of prompts per prompted block; 0 for none.
+        prompt_layers: Indices of the blocks before which prompts are inserted; None for the first.
+        prompt_pos: `prepend` or `add`, see `PromptSpec`.
         prompt_init: `uniform`, `normal`, `zero`, `kaiming` or `token`.
-        prompt_noise_std: Noise on each prompt's initial value, see `PromptSpec`.
-        frozen: False trains the whole encoder.
-        lora: Arguments of PEFT's `LoraConfig`; by default the attention's layers are adapted.
-        precision: Type in which a frozen encoder is kept and computed: `fp32`, `bf16`, `fp16`.
-            Norms, embeddings and everything that is trained stay in fp32.
-        save_frozen: False leaves the frozen weights out of state dicts; they then come from the
-            encoder's own file again.
-        gradient_checkpointing: Recompute blocks in the backward pass.
+        prompt_noise_std: Standard deviation of noise on the initial prompts, see `PromptSpec`.
+        frozen: Whether the encoder is frozen; False trains all of it.
+        lora: Arguments of PEFT's `LoraConfig`; by default it adapts `Encoder.lora_targets`. None
+            for no LoRA.
+        precision: Type of the weights and computations of a frozen encoder: `fp32`, `bf16` or
+            `fp16`. Norms, embeddings and trained parameters stay in fp32.
+        save_frozen: Whether state dicts contain the frozen weights; otherwise they are loaded from
+            the encoder's own file again.
+        gradient_checkpointing: Whether to recompute blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: If arguments are not possible together.
+        ValueError: If the arguments contradict each other or the encoder.
 
     Example:
         >>> from cite.encoders import build_encoder
@@ -126,10 +127,10 @@ class PromptedEncoder(nn.Module):
             pixel_values: `(B, 3, height, width)`, normalised as the encoder was trained.
 
         Returns:
-            `(B, E)`, fp32.
+            float32 `(B, E)`.
 
         Raises:
-            ValueError: Another shape, or a size that the encoder does not take.
+            ValueError: If the encoder does not accept the shape.
         """
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
@@ -153,7 +154,7 @@ class PromptedEncoder(nn.Module):
         return torch.cat(parts).float()
 
     def train(self, mode: bool = True) -> PromptedEncoder:
-        """Sets the mode; a frozen encoder stays in evaluation mode."""
+        """Sets the training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -161,7 +162,7 @@ class PromptedEncoder(nn.Module):
 
     @contextmanager
     def whole_state_dict(self) -> Iterator[None]:
-        """Puts the frozen weights into state dicts made within, whatever `save_frozen` says."""
+        """Context in which state dicts contain the frozen weights regardless of `save_frozen`."""
         saved, self.save_frozen = self.save_frozen, True
         try:
             yield
@@ -170,7 +171,10 @@ class PromptedEncoder(nn.Module):
 
     @torch.no_grad()
     def _as_in_the_library(self, pixel_values: Tensor) -> Tensor:
-        """Computes what `pathcore.encoders.Encoder.features` does; fp32 follows the host."""
+        """Computes features like `pathcore.encoders.Encoder.features`.
+
+        With fp32, autocast of the host library stays in effect.
+        """
         if self.precision == "fp32":
             return self.encoder.features(pixel_values).float()
         with torch.autocast(pixel_values.device.type, PRECISIONS[self.precision]):
@@ -212,9 +216,9 @@ class PromptedEncoder(nn.Module):
 
 
 def lower_precision(encoder: Encoder, dtype: torch.dtype) -> None:
-    """Keeps the weights of linear layers, convolutions and CLIP's projection in another type.
+    """Converts the weights of linear layers, convolutions and CLIP's projection to another type.
 
-    Pooling by attention stays as it is.
+    Attention pooling is not converted.
     """
     if dtype == torch.float32:
         return
@@ -254,8 +258,8 @@ def _add_lora(encoder: Encoder, lora: Mapping[str, Any]) -> None:
         targets = targets or [
             name
             for name, module in encoder.model.named_modules()
-            # PEFT cannot merge grouped convolutions; CLIP's ResNet reads its pooling's weights
-            # directly, past what would stand around them.
+            # PEFT cannot merge grouped convolutions. The attention pooling of CLIP's ResNet reads
+            # the weights of its layers directly, so a wrapper around them would have no effect.
             if type(module) is kind
             and getattr(module, "groups", 1) == 1
             and not name.startswith("attnpool.")
@@ -265,7 +269,7 @@ def _add_lora(encoder: Encoder, lora: Mapping[str, Any]) -> None:
 
 
 def merge_lora(encoder: Encoder) -> None:
-    """Folds LoRA into the encoder's weights; the encoder then has its library's names again."""
+    """Merges LoRA into the encoder's weights, whose names are those of the library again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(encoder.model.named_modules()):

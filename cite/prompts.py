@@ -1,8 +1,10 @@
-"""Visual prompts: trained vectors that enter a frozen transformer.
+"""Visual prompts: trained vectors that are inserted into a frozen transformer.
 
-Zhang et al. 2023 (https://arxiv.org/abs/2307.14901) after Jia et al. 2022, "Visual Prompt Tuning"
-(https://arxiv.org/abs/2203.12119). Shapes: E prompted layers, L prompts a layer, D width, B images,
-T tokens of an image, of which the first are prefix tokens (class token, registers).
+As in CITE (Zhang et al. 2023, https://arxiv.org/abs/2307.14901), after "Visual Prompt Tuning" (Jia
+et al. 2022, https://arxiv.org/abs/2203.12119).
+
+Shapes: E prompted layers, L prompts per layer, D width, B images, T tokens of an image, of which
+the first are prefix tokens (class token, registers).
 """
 
 from __future__ import annotations
@@ -20,23 +22,25 @@ Initialisation = Literal["uniform", "normal", "zero", "kaiming", "token"]
 
 UNIFORM_BOUND = 0.08
 NORMAL_STD = 0.02
-"""Both from the published code of CITE (github.com/Yunkun-Zhang/CITE)."""
+"""Initialisations of the published code of CITE (github.com/Yunkun-Zhang/CITE)."""
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What prompts a model has.
+    """Number, position and initialisation of prompts.
 
     Attributes:
-        length: Prompts of each prompted layer; 0 for none.
-        layers: Blocks before which prompts enter, ascending from 0; None for the first alone. The
-            i-th entry has the i-th row of the prompt tensor.
-        position: `prepend` puts them between prefix tokens and patches; later prompted layers
-            overwrite them. `add` adds prompt t mod L to patch t; the last N mod L of N patches,
-            and the prefix tokens, get nothing.
-        init: `token` is the mean of the first batch's embedded tokens, over all ranks.
-        noise_std: Standard deviation of normal noise added to each prompt's initial value. Equal
-            prompts that are prepended get equal gradients and never separate; this parts them.
+        length: Number L of prompts per prompted layer; 0 for none.
+        layers: Indices of the blocks before which prompts are inserted, ascending. The i-th entry
+            uses the i-th row of the prompt tensor.
+        position: `prepend` inserts prompts between prefix tokens and patch tokens; later prompted
+            layers replace them. `add` adds prompt t mod L to patch token t; the last N mod L of N
+            patch tokens and the prefix tokens remain unchanged.
+        init: `uniform`, `normal`, `zero`, `kaiming`, or `token` for the mean of the embedded tokens
+            of the first batch, over all ranks.
+        noise_std: Standard deviation of normal noise added to the initial prompts. With `token`,
+            all prompts start equal; if they are prepended, they also get equal gradients and stay
+            equal without noise.
     """
 
     length: int = 0
@@ -56,10 +60,10 @@ class PromptSpec:
         *,
         num_blocks: int,
     ) -> PromptSpec:
-        """Checks the arguments of a config against the depth of the model.
+        """Builds a spec from the arguments of a config and checks them.
 
         Raises:
-            ValueError: One of them is not possible.
+            ValueError: If an argument is invalid, or a layer does not exist.
         """
         entries = (0,) if layers is None else tuple(int(layer) for layer in layers)
         if length < 0:
@@ -80,15 +84,20 @@ class PromptSpec:
 
 
 class Prompts(nn.Module):
-    """The prompt tensor `(E, L, D)` and how it enters.
+    """The prompt tensor `(E, L, D)`, with its initialisation and insertion.
 
-    The flag `prompt_initialised` is kept in the state dict: token initialisation happens once in
-    the life of a model, not again after loading it. State dicts of the published code have no flag
-    and hold prompts that are initialised.
+    The flag `prompt_initialised` is part of the state dict, so that token initialisation happens
+    only once. The published code lacks it and adds the mean token again after loading, in tests and
+    when a run is resumed. Its state dicts contain prompts that are initialised.
 
     Args:
-        spec: Which prompts; its length is 1 or more.
-        width: D.
+        spec: Number, position and initialisation; its length is 1 or more.
+        width: Width D of the tokens.
+
+    Example:
+        >>> prompts = Prompts(PromptSpec(length=4, layers=(0, 2)), width=8)
+        >>> prompts.enter(torch.zeros(2, 17, 8), layer=0, num_prefix=1).shape
+        torch.Size([2, 21, 8])
     """
 
     prompt_initialised: Tensor
@@ -102,17 +111,20 @@ class Prompts(nn.Module):
 
     @property
     def checked(self) -> bool:
-        """Whether the prompts are known to be initialised; asking costs no copy from a GPU."""
+        """Whether prompts are known to be initialised.
+
+        Unlike reading the buffer, this does not wait for a GPU.
+        """
         return self._checked
 
     def initialise(self, tokens: Tensor) -> None:
-        """Adds the mean token to every prompt, if that was not done yet.
+        """Adds the mean token to all prompts, unless they are initialised.
 
-        Every rank must call it at the same time, as the first forward pass of training does: the
-        mean is taken over the batches of all ranks, and so is equal on all of them.
+        All ranks must call this together, as in the first forward pass of a training. The mean is
+        taken over the batches of all ranks; otherwise ranks would train different prompts.
 
         Args:
-            tokens: `(B, T, D)`, embedded images.
+            tokens: Embedded images `(B, T, D)`.
         """
         if self._checked:
             return
@@ -123,12 +135,13 @@ class Prompts(nn.Module):
         self._checked = True
 
     def enter(self, hidden_states: Tensor, layer: int, num_prefix: int) -> Tensor:
-        """Puts the prompts of a layer into its input.
+        """Inserts the prompts of a layer into its input.
 
         Args:
-            hidden_states: `(B, T, D)`, or `(B, T + L, D)` once prompts are prepended.
-            layer: The block that comes next.
-            num_prefix: Tokens before the prompts.
+            hidden_states: `(B, T, D)`, or `(B, T + L, D)` after the first prompted layer of
+                `prepend`.
+            layer: Index of the next block.
+            num_prefix: Number of prefix tokens.
 
         Returns:
             `(B, T + L, D)` for `prepend` from the first prompted layer on, else `(B, T, D)`.
@@ -147,7 +160,7 @@ class Prompts(nn.Module):
         num_patches = hidden_states.shape[1] - num_prefix
         repeats, rest = divmod(num_patches, len(prompt))
         if not repeats:
-            # The published code adds nothing then, and trains prompts that have no gradient.
+            # The published code would add nothing, so that the prompts get no gradient.
             raise ValueError(
                 f"prompt_length {len(prompt)} with prompt_pos='add': at most {num_patches}, one "
                 "for each patch token, expected"
@@ -172,7 +185,7 @@ def _initial_value(spec: PromptSpec, width: int) -> Tensor:
     elif spec.init == "normal":
         nn.init.normal_(value, std=NORMAL_STD)
     elif spec.init == "kaiming":
-        # He et al. 2015 (arXiv:1502.01852) with fan_in L * D, as of a 3-D tensor in torch.
+        # He et al. 2015 (arXiv:1502.01852) with fan_in L * D, as torch computes it for 3-D tensors.
         nn.init.normal_(value, std=(2 / (spec.length * width)) ** 0.5)
     if spec.noise_std:
         value += torch.randn_like(value) * spec.noise_std

@@ -1,7 +1,8 @@
-"""Where on a slide a classifier sees which class: maps of scores over its patches.
+"""Draws the scores of a slide's patches as maps.
 
-Shapes: N patches, C classes. Coordinates are (x, y) of a patch's top-left corner in pixels of one
-frame, by convention the slide's level 0.
+Coordinates are (x, y) of the top left corner of a patch, usually in level-0 pixels.
+
+Shapes: N patches, C classes.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from pathcore.rows import read_csv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 _MAX_CELLS = 4_000_000
-"""Cells of a map: more would be a mistake in the coordinates rather than a slide."""
+"""Maximum number of cells of a map; more indicates wrong coordinates."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the patches of one slide lie.
+    """Positions of the patches of a slide.
 
     Attributes:
-        names: Files of the patches.
-        coords_px: `(N, 2)` int64, x and y.
+        names: File names of the patches.
+        coords_px: int64 `(N, 2)`, x and y.
         patch_px: Side of a patch in the same pixels.
-        is_known: False where the places are made up: rows in the order of the numbers.
+        is_known: Whether positions are real; otherwise patches are arranged in rows by number.
     """
 
     names: tuple[str, ...]
@@ -45,20 +46,26 @@ class Layout:
 def score_map(
     scores: NDArray[np.floating[Any]], coords_px: NDArray[np.int64], patch_px: int
 ) -> NDArray[np.float64]:
-    """Lays scores out as an image with one cell a step of the patch grid.
+    """Arranges scores as an image with one cell per step of the patch grid.
 
-    Where patches overlap, a cell has the mean of those that cover it.
+    If patches overlap, a cell is the mean of the patches that cover it.
 
     Args:
-        scores: `(N, C)`.
-        coords_px: `(N, 2)`, x and y.
-        patch_px: Side of a patch.
+        scores: float `(N, C)`.
+        coords_px: int64 `(N, 2)`, x and y.
+        patch_px: Side of a patch in the same pixels.
 
     Returns:
-        `(rows, columns, C)`; NaN where there is no patch.
+        float64 `(rows, columns, C)`; NaN where there is no patch.
 
     Raises:
-        ValueError: No patches, numbers that disagree, or patches too far apart for one image.
+        ValueError: If there are no patches, lengths differ, or patches are too far apart for an
+            image.
+
+    Example:
+        >>> scores, coords = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([[0, 0], [512, 256]])
+        >>> score_map(scores, coords, patch_px=256).shape
+        (2, 3, 2)
     """
     if len(scores) == 0 or len(scores) != len(coords_px) or patch_px < 1:
         raise ValueError(
@@ -91,14 +98,14 @@ def draw_score_maps(
     classes: Sequence[str],
     title: str = "",
 ) -> None:
-    """Writes a PNG with one map a class, and one of the likeliest class.
+    """Writes a PNG with a map per class and one of the most probable class.
 
     Args:
         path: The file to write.
         scores: Probabilities `(N, C)`.
-        layout: Where the patches lie.
-        classes: Names of the C classes.
-        title: Above all maps.
+        layout: Positions of the patches.
+        classes: Names of the classes.
+        title: Title above all maps.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,10 +141,10 @@ def draw_score_maps(
 
 
 def find_patches(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Lists the patches of a folder by slide, the text before the first `_` of their names.
+    """Lists the patches of a folder by slide, the part of their names before the first `_`.
 
     Raises:
-        FileNotFoundError: No such folder, or no patch in it.
+        FileNotFoundError: If the folder does not exist or has no patches.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -153,7 +160,7 @@ def find_patches(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def layout_from_names(names: Sequence[str], patch_px: int) -> Layout:
-    """Reads places from names `<slide>_<x>_<y>.<suffix>`; makes rows up for `<slide>_<number>`."""
+    """Reads positions from names `<slide>_<x>_<y>.<suffix>`; arranges others in rows by number."""
     found = [re.search(r"_(\d+)_(\d+)\.\w+$", name) for name in names]
     places = [(int(match[1]), int(match[2])) for match in found if match]
     if len(places) == len(names) and len(set(places)) > 1:
@@ -166,16 +173,16 @@ def layout_from_names(names: Sequence[str], patch_px: int) -> Layout:
 def layout_from_h5(
     path: str | os.PathLike[str], names: Sequence[str], patch_px: int | None = None
 ) -> Layout:
-    """Reads the dataset `coords` `(N, 2)`, level-0 px, of a coordinates file of one slide.
+    """Reads the positions from a coordinates file of a slide, in level-0 pixels.
 
     Args:
-        path: The file, in the layout of TRIDENT.
-        names: The slide's patches, in the order of the rows.
-        patch_px: By default the attribute `patch_size_level0`.
+        path: The file, in TRIDENT's format.
+        names: File names of the patches, in the order of the rows.
+        patch_px: Side of a patch in level-0 pixels; by default the attribute `patch_size_level0`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: No coordinates, or not as many as patches.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If there are no coordinates, or not as many as patches.
     """
     import h5py
 
@@ -202,8 +209,8 @@ def layouts_from_csv(
     """Reads a table with the columns `name`, `x` and `y`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another table, or a patch that is not in it; names file and line or patch.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If columns or patches are missing, or a cell is not a number.
     """
     places: dict[str, tuple[int, int]] = {}
     for line, row in read_csv(path, columns=("name", "x", "y")):
@@ -222,10 +229,10 @@ def layouts_from_csv(
 
 
 def _step(offsets: NDArray[np.int64], patch_px: int) -> int:
-    """The grid's step: the greatest common divisor of all distances, never above a patch."""
+    """Returns the step of the grid: the greatest common divisor of all offsets and the patch."""
     common = int(np.gcd.reduce(np.append(offsets.ravel(), 0)))
     common = math.gcd(common, patch_px) if common else patch_px
-    # Places that are on no grid would give a step of a pixel.
+    # Positions that do not lie on a grid would give a step of a single pixel.
     return common if common >= max(1, patch_px // 16) else max(1, patch_px // 4)
 
 

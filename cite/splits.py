@@ -1,8 +1,8 @@
-"""Splits of a folder of patches by slide: the published ones of PatchGastric, and others like them.
+"""Splits patches by slide into training and validation, as published for PatchGastric.
 
-Follows the published rule (Zhang et al. 2023, https://github.com/Yunkun-Zhang/CITE, its
-`tools/ann.py`): per class, a share of the slides validates; of the others, the k slides with most
-patches train.
+The published rule (Zhang et al. 2023, https://github.com/Yunkun-Zhang/CITE, `tools/ann.py`): in
+each class a fraction of the slides is drawn for validation; training uses the k remaining slides
+with the most patches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PUBLISHED_SUBTYPES = {
     "Poorly differentiated adenocarcinoma, non-solid type": 2,
     "Poorly differentiated adenocarcinoma, solid type": 2,
 }
-"""Subtype in captions.csv -> class; the other subtypes are left out."""
+"""Class of each subtype in captions.csv; other subtypes are not used."""
 
 PUBLISHED_NUM_SLIDES = (1, 2, 4, 8, 16)
 PUBLISHED_VAL = 0.8
@@ -30,21 +30,21 @@ PUBLISHED_VAL = 0.8
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 Patch = tuple[str, int]
-"""File name and label: one line of an annotation file."""
+"""File name and label, a line of an annotation file."""
 
 
 @dataclass
 class Split:
-    """Patches for training and validation, and what was left out.
+    """Patches for training and validation, and what was skipped.
 
     Attributes:
-        train: Patches of all slides that do not validate.
-        val: Patches that validate, class after class.
-        num_slides: Slides by class, those without patches included.
-        without_slide_id: Listed names that hold no slide id.
-        no_images: Listed names that do not end as those of images do, such as unfinished downloads.
-        unknown: Slide id -> number of patches, of ids that are no slide of a class.
-        without_patches: Slides of which no patch is listed.
+        train: Patches of all slides that are not used for validation.
+        val: Patches for validation, sorted by class.
+        num_slides: Number of slides per class, including those without patches.
+        without_slide_id: Names without a slide id.
+        no_images: Names without the suffix of an image, such as unfinished downloads.
+        unknown: Number of patches for each slide id that has no class.
+        without_patches: Slides without patches.
     """
 
     train: list[Patch]
@@ -61,10 +61,10 @@ class Split:
 
 
 def slide_id(name: str) -> str:
-    """Returns the slide a patch belongs to: its file name up to the first `_`.
+    """Returns the slide of a patch, which is its file name up to the first `_`.
 
     Raises:
-        ValueError: The name has no `_`, or nothing before it.
+        ValueError: If the name has no `_`, or starts with it.
 
     Example:
         >>> slide_id("fold/1e2571e554bc5b3e_12.jpg")
@@ -81,15 +81,15 @@ def slide_id(name: str) -> str:
 def read_captions(
     path: str | os.PathLike[str], subtypes: Mapping[str, int] = PUBLISHED_SUBTYPES
 ) -> dict[str, int]:
-    """Reads the class of every slide from captions.csv (columns `id`, `subtype`), in its order.
+    """Reads the class of each slide from captions.csv (columns `id` and `subtype`), in file order.
 
     Args:
         path: The file; further columns are ignored.
-        subtypes: Subtype -> class, counted from 0; rows of other subtypes are left out.
+        subtypes: Class of each subtype, counted from 0; rows of other subtypes are ignored.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: If a line is no UTF-8, a column is missing, a slide is named twice, or a class
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is not UTF-8, a column is missing, a slide occurs twice, or a class
             has no slide.
     """
     path = Path(path)
@@ -122,14 +122,14 @@ def split_slides(
     """Divides the listed patches by slide into training and validation.
 
     Args:
-        labels: Slide -> class, in an order that counts: validation slides are drawn from it.
-        listing: Names of patches; the order decides between slides of equally many patches.
-        val: Share of the slides of each class that validate.
-        seed: Of the draw.
+        labels: Class of each slide. Its order matters, since validation slides are drawn from it.
+        listing: Names of patches. Its order breaks ties between slides with equally many patches.
+        val: Fraction of the slides of each class for validation.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: A share outside (0, 1), a name that no annotation line can hold, or a class
-            without a slide on one of the sides.
+        ValueError: If `val` is not between 0 and 1, a name contains a line break, or a class has no
+            slide with patches for training or validation.
     """
     if not 0 < val < 1:
         raise ValueError(f"val is {val}; expected a share between 0 and 1, such as {PUBLISHED_VAL}")
@@ -137,7 +137,7 @@ def split_slides(
     for slide, label in labels.items():
         slides[label].append(slide)
     generator = random.Random(seed)
-    # The number rounds down, as published.
+    # int() rounds down, as in the published code.
     validating = {slide for ids in slides for slide in generator.sample(ids, int(len(ids) * val))}
     result = Split([], [], [len(ids) for ids in slides])
     seen = set()
@@ -172,7 +172,7 @@ def split_slides(
 
 
 def _compare_ids(split: Split, labels: Mapping[str, int]) -> str:
-    """Shows an id of each side where no patch belongs to any slide: they are then spelt apart."""
+    """Returns examples of ids and names if no patch belongs to a slide, since formats differ."""
     if len(split.without_patches) < len(labels):
         return ""
     names = [*split.unknown, *split.without_slide_id, *split.no_images]
@@ -183,17 +183,18 @@ def _compare_ids(split: Split, labels: Mapping[str, int]) -> str:
 def choose_slides(
     train: Sequence[Patch], num_slides: int, *, seed: int = 0, most_patches: bool = True
 ) -> list[Patch]:
-    """Chooses few slides of each class and returns their patches, shuffled.
+    """Chooses a few slides of each class and returns their patches, shuffled.
 
     Args:
         train: The patches to choose from.
-        num_slides: Slides a class; a class of fewer gives all.
-        seed: Of the order, and of the draw without `most_patches`.
-        most_patches: Take the slides with most patches, of equal ones the first; otherwise those
-            of `num_slides` patches drawn at random, possibly fewer slides.
+        num_slides: Number of slides per class; all slides of classes that have fewer.
+        seed: Seed of the order, and of the draw without `most_patches`.
+        most_patches: Whether to choose the slides with the most patches, of which the first wins a
+            tie. Otherwise, as in the published code, `num_slides` patches are drawn at random and
+            their slides are chosen, which may be fewer.
 
     Raises:
-        ValueError: `num_slides` below 1, or more patches to draw than a class has.
+        ValueError: If `num_slides` is below 1, or exceeds the number of patches to draw from.
     """
     if num_slides < 1:
         raise ValueError(f"num_slides is {num_slides}; expected 1 or more")
@@ -223,15 +224,15 @@ def choose_slides(
 def draw_slides(train: Sequence[Patch], num_slides: int, *, seed: int = 0) -> list[Patch]:
     """Draws slides of each class at random and returns their patches in the given order.
 
-    With one seed fewer slides are a part of more.
+    For the same seed, the slides for a smaller number are a subset of those for a larger one.
 
     Args:
         train: The patches to choose from.
-        num_slides: Slides a class.
-        seed: Of the draw.
+        num_slides: Number of slides per class.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: `num_slides` below 1, or more than a class has.
+        ValueError: If `num_slides` is below 1, or a class has fewer slides.
     """
     if num_slides < 1:
         raise ValueError(f"num_slides is {num_slides}; expected 1 or more")
@@ -250,7 +251,12 @@ def draw_slides(train: Sequence[Patch], num_slides: int, *, seed: int = 0) -> li
 
 
 def published_names(val: float, num_slides: int | str | None = None, suffix: str = "") -> str:
-    """Returns the published file name: of validation, or of training with `num_slides` or `all`."""
+    """Returns the published name of an annotation file.
+
+    Example:
+        >>> published_names(0.8), published_names(0.8, 16)
+        ('val_0.8.txt', 'train_16_0.2.txt')
+    """
     if num_slides is None:
         return f"val_{val}{suffix}.txt"
     return f"train_{num_slides}_{round(1 - val, 2)}{suffix}.txt"
@@ -259,12 +265,13 @@ def published_names(val: float, num_slides: int | str | None = None, suffix: str
 def write_patches(
     path: str | os.PathLike[str], patches: Sequence[Patch], *, final_newline: bool = True
 ) -> None:
-    """Writes an annotation file, `name label` a line.
+    """Writes an annotation file with a line `name label` per patch, atomically.
 
     Args:
-        path: The file; whole or absent.
-        patches: Its lines.
-        final_newline: End the last line; the published files of few slides do not.
+        path: The file.
+        patches: Names and labels.
+        final_newline: Whether the last line ends with a newline; in the published files with few
+            slides it does not.
     """
     text = "\n".join(f"{name} {label}" for name, label in patches)
     write_text(path, text + "\n" if final_newline else text)

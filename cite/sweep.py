@@ -1,4 +1,4 @@
-"""Scores over numbers of slides and seeds: the table with intervals, and the paper's curve."""
+"""Scores by number of training slides and seed, as a table with intervals and as a plot."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
+    """A run of a sweep.
 
     Attributes:
-        method: Name of a method.
-        num_slides: Training slides a class; 0 for a method that does not train.
-        seed: Of the choice of slides, the weights and the order of patches.
+        method: Name of the method.
+        num_slides: Number of training slides per class; 0 for a method without training.
+        seed: Seed of the choice of slides, the weights and the order of patches.
     """
 
     method: str
@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds and its 95 % interval (Student's t); NaN bounds for a single seed."""
+    """Mean over `count` seeds with 95 % interval by Student's t; bounds are NaN for one seed."""
 
     mean: float
     low: float
@@ -48,7 +48,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Estimates a mean from independent runs.
 
     Raises:
-        ValueError: There are none.
+        ValueError: If there are no runs.
 
     Example:
         >>> str(estimate([70.0, 72.0, 74.0]))
@@ -67,10 +67,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Sweep:
-    """Scores of cells.
+    """Scores of a sweep.
 
     Args:
-        scores: Score by cell; cells may be missing.
+        scores: Score of each cell; cells may be missing.
     """
 
     def __init__(self, scores: Mapping[Cell, float]) -> None:
@@ -79,7 +79,7 @@ class Sweep:
         self.num_slides = sorted({cell.num_slides for cell in scores if cell.num_slides})
 
     def runs(self, method: str, num_slides: int) -> dict[int, float]:
-        """Returns score by seed; of a method that does not train the one score it has."""
+        """Returns the scores by seed; for a method without training, its single score."""
         return {
             cell.seed: score
             for cell, score in self.scores.items()
@@ -87,12 +87,12 @@ class Sweep:
         }
 
     def estimate(self, method: str, num_slides: int) -> Estimate | None:
-        """Estimates the mean of a method, if it has runs."""
+        """Estimates the mean of a method; returns None if it has no runs."""
         runs = self.runs(method, num_slides)
         return estimate(list(runs.values())) if runs else None
 
     def advantage(self, method: str, other: str, num_slides: int) -> Estimate | None:
-        """Estimates by how much a method is better than another, paired by seed."""
+        """Estimates the mean difference of two methods, paired by seed; None without pairs."""
         mine, others = self.runs(method, num_slides), self.runs(other, num_slides)
         if len(others) == 1:
             others = dict.fromkeys(mine, next(iter(others.values())))
@@ -103,7 +103,7 @@ class Sweep:
         """Returns the table as Markdown.
 
         Args:
-            compare: A method whose advantage over each other one is added, row after row.
+            compare: A method; the table gets further rows with its advantage over each other one.
         """
         head = ["method", *(f"{n} slide{'s' if n > 1 else ''}" for n in self.num_slides)]
         rows = [
@@ -123,12 +123,12 @@ class Sweep:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
     def draw(self, path: str | os.PathLike[str], label: str, title: str = "") -> None:
-        """Draws score over number of slides as PNG, one curve a method, bars for intervals.
+        """Plots scores by number of slides as PNG, with a curve per method and error bars.
 
         Args:
-            path: The picture.
-            label: Of the vertical axis.
-            title: Above it.
+            path: The PNG.
+            label: Label of the vertical axis.
+            title: Title of the plot.
         """
         from matplotlib.figure import Figure
 

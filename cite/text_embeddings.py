@@ -1,4 +1,4 @@
-"""Embeddings of the classes' texts in one file, so that training needs no text model."""
+"""Stores the text embeddings of classes in a file, so that training needs no text model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Embeddings of texts, each of which describes a class.
+    """Embeddings of texts that describe classes.
 
     Attributes:
-        embeddings: `(num_texts, dim)`, as the encoder gives them.
-        class_ids: `(num_texts,)`, rows of `classes`.
+        embeddings: float `(num_texts, dim)`, as the encoder returns them.
+        class_ids: int64 `(num_texts,)`, indices into `classes`.
         classes: Names of the classes, in the order of their labels.
-        texts: What was encoded.
-        encoder: Which model made them, as JSON values.
+        texts: The texts.
+        encoder: Description of the text encoder, as JSON values.
+        source: Name of the file, for error messages.
 
     Raises:
-        ValueError: Numbers of rows disagree, or a class has no text.
+        ValueError: If lengths differ, embeddings are not finite, or a class has no text.
     """
 
     embeddings: Tensor
@@ -61,24 +62,24 @@ class TextEmbeddings:
 
     @property
     def width(self) -> int:
-        """Width of an embedding."""
+        """Width of the embeddings."""
         return self.embeddings.shape[1]
 
 
 def texts_by_class(
     descriptions: Mapping[str, str | Sequence[str]], templates: Sequence[str] = ("{}",)
 ) -> tuple[list[str], list[int]]:
-    """Puts every description of every class into every template.
+    """Inserts each description of each class into each template.
 
     Args:
-        descriptions: One or several descriptions by class name.
-        templates: Texts with one `{}`.
+        descriptions: One or more descriptions of each class by name.
+        templates: Texts with one `{}` each.
 
     Returns:
-        The texts, and the class of each.
+        The texts, and the class index of each.
 
     Raises:
-        ValueError: A template without `{}`, or a class without a description.
+        ValueError: If a template does not have exactly one `{}`, or a class has no description.
 
     Example:
         >>> texts_by_class({"tumour": ["cancer", "neoplasm"]}, ["an image of {}."])
@@ -134,7 +135,7 @@ def encode_texts(
 
 
 def write_text_embeddings(path: str | os.PathLike[str], content: TextEmbeddings) -> None:
-    """Writes embeddings as safetensors with a description in its header."""
+    """Writes embeddings as safetensors, with a description in the header."""
     from safetensors.torch import save_file
 
     embeddings = content.embeddings.contiguous()
@@ -155,16 +156,16 @@ def read_text_embeddings(
     classes: Sequence[str] | None = None,
     width: int | None = None,
 ) -> TextEmbeddings:
-    """Reads a file of `write_text_embeddings`.
+    """Reads a file that `write_text_embeddings` wrote.
 
     Args:
         path: The file.
-        classes: Names that the file must have, in this order.
-        width: Width that the embeddings must have.
+        classes: Expected names of the classes, in order; by default any.
+        width: Expected width of the embeddings; by default any.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another kind of file, damaged, or of other classes or another width.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is another kind of file, damaged, or has other classes or another width.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -198,10 +199,10 @@ def read_text_embeddings(
 def check_text_embeddings(
     content: TextEmbeddings, *, classes: Sequence[str] | None = None, width: int | None = None
 ) -> None:
-    """Compares embeddings with what a model expects.
+    """Checks that embeddings have the classes and the width that a model expects.
 
     Raises:
-        ValueError: Other classes, another number of them, or another width.
+        ValueError: If classes, their order, or the width differ.
     """
     source = content.source
     if classes is not None and len(classes) != len(content.classes):

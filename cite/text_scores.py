@@ -1,4 +1,4 @@
-"""Scores of classes as the likeness of an image's features to the embeddings of their texts.
+"""Scores classes by the similarity of image features to the text embeddings of the classes.
 
 Shapes: B images, S texts, C classes, D width.
 """
@@ -20,19 +20,26 @@ SEVERAL = ("mean", "max")
 
 
 class TextScores(nn.Module):
-    """exp(temperature) * cosine of features and text embeddings, by class.
+    """Computes exp(temperature) times the cosine similarity of features and text embeddings.
 
-    The embeddings are a buffer: they move with the module and are in its state dict.
+    The embeddings are a buffer, so they move with the module and are part of its state dict.
 
     Args:
-        texts: Embeddings, and the class of each.
+        texts: Embeddings, with the class of each.
         temperature: Logarithm of the scale.
-        learnable_temperature: Train it; otherwise it is a buffer.
-        several: For classes with several texts, `mean` compares with the mean of their normalised
-            embeddings, `max` takes the text that is nearest to the image.
+        learnable_temperature: Whether the temperature is trained; otherwise it is a buffer.
+        several: For classes with several texts, `mean` uses the mean of their normalised
+            embeddings, `max` the text that is most similar to the image.
 
     Raises:
-        ValueError: `several` is something else.
+        ValueError: If `several` is unknown.
+
+    Example:
+        >>> texts = TextEmbeddings(
+        ...     torch.eye(3, 512), torch.tensor([0, 1, 1]), ("normal", "tumour"), ("a", "b", "c")
+        ... )
+        >>> TextScores(texts)(torch.ones(4, 512)).shape
+        torch.Size([4, 2])
     """
 
     text_embeddings: Tensor
@@ -71,7 +78,7 @@ class TextScores(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Description as JSON values; the embeddings are in the state dict."""
+        """Description as JSON values, without the embeddings, which are in the state dict."""
         return {
             "classes": self.classes,
             "class_ids": self.class_ids.tolist(),
@@ -82,7 +89,7 @@ class TextScores(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> TextScores:
-        """Builds one whose embeddings are then loaded from a state dict."""
+        """Builds a module whose embeddings must be loaded from a state dict afterwards."""
         class_ids = torch.tensor(spec["class_ids"])
         texts = TextEmbeddings(
             embeddings=torch.ones(len(class_ids), spec["width"]),
@@ -95,10 +102,10 @@ class TextScores(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps features `(B, D)` to scores `(B, C)`, in fp32.
+        """Maps features `(B, D)` to float32 scores `(B, C)`.
 
         Raises:
-            ValueError: Features of another width than the text embeddings.
+            ValueError: If features and text embeddings have different widths.
         """
         width = self.text_embeddings.shape[1]
         if features.shape[-1] != width:
@@ -120,7 +127,7 @@ class TextScores(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Published checkpoints have neither the embeddings nor a fixed temperature.
+        # Published checkpoints contain neither text embeddings nor a fixed temperature.
         for name, buffer in self.named_buffers(recurse=False):
             if name not in self._non_persistent_buffers_set:
                 state_dict.setdefault(prefix + name, buffer)

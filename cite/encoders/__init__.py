@@ -1,7 +1,7 @@
-"""Image encoders to adapt: opened by name, or built from a description in JSON.
+"""Opens image encoders by name, or builds them from a description.
 
-The names are those of `pathcore.encoders`, the descriptions those of `pathcore.encoders.towers`;
-`{"library": "mm", ...}` is in addition the ViT of MMClassification and MMPreTrain.
+Names are those of `pathcore.encoders`, descriptions those of `pathcore.encoders.towers`. In
+addition, `{"library": "mm", ...}` describes the ViT of MMClassification and MMPreTrain.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _as_encoder(tower: Tower, *, has_weights: bool) -> Encoder:
 
 
 def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps the frozen encoder of a classifier's checkpoint; others stay as they are."""
+    """Extracts the encoder from the checkpoint of a classifier; returns others unchanged."""
     if not any(name.startswith("backbone.") for name in state_dict):
         return dict(state_dict)
     return {
@@ -125,7 +125,7 @@ def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _name_architecture(state_dict: Mapping[str, Tensor]) -> str:
-    """Says whose weights these are, where the names tell and another encoder would take them."""
+    """Returns a hint which encoder the weights belong to, for an error message."""
     if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
         return "These are weights of CTransPath: encoder='ctranspath'."
     if any("relative_position_bias_table" in name for name in state_dict):

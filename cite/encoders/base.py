@@ -1,4 +1,4 @@
-"""What a prompted encoder needs to know of a vision transformer.
+"""Base class of encoders: the interface that prompting needs.
 
 Shapes: B images, T tokens of an image, D width, E features.
 """
@@ -15,26 +15,26 @@ from pathcore.encoders.towers import Tower
 
 
 class Encoder(nn.Module):
-    """An image tower as it is; subclasses take vision transformers apart for prompts.
+    """An image tower that is called as a whole; subclasses split it into blocks for prompting.
 
-    Dropout and stochastic depth are not applied within blocks: encoders here are frozen, or
-    fine-tuned from weights whose recipes have none.
+    Dropout and stochastic depth are not applied within blocks: encoders are frozen, or fine-tuned
+    from weights whose recipes do not use them.
 
     Args:
-        tower: The network and how its output is read.
-        has_weights: Whether its weights were loaded from where they can be loaded again.
+        tower: The network and its pooling.
+        has_weights: Whether its weights were loaded from a source and can be loaded again.
 
     Attributes:
-        model: The library's module, whose parameter names are those of its checkpoints.
-        width: D.
-        embed_dim: E.
-        num_prefix: Class and register tokens, before the patches.
-        pools_class_token: Whether the features depend on the class token of the last block alone.
-        image_size: Height and width of the only images that it takes; None if it takes others, or
-            its library checks.
-        lora_targets: Names of the layers that LoRA adapts by default; empty for all linear ones.
-        identity: Name and SHA-256 of the weights, where it was opened by name.
-        spec: Description from which `build_encoder` builds it again, as JSON values.
+        model: The module of the library, with the parameter names of its checkpoints.
+        width: Width D of the tokens.
+        embed_dim: Length E of the features.
+        num_prefix: Number of class and register tokens before the patch tokens.
+        pools_class_token: Whether features depend only on the class token of the last block.
+        image_size: Height and width of images if they are fixed; None if other sizes are possible
+            or the library checks them.
+        lora_targets: Names of layers that LoRA adapts by default; empty for all linear layers.
+        identity: Name and SHA-256 of the weights if the encoder was opened by name, else empty.
+        spec: Description from which `build_encoder` builds the encoder again, as JSON values.
     """
 
     model: Any
@@ -54,27 +54,28 @@ class Encoder(nn.Module):
         self.identity: dict[str, str] = {}
         embedding: Any = getattr(self.model, "patch_embed", None)
         if embedding is not None and getattr(embedding, "strict_img_size", True):
-            # Positions, and Swin's windows, are built for one size.
+            # Position embeddings, and the windows of Swin, are built for one size.
             self.image_size = getattr(embedding, "img_size", None)
 
     def take_apart(self) -> None:
-        """Makes `blocks` possible; nothing else of the model may be called afterwards."""
+        """Prepares the model for `blocks`; its own `forward` must not be called afterwards."""
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Maps normalised images `(B, 3, height, width)` to `(B, E)` as the library computes it."""
+        """Maps normalised images `(B, 3, height, width)` to features `(B, E)`, by the library."""
         return self.tower.features(pixel_values)
 
     def blocks(self) -> Sequence[Block]:
-        """Returns the blocks, as views of the model's modules; none where it is no plain ViT."""
+        """Returns the blocks as views of the model's modules; empty if it is not a plain ViT."""
         return ()
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Maps normalised images `(B, 3, height, width)` to what the first block takes."""
+        """Maps normalised images `(B, 3, height, width)` to tokens `(B, T, D)`."""
         raise NotImplementedError
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """Maps the last block's output to features `(B, E)`.
+        """Maps the output of the last block to features `(B, E)`.
 
-        It is `(B, T, D)`, or `(B, 1, D)` where the class token alone was computed.
+        Args:
+            hidden_states: `(B, T, D)`, or `(B, 1, D)` if only the class token was computed.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Plain vision transformers of timm, open_clip and transformers, taken apart into blocks."""
+"""Plain vision transformers of timm, open_clip and transformers, split into blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathcore.encoders.towers import CLIP_TYPES, TOKEN_FEATURES, VIT_TYPES, Toke
 
 
 class TimmViT(Encoder):
-    """A `VisionTransformer` of timm: ImageNet's, DINOv2's, UNI's, Prov-GigaPath's tile encoder."""
+    """timm's `VisionTransformer`, for example DINOv2, UNI, Prov-GigaPath's tile encoder."""
 
     lora_targets = ("qkv", "attn.proj")
 
@@ -29,7 +29,7 @@ class TimmViT(Encoder):
 
     @staticmethod
     def takes(module: Any) -> bool:
-        """Whether a module is such a model, with blocks of the usual kind."""
+        """Returns whether a module is such a model with standard blocks."""
         from timm.layers import Attention
         from timm.models.vision_transformer import Block as TimmBlock
         from timm.models.vision_transformer import VisionTransformer
@@ -68,7 +68,7 @@ class TimmViT(Encoder):
         ]
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """See `Encoder`; `norm` or `fc_norm` where the model has it."""
+        """See `Encoder`; applies `norm` and `fc_norm`, one of which is an identity."""
         model, feature = self.model, self.tower.feature
         if self.pools_class_token:
             return normalise(model.fc_norm, normalise(model.norm, hidden_states[:, 0]))
@@ -79,9 +79,9 @@ class TimmViT(Encoder):
 
 
 class OpenClipViT(Encoder):
-    """The image tower of an open_clip model: OpenAI's, PathGen-CLIP's, QuiltNet's and others.
+    """Image tower of open_clip, for example of OpenAI's CLIP, PathGen-CLIP and QuiltNet.
 
-    Names are OpenAI CLIP's without `visual.`: `class_embedding`, `transformer.resblocks...`.
+    Parameters have the names of OpenAI's CLIP without `visual.`.
     """
 
     lora_targets = ("qkv", "out_proj")
@@ -95,7 +95,7 @@ class OpenClipViT(Encoder):
 
     @staticmethod
     def takes(module: Any) -> bool:
-        """Whether a module is such a tower with plain blocks and a plain pooling."""
+        """Returns whether a module is such a tower with standard blocks and pooling."""
         from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
         return (
@@ -106,7 +106,7 @@ class OpenClipViT(Encoder):
         )
 
     def take_apart(self) -> None:
-        """See `Encoder`; LoRA cannot wrap torch's attention."""
+        """See `Encoder`; replaces torch's attention, which LoRA cannot wrap."""
         for block in self.model.transformer.resblocks:
             if not isinstance(block.attn, PackedAttention):
                 block.attn = PackedAttention(block.attn)
@@ -114,7 +114,7 @@ class OpenClipViT(Encoder):
                 block.mlp.gelu = QuickGELU()
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """See `Encoder`; the tokens after `ln_pre`."""
+        """See `Encoder`; returns the tokens after `ln_pre`."""
         model = self.model
         patches = model.conv1(pixel_values.to(model.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = model.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
@@ -151,7 +151,7 @@ class OpenClipViT(Encoder):
 
 
 class TransformersViT(Encoder):
-    """CLIP and PLIP, DINOv2, ViT and DeiT of transformers."""
+    """CLIP (and PLIP), DINOv2, ViT and DeiT of transformers."""
 
     def __init__(self, tower: Tower, *, has_weights: bool = False) -> None:
         super().__init__(tower, has_weights=has_weights)
@@ -194,7 +194,7 @@ class TransformersViT(Encoder):
                 feature = "class"
             normed = normalise(self.model.layernorm, hidden_states)
             return TokenPooling(feature, self.num_prefix)(normed)
-        if feature in TOKEN_FEATURES:  # not normalised: CLIP has no norm but its pooler's
+        if feature in TOKEN_FEATURES:  # not normalised, since CLIP only has a norm in the pooler
             return TokenPooling(feature, self.num_prefix)(hidden_states)
         features = normalise(self.model.vision_model.post_layernorm, hidden_states[:, 0])
         project = getattr(self.model, "visual_projection", None)

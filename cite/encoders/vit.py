@@ -1,7 +1,7 @@
-"""The Vision Transformer of MMClassification and MMPreTrain, in torch alone.
+"""The vision transformer of MMClassification and MMPreTrain, without these libraries.
 
-Parameter names are those libraries' (`layers.0.ln1.weight`), so that their checkpoints and those
-of the published CITE load, and an exported classifier runs without them.
+Parameters have the same names (`layers.0.ln1.weight`), so that their checkpoints and those of the
+published CITE load, and exported classifiers run without them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
     "deit-base": (768, 12, 12, 3072),
     "mocov3-small": (384, 12, 12, 1536),
 }
-"""Width, blocks, heads and hidden width of the MLP: `VisionTransformer.arch_zoo` of mmcls, and
-`MoCoV3ViT.arch_zoo` of MMPreTrain."""
+"""Width, number of blocks, number of heads and hidden width of the MLP, as in mmcls'
+`VisionTransformer.arch_zoo` and MMPreTrain's `MoCoV3ViT.arch_zoo`."""
 
 _SHORT = {"s": "small", "b": "base", "l": "large", "h": "huge", "eva-g": "eva-giant"}
 _SHORT |= {f"deit-{name[0]}": f"deit-{name}" for name in ("tiny", "small", "base")}
@@ -38,24 +38,29 @@ _FIELDS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
 
 
 class ViTEncoder(Encoder):
-    """The ViT of MMClassification and MMPreTrain with a class token.
+    """The ViT of MMClassification and MMPreTrain, with a class token.
 
     Args:
-        arch: Name from `ARCHITECTURES`, or a dict of embed_dims, num_layers, num_heads and
+        arch: A key of `ARCHITECTURES`, or a dict of embed_dims, num_layers, num_heads and
             feedforward_channels.
-        img_size: Side of the image in px.
-        patch_size: Side of a patch in px.
+        img_size: Side of the image in pixels.
+        patch_size: Side of a patch in pixels.
         qkv_bias: Whether queries, keys and values have biases.
-        pre_norm: A norm before the first block, as CLIP has it; the patch embedding then has no
-            bias.
-        final_norm: A norm after the last block.
-        norm_eps: Of every norm.
-        weights: State dict in these libraries' names; random weights if None.
-        source: Where the weights come from, for errors.
+        pre_norm: Whether there is a norm before the first block, as in CLIP; the patch embedding
+            has no bias then.
+        final_norm: Whether there is a norm after the last block.
+        norm_eps: Epsilon of all norms.
+        weights: State dict with names of these libraries; random weights if None.
+        source: Origin of the weights, for error messages.
 
     Raises:
-        EncoderError: If there is no such architecture.
+        EncoderError: If the architecture is unknown.
         CheckpointError: If the weights do not fit.
+
+    Example:
+        >>> encoder = ViTEncoder("deit-tiny", img_size=32)
+        >>> encoder.features(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 192])
     """
 
     lora_targets = ("qkv", "proj")
@@ -124,7 +129,7 @@ class ViTEncoder(Encoder):
         ]
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """See `Encoder`; the class token after the final norm."""
+        """See `Encoder`; returns the class token after the final norm."""
         return normalise(self.model.ln1, hidden_states[:, 0])
 
 
