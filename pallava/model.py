@@ -20,7 +20,7 @@ from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
 from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import connector_config_of, load_vision_encoder
-from pallava.modeling.llava import MultimodalMixin, SubImageMask
+from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
 from pathcore.weights import CheckpointError, check_names, read_state_dict
@@ -225,7 +225,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         expected = self.state_dict()
         encoder = "visual_encoder."
         is_of_images = not any(name.startswith(encoder) for name in pretrained)
-        if is_of_images and hasattr(self.visual_encoder, "visual_tokens"):
+        if is_of_images and isinstance(self.visual_encoder, BagEncoder):
             # A checkpoint trained on images may initialise LoRA and connector of a slide model, but
             # has no weights for the slide encoder.
             expected = {n: t for n, t in expected.items() if not n.startswith(encoder)}

@@ -217,9 +217,10 @@ ENCODERS = Registry(
     shares_models=True,
 )
 """Vision encoders: functions of a folder of weights that return a module with a ``config`` and with
-``features(pixel_values, select_layer)``. For inputs other than pixels, the module has
-``visual_tokens`` and ``blank`` instead, as `pallava.modeling.slide_tokens.SlideTokenEncoder`. In
-configs: ``visual_encoder="name:folder"``."""
+``features(pixel_values, select_layer)``. For inputs other than pixels, the module is
+a `pallava.modeling.llava.BagEncoder` instead, as `pallava.modeling.slide_tokens.SlideTokenEncoder`.
+A trained module with a method ``save`` writes its own folder. In configs:
+``visual_encoder="name:folder"``."""
 
 CONNECTORS = Registry(
     "connector", builtin_modules=("pallava.modeling.folders",), shares_models=True

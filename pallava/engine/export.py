@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from mmengine import print_log
 from torch import Tensor
@@ -16,8 +16,18 @@ from pallava.modeling.folders import (
     save_slide_encoder,
     save_vision_encoder,
 )
+from pallava.modeling.llava import BagEncoder
 from pathcore.files import write_json
 from pathcore.weights import load_strict
+
+
+@runtime_checkable
+class SavableEncoder(Protocol):
+    """Vision encoder that writes the folder from which it is loaded."""
+
+    def save(self, folder: Path) -> None:
+        """Saves configuration and weights."""
+        ...
 
 
 def save_trained_parts(
@@ -54,10 +64,10 @@ def save_trained_parts(
         model.llm.save_pretrained(save_dir, **save_pretrained_kwargs)
     _say("connector", save_dir / "projector")
     save_connector(_filled_connector(model.projector), save_dir / "projector")
-    if hasattr(model.visual_encoder, "visual_tokens"):  # has no image processor
+    if isinstance(model.visual_encoder, BagEncoder):  # has no image processor
         _say("slide token encoder", save_dir / "visual_encoder")
         save_slide_encoder(model.visual_encoder, save_dir / "visual_encoder")
-    elif not model.freeze_visual_encoder and hasattr(model.visual_encoder, "save"):
+    elif not model.freeze_visual_encoder and isinstance(model.visual_encoder, SavableEncoder):
         _say("visual encoder", save_dir / "visual_encoder")
         model.visual_encoder.save(save_dir / "visual_encoder")
     elif not model.freeze_visual_encoder:

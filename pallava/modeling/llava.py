@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,19 @@ from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 SubImageMask = Literal["exact", "published"]
 PaddingSide = Literal["left", "right"]
+
+
+@runtime_checkable
+class BagEncoder(Protocol):
+    """Vision encoder of inputs other than pixels, for instance bags of tile features."""
+
+    def visual_tokens(self, bags: Sequence[Any]) -> tuple[Tensor, Tensor, list[int]]:
+        """Returns thumbnail tokens, tokens of all sub-images, and sub-image counts per bag."""
+        ...
+
+    def blank(self) -> Any:
+        """Returns a smallest input, with which text-only batches still give gradients."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -130,8 +143,8 @@ class MultimodalMixin:
         """Runs the vision encoder and the connector.
 
         Args:
-            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first; for an
-                encoder with `visual_tokens`, its own inputs, for instance M `SlideBag`.
+            pixel_values: M stacks `(1 + num_sub_images, 3, S, S)`, the thumbnail first; for a
+                `BagEncoder`, its own inputs, for instance M `SlideBag`.
 
         Returns:
             `(M, T, L)` visual tokens.
@@ -147,7 +160,7 @@ class MultimodalMixin:
 
     def _visual_tokens(self, pixel_values: Sequence[Any]) -> tuple[Tensor, Tensor, list[int]]:
         """Returns thumbnail tokens, tokens of all sub-images, and sub-image counts per image."""
-        if hasattr(self.visual_encoder, "visual_tokens"):
+        if isinstance(self.visual_encoder, BagEncoder):
             return self.visual_encoder.visual_tokens(pixel_values)
         stacks = [stack if self.projector.uses_sub_images else stack[:1] for stack in pixel_values]
         # Thumbnails first: both halves of the encoder's output are then views, not copies.
@@ -231,7 +244,7 @@ class MultimodalMixin:
         )
 
     def _blank_image_tokens(self) -> Tensor:
-        if hasattr(self.visual_encoder, "blank"):
+        if isinstance(self.visual_encoder, BagEncoder):
             return self.encode_images([self.visual_encoder.blank()])
         size = self.visual_encoder.config.image_size
         tiles = 2 if self.projector.uses_sub_images else 1
