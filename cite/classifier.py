@@ -1,4 +1,4 @@
-"""An adapted classifier that runs on torch alone: one safetensors file and its description."""
+"""Exported classifiers: a safetensors file with a description, usable without MMEngine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Picture = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
 
 
 class LinearScores(nn.Module):
-    """A linear layer to the classes, under the hosts' names.
+    """Linear classifier with the parameter names of the hosts' `LinearClsHead`.
 
     Args:
         in_features: Width of the features.
@@ -52,15 +52,15 @@ class Classifier(nn.Module):
     """Encoder, neck, head and preprocessing of an adapted classifier.
 
     Args:
-        backbone: The encoder; LoRA merged.
-        neck: Between encoder and texts, if there is one.
-        head: To scores.
-        preprocessing: From an image to the encoder's input.
-        classes: Names in the order of the labels.
-        provenance: Where it comes from, as JSON values.
+        backbone: The encoder, with LoRA merged.
+        neck: Projection to the space of the text embeddings, or None.
+        head: Maps features to scores.
+        preprocessing: Maps images to the encoder's input.
+        classes: Names of the classes, in the order of their labels.
+        provenance: Origin of the classifier, as JSON values.
 
     Raises:
-        ValueError: The number of names is not that of the scores.
+        ValueError: If the head scores another number of classes.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Classifier(nn.Module):
         """Returns the probabilities of images.
 
         Args:
-            images: PIL images, RGB pixels `(height, width, 3)` uint8, or paths.
-            batch_size: Images at a time.
+            images: Pillow images, uint8 RGB `(height, width, 3)`, or paths.
+            batch_size: Number of images per batch.
 
         Returns:
-            `(num_images, num_classes)`, on the CPU.
+            float32 `(num_images, num_classes)` on the CPU.
 
         Raises:
-            ValueError: A file that is no image.
+            ValueError: If a file is not an image.
         """
         self.eval()
         device = next(self.parameters()).device
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
         return torch.cat(rows)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `classifier.safetensors` and, last, `classifier.json`."""
+        """Writes `classifier.safetensors`, then `classifier.json`, without which it cannot load."""
         folder = Path(folder)
         with self.backbone.whole_state_dict():
             state_dict = self.state_dict()
@@ -137,15 +137,15 @@ class Classifier(nn.Module):
 def load_classifier(
     folder: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> Classifier:
-    """Loads what `Classifier.save` wrote; needs neither MMEngine nor the hosts.
+    """Loads a classifier that `Classifier.save` wrote; needs neither MMEngine nor the hosts.
 
     Args:
-        folder: Holds `classifier.safetensors` and `classifier.json`.
-        device: Where it runs.
+        folder: Folder with `classifier.safetensors` and `classifier.json`.
+        device: Device to run on.
 
     Raises:
-        FileNotFoundError: No such files.
-        ValueError: Another format, or weights that do not fit the description.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the format is another version, or weights do not fit the description.
 
     Example:
         >>> classifier = load_classifier("exported")  # doctest: +SKIP
@@ -185,11 +185,11 @@ def load_classifier(
 
 
 def open_image(image: Picture) -> Image.Image:
-    """Returns an image in any of the forms that `predict` takes as RGB.
+    """Converts a path, Pillow image or array to an RGB image.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is in another form, or is no image.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is none of these, or the file is not an image.
     """
     if isinstance(image, Image.Image):
         return to_rgb(image)

@@ -1,4 +1,4 @@
-"""From an image to a classifier's input, as the pipeline it was tested with."""
+"""Preprocessing of exported classifiers, the same as in the test pipeline of their config."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Preprocessing:
     """Resizing and normalisation.
 
     Attributes:
-        size: Width and height in px.
-        mean: Of red, green and blue, from 0 to 255.
-        std: The same.
+        size: Width and height in pixels.
+        mean: Mean of red, green and blue, on a scale from 0 to 255.
+        std: Standard deviation of red, green and blue, on the same scale.
         interpolation: A key of `RESAMPLING`.
-        keep_ratio: Resize the shorter side and cut the middle out; otherwise stretch.
+        keep_ratio: Whether to resize the shorter side and crop the centre, instead of changing the
+            aspect ratio.
     """
 
     size: int

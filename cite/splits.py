@@ -190,8 +190,8 @@ def choose_slides(
         num_slides: Number of slides per class; all slides of classes that have fewer.
         seed: Seed of the order, and of the draw without `most_patches`.
         most_patches: Whether to choose the slides with the most patches, of which the first wins a
-            tie. Otherwise, as in the published code, `num_slides` patches are drawn at random and
-            their slides are chosen, which may be fewer.
+            tie. Otherwise `num_slides` patches are drawn at random and their slides are chosen,
+            which may be fewer.
 
     Raises:
         ValueError: If `num_slides` is below 1, or exceeds the number of patches to draw from.

@@ -105,15 +105,15 @@ def encode_texts(
     descriptions: Mapping[str, str | Sequence[str]],
     templates: Sequence[str] = ("{}",),
 ) -> TextEmbeddings:
-    """Embeds the descriptions of classes, each in every template.
+    """Encodes the descriptions of classes, inserted into each template.
 
     Args:
-        encoder: A text encoder of `cite.text_encoder.build_text_encoder`.
-        descriptions: One or several descriptions by class name.
-        templates: Texts with one `{}`.
+        encoder: Text encoder, for example from `cite.text_encoder.build_text_encoder`.
+        descriptions: One or more descriptions of each class by name.
+        templates: Texts with one `{}` each.
 
     Raises:
-        ValueError: As `texts_by_class`.
+        ValueError: If a template does not have exactly one `{}`, or a class has no description.
 
     Example:
         >>> class Lengths:

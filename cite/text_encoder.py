@@ -124,16 +124,16 @@ class BertTextEncoder:
 
 
 class NamedTextEncoder:
-    """The text tower of an encoder by its name: CLIP, PLIP, QuiltNet, KEEP and others.
+    """The text tower of a named encoder, such as CLIP, PLIP, QuiltNet or KEEP.
 
     Args:
-        encoder: Name of an encoder that has one, see `pathcore.encoders`.
+        encoder: Name of an encoder with a text tower, see `pathcore.encoders`.
         trust_remote_code: Whether code from the hub's repository may run.
 
     Raises:
-        EncoderError: If there is no such encoder, or it has no text tower.
+        EncoderError: If the encoder is unknown or has no text tower.
         FileNotFoundError: If weights are missing.
-        CheckpointError: If they do not fit.
+        CheckpointError: If the weights do not fit.
     """
 
     def __init__(self, encoder: str, trust_remote_code: bool = False) -> None:
@@ -144,7 +144,7 @@ class NamedTextEncoder:
         self.description = {"type": "encoder"} | {k: described[k] for k in ("encoder", "digest")}
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """See `TextEncoder`; of length 1."""
+        """See `TextEncoder`; embeddings have length 1."""
         return self.encoder.encode_texts(texts)
 
 

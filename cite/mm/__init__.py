@@ -1,6 +1,7 @@
-"""CITE for MMPreTrain and MMClassification: `custom_imports = dict(imports=["cite.mm"])`.
+"""CITE for MMPreTrain and MMClassification, by `custom_imports = dict(imports=["cite.mm"])`.
 
-Everything stands in MMEngine's root registries, where both hosts find it.
+Everything is registered in MMEngine's root registries, where both hosts find it; modules registered
+in MMClassification would be invisible to MMPreTrain.
 """
 
 from __future__ import annotations

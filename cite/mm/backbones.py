@@ -1,9 +1,9 @@
 """Image encoders, prompted or not, as backbones of MMPreTrain and MMClassification.
 
-Both take the arguments of `cite.prompted.PromptedEncoder`: `prompt_length`, `prompt_layers`,
+They take the arguments of `cite.prompted.PromptedEncoder`: `prompt_length`, `prompt_layers`,
 `prompt_pos`, `prompt_init`, `prompt_noise_std`, `frozen`, `lora`, `precision`, `save_frozen`,
-`gradient_checkpointing`. They have no `init_weights`, so that MMEngine's runner does not draw
-loaded weights anew.
+`gradient_checkpointing`. They have no `init_weights`, because MMEngine's runner would call it and
+overwrite loaded weights.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class _Backbone(PromptedEncoder):
 @MODELS.register_module(name="PromptedEncoder")
 @_PUBLISHED
 class PromptedEncoderBackbone(_Backbone):
-    """An encoder by its name, or one with weights of your own.
+    """An encoder by name, or from a description.
 
     Args:
         encoder: Name for `pathcore.encoders.create_encoder`: a preset such as `uni2-h`,
-            `NAME@/path`, `timm:`, `hf:`, `open_clip:ARCH@WEIGHTS`, or a folder. Or a description,
-            see `pathcore.encoders.towers`, with the weights of `checkpoint` or random ones.
+            `NAME@/path`, `timm:`, `hf:`, `open_clip:ARCH@WEIGHTS`, or a folder. Or a description as
+            in `pathcore.encoders.towers`, whose weights are those of `checkpoint` or random.
         checkpoint: File with the weights.
-        feature: Another reading of the output than the preset's, see `Preset.feature`.
-        arguments_of_encoder: Arguments of the architecture in place of the preset's.
+        feature: How the output becomes a vector, overriding the preset, see `Preset.feature`.
+        arguments_of_encoder: Arguments of the architecture that override those of the preset.
         trust_remote_code: Whether code from the hub's repository may run.
-        **arguments: Those of `cite.prompted.PromptedEncoder`.
+        **arguments: Arguments of `cite.prompted.PromptedEncoder`.
     """
 
     def __init__(
@@ -73,18 +73,18 @@ class PromptedEncoderBackbone(_Backbone):
 @MODELS.register_module()
 @_PUBLISHED
 class PromptedViT(_Backbone):
-    """The hosts' own ViT, under its names.
+    """The ViT of MMPreTrain and MMClassification, with the same parameter names.
 
     Args:
         arch: Name or sizes, see `cite.encoders.vit.ViTEncoder`.
-        img_size: Side of the image in px.
-        patch_size: Side of a patch in px.
+        img_size: Side of the image in pixels.
+        patch_size: Side of a patch in pixels.
         qkv_bias: Whether queries, keys and values have biases.
-        pre_norm: A norm before the first block.
-        final_norm: A norm after the last block.
-        norm_eps: Of every norm.
+        pre_norm: Whether there is a norm before the first block.
+        final_norm: Whether there is a norm after the last block.
+        norm_eps: Epsilon of all norms.
         checkpoint: File with the weights.
-        **arguments: Those of `cite.prompted.PromptedEncoder`.
+        **arguments: Arguments of `cite.prompted.PromptedEncoder`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Patches named by an annotation file, `filename label` a line."""
+"""Data sets of patches, from annotation files with a line `filename label` per patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GASTRIC_CLASSES = (
     "Moderately differentiated tubular adenocarcinoma",
     "Poorly differentiated adenocarcinoma",
 )
-"""Classes of the published task, in the order of their labels; also its texts."""
+"""Classes of the published task, in the order of their labels; also used as texts."""
 
 
 @DATASETS.register_module()
@@ -33,26 +33,27 @@ GASTRIC_CLASSES = (
     }
 )
 class PatchDataset(BaseDataset):
-    """Patches with labels, from an annotation file of lines `filename label`.
+    """Labelled patches, from an annotation file of lines `filename label`.
 
-    A file name may hold spaces and folders; the label is what follows the last space. Every sample
-    is a dict of `img_path`, `gt_label`, `slide` (if there are slides), `ann_file` and `ann_line`.
+    File names may contain spaces and folders; the label follows the last space. A sample is a dict
+    of `img_path`, `gt_label`, `slide` (if there are slides), `ann_file` and `ann_line`.
 
     Args:
         ann_file: The annotation file, relative to `data_root`.
         classes: Names of the classes, in the order of their labels.
-        data_root: Folder that the other paths are relative to.
-        data_prefix: Folder of the patches, as `dict(img_path=...)` or text.
+        data_root: Folder to which other paths are relative.
+        data_prefix: Folder of the patches, as a string or `dict(img_path=...)`.
         slide_pattern: Regular expression whose first group is the slide id in a file name; `_` for
             the published rule, the name up to the first `_`; None for patches without slides.
-        every_class: Refuse a file in which a class has no patch; by default except when testing.
-        max_missing: Share of the images that may be missing. They are left out and recorded in
-            `missing`, and `MissingPatchesHook` says so; by default none may.
-        **kwargs: As for MMEngine's `BaseDataset`.
+        every_class: Whether each class must have a patch; by default only if not `test_mode`.
+        max_missing: Fraction of images that may be missing. They are skipped, recorded in `missing`
+            and reported by `MissingPatchesHook`. By default none may be missing.
+        **kwargs: Further arguments of MMEngine's `BaseDataset`.
 
     Raises:
-        FileNotFoundError: No annotation file, no folder of patches, or too many missing images.
-        ValueError: A line that cannot be read, with file and line.
+        FileNotFoundError: If annotation file or folder do not exist, or too many images are
+            missing.
+        ValueError: If a line is invalid. The message names file and line.
     """
 
     METAINFO: dict[str, Any] = {}
@@ -92,7 +93,7 @@ class PatchDataset(BaseDataset):
 
     @property
     def CLASSES(self) -> tuple[str, ...]:
-        """Names of the classes, where MMClassification 1.0.0rc looks for them."""
+        """Names of the classes, under the name that MMClassification 1.0.0rc uses."""
         return tuple(self.metainfo["classes"])
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -125,24 +126,24 @@ class PatchDataset(BaseDataset):
         return samples
 
     def prepare_data(self, idx: int) -> Any:
-        """Runs the pipeline on a sample, with the number of its draw if a sampler gave one."""
+        """Runs the pipeline on a sample; passes on the number of its draw if the sampler set it."""
         sample = self.get_data_info(idx)
         sample["draw"] = getattr(idx, "number", None)
         return self.pipeline(sample)
 
     def __getitem__(self, idx: int) -> Any:
-        # MMEngine's own draws another sample where a pipeline gives None; ours raise instead.
+        # MMEngine's method draws another sample if the pipeline returns None; ours raises instead.
         if not self._fully_initialized:
             self.full_init()
         return self.prepare_data(idx)
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
-        """Returns a sample's dict; negative indices count from the end."""
+        """Returns the dict of a sample; negative indices count from the end."""
         info: dict[str, Any] = super().get_data_info(int(idx))
         return info
 
     def get_gt_labels(self) -> list[int]:
-        """Returns the label of every patch."""
+        """Returns the labels of all patches."""
         return [int(self.get_data_info(i)["gt_label"]) for i in range(len(self))]
 
     def get_cat_ids(self, idx: int) -> list[int]:
@@ -231,10 +232,10 @@ class PatchDataset(BaseDataset):
 
 @DATASETS.register_module()
 class PatchGastric(PatchDataset):
-    """The published task of three classes on PatchGastric: `tools/ann.py` writes its files.
+    """The published task with three classes of PatchGastric; `tools/ann.py` writes its files.
 
-    The original's name, `PatchGastricCls3`, works too. Its balanced sampling is
-    `PatchBalancedSampler` and `SlideBalancedSampler` of the dataloader here.
+    Also registered under the published name `PatchGastricCls3`. Balanced sampling, an option of the
+    published data set, is done by `PatchBalancedSampler` and `SlideBalancedSampler`.
     """
 
     METAINFO = {"classes": GASTRIC_CLASSES}
@@ -244,7 +245,7 @@ DATASETS.register_module(name="PatchGastricCls3", module=PatchGastric)
 
 
 class _Listing:
-    """Which files exist; lists every folder once instead of asking for every file."""
+    """Set of existing files; lists each folder once, which is faster than checking each file."""
 
     def __init__(self) -> None:
         self._folders: dict[str, set[str]] = {}
@@ -265,7 +266,7 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                # Excel and Notepad begin UTF-8 files with a byte order mark.
+                # Excel and Notepad write a byte order mark at the start of UTF-8 files.
                 line = raw.decode("utf-8").lstrip("\ufeff").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: no UTF-8 text") from error

@@ -1,4 +1,4 @@
-"""From a config and its checkpoint to a folder that runs without them."""
+"""Exports a trained classifier to a folder that can be used without MMEngine."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def export_classifier(
     out: str | os.PathLike[str],
     cfg_options: dict[str, Any] | None = None,
 ) -> Classifier:
-    """Writes `classifier.safetensors` and `classifier.json`; LoRA is merged.
+    """Writes `classifier.safetensors` and `classifier.json`, with LoRA merged.
 
     Args:
         config: Config whose model has a backbone of `cite.mm.backbones`.
-        checkpoint: Of that config.
+        checkpoint: Checkpoint of that config.
         out: The folder to write.
-        cfg_options: Changes of the config by dotted name.
+        cfg_options: Values that override the config, by dotted name.
 
     Raises:
-        ValueError: Parts that cannot be exported, or another model's checkpoint.
+        ValueError: If a part cannot be exported, or the checkpoint does not fit.
     """
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(cfg_options or {})
@@ -71,7 +71,7 @@ def read_preprocessing(cfg: Config) -> Preprocessing | Transform:
     """Reads size and normalisation from a config's test pipeline and data preprocessor.
 
     Raises:
-        ValueError: If a step is not known here.
+        ValueError: If the pipeline has a step that cannot be exported.
     """
     resize: dict[str, Any] | None = None
     normalise = cfg.model.get("data_preprocessor") or {}

@@ -1,4 +1,4 @@
-"""The backbone of a config, once over a dataset of that config."""
+"""Computes the features of a data set with the backbone of a config."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def extract_features(
     cfg_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Writes the features of every patch of a dataset, computed as in testing.
+    """Writes the features of all patches of a data set.
 
-    The images go through the config's test pipeline, whichever split they belong to.
+    Images of all splits go through the test pipeline of the config, without augmentation.
 
     Args:
         config: Config with a backbone of `cite.mm.backbones`.
-        out: The safetensors file to write; a killed run continues in `OUT.partial`.
+        out: The safetensors file to write; a run that was killed continues in `OUT.partial`.
         split: `train`, `val` or `test`.
-        checkpoint: Of a classifier, for a backbone that was adapted.
-        batch_size: Images at a time.
-        num_workers: Processes that read images.
-        part_size: Images after which the work so far is kept.
-        device: By default a GPU where there is one.
-        cfg_options: Changes of the config by dotted name.
-        progress: Show a progress bar.
+        checkpoint: Checkpoint of a classifier; required if the backbone was adapted.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images.
+        part_size: Number of images after which a part is saved.
+        device: Device; by default a GPU if there is one.
+        cfg_options: Values that override the config, by dotted name.
+        progress: Whether to show a progress bar.
 
     Returns:
-        Images that could not be read, with the reason.
+        Messages for images that could not be read.
 
     Raises:
-        ValueError: If the config has no such split, prompts are untrained, or no image at all
-            could be read.
+        ValueError: If the config has no such split, prompts are untrained, or no image could be
+            read.
     """
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(cfg_options or {})
@@ -66,7 +66,7 @@ def extract_features(
     dataset = build_dataset(cfg, split)
     backbone, preprocessor = _build_model(cfg, checkpoint, device)
     if checkpoint is None and getattr(backbone, "prompts", None) is not None:
-        # Prompts of `token` initialisation would even depend on the first batch.
+        # With `token` initialisation, features would even depend on the first batch.
         raise ValueError(
             f"{config}: its backbone has prompts, which are untrained without a checkpoint; give "
             "checkpoint=, or set model.backbone.prompt_length=0"
@@ -95,7 +95,7 @@ def build_dataset(cfg: Config, split: str) -> Any:
     """Builds the dataset of a split with the test pipeline.
 
     Raises:
-        ValueError: No such split in the config.
+        ValueError: If the config has no such split.
     """
     if split not in SPLITS or cfg.get(f"{split}_dataloader") is None:
         raise ValueError(f"split {split!r}: one of {SPLITS} that the config has expected")
@@ -106,7 +106,7 @@ def build_dataset(cfg: Config, split: str) -> Any:
 
 
 def prepare_registries(cfg: Config) -> None:
-    """Imports the config's library and sets its scope, as its runner would."""
+    """Imports the host library of a config and sets the default scope, as a runner would."""
     scope = cfg.get("default_scope", "mmcls")
     importlib.import_module(f"{scope}.models")
     importlib.import_module(f"{scope}.datasets")
@@ -114,11 +114,11 @@ def prepare_registries(cfg: Config) -> None:
 
 
 def build_classifier(cfg: Config, checkpoint: str | None) -> Any:
-    """Builds a config's classifier and loads a checkpoint entirely.
+    """Builds the classifier of a config in evaluation mode and loads a checkpoint strictly.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read.
-        ValueError: It is one of another model.
+        CheckpointError: If the checkpoint cannot be read.
+        ValueError: If the checkpoint does not fit.
     """
     prepare_registries(cfg)
     model = MODELS.build(cfg.model)
@@ -131,7 +131,7 @@ def build_classifier(cfg: Config, checkpoint: str | None) -> Any:
 
 
 class _Readable(Dataset):  # type: ignore[type-arg]
-    """Items from a dataset, from a place on; an error becomes its reason."""
+    """Items of a data set from an index on; items that raise become `{"reason": message}`."""
 
     def __init__(self, dataset: Any, start: int) -> None:
         self.dataset, self.start = dataset, start

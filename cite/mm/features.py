@@ -1,8 +1,8 @@
-"""Training on features that the frozen encoder computed once.
+"""Training on precomputed features of a frozen encoder.
 
-In a config of a linear or zero-shot baseline, `PrecomputedFeatures` takes the place of the
-backbone, `FeatureDataPreprocessor` that of the data preprocessor, and `CachedFeatureDataset` that
-of the dataset; xtuner-add cite-features makes the file. Head and optimizer stay as they are.
+In the config of a linear or zero-shot baseline, `PrecomputedFeatures` replaces the backbone,
+`FeatureDataPreprocessor` the data preprocessor and `CachedFeatureDataset` the data set. `xtuner-add
+cite-features` writes the file. Head and optimizer remain the same.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ _META_KEYS = ("sample_idx", "img_path", "slide")
 
 @DATASETS.register_module()
 class CachedFeatureDataset(PatchDataset):
-    """The features of the patches that an annotation file names; the images are not needed.
+    """Precomputed features of the patches in an annotation file; images are not needed.
 
-    One file of features serves every split whose patches are in it.
+    A file of features can be used for all splits whose patches it contains.
 
     Args:
-        feature_file: File of xtuner-add cite-features, relative to `data_root`.
-        ann_file: Lines `filename label`; without it, all patches of the features with their labels.
-        **kwargs: As for `PatchDataset`; `classes` are by default those of the feature file.
+        feature_file: File of `xtuner-add cite-features`, relative to `data_root`.
+        ann_file: Annotation file with lines `filename label`; by default all patches of the feature
+            file, with their labels.
+        **kwargs: Arguments of `PatchDataset`; `classes` are by default those of the feature file.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A patch that has no features, or labels that disagree.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a patch has no features, or labels disagree.
     """
 
     def __init__(self, feature_file: str, ann_file: str = "", **kwargs: Any) -> None:
@@ -49,7 +50,7 @@ class CachedFeatureDataset(PatchDataset):
         super().__init__(ann_file=ann_file, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Reads the annotation file, or takes every patch of the features."""
+        """Reads the annotation file; without one, returns all patches of the feature file."""
         if self.ann_file and not os.path.isdir(self.ann_file):
             return super().load_data_list()
         samples = [
@@ -61,7 +62,7 @@ class CachedFeatureDataset(PatchDataset):
         return self._without_missing(samples)
 
     def prepare_data(self, idx: int) -> dict[str, Any]:
-        """Returns `inputs`, `(embed_dim,)`, and `data_samples`."""
+        """Returns `inputs` `(embed_dim,)` and `data_samples`."""
         info = self.get_data_info(idx)
         sample = new_sample(self.host)
         sample.set_gt_label(info["gt_label"])
@@ -91,10 +92,10 @@ class CachedFeatureDataset(PatchDataset):
 
 @MODELS.register_module()
 class PrecomputedFeatures(nn.Module):
-    """Stands where the encoder was: passes features on.
+    """Backbone that returns its input, which are precomputed features.
 
     Args:
-        embed_dim: Their width.
+        embed_dim: Width of the features.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -102,10 +103,10 @@ class PrecomputedFeatures(nn.Module):
         self.embed_dim = embed_dim
 
     def forward(self, features: Tensor) -> tuple[Tensor]:
-        """Returns features `(batch, embed_dim)` in fp32 as a tuple of one.
+        """Returns float32 features `(batch, embed_dim)` as a tuple of one element.
 
         Raises:
-            ValueError: Features of another width.
+            ValueError: If features have another shape.
         """
         if features.dim() != 2 or features.shape[1] != self.embed_dim:
             raise ValueError(
@@ -120,11 +121,11 @@ class FeatureDataPreprocessor(BaseDataPreprocessor):
     """Stacks features and moves them to the device.
 
     Args:
-        batch_augments: MMPreTrain hands its `train_cfg` on under this name; none is possible.
-        **kwargs: As for MMEngine's `BaseDataPreprocessor`.
+        batch_augments: Name under which MMPreTrain passes its `train_cfg`; must be empty.
+        **kwargs: Arguments of MMEngine's `BaseDataPreprocessor`.
 
     Raises:
-        ValueError: Images would have to be mixed, of which there are features only.
+        ValueError: If batches are to be augmented, which needs images.
     """
 
     def __init__(self, batch_augments: Any = None, **kwargs: Any) -> None:
@@ -133,7 +134,7 @@ class FeatureDataPreprocessor(BaseDataPreprocessor):
         super().__init__(**kwargs)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Takes a batch as the dataloader collates it."""
+        """Prepares a batch as the data loader collates it."""
         data = dict(self.cast_data(data))
         if isinstance(data["inputs"], (list, tuple)):
             data["inputs"] = torch.stack(list(data["inputs"]))

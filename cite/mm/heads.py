@@ -24,11 +24,12 @@ from cite.text_scores import TEMPERATURE, TextScores
 @MODELS.register_module()
 @published_arguments(FLOAT16)
 class ProjectionNeck(Projection):
-    """Projects image features to the width of the text embeddings.
+    """Neck that projects image features to the width of the text embeddings.
 
     Args:
-        fix: Keep the initial weights.
-        arguments: Those of `cite.projection.Projection`, as are the `named` ones.
+        *arguments: Arguments of `cite.projection.Projection`.
+        fix: Whether to freeze the initial weights.
+        **named: Keyword arguments of `cite.projection.Projection`.
     """
 
     def __init__(self, *arguments: Any, fix: bool = False, **named: Any) -> None:
@@ -36,11 +37,12 @@ class ProjectionNeck(Projection):
         self.requires_grad_(not fix)
 
     def forward(self, features: Any) -> tuple[Tensor]:
-        """Maps features to a tuple of one `(batch, out_features)`.
+        """Maps features to a tuple of one tensor `(batch, out_features)`.
 
         Args:
-            features: `(batch, in_features)`; or a tuple that holds it; or a list of patch tokens
-                and class token, as the hosts' own ViTs give, of which the class token is taken.
+            features: `(batch, in_features)`, or a tuple that starts with it. It may also be a list
+                of patch tokens and class token, as ViTs of the hosts return it; the class token is
+                used then.
         """
         if isinstance(features, tuple):
             features = features[0]
@@ -58,24 +60,24 @@ class ProjectionNeck(Projection):
     }
 )
 class TextEmbeddingHead(TextScores):
-    """Classifies by likeness to text embeddings; without a neck this is zero-shot.
+    """Head that classifies by similarity to text embeddings; without a neck this is zero-shot.
 
     Args:
-        text_embeddings: File of xtuner-add cite-texts.
-        text_encoder: Instead of the file: arguments of `cite.text_encoder.build_text_encoder`.
-        texts: For the text encoder: one or several descriptions of each class, in the order of
-            the labels; or descriptions by class name, with `classes` for the order, because
-            MMEngine sorts the keys of a config that it writes.
-        templates: For the text encoder: texts with one `{}` each.
-        classes: Names that the file must have, in this order.
+        text_embeddings: File of `xtuner-add cite-texts`.
+        text_encoder: Arguments of `cite.text_encoder.build_text_encoder`, instead of a file.
+        texts: One or more descriptions of each class for the text encoder, as a list in the order
+            of the labels. A dict by class name needs `classes` for the order, because MMEngine
+            sorts keys when it writes a config.
+        templates: Texts with one `{}` each, for the text encoder.
+        classes: Expected names of the classes, in order.
         temperature: Logarithm of the scale.
-        learnable_temperature: Train it.
-        several: `mean` or `max`, for classes with several texts.
-        loss_weight: Factor of the cross entropy.
+        learnable_temperature: Whether the temperature is trained.
+        several: `mean` or `max` for classes with several texts, see `TextScores`.
+        loss_weight: Factor of the cross-entropy.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Both or none of file and encoder, or other classes than expected.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If both or neither of file and encoder are given, or classes differ.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class TextEmbeddingHead(TextScores):
         self.loss_weight = loss_weight
 
     def pre_logits(self, features: Any) -> Tensor:
-        """Returns the features that are compared with the texts."""
+        """Returns the features that are compared with the texts, the last of a tuple."""
         return features[-1] if isinstance(features, (tuple, list)) else features
 
     def forward(self, features: Any) -> Tensor:
@@ -111,10 +113,10 @@ class TextEmbeddingHead(TextScores):
         return super().forward(self.pre_logits(features))
 
     def loss(self, features: Any, data_samples: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the mean cross entropy.
+        """Returns the mean cross-entropy.
 
         Raises:
-            ValueError: A label that is not among the classes.
+            ValueError: If a label is out of range.
         """
         scores = self(features)
         target = labels_of(data_samples).to(scores.device)
@@ -125,7 +127,7 @@ class TextEmbeddingHead(TextScores):
     def predict(
         self, features: Any, data_samples: Sequence[Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Writes probabilities and labels into the samples."""
+        """Returns the samples with probabilities and predicted labels."""
         return with_predictions(self(features), data_samples)
 
 

@@ -1,4 +1,4 @@
-"""Hooks: checkpoints that load anywhere, resuming without reading patches again."""
+"""Hooks that make checkpoints portable, check inputs, and resume without rereading data."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from pathcore.files import write_text
 from pathcore.weights import CheckpointError, shorten
 
 _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
-"""What `torch.load(weights_only=True)` reads; exactly these types."""
+"""Types that `torch.load(weights_only=True)` accepts; subclasses are refused."""
 _LAST = "last_checkpoint"
 _FEATURES_OF = "features_of"
 
 
 @HOOKS.register_module()
 class PortableCheckpointHook(Hook):
-    """Checkpoints that load with `weights_only=True` and from a folder that was moved.
+    """Makes checkpoints load with `weights_only=True`, also after the folder was moved.
 
-    MMEngine stores its log buffers as objects, which torch refuses to load since 2.6; they are left
-    out. Plain values, such as the best score so far, stay. `last_checkpoint` holds the name of the
-    file beside it instead of its absolute path.
+    MMEngine stores log buffers as objects, which torch refuses to load since 2.6; they are removed.
+    Plain values, such as the best score so far, are kept. `last_checkpoint` contains the name of
+    the file in the same folder instead of an absolute path.
     """
 
-    priority = "LOWEST"  # behind CheckpointHook, which writes `last_checkpoint`
+    priority = "LOWEST"  # after CheckpointHook, which writes `last_checkpoint`
 
     def before_run(self, runner: Any) -> None:
-        """Finds the checkpoint of `--resume` beside `last_checkpoint`."""
+        """Resolves the checkpoint of `--resume` relative to `last_checkpoint`."""
         file = os.path.join(runner.work_dir, _LAST)
         if runner._resume and runner._load_from is None and os.path.isfile(file):
             with open(file, encoding="utf-8") as content:
@@ -51,7 +51,7 @@ class PortableCheckpointHook(Hook):
             runner._load_from = checkpoint
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Leaves plain values in the checkpoint."""
+        """Removes everything but plain values from the checkpoint's message hub."""
         info = checkpoint.get("message_hub", {}).get("runtime_info", {})
         checkpoint["message_hub"] = {
             "log_scalars": {},
@@ -78,7 +78,7 @@ class PortableCheckpointHook(Hook):
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    # NumPy's float64 is a float, and yet torch refuses it.
+    # numpy.float64 is a subclass of float, but torch refuses it.
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items()}
     return {k: v for k, v in values.items() if type(v) in _PLAIN}
 
@@ -87,13 +87,13 @@ def _plain(info: dict[str, Any]) -> dict[str, Any]:
 class ResumeDataHook(Hook):
     """Continues a resumed run at its next batch.
 
-    MMEngine would read and transform every batch that was consumed already. With a sampler of
-    `cite.mm.samplers` the sequence starts behind them; the batch size and the number of ranks must
-    be those of the interrupted run, or some patches come again.
+    MMEngine would read and transform all batches that were already consumed. With a sampler of
+    `cite.mm.samplers`, the sequence starts after them. Batch size and number of ranks must be those
+    of the interrupted run; otherwise some patches are repeated.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Moves the sampler, and gives the loop nothing to skip."""
+        """Advances the sampler, and replaces the batches that the loop skips by None."""
         loop = runner.train_loop
         dataloader = loop.dataloader
         sampler = getattr(dataloader, "sampler", None)
@@ -107,7 +107,7 @@ class ResumeDataHook(Hook):
 
 
 class _Behind:
-    """An iterator that has `count` batches behind it, which are not made."""
+    """Iterator that yields None for the first `count` batches, which MMEngine's loop skips."""
 
     def __init__(self, count: int, batches: Any) -> None:
         self.count = count
@@ -125,12 +125,16 @@ class _Behind:
 
 @HOOKS.register_module()
 class MissingPatchesHook(Hook):
-    """Ends a run with exit code 3 when patches were left out (`max_missing` of `PatchDataset`)."""
+    """Ends a run with exit code 3 if patches were skipped (`max_missing` of `PatchDataset`)."""
 
     priority = "LOWEST"
 
     def after_run(self, runner: Any) -> None:
-        """Writes `missing_patches.txt` into the work folder and says so."""
+        """Writes `missing_patches.txt` to the work folder and ends the run.
+
+        Raises:
+            SystemExit: If patches were skipped.
+        """
         loops = (runner._train_loop, runner._val_loop, runner._test_loop)
         datasets = [loop.dataloader.dataset for loop in loops if hasattr(loop, "dataloader")]
         missing = sorted({line for data in datasets for line in getattr(data, "missing", ())})
@@ -147,10 +151,10 @@ class MissingPatchesHook(Hook):
 
 @HOOKS.register_module()
 class ZeroShotHook(Hook):
-    """Lets `mim test ... --checkpoint none` test a model that has nothing to train."""
+    """Allows `mim test ... --checkpoint none` for models without trained parameters."""
 
     def before_run(self, runner: Any) -> None:
-        """Loads nothing if the command says so.
+        """Prevents loading if the checkpoint is `none`.
 
         Raises:
             ValueError: If the model has trainable parameters, which would be random.
@@ -168,23 +172,23 @@ class ZeroShotHook(Hook):
 
 @HOOKS.register_module()
 class CheckpointFitsHook(Hook):
-    """Stops if a checkpoint does not fit the model.
+    """Stops a run if a checkpoint does not fit the model.
 
-    MMEngine loads whatever fits and only logs the rest, so that a checkpoint of another model would
-    be tested, or trained on, with random weights.
+    MMEngine loads what fits and only logs the rest, so a checkpoint of another model would be
+    tested, or fine-tuned, with random weights.
     """
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Compares names and shapes before MMEngine loads.
+        """Checks names and shapes before MMEngine loads the checkpoint.
 
         Raises:
-            CheckpointError: If a tensor is missing, unexpected or of another shape.
+            CheckpointError: If a tensor is missing, unexpected or of a different shape.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         state_dict = checkpoint.get("state_dict", checkpoint)
         state_dict = {name.removeprefix("module."): t for name, t in state_dict.items()}
         try:
-            # torch rather than a comparison of names: load hooks rename tensors.
+            # Loading by torch instead of comparing names, because load hooks rename tensors.
             model.load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
             raise CheckpointError(
@@ -194,10 +198,10 @@ class CheckpointFitsHook(Hook):
 
 @HOOKS.register_module()
 class ClassesAgreeHook(Hook):
-    """Stops if head and data have different classes: labels would be compared with other texts."""
+    """Stops a run if head and data have different classes, so that labels would be mixed up."""
 
     def before_train(self, runner: Any) -> None:
-        """Checks the training data, and warns of slides that also validate."""
+        """Checks the training data, and warns of slides that are also used for validation."""
         _check_classes(runner, runner.train_loop.dataloader.dataset)
         if runner._val_loop is not None:
             shared = _slides(runner.train_loop.dataloader.dataset) & _slides(

@@ -1,8 +1,8 @@
-"""Lets torchrun's processes train on CPU as well, under hosts that assume CUDA.
+"""Makes data-parallel training work on CPUs, although MMEngine assumes CUDA.
 
-On CPU the import opens the process group if a launcher such as torchrun started this process:
-MMEngine would call CUDA even for gloo. A config names this module in `custom_imports`, the only
-hook in a config that runs before MMEngine opens the group.
+If a launcher such as torchrun started this process on a machine without CUDA, importing this module
+opens the process group, because MMEngine would call CUDA even for gloo. Configs list the module in
+`custom_imports`, the only part of a config that is executed before MMEngine opens the group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathcore.ranks import open_gloo_group
 
 @MODEL_WRAPPERS.register_module()
 class AnyDeviceDataParallel(MMDistributedDataParallel):
-    """MMEngine's data-parallel wrapper, on CPU as well."""
+    """MMEngine's data-parallel wrapper for GPUs and CPUs."""
 
     def __init__(self, module: torch.nn.Module, device_ids: list[int] | None, **kwargs: Any):
         # MMEngine passes device_ids=[LOCAL_RANK], which DDP rejects on a CPU.

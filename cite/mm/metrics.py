@@ -1,4 +1,4 @@
-"""`SlideMetric`: scores of patches and of slides as an evaluator of a run."""
+"""Evaluator for scores of patches and slides."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ from cite.splits import slide_id
 
 @METRICS.register_module()
 class SlideMetric(BaseMetric):
-    """Accuracy, mean and by class, AUROC and Cohen's kappa, of patches and of slides.
+    """Accuracy, mean accuracy, AUROC and Cohen's kappa of patches and slides.
 
-    Every patch counts once, also when a sampler repeats some so that all ranks have as many.
+    Each patch counts once, even if the sampler repeats some to give all ranks equally many.
 
     Args:
-        items: Names out of `cite.bag_metrics.PATCH_METRICS` and `SLIDE_METRICS`, or `all`; by
-            default the published ones. (MMEngine reads an evaluator's `metrics` otherwise.)
-        voting: `soft`, the mean of the scores, as published; or `hard`.
-        num_resamples: Of slides, for 95 % intervals `<name>_low`, `<name>_high`; 0 for none.
-        seed: Of the resampling.
-        picture: Give the confusion matrices of patches and slides to the visualizer, which writes
-            them into the work folder's `vis_data/vis_image`.
+        items: Names from `cite.bag_metrics.PATCH_METRICS` and `SLIDE_METRICS`, or `all`; by default
+            those of the published code. Not called `metrics`, because MMEngine interprets that
+            argument of an evaluator.
+        voting: `soft` for the mean of the scores, as published, or `hard`.
+        num_resamples: Number of bootstrap resamples of slides for 95 % intervals, `<name>_low` and
+            `<name>_high`; 0 computes none.
+        seed: Seed of the bootstrap.
+        picture: Whether to pass confusion matrices of patches and slides to the visualizer, which
+            writes them to `vis_data/vis_image` in the work folder.
         collect_device: See `BaseMetric`.
-        prefix: Put before the names.
+        prefix: Prefix of the names of scores.
     """
 
     default_prefix = ""
@@ -67,7 +69,7 @@ class SlideMetric(BaseMetric):
         self.picture = picture
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Takes the predictions of one batch, of MMClassification or MMPreTrain."""
+        """Stores the predictions of a batch, from MMClassification or MMPreTrain."""
         for sample in data_samples:
             if "pred_score" in sample:
                 score, label = sample["pred_score"], sample["gt_label"]
@@ -78,7 +80,7 @@ class SlideMetric(BaseMetric):
             self.results.append((key, str(slide), score.float().cpu(), int(label)))
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """Gathers over the ranks and scores every patch once."""
+        """Gathers predictions from all ranks and computes scores, with each patch once."""
         found = {row[0]: row[1:] for part in all_gather_object(self.results) for row in part}
         self.results.clear()
         metrics: list[dict[str, float] | None] = [None]
@@ -97,10 +99,11 @@ class SlideMetric(BaseMetric):
         return metrics[0]
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Scores `(slide, scores, label)` of every patch.
+        """Computes scores from `(slide, scores, label)` of each patch.
 
         Raises:
-            ValueError: There are none, or scores over slides are wanted of patches without slides.
+            ValueError: If there are no patches, or scores over slides are requested and a patch has
+                no slide.
         """
         if not results:
             raise ValueError("SlideMetric: no predictions; the dataset to evaluate is empty")

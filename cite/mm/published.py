@@ -1,7 +1,7 @@
-"""Names and arguments of the published code of CITE, answered with what they are called here.
+"""Error messages for names and arguments of the published code of CITE.
 
-Whoever brings a config of https://github.com/Yunkun-Zhang/CITE gets one line that names the
-replacement instead of `KeyError: not in the registry` or a bare `TypeError`.
+Configs of https://github.com/Yunkun-Zhang/CITE raise an error that names the replacement, instead
+of `KeyError: not in the registry` or a bare `TypeError`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _TRANSFORMS = {
 FLOAT16 = {
     "float16": "precision='fp16' of the backbone; neck and head compute in float32",
 }
-"""The published code computes CLIP, neck and head in float16."""
+"""Replacement of an argument with which the published code computes CLIP, neck and head in fp16."""
 
 
 class PublishedNameError(ValueError):
-    """A name or argument of the published code that has another name here."""
+    """Raised for a name or argument of the published code that has another name here."""
 
 
 def _refuse(name: str, replacement: str) -> type:
@@ -53,10 +53,10 @@ for _registry, _names in ((MODELS, _MODELS), (TRANSFORMS, _TRANSFORMS)):
 
 
 def published_arguments(renamed: Mapping[str, str]) -> Callable[[Class], Class]:
-    """Makes a class answer arguments of the published code with their replacement.
+    """Decorates a class so that arguments of the published code raise `PublishedNameError`.
 
     Args:
-        renamed: Replacement by published argument.
+        renamed: Replacement of each published argument, for the message.
     """
 
     def decorate(kind: Class) -> Class:

@@ -1,8 +1,9 @@
-"""Orders in which patches are drawn, made in the main process.
+"""Samplers of patches.
 
-Every sampler states one endless sequence of draws; draw k belongs to rank k modulo the number of
-ranks, so that a global batch holds the same patches on any number of ranks and of workers. A run
-that resumes starts the sequence where it stopped, without reading a patch again.
+Each sampler defines an endless sequence of draws, and draw k belongs to rank k modulo the number of
+ranks. A global batch therefore contains the same patches for any number of ranks and workers. (In
+the published code the order is part of the data set, so that all workers draw the same patches.) A
+resumed run starts the sequence where it stopped, without rereading patches.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ Order = Literal["shuffled", "published"]
 
 
 class Draw(int):
-    """An index into a dataset that knows which draw of the run it is.
+    """An index into a data set with the number of its draw.
 
-    `PatchDataset` gives the number to the augmentation, whose random numbers then do not depend on
-    the worker that reads the patch.
+    `PatchDataset` passes the number to the augmentation, so that its random numbers do not depend
+    on the worker that reads the patch.
     """
 
     number: int
 
     def __new__(cls, index: int, number: int) -> Draw:
-        """Makes an index with the number of its draw."""
+        """Creates an index with the number of its draw."""
         draw = super().__new__(cls, index)
         draw.number = number
         return draw
@@ -40,13 +41,13 @@ class Draw(int):
 
 
 class DrawSampler(Sampler):
-    """One endless sequence of draws, divided among the ranks.
+    """Base class of samplers: an endless sequence of draws that is divided among ranks.
 
     Args:
-        dataset: What is drawn from.
-        seed: Of the sequence; by default one that all ranks agree on.
-        infinite: Never end, for training by iterations; otherwise end after as many draws as there
-            are patches and continue in the next epoch.
+        dataset: The data set.
+        seed: Seed of the sequence; by default a random one that all ranks share.
+        infinite: Whether the sampler never ends, for training by iterations. Otherwise an epoch has
+            as many draws as there are patches, and the next epoch continues the sequence.
     """
 
     def __init__(self, dataset: Any, seed: int | None = None, infinite: bool = True) -> None:
@@ -58,32 +59,32 @@ class DrawSampler(Sampler):
 
     @abstractmethod
     def draws(self) -> Iterator[int]:
-        """Yields dataset indices without end, the same at every call and on every rank."""
+        """Yields indices endlessly, the same in each call and on each rank."""
 
     def __iter__(self) -> Iterator[int]:
-        """Yields this rank's draws, from `start` on."""
+        """Yields the draws of this rank from `start` on."""
         stop = None if self.infinite else self.start + len(self) * self.world_size
         numbered = enumerate(self.draws())
         mine = islice(numbered, self.start + self.rank, stop, self.world_size)
         return (Draw(index, number) for number, index in mine)
 
     def __len__(self) -> int:
-        """Draws of this rank in an epoch: its share of the number of patches."""
+        """Returns the number of draws of this rank per epoch."""
         return -(-len(self.dataset) // self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Continues where `epoch` begins; without effect on an infinite sampler."""
+        """Moves to the start of an epoch; has no effect on an infinite sampler."""
         if not self.infinite:
             self.start = epoch * len(self) * self.world_size
 
     def set_start(self, start: int) -> None:
-        """Sets the draw, counted over all ranks, that the next iteration begins with."""
+        """Sets the first draw of the next iteration, counted over all ranks."""
         self.start = start
 
 
 @DATA_SAMPLERS.register_module()
 class ShuffledPatchSampler(DrawSampler):
-    """Every patch once, shuffled; then again in another order. The published baselines' way."""
+    """Draws all patches in random order, then again in another order, as published baselines do."""
 
     def draws(self) -> Iterator[int]:
         """Yields dataset indices without end."""
@@ -96,13 +97,13 @@ class ShuffledPatchSampler(DrawSampler):
 
 @DATA_SAMPLERS.register_module()
 class PatchBalancedSampler(DrawSampler):
-    """Classes in turn; within a class every patch once, then again in another order.
+    """Alternates between classes; within a class all patches in random order, then again.
 
-    As published (`patch_balance=True`), to the draw, when the seed is the same.
+    For the same seed, draws are those of the published code with `patch_balance=True`.
 
     Args:
-        dataset: With `gt_label` and `slide` of every patch.
-        seed: Of the sequence.
+        dataset: Data set with `gt_label` and `slide` of each patch.
+        seed: Seed of the sequence.
         infinite: See `DrawSampler`.
     """
 
@@ -128,18 +129,17 @@ class PatchBalancedSampler(DrawSampler):
 
 @DATA_SAMPLERS.register_module()
 class SlideBalancedSampler(DrawSampler):
-    """Classes in turn, within a class slides in turn, within a slide patches in turn.
+    """Alternates between classes, slides of a class, and patches of a slide.
 
     Args:
-        dataset: With `gt_label` and `slide` of every patch.
-        seed: Of the sequence.
+        dataset: Data set with `gt_label` and `slide` of each patch.
+        seed: Seed of the sequence.
         infinite: See `DrawSampler`.
-        order: `published`: the first round takes slides and patches as they stand in the
-            annotation file, later ones in another order (`slide_balance=True`, to the draw);
-            `shuffled`: shuffled from the first round on.
+        order: `shuffled`, or `published` for the draws of the published code with
+            `slide_balance=True`: the first round uses the order of the annotation file.
 
     Raises:
-        ValueError: Another order.
+        ValueError: If `order` is unknown.
     """
 
     def __init__(
@@ -158,7 +158,6 @@ class SlideBalancedSampler(DrawSampler):
     def draws(self) -> Iterator[int]:
         """Yields dataset indices without end."""
         generator = random.Random(self.seed)
-        # A slide is its patches and the position of the next one.
         classes = [[_Slide(list(patches)) for patches in slides] for slides in self.by_class]
         if self.order == "shuffled":
             for slides in classes:
@@ -191,10 +190,10 @@ def group_patches(dataset: Any) -> list[list[list[int]]]:
     """Groups the indices of a dataset by class and by slide, in the order of the annotation file.
 
     Returns:
-        For every class the slides, for every slide the indices of its patches.
+        For each class its slides, and for each slide the indices of its patches.
 
     Raises:
-        ValueError: A class without a slide.
+        ValueError: If a class has no slide.
     """
     classes = dataset.metainfo["classes"]
     groups: list[dict[str, list[int]]] = [{} for _ in classes]

@@ -1,4 +1,4 @@
-"""Samples of MMClassification (`ClsDataSample`) and of MMPreTrain (`DataSample`) alike."""
+"""Common access to samples of MMClassification (`ClsDataSample`) and MMPreTrain (`DataSample`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cite.mm.transforms import default_host
 
 
 def new_sample(host: str | None = None) -> Any:
-    """Returns an empty sample of `mmcls` or `mmpretrain`; by default of the running config's."""
+    """Returns an empty sample of `mmcls` or `mmpretrain`; by default of the config's scope."""
     if (host or default_host()) == "mmpretrain":
         from mmpretrain.structures import DataSample
 
@@ -23,7 +23,7 @@ def new_sample(host: str | None = None) -> Any:
 
 
 def labels_of(samples: Sequence[Any]) -> Tensor:
-    """Returns the labels `(batch,)`, or the soft labels `(batch, classes)` that mixing made."""
+    """Returns labels `(batch,)`, or soft labels `(batch, num_classes)` of mixed images."""
     rows = []
     for sample in samples:
         soft = sample.get("gt_score") if "gt_score" in sample else None
@@ -36,7 +36,7 @@ def labels_of(samples: Sequence[Any]) -> Tensor:
 
 
 def with_predictions(scores: Tensor, samples: Sequence[Any] | None) -> list[Any]:
-    """Writes probabilities and the likeliest class into samples; new ones where there are none."""
+    """Stores probabilities and predicted classes in samples, which are created if not given."""
     probabilities = scores.softmax(dim=1)
     labels = probabilities.argmax(dim=1, keepdim=True).detach()
     given = samples if samples is not None else [None] * len(scores)

@@ -1,4 +1,4 @@
-"""Runs of a sweep: every cell trains and tests a config, and leaves a file with its scores."""
+"""Runs a sweep; each cell trains and tests a config and writes a file with its scores."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from pathcore.files import write_json
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep runs.
+    """Settings of a sweep.
 
     Attributes:
-        configs: Config file by method; one without `train_dataloader` is tested only, once.
-        train_file: Annotation file to draw training slides from; None to take `train_files`.
-        num_slides: Numbers of training slides a class.
-        seeds: Of slides, weights and order.
-        work_dir: Receives a folder for every cell, the table and the curve.
-        metric: Score of the table, out of those of the config's test evaluator.
-        train_files: With a `{}` for the number of slides; the same slides for every seed.
-        options: What is changed in every config, as by `--cfg-options`.
+        configs: Config file of each method; one without `train_dataloader` is only tested, once.
+        train_file: Annotation file to draw training slides from; None to use `train_files`.
+        num_slides: Numbers of training slides per class.
+        seeds: Seeds of slides, weights and order.
+        work_dir: Folder for the cells, the table and the plot.
+        metric: Score of the table, one of the config's test evaluator.
+        train_files: Path of annotation files with `{}` for the number of slides; slides are then
+            the same for all seeds.
+        options: Values that override all configs, as by `--cfg-options`.
     """
 
     configs: Mapping[str, str]
@@ -48,10 +49,10 @@ class SweepPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """Returns all cells, the cheap ones first.
+        """Returns all cells, sorted by seed and number of slides.
 
         Raises:
-            ValueError: Both or none of `train_file` and `train_files`.
+            ValueError: If both or neither of `train_file` and `train_files` are given.
         """
         if (self.train_file is None) == (self.train_files is None):
             raise ValueError("either a file to draw slides from or files with {} are expected")
@@ -72,12 +73,12 @@ def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[
     """Runs the cells that have no scores yet.
 
     Args:
-        plan: What to run.
-        jobs: Processes.
-        progress: Show a bar.
+        plan: Settings of the sweep.
+        jobs: Number of processes.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What went wrong, by cell; the others have their scores.
+        Error message of each cell that failed.
     """
     missing = [cell for cell in plan.cells() if read_scores(plan, cell) is None]
     failures: dict[Cell, str] = {}
@@ -91,10 +92,10 @@ def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[
 
 
 def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
-    """Trains and tests one cell; an interrupted one resumes at its last checkpoint.
+    """Trains and tests a cell; an interrupted one resumes from its last checkpoint.
 
     Returns:
-        What went wrong, or None.
+        An error message, or None.
     """
     folder = plan.folder(cell)
     try:
@@ -106,7 +107,8 @@ def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
         scores = runner.test()
         write_json(folder / "scores.json", scores)
     except (Exception, SystemExit) as error:
-        # One cell among hundreds: recorded, named at the end, run again by the next call.
+        # One of possibly hundreds of cells must not stop the others. The error is recorded and
+        # reported at the end, and the next call runs the cell again.
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return f"{type(error).__name__}: {error}"
@@ -114,7 +116,7 @@ def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
 
 
 def cell_config(plan: SweepPlan, cell: Cell) -> Config:
-    """Returns the config of a cell, as its folder keeps it."""
+    """Returns the config of a cell; writes its annotation file if slides are drawn."""
     config = Config.fromfile(plan.configs[cell.method])
     config.merge_from_dict(dict(plan.options))
     config.work_dir = str(plan.folder(cell))
@@ -131,7 +133,7 @@ def cell_config(plan: SweepPlan, cell: Cell) -> Config:
 
 
 def read_scores(plan: SweepPlan, cell: Cell) -> dict[str, float] | None:
-    """Returns the scores of a cell; None if it has none, or of other inputs."""
+    """Returns the scores of a cell; None if there are none, or inputs have changed."""
     folder = plan.folder(cell)
     if not (folder / "scores.json").is_file() or not _is_of(folder, _inputs(plan, cell)):
         return None
@@ -143,7 +145,7 @@ def collect(plan: SweepPlan) -> Sweep:
     """Returns the scores of the plan's metric.
 
     Raises:
-        ValueError: The configs do not score it.
+        ValueError: If the configs do not compute it.
     """
     found = {}
     for cell in plan.cells():
@@ -163,8 +165,8 @@ def read_patches(file: str | os.PathLike[str]) -> list[Patch]:
     """Reads an annotation file of lines `name label`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A line of another form, with its number.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is invalid. The message names it.
     """
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such annotation file")
@@ -179,7 +181,7 @@ def read_patches(file: str | os.PathLike[str]) -> list[Patch]:
 
 
 def _begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Empties the folder of a cell of other inputs, whose checkpoint must not be resumed."""
+    """Empties the folder of a cell with other inputs, whose checkpoint must not be resumed."""
     if not _is_of(folder, inputs):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

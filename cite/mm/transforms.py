@@ -1,8 +1,8 @@
-"""From a patch on disk to the model's input; `dict(type=...)` entries of a pipeline.
+"""Transforms of a pipeline, from image files to the input of a model.
 
-The test pipeline `LoadPatch`, `ResizePatch`, `PackPatch` is deterministic. The pixels leave it as
-RGB uint8 `(3, H, W)`; the model's `data_preprocessor` normalises them. With `IMAGENET_NORM` this is
-the published input to a rounding of float32.
+The test pipeline `LoadPatch`, `ResizePatch`, `PackPatch` is deterministic. It returns uint8 RGB
+`(3, H, W)`, which the model's `data_preprocessor` normalises. With `IMAGENET_NORM`, the result
+equals the published input up to rounding in float32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ IMAGENET_NORM = {
     "std": [58.395, 57.12, 57.375],
     "to_rgb": False,
 }
-"""Published normalisation, of 0 to 255; `to_rgb` since the pixels are RGB already."""
+"""Normalisation of the published code, for values from 0 to 255. `to_rgb` is False because pixels
+are already RGB."""
 
 CLIP_NORM = {
     "mean": [122.7709383, 116.7460125, 104.09373615],
     "std": [68.5005327, 66.6321579, 70.32316305],
     "to_rgb": False,
 }
-"""What CLIP was trained with: 255 times the values of https://github.com/openai/CLIP."""
+"""Normalisation of CLIP, 255 times the values in https://github.com/openai/CLIP."""
 
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -40,15 +41,15 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _GOLDEN = 0x9E3779B97F4A7C15
-"""2**64 over the golden ratio: spreads draw numbers over the seeds."""
+"""2**64 divided by the golden ratio, a multiplier that spreads seeds over 64 bits."""
 
 
 @TRANSFORMS.register_module()
 class LoadPatch:
-    """Reads `img_path` as RGB into `img`, `(H, W, 3)` uint8.
+    """Reads `img_path` into `img`, uint8 RGB `(H, W, 3)`.
 
     Raises:
-        ValueError: The image cannot be read; names it and its line in the annotation file.
+        ValueError: If the image cannot be read. The message names its line in the annotation file.
     """
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -66,15 +67,16 @@ class LoadPatch:
 
 @TRANSFORMS.register_module()
 class ResizePatch:
-    """Resizes as PIL does, with antialiasing: the published pixels to the bit.
+    """Resizes with Pillow's antialiasing, which gives exactly the published pixels.
 
     Args:
         size: Width and height in pixels.
         interpolation: `bilinear` as published, `bicubic`, `nearest` or `lanczos`.
-        keep_ratio: Resize the shorter side and cut the middle out; otherwise stretch, as published.
+        keep_ratio: Whether to resize the shorter side and crop the centre, instead of changing the
+            aspect ratio as published.
 
     Raises:
-        ValueError: Another interpolation.
+        ValueError: If the interpolation is unknown.
     """
 
     def __init__(
@@ -159,19 +161,20 @@ class EncoderDataPreprocessor(BaseDataPreprocessor):
 
 @TRANSFORMS.register_module()
 class AugmentPatch:
-    """Colour jitter (torchvision's), flips and turns by right angles.
+    """Random colour jitter, flips and rotations by multiples of 90 degrees.
 
-    Random numbers depend on `seed` and the number of the draw when a sampler of `cite.mm.samplers`
-    gives one: then any number of workers, and a resumed run, see the same pixels.
+    With a sampler of `cite.mm.samplers`, random numbers depend only on `seed` and the number of the
+    draw, so that any number of workers, and a resumed run, produce the same pixels. Colour jitter
+    is torchvision's, because the hue of mmcv's overflows with numpy 2.
 
     Args:
-        brightness: Factor from 1 - brightness to 1 + brightness.
-        contrast: Likewise, or a range.
-        saturation: Likewise, or a range.
-        hue: Shift from -hue to hue, in turns of the colour circle.
-        flip: Probability of a horizontal and, by itself, of a vertical flip.
-        turn: Turn by 0 to 3 right angles.
-        seed: Of the random numbers.
+        brightness: Range of the factor, 1 - brightness to 1 + brightness, or a pair.
+        contrast: Range of the factor, like `brightness`.
+        saturation: Range of the factor, like `brightness`.
+        hue: Range of the shift, -hue to hue, in turns of the colour circle; or a pair.
+        flip: Probability of a horizontal flip and, independently, of a vertical flip.
+        turn: Whether to rotate by a random multiple of 90 degrees.
+        seed: Seed of the random numbers.
     """
 
     def __init__(
@@ -218,15 +221,15 @@ class AugmentPatch:
 
 @TRANSFORMS.register_module()
 class PatchGastricPipeline:
-    """The published pipeline by its name: load, resize, and unless testing augment.
+    """The pipeline of the published code under its name: loads, resizes and augments.
 
-    The published configs leave `test_mode` False in validation and test too, which makes their
-    scores random, and draw the saturation from 0 to 0.2, which leaves hardly any colour.
+    The published configs leave `test_mode` False in validation and test, which makes scores random,
+    and draw the saturation from 0 to 0.2, which makes images nearly grey.
 
     Args:
-        test_mode: Without augmentation.
+        test_mode: Whether to omit the augmentation.
         size: Width and height in pixels.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
     """
 
     def __init__(self, test_mode: bool = False, size: int = 224, seed: int = 0) -> None:
@@ -235,7 +238,7 @@ class PatchGastricPipeline:
             self.steps.append(AugmentPatch(saturation=(0, 0.2), seed=seed))
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Adds `img`, `(size, size, 3)` uint8."""
+        """Adds `img`, uint8 `(size, size, 3)`."""
         for step in self.steps:
             results = step(results)
         return results
@@ -243,11 +246,11 @@ class PatchGastricPipeline:
 
 @TRANSFORMS.register_module()
 class PackPatch:
-    """Packs `img` and `gt_label` for MMClassification or MMPreTrain, by the default scope.
+    """Packs `img` and `gt_label` for MMClassification or MMPreTrain.
 
     Args:
-        meta_keys: What else goes with the sample.
-        host: `mmcls` or `mmpretrain`; by default the default scope when a sample is first packed.
+        meta_keys: Further keys to store in the sample.
+        host: `mmcls` or `mmpretrain`; by default the default scope of the config.
     """
 
     META_KEYS = ("sample_idx", "img_path", "slide", "ori_shape", "img_shape")
@@ -258,11 +261,11 @@ class PackPatch:
         host: Literal["mmcls", "mmpretrain"] | None = None,
     ) -> None:
         self.meta_keys = tuple(meta_keys)
-        # Asked here: the worker processes of a dataloader may not know the scope.
+        # Resolved here, because worker processes of a data loader may not know the scope.
         self.host = host or default_host()
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Returns `inputs`, `(3, H, W)`, and `data_samples`."""
+        """Returns `inputs`, uint8 `(3, H, W)`, and `data_samples`."""
         if self.host == "mmcls":
             from mmcls.structures import ClsDataSample as Sample
         else:
@@ -276,10 +279,10 @@ class PackPatch:
 
 
 def default_host() -> str:
-    """Returns `mmcls` or `mmpretrain`: the default scope of the running config.
+    """Returns the default scope of the running config, `mmcls` or `mmpretrain`.
 
     Raises:
-        ValueError: Another default scope.
+        ValueError: If it is another scope.
     """
     scope = DefaultScope.get_current_instance()
     name = scope.scope_name if scope else "mmcls"
