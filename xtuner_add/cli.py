@@ -1,6 +1,6 @@
-"""The console script ``xtuner-add``.
+"""The console script `xtuner-add`.
 
-Sub-commands are imported when they run: help answers without torch, XTuner or MMEngine.
+Sub-commands are imported when they run, so that help needs neither torch nor XTuner nor MMEngine.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "clean-pairs": (
             f"{_COMMANDS}.datasets:clean_pairs",
-            "Keep the rows that show human pathology.",
+            "Keep the pairs that show human pathology.",
         ),
         "tokenise": (
             f"{_COMMANDS}.datasets:tokenise",
@@ -133,11 +133,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "demo": (
             f"{_COMMANDS}.demos:demo",
-            "Train a small PA-LLaVA on made-up slides and question it.",
+            "Train a small PA-LLaVA on synthetic slides and evaluate it.",
         ),
         "demo-pathgen": (
             f"{_COMMANDS}.demos:demo_pathgen",
-            "Caption made-up slides and train a CLIP on the captions.",
+            "Caption synthetic slides and train a CLIP on the captions.",
         ),
     },
     "Release": {
@@ -164,18 +164,18 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Evaluation": {
         "pathvqa": (
             f"{_COMMANDS}.evaluate:pathvqa",
-            "Evaluate on PathVQA, or other open and yes/no questions.",
+            "Evaluate on PathVQA or other open and yes/no questions.",
         ),
         "pmcvqa": (
             f"{_COMMANDS}.evaluate:pmcvqa",
-            "Evaluate on PMC-VQA, or other multiple choice.",
+            "Evaluate on PMC-VQA or other multiple-choice questions.",
         ),
         "zero-shot": (
             f"{_COMMANDS}.evaluate:zero_shot",
-            "Classify images by asking the model.",
+            "Classify images by asking the model for the class.",
         ),
         "evaluate": (f"{_COMMANDS}.evaluate:evaluate", "Evaluate on any benchmark by name."),
-        "score": (f"{_COMMANDS}.evaluate:score", "Score answers that were given before."),
+        "score": (f"{_COMMANDS}.evaluate:score", "Score existing answers."),
     },
     "Use": {
         "answer": (f"{_COMMANDS}.evaluate:answer", "Ask a trained model about images."),
@@ -186,15 +186,15 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "doctor": (
             f"{_COMMANDS}.doctor:doctor",
-            "Say what is installed here, and which encoders can be loaded.",
+            "Show what is installed, and which encoders can be loaded.",
         ),
         "plugins": (
             "xtuner_add.plugins:command",
-            "List what can be used by name, other packages' parts included.",
+            "List everything that can be used by name, including plug-ins.",
         ),
     },
 }
-"""Our sub-commands by subject: name -> (``module:name`` of a click command, summary)."""
+"""Our sub-commands by subject: name -> (`module:name` of the click command, summary)."""
 
 COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
 
@@ -203,7 +203,7 @@ _SETTINGS = {"help_option_names": list(_HELP_FLAGS)}
 
 
 class ForwardedCommand(click.Command):
-    """A mode of XTuner: arguments are passed on unchanged; only help is answered here."""
+    """A mode of XTuner. Arguments are forwarded unchanged; only `--help` is handled here."""
 
     def __init__(self, mode: Mode) -> None:
         super().__init__(
@@ -216,7 +216,7 @@ class ForwardedCommand(click.Command):
         self.mode = mode
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments for XTuner, unless help is asked for."""
+        """Keeps all arguments for XTuner; prints the help if requested."""
         if any(argument in _HELP_FLAGS for argument in args):
             click.echo(ctx.get_help())
             ctx.exit()
@@ -224,12 +224,12 @@ class ForwardedCommand(click.Command):
         return []
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Return the usage line: the positional arguments of XTuner's parser."""
+        """Returns the usage line with the positional arguments of XTuner's parser."""
         positional = [flags for flags, _ in self._arguments() if not flags.startswith("-")]
         return [*map(str.upper, positional), "[OPTIONS]"]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the arguments that the installed XTuner declares."""
+        """Writes the arguments that the installed XTuner declares."""
         arguments = self._arguments()
         for title, rows in (
             ("Arguments", [row for row in arguments if not row[0].startswith("-")]),
@@ -240,7 +240,7 @@ class ForwardedCommand(click.Command):
                     formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the mode and end with its exit code."""
+        """Runs the mode and exits with its exit code."""
         try:
             code = launch.launch(self.mode, ctx.args)
         except (FileNotFoundError, launch.LaunchError) as error:
@@ -255,7 +255,7 @@ class ForwardedCommand(click.Command):
 
 
 class SuggestingGroup(click.Group):
-    """A group that answers an unknown name with the nearest ones."""
+    """A group that suggests similar names for an unknown command."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -263,7 +263,7 @@ class SuggestingGroup(click.Group):
         """Finds a sub-command by name.
 
         Raises:
-            click.UsageError: If there is none; names the nearest.
+            click.UsageError: If there is none; the message suggests similar names.
         """
         name = args[0]
         command = self.get_command(ctx, name)
@@ -277,7 +277,7 @@ class SuggestingGroup(click.Group):
 
 
 class LazyGroup(SuggestingGroup):
-    """The top of the command line: our sub-commands, XTuner's modes, those of other packages."""
+    """Top-level group: our sub-commands, XTuner's modes, and commands of other packages."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names of all sub-commands."""
@@ -285,9 +285,9 @@ class LazyGroup(SuggestingGroup):
         return [*sorted(own), *sorted(set(plugin_commands()) - own)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports and returns a sub-command; our own names go before those of other packages.
+        """Imports and returns a sub-command; our own take precedence over other packages'.
 
-        `zero_shot` is taken for `zero-shot`: the original's scripts are spelled that way.
+        Underscores match hyphens, because the original scripts spell names like `zero_shot`.
         """
         for name in dict.fromkeys((cmd_name, cmd_name.replace("_", "-"))):
             if name in COMMANDS:
@@ -324,22 +324,19 @@ class LazyGroup(SuggestingGroup):
 def main() -> None:
     """Pathology vision-language models that train inside XTuner.
 
-    Exit codes: 0 all done; 1 failed; 2 wrong use; 3 done, but something was skipped (the output
-    says what and why). A mode of XTuner that fails returns its own code.
+    Exit codes: 0 success; 1 failure; 2 wrong usage; 3 finished, but something was skipped (the
+    output says what and why). A mode of XTuner that fails returns its own code.
     """
 
 
 def _notes(mode: Mode) -> str:
     notes = []
     if mode.takes_config:
-        notes.append(
-            "CONFIG is a file, or the bare name of one of the configs that `xtuner-add list-cfg` "
-            "shows."
-        )
+        notes.append("CONFIG is a file, or the name of a config that `xtuner-add list-cfg` shows.")
     if mode.distributed:
         notes.append(
-            "Several processes: set NPROC_PER_NODE, and on several machines NNODES, NODE_RANK, "
-            "ADDR and PORT."
+            "To use several processes, set NPROC_PER_NODE; on several machines also NNODES, "
+            "NODE_RANK, ADDR and PORT."
         )
     return " ".join(notes)
 

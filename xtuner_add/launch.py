@@ -1,7 +1,7 @@
-"""Starting a mode of XTuner in one process or in several, with the exit code kept.
+"""Starts a mode of XTuner in one or several processes and returns its exit code.
 
-XTuner's own command line drops the exit code of what it starts, so that a failed run looks like a
-good one, and calls whichever ``python`` comes first on PATH. Here the running interpreter is used.
+XTuner's own command line ignores the exit code of the process that it starts, so a failed run looks
+like a successful one, and it calls the first `python` on PATH instead of the running interpreter.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from xtuner_add.modes import Mode
 from xtuner_add.paths import find_config
 
 OUTCOME_VARIABLE = "XTUNER_ADD_OUTCOME"
-"""Environment variable naming the file in which a finished training says where
-it recorded the samples it left out."""
+"""Environment variable with the path of a file in which a training records its outcome: the path of
+its log of skipped samples, or its exit code."""
 
 DEBUG_VARIABLE = "XTUNER_ADD_DEBUG"
-"""Environment variable that asks a training for tracebacks; set by ``train --debug``."""
+"""Environment variable that enables tracebacks in a training; set by `train --debug`."""
 
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class LaunchError(ValueError):
-    """The environment describes no set of processes that could be started."""
+    """Raised if the environment variables describe an impossible set of processes."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes a run has and where they meet.
+    """Number of processes of a run, and the address at which they connect.
 
     Attributes:
-        nnodes: number of machines (``NNODES``).
-        nproc_per_node: processes on each of them (``NPROC_PER_NODE``).
-        node_rank: number of this machine (``NODE_RANK``).
-        addr: address of machine 0 (``ADDR``).
-        port: port on machine 0 (``PORT``); None lets a single machine take a free one.
+        nnodes: Number of machines (`NNODES`).
+        nproc_per_node: Number of processes per machine (`NPROC_PER_NODE`).
+        node_rank: Index of this machine (`NODE_RANK`).
+        addr: Address of machine 0 (`ADDR`).
+        port: Port on machine 0 (`PORT`); with None, a single machine picks a free one.
     """
 
     nnodes: int = 1
@@ -62,10 +62,10 @@ class Processes:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Processes:
-        """Read the variables that XTuner reads; an empty one counts as unset.
+        """Reads the variables that XTuner reads; an empty variable counts as unset.
 
         Raises:
-            LaunchError: if a number is not one, or several machines do not know where to meet.
+            LaunchError: If a number is invalid, or the address for several machines is missing.
         """
         nnodes = _read_int(environ, "NNODES", 1, at_least=1)
         if nnodes > 1:
@@ -93,16 +93,16 @@ class Processes:
 
 
 def launch(mode: Mode, arguments: Sequence[str]) -> int:
-    """Run a mode in a child process and return its exit code.
+    """Runs a mode in a child process and returns its exit code.
 
     Returns:
-        0 on success; the child's own code on failure (128 + n if signal n ended it);
-        `EXIT_SKIPPED` if a training finished but skipped samples; `EXIT_USAGE`, with one line
-        that says why, if it cannot start with this config and data.
+        0 on success; the exit code of the child on failure (128 + n if signal n ended it);
+        `EXIT_SKIPPED` if a training finished but skipped samples; `EXIT_USAGE`, after printing one
+        line with the reason, if a training cannot start with this config and data.
 
     Raises:
-        FileNotFoundError: if the config exists neither as a file nor by name.
-        LaunchError: if the environment describes an impossible set of processes.
+        FileNotFoundError: If the config is neither a file nor a known name.
+        LaunchError: If the environment describes an impossible set of processes.
     """
     arguments = list(arguments)
     if mode.takes_config and arguments and not arguments[0].startswith("-"):
@@ -113,7 +113,7 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
             arguments.remove("--debug")
             environ[DEBUG_VARIABLE] = "1"
         if arguments and Path(arguments[0]).is_file() and "-h" not in arguments:
-            # Imported here: help and the other modes need no config parser.
+            # Imported late, since help and the other modes need no config parser.
             from xtuner_add.training_check import TrainingInputError, check_training
 
             try:
@@ -131,20 +131,20 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
         if code == 0 and outcome.is_file():
             code = report_skipped_samples(outcome)
         elif code == EXIT_FAILED and outcome.is_file():
-            # torchrun ends with 1 whatever its processes end with.
+            # torchrun exits with 1, whatever the exit codes of its processes.
             code = int(json.loads(outcome.read_text(encoding="utf-8")).get("code", code))
     return code
 
 
 def build_command(mode: Mode, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Return the command line that runs a mode in the processes that ``environ`` asks for.
+    """Returns the command line that runs a mode in the processes that `environ` asks for.
 
     Raises:
-        LaunchError: if the environment describes an impossible set of processes.
+        LaunchError: If the environment describes an impossible set of processes.
     """
     runner = ["-m", "xtuner_add.run_mode", mode.name, *arguments]
     launcher = _launcher(arguments)
-    # Slurm, and a torchrun of the user's own, have started the processes already.
+    # Slurm, or a torchrun that the user called, has already started the processes.
     if not mode.distributed or launcher in ("slurm", "mpi") or "RANK" in environ:
         return [sys.executable, *runner]
     suffix = () if launcher == "pytorch" else ("--launcher", "pytorch")
@@ -155,18 +155,19 @@ def build_command(mode: Mode, arguments: Sequence[str], environ: Mapping[str, st
 def torchrun_command(
     runner: Sequence[str], environ: Mapping[str, str], *, always: bool = False
 ) -> list[str] | None:
-    """Return the command line that starts ``runner`` in the processes that ``environ`` asks for.
+    """Returns the command line that starts `runner` in the processes that `environ` asks for.
 
     Args:
-        runner: what each process runs, as arguments of the interpreter.
-        environ: ``NPROC_PER_NODE`` and its like.
-        always: go through torchrun even for a single process.
+        runner: Arguments of the Python interpreter in each process.
+        environ: Environment variables, `NPROC_PER_NODE` and others.
+        always: Whether to use torchrun for a single process too.
 
     Returns:
-        None if this process can do the work itself: there is only one, or it is one of them.
+        None if this process can run the command itself: it is the only process, or one of several
+        that are already running.
 
     Raises:
-        LaunchError: if the environment describes an impossible set of processes.
+        LaunchError: If the environment describes an impossible set of processes.
     """
     if "RANK" in environ:
         return None
@@ -187,9 +188,9 @@ def torchrun_command(
 
 
 def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a child: this interpreter's programs come first on PATH.
+    """Returns the environment of a child, with the programs of this interpreter first on PATH.
 
-    DeepSpeed calls ``ninja`` by name when it builds an extension.
+    DeepSpeed calls `ninja` by name to build extensions, and must find the one of its environment.
     """
     programs = str(Path(sys.executable).parent)
     path = environ.get("PATH", "")
@@ -199,10 +200,10 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run a command, pass on the signals that reach this process, and return its exit code.
+    """Runs a command, forwards signals to it, and returns its exit code.
 
-    The child leads a session of its own, so that a signal reaches it exactly once, whether typed
-    at the terminal or sent to this process alone. It ends when this process is killed.
+    The child runs in its own session, so that it receives a signal exactly once, whether the signal
+    comes from the terminal or was sent to this process only. It ends when this process is killed.
     """
     process = subprocess.Popen(
         command, env=dict(environ), start_new_session=True, preexec_fn=die_with_parent()
@@ -215,7 +216,7 @@ def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
     previous = {
         number: signal.signal(number, forward)
         for number in _FORWARDED_SIGNALS
-        # What is ignored stays so: under nohup a closed terminal must not end the training.
+        # Ignored signals stay ignored: under nohup, a closed terminal must not end the training.
         if in_main_thread and signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
@@ -223,15 +224,15 @@ def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _signal_group(process.pid, signal.SIGTERM)  # whatever the child left behind
+        _signal_group(process.pid, signal.SIGTERM)  # processes that the child left behind
     return code if code >= 0 else 128 - code
 
 
 def report_skipped_samples(outcome: Path) -> int:
-    """Say how many samples a finished training left out, and return the exit code for that.
+    """Reports how many samples a finished training skipped, and returns the exit code.
 
     Args:
-        outcome: the file that the run wrote; names its log of skipped samples.
+        outcome: File that the training wrote, with the path of its log of skipped samples.
     """
     skip_log = SkipLog(json.loads(outcome.read_text(encoding="utf-8"))["skip_log"])
     count = len(skip_log.read())
@@ -255,7 +256,7 @@ def _read_int(environ: Mapping[str, str], name: str, default: int, at_least: int
     except ValueError:
         number = at_least - 1
     if number < at_least:
-        raise LaunchError(f"{name}={text!r} must be a whole number, {at_least} or more")
+        raise LaunchError(f"{name}={text!r} must be a whole number of at least {at_least}")
     return number
 
 
@@ -268,13 +269,13 @@ def _free_port() -> int:
 def _signal_group(group: int, number: int) -> None:
     try:
         os.killpg(group, number)
-    except ProcessLookupError:  # it has ended
+    except ProcessLookupError:  # the group has already ended
         return
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """Return what the child does before it starts so that the kernel ends it with its parent."""
+    """Returns a `preexec_fn` that makes the kernel terminate the child when its parent dies."""
     if not sys.platform.startswith("linux"):
         return None
-    libc = ctypes.CDLL(None)  # loaded here: between fork and exec only the call itself is safe
+    libc = ctypes.CDLL(None)  # loaded before the fork; afterwards only the call itself is safe
     return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

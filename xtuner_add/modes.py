@@ -1,7 +1,7 @@
-"""XTuner's modes: which module runs each of them and how it is started.
+"""Table of XTuner's modes: the module that runs each mode, and how it is started.
 
-Reading this table imports nothing of XTuner, so that help answers at once. The options of a mode
-are read from the source of the installed XTuner and are therefore always those of that version.
+The table does not import XTuner, so that help is fast. The options of a mode are parsed from the
+source of the installed XTuner, so they always match its version.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Mode:
     """One mode of XTuner.
 
     Attributes:
-        name: what the user types; two words where XTuner groups modes (``convert merge``).
-            XTuner's ``chat`` is ``xtuner-chat`` here, since ``chat`` is a command of ours.
-        module: the module of XTuner that runs it.
-        summary: one line for help.
-        example: arguments of an example, for help.
-        takes_config: whether the first argument is a config, by path or by bare name.
-        distributed: whether it can run in several processes (``NPROC_PER_NODE``, ``NNODES``).
-        adapts_config: whether the config is fitted to the machine before it is used.
+        name: Name on the command line; two words for grouped modes (`convert merge`). XTuner's
+            `chat` is called `xtuner-chat`, because `chat` is one of our commands.
+        module: Module of XTuner that runs the mode.
+        summary: One-line description for the help.
+        example: Arguments of the example in the help.
+        takes_config: Whether the first argument is a config, given as a path or a name.
+        distributed: Whether the mode can run in several processes (`NPROC_PER_NODE`, `NNODES`).
+        adapts_config: Whether the config is adapted to the machine before use.
     """
 
     name: str
@@ -65,18 +65,18 @@ _MODES = (
     Mode(
         "convert pth_to_hf",
         "xtuner.tools.model_converters.pth_to_hf",
-        "Turn a training checkpoint into a Hugging Face folder. This is XTuner's converter: it "
-        "builds the whole model, needs memory for it, and writes one folder per part. "
-        "`pth-to-hf` (a command of ours) reads the checkpoint alone, also DeepSpeed folders "
-        "without DeepSpeed, verifies digests, and records the recipe, so that `export` can follow.",
+        "Convert a training checkpoint to a Hugging Face folder. This is XTuner's converter: it "
+        "builds the whole model, which takes memory, and writes one folder per part. Our own "
+        "command `pth-to-hf` only reads the checkpoint (DeepSpeed folders too, without DeepSpeed), "
+        "verifies digests, and records the recipe that `export` needs.",
         "my_config.py iter_100.pth converted",
         takes_config=True,
     ),
     Mode(
         "convert merge",
         "xtuner.tools.model_converters.merge",
-        "Merge a LoRA adapter into its base model, which is loaded whole; `merge` goes shard by "
-        "shard.",
+        "Merge a LoRA adapter into its base model, which is loaded whole. Our own command `merge` "
+        "works shard by shard.",
         "base adapter merged",
     ),
     Mode(
@@ -139,12 +139,12 @@ MODES: dict[str, Mode] = {mode.name: mode for mode in _MODES}
 
 
 def read_arguments(mode: Mode) -> list[tuple[str, str]]:
-    """Return the arguments of a mode as XTuner declares them: ``(flags, help)``, in order.
+    """Returns the arguments that XTuner declares for a mode, as pairs `(flags, help)`, in order.
 
-    The source is parsed, not run: importing it takes ten seconds.
+    The source is parsed rather than imported, which would take ten seconds.
 
     Raises:
-        FileNotFoundError: if XTuner is not installed.
+        FileNotFoundError: If XTuner is not installed.
     """
     relative = Path(*mode.module.split(".")[1:]).with_suffix(".py")
     tree = ast.parse((xtuner_dir() / relative).read_text(encoding="utf-8"))
@@ -168,5 +168,5 @@ def _describe(call: ast.Call) -> tuple[str, str]:
 
 
 def _text(node: ast.AST | None) -> str:
-    """Return the text of a string literal, or nothing for anything else."""
+    """Returns the value of a string literal; an empty string for any other node."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

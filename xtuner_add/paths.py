@@ -1,4 +1,4 @@
-"""Where configs lie, and which file a bare config name means."""
+"""Locates configs and resolves config names to files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def configs_dir() -> Path:
-    """Return the folder of this project's configs, in an installation or in a checkout.
+    """Returns the folder of this project's configs, in an installation or in a checkout.
 
     Raises:
-        FileNotFoundError: if neither place has one, which means a damaged installation.
+        FileNotFoundError: If neither exists, which means that the installation is damaged.
     """
     package = Path(__file__).resolve().parent
     candidates = (package / "configs", package.parent / "configs")
@@ -19,15 +19,15 @@ def configs_dir() -> Path:
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(
-        f"no configs folder at {candidates[0]} or {candidates[1]}: install xtuner-add again"
+        f"no configs folder at {candidates[0]} or {candidates[1]}: reinstall xtuner-add"
     )
 
 
 def xtuner_dir() -> Path:
-    """Return the folder of the installed XTuner, without importing it.
+    """Returns the folder of the installed XTuner, without importing it.
 
     Raises:
-        FileNotFoundError: if XTuner is not installed.
+        FileNotFoundError: If XTuner is not installed.
     """
     spec = importlib.util.find_spec("xtuner")
     if spec is None or not spec.submodule_search_locations:
@@ -39,7 +39,7 @@ def xtuner_dir() -> Path:
 
 
 def own_configs() -> dict[str, Path]:
-    """Return this project's configs by bare name (the file name without ``.py``)."""
+    """Returns this project's configs by name (file name without `.py`)."""
     return {
         path.stem: path
         for path in sorted(configs_dir().rglob("*.py"))
@@ -48,19 +48,19 @@ def own_configs() -> dict[str, Path]:
 
 
 def xtuner_configs() -> dict[str, Path]:
-    """Return XTuner's own configs by bare name."""
+    """Returns XTuner's own configs by name (file name without `.py`)."""
     root = xtuner_dir() / "configs"
     return {path.stem: path for path in sorted(root.rglob("*.py")) if path.name[0] not in "_."}
 
 
 def find_config(name: str) -> Path:
-    """Return the file that a config argument means.
+    """Resolves a config argument to a file.
 
-    A path to a file is taken as it is. A bare name, with or without ``.py``, is looked up among
-    this project's configs and then among XTuner's.
+    The path of an existing file is returned unchanged. A name, with or without `.py`, is looked up
+    among this project's configs and then among XTuner's.
 
     Raises:
-        FileNotFoundError: if nothing has that name; names the nearest configs.
+        FileNotFoundError: If there is no such config; the message suggests similar names.
     """
     path = Path(name)
     if path.is_file():

@@ -1,8 +1,8 @@
-"""What third-party packages can add, and a listing of what is there.
+"""Loads and lists what third-party packages add.
 
-Two entry-point groups: ``xtuner_add.plugins`` names modules (or functions without arguments) that
-register encoders, connectors and their like with `pallava.registry`; ``xtuner_add.commands`` names
-click commands that become sub-commands of ``xtuner-add``.
+Packages declare two groups of entry points. `xtuner_add.plugins` names modules (or functions
+without arguments) that register encoders, connectors and other parts with `pallava.registry`;
+`xtuner_add.commands` names click commands that become sub-commands of `xtuner-add`.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ REGISTRIES = {
     "converters": "pallava.registry:CONVERTERS",
     "evaluations": "pallava.registry:EVALUATIONS",
 }
-"""Every registry that plug-ins can fill, by the plural that the listing shows."""
+"""Registries that plug-ins can add to, by the plural that the listing shows."""
 
 
 def load_target(target: str) -> object:
-    """Return the object that ``module:name`` means."""
+    """Imports and returns the object `module:name`."""
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def load_registry(plural: str) -> Registry:
-    """Return a registry by its plural, such as ``"encoders"``."""
+    """Returns a registry by its plural, such as `"encoders"`."""
     return load_target(REGISTRIES[plural])  # type: ignore[return-value]
 
 
 def plugin_commands() -> dict[str, EntryPoint]:
-    """Return the sub-commands that other packages declare, by name, without importing them."""
+    """Returns the sub-commands that other packages declare, by name, without importing them."""
     return {entry_point.name: entry_point for entry_point in entry_points(group=COMMAND_GROUP)}
 
 
 def load_command(entry_point: EntryPoint) -> click.Command:
-    """Import a sub-command of another package.
+    """Imports a sub-command of another package.
 
     Raises:
-        click.ClickException: if it cannot be imported, or is no click command; names the package.
+        click.ClickException: If it cannot be imported, or is not a click command.
     """
     source = f"sub-command {entry_point.name!r} of {distribution_name(entry_point)}"
     try:
         command = entry_point.load()
-    except Exception as error:  # a stranger's code
+    except Exception as error:  # third-party code can raise anything
         raise click.ClickException(
             f"{source} ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
@@ -67,7 +67,7 @@ def load_command(entry_point: EntryPoint) -> click.Command:
 
 
 def distribution_name(entry_point: EntryPoint) -> str:
-    """Return the name of the package that declares an entry point."""
+    """Returns the name of the package that declares an entry point."""
     return entry_point.dist.name if entry_point.dist else "an unknown package"
 
 

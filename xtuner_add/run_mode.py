@@ -1,7 +1,7 @@
-"""Run one mode of XTuner in this process: ``python -m xtuner_add.run_mode train CONFIG ...``.
+"""Runs a mode of XTuner in this process: `python -m xtuner_add.run_mode train CONFIG ...`.
 
-Started by `xtuner_add.launch`, once for each process of a run. What XTuner and MMEngine need from
-the host is put in place before they are imported, and the config is fitted to the machine.
+`xtuner_add.launch` starts it once per process of a run. It prepares the environment that XTuner and
+MMEngine need before they are imported, and adapts the config to the machine.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from xtuner_add.paths import own_configs
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the mode ``argv[0]`` with the arguments ``argv[1:]``.
+    """Runs the mode `argv[0]` with the arguments `argv[1:]`.
 
     Raises:
-        ValueError: if there is no such mode.
+        ValueError: If there is no such mode.
     """
     if not argv or argv[0] not in MODES:
         raise ValueError(f"the first argument must be one of {', '.join(MODES)}, not {argv[:1]}")
@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def configs_fitted_to_machine() -> Iterator[None]:
-    """Fit every config that is read from a file meanwhile to this machine.
+    """Adapts every config that is read in this context to the machine.
 
-    XTuner reads its config in the middle of ``main()`` and applies ``--cfg-options`` right after,
-    so what the user sets on the command line stands above the fitting.
+    XTuner reads its config in the middle of `main()`, which leaves no other point to intervene. It
+    applies `--cfg-options` afterwards, so options on the command line override the adaptation.
     """
     from mmengine.config import Config
 
@@ -73,9 +73,10 @@ def configs_fitted_to_machine() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Ends the process with one line for errors that a user can mend.
+    """Reports errors that a user can fix in one line and ends the process.
 
-    Exit code 2 if the training had not begun, 1 if it had. Other exceptions keep their traceback.
+    The exit code is 2 if the training has not begun, and 1 if it has. Other exceptions keep their
+    traceback.
     """
     from pallava.engine.hooks import DivergedError
 
@@ -104,7 +105,7 @@ def _had_begun(error: BaseException) -> bool:
 
 
 def _announce_own_configs() -> None:
-    """Let XTuner find this project's configs by bare name, as it finds its own."""
+    """Registers this project's configs with XTuner, which then finds them by name."""
     from xtuner.configs import cfgs_name_path
 
     cfgs_name_path.update({name: str(path) for name, path in own_configs().items()})
@@ -114,7 +115,7 @@ def _run(mode: Mode) -> None:
     tool = importlib.import_module(mode.module)
     if hasattr(tool, "main"):
         tool.main()
-    else:  # convert_refcoco is a bare script
+    else:  # convert_refcoco is a script without main()
         runpy.run_module(mode.module, run_name="__main__")
 
 

@@ -1,8 +1,8 @@
-"""What is wrong with a training before torch, XTuner and DeepSpeed are started.
+"""Checks a training before torch, XTuner and DeepSpeed are started.
 
-A start takes half a minute and ends, for a misspelt path, in forty lines of traceback. Everything
-here is read from the config file, folder listings and the first rows of the data. Whatever it does
-not understand (a config for another model, a data set of a third party) it leaves to the run.
+Starting a training takes half a minute and, if a path is misspelt, ends in a traceback of forty
+lines. The check only reads the config file, folder listings and the first rows of the data. It
+ignores what it does not know, such as configs of other models and datasets of other packages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _POSITIVE = (
 
 
 class TrainingInputError(ValueError):
-    """A training that cannot work, and what to change."""
+    """Raised if a training cannot work; the message says what to change."""
 
 
 def check_training(
@@ -54,13 +54,13 @@ def check_training(
     """Checks config, options, paths, first rows, checkpoint and schedule of a training.
 
     Args:
-        config: The config file.
-        arguments: What follows the config on the command line.
-        environ: Tells how many processes there will be.
+        config: Config file.
+        arguments: Arguments that follow the config on the command line.
+        environ: Environment variables, which determine the number of processes.
 
     Raises:
-        TrainingInputError: If something is wrong: one line that names the option or field, what
-            was found, what was expected and what to do.
+        TrainingInputError: If something is wrong. The message is one line that names the option or
+            field, what was found, what was expected and what to do.
     """
     known = _parse(arguments)
     cfg = _read(config, known.cfg_options or {})
@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 class _Options(argparse.Action):
-    """MMEngine's `KEY=VALUE` syntax, with an error that shows it."""
+    """Parses MMEngine's `KEY=VALUE` syntax; the error message shows the syntax."""
 
     def __init__(self, *args: Any, base: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,7 +101,7 @@ class _Options(argparse.Action):
         for text in values:
             key, separator, value = text.partition("=")
             if not separator or not key:
-                raise TrainingInputError(f"--cfg-options {text!r}: KEY=VALUE expected")
+                raise TrainingInputError(f"--cfg-options {text!r}: expected KEY=VALUE")
             options[key] = self._parse_value(value)
         setattr(namespace, self.dest, options)
 
@@ -111,7 +111,7 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     try:
         cfg = Config.fromfile(str(config))
-    except Exception as error:  # a config is the user's own code and may raise anything
+    except Exception as error:  # a config is user code and can raise anything
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise TrainingInputError(
             f"config {config}{line}: cannot be read: {type(error).__name__}: {error}"
@@ -134,12 +134,12 @@ def _check_arguments(known: argparse.Namespace) -> None:
     if known.resume and not Path(known.resume).exists():
         raise TrainingInputError(f"--resume {known.resume}: no such checkpoint")
     if known.work_dir and Path(known.work_dir).exists() and not Path(known.work_dir).is_dir():
-        raise TrainingInputError(f"--work-dir {known.work_dir}: a file, a folder expected")
+        raise TrainingInputError(f"--work-dir {known.work_dir}: expected a folder, found a file")
     if known.deepspeed and not Path(known.deepspeed).is_file():
         names = sorted(path.stem for path in (xtuner_dir() / "configs/deepspeed").glob("*.json"))
         if known.deepspeed not in names:
             raise TrainingInputError(
-                f"--deepspeed {known.deepspeed}: no such file and none of {', '.join(names)}"
+                f"--deepspeed {known.deepspeed}: expected a file or one of {', '.join(names)}"
             )
 
 
@@ -149,12 +149,14 @@ def _check_numbers(cfg: dict[str, Any]) -> None:
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
-            raise TrainingInputError(f"{path}: {value!r}; a whole number of 1 or more expected")
+            raise TrainingInputError(
+                f"{path}: expected a whole number of at least 1, found {value!r}"
+            )
     rate = _at(cfg, "optim_wrapper.optimizer.lr")
     if rate is not None and not (
         isinstance(rate, int | float) and rate >= 0 and math.isfinite(rate)
     ):
-        raise TrainingInputError(f"optim_wrapper.optimizer.lr: {rate!r}; 0 or more expected")
+        raise TrainingInputError(f"optim_wrapper.optimizer.lr: expected at least 0, found {rate!r}")
 
 
 def _typed_parts(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -195,8 +197,8 @@ def _check_names(where: str, part: dict[str, Any]) -> None:
 
 
 def _accepted(module: str, name: str) -> set[str] | None:
-    """Arguments of a class, read from its source, since importing it would start torch."""
-    # By path: find_spec("pallava.engine.hooks") would import pallava.engine, and XTuner with it.
+    """Parses the arguments of a class from its source, because an import would start torch."""
+    # find_spec("pallava.engine.hooks") would import pallava.engine and XTuner, so build the path.
     file = Path(pallava.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     if not file.is_file():
         return None
@@ -227,7 +229,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _check_language_model(where: str, name: Any) -> dict[str, Any] | None:
-    """Returns `config.json` of a local folder; None for a name on the hub."""
+    """Returns the contents of `config.json` of a local folder; None for a name on the hub."""
     if not isinstance(name, str):
         return None
     folder = Path(name)
@@ -245,7 +247,7 @@ def _check_language_model(where: str, name: Any) -> dict[str, Any] | None:
         "vision_config" in config
     ):
         raise TrainingInputError(
-            f"{where}: {folder} holds a model of the type {kind}, a causal language model expected"
+            f"{where}: expected a causal language model, found a model of type {kind} in {folder}"
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise TrainingInputError(f"{where}: {folder}: no weights (*.safetensors or *.bin)")
@@ -263,8 +265,8 @@ def _check_encoder(encoder: str) -> dict[str, Any]:
     config = config.get("vision_config") or config
     if "num_attention_heads" not in config or "image_size" not in config:
         raise TrainingInputError(
-            f"model.visual_encoder: {folder / 'config.json'} describes a "
-            f"{config.get('model_type')}, a CLIP vision encoder expected"
+            f"model.visual_encoder: expected a CLIP vision encoder, found "
+            f"{config.get('model_type')} in {folder / 'config.json'}"
         )
     return dict(config)
 
@@ -288,12 +290,12 @@ def _check_checkpoint(
     for name, tensor in tensors.items():
         if ".lora_A." in name and isinstance(rank, int) and tensor.shape[0] != rank:
             raise TrainingInputError(
-                f"model.pretrained_pth: {path} holds LoRA of rank {tensor.shape[0]}, "
-                f"model.llm_lora.r is {rank}; set r={tensor.shape[0]} and lora_alpha to the value "
+                f"model.pretrained_pth: {path} has LoRA rank {tensor.shape[0]}, but "
+                f"model.llm_lora.r is {rank}; set r={tensor.shape[0]} and lora_alpha to the values "
                 "of that training"
             )
-        # The connector's last layer ends in the language model's width, its cross-attention
-        # begins with the encoder's.
+        # The output of the connector's last layer has the width of the language model, the input of
+        # its cross-attention that of the encoder.
         for what, config, ending, axis in (
             ("language model", llm, "projector.model.mlp.0.weight", 0),
             ("vision encoder", vision, "crossattention.self.key.weight", 1),
@@ -301,8 +303,8 @@ def _check_checkpoint(
             width = (config or {}).get("hidden_size")
             if width and name.endswith(ending) and tensor.shape[axis] != width:
                 raise TrainingInputError(
-                    f"model.pretrained_pth: {path} belongs to a {what} {tensor.shape[axis]} wide "
-                    f"({name}), the config's is {width} wide"
+                    f"model.pretrained_pth: {path} belongs to a {what} of width "
+                    f"{tensor.shape[axis]} ({name}), but the one of the config has width {width}"
                 )
 
 
@@ -317,20 +319,20 @@ def _check_tokenizer(cfg: dict[str, Any]) -> None:
 
 
 def _check_dataset(dataset: dict[str, Any]) -> int | None:
-    """Checks paths and first rows; returns the number of rows where it is known."""
+    """Checks paths and the first rows; returns the number of rows, or None if unknown."""
     where = "train_dataloader.dataset"
     images = dataset.get("image_folder")
     for name in ("image_folder", "features_folder"):
         folder = dataset.get(name)
         if isinstance(folder, str) and not Path(folder).is_dir():
-            what = "a file, a folder expected" if Path(folder).exists() else "no such folder"
+            what = "expected a folder, found a file" if Path(folder).exists() else "no such folder"
             raise TrainingInputError(f"{where}.{name}: {name} {folder}: {what}")
     processed = dataset.get("offline_processed_text_folder")
     if isinstance(processed, str):
         if not (Path(processed) / "dataset_info.json").is_file():
             raise TrainingInputError(
-                f"{where}.offline_processed_text_folder: {processed}: no folder written by "
-                "`xtuner-add tokenise`"
+                f"{where}.offline_processed_text_folder: {processed}: not a folder that "
+                "`xtuner-add tokenise` wrote"
             )
         return None
     data_path = dataset.get("data_path")
@@ -343,7 +345,9 @@ def _check_dataset(dataset: dict[str, Any]) -> int | None:
     try:
         for number, row in itertools.islice(read_rows(data_path, what="data_path"), _ROWS_CHECKED):
             total += 1
-            fault = check_row(row, field) if isinstance(row, Mapping) else f"no object: {row!s:.80}"
+            fault = (
+                check_row(row, field) if isinstance(row, Mapping) else f"not an object: {row!s:.80}"
+            )
             if fault:
                 faults[str(number)] = f"{data_path}, row {number}: {fault}"
                 continue
@@ -353,7 +357,7 @@ def _check_dataset(dataset: dict[str, Any]) -> int | None:
                 for file in files:
                     if not (Path(images) / file).is_file():
                         absent[str(number)] = f"row {number}: {Path(images) / file}"
-        # A few bad rows are skipped by the run; all of the first ones mean a wrong file.
+        # The training skips a few bad rows; if most of the first rows are bad, the file is wrong.
         check_share(len(faults), total, f"data_path {data_path}", faults, most=1, max_share=0.5)
         check_share(
             len(absent), with_images, f"image_folder {images}", absent, most=1, max_share=0.9
@@ -369,13 +373,13 @@ def _check_dataset(dataset: dict[str, Any]) -> int | None:
 
 
 def _check_schedule(cfg: dict[str, Any], rows: int, environ: Mapping[str, str]) -> None:
-    """Refuses a warm-up of less than two iterations, in which the rate never leaves its start."""
+    """Rejects a warm-up below two iterations, which keeps the learning rate at its start value."""
     batch = _at(cfg, "train_dataloader.batch_size")
     schedulers = cfg.get("param_scheduler")
     try:
         processes = Processes.from_environ(environ)
     except LaunchError:
-        return  # said by the launcher itself
+        return  # the launcher reports it
     world = processes.nnodes * processes.nproc_per_node
     if not isinstance(batch, int) or not isinstance(schedulers, list):
         return
@@ -402,16 +406,18 @@ def _json_object(file: Path, where: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except FileNotFoundError as error:
-        raise TrainingInputError(f"{where}: {file.parent}: no {file.name} in it") from error
+        raise TrainingInputError(
+            f"{where}: {file.parent}: no {file.name} in this folder"
+        ) from error
     except (OSError, ValueError) as error:
-        raise TrainingInputError(f"{where}: {file}: no JSON: {error}") from error
+        raise TrainingInputError(f"{where}: {file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise TrainingInputError(f"{where}: {file}: a JSON object expected")
+        raise TrainingInputError(f"{where}: {file}: expected a JSON object")
     return value
 
 
 def _dotted(value: Any) -> Any:
-    """The dotted name of a lazily imported object of a new-style config; others as they are."""
+    """Returns the dotted name of a class or lazily imported object; other values unchanged."""
     if type(value).__name__ in ("LazyObject", "LazyAttr"):
         return f"{value._module}.{value}"
     return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value

@@ -34,7 +34,7 @@ def dataformat(
     image_folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     instructions: Sequence[str] | None = None,
-    image_place: Literal["front", "random"] = "front",
+    image_position: Literal["front", "random"] = "front",
     max_area_px: int | None = MAX_AREA_PX,
     max_skipped_share: float = MAX_SKIPPED_SHARE,
     part_rows: int = 10_000,
@@ -49,9 +49,9 @@ def dataformat(
         image_folder: Folder that image names are relative to. Defaults to the folder of `pairs`.
         seed: Seed that, together with a pair's id, selects its request.
         instructions: Requests to choose from. Defaults to our own list.
-        image_place: `front`, or `random` to place the image before or after the request. The latter
-            has an effect only with `interleaved_map_fn`, since XTuner's own function moves every
-            image to the front.
+        image_position: `front`, or `random` to place the image before or after the request. The
+            latter has an effect only with `interleaved_map_fn`, since XTuner's own function moves
+            every image to the front.
         max_area_px: Maximum area of an image; larger images are skipped. None opens no image.
         max_skipped_share: Maximum fraction of unusable pairs; more raise an error.
         part_rows: Number of pairs between two points from which a job can resume.
@@ -81,7 +81,7 @@ def dataformat(
             if width_px * height_px > max_area_px:
                 return []
         turns = conversation(choose(texts, seed, pair_id), caption)
-        if image_place == "random" and choose([False, True], seed, f"{pair_id} place"):
+        if image_position == "random" and choose([False, True], seed, f"{pair_id} place"):
             request = turns[0]["value"].removeprefix(f"{IMAGE_TOKEN}\n")
             turns[0]["value"] = f"{request}\n{IMAGE_TOKEN}"
         about = {key: row[key] for key in row if key not in ("id", "image", "caption")}
@@ -90,7 +90,7 @@ def dataformat(
     options = {
         "seed": seed,
         "instructions": texts,
-        "image_place": image_place,
+        "image_position": image_position,
         "max_area_px": max_area_px,
     }
     conversion = Conversion(

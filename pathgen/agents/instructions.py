@@ -25,7 +25,7 @@ IMAGE_MARK = "<image>"
 
 
 def make_instructions(
-    shares: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
     *,
     every_kind: bool = False,
     with_image: bool = False,
@@ -34,7 +34,7 @@ def make_instructions(
     """Returns the step that turns captions into instruction data.
 
     Args:
-        shares: Kind -> weight. Each caption gets one kind, drawn at random from the seed and the
+        weights: Kind -> weight. Each caption gets one kind, drawn at random from the seed and the
             row's id. By default all kinds are equally likely.
         every_kind: Whether to make every kind from every caption instead.
         with_image: Whether the model sees the image in addition to the caption.
@@ -43,16 +43,16 @@ def make_instructions(
     Raises:
         ValueError: If a kind is unknown, a weight is negative, or all weights are 0.
     """
-    shares = dict(shares or dict.fromkeys(KINDS, 1.0))
-    unknown = set(shares) - set(KINDS)
-    if unknown or min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ValueError(f"kinds: expected weights for some of {', '.join(KINDS)}, found {shares}")
-    kinds = [kind for kind in KINDS if shares.get(kind, 0) > 0]
+    weights = dict(weights or dict.fromkeys(KINDS, 1.0))
+    unknown = set(weights) - set(KINDS)
+    if unknown or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(f"kinds: expected weights for some of {', '.join(KINDS)}, found {weights}")
+    kinds = [kind for kind in KINDS if weights.get(kind, 0) > 0]
 
     def choose(row: Mapping[str, Any]) -> Sequence[str]:
         if every_kind:
             return kinds
-        return _draw(seed, row["id"], "kind").choices(kinds, [shares[kind] for kind in kinds])
+        return _draw(seed, row["id"], "kind").choices(kinds, [weights[kind] for kind in kinds])
 
     def finish(row: dict[str, Any], kind: str, value: Any) -> dict[str, Any]:
         turns = _turns(kind, value, _draw(seed, row["id"], kind))
@@ -74,7 +74,7 @@ def make_instructions(
         choose=choose,
         requires=("caption",),
         with_image=with_image,
-        settings={"shares": shares, "every_kind": every_kind, "seed": seed},
+        settings={"weights": weights, "every_kind": every_kind, "seed": seed},
     )
 
 

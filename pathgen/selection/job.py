@@ -27,7 +27,7 @@ from pathcore.rows import encode_row, row_files
 from pathgen.selection.features import slide_features
 from pathgen.selection.picture import draw_selection
 from pathgen.selection.sampling import (
-    SHARES,
+    FRACTIONS,
     Choice,
     Source,
     Texts,
@@ -50,7 +50,7 @@ class SelectionSettings:
 
     Attributes:
         quota: Maximum number of patches per slide; PathGen takes 256.
-        shares: Fraction of the quota by source.
+        fractions: Fraction of the quota by source.
         clusters: Rule for the number of clusters, see `cluster_count`.
         max_similarity: Cosine similarity above which two patches are near-duplicates.
         seed: Seed of k-means and of the draw within clusters.
@@ -61,7 +61,7 @@ class SelectionSettings:
     """
 
     quota: int = 256
-    shares: Mapping[Source, float] = field(default_factory=lambda: dict(SHARES))
+    fractions: Mapping[Source, float] = field(default_factory=lambda: dict(FRACTIONS))
     clusters: str = "sqrt"
     max_similarity: float = 0.95
     seed: int = 0
@@ -216,7 +216,7 @@ class _Job:
             settings.quota,
             prompts=self._prompts[self._types.get(name, settings.cancer_type)],
             report=self._sentences(name),
-            shares=settings.shares,
+            fractions=settings.fractions,
             clusters=settings.clusters,
             max_similarity=settings.max_similarity,
             seed=settings.seed,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 Source = Literal["prompt", "report", "cluster"]
 SOURCES: tuple[Source, ...] = ("prompt", "report", "cluster")
-SHARES: Mapping[Source, float] = {"prompt": 0.25, "report": 0.25, "cluster": 0.5}
+FRACTIONS: Mapping[Source, float] = {"prompt": 0.25, "report": 0.25, "cluster": 0.5}
 
 _PUBLISHED_FACTOR = 1.6
 _MANY = 20_000  # patches from which k-means runs on mini-batches, to bound its time
@@ -155,7 +155,7 @@ def select(
     *,
     prompts: Texts | None = None,
     report: Texts | None = None,
-    shares: Mapping[Source, float] | None = None,
+    fractions: Mapping[Source, float] | None = None,
     clusters: str = "sqrt",
     max_similarity: float = 0.95,
     seed: int = 0,
@@ -171,7 +171,7 @@ def select(
         quota: Maximum number of patches.
         prompts: Class descriptions.
         report: Sentences of the report.
-        shares: Source -> fraction of the quota.
+        fractions: Source -> fraction of the quota.
         clusters: Rule for the number of clusters, see `cluster_count`.
         max_similarity: Cosine similarity to a selected patch above which a patch is a
             near-duplicate.
@@ -181,19 +181,19 @@ def select(
         The selected patches, and the cluster of every patch.
 
     Raises:
-        ValueError: If `quota`, `max_similarity` or `shares` is out of range.
+        ValueError: If `quota`, `max_similarity` or `fractions` is out of range.
     """
-    shares = dict(SHARES if shares is None else shares)
+    fractions = dict(FRACTIONS if fractions is None else fractions)
     if quota < 1 or not 0 < max_similarity <= 1:
         raise ValueError("selection: expected a quota of at least 1 and a similarity in (0, 1]")
-    if set(shares) - set(SOURCES) or min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ValueError(f"shares: expected weights for {', '.join(SOURCES)}, found {shares}")
+    if set(fractions) - set(SOURCES) or min(fractions.values()) < 0 or sum(fractions.values()) <= 0:
+        raise ValueError(f"fractions: expected weights for {', '.join(SOURCES)}, found {fractions}")
     labels = find_clusters(features, cluster_count(clusters, len(features)), seed)
     picker = _Picker(features, labels, max_similarity)
-    total = sum(shares.values())
+    total = sum(fractions.values())
     for source, texts in (("prompt", prompts), ("report", report)):
         if texts is not None and len(texts.texts):
-            most = round(quota * shares.get(source, 0.0) / total)  # type: ignore[call-overload]
+            most = round(quota * fractions.get(source, 0.0) / total)  # type: ignore[call-overload]
             picker.take_best(source, texts, most)  # type: ignore[arg-type]
     picker.take_evenly(quota, np.random.default_rng(seed))
     return picker.choices, labels

@@ -73,7 +73,7 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
 
 def test_arguments_that_cannot_be(tmp_path: Path) -> None:
     for arguments, message in (
-        ((str(LINEAR),), "NAME=CONFIG expected"),
+        ((str(LINEAR),), "expected NAME=CONFIG"),
         (("a=nowhere.py",), "a: nowhere.py: no such config"),
         ((f"a={LINEAR}",), "either a file to draw slides from"),
         ((f"a={LINEAR}", "--compare", "b"), "--compare b: none of a"),

@@ -31,7 +31,7 @@ def test_one_fact_a_line(cache: Path) -> None:
     lines = {line.split(":")[0].split(" ")[0]: line for line in result.output.splitlines()}
     assert {"xtuner-add", "extra", "torch", "memory", "disk", "hub", "encoders"} <= set(lines)
     assert "no token" in lines["hub"] and str(cache) in lines["hub"]
-    assert f"0 of {len(list_encoders())} can be loaded now" in lines["encoders"]
+    assert f"0 of {len(list_encoders())} can be loaded" in lines["encoders"]
     assert "GiB free" in lines["disk"]
 
 

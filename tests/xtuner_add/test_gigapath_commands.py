@@ -100,7 +100,7 @@ def test_finetune_refuses_what_there_is_not(slides: Path) -> None:
     for more, message in (
         (("--recipe", "pando"), "neither a file nor one of"),
         (("--task", "pando"), "task pando"),
-        (("--recipe", "cohort_tiny"), "names no task"),
+        (("--recipe", "cohort_tiny"), "has no task"),
         (("--option", "epoch=3"), "near: epochs"),
         (("--option", "epochs"), "NAME=VALUE"),
         (("--method", "forest"), "forest"),

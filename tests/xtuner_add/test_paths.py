@@ -45,7 +45,7 @@ def test_installed_configs_go_before_those_of_a_checkout(
     package = tmp_path / "xtuner_add"
     package.mkdir()
     monkeypatch.setattr(paths, "__file__", str(package / "paths.py"))
-    with pytest.raises(FileNotFoundError, match="install xtuner-add again"):
+    with pytest.raises(FileNotFoundError, match="reinstall xtuner-add"):
         paths.configs_dir()
     (tmp_path / "configs").mkdir()
     assert paths.configs_dir() == tmp_path / "configs"

@@ -252,7 +252,7 @@ def test_wrong_usage_is_said_with_code_2(
 @pytest.mark.parametrize("options", [["--allow-anonymous"], ["--api-key-env", "OTHER_KEY"]])
 def test_other_machines_are_let_in_with_a_warning(options: list[str]) -> None:
     result = run("no-such-model", "--host", "0.0.0.0", "--port", "0", *options, OTHER_KEY=KEY)
-    assert "nothing is encrypted" in result.output
+    assert "is not encrypted" in result.output
     assert KEY not in result.output
     assert result.exit_code == 1
     assert "no-such-model" in result.output

@@ -1,4 +1,4 @@
-"""``xtuner-add describe``, ``revise``, ``summarise`` and the other commands about captions."""
+"""`xtuner-add describe`, `revise`, `summarise` and the other commands about captions."""
 
 from __future__ import annotations
 
@@ -47,20 +47,22 @@ _WHOM = (
 )  # fmt: skip
 _HOW = (
     click.option("--concurrency", default=8, show_default=True, help="Requests in flight."),
-    click.option("--timeout", default=120.0, show_default=True, help="Seconds for one reply."),
+    click.option("--timeout", default=120.0, show_default=True,
+                 help="Timeout of a request in seconds."),
     click.option("--max-retries", default=5, show_default=True,
-                 help="Retries of a failed request, with growing pauses."),
+                 help="Retries of a failed request, with exponential backoff."),
     click.option("--attempts", default=2, show_default=True,
-                 help="How often to ask until a reply is usable."),
+                 help="Maximum number of requests for one usable reply."),
     click.option("--structured", is_flag=True,
                  help="Send the JSON schema of the reply (vLLM, OpenAI)."),
     click.option("--token-field", type=click.Choice(["max_tokens", "max_completion_tokens"]),
                  default="max_tokens", show_default=True,
-                 help="OpenAI's newer models need max_completion_tokens."),
-    click.option("--max-reply-tokens", default=700, show_default=True, help="Longest reply."),
+                 help="Newer OpenAI models require max_completion_tokens."),
+    click.option("--max-reply-tokens", default=700, show_default=True,
+                 help="Maximum length of a reply."),
     click.option("--temperature", type=_Temperature(), default="0", show_default=True,
-                 help="0 to 2, or none to leave it out: some models refuse the parameter."),
-    click.option("--seed", type=int, help="Sampling seed, for endpoints that take one."),
+                 help="0 to 2, or none to omit it: some models reject the parameter."),
+    click.option("--seed", type=int, help="Sampling seed, for endpoints that support one."),
     click.option("--cache", type=OUT_FILE,
                  help="SQLite file of replies. [default: OUT.cache.sqlite]"),
 )  # fmt: skip
@@ -73,13 +75,16 @@ _COST = (
                  help="Upper bound of tokens per image, for the budget."),
 )  # fmt: skip
 _IMAGES = click.option(
-    "--image-folder", "images", type=FOLDER, help="Folder of the images. [default: that of ROWS]"
+    "--image-folder",
+    "images",
+    type=FOLDER,
+    help="Folder of the images. [default: the folder of ROWS]",
 )
-_PROMPT = click.option("--prompt-file", type=FILE, help="Prompt of your own, .json or .txt.")
+_PROMPT = click.option("--prompt-file", type=FILE, help="Custom prompt, .json or .txt.")
 
 
 def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that every command with a model shares."""
+    """Adds the arguments and options of every command that asks a model."""
     rows, out = click.argument("rows", type=FILE), click.argument("out", type=OUT_FILE)
     return add_options(command, (rows, out, *_WHOM, *_HOW, *_COST))
 
@@ -100,9 +105,9 @@ def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
 def describe(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
     """Describe the image of each row of ROWS and write the rows to OUT.
 
-    ROWS is JSON lines with `id` and `image`; where a row has `caption` and `report`, the model gets
-    them as notes. An interrupted run continues when the same command is run again. Rows that could
-    not be described are listed beside OUT, and the exit code is 3.
+    ROWS contains JSON lines with `id` and `image`. If a row has a `caption` or `report`, the model
+    receives it as a note. An interrupted run continues when the same command is run again. Rows
+    that could not be described are listed in OUT.skipped.jsonl, and the exit code is 3.
     """
     from pathgen.agents.captions import describe as describe_step
 
@@ -125,7 +130,7 @@ def describe(prompt_file: Path | None, min_words: int, max_words: int, **options
 def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
     """Check the caption of each row against its image, and correct or reject it.
 
-    The model also sees the `report` of a row. Rejected rows are listed beside OUT.
+    The model also receives the `report` of a row. Rejected rows are listed in OUT.skipped.jsonl.
     """
     from pathgen.agents.captions import revise as revise_step
 
@@ -167,7 +172,7 @@ def summarise(
 @_IMAGES
 @click.option("--kinds", default="conversation=1,detail=1,open=1,closed=1", show_default=True,
               help="Weights of the kinds; each caption gets one kind.")  # fmt: skip
-@click.option("--every-kind", is_flag=True, help="Make each kind from each caption.")
+@click.option("--every-kind", is_flag=True, help="Make every kind from every caption.")
 @click.option("--with-image", is_flag=True, help="Show the model the image too.")
 @click.option("--draw-seed", default=0, show_default=True,
               help="Seed for kinds, order of choices, and questions.")  # fmt: skip
@@ -176,7 +181,7 @@ def make_instructions(
 ) -> None:
     """Make conversations, descriptions and questions from the captions of ROWS.
 
-    OUT has the LLaVA schema that training reads.
+    OUT follows the LLaVA schema, which training reads.
     """
     from pathgen.agents.instructions import make_instructions as instructions_step
 
@@ -207,7 +212,7 @@ def make_instructions(
     "--similarity",
     default=0.8,
     show_default=True,
-    help="Jaccard similarity of word trigrams from which captions are duplicates.",
+    help="Jaccard similarity of word trigrams above which captions are duplicates.",
 )
 @click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
 def filter_captions(
@@ -222,8 +227,8 @@ def filter_captions(
 ) -> None:  # fmt: skip
     """Copy the rows of ROWS whose captions pass every step to OUT.
 
-    OUT.dropped.jsonl says what was dropped and why; OUT.filters.json holds counts and samples. The
-    exit code is 3 if a line of ROWS is not a valid row.
+    OUT.dropped.jsonl lists the dropped rows and the reasons; OUT.filters.json contains counts and
+    samples. The exit code is 3 if a line of ROWS is not a valid row.
     """
     from pathgen import filters
 
@@ -239,7 +244,7 @@ def filter_captions(
     names = [name.strip() for name in steps.split(",") if name.strip()]
     unknown = [name for name in names if name not in makers]
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: {', '.join(_STEPS)} expected")
+        raise click.BadParameter(f"{', '.join(unknown)}: expected {', '.join(_STEPS)}")
     with user_errors():
         chosen = [makers[name]() for name in names]
         counts = filters.filter_captions(rows, out, chosen, num_samples=samples)
@@ -279,7 +284,7 @@ def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **opt
     if not report.complete:
         for example in report.examples:
             click.echo(f"  {example}", err=True)
-        click.echo(f"All reasons: {report.skipped}; to try again, run this again", err=True)
+        click.echo(f"All reasons: {report.skipped}; run the same command to try again", err=True)
         raise SystemExit(EXIT_SKIPPED)
 
 
@@ -288,7 +293,7 @@ def _backend(options: dict[str, Any]) -> Any:
 
     sampling = Sampling(options["max_reply_tokens"], options["temperature"], options["seed"])
     if (options["local"] is None) == (options["endpoint"] is None):
-        raise click.UsageError("either --endpoint with --model, or --local expected")
+        raise click.UsageError("expected either --endpoint with --model, or --local")
     if options["local"] is not None:
         from pathgen.agents.local_model import LocalBackend
 
@@ -300,7 +305,7 @@ def _backend(options: dict[str, Any]) -> Any:
             trust_remote_code=options["trust_remote_code"],
         )
     if options["model"] is None:
-        raise click.UsageError("--endpoint needs --model")
+        raise click.UsageError("--endpoint requires --model")
     return OpenAIBackend(
         options["endpoint"],
         options["model"],

@@ -1,4 +1,4 @@
-"""``xtuner-add cite-splits``, ``cite-texts``, ``cite-features`` and the rest around CITE."""
+"""`xtuner-add cite-splits`, `cite-texts`, `cite-features` and the other commands of CITE."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from xtuner_add.commands.options import (
 )
 
 _LOOKED_AT = 20
-"""Names that are asked whether they are folders: a folder has 10**5 patches, on slow disks."""
+"""Number of names to test for being folders. Testing all of some 10**5 is slow on network disks."""
 
 
 def _list_names(folder: Path, order: str) -> list[str]:
     """Returns the names of patches: sorted, as the file system lists them, or from a file.
 
     Raises:
-        FileNotFoundError: If the folder, or the file of names, is not there.
+        FileNotFoundError: If the folder, or the file of names, is missing.
         ValueError: If a file of names is not UTF-8 text.
     """
     if order not in ("sorted", "os"):
@@ -49,19 +49,20 @@ def _list_names(folder: Path, order: str) -> list[str]:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no such folder; unzip patches_captions.zip there, or name it by --patches"
+            f"{folder}: no such folder; unzip patches_captions.zip there, or give "
+            "the folder with --patches"
         )
     names = os.listdir(folder)
     if names and all((folder / name).is_dir() for name in names[:_LOOKED_AT]):
         raise ValueError(
-            f"{folder}: holds folders ({min(names)}, ...) and no patches; move the patches up, or "
-            "name one folder by --patches"
+            f"{folder}: contains folders ({min(names)}, ...) instead of patches; move the "
+            "patches up, or give one folder with --patches"
         )
     return sorted(names) if order == "sorted" else names
 
 
 def _report(split: Split) -> None:
-    """Prints what was found and what was skipped."""
+    """Prints how many slides and patches were found and skipped."""
     click.echo(f"Slides by class: {split.num_slides}")
     train, val = split.count(split.train), split.count(split.val)
     click.echo(f"Patches by class: {train} to train, {val} to validate")
@@ -78,7 +79,7 @@ def _report(split: Split) -> None:
         )
     if split.no_images:
         click.echo(
-            f"Skipped {len(split.no_images)} files that are no images, for instance "
+            f"Skipped {len(split.no_images)} files that are not images, for instance "
             f"{split.no_images[0]}"
         )
     if split.without_patches:
@@ -93,7 +94,7 @@ def _report(split: Split) -> None:
     "--data", type=ANY_PATH, default="data", show_default=True, help="Root of the dataset."
 )
 @click.option("--captions", type=ANY_PATH, help="[default: DATA/captions.csv]")
-@click.option("--patches", type=ANY_PATH, help="By default DATA/patches_captions.")
+@click.option("--patches", type=ANY_PATH, help="[default: DATA/patches_captions]")
 @click.option("--output", type=ANY_PATH, help="[default: DATA/gastric_cls3_ann]")
 @click.option(
     "--val", default=PUBLISHED_VAL, show_default=True, help="Fraction of slides for validation."
@@ -111,18 +112,18 @@ def _report(split: Split) -> None:
     "--sort/--no-sort",
     default=True,
     show_default=True,
-    help="Train on the slides with most patches, or on slides drawn at random.",
+    help="Train on the slides with the most patches, or on random slides.",
 )
 @click.option(
     "--train-seed",
     type=int,
-    help="Seed for training slides, part of the file names. [default: --seed]",
+    help="Seed for training slides, added to the file names. [default: --seed]",
 )
 @click.option(
     "--listing-order",
     default="sorted",
     show_default=True,
-    help="sorted; os: as the file system lists them, as the original; or a FILE of names.",
+    help="sorted; os for the order of the file system, like the original; or a FILE of names.",
 )
 def splits(
     data: Path,
@@ -136,11 +137,11 @@ def splits(
     train_seed: int | None,
     listing_order: str,
 ) -> None:
-    """Make the annotation files of PatchGastric, `filename label` a line.
+    """Write the annotation files of PatchGastric, with one `filename label` per line.
 
     Reads DATA/captions.csv and the names in DATA/patches_captions, and writes the published splits.
-    Slides with equally many patches are ordered by name; the original took the file system's order,
-    which --listing-order gives back.
+    Slides with equally many patches are ordered by name. The original used the order of the file
+    system, which --listing-order reproduces.
     """
     folder = output or data / "gastric_cls3_ann"
     suffix = "" if sort else "_sortFalse"
@@ -171,7 +172,7 @@ def splits(
         if short := [label for label in classes if slides[label] < number]:
             click.echo(
                 f"train_{number}: class {short[0]} has only {slides[short[0]]} training slides, "
-                "all of which are in it"
+                "all of which are used"
             )
     click.echo(f"Wrote {2 + len(few)} files to {folder}")
 
@@ -191,7 +192,7 @@ def splits(
     "--encoder",
     default="bert",
     show_default=True,
-    help="bert, sentence, or the name of an encoder with a text tower, as in docs/encoders.md.",
+    help="bert, sentence, or an encoder with a text tower, as in docs/encoders.md.",
 )
 @click.option("--model", help="Text model of bert and sentence: folder or hub name.")
 @click.option("--pooling", type=click.Choice(["pooler", "cls", "mean"]), help="Pooling of a BERT.")
@@ -216,7 +217,7 @@ def texts(
             )
         arguments = {"type": "encoder", "encoder": encoder}
     elif model is None:
-        raise click.UsageError(f"--encoder {encoder} needs --model")
+        raise click.UsageError(f"--encoder {encoder} requires --model")
     elif pooling is not None:
         arguments["pooling"] = pooling
     with user_errors():
@@ -241,7 +242,9 @@ def texts(
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--workers", default=0, show_default=True, help="Processes that read images.")
 @device_option
-@click.option("--cfg-options", multiple=True, metavar="KEY=VALUE", help="Changes of the config.")
+@click.option(
+    "--cfg-options", multiple=True, metavar="KEY=VALUE", help="Override settings of the config."
+)
 def features(
     config: str,
     out: str,
@@ -254,8 +257,8 @@ def features(
 ) -> None:
     """Write the features of every patch of a split of CONFIG to the safetensors file OUT.
 
-    A killed run continues when started again. Images that cannot be read are skipped; the command
-    then ends with exit code 3.
+    An interrupted run continues when the same command is run again. Images that cannot be read are
+    skipped, and the exit code is 3.
     """
     from cite.mm.feature_extraction import extract_features
 
@@ -283,7 +286,7 @@ def features(
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
 def export(config: str, checkpoint: str, out: str) -> None:
-    """Write the classifier of CONFIG with the weights CHECKPOINT to the folder OUT.
+    """Export the classifier of CONFIG with the weights CHECKPOINT to the folder OUT.
 
     `cite.load_classifier(OUT).predict(images)` then runs without MMEngine and its libraries.
     """
@@ -306,8 +309,8 @@ def export(config: str, checkpoint: str, out: str) -> None:
     type=click.Path(exists=True, path_type=Path),
     help="CSV with name, x, y; or a folder of <slide>.h5.",
 )
-@click.option("--patch-px", type=int, help="Side of a patch in the pixels of the coordinates.")
-@click.option("--slide", "only", multiple=True, help="Draw this slide alone; repeatable.")
+@click.option("--patch-px", type=int, help="Side of a patch, in the pixels of the coordinates.")
+@click.option("--slide", "only", multiple=True, help="Draw only this slide; may be repeated.")
 @click.option("--device", default="cpu", show_default=True)
 def score_maps(
     classifier: Path,
@@ -318,11 +321,11 @@ def score_maps(
     only: tuple[str, ...],
     device: str,
 ) -> None:
-    """Draw maps of the scores of the exported CLASSIFIER over the slides of the folder PATCHES.
+    """Draw score maps of the exported CLASSIFIER over the slides of the folder PATCHES.
 
-    Writes one PNG and one table of scores per slide. Positions come from --coords, else from names
-    SLIDE_X_Y; else patches stand in rows. Slides that are drawn already are kept. Those that fail
-    are listed, and the command ends with exit code 3.
+    Writes one PNG and one table of scores per slide. Positions come from --coords, or else from
+    names SLIDE_X_Y; otherwise patches are arranged in rows. Existing maps are kept. Slides that
+    fail are listed, and the exit code is 3.
     """
     from cite.classifier import load_classifier
     from cite.score_maps import find_patches, layout_from_h5, layout_from_names, layouts_from_csv
@@ -335,7 +338,7 @@ def score_maps(
         slides = {name: slides[name] for name in (only or slides)}
         side = patch_px or model.preprocessing.output_px
         if side is None:
-            raise ValueError("--patch-px needed: the classifier takes patches of any size")
+            raise ValueError("--patch-px is required: the classifier accepts patches of any size")
         tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
     failed = []
     for slide, names in slides.items():
@@ -368,7 +371,7 @@ def _draw(model, patches: Path, out: Path, slide: str, layout) -> None:  # type:
     draw_score_maps(out / f"{slide}.png", scores, layout, model.classes, title=slide)
 
 
-# cite.conversions, which knows them, needs torch; a test compares.
+# Copied from cite.conversions, which imports torch; a test compares them.
 _SOURCES = ("timm", "moco-v3", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
 _TARGETS = ("timm", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
 
@@ -381,11 +384,11 @@ _TARGETS = ("timm", "mm", "hf-vit", "hf-dinov2", "clip", "hf-clip")
 @click.option("--from", "source_format", required=True, type=click.Choice(_SOURCES))
 @click.option("--to", "target_format", required=True, type=click.Choice(_TARGETS))
 def convert_weights(source: str, out: str, source_format: str, target_format: str) -> None:
-    """Convert the weights SOURCE and write them to OUT, .pth or .safetensors.
+    """Convert the weights SOURCE and write them to OUT, a .pth or .safetensors file.
 
-    From MoCo v3 to the ViT of MMClassification and MMPreTrain, and between these, timm and Hugging
-    Face; between OpenAI's CLIP and Hugging Face's. Every tensor is accounted for, or nothing is
-    written.
+    Converts ViTs from MoCo v3 to MMClassification and MMPreTrain, and between these, timm and
+    Hugging Face; and CLIP between OpenAI and Hugging Face. If a tensor cannot be assigned, nothing
+    is written.
     """
     from cite.conversions import convert
     from pathcore.weights import read_state_dict, write_state_dict
@@ -400,13 +403,13 @@ def _named_configs(pairs: tuple[str, ...]) -> dict[str, str]:
     """Parses NAME=CONFIG arguments.
 
     Raises:
-        ValueError: If one has another form, a name occurs twice, or a file does not exist.
+        ValueError: If an argument is malformed, a name occurs twice, or a file does not exist.
     """
     configs: dict[str, str] = {}
     for pair in pairs:
         name, _, file = pair.partition("=")
         if not file or not name or "/" in name or name in configs:
-            raise ValueError(f"{pair!r}: NAME=CONFIG expected, each name once")
+            raise ValueError(f"{pair!r}: expected NAME=CONFIG, each name once")
         if not Path(file).is_file():
             raise ValueError(f"{name}: {file}: no such config")
         configs[name] = file
@@ -414,7 +417,7 @@ def _named_configs(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
-    """Parses KEY=VALUE as MMEngine's --cfg-options does."""
+    """Parses KEY=VALUE like MMEngine's --cfg-options."""
     from mmengine.config import DictAction
 
     pairs = name_values("--cfg-options", texts)
@@ -428,15 +431,15 @@ def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     ),
 )
 @click.argument("configs", nargs=-1, required=True, metavar="NAME=CONFIG...")
-@click.option("--train-file", help="Annotation file to draw slides from, others for each seed.")
+@click.option("--train-file", help="Annotation file from which each seed draws its own slides.")
 @click.option(
     "--train-files",
-    help="Files with {} for the number, in place of --train-file: the same slides for each seed.",
+    help="Files with {} for the number of slides, instead of --train-file; the same for all seeds.",
 )
 @click.option("--num-slides", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--metric", default="accuracy", show_default=True)
-@click.option("--compare", help="Method whose advantage over the others the table shows.")
+@click.option("--compare", help="Method to compare with each of the others in the table.")
 @click.option("--work-dir", default="work_dirs/sweep", show_default=True)
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--cfg-options", "options", multiple=True, metavar="KEY=VALUE")
@@ -452,10 +455,10 @@ def sweep_slides(
     jobs: int,
     options: tuple[str, ...],
 ) -> None:
-    """Train and test each CONFIG over numbers of slides and seeds.
+    """Train and test each CONFIG for several numbers of slides and seeds.
 
-    Cells that have their scores are not run again. Ends with exit code 1 if cells failed; their
-    folders hold error.txt.
+    Finished cells are not run again. The exit code is 1 if cells failed; their folders contain
+    error.txt.
     """
     from cite.mm.sweep import SweepPlan, collect, run_sweep
 
@@ -471,7 +474,7 @@ def sweep_slides(
             options=_config_changes(options),
         )
         if compare is not None and compare not in plan.configs:
-            raise ValueError(f"--compare {compare}: none of {', '.join(plan.configs)}")
+            raise ValueError(f"--compare {compare}: expected one of {', '.join(plan.configs)}")
         failures = run_sweep(plan, jobs=jobs)
         sweep = collect(plan)
     if sweep.scores:

@@ -1,4 +1,4 @@
-"""``xtuner-add train-clip``, ``clip-zero-shot`` and ``clip-retrieval``."""
+"""`xtuner-add train-clip`, `clip-zero-shot` and `clip-retrieval`."""
 
 from __future__ import annotations
 
@@ -37,22 +37,20 @@ _image_folder = click.option(
 )
 @click.argument("recipe")
 @click.option(
-    "--output", required=True, type=OUT_FOLDER, help="Folder to write; receives a folder per stage."
+    "--output", required=True, type=OUT_FOLDER, help="Output folder; one subfolder per stage."
 )
 @click.option(
     "--data",
     "data",
     multiple=True,
     metavar="STAGE=PATH",
-    help="Shards or pairs.jsonl of a stage, in place of the recipe's; may be repeated.",
+    help="Shards or pairs.jsonl of a stage, instead of the recipe's; may be repeated.",
 )
 @_image_folder
-@click.option(
-    "--model", help="Model in place of the recipe's: a name of open_clip, or a JSON file."
-)
+@click.option("--model", help="Model instead of the recipe's: a name of open_clip, or a JSON file.")
 @click.option(
     "--pretrained",
-    help="Weights in place of the recipe's: a tag, a checkpoint, a folder that train-clip wrote, "
+    help="Weights instead of the recipe's: a tag, a checkpoint, a folder that train-clip wrote, "
     "or '' for random weights.",
 )
 @click.option(
@@ -79,12 +77,12 @@ def train_clip(
     device: str | None,
     workers: int,
 ) -> None:  # fmt: skip
-    """Train a CLIP as RECIPE says: a YAML file, or the name of one of ours such as `pathgen_clip`.
+    """Train a CLIP according to RECIPE: a YAML file, or one of our names, such as `pathgen_clip`.
 
-    Several processes: NPROC_PER_NODE; several machines with one file system: NNODES, NODE_RANK,
-    ADDR, PORT. An interrupted run continues at the last complete epoch when the
-    same command is run again. Skipped pairs are listed in skipped.jsonl of each stage, and the exit
-    code is 3.
+    To use several processes, set NPROC_PER_NODE; on several machines with a shared file system also
+    NNODES, NODE_RANK, ADDR and PORT. An interrupted run continues from the last complete epoch when
+    the same command is run again. Skipped pairs are listed in skipped.jsonl of each stage, and the
+    exit code is 3.
     """
     from pathgen.clip.recipe import read_recipe
     from pathgen.clip.training import TrainingError
@@ -132,7 +130,7 @@ def train_clip(
 
 
 _ENCODING = (
-    click.option("--output", required=True, type=OUT_FOLDER, help="Folder for the scores."),
+    click.option("--output", required=True, type=OUT_FOLDER, help="Output folder for the scores."),
     click.option("--cache", type=OUT_FOLDER, help="Folder of image features. [default: --output]"),
     device_option,
     click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
@@ -142,7 +140,7 @@ _ENCODING = (
 
 
 def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that every command with image features shares."""
+    """Adds the argument and options of every command that encodes images."""
     return add_options(command, (click.argument("model"), *_ENCODING))
 
 
@@ -157,11 +155,13 @@ def encodes_images(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--benchmark",
     required=True,
-    help="A config file, or the name of one of ours: "
+    help="A config file, or one of our names: "
     "bach, crc100k, lc25000, mhist, osteo, patch_camelyon, sicapv2, skin_cancer, "
     "wsss4luad.",
 )
-@click.option("--data-path", required=True, type=FOLDER, help="The dataset as published.")
+@click.option(
+    "--data-path", required=True, type=FOLDER, help="Folder of the dataset, as published."
+)
 @click.pass_context
 def clip_zero_shot(
     ctx: click.Context,
@@ -175,11 +175,12 @@ def clip_zero_shot(
     workers: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """Classify images by MODEL and prompts: balanced accuracy, weighted F1, accuracy, intervals.
+    """Classify images with MODEL and prompts; report balanced accuracy, weighted F1 and accuracy.
 
     MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, a preset, or
-    open_clip:ARCH@WEIGHTS. Features are kept, so that an interrupted
-    run continues. Images that cannot be read are listed in skipped.jsonl, and the exit code is 3.
+    open_clip:ARCH@WEIGHTS. Scores come with confidence intervals. Features are cached, so that an
+    interrupted run continues. Images that cannot be read are listed in skipped.jsonl, and the exit
+    code is 3.
     """
     from pathcore.encoders import create_encoder
     from pathgen.clip.class_benchmarks import load_benchmark
@@ -221,7 +222,7 @@ def clip_zero_shot(
     type=click.IntRange(min=1),
     default=(1, 5, 10),
     show_default=True,
-    help="May be repeated.",
+    help="Ranks k of recall@k; may be repeated.",
 )
 @click.pass_context
 def clip_retrieval(
@@ -237,7 +238,7 @@ def clip_retrieval(
     workers: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """Find captions for images and images for captions by MODEL: recall at k, with intervals."""
+    """Retrieve captions for images and images for captions with MODEL: recall@k, with intervals."""
     from pathcore.encoders import create_encoder
     from pathgen.clip.zero_shot import retrieval
 
@@ -257,10 +258,10 @@ def clip_retrieval(
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe, given as a path or as the bare name of one of ours.
+    """Returns the file of a recipe, given as a path or as one of our names.
 
     Raises:
-        FileNotFoundError: If it is neither.
+        FileNotFoundError: If the name is neither.
     """
     from xtuner_add.paths import configs_dir
 

@@ -1,7 +1,7 @@
-"""``xtuner-add list-cfg`` and ``copy-cfg``: as XTuner's, for its configs and for ours, at once.
+"""`xtuner-add list-cfg` and `copy-cfg`, for XTuner's configs and ours.
 
-XTuner's own commands know only its configs, which stand in one file each; ours inherit, so that a
-copy needs the files it inherits from.
+XTuner's own commands only know its configs, which are single files. Ours inherit, so a copy needs
+the base files too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from xtuner_add.paths import find_config, own_configs, xtuner_configs
 
 
 @click.command("list-cfg", epilog=example("list-cfg", "--pattern pallava"))
-@click.option("-p", "--pattern", default="", help="Show the names that contain this text.")
+@click.option("-p", "--pattern", default="", help="Show only names that contain this text.")
 def list_cfg(pattern: str) -> None:
-    """List the configs known by name: this project's, then XTuner's."""
+    """List the configs that have a name: this project's, then XTuner's."""
     try:
         sections = {"xtuner-add": own_configs(), "XTuner": xtuner_configs()}
     except FileNotFoundError as error:
@@ -35,9 +35,9 @@ def list_cfg(pattern: str) -> None:
 @click.argument("name")
 @click.argument("save_dir", type=click.Path(file_okay=False, path_type=Path))
 def copy_cfg(name: str, save_dir: Path) -> None:
-    """Copy a config known by NAME into SAVE_DIR, with the files it inherits from.
+    """Copy the config NAME to SAVE_DIR, with the files that it inherits from.
 
-    The copy is called NAME_copy.py. Files that are there already are kept.
+    The copy is called NAME_copy.py. Existing files are not overwritten.
     """
     try:
         config = find_config(name)
@@ -58,9 +58,9 @@ def copy_cfg(name: str, save_dir: Path) -> None:
 
 
 def inherited_files(config: Path) -> list[Path]:
-    """Return the files that a config inherits from, bases of bases too.
+    """Returns all files that a config inherits from, directly or indirectly.
 
-    Knows both of MMEngine's styles: ``read_base()``, and a list or text called ``_base_``.
+    Supports both styles of MMEngine: `read_base()`, and a string or list `_base_`.
     """
     found: list[Path] = []
     for statement in ast.walk(ast.parse(config.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""``xtuner-add convert-dataset``, ``dataformat``, ``clean-pairs`` and ``tokenise``."""
+"""`xtuner-add convert-dataset`, `dataformat`, `clean-pairs` and `tokenise`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_SKIPPED = click.option(
     "--max-skipped",
     default=0.1,
     show_default=True,
-    help="Fraction of unusable rows from which the run fails.",
+    help="Fraction of unusable rows above which the run fails.",
 )
 
 
@@ -47,7 +47,7 @@ _MAX_SKIPPED = click.option(
     metavar="NAME=VALUE",
     help="Option of the dataset, such as split=train; may be repeated.",
 )
-@click.option("--licence", help="Licence to write into the rows, in place of the one on record.")
+@click.option("--licence", help="Licence to write into the rows, instead of the one on record.")
 @click.option(
     "--check-images/--no-check-images",
     default=True,
@@ -75,9 +75,9 @@ def convert_dataset(
 ) -> None:
     """Convert the public dataset NAME, as published, to training files in the folder OUT.
 
-    `xtuner-add plugins` lists the names, those of other packages included. DATA_PATH is the data
-    file or the dataset's folder. OUT receives pairs.jsonl, conversations.jsonl or one folder per
-    class. An interrupted run continues when the same command is run again. Unusable rows are
+    `xtuner-add plugins` lists the names, including those of other packages. DATA_PATH is the data
+    file or the folder of the dataset. OUT contains pairs.jsonl, conversations.jsonl or one folder
+    per class. An interrupted run continues when the same command is run again. Unusable rows are
     listed in OUT/skipped_samples.jsonl, and the exit code is 3.
     """
     from dataclasses import replace
@@ -125,17 +125,15 @@ def _amount(report: dict[str, Any]) -> str:
 @click.argument("out", type=OUT_FOLDER)
 @_IMAGES
 @click.option("--seed", default=0, show_default=True, help="Seed for the choice of requests.")
+@click.option("--instructions", type=FILE, help="Custom requests: a JSON list, or one per line.")
 @click.option(
-    "--instructions", type=FILE, help="Requests of your own: a JSON list, or one per line."
-)
-@click.option(
-    "--image-place", type=click.Choice(["front", "random"]), default="front", show_default=True
+    "--image-position", type=click.Choice(["front", "random"]), default="front", show_default=True
 )
 @click.option(
     "--max-area-px",
     default=4096 * 4096,
     show_default=True,
-    help="Skip larger images; 0 does not open images.",
+    help="Skip larger images; with 0 images are not opened.",
 )
 @_MAX_SKIPPED
 def dataformat(
@@ -144,7 +142,7 @@ def dataformat(
     image_folder: Path | None,
     seed: int,
     instructions: Path | None,
-    image_place: Any,
+    image_position: Any,
     max_area_px: int,
     max_skipped: float,
 ) -> None:
@@ -163,7 +161,7 @@ def dataformat(
             image_folder=image_folder,
             seed=seed,
             instructions=load_instructions(instructions),
-            image_place=image_place,
+            image_position=image_position,
             max_area_px=max_area_px or None,
             max_skipped_share=max_skipped,
             progress=advance,
@@ -195,8 +193,8 @@ _DEFAULT = "words,pathology,human,size"
 @click.option("--min-words", default=20, show_default=True)
 @click.option("--max-area-px", default=4096 * 4096, show_default=True)
 @click.option("--min-side-px", default=1, show_default=True)
-@click.option("--pathology-words", default="pathology", help="Word lists of your own, JSON.")
-@click.option("--human-words", default="human", help="Word lists of your own, JSON.")
+@click.option("--pathology-words", default="pathology", help="Custom word lists, JSON.")
+@click.option("--human-words", default="human", help="Custom word lists, JSON.")
 @click.option("--classifier", help="transformers image classifier: folder or name.")
 @click.option(
     "--label", "labels", multiple=True, help="Label of --classifier to keep; may be repeated."
@@ -206,14 +204,16 @@ _DEFAULT = "words,pathology,human,size"
 @click.option("--min-probability", default=0.5, show_default=True,
               help="For classifier and clip-classes.")  # fmt: skip
 @click.option(
-    "--min-score", type=float, help="Smallest cosine of image and caption, for clip-score."
+    "--min-score",
+    type=float,
+    help="Minimum cosine similarity of image and caption, for clip-score.",
 )
-@click.option("--device", help="Device to compute on. [default: a GPU if there is one]")
+@click.option("--device", help="Device. [default: a GPU if there is one]")
 @click.option("--batch-size", default=32, show_default=True)
 @click.option(
     "--shard",
     metavar="INDEX/COUNT",
-    help="Do one of COUNT parts; a last run without --shard joins them.",
+    help="Process one of COUNT parts; a final run without --shard joins them.",
 )
 @click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
 @_MAX_SKIPPED
@@ -229,7 +229,7 @@ def clean_pairs(
 ) -> None:
     """Copy the rows of ROWS that pass every step to the folder OUT.
 
-    ROWS is pairs.jsonl or conversations.jsonl. OUT receives the rows that are kept, dropped.jsonl
+    ROWS is pairs.jsonl or conversations.jsonl. OUT contains the rows that are kept, dropped.jsonl
     with reasons, and a report as JSON, Markdown and HTML with samples of dropped rows. An
     interrupted run continues when the same command is run again. Unreadable rows are listed in
     OUT/skipped_samples.jsonl, and the exit code is 3.
@@ -251,7 +251,7 @@ def clean_pairs(
             progress=advance,
         )
     if report is None:
-        click.echo(f"Shard {shard} is done; when all are, run without --shard")
+        click.echo(f"Shard {shard} is done; when all shards are, run without --shard")
         return
     for step in report["steps"]:
         click.echo(f"{step['name']:>12}: {step['dropped']:,} of {step['seen']:,} dropped")
@@ -267,7 +267,7 @@ def _steps(options: dict[str, Any], default: str) -> list[Step]:
     text = default if options["steps"] is None else options["steps"]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in _STEPS]:
-        raise click.UsageError(f"--steps {', '.join(unknown)}: {', '.join(_STEPS)} expected")
+        raise click.UsageError(f"--steps {', '.join(unknown)}: expected {', '.join(_STEPS)}")
     clip = _clip(options) if {"clip-classes", "clip-score"} & set(names) else None
     made: list[Step] = []
     for name in names:
@@ -296,7 +296,7 @@ def _classifier(options: dict[str, Any]) -> Step:
     from pallava.converters.cleaning.steps import classifier_step
 
     if not options["classifier"] or not options["labels"]:
-        raise click.UsageError("the step classifier needs --classifier and --label")
+        raise click.UsageError("the step classifier requires --classifier and --label")
     model = HFClassifier(
         options["classifier"], device=options["device"], batch_size=options["batch_size"]
     )
@@ -308,7 +308,7 @@ def _clip(options: dict[str, Any]) -> Any:
     from pathcore.encoders import create_encoder
 
     if not options["clip"]:
-        raise click.UsageError("the steps clip-classes and clip-score need --clip")
+        raise click.UsageError("the steps clip-classes and clip-score require --clip")
     encoder = create_encoder(options["clip"], device=options["device"])
     return ClipScorer(encoder, batch_size=options["batch_size"])
 
@@ -322,7 +322,7 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
         return clip_classes_step(clip, keep, drop, options["min_probability"])
     if options["min_score"] is None:
         raise click.UsageError(
-            "the step clip-score needs --min-score; what is high depends on the model"
+            "the step clip-score requires --min-score; which scores are high depends on the model"
         )
     return clip_score_step(clip, options["min_score"])
 
@@ -334,7 +334,7 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
 @click.argument("conversations", type=FILE)
 @click.argument("out", type=OUT_FOLDER)
 @click.option("--config", help="Training config that sets tokenizer, template and length.")
-@click.option("--tokenizer", help="Tokenizer in place of --config: folder or hub name.")
+@click.option("--tokenizer", help="Tokenizer instead of --config: folder or hub name.")
 @click.option("--prompt-template", default="llama3_chat", show_default=True)
 @click.option(
     "--map-fn",
@@ -344,7 +344,9 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
     help="llava moves the image to the front, as the published code does.",
 )
 @click.option("--max-length", default=2048 - 196, show_default=True)
-@click.option("--workers", type=int, help="Processes. [default: by the number of rows]")
+@click.option(
+    "--workers", type=int, help="Number of processes. [default: depends on the number of rows]"
+)
 def tokenise(
     conversations: Path,
     out: Path,

@@ -1,4 +1,4 @@
-"""``xtuner-add demo`` and ``demo-pathgen``."""
+"""`xtuner-add demo` and `demo-pathgen`."""
 
 from __future__ import annotations
 

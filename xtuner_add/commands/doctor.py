@@ -1,4 +1,4 @@
-"""``xtuner-add doctor``: what is installed, which accelerator, which encoders can be loaded."""
+"""`xtuner-add doctor`: shows installed packages, accelerators, and which encoders can be loaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _GIB = 1 << 30
 
 @click.command("doctor", epilog=example("doctor", "", "prov-gigapath"))
 @click.argument("names", nargs=-1, metavar="[ENCODER]...")
-@click.option("--all", "every", is_flag=True, help="Report on every encoder that has a name.")
+@click.option("--all", "every", is_flag=True, help="Report on every known encoder.")
 @click.pass_context
 def doctor(ctx: click.Context, names: tuple[str, ...], every: bool) -> None:
-    """Say what is installed here, and whether ENCODERs can be loaded here and now.
+    """Show what is installed, and whether each ENCODER can be loaded.
 
-    Prints one fact per line. Exit code 1 if an ENCODER that was named cannot be loaded. Nothing is
-    downloaded, and no network is used.
+    Prints one fact per line. The exit code is 1 if a given ENCODER cannot be loaded. Uses no
+    network and downloads nothing.
     """
     from pathcore.encoders import list_encoders
     from pathcore.encoders.availability import availability
@@ -49,8 +49,8 @@ def doctor(ctx: click.Context, names: tuple[str, ...], every: bool) -> None:
         known = [availability(name) for name in list_encoders()]
         ready = [entry.name for entry in known if entry.ready]
         click.echo(
-            f"encoders: {len(ready)} of {len(known)} can be loaded now"
-            f"{': ' + ', '.join(ready) if ready else ''}; --all says why the others cannot"
+            f"encoders: {len(ready)} of {len(known)} can be loaded"
+            f"{': ' + ', '.join(ready) if ready else ''}; --all shows why the others cannot"
         )
     if names and not all(entry.ready for entry in found):
         ctx.exit(EXIT_FAILED)
@@ -74,7 +74,7 @@ def _version(distribution: str) -> str:
 
 
 def _extras() -> Iterator[str]:
-    """Yields for each extra which of its requirements are missing or of another version."""
+    """Yields one line per extra, with the requirements that are missing or have a wrong version."""
     from packaging.requirements import Requirement
 
     try:
@@ -109,9 +109,9 @@ def _extras() -> Iterator[str]:
 
 def _accelerators() -> Iterator[str]:
     if importlib.util.find_spec("torch") is None:
-        yield "torch: not installed; slides need none, everything else does"
+        yield "torch: not installed; only the slide commands work without it"
         return
-    import torch  # takes two seconds, and is the only way to ask
+    import torch  # takes two seconds, but only torch knows its accelerators
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -122,9 +122,9 @@ def _accelerators() -> Iterator[str]:
                 f"{about.total_memory / _GIB:.0f} GiB, {kind}"
             )
     elif torch.backends.mps.is_available():
-        yield f"torch {torch.__version__}: Apple GPU (not tried by this project)"
+        yield f"torch {torch.__version__}: Apple GPU (not tested by this project)"
     else:
-        yield f"torch {torch.__version__}: no GPU, computes on {torch.get_num_threads()} threads"
+        yield f"torch {torch.__version__}: no GPU, {torch.get_num_threads()} CPU threads"
 
 
 def _available_memory() -> int:
@@ -139,5 +139,9 @@ def _hub() -> str:
     from huggingface_hub import constants, get_token
 
     offline = ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-    token = "a token is set" if get_token() else "no token (HF_TOKEN), so gated weights cannot come"
+    token = (
+        "a token is set"
+        if get_token()
+        else "no token (HF_TOKEN), so gated weights cannot be downloaded"
+    )
     return f"{token}{offline}; cache {constants.HF_HUB_CACHE}"

@@ -1,7 +1,7 @@
-"""``xtuner-add pathvqa``, ``pmcvqa``, ``zero-shot``, ``evaluate``, ``score`` and ``answer``.
+"""`xtuner-add pathvqa`, `pmcvqa`, `zero-shot`, `evaluate`, `score` and `answer`.
 
-Options are named as those of the original's tools. Several processes are started as for training:
-``NPROC_PER_NODE=4 xtuner-add pathvqa ...``.
+Options have the names of the original tools. Several processes are started as for training:
+`NPROC_PER_NODE=4 xtuner-add pathvqa ...`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from xtuner_add.commands.options import (
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that say which model to load, and how."""
+    """Adds the argument and options that select the model."""
     options = (
         click.argument("llm", metavar="LLM"),
-        click.option("--llava", help="Folder that `convert pth_to_hf` wrote. [default: LLM]"),
+        click.option("--llava", help="Folder that `pth-to-hf` wrote. [default: LLM]"),
         click.option(
             "--visual-encoder", help="PLIP folder, or encoder:NAME. [default: the one in --llava]"
         ),
         click.option("--visual-select-layer", default=-2, show_default=True),
         click.option(
             "--prompt-template",
-            help="XTuner's name of a prompt template, or `tokenizer`. [default: the one used in "
-            "training, as recorded beside the weights]",
+            help="Name of a prompt template of XTuner, or `tokenizer`. [default: the template used "
+            "in training, as recorded with the weights]",
         ),
         click.option(
             "--torch-dtype",
@@ -55,7 +55,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--adapter/--no-adapter",
             "use_adapter",
             default=None,
-            help="Add llm_adapter/ to LLM. [default: unless LLM lies inside --llava]",
+            help="Apply llm_adapter/ to LLM. [default: unless LLM is inside --llava]",
         ),
         click.option(
             "--bos",
@@ -76,23 +76,23 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--data-path", required=True, type=ANY_PATH, help="File or folder of questions."
         ),
-        click.option("--image-folder", type=ANY_PATH, help="[default: images/ beside the data]"),
+        click.option("--image-folder", type=ANY_PATH, help="[default: images/ next to the data]"),
         click.option("--work-dir", type=ANY_PATH, help="[default: work_dirs/NAME_of_the_data]"),
         click.option(
             "--compat",
             type=click.Choice(["none", "original"]),
             default="none",
             show_default=True,
-            help="`original`: ask with two BOS and in fp16 on a GPU, as the published tools, "
-            "and put their scores first.",
+            help="`original`: use two BOS tokens and fp16 on a GPU, like the published tools, and "
+            "report their scores first.",
         ),
         click.option(
             "--launcher",
             type=click.Choice(["none", "pytorch"]),
             default="none",
-            help="`pytorch`: through torchrun even for one process.",
+            help="`pytorch`: use torchrun even for one process.",
         ),
-        # Of the original's tools; answers are greedy, and images are always cut.
+        # Options of the original tools without effect: decoding is greedy, AnyRes always on.
         click.option("--seed", type=int, hidden=True, expose_value=False),
         click.option("--anyres-image", is_flag=True, hidden=True, expose_value=False),
     )
@@ -112,7 +112,7 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.pass_context
 def pathvqa(ctx: click.Context, **options: Any) -> None:
-    """Evaluate on PathVQA, or other open and yes/no questions.
+    """Evaluate on PathVQA or other open and yes/no questions.
 
     --data-path is the JSON of the original (`id -> {question, image, answer, ...}`), a list of
     such records, JSON lines, PathVQA's pickle, or parquet files from the hub.
@@ -131,9 +131,9 @@ def pathvqa(ctx: click.Context, **options: Any) -> None:
 @click.option("--question-template", help="Prompt for CSV rows, with {question} and {options}.")
 @click.pass_context
 def pmcvqa(ctx: click.Context, **options: Any) -> None:
-    """Evaluate on PMC-VQA, or other multiple choice.
+    """Evaluate on PMC-VQA or other multiple-choice questions.
 
-    --data-path is PMC-VQA's CSV, or records whose question holds the options already.
+    --data-path is PMC-VQA's CSV, or records whose questions already contain the options.
     """
     _run(ctx, "pmcvqa", ("question_template",), options)
 
@@ -150,9 +150,10 @@ def pmcvqa(ctx: click.Context, **options: Any) -> None:
 @click.option("--labels", type=ANY_PATH, help="JSON `id -> class`, for a file of questions.")
 @click.pass_context
 def zero_shot(ctx: click.Context, **options: Any) -> None:
-    """Classify images by asking.
+    """Classify images by asking the model for the class.
 
-    --data-path is a folder of images by class, or a file `id -> {question, image}`.
+    --data-path is a folder with one subfolder of images per class, or a file
+    `id -> {question, image}`.
     """
     _run(ctx, "zero-shot", ("classes", "labels"), options)
 
@@ -171,7 +172,7 @@ def zero_shot(ctx: click.Context, **options: Any) -> None:
 )
 @click.pass_context
 def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
-    """Evaluate on BENCHMARK by name, those of other packages included (`xtuner-add plugins`)."""
+    """Evaluate on BENCHMARK, one of the names that `xtuner-add plugins` lists."""
     extra = keyword_values(options.pop("extra"))
     _run(ctx, benchmark, tuple(extra), {**options, **extra})
 
@@ -192,12 +193,12 @@ def answer(
     output: Path | None,
     **options: Any,
 ) -> None:
-    """Ask questions about images: files, or folders of them.
+    """Ask questions about images, given as files or folders.
 
-    A model of whole slides is asked about files of tile features, or folders of them.
+    A model of whole slides takes files of tile features, or folders of them, instead of images.
 
-    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
-    folder, which holds all of them.
+    LLM is an exported folder, or the language model with the other parts in --llava and
+    --visual-encoder.
     """
     from pathcore.images import ImageError
 
@@ -247,7 +248,7 @@ def _image_files(images: Iterable[Path]) -> Iterable[Path]:
 
 
 def load_from_options(options: dict[str, Any]) -> Any:
-    """Loads the model that `model_options` name; `compat` may be among them."""
+    """Loads the model that the options of `model_options`, and optionally `compat`, select."""
     from pallava import load_model
     from pallava.evaluation.generation import default_device
 
@@ -342,7 +343,7 @@ def _end(num_skipped: int, work_dir: Path) -> None:
     type=click.Choice(["wrong", "skip"]),
     default="wrong",
     show_default=True,
-    help="Questions without an answer: count them as wrong, or not at all.",
+    help="Count questions without an answer as wrong, or skip them.",
 )
 @click.option(
     "--tokenizer", help="Tokenizer of the LLM, for the published token recall: folder or name."
@@ -351,19 +352,21 @@ def _end(num_skipped: int, work_dir: Path) -> None:
     "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Option of the benchmark."
 )
 @click.option("--judge", metavar="URL", help="OpenAI-compatible endpoint, with /v1.")
-@click.option("--judge-model", help="Name of the judge there; API key in OPENAI_API_KEY.")
+@click.option("--judge-model", help="Name of the judge at the endpoint; API key in OPENAI_API_KEY.")
 @click.option("--judge-concurrency", default=8, show_default=True)
-@click.option("--judge-timeout", default=60.0, show_default=True, help="Seconds for one reply.")
+@click.option(
+    "--judge-timeout", default=60.0, show_default=True, help="Timeout of a request in seconds."
+)
 @click.option("--judge-retries", default=5, show_default=True)
 @click.option("--judge-price-in", default=0.0, help="US dollars per million prompt tokens.")
 @click.option("--judge-price-out", default=0.0, help="US dollars per million reply tokens.")
-@click.option("--max-cost", type=float, help="US dollars; needs the prices.")
+@click.option("--max-cost", type=float, help="Budget in US dollars; requires the prices.")
 @click.pass_context
 def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
-    """Score answers to BENCHMARK: pathvqa, pmcvqa, zero-shot, ...; needs no model and no image.
+    """Score existing answers to BENCHMARK (pathvqa, pmcvqa, zero-shot, ...) without a model.
 
-    Ends with exit code 3 if questions have no answer, or if the judge left answers without a
-    score; run it again to continue.
+    The exit code is 3 if questions have no answer, or if the judge did not score all answers; run
+    the command again to continue.
     """
     from pallava.evaluation.answers import read_answers
     from pallava.evaluation.report import write_report
@@ -371,15 +374,15 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     from pallava.registry import EVALUATIONS
 
     if bool(options["judge"]) != bool(options["judge_model"]):
-        raise click.UsageError("--judge and --judge-model belong together", ctx)
+        raise click.UsageError("--judge and --judge-model require each other", ctx)
     extra = keyword_values(options["extra"])
     try:
         made = EVALUATIONS.get(benchmark)(options["data_path"], NO_IMAGES, **extra)
         answers, positions = read_answers(options["answers"])
         if positions:
             click.echo(
-                f"{options['answers']}: {positions} answers state no question_id and are taken in "
-                "the order of the questions",
+                f"{options['answers']}: {positions} answers have no question_id; assigning "
+                "them in the order of the questions",
                 err=True,
             )
         judged, complete = _judge(made, answers, options) if options["judge"] else (None, True)
@@ -400,7 +403,9 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     click.echo(markdown(metrics))
     click.echo(f"Written to {options['work_dir']}")
     if not complete:
-        click.echo("The judge left answers without a score: run this again to continue.", err=True)
+        click.echo(
+            "The judge did not score all answers; run the command again to continue.", err=True
+        )
     if metrics["num_missing"]:
         click.echo(f"{metrics['num_missing']} questions have no answer.", err=True)
     if not complete or metrics["num_skipped"] or metrics["num_missing"]:

@@ -1,4 +1,4 @@
-"""``xtuner-add embed``, ``probe-tiles``, ``finetune-slides`` and ``train-mil``."""
+"""`xtuner-add embed`, `probe-tiles`, `finetune-slides` and `train-mil`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _GridSize(click.ParamType):
     name = "PX|tile"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """A number of pixels, or `tile`."""
+        """Returns a number of pixels, or `tile`."""
         if value == "tile" or isinstance(value, int):
             return value
         return click.IntRange(1).convert(value, param, ctx)
@@ -47,38 +47,38 @@ class _GridSize(click.ParamType):
 
 @click.command("embed", epilog=example("embed", "slides/ --output embeddings/"))
 @click.argument("slides", type=ANY_PATH)
-@click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
+@click.option("--output", type=ANY_PATH, required=True, help="Output folder.")
 @click.option(
     "--tile-encoder",
     default=_HUB,
     show_default=True,
     metavar="WEIGHTS",
-    help="A name of docs/encoders.md (uni2-h, timm:NAME@FILE, a folder, ...), hf_hub:OWNER/NAME, "
-    "a file of weights, or random.",
+    help="An encoder of docs/encoders.md (uni2-h, timm:NAME@FILE, a folder, ...), "
+    "hf_hub:OWNER/NAME, a weights file, or random.",
 )
 @click.option(
     "--tile-arch",
     metavar="NAME",
-    help="timm architecture of the tile encoder. [default: as its config.json says]",
+    help="timm architecture of the tile encoder. [default: from its config.json]",
 )
 @click.option(
     "--slide-encoder",
     metavar="WEIGHTS",
-    help="hf_hub:OWNER/NAME, a file or folder, random, or none to stop at the tiles. [default: the "
-    "one that was trained on the tile encoder, if it is Prov-GigaPath's]",
+    help="hf_hub:OWNER/NAME, a file or folder, random, or none to embed tiles only. [default: the "
+    "slide encoder that was trained on this tile encoder, if it is Prov-GigaPath's]",
 )
 @click.option(
     "--slide-arch",
     metavar="NAME",
-    help="Architecture of the slide encoder. [default: the one that fits the tile embeddings]",
+    help="Architecture of the slide encoder. [default: the one that matches the tile embeddings]",
 )
 @click.option(
     "--preset",
     type=click.Choice(_PRESETS),
     default="mean",
     show_default=True,
-    help="Which vector: the mean of the tiles, or the one that the original's pipeline, TRIDENT "
-    "or LazySlide makes.",
+    help="Slide embedding: the mean over the tiles, or as in the original pipeline, TRIDENT or "
+    "LazySlide.",
 )
 @click.option(
     "--grid-px",
@@ -88,20 +88,20 @@ class _GridSize(click.ParamType):
 @click.option(
     "--mpp",
     type=float,
-    help="Micrometres per pixel of the tiles. [default: 0.5, or what the encoder was made for]",
+    help="Micrometres per pixel of the tiles. [default: that of the encoder, or 0.5]",
 )
 @click.option(
     "--patch-px",
     type=int,
-    help="Size of a tile in pixels, at --mpp. [default: 256, or what the encoder was made for]",
+    help="Side of a tile in pixels, at --mpp. [default: that of the encoder, or 256]",
 )
 @click.option(
-    "--min-tissue", default=0.1, show_default=True, help="Smallest fraction of tissue in a tile."
+    "--min-tissue", default=0.1, show_default=True, help="Minimum fraction of tissue in a tile."
 )
 @click.option(
     "--slide-mpp",
     type=float,
-    help="Micrometres per pixel of the slides, in place of their metadata.",
+    help="Micrometres per pixel of the slides, instead of their metadata.",
 )
 @click.option(
     "--masks",
@@ -118,20 +118,22 @@ class _GridSize(click.ParamType):
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="Precision; auto is fp16 on a GPU and fp32 without.",
+    help="Precision; auto is fp16 on a GPU and fp32 on a CPU.",
 )
-@click.option("--device", help="Device to compute on. [default: all GPUs, if any]")
+@click.option("--device", help="Device. [default: all GPUs, if any]")
 @click.option(
     "--batch-size", type=click.IntRange(1), help="Tiles per batch. [default: 128 on a GPU, else 16]"
 )
 @click.option(
-    "--workers", type=click.IntRange(1), help="Slides at a time. [default: one per GPU, else one]"
+    "--workers",
+    type=click.IntRange(1),
+    help="Number of slides in parallel. [default: one per GPU, else one]",
 )
 @click.option(
     "--read-workers",
     type=click.IntRange(0),
-    help="Processes that read ahead for each slide; 0 is a thread. [default: the remaining cores "
-    "on a GPU machine, else 0]",
+    help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
+    "remaining cores on a machine with a GPU, else 0]",
 )
 @click.option(
     "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
@@ -139,16 +141,16 @@ class _GridSize(click.ParamType):
 @click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]")
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
-@click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before.")
+@click.option("--retry-skipped", is_flag=True, help="Retry what an earlier run skipped.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **options: Any) -> None:
-    """Embed the tiles of SLIDES, and SLIDES as wholes.
+    """Compute tile embeddings and slide embeddings of SLIDES.
 
-    SLIDES is a slide, a folder of slides, or a folder of tiles named like 01581x_25327y.png (or of
-    one such folder per slide). Writes coords/, features/ENCODER/SLIDE.h5, slide_features/,
+    SLIDES is a slide, a folder of slides, or a folder of tiles named like 01581x_25327y.png (or
+    with one such folder per slide). Writes coords/, features/ENCODER/SLIDE.h5, slide_features/,
     slide_embeddings.npz, and for inspection thumbnails/, overlays/ and pictures/, in which similar
     tile embeddings have similar colours. An interrupted run continues when the same command is run
-    again. Exit code 3 if a slide or a tile was skipped; skipped.jsonl says why.
+    again. If a slide or a tile was skipped, skipped.jsonl gives the reason, and the exit code is 3.
     """
     from gigapath.embed.job import embed_slides
 
@@ -176,7 +178,7 @@ def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **option
 
 
 def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:
-    """What to embed and where, from the command line."""
+    """Returns the settings and the placement that the options describe."""
     from gigapath.embed.job import EmbeddingSettings, Placement
     from gigapath.embed.tile_inference import choose_precision, describe_encoder
     from wsi.tiling import PatchSpec
@@ -224,7 +226,7 @@ def _slide_encoder(
         if weights is None:
             click.echo(
                 f"No slide encoder was trained on {options['tile_encoder']}: embedding tiles "
-                "only. Name your own by --slide-encoder",
+                "only. Give one with --slide-encoder",
                 err=True,
             )
     if weights in (None, "none"):
@@ -245,14 +247,14 @@ _OPTION = click.option(
     "options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting in place of the recipe's, for instance lr=0.01; may be repeated.",
+    help="Override a setting of the recipe, such as lr=0.01; may be repeated.",
 )
 _FOLD = click.option(
     "--fold",
     "folds",
     type=int,
     multiple=True,
-    help="Number of a fold to run; may be repeated. [default: all]",
+    help="Index of a fold to run; may be repeated. [default: all]",
 )
 _HEAT_MAPS = click.option(
     "--heat-maps", is_flag=True, help="Draw the attention of abmil and acmil over each test slide."
@@ -262,8 +264,8 @@ _HEAT_MAPS = click.option(
 class SettingsCommand(RelaunchedCommand):
     """A command whose `--option` takes the fields of a settings class.
 
-    The published scripts take settings as options of their own (`--lr 0.01`), so the error about
-    such an option says how it is written here.
+    The published scripts have one option per setting (`--lr 0.01`). The error about such an option
+    shows how to write it here.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -298,9 +300,9 @@ def _published_settings() -> set[str]:
 @click.option(
     "--labels",
     type=FILE,
-    help="CSV with input, label, split. [default: the one among the embeddings]",
+    help="CSV with input, label, split. [default: the CSV file among the embeddings]",
 )
-@click.option("--recipe", help="A YAML file, or the name of one of ours: pcam.")
+@click.option("--recipe", help="A YAML file, or one of our names: pcam.")
 @_OPTION
 @click.option(
     "--method",
@@ -324,7 +326,7 @@ def probe_tiles(
 ) -> None:  # fmt: skip
     """Train a linear probe on EMBEDDINGS, a zip or folder of one .pt per tile, and test it.
 
-    A zip is read without unpacking. Without a recipe the protocol published for PCam is used. An
+    A zip file is read without unpacking. The default recipe is the protocol published for PCam. An
     interrupted run continues when the same command is run again. Unusable tiles are listed in
     skipped.jsonl, and the exit code is 3.
     """
@@ -361,21 +363,21 @@ def probe_tiles(
     "--labels",
     required=True,
     type=FILE,
-    help="csv with slide_id, label (or a column of 0 and 1 per class) and, optionally, patients in "
-    "pat_id or case_id.",
+    help="CSV with slide_id, label (or one column of 0 and 1 per class) and, optionally, patients "
+    "in pat_id or case_id.",
 )
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option(
     "--splits",
     type=FOLDER,
-    help="Folder of train_0.csv, val_0.csv, test_0.csv ..., or of CLAM's splits_0.csv ...; by "
-    "default made from the labels.",
+    help="Folder of train_0.csv, val_0.csv, test_0.csv ..., or of CLAM's splits_0.csv .... "
+    "[default: made from the labels]",
 )
 @click.option(
     "--recipe",
     default="cohort",
     show_default=True,
-    help="A YAML file, or the name of one of ours: cohort, panda, panda_flash, mutation_5_gene.",
+    help="A YAML file, or one of our names: cohort, panda, panda_flash, mutation_5_gene.",
 )
 @click.option("--task", help="A YAML file, or panda or mutation_5_gene, instead of the recipe's.")
 @_OPTION
@@ -421,9 +423,9 @@ def finetune_slides(
 ) -> None:  # fmt: skip
     """Fine-tune the slide encoder on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
-    Several processes: NPROC_PER_NODE; several machines: NNODES, NODE_RANK, ADDR, PORT. Effective
-    batch and result stay the same. Run again after a stop: it continues. Slides that cannot be used
-    are listed in skipped.jsonl, and the exit code is 3.
+    To use several processes, set NPROC_PER_NODE; on several machines also NNODES, NODE_RANK, ADDR
+    and PORT. Effective batch size and results stay the same. An interrupted run continues when the
+    same command is run again. Unusable slides are listed in skipped.jsonl, and the exit code is 3.
     """
     if relaunch(ctx):
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
@@ -453,20 +455,20 @@ def finetune_slides(
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a recipe argument means: a path, or the bare name of one of ours.
+    """Resolves a recipe, given as a path or as one of our names, to a file.
 
     Raises:
-        FileNotFoundError: Neither.
+        FileNotFoundError: If the name is neither.
     """
     return _find("recipe", name, "gigapath")
 
 
 def find_task(name: str | None, recipe: Path) -> Path:
-    """The file of a task: named here, or by the recipe, relative to it.
+    """Returns the file of a task, given by name or by the recipe (relative to the recipe).
 
     Raises:
-        FileNotFoundError: No such task.
-        ValueError: Neither names one.
+        FileNotFoundError: If there is no such task.
+        ValueError: If neither names a task.
     """
     from gigapath.finetune.recipes import read_yaml
 
@@ -474,7 +476,7 @@ def find_task(name: str | None, recipe: Path) -> Path:
         return _find("task", name, "gigapath/tasks")
     own = read_yaml(recipe).get("task")
     if not own:
-        raise ValueError(f"recipe {recipe}: names no task; give one by --task")
+        raise ValueError(f"recipe {recipe}: has no task; give one with --task")
     return recipe.parent / str(own)
 
 
@@ -563,9 +565,9 @@ def train_mil(
 ) -> None:  # fmt: skip
     """Train attention MIL on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
-    The same as finetune-slides --method abmil (or acmil), with the classes taken from the table.
-    Run again after a stop: it continues at the last whole epoch. Slides that cannot be used are
-    listed in skipped.jsonl, and the exit code is 3.
+    Equivalent to finetune-slides --method abmil (or acmil), with the classes taken from the table.
+    An interrupted run continues from the last complete epoch when the same command is run again.
+    Unusable slides are listed in skipped.jsonl, and the exit code is 3.
     """
     if relaunch(ctx):
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")

@@ -1,6 +1,6 @@
-"""What several sub-commands share: option types, parsing, errors, progress and exit codes.
+"""Shared parts of sub-commands: option types, parsing, errors, progress and exit codes.
 
-Nothing heavy is imported here: every command's ``--help`` loads this module.
+Imports nothing slow, because every command's `--help` loads this module.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FILE_OR_FOLDER = click.Path(exists=True, path_type=Path)
 OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 OUT_FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
-"""A path that the command itself looks at, with a better message than click's."""
+"""A path that click does not check, because the command's own error message is better."""
 
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Device to compute on. [default: a GPU if there is one]",
+    help="Device. [default: a GPU if there is one]",
 )
 
 
 def example(command: str, *arguments: str) -> str:
-    """Returns the end of a command's help: one example line for each of `arguments`."""
+    """Returns the epilog of a command's help, with one example line per entry of `arguments`."""
     lines = [f"  xtuner-add {command} {words}".rstrip() for words in arguments or ("",)]
     return "\n".join(("\b", "Example:" if len(lines) == 1 else "Examples:", *lines))
 
@@ -53,10 +53,10 @@ def add_options(
 
 @contextmanager
 def user_errors(*others: type[Exception]) -> Iterator[None]:
-    """Reports errors that the user can fix as one line, with exit code 1.
+    """Reports errors that the user can fix in one line, with exit code 1.
 
     Args:
-        *others: Exceptions to report so besides `ValueError` and `OSError`.
+        *others: Exceptions to report in addition to `ValueError` and `OSError`.
     """
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
@@ -68,30 +68,30 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
 def name_values(option: str, texts: Sequence[str]) -> dict[str, str]:
     """Parses the NAME=VALUE texts of a repeatable option.
 
-    Names are kept as typed: `keyword_values` also turns hyphens into underscores.
+    Names are returned unchanged; `keyword_values` also replaces hyphens by underscores.
 
     Raises:
-        click.UsageError: If a text has no `=`, or nothing before it.
+        click.UsageError: If a text has no `=`, or no name before it.
     """
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise click.UsageError(f"{option} {text}: NAME=VALUE expected")
+            raise click.UsageError(f"{option} {text}: expected NAME=VALUE")
         found[name] = value
     return found
 
 
 def keyword_values(texts: Sequence[str], option: str = "--option") -> dict[str, str]:
-    """Parses NAME=VALUE texts whose names are keyword arguments: `batch-size` is `batch_size`."""
+    """Parses NAME=VALUE texts into keyword arguments; `batch-size` becomes `batch_size`."""
     return {name.replace("-", "_"): value for name, value in name_values(option, texts).items()}
 
 
 def yaml_values(texts: Sequence[str], option: str = "--option") -> dict[str, Any]:
-    """Parses NAME=VALUE texts as `keyword_values` does, with the values written as in YAML.
+    """Parses NAME=VALUE texts like `keyword_values`, and the values as YAML.
 
     Raises:
-        click.UsageError: If a text has no `=`, or its value is not YAML.
+        click.UsageError: If a text has no `=`, or its value is not valid YAML.
     """
     import yaml
 
@@ -116,13 +116,13 @@ def weight_values(text: str, option: str) -> dict[str, float]:
         try:
             found[name.strip()] = float(number) if equals else 1.0
         except ValueError as error:
-            raise click.UsageError(f"{option} {part!r}: NAME=WEIGHT expected") from error
+            raise click.UsageError(f"{option} {part!r}: expected NAME=WEIGHT") from error
     return found
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int], Any]]:
-    """Shows a progress bar; yields a function that adds to the number of rows done."""
+    """Shows a progress bar; yields a function that advances it by a number of rows."""
     from tqdm import tqdm
 
     with tqdm(desc=what, unit=" rows", disable=None) as bar:
@@ -137,28 +137,28 @@ def num_cores() -> int:
 
 
 def end(num_skipped: int, log: Path, noun: str = "row") -> None:
-    """Ends the command: exit code 3 and one line if anything was skipped.
+    """Ends the command; if anything was skipped, prints one line and exits with code 3.
 
     Args:
-        num_skipped: How many items were skipped.
-        log: File that lists them.
-        noun: What an item is called.
+        num_skipped: Number of skipped items.
+        log: File that lists the skipped items.
+        noun: Name of an item, in the singular.
     """
     if num_skipped:
         items = f"{noun} was" if num_skipped == 1 else f"{noun}s were"
         click.echo(f"Finished, but {num_skipped:,} {items} skipped: see {log}", err=True)
-        # torchrun takes every exit code but 0 for a crash.
+        # Under torchrun the code stays 0, since torchrun treats every other code as a crash.
         if "RANK" not in os.environ:
             click.get_current_context().exit(EXIT_SKIPPED)
 
 
 def end_of_job(report: Report, things: str, output: Path) -> None:
-    """Prints what a job has done, and ends the command with exit code 3 if it skipped anything.
+    """Prints the report of a job, and exits with code 3 if the job skipped anything.
 
     Args:
-        report: Of the job.
-        things: What its units are called, in the plural.
-        output: Folder of the job, which holds skipped.jsonl.
+        report: Report of the job.
+        things: Name of the job's units, in the plural.
+        output: Output folder of the job, which contains skipped.jsonl.
     """
     click.echo(f"Wrote {report.written:,} {things} to {output}")
     for note, count in report.notes.items():
@@ -182,28 +182,28 @@ def end_of_job(report: Report, things: str, output: Path) -> None:
 
 
 RELAUNCHED_VARIABLE = "XTUNER_ADD_RELAUNCHED"
-"""Environment variable of processes that `relaunch` started: their parent shows the results."""
+"""Set in processes that `relaunch` starts, whose results the parent prints."""
 
 
 class RelaunchedCommand(click.Command):
     """A command that remembers its arguments, so that `relaunch` can start it in processes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses the arguments and keeps what was typed."""
+        """Parses the arguments and stores the originals."""
         ctx.meta[__name__] = list(args)
         return super().parse_args(ctx, args)
 
 
 def relaunch(ctx: click.Context, *, always: bool = False) -> bool:
-    """Runs a `RelaunchedCommand` in the processes that NPROC_PER_NODE and its like ask for.
+    """Runs a `RelaunchedCommand` in the processes that NPROC_PER_NODE and NNODES ask for.
 
     Args:
         ctx: Context of the command.
-        always: Go through torchrun even for a single process.
+        always: Whether to use torchrun for a single process too.
 
     Returns:
-        Whether child processes have done the work. If they failed, their exit code ends the
-        command.
+        Whether child processes have run the command. If they failed, the command exits with their
+        exit code instead.
 
     Raises:
         click.UsageError: If the environment describes an impossible set of processes.
@@ -221,5 +221,5 @@ def relaunch(ctx: click.Context, *, always: bool = False) -> bool:
 
 
 def shows_results() -> bool:
-    """Returns whether this process prints results: one process of several, and not a child."""
+    """Returns whether this process prints results: rank 0, unless a parent process prints them."""
     return os.environ.get("RANK", "0") == "0" and RELAUNCHED_VARIABLE not in os.environ

@@ -1,4 +1,4 @@
-"""``xtuner-add pth-to-hf``, ``merge``, ``export`` and the other steps to a release."""
+"""`xtuner-add pth-to-hf`, `merge`, `export` and the other steps to a release."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from xtuner_add.paths import find_config
 
 
 def _checks_result(function: Callable[..., None]) -> Callable[..., None]:
-    """Options of commands that merge adapters into a base model."""
+    """Adds the options of commands that merge adapters into a base model."""
     options = [
         click.option(
             "--force-base",
             is_flag=True,
-            help="Merge although the adapter seems to be of another base model.",
+            help="Merge even if the adapter seems to belong to another base model.",
         ),
         click.option(
             "--no-probe",
             is_flag=True,
-            help="Do not compare the logits of a few tokens with PEFT's.",
+            help="Do not compare the logits of a few tokens with those of PEFT.",
         ),
     ]
     return add_options(function, options)
@@ -55,8 +55,8 @@ def merge(
 ) -> None:
     """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
 
-    Memory does not grow with the model, and data types are those of BASE. An interrupted run
-    continues when the same command is run again.
+    Works shard by shard, so memory use does not depend on the size of the model. Data types are
+    those of BASE. An interrupted run continues when the same command is run again.
     """
     from pallava.release.merge import merge as merge_folders
 
@@ -87,20 +87,20 @@ def split(model: Path, out: Path) -> None:
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("merged", type=FOLDER)
 @click.option(
-    "--force-base", is_flag=True, help="Check although the adapter seems to be of another model."
+    "--force-base", is_flag=True, help="Check even if the adapter seems to belong to another model."
 )
 def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path, force_base: bool) -> None:
-    """Check that MERGED is BASE with ADAPTERS, to one rounding.
+    """Check that MERGED equals BASE with ADAPTERS merged in, to within one rounding step.
 
-    Ends with exit code 1 if it is not.
+    The exit code is 1 if it does not.
     """
     from pallava.release.merge import check_merge as check
 
     with user_errors():
         result = check(base, adapters, merged, force_base=force_base)
-    click.echo(f"{result.num_equal} of {result.num_tensors} tensors are equal bit for bit")
+    click.echo(f"{result.num_equal} of {result.num_tensors} tensors are bitwise equal")
     if result.roundings:
-        click.echo(f"largest difference: {result.roundings:.3g} roundings, in {result.worst}")
+        click.echo(f"largest difference: {result.roundings:.3g} rounding steps, in {result.worst}")
     if result.roundings > 1:
         raise click.ClickException(f"{merged} is not {base} with these adapters")
 
@@ -116,7 +116,7 @@ def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
 
     with user_errors():
         lost = extract(base, tuned, out, rank=rank)
-    click.echo(f"Wrote {out}; at most {lost:.2%} of a matrix's difference is lost")
+    click.echo(f"Wrote {out}; at most {lost:.2%} of the difference of a matrix is lost")
 
 
 @click.command("pth-to-hf", epilog=example("pth-to-hf", "my_config.py iter_5198.pth parts"))
@@ -130,8 +130,8 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
 
     PTH is a .pth file or a DeepSpeed ZeRO-1, -2 or -3 folder; CONFIG is the training config, a file
     or a name that `xtuner-add list-cfg` shows. The language model is not built. XTuner's own
-    converter, `convert pth_to_hf`, builds the whole model, needs its weights and memory, and does
-    not record what `export` needs.
+    converter, `convert pth_to_hf`, builds the whole model, which takes its weights and memory, and
+    does not record what `export` needs.
     """
     from pallava.engine.recipe import read_recipe
     from pallava.release.pth_to_hf import convert_checkpoint
@@ -199,12 +199,14 @@ def export(
 @click.command("push", epilog=example("push", "model owner/name"))
 @click.argument("folder", type=FOLDER)
 @click.argument("repository")
-@click.option("--yes", is_flag=True, help="Send; without it nothing leaves this machine.")
+@click.option(
+    "--yes", is_flag=True, help="Upload; without this option nothing leaves this machine."
+)
 @click.option("--public", is_flag=True, help="Make the repository public.")
 def push(folder: Path, repository: str, yes: bool, public: bool) -> None:
     """Publish FOLDER as REPOSITORY (owner/name) on the Hugging Face hub.
 
-    Shows what would be sent; sends it with --yes and the token in HF_TOKEN.
+    Lists the files to upload; uploads them only with --yes, using the token in HF_TOKEN.
     """
     from pallava.release.hub import plan_push
     from pallava.release.hub import push as push_folder
@@ -214,7 +216,7 @@ def push(folder: Path, repository: str, yes: bool, public: bool) -> None:
         for name, size in plan.files.items():
             click.echo(f"{size:>14,} B  {name}")
         if not yes:
-            click.echo(f"Nothing was sent. To publish as {repository}, add --yes.")
+            click.echo(f"Nothing was uploaded. To publish as {repository}, add --yes.")
             return
         address = push_folder(folder, plan, private=not public)
     click.echo(f"Published: {address}")

@@ -1,4 +1,4 @@
-"""``xtuner-add chat`` and ``xtuner-add serve``: talk to a trained model."""
+"""`xtuner-add chat` and `xtuner-add serve`: chat with a trained model."""
 
 from __future__ import annotations
 
@@ -31,15 +31,20 @@ _MAX_CONNECTIONS = 256
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="For the first question.",
+    help="Image for the first question; may be repeated.",
 )
-@click.option("--system", help="System text, for models that were trained with one.")
+@click.option("--system", help="System prompt, for models that were trained with one.")
 @click.option("--max-new-tokens", default=1200, show_default=True)
 @click.option(
-    "--temperature", default=0.0, show_default=True, help="0: the likeliest word each time."
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 decodes greedily.",
 )
 @click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="For repeatable choices with --temperature.")
+@click.option(
+    "--seed", type=int, help="Sampling seed, for reproducible answers with --temperature."
+)
 @click.pass_context
 def chat(
     ctx: click.Context,
@@ -51,11 +56,11 @@ def chat(
     seed: int | None,
     **options: Any,
 ) -> None:
-    """Talk to a trained model in the terminal, answers word by word.
+    """Chat with a trained model in the terminal; answers are streamed.
 
-    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
-    folder, which holds all of them. Lines of a pipe are questions too; `/help` lists the commands.
-    Ends with exit code 1 if a line could not be answered.
+    LLM is an exported folder, or the language model with the other parts in --llava and
+    --visual-encoder. Questions can also be piped in, one per line. `/help` lists the commands. The
+    exit code is 1 if a line could not be answered.
     """
     from pallava.inference.streaming import Sampling
     from xtuner_add.commands.terminal_chat import TerminalChat
@@ -73,21 +78,21 @@ def chat(
 
 @click.command("serve", epilog=example("serve", "model --slides slides/"))
 @model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
     "--slides",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of slides from which the page offers regions.",
+    help="Folder of slides whose regions the page can show.",
 )
-@click.option("--name", help="Name of the model for clients. [default: the folder's]")
+@click.option("--name", help="Name of the model for clients. [default: name of the folder]")
 @click.option("--max-upload-mib", default=64, show_default=True, type=click.IntRange(1, 4096))
 @click.option(
     "--max-megapixels",
     default=100,
     show_default=True,
     type=click.IntRange(1, 400),
-    help="Limit for all images of a request together.",
+    help="Limit for all images of one request together.",
 )
 @click.option("--max-waiting", default=8, show_default=True, type=click.IntRange(0, 1000))
 @click.option(
@@ -95,12 +100,14 @@ def chat(
     metavar="VARIABLE",
     help=f"Environment variable that holds the API key. [default: {API_KEY_VARIABLE}, if set]",
 )
-@click.option("--allow-anonymous", is_flag=True, help="Let everybody in who reaches --host.")
+@click.option(
+    "--allow-anonymous", is_flag=True, help="Accept requests without an API key on any --host."
+)
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
-    help="A name by which browsers may address the server, such as that of a proxy.",
+    help="Host name that requests may use, such as that of a proxy; may be repeated.",
 )
 @click.pass_context
 def serve(
@@ -119,9 +126,9 @@ def serve(
 ) -> None:
     """Serve a trained model: a web page and an OpenAI-compatible endpoint.
 
-    LLM is the language model, --llava and --visual-encoder name the other parts; or an exported
-    folder, which holds all of them. Only this machine can connect, unless --host says otherwise;
-    then an API key is wanted. For research only, not for diagnosis.
+    LLM is an exported folder, or the language model with the other parts in --llava and
+    --visual-encoder. Only this machine can connect, unless --host says otherwise, which requires an
+    API key. For research only, not for diagnosis.
     """
     key = _api_key(ctx, api_key_env)
     own_names = _own_names(ctx, host, allow_anonymous or key is not None)
@@ -139,20 +146,20 @@ def serve(
 
 
 def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ...]:
-    """Names by which a server on loopback is known; elsewhere any, if that was thought about."""
+    """Returns the host names of a loopback server; none for other hosts, which must be guarded."""
     from pallava.serving.guard import LOOPBACK_HOSTS
 
     if _is_loopback(host):
         return (*LOOPBACK_HOSTS, _bracketed(host))
     if not is_guarded:
         raise click.UsageError(
-            f"--host {host} lets other machines connect: put an API key into the environment "
-            f"variable {API_KEY_VARIABLE}, or say --allow-anonymous",
+            f"--host {host} lets other machines connect: set an API key in the environment "
+            f"variable {API_KEY_VARIABLE}, or give --allow-anonymous",
             ctx,
         )
     click.echo(
-        f"Warning: at {host} nothing is encrypted: images, answers and the API key can be read "
-        "on their way. Put a proxy with TLS in front, or use an SSH tunnel to 127.0.0.1.",
+        f"Warning: traffic to {host} is not encrypted; images, answers and the API key can be "
+        "intercepted. Use a proxy with TLS, or an SSH tunnel to 127.0.0.1.",
         err=True,
     )
     return ()
@@ -208,7 +215,7 @@ def _bracketed(host: str) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Binds before the model is loaded: a port in use shows at once."""
+    """Binds the port before the model is loaded, so that a port in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -222,7 +229,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt  # uploads are deleted on the way out
+    raise KeyboardInterrupt  # so that the `finally` below deletes the uploads
 
 
 def _run(
@@ -238,7 +245,7 @@ def _run(
     from pallava.serving.app import create_app
     from pallava.serving.connections import timed_protocol
 
-    # That Gradio calls others by outdated names is no concern of whoever starts the server.
+    # Deprecation warnings about the libraries that Gradio calls are not actionable for the user.
     warnings.filterwarnings("ignore", module="gradio")
     signal.signal(signal.SIGTERM, _interrupt)
     folder = Path(tempfile.mkdtemp(prefix="xtuner-add-serve-"))
@@ -259,7 +266,7 @@ def _run(
         listening.listen()
         click.echo(f"{service.name}: page at {address}/ , endpoint at {address}/v1")
         click.echo("For research only, not for diagnosis. Ctrl-C ends the server.")
-        # When it has shut down, uvicorn raises the signal that it was given once more.
+        # After shutting down, uvicorn raises the signal again that stopped it.
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         click.echo("Stopped.")

@@ -1,4 +1,4 @@
-"""``xtuner-add tile``, ``extract``, ``select-patches`` and ``gdc-manifest``: slides to patches."""
+"""`xtuner-add tile`, `extract`, `select-patches` and `gdc-manifest`: slides to patches."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _job_options(function: _Function) -> _Function:
     """Adds the options of every job over many slides."""
     options = [
-        click.option("--output", type=ANY_PATH, required=True, help="Folder to write."),
+        click.option("--output", type=ANY_PATH, required=True, help="Output folder."),
         click.option(
             "--slide-mpp",
             type=float,
-            help="Micrometres per pixel of the slides, in place of their metadata.",
+            help="Micrometres per pixel of the slides, instead of their metadata.",
         ),
         click.option(
-            "--workers", type=click.IntRange(1), help="Processes. [default: one per CPU core]"
+            "--workers",
+            type=click.IntRange(1),
+            help="Number of processes. [default: one per CPU core]",
         ),
         click.option(
             "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
         ),
         click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]"),
-        click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before."),
+        click.option("--retry-skipped", is_flag=True, help="Retry what an earlier run skipped."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
     return add_options(function, options)
@@ -55,17 +57,22 @@ def _job_options(function: _Function) -> _Function:
 @click.argument("slides", type=ANY_PATH)
 @_job_options
 @click.option(
-    "--patch-px", default=256, show_default=True, help="Size of a patch in pixels, at --mpp."
+    "--patch-px", default=256, show_default=True, help="Side of a patch in pixels, at --mpp."
 )
 @click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the patches.")
 @click.option(
-    "--overlap-px", default=0, show_default=True, help="Overlap of neighbours in pixels, at --mpp."
+    "--overlap-px",
+    default=0,
+    show_default=True,
+    help="Overlap of neighbouring patches in pixels, at --mpp.",
 )
 @click.option(
-    "--min-tissue", default=0.5, show_default=True, help="Smallest fraction of tissue in a patch."
+    "--min-tissue", default=0.5, show_default=True, help="Minimum fraction of tissue in a patch."
 )
 @click.option(
-    "--over-edge", is_flag=True, help="Also patches that cross the edge; white outside the slide."
+    "--over-edge",
+    is_flag=True,
+    help="Include patches that cross the edge of the slide, padded with white.",
 )
 @click.option(
     "--masks",
@@ -73,12 +80,12 @@ def _job_options(function: _Function) -> _Function:
     help="Folder of tissue masks: SLIDE.geojson in level-0 pixels, or SLIDE.png. [default: tissue "
     "by Otsu's threshold]",
 )
-@click.option("--whole-slide", is_flag=True, help="Every patch, with or without tissue.")
+@click.option("--whole-slide", is_flag=True, help="Keep every patch, with or without tissue.")
 @click.option(
     "--level0",
     is_flag=True,
-    help="Patches at the resolution of each slide instead of --mpp: --patch-px counts level-0 "
-    "pixels, as PathGen's 672 do.",
+    help="Cut patches at the resolution of each slide instead of --mpp: --patch-px is in level-0 "
+    "pixels, like PathGen's 672.",
 )
 @click.option(
     "--coords-style",
@@ -105,17 +112,17 @@ def tile(
     quiet: bool,
     **engine: Any,
 ) -> None:
-    """Find the patches of the SLIDES in a folder, or of one slide.
+    """Find the patches with tissue of SLIDES: a folder of slides, or one slide.
 
-    Writes coords/SLIDE.h5 (TRIDENT and CLAM read them), overlays/ and thumbnails/ for inspection.
-    An interrupted run continues when the same command is run again. Exit code 3 if a slide was
-    skipped.
+    Writes coords/SLIDE.h5, which TRIDENT and CLAM read, and overlays/ and thumbnails/ for
+    inspection. An interrupted run continues when the same command is run again. The exit code is 3
+    if a slide was skipped.
     """
     from wsi.tile_job import TileSettings, tile_slides
     from wsi.tiling import PatchSpec
 
     if masks and whole_slide:
-        raise click.UsageError("--masks or --whole-slide, not both")
+        raise click.UsageError("--masks and --whole-slide exclude each other")
     with user_errors():
         settings = TileSettings(
             PatchSpec(patch_px, mpp, overlap_px, min_tissue, over_edge),
@@ -151,8 +158,8 @@ def tile(
 @click.option(
     "--patch-px",
     type=click.IntRange(1, 65536),
-    help="Side of the patches of annotations in level-0 pixels, by default 672. Coordinate files "
-    "say it themselves.",
+    help="Side of the annotated patches in level-0 pixels, by default 672. Coordinate files "
+    "contain the size.",
 )
 @click.option(
     "--format", "image_format", type=click.Choice(["png", "jpg", "webp"]), default="png",
@@ -184,11 +191,12 @@ def extract(
     quiet: bool,
     **engine: Any,
 ) -> None:
-    """Cut the patches that ANNOTATIONS name out of slides, with their captions.
+    """Cut the patches of ANNOTATIONS out of slides, with their captions.
 
-    ANNOTATIONS is PathGen's JSON (an array, or one object a line), or a folder of coordinate files
-    that `xtuner-add tile`, TRIDENT or CLAM wrote. An interrupted run continues when the same
-    command is run again. Exit code 3 if anything was skipped; skipped.jsonl says what and why.
+    ANNOTATIONS is PathGen's JSON (an array, or one object per line), or a folder of coordinate
+    files that `xtuner-add tile`, TRIDENT or CLAM wrote. An interrupted run continues when the same
+    command is run again. If anything was skipped, skipped.jsonl gives the reasons, and the exit
+    code is 3.
     """
     from pathcore.files import sha256_of
     from wsi.extraction import OutputSettings
@@ -200,8 +208,9 @@ def extract(
         return read_annotations(annotations, patch_px=patch_px or PATCH_PX)
 
     if annotations.is_dir() and patch_px:
-        raise click.UsageError("--patch-px: coordinate files say the size themselves")
-    # Small parts make loose files appear soon, and cost nothing; shards are what the user asks for.
+        raise click.UsageError("--patch-px: coordinate files already contain the size")
+    # A part of loose files appears when it is complete, so small parts show progress early and cost
+    # nothing. A part in shards is a shard, whose size the user chooses.
     part_size = shard_size if layout == "shards" else min(shard_size, 200)
     with user_errors():
         if not annotations.exists():
@@ -229,17 +238,17 @@ def extract(
 @click.option(
     "--listing",
     type=ANY_PATH,
-    help="Manifest saved from the GDC portal; may name other slides too.",
+    help="Manifest saved from the GDC portal; may contain other slides too.",
 )
-@click.option("--online", is_flag=True, help="Ask the GDC for the ids of the slides.")
+@click.option("--online", is_flag=True, help="Request the ids of the slides from the GDC.")
 @click.option("--gdc-url", default="https://api.gdc.cancer.gov", show_default=True)
 def gdc_manifest(
     annotations: Path, output: Path, listing: Path | None, online: bool, gdc_url: str
 ) -> None:
-    """Write OUTPUT, the manifest with which gdc-client fetches the slides of ANNOTATIONS.
+    """Write OUTPUT, the manifest with which gdc-client downloads the slides of ANNOTATIONS.
 
-    Annotations lack the ids that the GDC uses for slides; they come from a --listing, or from the
-    GDC itself with --online. Exit code 3 if a slide was not found.
+    The GDC identifies slides by UUIDs, which annotations do not contain; they come from a
+    --listing, or from the GDC itself with --online. The exit code is 3 if a slide was not found.
     """
     from pathgen.gdc import ask_gdc, needed_slides, read_listing, write_manifest
 
@@ -265,21 +274,23 @@ def gdc_manifest(
 )
 @click.argument("coords", type=FOLDER)
 @click.option("--slides", type=FOLDER, required=True, help="Folder of the slides.")
-@click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
+@click.option("--output", type=ANY_PATH, required=True, help="Output folder.")
 @click.option(
     "--encoder",
     required=True,
     metavar="SPEC",
-    help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder; needs a text tower.",
+    help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder, with a text encoder.",
 )
-@click.option("--device", help="Device to compute on. [default: a GPU if there is one]")
+@click.option("--device", help="Device. [default: a GPU if there is one]")
 @click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
-@click.option("--quota", default=256, show_default=True, help="Most patches per slide.")
 @click.option(
-    "--shares",
+    "--quota", default=256, show_default=True, help="Maximum number of patches per slide."
+)
+@click.option(
+    "--fractions",
     default="prompt=0.25,report=0.25,cluster=0.5",
     show_default=True,
-    help="Fractions of the quota.",
+    help="Fractions of the quota by source.",
 )
 @click.option(
     "--clusters",
@@ -291,18 +302,18 @@ def gdc_manifest(
     "--similarity",
     default=0.95,
     show_default=True,
-    help="Cosine from which two patches are duplicates.",
+    help="Cosine similarity above which two patches are duplicates.",
 )
 @click.option("--cancer-type", metavar="CODE", help="TCGA code, such as BRCA.")
 @click.option(
     "--cancer-types",
     type=FILE,
-    help="Cancer types by slide: JSON object, or lines with wsi_id, cancer_type.",
+    help="Cancer types by slide: a JSON object, or lines with wsi_id and cancer_type.",
 )
 @click.option(
-    "--reports", type=FILE, help="Reports by slide: JSON object, or lines with wsi_id, report."
+    "--reports", type=FILE, help="Reports by slide: a JSON object, or lines with wsi_id and report."
 )
-@click.option("--classes", type=FILE, help="Prompts of your own: JSON {type: {class: [texts]}}.")
+@click.option("--classes", type=FILE, help="Custom prompts: JSON {type: {class: [texts]}}.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -314,7 +325,7 @@ def select_patches(
     device: str | None,
     batch_size: int,
     quota: int,
-    shares: str,
+    fractions: str,
     clusters: str,
     similarity: float,
     cancer_type: str | None,
@@ -325,12 +336,12 @@ def select_patches(
     no_pictures: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
-    """Choose representative patches of the slides whose coordinates are in the folder COORDS.
+    """Select representative patches of the slides whose coordinates are in the folder COORDS.
 
-    Patches that match descriptions of findings, patches that match the report, and patches from
-    every cluster; near-duplicates go. Features are kept in the output folder and reused. Writes
-    selection.jsonl, coords/ for `xtuner-add extract`, and pictures/. Exit code 3 if a slide or a
-    patch could not be read.
+    Takes patches that match descriptions of findings, patches that match the report, and patches
+    from every cluster; skips near-duplicates. Features are cached in the output folder. Writes
+    selection.jsonl, coords/ for `xtuner-add extract`, and pictures/. The exit code is 3 if a slide
+    or a patch could not be read.
     """
     from pathcore.encoders import create_encoder
     from pathgen.selection.job import SKIPPED_NAME, SelectionSettings, read_table
@@ -339,7 +350,7 @@ def select_patches(
     with user_errors():
         settings = SelectionSettings(
             quota,
-            weight_values(shares, "--shares"),  # type: ignore[arg-type]
+            weight_values(fractions, "--fractions"),  # type: ignore[arg-type]
             clusters,
             similarity,
             seed,
@@ -361,7 +372,7 @@ def select_patches(
     click.echo(
         f"Wrote {output}: {report.num_patches:,} patches of "
         f"{report.num_slides - len(report.skipped):,} slides; features of {report.num_reused:,} "
-        "slides were there already"
+        "slides were cached"
     )
     for found in report.passed_over[:3]:
         click.echo(f"Passed over {found.path}: {found.reason}", err=True)
@@ -379,11 +390,15 @@ def select_patches(
     epilog=example("conform", "features/ --slides slides/ --output converted/"),
 )
 @click.argument("features", nargs=-1, required=True, type=FILE_OR_FOLDER)
-@click.option("--encoder", default="", help="Preset that the features should come from.")
-@click.option("--slides", type=FOLDER, help="Slides of the same names: their size and resolution.")
+@click.option("--encoder", default="", help="Preset that the features should belong to.")
+@click.option(
+    "--slides",
+    type=FOLDER,
+    help="Folder of slides with the same names, for their size and resolution.",
+)
 @click.option("--slide-mpp", type=float, help="Micrometres per pixel of the slides.")
 @click.option("--output", type=ANY_PATH, help="Folder for converted files.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per file.")
 @click.pass_context
 def conform(
     ctx: click.Context,
@@ -394,11 +409,12 @@ def conform(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Check FEATURES, files or folders of them, for known defects, and convert them.
+    """Check feature files for known defects, and convert them. FEATURES are files or folders.
 
     Reads feature files of TRIDENT, CLAM, STAMP, slide2vec and this package. With --output, sound
-    files and those whose defects can be mended are written in the layout of this package and
-    TRIDENT. Exit code 1 if a file has a defect; with --output, 3 if a file could not be converted.
+    files and those whose defects can be repaired are written in the layout of this package and
+    TRIDENT. The exit code is 1 if a file has a defect; with --output, 3 if a file could not be
+    converted.
     """
     from wsi.conform import SUFFIXES, FeatureFileError, check, converted, read_feature_file
 
@@ -440,7 +456,7 @@ def conform(
 
 
 def _of_slide(folder: Path, name: str) -> tuple[tuple[int, int] | None, float | None]:
-    """Size and resolution of the slide called `name`, if it is there and can be opened."""
+    """Returns size and resolution of the slide `name`, or None if it cannot be opened."""
     from wsi.openers import SlideError
     from wsi.reader import Slide
 

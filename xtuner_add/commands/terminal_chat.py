@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or from a pipe: one line is one question."""
+"""Chat in the terminal or from a pipe; each line is a question."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from pallava.inference.streaming import Sampling
 
 HELP = """\
-/image PATH   show an image with the next question; may be given several times
-/reset        forget the conversation and the images
-/help         this text
-/quit         end (also Ctrl-D); Ctrl-C stops an answer"""
+/image PATH   add an image to the next question; may be repeated
+/reset        clear the conversation and the images
+/help         show this text
+/quit         quit (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 class TerminalChat:
-    """Reads lines, prints answers.
+    """Reads questions line by line and prints the answers.
 
     Args:
-        assistant: The model.
-        sampling: Of every answer.
-        system: Text of the system's turn.
+        assistant: Model.
+        sampling: Sampling parameters.
+        system: System prompt.
     """
 
     def __init__(self, assistant: Assistant, sampling: Sampling, system: str | None = None) -> None:
@@ -40,10 +40,10 @@ class TerminalChat:
         self._images: list[Any] = []
 
     def run(self, images: Sequence[Path] = ()) -> int:
-        """Talks until the input ends; returns how many lines failed.
+        """Chats until the input ends; returns the number of lines that failed.
 
         Raises:
-            ImageError: One of the first images cannot be read.
+            ImageError: If one of `images` cannot be read.
         """
         self._images = [self.assistant.pixel_values(image) for image in images]
         for line in self._lines():
@@ -104,6 +104,7 @@ class TerminalChat:
         except KeyboardInterrupt:
             click.echo(" [stopped]", nl=False)
         click.echo()
-        # What was stopped before its first word is asked again with the next question's images.
+        # A question that was stopped before the first word is forgotten, but its images stay for
+        # the next one.
         if pieces:
             self._turns, self._images = [*turns, Turn("assistant", "".join(pieces))], []

@@ -236,7 +236,7 @@ class _Road:
                 *("select-patches", "tiles/archive/coords", "--slides", "slides/archive"),
                 *("--output", "selection", "--classes", classes.name, "--device", "cpu"),
                 *("--encoder", "open_clip:local-dir:first_clip/pairs/open_clip"),
-                *("--quota", self.plan.quota, "--shares", "prompt=1,cluster=1"),
+                *("--quota", self.plan.quota, "--fractions", "prompt=1,cluster=1"),
                 *("--similarity", self.plan.similarity, "--seed", self.seed),
             )
             self._call(

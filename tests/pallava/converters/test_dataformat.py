@@ -23,7 +23,7 @@ def test_requests_depend_on_seed_and_id_alone(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], part_rows: int, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("dataformat")
-    options = dict(seed=seed, image_place="random", max_area_px=None)
+    options = dict(seed=seed, image_position="random", max_area_px=None)
     results = []
     for name, numbers, size in (("plain", range(9), 100), ("other", order, part_rows)):
         pairs = write_lines(folder / f"{name}.jsonl", [pair(number) for number in numbers])

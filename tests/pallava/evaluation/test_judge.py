@@ -229,7 +229,7 @@ def test_the_command_says_what_the_judge_left_out(server: JudgeServer, tmp_path:
         cli.main, [*arguments(server, tmp_path), *whom, "--max-cost", "0.0001"]
     )
     assert result.exit_code == 3, result.output
-    assert "run this again" in result.output
+    assert "run the command again" in result.output
     assert json.loads((tmp_path / "metrics.json").read_text())["judged"]["not asked"] == 9
 
 

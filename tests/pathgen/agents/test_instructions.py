@@ -75,12 +75,12 @@ def test_every_kind_in_the_llava_schema(server: DescriberServer, tmp_path: Path)
 
 def test_shares_are_kept_and_drawn_by_id(server: DescriberServer, tmp_path: Path) -> None:
     server.write = write
-    shares = {"conversation": 3.0, "open": 1.0, "detail": 0.0}
-    _, rows = make(server, tmp_path, 120, shares=shares)
+    weights = {"conversation": 3.0, "open": 1.0, "detail": 0.0}
+    _, rows = make(server, tmp_path, 120, weights=weights)
     kinds = Counter(row["kind"] for row in rows)
     assert set(kinds) == {"conversation", "open"}
     assert 70 <= kinds["conversation"] <= 110
-    _, again = make(server, tmp_path, 60, shares=shares)
+    _, again = make(server, tmp_path, 60, weights=weights)
     assert again == rows[:60]
 
 
@@ -99,7 +99,7 @@ def test_wrong_questions_are_not_taken(
     server: DescriberServer, tmp_path: Path, reply: dict[str, Any]
 ) -> None:
     server.write = lambda _: json.dumps(reply)
-    report, rows = make(server, tmp_path, 1, shares={"closed": 1.0})
+    report, rows = make(server, tmp_path, 1, weights={"closed": 1.0})
     assert not rows
     assert report.counts["failed"] == 1
 
@@ -113,6 +113,6 @@ def test_training_takes_the_rows(server: DescriberServer, tmp_path: Path) -> Non
 
 
 def test_wrong_weights_are_refused() -> None:
-    for shares in ({"song": 1.0}, {"open": -1.0}, {"open": 0.0}):
+    for weights in ({"song": 1.0}, {"open": -1.0}, {"open": 0.0}):
         with pytest.raises(ValueError, match="weights for some of"):
-            make_instructions(shares)
+            make_instructions(weights)

@@ -55,12 +55,12 @@ def test_clusters_take_their_turns() -> None:
 
 def test_prompts_and_report_find_what_is_rare() -> None:
     features, labels = groups([300, 300, 6, 6])
-    shares = {"prompt": 0.25, "report": 0.25, "cluster": 0.5}
+    fractions = {"prompt": 0.25, "report": 0.25, "cluster": 0.5}
     choices, _ = select(
-        features, 20, prompts=texts(2, 9), report=texts(3), shares=shares, clusters="2",
+        features, 20, prompts=texts(2, 9), report=texts(3), fractions=fractions, clusters="2",
         max_similarity=1,
     )  # fmt: skip
-    by_source = {name: [c for c in choices if c.source == name] for name in shares}
+    by_source = {name: [c for c in choices if c.source == name] for name in fractions}
     assert {name: len(found) for name, found in by_source.items()} == {
         "prompt": 5, "report": 5, "cluster": 10,
     }  # fmt: skip
@@ -76,10 +76,10 @@ def test_report_counts_the_sum_over_its_sentences() -> None:
     base[0, 0] = 1  # fits one sentence wholly
     base[1, [0, 1]] = 1  # fits both by 0.71: the larger sum
     base[2, 5] = 1
-    shares = {"prompt": 1.0, "report": 1.0}
-    by_sum, _ = select(unit(base), 2, report=texts(0, 1), shares=shares, clusters="1")
+    fractions = {"prompt": 1.0, "report": 1.0}
+    by_sum, _ = select(unit(base), 2, report=texts(0, 1), fractions=fractions, clusters="1")
     assert (by_sum[0].index, by_sum[0].source) == (1, "report")
-    by_best, _ = select(unit(base), 2, prompts=texts(0, 1), shares=shares, clusters="1")
+    by_best, _ = select(unit(base), 2, prompts=texts(0, 1), fractions=fractions, clusters="1")
     assert (by_best[0].index, by_best[0].source) == (0, "prompt")
 
 
@@ -164,6 +164,6 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for options in ({"quota": 0}, {"quota": 3, "max_similarity": 0.0}):
         with pytest.raises(ValueError, match="quota of at least 1"):
             select(features, **options)  # type: ignore[arg-type]
-    for shares in ({"song": 1.0}, {"prompt": -1.0}, {"prompt": 0.0}):
+    for fractions in ({"song": 1.0}, {"prompt": -1.0}, {"prompt": 0.0}):
         with pytest.raises(ValueError, match="weights for"):
-            select(features, 3, shares=shares)  # type: ignore[arg-type]
+            select(features, 3, fractions=fractions)  # type: ignore[arg-type]
