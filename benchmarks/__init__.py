@@ -1,1 +1,1 @@
-"""Measurements beside straightforward implementations; results stand in docs/benchmarks.md."""
+"""Benchmarks against straightforward implementations; docs/benchmarks.md reports the results."""

@@ -16,13 +16,13 @@ QUICK = {
     "gigapath_slide_encoder": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
 }
-"""Arguments with which a benchmark takes seconds; the others are left out of a quick run."""
+"""Arguments with which a benchmark takes seconds; a quick run skips the others."""
 
 HELPERS = {"straightforward", "cite_histology", "slide_cohort"}
 
 
 def names() -> list[str]:
-    """Returns the benchmarks of this folder, helper modules not counted."""
+    """Returns the names of the benchmarks, without helper modules."""
     modules = {path.stem for path in Path(__file__).parent.glob("*.py")}
     return sorted(name for name in modules - HELPERS if not name.startswith("_"))
 
@@ -31,7 +31,7 @@ def names() -> list[str]:
 @click.argument("selected", nargs=-1, type=click.Choice(names()))
 @click.option("--quick", is_flag=True, help="Tiny sizes: shows that it runs, measures nothing.")
 def main(selected: tuple[str, ...], quick: bool) -> None:
-    """Run the benchmarks named, or all of them."""
+    """Run the given benchmarks, or all of them."""
     failed = []
     for name in selected or names():
         if quick and name not in QUICK:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def peak_resident_mib() -> Iterator[list[float]]:
-    """Largest resident memory inside above that at the start; NaN where /proc has no such file."""
+    """Measures the growth of peak resident memory; NaN if /proc does not provide it."""
     result = [float("nan")]
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak that the kernel records
         before = _status_mib("VmRSS")
     except OSError:
         yield result

@@ -1,9 +1,9 @@
 """Histology-like slides of three grades with scarce labels, and captioned fields to learn from.
 
-Grades differ in how much of the tumour forms glands. What else a slide shows is its own: other
-tissues, strength of both stains, look of the nuclei; few slides of a grade therefore mislead.
-Tissue is drawn by the demo's generator from real stained pixels; slides to validate on take their
-texture from another part of them.
+Grades differ in the fraction of the tumour that forms glands. Everything else varies per slide:
+other tissues, strength of both stains, appearance of the nuclei. A few slides of a grade are
+therefore misleading. The demo's generator draws tissue from real stained pixels; validation slides
+take their texture from another part of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GRADES = {
     "Moderately differentiated adenocarcinoma, glands and cell nests": (0.4, 0.6),
     "Poorly differentiated adenocarcinoma, cell nests": (0.0, 0.15),
 }
-"""Text of a grade -> range of the share of glands in the tumour."""
+"""Description of a grade -> range of the fraction of glands in the tumour."""
 
 OTHERS = ("fibrous stroma", "fat", "lymphoid tissue", "mucin", "necrosis")
 _DARK = 2.2
@@ -42,14 +42,14 @@ _DARK = 2.2
 
 @dataclass(frozen=True)
 class Canvas:
-    """What to draw.
+    """Description of a square image of tissue.
 
     Attributes:
-        side_px: Of the square.
-        shares: Share of the area by tissue; their sum is 1.
-        part: Whose real texture is used: `train` or `held_out`.
-        seed: Makes the canvas.
-        scale_px: Size of the pieces of one tissue.
+        side_px: Side of the square.
+        shares: Tissue -> fraction of the area; they sum to 1.
+        part: Part of the real texture to use: `train` or `held_out`.
+        seed: Random seed.
+        scale_px: Size of contiguous regions of one tissue.
     """
 
     side_px: int
@@ -60,7 +60,7 @@ class Canvas:
 
 
 def draw(canvas: Canvas) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """Draws tissue: image `(side, side, 3)` and index of the tissue `(side, side)`."""
+    """Draws tissue; returns the image `(side, side, 3)` and tissue indices `(side, side)`."""
     rng = np.random.default_rng(canvas.seed)
     shape = (canvas.side_px, canvas.side_px)
     regions = _regions(shape, [share for _, share in canvas.shares], canvas.scale_px, rng)
@@ -98,12 +98,12 @@ def make_slides(
     """Makes a folder in the layout of PatchGastric: patches and annotation files.
 
     Args:
-        folder: Receives `patches/`, `train_all.txt` and `val.txt`.
-        train: Slides of each grade to draw training slides from.
-        val: Slides of each grade to validate on.
-        patches: Of each slide; a square number.
-        workers: Processes.
-        seed: Of everything.
+        folder: Output folder for `patches/`, `train_all.txt` and `val.txt`.
+        train: Number of training slides per grade.
+        val: Number of validation slides per grade.
+        patches: Number of patches per slide; a square number.
+        workers: Number of processes.
+        seed: Random seed.
     """
     rng = np.random.default_rng(seed)
     canvases: dict[str, tuple[Canvas, int]] = {}
@@ -203,7 +203,7 @@ def _draw_fields(canvas: Canvas) -> tuple[NDArray[np.uint8], list[str]]:
 def _regions(
     shape: tuple[int, int], shares: Sequence[float], scale_px: float, rng: np.random.Generator
 ) -> NDArray[np.int8]:
-    """Smooth noise cut at quantiles, one tissue after the other, so that shares are exact."""
+    """Divides smooth noise at quantiles, tissue by tissue, so that fractions are exact."""
     regions = np.full(shape, -1, np.int8)
     for index, share in enumerate(shares):
         free = np.flatnonzero(regions.ravel() < 0)

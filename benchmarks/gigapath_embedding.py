@@ -1,20 +1,20 @@
-"""Tile embeddings of a slide: straight from the slide, and by way of an image per tile.
+"""Compares embedding tiles directly from the slide with embedding image files of tiles.
 
     OMP_NUM_THREADS=1 python -m benchmarks.gigapath_embedding [--side 8192] [--rounds 3]
 
 Makes a slide of real immunohistochemistry (JPEG tiles of 240 px, three levels) and embeds its tiles
-of 256 px by an encoder so small that the way of the pixels shows. Ways, in turn:
+of 256 px with an encoder so small that reading and preprocessing dominate. Methods, in turn:
 
-- images: a restatement of what Prov-GigaPath's pipeline does: the region of interest as one array,
-  tiles of it, luminance in float16, a PNG per tile by Pillow and a table; then a data loader that
-  opens each PNG and transforms it.
+- images: a reimplementation of Prov-GigaPath's pipeline: the region of interest as one array, tiles
+  of it, luminance in float16, a PNG per tile by Pillow and a table; then a data loader that opens
+  each PNG and transforms it.
 - ours, images: `tile_one_slide` and `run_inference_with_tile_encoder`, which do the same.
-- ours: `xtuner-add embed`'s machinery, coordinates and features on disk included, in this process
+- ours: the code of `xtuner-add embed`, including coordinates and features on disk, in this process
   with a reading thread.
-- floor: each tile decoded once and cropped, and the encoder; nothing is written.
+- floor: decodes each tile once, crops and encodes it; writes nothing.
 
-Median CPU seconds of the process, and ratios within the rounds. Peak memory: each way in a process
-of its own.
+Reports median CPU seconds of the process, and ratios within the rounds. Peak memory is measured in
+a separate process per method.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def make_slide(path: Path, side: int) -> None:
 
 
 def make_encoder(folder: Path) -> None:
-    """Writes a small twin of the tile encoder: about 1/4000 of its work."""
+    """Writes a small version of the tile encoder, with about 1/4000 of the operations."""
     sizes = dict(img_size=224, patch_size=16, embed_dim=48, depth=2, num_heads=4)
     model_args = {**sizes, "init_values": 1e-5, "mlp_ratio": 5.33334, "num_classes": 0}
     torch.manual_seed(0)
     model = timm.create_model("vit_giant_patch14_dinov2", **model_args)
     folder.mkdir()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    # The published transform: 256 px, of which the middle 224.
+    # The published transform: resize to 256 px, then crop the central 224.
     transform = {
         "input_size": [3, 224, 224],
         "crop_pct": 224 / 256,
@@ -111,7 +111,7 @@ class _Images(torch.utils.data.Dataset[Any]):
 
 
 def by_images(slide: Path, encoder: Path, out: Path) -> int:
-    """The original's way, restated."""
+    """Reimplements the original pipeline."""
     handle = openslide.OpenSlide(str(slide))
     last = handle.level_count - 1
     low = np.asarray(handle.read_region((0, 0), last, handle.level_dimensions[last]))[..., :3]
@@ -195,7 +195,7 @@ WAYS: dict[str, Callable[[Path, Path, Path], int]] = {
 
 
 def measure(name: str, slide: Path, encoder: Path) -> tuple[float, float, int]:
-    """CPU and wall milliseconds per tile, and the number of tiles."""
+    """Returns CPU and wall milliseconds per tile, and the number of tiles."""
     with tempfile.TemporaryDirectory(dir=slide.parent) as out:
         wall, cpu = time.perf_counter(), time.process_time()
         number = WAYS[name](slide, encoder, Path(out) / "out")
@@ -210,12 +210,14 @@ def _peak(name: str, slide: Path, encoder: Path, queue: Any) -> None:
 
 
 def _largest_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss is the parent's, too
+    lines = (
+        Path("/proc/self/status").read_text().splitlines()
+    )  # ru_maxrss includes that of the parent
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def peak_mib(name: str, slide: Path, encoder: Path) -> float:
-    """Growth of the largest resident memory, in a process of its own."""
+    """Returns the growth of peak resident memory, in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(name, slide, encoder, queue))
@@ -239,13 +241,15 @@ def main() -> None:
         slide, encoder = Path(folder) / "slide.svs", Path(folder) / "encoder"
         make_slide(slide, arguments.side)
         make_encoder(encoder)
-        floor(slide, encoder, Path(folder))  # everything is imported, the file is in memory
+        floor(slide, encoder, Path(folder))  # warm-up: imports, and the file in the page cache
         rounds = [
             {name: measure(name, slide, encoder) for name in WAYS} for _ in range(arguments.rounds)
         ]
         peaks = {name: peak_mib(name, slide, encoder) for name in WAYS}
     result = {}
-    print(f"{'way':14} {'tiles':>6} {'CPU ms':>8} {'wall ms':>8} {'times less CPU':>22} {'MiB':>6}")
+    print(
+        f"{'method':14} {'tiles':>6} {'CPU ms':>8} {'wall ms':>8} {'speed-up, CPU':>22} {'MiB':>6}"
+    )
     for name in WAYS:
         cpu, wall = (statistics.median(r[name][k] for r in rounds) for k in (0, 1))
         ratios = [r["images"][0] / r[name][0] for r in rounds]

@@ -1,12 +1,12 @@
-"""A signal that lies in where tiles are, learned by the slide encoder and not by mean pooling.
+"""A signal in the positions of tiles, which the slide encoder learns and mean pooling does not.
 
     python -m benchmarks.gigapath_position --image docs/images/gigapath_position.png
 
-Made-up slides of 10 x 10 tiles, all with as many tumour, lymphocyte and stroma tiles. In the one
-class lymphocytes ring the tumour, in the other they lie apart from it. Tile embeddings are the
-kind's prototype plus noise. Three learners see the same slides: logistic regression on the mean of
-the tiles, a small slide encoder with every slide's coordinates shuffled among its tiles, and the
-same with the coordinates as they are. Every seed draws cohort and weights anew.
+Synthetic slides of 10 x 10 tiles all have equally many tumour, lymphocyte and stroma tiles. In one
+class lymphocytes surround the tumour, in the other they are apart from it. Tile embeddings are the
+prototype of the kind plus noise. Three learners see the same slides: logistic regression on the
+mean over the tiles, a small slide encoder with the coordinates of every slide shuffled, and the
+same encoder with true coordinates. Every seed draws a new cohort and new weights.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MEAN, SHUFFLED, ENCODER = "mean pooling", "slide encoder, shuffled coordinates",
 
 @dataclass
 class Cohort:
-    """Slides of one draw.
+    """Slides of one random draw.
 
     Attributes:
         kinds: `(slides, tiles)`, index into `KINDS`.
         features: `(slides, tiles, WIDTH)`.
-        labels: `(slides,)`, 1 where lymphocytes ring the tumour.
+        labels: `(slides,)`, 1 if lymphocytes surround the tumour.
     """
 
     kinds: Tensor
@@ -53,13 +53,13 @@ class Cohort:
 
 
 def grid() -> Tensor:
-    """Column and row of every tile, `(tiles, 2)`, row by row."""
+    """Returns column and row of every tile, `(tiles, 2)`, row by row."""
     places = torch.arange(SIDE)
     return torch.cartesian_prod(places, places).flip(1)
 
 
 def draw_kinds(touching: bool, generator: torch.Generator) -> Tensor:
-    """One slide's kinds of tiles, `(tiles,)`."""
+    """Draws the kinds of a slide's tiles, `(tiles,)`."""
     places = grid().float()
     while True:
         centres = torch.rand(2, 2, generator=generator) * (SIDE - 1)
@@ -74,7 +74,7 @@ def draw_kinds(touching: bool, generator: torch.Generator) -> Tensor:
 
 
 def draw_cohort(num_slides: int, prototypes: Tensor, generator: torch.Generator) -> Cohort:
-    """Slides of both classes in turn."""
+    """Draws slides, of the two classes in turn."""
     labels = torch.arange(num_slides) % 2
     kinds = torch.stack([draw_kinds(bool(label), generator) for label in labels])
     noise = torch.randn(*kinds.shape, WIDTH, generator=generator)
@@ -82,7 +82,7 @@ def draw_cohort(num_slides: int, prototypes: Tensor, generator: torch.Generator)
 
 
 def mean_pooling(train: Cohort, test: Cohort) -> float:
-    """AUROC of logistic regression on the means of the tiles."""
+    """Returns the AUROC of logistic regression on the means over tiles."""
     splits = [
         VectorSplit(
             tuple(str(number) for number in range(len(cohort.labels))),
@@ -96,7 +96,7 @@ def mean_pooling(train: Cohort, test: Cohort) -> float:
 
 
 def encoder(train: Cohort, test: Cohort, epochs: int, shuffled: bool, seed: int) -> float:
-    """AUROC of a slide encoder trained from random weights, on the mean of its tiles."""
+    """Returns the AUROC of a slide encoder trained from random weights, with mean pooling."""
     torch.manual_seed(seed)
     model = create_model("", ARCH, WIDTH, check_inputs=False).train()
     head = nn.Linear(model.embed_dim, 1)
@@ -132,7 +132,7 @@ def encoder(train: Cohort, test: Cohort, epochs: int, shuffled: bool, seed: int)
 
 
 def run_seed(seed: int, num_slides: int, epochs: int) -> dict[str, float]:
-    """AUROC of every learner on the slides of one seed."""
+    """Returns the AUROC of every learner on the slides of one seed."""
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(len(KINDS), WIDTH, generator=generator)
     train = draw_cohort(num_slides, prototypes, generator)
@@ -145,7 +145,7 @@ def run_seed(seed: int, num_slides: int, epochs: int) -> dict[str, float]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds, by bootstrap."""
+    """Returns the 95 % bootstrap interval of the mean over seeds."""
     result = bootstrap(
         (np.asarray(values),), np.mean, method="percentile", rng=np.random.default_rng(0)
     )
@@ -153,7 +153,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def draw(figures: dict[str, list[float]], image: Path) -> None:
-    """Slides of both classes beside the scores."""
+    """Draws slides of both classes next to the scores."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,7 +211,7 @@ def main(
     image: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Train on slides that differ only in where their tiles lie."""
+    """Train on slides that differ only in the positions of their tiles."""
     torch.set_num_threads(threads)
     register_architecture(
         ARCH,

@@ -1,13 +1,13 @@
-"""The slide encoder beside a straightforward implementation of the published one.
+"""Compares the slide encoder with a straightforward implementation of the published code.
 
     python -m benchmarks.gigapath_slide_encoder
 
-The *straightforward* side restates what the published code computes where flash-attn is missing:
-the sequence padded to whole segments, groups of heads gathered into dense copies, a softmax over
-materialised scores, results scattered back into zeros for each branch. The *floor* is the time of
-the matrix products alone: the linear maps, run as they are, and the attention's operations at the
-speed measured of those maps. The cases take turns in one process; memory is measured in processes
-of their own.
+The *straightforward* side reimplements what the published code computes without flash-attn: the
+sequence padded to whole segments, groups of heads gathered into dense copies, a softmax over
+materialised scores, and the results of each branch scattered into zeros. The *floor* is the time of
+the matrix products only: the linear layers, and the operations of the attention at the speed
+measured for those layers. The cases run in turn in one process; memory is measured in separate
+processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STRAIGHTFORWARD, OURS, BF16, FLOOR = "straightforward", "ours", "ours, bf16", "f
 def dense_branch(
     query: Tensor, key: Tensor, value: Tensor, segment: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    """One branch with everything padded: output `(B, L, H, D)`, log-sum-exp `(B, L, H)`."""
+    """Computes one padded branch; returns output `(B, L, H, D)` and log-sum-exp `(B, L, H)`."""
     batch, length, heads, width = query.shape
     segment = min(segment, length)
     count = -(-length // segment)
@@ -52,7 +52,7 @@ def dense_branch(
         tensor = tensor.reshape(batch * count, segment, heads, width)
         tensor = F.pad(tensor, (0, 0, 0, per_group * dilation - heads, 0, inner - segment))
         tensor = tensor.reshape(-1, inner // dilation, dilation, dilation, per_group, width)
-        # Place p of a stride goes with group p of the heads.
+        # Head group p attends to offset p of each stride.
         return tensor.diagonal(dim1=2, dim2=3).permute(0, 4, 2, 1, 3).contiguous()
 
     queries, keys, values = gather(query), gather(key), gather(value)
@@ -74,7 +74,7 @@ def dense_branch(
 
 
 def dense_attention(module: DilatedSelfAttention, tokens: Tensor) -> Tensor:
-    """Self-attention of `(B, L, D)` with every branch in full."""
+    """Self-attention of `(B, L, D)` with every branch computed densely."""
     config = module.config
     query, key, value = (
         projection(tokens).unflatten(-1, (config.num_heads, -1))
@@ -94,7 +94,7 @@ def dense_attention(module: DilatedSelfAttention, tokens: Tensor) -> Tensor:
 
 
 def straightforward(model: LongNetViT, table: Tensor, x: Tensor, coords: Tensor) -> Tensor:
-    """The slide's vector, `(B, D)`, with the weights of ours."""
+    """Returns the slide embedding `(B, D)`, computed with the weights of our model."""
     cells = torch.floor(coords / model.tile_size).long()
     index = cells[..., 0] * model.slide_ngrids + cells[..., 1]
     tokens = model.patch_embed(x) + table[index]
@@ -109,7 +109,7 @@ def straightforward(model: LongNetViT, table: Tensor, x: Tensor, coords: Tensor)
 
 
 def attention_flops(model: LongNetViT, num_tokens: int) -> int:
-    """Operations of the scores and of their products with the values, one layer, no padding."""
+    """Returns the operations of scores and weighted sums in one layer, without padding."""
     config = model.encoder.config
     calls = (
         call
@@ -121,12 +121,13 @@ def attention_flops(model: LongNetViT, num_tokens: int) -> int:
 
 
 class Bench:
-    """The encoder and inputs of a number of tiles.
+    """The encoder, its inputs, and the cases.
 
     Args:
         layers: Number of layers.
-        quick: Tiny sizes.
-        with_table: Make the whole grid's table of positions for the straightforward side.
+        quick: Whether to use tiny sizes.
+        with_table: Whether to build the position table of the whole grid for the straightforward
+            side.
     """
 
     def __init__(self, layers: int, quick: bool, with_table: bool = True) -> None:
@@ -142,29 +143,29 @@ class Bench:
             self.table = torch.cat([rows, rows.transpose(0, 1)], dim=-1).flatten(0, 1)
 
     def inputs(self, num_tiles: int) -> tuple[Tensor, Tensor]:
-        """Tiles of a square of tissue, `(1, L, C)`, and their coordinates."""
+        """Returns tiles of a square of tissue, `(1, L, C)`, and their coordinates."""
         side = int(num_tiles**0.5) + 1
         places = torch.arange(num_tiles)
         coords = torch.stack([places % side, places // side], dim=-1) * self.model.tile_size
         return torch.randn(1, num_tiles, self.model.in_chans), coords.float().unsqueeze(0)
 
     def ours(self, x: Tensor, coords: Tensor) -> Tensor:
-        """The vector as users get it."""
+        """Computes the slide embedding as users do."""
         vector = self.model(x, coords)
         assert isinstance(vector, Tensor)
         return vector[0]
 
     def bf16(self, x: Tensor, coords: Tensor) -> Tensor:
-        """The same under autocast."""
+        """Computes the slide embedding under bf16 autocast."""
         with torch.autocast("cpu", torch.bfloat16):
             return self.ours(x, coords)
 
     def straightforward(self, x: Tensor, coords: Tensor) -> Tensor:
-        """The other side's vector."""
+        """Computes the slide embedding of the straightforward side."""
         return straightforward(self.model, self.table, x, coords)
 
     def floor(self, x: Tensor, coords: Tensor) -> float:
-        """Seconds of the matrix products alone, on one processor."""
+        """Returns the seconds of the matrix products only, on one processor."""
         config, layer = self.model.encoder.config, self.model.encoder.layers[0]
         assert isinstance(layer, EncoderLayer)
         tokens = torch.randn(x.shape[1] + 1, config.embed_dim)
@@ -182,7 +183,7 @@ class Bench:
 
 
 def peak_of(case: str, num_tiles: int, layers: int, quick: bool) -> float:
-    """Peak MiB of one forward pass above the model and its inputs, in a process of its own."""
+    """Returns peak MiB of a forward pass minus model and inputs, in a separate process."""
     command = [sys.executable, "-m", "benchmarks.gigapath_slide_encoder", "--peak", case]
     command += ["--tiles", str(num_tiles), "--layers", str(layers), *["--quick"] * quick]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -191,15 +192,15 @@ def peak_of(case: str, num_tiles: int, layers: int, quick: bool) -> float:
 
 @dataclass
 class Result:
-    """What was measured of a case at a number of tiles.
+    """Measurements of a case for a number of tiles.
 
     Attributes:
-        num_tiles: Tiles of the slide.
+        num_tiles: Number of tiles of the slide.
         name: The case.
         cpu_s: Median processor time of a forward pass.
         ratio: Median over the rounds of the straightforward side's time by this one's.
         over_floor: Median over the rounds of this one's time by the floor's.
-        peak_kib: Peak memory of a tile, model and inputs left out.
+        peak_kib: Peak memory per tile, without model and inputs.
     """
 
     num_tiles: int
@@ -211,7 +212,7 @@ class Result:
 
 
 def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list[Result]:
-    """Lets the cases take turns, and gives medians."""
+    """Runs the cases in turn, and returns medians."""
     x, coords = bench.inputs(num_tiles)
     cases: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         STRAIGHTFORWARD: bench.straightforward,
@@ -269,7 +270,7 @@ def main(
     json_file: Path | None,
     peak: str | None,
 ) -> None:
-    """Measure the slide encoder, `--tiles` beside the straightforward one, `--curve` one layer."""
+    """Measure the slide encoder: --tiles against the straightforward one, --curve one layer."""
     torch.set_num_threads(threads)
     if peak:
         bench = Bench(layers, quick, with_table=peak == STRAIGHTFORWARD)
@@ -291,7 +292,7 @@ def main(
         if result.name in (STRAIGHTFORWARD, OURS):
             mib = peak_of(result.name, result.num_tiles, min(layers, 2), quick)
             result.peak_kib = mib * 1024 / result.num_tiles
-    header = ["tiles", "case", "cpu s", "times less", "over floor", "peak KiB/tile"]
+    header = ["tiles", "case", "cpu s", "speed-up", "over floor", "peak KiB/tile"]
     rows = [list(asdict(result).values()) for result in results]
     click.echo(tabulate(rows, header, floatfmt=".4g"))
     single, lines = Bench(1, quick, with_table=False), []

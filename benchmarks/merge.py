@@ -1,14 +1,15 @@
-"""Merging LoRA into a made-up Llama of Llama-3-8B's shapes, beside `xtuner convert merge`.
+"""Compares merging LoRA into a random Llama with `xtuner convert merge`.
 
     python -m benchmarks.merge [--work-dir /scratch/merge] [--layers 8]
 
 Writes a base model in bf16 (random weights, real shapes: width 4096, feed-forward 14336, 32 heads,
-8 key-value heads, vocabulary 128,256) and a LoRA adapter of rank 128 on its seven linear kinds, as
+8 key-value heads, vocabulary 128,256) and a LoRA adapter of rank 128 on all seven linear layers, as
 PA-LLaVA trains it; merges with both programs in turn; then doubles the layers and merges with ours
-again, to show that memory does not grow. Without --work-dir everything lies in memory (/dev/shm)
-where there is room, so that the disk's speed does not count. Wall time is that of the whole
-command, imports included. Peak memory is the process's largest resident set (`VmHWM`), which the
-child reports itself: file pages that a program maps count, the system's own cache does not.
+again, to show that memory does not grow. Without --work-dir all files are in memory (/dev/shm) if
+it is large enough, so that the speed of the disk does not matter. Wall time is that of the whole
+command, including imports. Peak memory is the peak resident set of the process (`VmHWM`), which the
+child reports itself: it includes file pages that a program maps, but not the page cache of the
+system.
 """
 
 from __future__ import annotations
@@ -91,9 +92,10 @@ def main() -> None:
 
 
 def choose_work_dir(layers: int) -> Path:
-    """A folder in memory if base and output fit there beside XTuner's own peak, else on disk."""
+    """Returns a folder in memory if base, output and XTuner's peak fit, else one on disk."""
     in_memory, model_bytes = Path("/dev/shm"), 2.1e9 + 0.44e9 * layers
-    # Twice the layers, read and written; or one model, read and written, and XTuner's 1.6 of it.
+    # Either twice the layers, read and written; or one model, read and written, plus XTuner's peak
+    # of 1.6 times the model.
     needed_bytes = max(2 * (2.1e9 + 0.44e9 * 2 * layers), 3.6 * model_bytes)
     if in_memory.is_dir():
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -116,9 +118,9 @@ def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
         ours, theirs = medians.values()
         pairs = zip(rows[::2], rows[1::2], strict=True)
         ratios = sorted(right["wall_s"] / left["wall_s"] for left, right in pairs)
-        print(f"times less wall time: {theirs['wall_s'] / ours['wall_s']:.1f}", end=" ")
+        print(f"wall time, speed-up: {theirs['wall_s'] / ours['wall_s']:.1f}", end=" ")
         print(f"({ratios[0]:.1f} to {ratios[-1]:.1f} in the rounds)")
-        print(f"times less memory: {theirs['peak_gib'] / ours['peak_gib']:.1f}")
+        print(f"memory, ratio: {theirs['peak_gib'] / ours['peak_gib']:.1f}")
     print(f"peak with {double['layers']} layers: {double['peak_gib']} GiB")
 
 
@@ -195,7 +197,7 @@ def measure_xtuner(work_dir: Path, base: Path, adapter: Path, layers: int) -> di
 def measure(
     name: str, module: str, arguments: list[object], work_dir: Path, layers: int
 ) -> dict[str, Any]:
-    """Runs a module in a process of its own; returns wall time and peak memory."""
+    """Runs a module in a separate process; returns wall time and peak memory."""
     record = work_dir / "peak"
     command = [sys.executable, "-c", _MEASURE, module, *map(str, arguments), str(record)]
     model_bytes = sum(file.stat().st_size for file in (work_dir / "base").glob("*.safetensors"))
@@ -212,7 +214,7 @@ def measure(
     )
     wall = time.perf_counter() - start
     done = result.returncode == 0
-    os.sync()  # what one program leaves to the system's cache must not slow the other
+    os.sync()  # so that writing back one program's pages does not slow the other
     if not done:
         print(result.stdout[-1000:], result.stderr[-2000:], sep="\n", file=sys.stderr)
     return {

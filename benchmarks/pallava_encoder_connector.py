@@ -1,11 +1,11 @@
-"""PA-LLaVA's frozen encoder and connector beside a straightforward implementation.
+"""Compares PA-LLaVA's frozen encoder and connector with a straightforward implementation.
 
     python -m benchmarks.pallava_encoder_connector
 
-Both sides have the same weights and give the same output, which is checked first. One step is what
-training does: forward, and backward as far as a gradient is wanted. Times are medians over rounds
-in which the cases take turns in one process; memory and operations are measured in a process of
-its own for each case.
+Both sides have the same weights and give the same output, which is checked first. A step is a
+training step: forward, and backward as far as gradients are required. Times are medians over rounds
+in which the cases run in turn in one process; memory and operations are measured in a separate
+process per case.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ _MIB = 2**20
 
 @dataclass
 class Result:
-    """What was measured of one case.
+    """Measurements of one case.
 
     Attributes:
         name: The case.
         wall_s: Median wall time of a step.
         cpu_s: Median processor time of a step.
         gflop: Operations of matrix products and attention in a step.
-        saved_mib: Kept between forward and backward, weights not counted.
-        peak_mib: Largest resident memory during a step above that before it.
+        saved_mib: Memory that autograd keeps between forward and backward, without weights.
+        peak_mib: Peak resident memory during a step minus that before it.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Result:
 
 
 class Bench:
-    """The parts, their inputs, and the cases by name.
+    """The models, their inputs, and the cases by name.
 
     Args:
-        quick: Tiny sizes.
+        quick: Whether to use tiny sizes.
     """
 
     def __init__(self, quick: bool) -> None:
@@ -121,7 +121,7 @@ class Bench:
         """Returns the largest difference between both sides' outputs.
 
         Raises:
-            RuntimeError: They do not compute the same.
+            RuntimeError: If the two sides disagree.
         """
         self.connector.eval()
         baseline = StraightforwardConnector(self.connector).eval()
@@ -137,7 +137,7 @@ class Bench:
         return difference
 
     def cases(self) -> dict[str, Callable[[], Callable[[], object]]]:
-        """Name -> a function that builds the case's modules and returns its forward pass."""
+        """Maps names to functions that build a case's modules and return its forward pass."""
         return {
             "encoder, straightforward": self._straightforward_encoder,
             "encoder, packed": lambda: self._ours_encoded,
@@ -155,7 +155,7 @@ class Bench:
         }
 
     def backward(self, output: object) -> None:
-        """Runs backward what has a graph, as the language model above would."""
+        """Runs the backward pass of outputs with a graph, as the language model would."""
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         if wanted:
@@ -182,7 +182,7 @@ class Bench:
     ) -> Callable[[], object]:
         connector = StraightforwardConnector(self.connector, attention, dropout, checkpointing)
         connector.train()
-        # The frozen encoder's graph asks for the gradients of these inputs, too.
+        # The graph of the frozen encoder requires gradients of these inputs too.
         thumbnails = self.thumbnails.clone().requires_grad_()
         padded = pad_sub_images(self.sub_images, self.counts).requires_grad_()
         visible = visible_sub_images(self.counts)
@@ -228,7 +228,7 @@ class Bench:
 def measure_times(
     bench: Bench, names: Sequence[str], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Median wall and processor time of a step, the cases taking turns."""
+    """Returns median wall and processor time of a step; the cases run in turn."""
     forwards = {name: bench.cases()[name]() for name in names}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(1, rounds + 1):
@@ -248,7 +248,7 @@ def measure_times(
 
 
 def measure_memory(bench: Bench, name: str) -> dict[str, float]:
-    """Operations, kept and peak memory of a step; for a process that did nothing else."""
+    """Measures operations, kept and peak memory of a step; needs a fresh process."""
     forward = bench.cases()[name]()
     gc.collect()
     with peak_resident_mib() as peak:
@@ -257,7 +257,8 @@ def measure_memory(bench: Bench, name: str) -> dict[str, float]:
         display=False, custom_mapping={torch.ops.aten.mkldnn_linear: _linear_flop}
     )
     with counter:
-        # Until the backward pass alone: what layers recompute there is not kept for it.
+        # Only before the backward pass: what checkpointed layers recompute there is not kept
+        # memory.
         with kept_storages(bench) as kept:
             output = forward()
         saved_mib = sum(kept.values()) / _MIB
@@ -280,7 +281,7 @@ def _linear_flop(
 
 @contextmanager
 def kept_storages(bench: Bench) -> Iterator[dict[int, int]]:
-    """Collects the memory that autograd keeps, each once, weights and inputs left out."""
+    """Collects the storages that autograd keeps, each once, without weights and inputs."""
     kept: dict[int, int] = {}
     outside = [*bench.encoder.parameters(), *bench.connector.parameters(), *bench.stacks]
     outside += [bench.thumbnails, bench.sub_images]
@@ -289,7 +290,9 @@ def kept_storages(bench: Bench) -> Iterator[dict[int, int]]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known and not isinstance(tensor, torch.nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()  # alive, so that no address comes twice
+            kept[storage.data_ptr()] = (
+                storage.nbytes()
+            )  # keep them alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -306,7 +309,7 @@ def measure_in_child(name: str) -> dict[str, float]:
         check=False,
     )
     if result.returncode:
-        # The straightforward way takes 14 GB: on a full machine the times alone are worth having.
+        # The straightforward side takes 14 GB; without that much memory, report the times only.
         click.echo(f"  {name}: no memory figures, exit code {result.returncode}", err=True)
         return dict.fromkeys(("gflop", "saved_mib", "peak_mib"), float("nan"))
     measured: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
@@ -314,7 +317,7 @@ def measure_in_child(name: str) -> dict[str, float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as text, each beside its baseline."""
+    """Formats the results, each with its baseline."""
     by_name = {result.name: result for result in results}
     rows = []
     for result in results:
@@ -333,7 +336,7 @@ def table(results: Sequence[Result]) -> str:
                 result.peak_mib,
             ]
         )
-    headers = ["step of", "wall s", "CPU s", "times less", "GFLOP", "times fewer"]
+    headers = ["step of", "wall s", "CPU s", "speed-up", "GFLOP", "times fewer"]
     headers += ["kept MiB", "peak MiB"]
     formats = ("", ".2f", ".2f", "", ".1f", "", ".0f", ".0f")
     return tabulate(rows, headers, tablefmt="github", floatfmt=formats, disable_numparse=[3, 5])
@@ -347,7 +350,7 @@ def table(results: Sequence[Result]) -> str:
 )
 @click.option("--only-memory", hidden=True, help="Measure one case's memory; used by itself.")
 def main(quick: bool, rounds: int, json_path: Path | None, only_memory: str | None) -> None:
-    """Measure PA-LLaVA's encoder and connector beside a straightforward implementation."""
+    """Measure PA-LLaVA's encoder and connector against a straightforward implementation."""
     bench = Bench(quick)
     if only_memory:
         click.echo(json.dumps(measure_memory(bench, only_memory)))
@@ -364,7 +367,7 @@ def main(quick: bool, rounds: int, json_path: Path | None, only_memory: str | No
         click.echo(f"  {name}: {wall_s:.2f} s wall, {cpu_s:.2f} s CPU", err=True)
     memory = {}
     if not quick:
-        del bench  # the children need its memory
+        del bench  # free memory for the child processes
         gc.collect()
     for name in names:
         click.echo(f"  memory: {name}", err=True)

@@ -1,8 +1,8 @@
-"""Made-up slides as bags of tile features, and what can be asked about them.
+"""Synthetic slides as bags of tile features, and questions about them.
 
-A slide is a piece of tissue on a grid of tiles: stroma, in which round foci of other kinds lie.
-A tile's features are those of its kind and noise. The answers to all questions are drawn first and
-the slide after them, so that one answer says nothing about another.
+A slide is a piece of tissue on a grid of tiles: stroma with round foci of other kinds. The features
+of a tile are those of its kind plus noise. The answers to all questions are drawn first and the
+slide afterwards, so that the answers are independent.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ AMOUNTS = {"little": (0.03, 0.08), "some": (0.14, 0.21), "much": (0.29, 0.36)}
 
 QUARTERS = ("upper left", "upper right", "lower left", "lower right")
 
-_GLASS_TILES = 60  # tissue lies anywhere on a glass of this many tiles a side
+_GLASS_TILES = 60  # side of the glass in tiles; the tissue is anywhere on it
 _NOISE = 1.0
-_SPREAD = 0.5  # of the kinds' means: the nearest mean names nine tiles of ten
-_APART = 3  # tiles between tumour and necrosis that do not touch
+_SPREAD = 0.5  # relative to the means of the kinds: the nearest mean is right for nine of ten tiles
+_APART = 3  # minimum distance in tiles of tumour and necrosis that do not touch
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and what must be seen to know it."""
+    """A question, its answer, and what one must see to answer it."""
 
     kind: str
     text: str
@@ -42,14 +42,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """What is true of a slide, drawn before it.
+    """Facts about a slide, drawn before the slide.
 
     Attributes:
-        present: Kinds that occur besides stroma and tumour.
+        present: Kinds that occur in addition to stroma and tumour.
         amount: Key of `AMOUNTS`.
-        at_margin: Tumour reaches the edge of the tissue.
-        touches: Tumour and necrosis are neighbours.
-        quarter: Where the necrosis is.
+        at_margin: Whether the tumour reaches the edge of the tissue.
+        touches: Whether tumour and necrosis are adjacent.
+        quarter: Quarter of the slide with the necrosis.
     """
 
     present: frozenset[int]
@@ -60,7 +60,7 @@ class Answers:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Answers:
-        """Draws all of them, each answer as likely as the other."""
+        """Draws all facts; all answers are equally likely."""
         return cls(
             frozenset(kind for kind in (NECROSIS, FAT, LYMPH, MUCIN) if rng.random() < 0.5),
             str(rng.choice(list(AMOUNTS))),
@@ -70,7 +70,7 @@ class Answers:
         )
 
     def questions(self) -> list[Question]:
-        """All questions that have an answer."""
+        """Returns all questions that have an answer."""
         found = [
             Question("which", f"Does the slide show {NAMES[kind]}?", _yes(kind in self.present))
             for kind in (NECROSIS, FAT, LYMPH, MUCIN)
@@ -85,7 +85,7 @@ class Answers:
         return found
 
     def report(self) -> str:
-        """The answers as a text, from which a language model learns the words."""
+        """Returns the facts as a text, from which a language model learns the vocabulary."""
         others = [NAMES[kind] for kind in sorted(self.present)] or ["nothing else"]
         place = "at" if self.at_margin else "far from"
         text = f"Tumour: {self.amount}, {place} the margin. Also {', '.join(others)}."
@@ -96,10 +96,10 @@ class Answers:
 
 
 class Cohort:
-    """Slides that are drawn from a seed, with features that its kinds share.
+    """Random slides with common features per kind.
 
     Args:
-        seed: Of kinds and slides.
+        seed: Seed of kinds and slides.
     """
 
     def __init__(self, seed: int) -> None:
@@ -108,12 +108,12 @@ class Cohort:
         self.means = (rng.standard_normal((len(NAMES), IN_FEATURES)) * _SPREAD).astype(np.float32)
 
     def write(self, folder: Path, names: Sequence[str], part: int) -> Iterator[Answers]:
-        """Writes `<name>.h5` for every name and yields what is true of it.
+        """Writes `<name>.h5` for every name and yields the facts about the slide.
 
         Args:
-            folder: Receives the files.
-            names: Of the slides.
-            part: Slides of different parts differ.
+            folder: Output folder.
+            names: Names of the slides.
+            part: Index of the part; different parts have different slides.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names):
@@ -124,7 +124,7 @@ class Cohort:
     def slide(
         self, part: int, number: int
     ) -> tuple[Answers, NDArray[np.int64], np.random.Generator]:
-        """What is true of a slide, its kinds `(rows, columns)`, and what its noise comes from."""
+        """Returns a slide's facts, its kinds `(rows, columns)`, and the generator of its noise."""
         rng = np.random.default_rng([self.seed, 1 + part, number])
         answers = Answers.draw(rng)
         return answers, draw(answers, rng), rng
@@ -145,7 +145,7 @@ class Cohort:
 
 
 def draw(answers: Answers, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draws a slide of which these answers are true: kinds `(rows, columns)`, -1 for glass."""
+    """Draws a slide with these facts; returns kinds `(rows, columns)`, -1 for glass."""
     while True:
         kinds = _tissue(rng)
         number = int((kinds >= 0).sum())
@@ -162,7 +162,7 @@ def draw(answers: Answers, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _tissue(rng: np.random.Generator) -> NDArray[np.int64]:
-    """An ellipse of stroma, 12 to 24 tiles wide and high."""
+    """Draws an ellipse of stroma, 12 to 24 tiles wide and high."""
     height, width = rng.integers(12, 25, 2)
     rows, columns = np.mgrid[:height, :width]
     radius = ((rows + 0.5) / height * 2 - 1) ** 2 + ((columns + 0.5) / width * 2 - 1) ** 2
@@ -216,7 +216,7 @@ def _add(kinds: NDArray[np.int64], kind: int, size: int, rng: np.random.Generato
 def _focus(
     kinds: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> NDArray[np.bool_] | None:
-    """The tiles of stroma that are nearest to one of them; None where there are too few."""
+    """Returns the tiles of stroma nearest to a random one; None if there are too few."""
     rows, columns = np.nonzero(kinds == STROMA)
     if len(rows) < size or not size:
         return None
@@ -229,7 +229,7 @@ def _focus(
 
 
 def _distance(target: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Steps from every tile to the nearest target, glass around the grid being one if glass is."""
+    """Returns the distance of every tile to the nearest target; outside the grid is glass."""
     from scipy.ndimage import distance_transform_cdt
 
     rows, columns = target.shape

@@ -1,10 +1,10 @@
-"""Questions about whole slides: does the model learn them, and from what.
+"""Measures whether a model learns questions about whole slides, and from which signal.
 
-Run by ``python -m benchmarks.slide_questions``. Slides are made up as bags of tile features
-(`slide_cohort.py`), a small language model learns the words from reports in text, and
+Run by ``python -m benchmarks.slide_questions``. Slides are synthetic bags of tile features
+(`slide_cohort.py`), a small language model learns the vocabulary from text reports, and
 `pallava_slide_questions_tiny` trains connector, projection and LoRA on them through ``xtuner-add
 train``. Held-out questions are then asked with the slide itself, with the slide of another question
-of the same words, and with the slide's own tiles exchanged among their places. ``--sizes`` instead
+with the same words, and with the positions of the slide's tiles shuffled. ``--sizes`` instead
 measures one full-size step on slides of 1,000 to 100,000 tiles.
 """
 
@@ -32,8 +32,8 @@ WAYS = ("itself", "exchanged", "displaced")
 
 SIZES = (1_000, 10_000, 100_000)
 _BATCH = 64
-_MOST_ASKED = 8  # questions about a held-out slide with necrosis
-_ASKED = 3  # questions of a training conversation
+_MOST_ASKED = 8  # number of questions about a held-out slide with necrosis
+_ASKED = 3  # number of questions per training conversation
 
 
 def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> None:
@@ -65,7 +65,7 @@ def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> Non
 
 
 def train_language_model(folder: Path, seed: int, steps: int) -> None:
-    """Trains a small Llama on reports and questions about them: the words, no slide."""
+    """Trains a small Llama on reports and questions about them, without slides."""
     from xtuner_add.demo.language_model import LanguageModelSizes, train
 
     rng = np.random.default_rng([seed, 8])
@@ -81,7 +81,7 @@ def train_language_model(folder: Path, seed: int, steps: int) -> None:
 
 
 def train(folder: Path, steps: int | None) -> str:
-    """Trains and converts in the folder; returns the log."""
+    """Trains and converts the model in the folder; returns the log."""
     arguments = ["train", CONFIG, "--seed", "0", "--work-dir", "training"]
     if steps is not None:
         changes = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
@@ -94,7 +94,7 @@ def train(folder: Path, steps: int | None) -> str:
 
 
 def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Asks every held-out question in all ways; returns the rows with the answers."""
+    """Asks every held-out question in all conditions; returns the rows with the answers."""
     import torch
 
     from pallava import load_model
@@ -126,7 +126,7 @@ def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) -> None:
-    """Draws `examples.png`: held-out slides, where the connector looks, questions and answers."""
+    """Draws `examples.png`: held-out slides, attention of the connector, questions and answers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +166,7 @@ def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) ->
 
 
 def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
-    """Gives every question the slide of another question with the same words."""
+    """Assigns to every question the slide of another question with the same words."""
     by_text: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_text[row["question"]].append(index)
@@ -179,7 +179,7 @@ def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> lis
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Accuracy with its 95 % Wilson interval for every kind of question and every way."""
+    """Returns accuracy with 95 % Wilson interval for every kind of question and condition."""
     from scipy.stats import binomtest
 
     summary: dict[str, dict[str, Any]] = {}
@@ -198,7 +198,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summary as Markdown."""
+    """Formats the summary as Markdown."""
     lines = [
         "| question | n | slide itself | slides exchanged | tiles displaced | majority |",
         "|---|---|---|---|---|---|",
@@ -212,7 +212,7 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def measure(num_tiles: int, *, learning: bool) -> dict[str, float]:
-    """CPU seconds and peak memory of one slide at full size: 1536 wide, six layers, Llama-3 8B."""
+    """Measures CPU seconds and peak memory of one slide at full size (width 1536, six layers)."""
     import torch
 
     from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
@@ -276,7 +276,7 @@ def main(
     one_size: int | None,
     learning: bool,
 ) -> None:
-    """Make slides, train, ask, print the table; what is there already is kept."""
+    """Make slides, train, ask and print the table; existing results are kept."""
     if one_size:
         click.echo(json.dumps(measure(one_size, learning=learning)))
         return
@@ -303,7 +303,7 @@ def main(
 
 
 def _print_sizes() -> None:
-    """Each measurement in a process of its own, whose peak is its own."""
+    """Prints the measurements, each from a separate process, so that peaks are independent."""
     click.echo("| tiles | answer, CPU s | peak, GiB | training step, CPU s | peak, GiB |")
     click.echo("|---|---|---|---|---|")
     for size in SIZES:

@@ -1,9 +1,9 @@
-"""PA-LLaVA's image path as anyone would write it first, from Hugging Face's own layers.
+"""PA-LLaVA's image path in a straightforward implementation, with layers of Hugging Face.
 
-It does what the original does (facts: the published code's behaviour): every sub-image and, as
-padding, copies of the last one go through all layers of the encoder; a hook makes the encoder's
-input require a gradient, so that the frozen encoder keeps a graph and is run backward; layers are
-recomputed by the re-entrant kind of checkpointing; attention is eager, padding hidden by a mask.
+It behaves like the published code: every sub-image and, as padding, copies of the last one go
+through all layers of the encoder; a hook makes the encoder's input require a gradient, so that the
+frozen encoder keeps a graph and runs a backward pass; layers use re-entrant checkpointing;
+attention is eager, and padding is masked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 
 
 class StraightforwardEncoder(nn.Module):
-    """Hugging Face's CLIP vision tower with the weights of ours, frozen but with a graph."""
+    """Hugging Face's CLIP vision tower with our weights, frozen but with a graph."""
 
     def __init__(self, encoder: PLIPVisionEncoder) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class StraightforwardEncoder(nn.Module):
         """Encodes stacks `(1 + num_sub_images, 3, S, S)`.
 
         Returns:
-            Thumbnails `(B, T, D)`, sub-images `(B, longest, T, D)`, and which of these are no
-            copies, `(B, longest)`.
+            Thumbnails `(B, T, D)`, sub-images `(B, longest, T, D)`, and a mask `(B, longest)` that
+            is False for the copies.
         """
         counts = [len(stack) - 1 for stack in stacks]
         longest = max(counts)
@@ -55,10 +55,10 @@ class StraightforwardConnector(nn.Module):
     """A stack of Hugging Face's BERT layers with the weights of our connector.
 
     Args:
-        connector: Whose weights to take; its mode decides about cross-attention.
+        connector: Connector whose weights to use; its mode determines the cross-attention.
         attention: `eager` as in the original, or `sdpa`.
-        attention_dropout: Of the attention weights; the original trains with 0.1.
-        checkpointing: Recompute layers in the backward pass, the re-entrant kind.
+        attention_dropout: Dropout of attention weights; the original trains with 0.1.
+        checkpointing: Whether to use re-entrant checkpointing.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StraightforwardConnector(nn.Module):
             layer = BertLayer(bert)
             layer.load_state_dict(_bert_names(ours.state_dict()))
             self.layers.append(layer)
-        # The same modules, whose weights both train: they are no part of the comparison.
+        # Modules that both sides share; they are not part of the comparison.
         self.norm, self.mlp = connector.model.norm, connector.model.mlp.model
 
     def forward(self, thumbnails: Tensor, sub_images: Tensor, visible: Tensor) -> Tensor:
@@ -102,12 +102,12 @@ class StraightforwardConnector(nn.Module):
 
 
 def visible_sub_images(counts: Sequence[int]) -> Tensor:
-    """Returns `(B, longest)`, True where an image has a sub-image of its own."""
+    """Returns `(B, longest)`, True for sub-images and False for padding."""
     return torch.arange(max(counts)) < torch.tensor(counts)[:, None]
 
 
 def pad_sub_images(sub_images: Tensor, counts: Sequence[int]) -> Tensor:
-    """Packed features `(N, T, D)` to `(B, longest, T, D)`, padded with copies of the last."""
+    """Pads packed features `(N, T, D)` to `(B, longest, T, D)` with copies of the last one."""
     longest = max(counts)
     return torch.stack(
         [

@@ -90,7 +90,7 @@ def test_modes_of_one_process_ignore_the_number_of_processes() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"NPROC_PER_NODE": "two"}, r"NPROC_PER_NODE='two' must be a whole number, 1 or more"),
+        ({"NPROC_PER_NODE": "two"}, r"NPROC_PER_NODE='two' must be a whole number of at least 1"),
         ({"NPROC_PER_NODE": "0"}, r"NPROC_PER_NODE='0'"),
         ({"NNODES": "2"}, r"NNODES=2 needs NODE_RANK and ADDR and PORT too"),
         ({"NNODES": "2", "NODE_RANK": "0", "PORT": "1"}, r"needs ADDR too"),
