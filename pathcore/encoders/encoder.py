@@ -806,13 +806,12 @@ def _build_open_clip(
         joint = joint if feature == "projected" else None
     elif feature != "projected":
         raise EncoderError(f"encoder {name}: feature {feature!r}, expected projected")
-    width = preset.embed_dim if preset else int(module.visual.output_dim)
     return (
         Network(
             module,
             tower.features if tower else module.encode_image,
             transform,
-            tower.embed_dim if tower and feature != "projected" else width,
+            tower.embed_dim if tower else int(module.visual.output_dim),
             files,
             joint,
             lambda texts, device: module.encode_text(tokenizer(texts).to(device)),

@@ -228,7 +228,9 @@ def _timm(
         hint = f"; for example {', '.join(near)}" if near else ""
         raise EncoderError(f"encoder timm:{architecture}: timm has no such model{hint}")
     module: Any = timm.create_model(architecture, pretrained=False, **settings)
-    pools_token = getattr(module, "global_pool", None) == "token" and hasattr(module, "cls_token")
+    # "" leaves the pooling to the reader, as in Virchow's configuration.
+    pooling = getattr(module, "global_pool", None)
+    pools_token = pooling in ("token", "") and hasattr(module, "cls_token")
     feature = feature or ("class" if pools_token else "output")
     if feature in TOKEN_FEATURES and not hasattr(module, "num_prefix_tokens"):
         raise EncoderError(
