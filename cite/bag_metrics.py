@@ -9,7 +9,6 @@ Shapes: N patches, K classes, R resamples.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore import stats
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 
 Voting = Literal["soft", "hard"]
 Array = NDArray[Any]
@@ -217,7 +216,7 @@ def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> 
     return figure
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Any, path: StrPath) -> None:
     """Writes a matplotlib figure as PNG atomically."""
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")

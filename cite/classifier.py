@@ -20,7 +20,7 @@ from cite.projection import Projection
 from cite.prompted import PromptedEncoder
 from cite.text_scores import TextScores
 from pathcore.encoders.transform import Transform
-from pathcore.files import read_json, write_json
+from pathcore.files import StrPath, read_json, write_json
 from pathcore.images import load_image, to_rgb
 from pathcore.weights import load_strict, read_state_dict, write_state_dict
 
@@ -28,7 +28,7 @@ WEIGHTS_NAME = "classifier.safetensors"
 CONFIG_NAME = "classifier.json"
 FORMAT = 2
 
-Picture = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
+Picture = Image.Image | np.ndarray[Any, Any] | StrPath
 
 
 class LinearScores(nn.Module):
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
             rows.append(self(pixels.to(device)).softmax(dim=1).float().cpu())
         return torch.cat(rows)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Writes `classifier.safetensors`, then `classifier.json`, without which it cannot load."""
         folder = Path(folder)
         with self.backbone.whole_state_dict():
@@ -134,9 +134,7 @@ class Classifier(nn.Module):
         }
 
 
-def load_classifier(
-    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> Classifier:
+def load_classifier(folder: StrPath, device: str | torch.device = "cpu") -> Classifier:
     """Loads a classifier that `Classifier.save` wrote; needs neither MMEngine nor the hosts.
 
     Args:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathcore.files import atomic_file, read_json, write_json
+from pathcore.files import StrPath, atomic_file, read_json, write_json
 
 _KEY = "cite"
 _MADE_BY = ("encoder", "backbone", "preprocessing", "pipeline", "checkpoint")
@@ -82,7 +81,7 @@ class FeatureWriter:
             are deleted.
     """
 
-    def __init__(self, out: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+    def __init__(self, out: StrPath, header: Mapping[str, Any]) -> None:
         self.out = Path(out)
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.header = json.loads(json.dumps(header))
@@ -151,7 +150,7 @@ class FeatureWriter:
         return self.folder / f"{number:06d}.{suffix}"
 
 
-def read_features(path: str | os.PathLike[str]) -> Features:
+def read_features(path: StrPath) -> Features:
     """Reads a file that `FeatureWriter` wrote.
 
     Raises:

@@ -8,7 +8,6 @@ Shapes: N patches, C classes.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 from pathcore.rows import read_csv
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
@@ -92,7 +91,7 @@ def score_map(
 
 
 def draw_score_maps(
-    path: str | os.PathLike[str],
+    path: StrPath,
     scores: NDArray[np.floating[Any]],
     layout: Layout,
     classes: Sequence[str],
@@ -140,7 +139,7 @@ def draw_score_maps(
         figure.savefig(partial, format="png")
 
 
-def find_patches(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+def find_patches(folder: StrPath) -> dict[str, list[str]]:
     """Lists the patches of a folder by slide, the part of their names before the first `_`.
 
     Raises:
@@ -170,9 +169,7 @@ def layout_from_names(names: Sequence[str], patch_px: int) -> Layout:
     return Layout(tuple(names), np.array(made_up, dtype=np.int64), patch_px, is_known=False)
 
 
-def layout_from_h5(
-    path: str | os.PathLike[str], names: Sequence[str], patch_px: int | None = None
-) -> Layout:
+def layout_from_h5(path: StrPath, names: Sequence[str], patch_px: int | None = None) -> Layout:
     """Reads the positions from a coordinates file of a slide, in level-0 pixels.
 
     Args:
@@ -204,7 +201,7 @@ def layout_from_h5(
 
 
 def layouts_from_csv(
-    path: str | os.PathLike[str], slides: Mapping[str, Sequence[str]], patch_px: int
+    path: StrPath, slides: Mapping[str, Sequence[str]], patch_px: int
 ) -> dict[str, Layout]:
     """Reads a table with the columns `name`, `x` and `y`.
 

@@ -7,13 +7,12 @@ with the most patches.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pathcore.files import write_text
+from pathcore.files import StrPath, write_text
 from pathcore.rows import read_csv
 
 PUBLISHED_SUBTYPES = {
@@ -79,7 +78,7 @@ def slide_id(name: str) -> str:
 
 
 def read_captions(
-    path: str | os.PathLike[str], subtypes: Mapping[str, int] = PUBLISHED_SUBTYPES
+    path: StrPath, subtypes: Mapping[str, int] = PUBLISHED_SUBTYPES
 ) -> dict[str, int]:
     """Reads the class of each slide from captions.csv (columns `id` and `subtype`), in file order.
 
@@ -262,9 +261,7 @@ def published_names(val: float, num_slides: int | str | None = None, suffix: str
     return f"train_{num_slides}_{round(1 - val, 2)}{suffix}.txt"
 
 
-def write_patches(
-    path: str | os.PathLike[str], patches: Sequence[Patch], *, final_newline: bool = True
-) -> None:
+def write_patches(path: StrPath, patches: Sequence[Patch], *, final_newline: bool = True) -> None:
     """Writes an annotation file with a line `name label` per patch, atomically.
 
     Args:

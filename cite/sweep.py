@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cite.bag_metrics import save_figure
+from pathcore.files import StrPath
 
 CONFIDENCE = 0.95
 
@@ -122,7 +122,7 @@ class Sweep:
         lines = [head, ["---"] * len(head), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
-    def draw(self, path: str | os.PathLike[str], label: str, title: str = "") -> None:
+    def draw(self, path: StrPath, label: str, title: str = "") -> None:
         """Plots scores by number of slides as PNG, with a curve per method and error bars.
 
         Args:

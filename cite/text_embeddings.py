@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cite.text_encoder import TextEncoder
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 
 _KEY = "cite"
 _SHOWN = 60
@@ -134,7 +133,7 @@ def encode_texts(
     )
 
 
-def write_text_embeddings(path: str | os.PathLike[str], content: TextEmbeddings) -> None:
+def write_text_embeddings(path: StrPath, content: TextEmbeddings) -> None:
     """Writes embeddings as safetensors, with a description in the header."""
     from safetensors.torch import save_file
 
@@ -151,7 +150,7 @@ def write_text_embeddings(path: str | os.PathLike[str], content: TextEmbeddings)
 
 
 def read_text_embeddings(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     classes: Sequence[str] | None = None,
     width: int | None = None,

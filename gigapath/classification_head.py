@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gigapath import slide_encoder
+from pathcore.files import StrPath
 
 
 def parse_layers(feat_layer: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class ClassificationHead(nn.Module):
         feat_layer: str | int | Sequence[int] = "11",
         n_classes: int = 2,
         model_arch: str = "gigapath_slide_enc12l768d",
-        pretrained: str | os.PathLike[str] = "hf_hub:prov-gigapath/prov-gigapath",
+        pretrained: StrPath = "hf_hub:prov-gigapath/prov-gigapath",
         freeze: bool = False,
         **kwargs: Any,
     ) -> None:

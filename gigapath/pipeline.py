@@ -43,7 +43,7 @@ from gigapath.published.tiling import (
     tissue_tiles,
 )
 from gigapath.tile_encoder import tile_transform
-from pathcore.files import atomic_file, check_name, fsync_path, write_json
+from pathcore.files import StrPath, atomic_file, check_name, fsync_path, write_json
 from pathcore.pool import ProgressBar
 from wsi.features import FolderTiles, read_tiles
 from wsi.image_codecs import encode_png
@@ -61,8 +61,8 @@ Order = Literal["row-major", "given"]
 
 
 def tile_one_slide(
-    slide_file: str | os.PathLike[str] = "",
-    save_dir: str | os.PathLike[str] = "",
+    slide_file: StrPath = "",
+    save_dir: StrPath = "",
     level: int = 0,
     tile_size: int = 256,
     *,
@@ -197,7 +197,7 @@ class TileEncodingDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        image_paths: Sequence[str | os.PathLike[str]],
+        image_paths: Sequence[StrPath],
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         self.image_paths = list(image_paths)
@@ -224,7 +224,7 @@ class TileEncodingDataset(Dataset[dict[str, Tensor]]):
 
 
 def run_inference_with_tile_encoder(
-    image_paths: Sequence[str | os.PathLike[str]],
+    image_paths: Sequence[StrPath],
     tile_encoder: nn.Module,
     batch_size: int = 128,
     *,

@@ -26,6 +26,7 @@ from gigapath.pos_embed import (
     check_coords,
     embed_positions,
 )
+from pathcore.files import StrPath
 from pathcore.weights import check_finite, check_names, read_state_dict
 
 HUB_PREFIX = "hf_hub:"
@@ -442,9 +443,7 @@ def _pool(state: Tensor, sizes: Sequence[int], pooling: Pooling) -> Tensor:
     raise ValueError(f"pooling {pooling!r}: expected 'cls' or 'mean'")
 
 
-def find_slide_weights(
-    pretrained: str | os.PathLike[str], local_dir: str | os.PathLike[str] | None = None
-) -> Path:
+def find_slide_weights(pretrained: StrPath, local_dir: StrPath | None = None) -> Path:
     """Finds the weights of a slide encoder and downloads them if they are not cached.
 
     Args:
@@ -497,10 +496,10 @@ def _in_folder(folder: Path) -> Path | None:
 
 
 def create_model(
-    pretrained: str | os.PathLike[str],
+    pretrained: StrPath,
     model_arch: str,
     in_chans: int,
-    local_dir: str | os.PathLike[str] | None = None,
+    local_dir: StrPath | None = None,
     **kwargs: Any,
 ) -> LongNetViT:
     """Creates a slide encoder in evaluation mode.

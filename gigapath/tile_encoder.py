@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pathcore.encoders.transform import Transform
+from pathcore.files import StrPath
 from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
@@ -103,7 +104,7 @@ class TileWeights:
 
 
 def create_model(
-    pretrained: str | os.PathLike[str], model_arch: str | None = None, **model_args: Any
+    pretrained: StrPath, model_arch: str | None = None, **model_args: Any
 ) -> nn.Module:
     """Builds a tile encoder and loads its weights, which must match exactly.
 
@@ -145,7 +146,7 @@ def create_model(
     return model.eval()
 
 
-def embedding_width(pretrained: str | os.PathLike[str], model_arch: str | None = None) -> int:
+def embedding_width(pretrained: StrPath, model_arch: str | None = None) -> int:
     """Returns the embedding width of the encoder that `create_model` would build.
 
     Raises:
@@ -193,9 +194,7 @@ def published_transform(crop_px: int = CROP_PX) -> Transform:
     return Transform(resize_px(crop_px), crop_px, "bicubic", IMAGE_MEAN, IMAGE_STD)
 
 
-def encoder_transform(
-    pretrained: str | os.PathLike[str], model_arch: str | None = None
-) -> Transform:
+def encoder_transform(pretrained: StrPath, model_arch: str | None = None) -> Transform:
     """Returns the preprocessing of the encoder that `create_model` would build.
 
     Prov-GigaPath and GigaPath-Flash use the published transform, which differs from the
@@ -238,7 +237,7 @@ def encoder_transform(
 
 
 def slide_encoder_of(
-    pretrained: str | os.PathLike[str], model_arch: str | None = None, *, named: bool = False
+    pretrained: StrPath, model_arch: str | None = None, *, named: bool = False
 ) -> str | None:
     """Returns the hub name of the slide encoder trained on a tile encoder; None if there is none.
 
@@ -278,7 +277,7 @@ def resize_px(crop_px: int) -> int:
     return round(crop_px * RESIZE_PX / CROP_PX)
 
 
-def find_tile_weights(pretrained: str | os.PathLike[str]) -> TileWeights:
+def find_tile_weights(pretrained: StrPath) -> TileWeights:
     """Finds the files of a tile encoder; files of the hub are downloaded unless they are cached.
 
     Raises:

@@ -7,7 +7,6 @@ that cannot be used is recorded in the run's skip log and skipped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from pallava.engine.conversations import (
     process_text,
 )
 from pallava.image_index import index_images
+from pathcore.files import StrPath
 from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image, path_inside
 
 __all__ = ["LLaVADataset", "load_processed_text", "process_text"]
@@ -60,11 +60,11 @@ class LLaVADataset(ConversationDataset):
 
     def __init__(
         self,
-        image_folder: str | os.PathLike[str],
+        image_folder: StrPath,
         image_processor: Any,
-        data_path: str | os.PathLike[str] | None = None,
+        data_path: StrPath | None = None,
         tokenizer: Any = None,
-        offline_processed_text_folder: str | os.PathLike[str] | None = None,
+        offline_processed_text_folder: StrPath | None = None,
         max_dataset_length: int | None = None,
         dataset_map_fn: Any = None,
         template_map_fn: Any = None,
@@ -74,7 +74,7 @@ class LLaVADataset(ConversationDataset):
         grid_ties: GridTies = "published",
         check_images: Literal["header", "none"] = "header",
         max_pixels: int = MAX_IMAGE_PIXELS,
-        skip_log: str | os.PathLike[str] | None = None,
+        skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)

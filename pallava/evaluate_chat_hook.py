@@ -12,6 +12,7 @@ from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
 from pallava.anyres import AnyRes, GridTies
 from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
+from pathcore.files import StrPath
 from pathcore.images import load_image
 
 
@@ -116,7 +117,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         return str((self.system + self.instruction).format(input=question, round=1))
 
 
-def _load(name: str | os.PathLike[str]) -> Any:
+def _load(name: StrPath) -> Any:
     name = os.fspath(name)
     if name.startswith(("http://", "https://")):
         return load_image_or_url(name)

@@ -19,6 +19,7 @@ import xxhash
 
 from pathcore.files import (
     OutputExistsError,
+    StrPath,
     atomic_file,
     file_identity,
     folder_lock,
@@ -38,7 +39,7 @@ _LARGE_BYTES = 16 << 20
 """Files from this size are read back while the next one is written, smaller ones at the end."""
 
 
-def checksum_of(path: str | os.PathLike[str]) -> str:
+def checksum_of(path: StrPath) -> str:
     """Returns the 128-bit XXH3 checksum of a file; ten times faster than SHA-256."""
     checksum = xxhash.xxh3_128()
     for chunk in read_chunks(path):
@@ -93,7 +94,7 @@ class FolderBuild:
         ['config.json', 'release.manifest.jsonl']
     """
 
-    def __init__(self, out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
+    def __init__(self, out: StrPath, inputs: Mapping[str, Any]) -> None:
         # If `out` is a symbolic link, its target is written, whether or not it exists.
         self.out = Path(os.path.realpath(out))
         self.folder = self.out.with_name(f"{self.out.name}.partial")
@@ -230,7 +231,7 @@ class FolderBuild:
 
 
 def read_manifest(
-    folder: str | os.PathLike[str],
+    folder: StrPath,
 ) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     """Reads the inputs and the file rows of a built folder; `(None, {})` without a manifest.
 

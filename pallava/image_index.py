@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pathcore.files import StrPath
 from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size, path_inside
 
 _THREADS = 32  # reading headers is bound by disk or network latency
@@ -34,7 +34,7 @@ class ImageIndex:
 
 
 def index_images(
-    folder: str | os.PathLike[str], names: Iterable[str], *, max_pixels: int = MAX_IMAGE_PIXELS
+    folder: StrPath, names: Iterable[str], *, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> ImageIndex:
     """Reads the header of every named image in a folder.
 

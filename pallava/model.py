@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
+from pathcore.files import StrPath
 from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 
@@ -68,7 +68,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         freeze_llm: bool = False,
         freeze_visual_encoder: bool = False,
         visual_select_layer: int = -2,
-        pretrained_pth: str | os.PathLike[str] | None = None,
+        pretrained_pth: StrPath | None = None,
         projector_type: str = "qformer_mlp",
         projector_depth: int = 1,
         cross_attention: bool | None = None,

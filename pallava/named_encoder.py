@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from pallava.registry import ENCODERS
 from pathcore.encoders import Transform, find_transform, open_image_tower
 from pathcore.encoders.patch_tokens import PatchTokens
 from pathcore.encoders.towers import EncoderError, Tower, open_tower
-from pathcore.files import read_json, sha256_of
+from pathcore.files import StrPath, read_json, sha256_of
 from pathcore.weights import read_state_dict
 
 MODEL_TYPE = "pallava_named_encoder"
@@ -94,7 +93,7 @@ class NamedVisionEncoder(nn.Module):
         with torch.no_grad() if frozen else nullcontext():
             return read(pixel_values, select_layer)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Saves `config.json` and `model.safetensors`; `load_named_encoder` reads them.
 
         Raises:
@@ -111,7 +110,7 @@ class NamedVisionEncoder(nn.Module):
         save_module(self.model, config, folder)
 
 
-def load_named_encoder(folder: str | os.PathLike[str]) -> NamedVisionEncoder:
+def load_named_encoder(folder: StrPath) -> NamedVisionEncoder:
     """Loads what `NamedVisionEncoder.save` wrote.
 
     Raises:

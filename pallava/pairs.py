@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pallava.skipping import SkipLog
+from pathcore.files import StrPath
 from pathcore.images import ImageError, load_image, path_inside
 from pathcore.rows import check_share, line_offsets, pair_fault
 
@@ -72,7 +72,7 @@ def parse_pair(line: str | bytes) -> Pair:
     return Pair(str(row["id"]), row["image"], row["caption"].strip())
 
 
-def read_captions(pairs_file: str | os.PathLike[str]) -> Iterator[str]:
+def read_captions(pairs_file: StrPath) -> Iterator[str]:
     """Yields the captions of a pairs file; unusable lines are skipped.
 
     Raises:
@@ -106,8 +106,8 @@ class PairDataset(Dataset[PairSample]):
 
     def __init__(
         self,
-        pairs_file: str | os.PathLike[str],
-        image_folder: str | os.PathLike[str] | None = None,
+        pairs_file: StrPath,
+        image_folder: StrPath | None = None,
         *,
         image_size: int,
         skip_log: SkipLog,

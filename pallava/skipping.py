@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pathcore.files import StrPath
 from pathcore.rows import encode_row, read_lines
 
 SKIP_LOG_NAME = "skipped_samples.jsonl"
@@ -44,11 +45,11 @@ class SkipLog:
         ['slide_7']
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         self._seen: set[tuple[str, str]] = set()
 
-    def record(self, sample_id: object, file: str | os.PathLike[str], reason: object) -> None:
+    def record(self, sample_id: object, file: StrPath, reason: object) -> None:
         """Appends one line; each process writes the same id and file only once.
 
         Args:

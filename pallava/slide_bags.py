@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathcore.files import StrPath
 from pathcore.images import ImageError, path_inside
 
 if TYPE_CHECKING:
@@ -179,13 +180,13 @@ class SlidePreparation:
         return bag._replace(slide_embedding=read_slide_embedding(embedding_beside(path)))
 
 
-def embedding_beside(path: str | os.PathLike[str]) -> Path:
+def embedding_beside(path: StrPath) -> Path:
     """Returns the slide embedding path beside a tile feature file: `<slide>.embedding.h5`."""
     return Path(path).with_suffix(f".embedding{SUFFIX}")
 
 
 def read_bag(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     in_features: int | None = None,
     tile_size_level0: int | None = None,
@@ -224,7 +225,7 @@ def read_bag(
     return SlideBag(torch.from_numpy(features), _positions(Path(path), coords, side))
 
 
-def read_slide_embedding(path: str | os.PathLike[str]) -> Tensor:
+def read_slide_embedding(path: StrPath) -> Tensor:
     """Reads a slide-level embedding `(E,)` as float32.
 
     Raises:

@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from pathcore.files import StrPath
+
 MAX_IMAGE_PIXELS = 400_000_000
 """Maximum number of pixels of an image: 20,000 x 20,000, or 1.6 GB as Pillow stores RGB."""
 
@@ -85,9 +87,7 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
-def image_size(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS
-) -> tuple[int, int]:
+def image_size(path: StrPath, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Reads width and height in pixels from the header of an image file.
 
     Args:
@@ -101,7 +101,7 @@ def image_size(
         return image.size
 
 
-def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(path: StrPath, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decodes an image file to 8-bit RGB.
 
     Transparent pixels become white, like empty glass. 16-bit grey is scaled by its full range.

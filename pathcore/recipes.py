@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from pathcore.files import StrPath
 
-def read_recipes(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+
+def read_recipes(path: StrPath) -> list[dict[str, Any]]:
     """Reads a recipe and those that it inherits from.
 
     Args:

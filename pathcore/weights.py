@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import struct
 import zipfile
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 
 StateDict = dict[str, Tensor]
 
@@ -97,7 +96,7 @@ class CheckpointError(ValueError):
     """Raised if a checkpoint cannot be read or does not fit the model."""
 
 
-def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
+def read_state_dict(path: StrPath, *, mmap: bool = False) -> StateDict:
     """Reads the tensors of a checkpoint into a flat dictionary on the CPU.
 
     The format is recognised by content, not by suffix. Optimizer states, arguments and other
@@ -140,7 +139,7 @@ def read_state_dict(path: str | os.PathLike[str], *, mmap: bool = False) -> Stat
     return _unwrap(_torch_load(path, mmap=mmap and container == "zip"), path)
 
 
-def read_torch_file(path: str | os.PathLike[str]) -> Any:
+def read_torch_file(path: StrPath) -> Any:
     """Reads the whole content of a `torch.save` file: tensors and a few harmless types.
 
     Raises:
@@ -150,7 +149,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     return _torch_load(path, mmap=recognise_container(path) == "zip")
 
 
-def write_state_dict(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
+def write_state_dict(path: StrPath, state_dict: Mapping[str, Tensor]) -> None:
     """Writes tensors to a `.safetensors` file, or under the key `state_dict` to `.pth` or `.pt`.
 
     Raises:
@@ -173,7 +172,7 @@ def load_strict(
     state_dict: Mapping[str, Tensor],
     *,
     what: str,
-    source: str | os.PathLike[str] = "checkpoint",
+    source: StrPath = "checkpoint",
     hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> None:
     """Copies a state dict into a module; all names and shapes must match.
@@ -208,7 +207,7 @@ def check_names(
     found: Mapping[str, Tensor],
     *,
     what: str,
-    source: str | os.PathLike[str],
+    source: StrPath,
     hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> None:
     """Compares the names and shapes of two state dicts.
@@ -235,7 +234,7 @@ def check_names(
     )
 
 
-def check_finite(state_dict: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+def check_finite(state_dict: Mapping[str, Tensor], source: StrPath) -> None:
     """Checks that all weights are finite.
 
     Raises:
@@ -251,7 +250,7 @@ def check_loading_report(
     module: nn.Module,
     *,
     what: str,
-    source: str | os.PathLike[str],
+    source: StrPath,
     unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Checks the info returned by transformers' `from_pretrained(..., output_loading_info=True)`.
@@ -369,7 +368,7 @@ def is_file_name(value: str) -> bool:
     return value not in ("", ".", "..") and Path(value).name == value
 
 
-def check_plain(names: Iterable[object], source: str | os.PathLike[str]) -> None:
+def check_plain(names: Iterable[object], source: StrPath) -> None:
     """Checks that tensor names are safe for tools that write one file per tensor.
 
     Raises:

@@ -8,14 +8,13 @@ level-0 pixels, as strings or numbers), `caption`.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pathcore.files import UnsafeNameError, check_name
+from pathcore.files import StrPath, UnsafeNameError, check_name
 from pathcore.rows import BadRow, first_byte, is_encodable, read_array, read_lines
 from wsi.requests import NAME_ROOM_BYTES, PatchRequest, RejectedRow
 
@@ -42,7 +41,7 @@ class AnnotationError(ValueError):
 
 
 def read_annotations(
-    path: str | os.PathLike[str], *, patch_px: int = PATCH_PX
+    path: StrPath, *, patch_px: int = PATCH_PX
 ) -> Iterator[PatchRequest | RejectedRow]:
     """Reads a file of annotations in constant memory.
 

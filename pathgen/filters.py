@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import unicodedata
@@ -20,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pathcore.chat_replies import find_markup
-from pathcore.files import write_json
+from pathcore.files import StrPath, write_json
 from pathcore.rows import encode_row, read_rows_with_id, row_files
 
 _REFUSAL = re.compile(
@@ -248,8 +247,8 @@ def near_step(
 
 
 def filter_captions(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: StrPath,
+    out: StrPath,
     steps: Sequence[FilterStep],
     *,
     num_samples: int = 10,

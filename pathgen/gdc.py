@@ -7,14 +7,13 @@ contain: it is looked up in a manifest saved from the GDC portal, or requested f
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from pathcore.files import write_text
+from pathcore.files import StrPath, write_text
 from pathcore.rows import read_csv
 from pathgen.annotations import read_annotations
 from wsi.requests import PatchRequest
@@ -40,13 +39,13 @@ class GdcFile:
     state: str
 
 
-def needed_slides(annotations: str | os.PathLike[str]) -> set[str]:
+def needed_slides(annotations: StrPath) -> set[str]:
     """Returns the ids of the slides that a file of annotations asks for."""
     rows = read_annotations(annotations)
     return {row.slide_id for row in rows if isinstance(row, PatchRequest)}
 
 
-def read_listing(path: str | os.PathLike[str]) -> Iterator[GdcFile]:
+def read_listing(path: StrPath) -> Iterator[GdcFile]:
     """Reads a tab-separated manifest, as the GDC portal saves it.
 
     Raises:
@@ -95,9 +94,7 @@ def ask_gdc(slide_ids: Iterable[str], *, url: str = GDC_URL) -> Iterator[GdcFile
             raise ConnectionError(f"{url}/files: no valid answer ({error!r})") from error
 
 
-def write_manifest(
-    path: str | os.PathLike[str], slide_ids: Iterable[str], files: Iterable[GdcFile]
-) -> list[str]:
+def write_manifest(path: StrPath, slide_ids: Iterable[str], files: Iterable[GdcFile]) -> list[str]:
     """Writes the manifest of slides.
 
     Args:

@@ -147,7 +147,7 @@ class FolderTiles:
         return self.folder.name
 
     @classmethod
-    def find(cls, folder: str | os.PathLike[str], *, size_level0: int | None = None) -> FolderTiles:
+    def find(cls, folder: StrPath, *, size_level0: int | None = None) -> FolderTiles:
         """Lists the tiles of a folder, sorted row by row.
 
         Args:
@@ -179,7 +179,7 @@ class FolderTiles:
         return cls(folder, files, coords, size)
 
     @classmethod
-    def of_files(cls, paths: Sequence[str | os.PathLike[str]]) -> FolderTiles:
+    def of_files(cls, paths: Sequence[StrPath]) -> FolderTiles:
         """Returns tiles from images in one or more folders, in the given order.
 
         Raises:

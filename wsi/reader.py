@@ -16,7 +16,6 @@ Example:
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pathcore.files import StrPath
 from pathcore.jobs import UnitError
 from wsi.diagnosis import is_tiff
 from wsi.openers import PLAIN_SUFFIXES, Backend, OpenSlideBackend, SlideError, open_backend
@@ -129,7 +129,7 @@ class Slide:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StrPath,
         *,
         mpp: float | None = None,
         magnification: float | None = None,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 from wsi.reader import Slide
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def draw_patches(
     return image
 
 
-def save_jpeg(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def save_jpeg(image: Image.Image, path: StrPath) -> None:
     """Writes a picture as JPEG, atomically."""
     with atomic_file(path) as partial:
         image.save(partial, "JPEG", quality=_QUALITY)

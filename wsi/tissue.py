@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import binary_closing, gaussian_filter
 from skimage.filters import threshold_otsu
 
+from pathcore.files import StrPath
 from wsi.reader import Slide
 
 MIN_SATURATION = 8
@@ -121,7 +121,7 @@ def _glass_threshold(saturation: NDArray[np.uint8]) -> float:
     return max(threshold, MIN_SATURATION)
 
 
-def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
+def image_mask(path: StrPath, slide: Slide) -> TissueMask:
     """Reads a mask from an image of the whole slide; pixels that are not black are tissue.
 
     Raises:
@@ -148,9 +148,7 @@ def image_mask(path: str | os.PathLike[str], slide: Slide) -> TissueMask:
     return TissueMask(mask, slide.dimensions)
 
 
-def geojson_mask(
-    path: str | os.PathLike[str], slide: Slide, *, max_side_px: int = MASK_SIDE_PX
-) -> TissueMask:
+def geojson_mask(path: StrPath, slide: Slide, *, max_side_px: int = MASK_SIDE_PX) -> TissueMask:
     """Reads outlines of tissue in level-0 pixels, as QuPath exports them.
 
     Args:

@@ -14,16 +14,16 @@ from cite.projection import Projection
 from cite.prompted import PromptedEncoder, merge_lora
 from cite.text_scores import TextScores
 from pathcore.encoders import Transform, find_transform
-from pathcore.files import sha256_of
+from pathcore.files import StrPath, sha256_of
 
 _OF_ENCODER = "EncoderDataPreprocessor"
 _WITHOUT_PIXELS = ("LoadPatch", "PackPatch", "PackClsInputs", "PackInputs")
 
 
 def export_classifier(
-    config: str | os.PathLike[str],
+    config: StrPath,
     checkpoint: str,
-    out: str | os.PathLike[str],
+    out: StrPath,
     cfg_options: dict[str, Any] | None = None,
 ) -> Classifier:
     """Writes `classifier.safetensors` and `classifier.json`, with LoRA merged.
@@ -96,7 +96,7 @@ def read_preprocessing(cfg: Config) -> Preprocessing | Transform:
     return Preprocessing(**{"size": 224, **resize}, mean=mean, std=std)  # type: ignore[arg-type]
 
 
-def _head_of(head: Any, config: str | os.PathLike[str]) -> TextScores | LinearScores:
+def _head_of(head: Any, config: StrPath) -> TextScores | LinearScores:
     if isinstance(head, TextScores):
         return head
     if type(head).__name__ != "LinearClsHead":

@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cite.features import FeatureWriter
-from pathcore.files import folder_lock, sha256_of
+from pathcore.files import StrPath, folder_lock, sha256_of
 from pathcore.weights import read_state_dict
 
 SPLITS = ("train", "val", "test")
 
 
 def extract_features(
-    config: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    config: StrPath,
+    out: StrPath,
     *,
     split: str = "train",
     checkpoint: str | None = None,

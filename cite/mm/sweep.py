@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cite.splits import Patch, draw_slides, write_patches
 from cite.sweep import Cell, Sweep
-from pathcore.files import write_json
+from pathcore.files import StrPath, write_json
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def collect(plan: SweepPlan) -> Sweep:
     return Sweep({cell: found[cell] for cell in _by_method(plan, found)})
 
 
-def read_patches(file: str | os.PathLike[str]) -> list[Patch]:
+def read_patches(file: StrPath) -> list[Patch]:
     """Reads an annotation file of lines `name label`.
 
     Raises:

@@ -7,7 +7,6 @@ different layers, poolings and position grids. A preset names each variant.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from gigapath.embed.tile_inference import autocast
 from gigapath.pos_embed import check_coords
 from gigapath.slide_encoder import ARCHITECTURES, Layer, LongNetViT, Pooling
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
-from pathcore.files import atomic_file, sha256_of
+from pathcore.files import StrPath, atomic_file, sha256_of
 from wsi.features import EmbeddingError, check_features
 
 NUM_GRIDS = 1000
@@ -322,7 +321,7 @@ def slide_vector(
 
 
 def write_slide_vector(
-    path: str | os.PathLike[str],
+    path: StrPath,
     vector: NDArray[np.float32],
     spec: SlideEncoderSpec,
     details: Mapping[str, Any],

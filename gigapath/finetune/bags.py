@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gigapath.embed.slide_vectors import onto_slide
 from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
-from pathcore.files import check_name, write_json
+from pathcore.files import StrPath, check_name, write_json
 from wsi.features import check_features
 from wsi.store import read_attributes, read_features
 
@@ -386,7 +386,7 @@ def pooled_vectors(
 
 
 def stored_vectors(
-    folder: str | os.PathLike[str], slides: Sequence[str]
+    folder: StrPath, slides: Sequence[str]
 ) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, str]]]:
     """Reads slide embeddings, one `.h5` with `features` or one `.pt` with a tensor per slide.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +33,14 @@ from gigapath.finetune.result_files import (
     write_predictions,
 )
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
-from pathcore.files import atomic_file, folder_lock, remove_partials, write_json, write_text
+from pathcore.files import (
+    StrPath,
+    atomic_file,
+    folder_lock,
+    remove_partials,
+    write_json,
+    write_text,
+)
 from pathcore.rows import write_rows
 
 LINEAR_PROBE = "linear_probe"
@@ -362,9 +368,9 @@ def score_split(
 
 
 def probe_tiles(
-    embeddings: str | os.PathLike[str],
-    table: str | os.PathLike[str] | None,
-    out: str | os.PathLike[str],
+    embeddings: StrPath,
+    table: StrPath | None,
+    out: StrPath,
     *,
     settings: ProbeSettings | None = None,
     methods: Sequence[str] = (LINEAR_PROBE,),

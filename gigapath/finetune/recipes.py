@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
+from pathcore.files import StrPath
 from pathcore.recipes import read_recipes
 
 Settings = TypeVar("Settings")
@@ -38,7 +38,7 @@ REPLACED = {
 """Arguments of the published scripts without a setting of that name, and what replaces them."""
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_yaml(path: StrPath) -> dict[str, Any]:
     """Reads a mapping from a YAML file, including the fields it inherits through `_base_`.
 
     Raises:
@@ -53,7 +53,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_settings(
     kind: type[Settings],
-    path: str | os.PathLike[str] | None = None,
+    path: StrPath | None = None,
     options: Mapping[str, Any] | None = None,
     *,
     others: tuple[str, ...] = (),

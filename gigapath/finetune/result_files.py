@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import atomic_file
+from pathcore.files import StrPath, atomic_file
 from pathcore.rows import write_csv
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -31,7 +30,7 @@ SHOWN = {
 
 
 def write_predictions(
-    path: str | os.PathLike[str],
+    path: StrPath,
     ids: Sequence[str],
     labels: NDArray[Any],
     probabilities: NDArray[Any],
@@ -82,7 +81,7 @@ def spread(runs: Sequence[Mapping[str, Any]], setting: str) -> dict[str, Any]:
 
 
 def draw_curves(
-    path: str | os.PathLike[str],
+    path: StrPath,
     history: Sequence[Mapping[str, Any]],
     *,
     step: str,

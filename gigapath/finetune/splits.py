@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gigapath.finetune.tasks import PATIENT_KEY, SLIDE_KEY, LabelledSlides, read_table
-from pathcore.files import write_text
+from pathcore.files import StrPath, write_text
 
 PARTS = ("train", "val", "test")
 METHODS = ("k_fold", "published")
@@ -98,7 +97,7 @@ def published_split(
 
 
 def read_splits(
-    folder: str | os.PathLike[str],
+    folder: StrPath,
     labelled: LabelledSlides,
     *,
     folds: int = 0,

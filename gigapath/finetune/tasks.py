@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,7 @@ class LabelledSlides:
     skipped: tuple[dict[str, str], ...]
 
 
-def read_task(path: str | os.PathLike[str]) -> SlideTask:
+def read_task(path: StrPath) -> SlideTask:
     """Reads a task file.
 
     Raises:
@@ -148,9 +147,7 @@ def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
     return SlideTask(label, setting, tuple(classes), label_column=label)
 
 
-def read_labels(
-    path: str | os.PathLike[str], task: SlideTask, *, slide_key: str = SLIDE_KEY
-) -> LabelledSlides:
+def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -> LabelledSlides:
     """Reads a csv of slides: ids, labels and, in column `pat_id` or CLAM's `case_id`, patients.
 
     Raises:
@@ -182,7 +179,7 @@ def read_labels(
     return LabelledSlides(labels, patients, tuple(skipped))
 
 
-def read_table(path: str | os.PathLike[str], columns: Sequence[str]) -> list[dict[str, str]]:
+def read_table(path: StrPath, columns: Sequence[str]) -> list[dict[str, str]]:
     """Reads a csv as text, so that ids keep their leading zeros.
 
     Raises:

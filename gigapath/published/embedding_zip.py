@@ -7,7 +7,6 @@ with torch's restricted unpickler.
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pathcore.files import StrPath
 
 SPLITS = ("train", "val", "test")
 
@@ -50,7 +51,7 @@ class EmbeddingArchive:
         ValueError: If it is neither a zip nor a folder, or has no `.pt` files.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         self._zip: zipfile.ZipFile | None = None
         if self.path.is_dir():
@@ -199,8 +200,8 @@ class EmbeddingData:
 
 
 def read_embeddings(
-    path: str | os.PathLike[str],
-    table: str | os.PathLike[str] | None = None,
+    path: StrPath,
+    table: StrPath | None = None,
     *,
     embed_dim: int | None = None,
     progress: bool = True,
@@ -245,9 +246,7 @@ def read_embeddings(
         return EmbeddingData(classes, splits, tuple(skipped), len(set(archive.entries) - named))
 
 
-def _read_table(
-    archive: EmbeddingArchive, table: str | os.PathLike[str] | None
-) -> list[dict[str, str]]:
+def _read_table(archive: EmbeddingArchive, table: StrPath | None) -> list[dict[str, str]]:
     import pandas as pd
 
     if table is None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 from pallava.converters.class_sets import ClassConversion, class_conversion
 from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 
 @CONVERTERS.register("bach")
 def bach(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     classes: str = "bach",
 ) -> ClassConversion:

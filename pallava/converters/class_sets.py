@@ -15,7 +15,7 @@ from pallava.folder_build import FolderBuild
 from pallava.records.class_folders import ClassSet, read_class_folders
 from pallava.records.questions import FileImage
 from pallava.skipping import SKIP_LOG_NAME, SkipLog, SkippedSample
-from pathcore.files import file_identity
+from pathcore.files import StrPath, file_identity
 
 CONFIG_NAME = "classes.json"
 REPORT_NAME = "conversion.json"
@@ -46,7 +46,7 @@ def class_conversion(
     source: str,
     licence: str,
     class_set: ClassSet,
-    data_path: str | os.PathLike[str],
+    data_path: StrPath,
 ) -> ClassConversion:
     """Finds the images of every class.
 
@@ -71,7 +71,7 @@ def class_conversion(
 
 def write_class_folders(
     conversion: ClassConversion,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     link: Link = "hard",
     progress: Callable[[int], None] = lambda count: None,

@@ -6,13 +6,13 @@ beside a folder of images.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from pallava.converters.class_sets import ClassConversion, class_conversion
 from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 TABLES = ("colon_train.csv", "colon_val.csv", "colon_test.csv")
 IMAGE_FOLDERS = ("images", "image")
@@ -20,8 +20,8 @@ IMAGE_FOLDERS = ("images", "image")
 
 @CONVERTERS.register("colonpath")
 def colonpath(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     classes: str = "colonpath",
 ) -> ClassConversion:

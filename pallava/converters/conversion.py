@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pallava.records.questions import FileImage, ParquetImage, Question, RowErro
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import IMAGE_TOKEN, check_row
 from pallava.text.encoding import image_files as image_names
-from pathcore.files import atomic_file, file_identity
+from pathcore.files import StrPath, atomic_file, file_identity
 from pathcore.images import NETWORK_FORMATS, ImageError, path_inside, relative_name
 from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 
@@ -63,7 +62,7 @@ class Conversion:
 
 def convert(
     conversion: Conversion,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     check_images: bool = True,
     max_skipped_share: float = MAX_SKIPPED_SHARE,

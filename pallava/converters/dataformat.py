@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from pallava.converters.conversion import Conversion, Row, conversation, convert
 from pallava.records.containers import read_json_rows
 from pallava.records.questions import RowError, as_mapping, text_field
 from pallava.text.encoding import IMAGE_TOKEN
+from pathcore.files import StrPath
 from pathcore.images import image_size, path_inside
 from pathcore.rows import MAX_SKIPPED_SHARE
 
@@ -28,10 +28,10 @@ _PACKAGE = "pallava.converters.instructions"
 
 
 def dataformat(
-    pairs: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    pairs: StrPath,
+    out: StrPath,
     *,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: StrPath | None = None,
     seed: int = 0,
     instructions: Sequence[str] | None = None,
     image_position: Literal["front", "random"] = "front",
@@ -106,7 +106,7 @@ def dataformat(
     )
 
 
-def load_instructions(path: str | os.PathLike[str] | None = None) -> list[str]:
+def load_instructions(path: StrPath | None = None) -> list[str]:
     """Loads requests from a JSON list or a text file with one per line. Defaults to our own list.
 
     Raises:

@@ -18,7 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pathcore.files import OutputExistsError, atomic_file, folder_lock, staged_files, write_json
+from pathcore.files import (
+    OutputExistsError,
+    StrPath,
+    atomic_file,
+    folder_lock,
+    staged_files,
+    write_json,
+)
 from pathcore.rows import encode_row
 
 PARTS_NAME = ".parts"
@@ -86,7 +93,7 @@ class Shard:
 def run_in_parts(
     rows: Iterable[_Row],
     handle: Callable[[Sequence[_Row]], Part],
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     inputs: Mapping[str, Any],
     report_name: str,

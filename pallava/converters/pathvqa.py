@@ -6,7 +6,6 @@ Published as pickles `qas/{split}/{split}_qa.pkl` or `qas/{split}_vqa.pkl` with
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from pallava.converters.conversion import Conversion, Row, question_row
 from pallava.records.containers import data_file, image_root, parquet_files
 from pallava.records.readers import vqa_rows
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 
 @CONVERTERS.register("pathvqa")
 def pathvqa(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     split: str = "train",
 ) -> Conversion:

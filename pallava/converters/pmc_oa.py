@@ -6,7 +6,6 @@ captions), with `{image, caption}` per line, and `images.zip`.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -14,6 +13,7 @@ from pallava.converters.conversion import Conversion, Row
 from pallava.records.containers import data_file, image_root, read_json_rows
 from pallava.records.questions import as_mapping, text_field
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 DATA_NAMES = ("pmc_oa.jsonl", "pmc_oa_beta.jsonl")
 IMAGE_FOLDERS = ("images", "caption_T060_filtered_top4_sep_v0_subfigures")
@@ -23,9 +23,7 @@ _PMCID = re.compile(r"PMC\d+")
 
 
 @CONVERTERS.register("pmc-oa")
-def pmc_oa(
-    data_path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
-) -> Conversion:
+def pmc_oa(data_path: StrPath, image_folder: StrPath | None = None) -> Conversion:
     """Converts PMC-OA or PMC-OA-Beta to pairs, with the article id as `pmcid`.
 
     Args:

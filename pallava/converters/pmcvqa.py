@@ -7,7 +7,6 @@ Choice A..D, Answer, split`) with `images_2.zip`, which unpacks to `figures/`.
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from pallava.converters.conversion import Conversion, Row, question_row
@@ -16,14 +15,15 @@ from pallava.records.containers import data_file, image_root
 from pallava.records.questions import Question, as_mapping
 from pallava.records.readers import CHOICE_PROMPT, choice_rows
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 IMAGE_FOLDERS = ("images", "figures")
 
 
 @CONVERTERS.register("pmc-vqa")
 def pmc_vqa(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     split: str = "train",
     answer: Literal["letter", "text", "both"] = "letter",

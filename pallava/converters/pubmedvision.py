@@ -6,7 +6,6 @@ modality, body_part}` without `<image>` tokens, and archives that unpack to `ima
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,14 +13,15 @@ from pallava.converters.conversion import Conversion, Row, chosen, conversation
 from pallava.records.containers import data_file, image_root, read_json_rows
 from pallava.records.questions import RowError, as_mapping
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 DATA_NAMES = ("PubMedVision_Alignment_VQA.json",)
 
 
 @CONVERTERS.register("pubmedvision-alignment")
 def pubmedvision_alignment(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     to: Literal["pairs", "conversations"] = "pairs",
     several: Literal["each", "first", "skip"] = "each",

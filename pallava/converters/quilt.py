@@ -6,13 +6,13 @@ noisy_text, corrected_text, med_umls_ids, magnification, height, width`, and arc
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from pallava.converters.conversion import Conversion, Row, chosen
 from pallava.records.containers import data_file, image_root, read_csv
 from pallava.records.questions import as_mapping, text_field
 from pallava.registry import CONVERTERS
+from pathcore.files import StrPath
 
 DATA_NAMES = ("quilt_1M_lookup.csv",)
 IMAGE_FOLDERS = ("quilt_1m", "images")
@@ -21,8 +21,8 @@ PROVENANCE = ("subset", "split", "pathology", "magnification")
 
 @CONVERTERS.register("quilt-1m")
 def quilt_1m(
-    data_path: str | os.PathLike[str],
-    image_folder: str | os.PathLike[str] | None = None,
+    data_path: StrPath,
+    image_folder: StrPath | None = None,
     *,
     subsets: str = "",
     split: str = "",

@@ -24,6 +24,7 @@ from pallava.text.encoding import (
     image_files,
     interleaved_map_fn,
 )
+from pathcore.files import StrPath
 from pathcore.images import ImageError
 from pathcore.rows import check_share, read_rows
 
@@ -49,14 +50,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        data_path: str | os.PathLike[str] | None = None,
+        data_path: StrPath | None = None,
         tokenizer: Any = None,
-        offline_processed_text_folder: str | os.PathLike[str] | None = None,
+        offline_processed_text_folder: StrPath | None = None,
         max_dataset_length: int | None = None,
         dataset_map_fn: Any = None,
         template_map_fn: Any = None,
         max_length: int = 2048,
-        skip_log: str | os.PathLike[str] | None = None,
+        skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         image_field: str = "image",
     ) -> None:
@@ -218,7 +219,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         print_log(f"sample skipped: {reason}", logger="current", level=logging.WARNING)
 
 
-def load_processed_text(folder: str | os.PathLike[str]) -> Any:
+def load_processed_text(folder: StrPath) -> Any:
     """Opens a folder of tokenized rows written by `datasets.save_to_disk`.
 
     Raises:
@@ -240,7 +241,7 @@ def load_processed_text(folder: str | os.PathLike[str]) -> Any:
 
 
 def process_text(
-    data_path: str | os.PathLike[str],
+    data_path: StrPath,
     *,
     tokenizer: Tokenizer,
     dataset_map_fn: Any,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ from pallava.plip.initialisation import (
 from pallava.plip.losses import ramped_alpha
 from pallava.plip.pretraining import PLIPPretrainingModel
 from pallava.skipping import SkipLog
+from pathcore.files import StrPath
 from pathcore.weights import load_strict, read_state_dict
 
 ENCODER_FOLDER = "plip_encoder"
 """Default output folder of `SaveEncoderHook`, inside the work directory."""
 
-Spec = str | os.PathLike[str] | Mapping[str, Any]
+Spec = StrPath | Mapping[str, Any]
 
 
 @MODELS.register_module()
@@ -70,7 +70,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         max_length: int = 30,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
-        pretrained_pth: str | os.PathLike[str] | None = None,
+        pretrained_pth: StrPath | None = None,
         gradient_checkpointing: bool = False,
         **options: Any,
     ) -> None:
@@ -156,7 +156,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         device = self.temp.device
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
-    def save_encoder(self, folder: str | os.PathLike[str]) -> None:
+    def save_encoder(self, folder: StrPath) -> None:
         """Saves the image encoder for `load_vision_encoder` and `CLIPVisionModel`."""
         save_vision_encoder(
             self.visual_encoder,
@@ -179,11 +179,11 @@ class PLIPPairDataset(PairDataset):
 
     def __init__(
         self,
-        pairs_file: str | os.PathLike[str],
-        image_folder: str | os.PathLike[str] | None = None,
+        pairs_file: StrPath,
+        image_folder: StrPath | None = None,
         *,
         image_size: int,
-        skip_log: str | os.PathLike[str] | None = None,
+        skip_log: StrPath | None = None,
         **options: Any,
     ) -> None:
         log = SkipLog(skip_log) if skip_log else default_skip_log()
@@ -274,7 +274,7 @@ class SaveEncoderHook(Hook):
         folder: Output folder. Defaults to `plip_encoder` in the work directory.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, folder: StrPath | None = None) -> None:
         self.folder = folder
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pallava.engine.prompts import disagreeing_templates, trained_template
 from pallava.engine.runtime import prepare_host
 from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
+from pathcore.files import StrPath
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _LORA_FIELDS = (
 
 
 def read_recipe(
-    config_file: str | os.PathLike[str],
+    config_file: StrPath,
     *,
     visual_encoder: str | None = None,
     options: Mapping[str, Any] | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pallava.engine.conversations import ConversationDataset
 from pallava.evaluate_chat_hook import EvaluateChatHook
 from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, read_bag
+from pathcore.files import StrPath
 
 
 class SlideQuestionDataset(ConversationDataset):
@@ -37,9 +37,9 @@ class SlideQuestionDataset(ConversationDataset):
 
     def __init__(
         self,
-        features_folder: str | os.PathLike[str],
+        features_folder: StrPath,
         in_features: int | None = None,
-        slide_embedding_folder: str | os.PathLike[str] | None = None,
+        slide_embedding_folder: StrPath | None = None,
         tile_size_level0: int | None = None,
         max_tiles: int = MAX_TILES,
         **conversations: Any,

@@ -20,7 +20,14 @@ from pallava.engine.conversations import build, process_text
 from pallava.engine.prompts import TOKENISED_REPORT, template_of
 from pallava.engine.runtime import prepare_host
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
-from pathcore.files import OutputExistsError, file_identity, folder_lock, fsync_path, write_json
+from pathcore.files import (
+    OutputExistsError,
+    StrPath,
+    file_identity,
+    folder_lock,
+    fsync_path,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def settings_from_names(
     )
 
 
-def settings_from_config(config_file: str | os.PathLike[str]) -> TextSettings:
+def settings_from_config(config_file: StrPath) -> TextSettings:
     """Returns the settings of a training config.
 
     Raises:
@@ -126,8 +133,8 @@ def _described(value: Any) -> Any:
 
 
 def tokenise(
-    data_path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    data_path: StrPath,
+    out: StrPath,
     settings: TextSettings,
     *,
     num_proc: int | None = None,

@@ -34,7 +34,7 @@ class AnswerLog:
         {'q1': 'yes'}
     """
 
-    def __init__(self, folder: str | os.PathLike[str], rank: int) -> None:
+    def __init__(self, folder: StrPath, rank: int) -> None:
         self.folder = Path(folder)
         self.path = self.folder / f"rank{rank:03d}.jsonl"
         self._descriptor: int | None = None

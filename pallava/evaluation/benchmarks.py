@@ -6,7 +6,6 @@ options that returns a `Benchmark`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,8 @@ from pallava.records.class_folders import (
 from pallava.records.questions import ImageFolder, Question, QuestionSet
 from pallava.records.readers import CHOICE_PROMPT, read_choices, read_vqa
 from pallava.registry import EVALUATIONS
+from pathcore.files import StrPath
 
-PathLike = str | os.PathLike[str]
 Scorer = Callable[[Sequence[Question], Mapping[str, str], Any], dict[str, Any]]
 
 
@@ -47,7 +46,7 @@ class Benchmark:
 
 @EVALUATIONS.register("pathvqa")
 def pathvqa(
-    data_path: PathLike, image_folder: ImageFolder | None = None, *, split: str = "test"
+    data_path: StrPath, image_folder: ImageFolder | None = None, *, split: str = "test"
 ) -> Benchmark:
     """PathVQA (arXiv:2003.10286), and other open and yes/no questions."""
     questions = read_vqa(data_path, image_folder, split)
@@ -56,7 +55,7 @@ def pathvqa(
 
 @EVALUATIONS.register("pmcvqa")
 def pmcvqa(
-    data_path: PathLike,
+    data_path: StrPath,
     image_folder: ImageFolder | None = None,
     *,
     question_template: str = CHOICE_PROMPT,
@@ -68,11 +67,11 @@ def pmcvqa(
 
 @EVALUATIONS.register("zero-shot")
 def zero_shot(
-    data_path: PathLike,
+    data_path: StrPath,
     image_folder: ImageFolder | None = None,
     *,
-    classes: PathLike | None = None,
-    labels: PathLike | None = None,
+    classes: StrPath | None = None,
+    labels: StrPath | None = None,
 ) -> Benchmark:
     """Classification by asking: folders of images by class, or the original's list of questions.
 

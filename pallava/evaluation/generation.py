@@ -27,6 +27,7 @@ from pallava.evaluation.image_digests import ImageDigests
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
 from pallava.records.questions import Question
 from pallava.skipping import SkippedSample
+from pathcore.files import StrPath
 from pathcore.images import ImageError
 from pathcore.ranks import open_gloo_group
 
@@ -54,11 +55,11 @@ class Outcome:
 def generate_answers(
     assistant: Assistant,
     questions: Sequence[Question],
-    folder: str | os.PathLike[str],
+    folder: StrPath,
     *,
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    digests_path: str | os.PathLike[str] | None = None,
+    digests_path: StrPath | None = None,
 ) -> Outcome | None:
     """Answers every question once, across all runs and processes that share a folder.
 
@@ -150,7 +151,7 @@ def image_identities(
 
 def _image_identities(
     questions: Sequence[Question],
-    digests_path: str | os.PathLike[str] | None,
+    digests_path: StrPath | None,
     rank: int,
     world_size: int,
 ) -> dict[str, str]:

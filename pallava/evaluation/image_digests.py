@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from pathcore.files import read_chunks, write_json
+from pathcore.files import StrPath, read_chunks, write_json
 
 _CLOCK_S = 2.0
 """Coarsest timestamp resolution of common file systems (FAT); ext4 and XFS have milliseconds."""
@@ -38,7 +38,7 @@ class ImageDigests:
         '99a312fa56352d6171ae996185fe9ceb'
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: StrPath | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._kept: dict[str, list[Any]] = {}
         if self.path is not None and self.path.is_file():

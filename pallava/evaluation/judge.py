@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pathcore.chat_api import content_of, hint_for, is_filtered, open_client, refusal_of
+from pathcore.files import StrPath
 from pathcore.stats import mean_interval
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def judge_answers(
     judge: Judge,
     answers: Mapping[str, str],
     references: Mapping[str, str],
-    cache_path: str | os.PathLike[str],
+    cache_path: StrPath,
 ) -> Verdicts:
     """Judges every answer that has a reference.
 

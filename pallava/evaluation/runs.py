@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pallava.evaluation.benchmarks import Benchmark
 from pallava.evaluation.generation import generate_answers
 from pallava.evaluation.report import Compat, write_report
 from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
+from pathcore.files import StrPath
 
 ANSWERS_FOLDER = "answers"
 """Sub-folder of the work folder with the answers so far."""
@@ -21,7 +21,7 @@ DIGESTS_PATH = "images/digests.json"
 def evaluate(
     benchmark: Benchmark,
     assistant: Assistant,
-    work_dir: str | os.PathLike[str],
+    work_dir: StrPath,
     *,
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,

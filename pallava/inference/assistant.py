@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 from pallava.text.turns import Turn, encode_turns
+from pathcore.files import StrPath
 from pathcore.images import load_image, to_rgb
 
 MAX_NEW_TOKENS = 1200
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 1200
 # Llama-3-Instruct ends a turn with this token, although its tokenizer names <|end_of_text|> as EOS.
 _END_OF_TURN = "<|eot_id|>"
 
-ImageLike = Image.Image | str | os.PathLike[str] | SlideBag | None
+ImageLike = Image.Image | StrPath | SlideBag | None
 
 
 class Assistant:
@@ -199,7 +199,7 @@ class Assistant:
         """Tokenizes a conversation up to its next answer; see `pallava.text.turns`."""
         return encode_turns(self.tokenizer, self._template, turns, self.bos)
 
-    def pixel_values(self, image: Image.Image | str | os.PathLike[str] | Tensor | SlideBag) -> Any:
+    def pixel_values(self, image: Image.Image | StrPath | Tensor | SlideBag) -> Any:
         """Preprocesses an image to `(1 + num_sub_images, 3, S, S)`, the thumbnail first.
 
         A whole-slide model reads a file of tile features instead and returns a `SlideBag`. Tensors

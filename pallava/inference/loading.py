@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pallava.text.chat_template import known_template
 from pallava.text.encoding import Bos
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
+from pathcore.files import StrPath
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_PathLike = str | os.PathLike[str]
 _USUAL_TEMPLATE = "llama3_chat"
 CONVERSION_NAME = "conversion.json"
 """File in a converted folder that records settings of the training config: the prompt template."""
@@ -35,9 +34,9 @@ _SAMPLES, _SAMPLE_BYTES = 32, 64 << 10
 
 
 def load_model(
-    llm: _PathLike,
-    llava: _PathLike | None = None,
-    visual_encoder: _PathLike | None = None,
+    llm: StrPath,
+    llava: StrPath | None = None,
+    visual_encoder: StrPath | None = None,
     *,
     prompt_template: str | None = None,
     bos: Bos = "single",
@@ -131,7 +130,7 @@ def load_model(
 
 
 def _fingerprint(
-    llm: _PathLike, projector: Path, encoder: Any, encoder_folder: Path | str, adapter: Path | None
+    llm: StrPath, projector: Path, encoder: Any, encoder_folder: Path | str, adapter: Path | None
 ) -> str:
     if isinstance(encoder_folder, Path):
         return fingerprint(llm, projector, encoder_folder, adapter)
@@ -141,7 +140,7 @@ def _fingerprint(
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def fingerprint(llm: _PathLike, *folders: Path | None) -> str:
+def fingerprint(llm: StrPath, *folders: Path | None) -> str:
     """Returns a hash that identifies a set of weights without reading gigabytes.
 
     Configs and tokenizers are hashed whole; of weight files, the size and 32 samples of 64 KiB.
@@ -172,7 +171,7 @@ def _digest_file(digest: Any, file: Path) -> None:
             digest.update(content.read(_SAMPLE_BYTES))
 
 
-def _local_folder(llm: _PathLike) -> Path:
+def _local_folder(llm: StrPath) -> Path:
     if Path(llm).is_dir():
         return Path(llm)
     from transformers.utils import cached_file
@@ -182,7 +181,7 @@ def _local_folder(llm: _PathLike) -> Path:
     return Path(config).parent
 
 
-def _llava_folder(llava: _PathLike) -> Path:
+def _llava_folder(llava: StrPath) -> Path:
     folder = Path(llava)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -198,7 +197,7 @@ def _llava_folder(llava: _PathLike) -> Path:
     return folder
 
 
-def _encoder_folder(folder: Path, visual_encoder: _PathLike | None) -> Path | str:
+def _encoder_folder(folder: Path, visual_encoder: StrPath | None) -> Path | str:
     trained = folder / "visual_encoder"
     if visual_encoder is not None and str(visual_encoder).startswith(_NAMED):
         if trained.is_dir():
@@ -241,7 +240,7 @@ def _same_encoder(first: Path, second: Path) -> bool:
     )
 
 
-def _adapter_folder(llm: _PathLike, folder: Path, use_adapter: bool | None) -> Path | None:
+def _adapter_folder(llm: StrPath, folder: Path, use_adapter: bool | None) -> Path | None:
     adapter = folder / "llm_adapter"
     if use_adapter is False or (use_adapter is None and not adapter.is_dir()):
         return None
@@ -275,7 +274,7 @@ def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
     return found
 
 
-def _is_exported(llm: _PathLike) -> bool:
+def _is_exported(llm: StrPath) -> bool:
     file = Path(llm) / "config.json"
     try:
         return bool(json.loads(file.read_bytes()).get("model_type") == _EXPORTED_TYPE)
@@ -388,7 +387,7 @@ def _dtype_argument(precision: torch.dtype | None) -> dict[str, Any]:
     return {keyword: precision if precision is not None else "auto"}
 
 
-def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]:
+def _load_llm(name: StrPath, precision: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pathcore.weights import check_loading_report
@@ -415,7 +414,7 @@ def _load_llm(name: _PathLike, precision: torch.dtype | None) -> tuple[Any, Any]
     return model, tokenizer
 
 
-def check_model_name(name: _PathLike) -> None:
+def check_model_name(name: StrPath) -> None:
     """Rejects a path without a model before transformers mistakes it for a Hub name.
 
     Raises:

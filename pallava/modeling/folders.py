@@ -7,7 +7,6 @@ This code is separate from the models: their modules are copied into every expor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ from pallava.modeling.plip import (
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.modeling.slide_tokens import SlideTokenConfig, SlideTokenEncoder
 from pallava.registry import CONNECTORS, ENCODERS
-from pathcore.files import staged_files
+from pathcore.files import StrPath, staged_files
 from pathcore.weights import CheckpointError, load_strict, read_state_dict
 
 CONNECTOR_MODEL_TYPE = "q_former_projector"
@@ -43,7 +42,7 @@ _Encoder = TypeVar("_Encoder", bound=PLIPVisionEncoder)
 
 
 def load_vision_encoder(
-    folder: str | os.PathLike[str],
+    folder: StrPath,
     encoder_class: type[_Encoder] = PLIPVisionEncoder,  # type: ignore[assignment]
 ) -> _Encoder:
     """Loads the vision tower of a CLIP, PLIP or PathGen-CLIP folder.
@@ -67,7 +66,7 @@ def load_vision_encoder(
 
 def save_vision_encoder(
     encoder: PLIPVisionEncoder,
-    folder: str | os.PathLike[str],
+    folder: StrPath,
     image_mean: Sequence[float] = CLIP_MEAN,
     image_std: Sequence[float] = CLIP_STD,
 ) -> None:
@@ -94,7 +93,7 @@ def save_vision_encoder(
         _save_tensors(stage, tensors)
 
 
-def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
+def read_vision_config(folder: StrPath) -> CLIPVisionConfig:
     """Reads the vision part of a CLIP folder's `config.json`.
 
     Raises:
@@ -114,7 +113,7 @@ def read_vision_config(folder: str | os.PathLike[str]) -> CLIPVisionConfig:
     return CLIPVisionConfig(**config)
 
 
-def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
+def load_connector(folder: StrPath) -> ScaleInvariantConnector:
     """Loads a `projector/` folder, either published or written by `save_connector`.
 
     Raises:
@@ -136,7 +135,7 @@ def load_connector(folder: str | os.PathLike[str]) -> ScaleInvariantConnector:
     return connector
 
 
-def save_connector(connector: Any, folder: str | os.PathLike[str]) -> None:
+def save_connector(connector: Any, folder: StrPath) -> None:
     """Saves `config.json` and `model.safetensors` of a connector.
 
     Args:
@@ -187,7 +186,7 @@ def connector_config_of(
     )
 
 
-def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
+def load_slide_encoder(folder: StrPath) -> SlideTokenEncoder:
     """Loads a folder written by `save_slide_encoder`.
 
     Raises:
@@ -210,12 +209,12 @@ def load_slide_encoder(folder: str | os.PathLike[str]) -> SlideTokenEncoder:
     return encoder
 
 
-def save_slide_encoder(encoder: SlideTokenEncoder, folder: str | os.PathLike[str]) -> None:
+def save_slide_encoder(encoder: SlideTokenEncoder, folder: StrPath) -> None:
     """Saves `config.json` and `model.safetensors` of a slide token encoder."""
     save_module(encoder, {"model_type": SLIDE_TOKENS_MODEL_TYPE, **asdict(encoder.config)}, folder)
 
 
-def save_module(module: nn.Module, config: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+def save_module(module: nn.Module, config: dict[str, Any], folder: StrPath) -> None:
     """Saves `config.json` and `model.safetensors`."""
     with staged_files(folder, last="model.safetensors") as stage:
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -9,14 +9,13 @@ image anew for every text that it is paired with.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from pathcore.files import StrPath
 from pathcore.weights import load_strict
 
 
@@ -195,7 +194,7 @@ class PLIPTextEncoder(nn.Module):
     @classmethod
     def from_bert(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: StrPath,
         *,
         vocab_size: int,
         image_hidden_size: int,

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertTokenizerFast, CLIPVisionConfig
 from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.plip_text import PLIPTextEncoder
+from pathcore.files import StrPath
 from pathcore.weights import load_strict
 
 DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
@@ -21,7 +22,7 @@ DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def load_caption_tokenizer(name_or_path: str | os.PathLike[str]) -> BertTokenizerFast:
+def load_caption_tokenizer(name_or_path: StrPath) -> BertTokenizerFast:
     """Loads a BERT tokenizer and adds `[DEC]` and `[ENC]`.
 
     Args:
@@ -80,7 +81,7 @@ def build_caption_tokenizer(spec: str | Mapping[str, Any]) -> BertTokenizerFast:
     return load_caption_tokenizer(spec)
 
 
-def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PLIPVisionEncoder:
+def build_vision_encoder(spec: StrPath | Mapping[str, Any]) -> PLIPVisionEncoder:
     """Loads a CLIP vision encoder from a folder or the Hub, or builds a new one.
 
     Args:
@@ -105,7 +106,7 @@ def build_vision_encoder(spec: str | os.PathLike[str] | Mapping[str, Any]) -> PL
 
 
 def build_text_encoder(
-    spec: str | os.PathLike[str] | Mapping[str, Any], *, vocab_size: int, image_hidden_size: int
+    spec: StrPath | Mapping[str, Any], *, vocab_size: int, image_hidden_size: int
 ) -> PLIPTextEncoder:
     """Loads a text encoder from a BERT folder or the Hub, or builds a new one.
 
@@ -132,7 +133,7 @@ def _add_tokens(tokenizer: BertTokenizerFast) -> BertTokenizerFast:
     return tokenizer
 
 
-def _check_name_or_path(what: str, spec: str | os.PathLike[str]) -> None:
+def _check_name_or_path(what: str, spec: StrPath) -> None:
     """Distinguishes a missing folder from a Hub name before the Hub is contacted."""
     text = os.fspath(spec)
     if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):

@@ -22,7 +22,6 @@ Instead of `folders`, a table can assign images to classes::
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -41,6 +40,7 @@ from pallava.records.questions import (
     find_image,
     text_field,
 )
+from pathcore.files import StrPath
 from pathcore.images import image_files
 
 _PACKAGE = "pallava.records.class_sets"
@@ -96,7 +96,7 @@ def class_set_names() -> list[str]:
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".json"))
 
 
-def load_class_set(name_or_file: str | os.PathLike[str]) -> ClassSet:
+def load_class_set(name_or_file: StrPath) -> ClassSet:
     """Loads a config from a file, or a shipped config by name.
 
     Raises:
@@ -125,7 +125,7 @@ def load_class_set(name_or_file: str | os.PathLike[str]) -> ClassSet:
         ) from error
 
 
-def read_class_folders(data_path: str | os.PathLike[str], class_set: ClassSet) -> QuestionSet:
+def read_class_folders(data_path: StrPath, class_set: ClassSet) -> QuestionSet:
     """Builds one question per image of every class.
 
     Raises:
@@ -152,10 +152,10 @@ def read_class_folders(data_path: str | os.PathLike[str], class_set: ClassSet) -
 
 
 def read_class_records(
-    data_path: str | os.PathLike[str],
+    data_path: StrPath,
     image_folder: ImageFolder | None,
     class_set: ClassSet | None,
-    labels_path: str | os.PathLike[str] | None = None,
+    labels_path: StrPath | None = None,
 ) -> QuestionSet:
     """Reads the original format `id -> {question, image}`, with labels in the record or in a file.
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pathcore import rows
+from pathcore.files import StrPath
 
 ID_FIELDS = ("question_id", "qid", "id")
 """Fields that may hold the id of a record in a list, in order of precedence."""
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_records(path: StrPath) -> Iterator[tuple[str, Any]]:
     """Yields `(id, record)` of a JSON, JSON lines or pickle file.
 
     The keys of an object are the ids. Records of a list are numbered from 0 unless they have a
@@ -52,7 +53,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         )
 
 
-def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_csv(path: StrPath) -> Iterator[tuple[str, Any]]:
     """Yields `(row number from 0, {column: text})` of a CSV file with a header.
 
     A row with the wrong number of fields is yielded as a string that describes the error.
@@ -66,7 +67,7 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
         yield str(number), "another number of columns than the header" if wrong else row
 
 
-def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_json_rows(path: StrPath) -> Iterator[tuple[str, Any]]:
     """Yields `(row number, row)` of a JSON lines file or of a JSON array of any size.
 
     Raises:
@@ -76,7 +77,7 @@ def read_json_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     yield from ((str(number), row) for number, row in rows.read_rows(path, what="data file"))
 
 
-def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:
+def data_file(path: StrPath, names: Sequence[str]) -> Path:
     """Returns the data file itself, or the first of several names that exists in a folder.
 
     Raises:
@@ -93,9 +94,7 @@ def data_file(path: str | os.PathLike[str], names: Sequence[str]) -> Path:
     raise FileNotFoundError(f"{path}: no such data file")
 
 
-def image_root(
-    image_folder: str | os.PathLike[str] | None, data: Path, names: Sequence[str] = ()
-) -> Path:
+def image_root(image_folder: StrPath | None, data: Path, names: Sequence[str] = ()) -> Path:
     """Returns the given image folder, else the first existing of `names` beside the data."""
     if image_folder is not None:
         return Path(image_folder)
@@ -103,7 +102,7 @@ def image_root(
     return next((folder for folder in beside if folder.is_dir()), data.parent)
 
 
-def parquet_files(path: str | os.PathLike[str], split: str = "test") -> list[Path]:
+def parquet_files(path: StrPath, split: str = "test") -> list[Path]:
     """Returns the parquet files of a split: `path` itself, or `SPLIT-*.parquet` below a folder.
 
     Raises:
@@ -156,7 +155,7 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def read_plain_pickle(path: str | os.PathLike[str]) -> Any:
+def read_plain_pickle(path: StrPath) -> Any:
     """Reads a pickle of plain data without executing any code from it.
 
     Raises:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pallava.skipping import SkippedSample
 from pathcore import images
+from pathcore.files import StrPath
 from pathcore.images import ImageError, decode_image, load_image
 from pathcore.rows import check_share
 
@@ -153,7 +154,7 @@ class RowError(ValueError):
 
 
 def collect(
-    source: str | os.PathLike[str],
+    source: StrPath,
     rows: Iterable[tuple[str, Any]],
     make: Callable[[str, Any], Question],
 ) -> QuestionSet:
@@ -191,7 +192,7 @@ class NoImages:
 
 
 NO_IMAGES = NoImages()
-ImageFolder = str | os.PathLike[str] | NoImages
+ImageFolder = StrPath | NoImages
 
 
 def find_image(folder: ImageFolder, name: object) -> FileImage | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,8 +27,8 @@ from pallava.records.questions import (
 )
 from pallava.text.encoding import IMAGE_TOKEN, check_row
 from pallava.text.words import words
+from pathcore.files import StrPath
 
-Path_ = str | os.PathLike[str]
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
 """Pairs of id and record, and a function that builds a question from such a pair."""
 
@@ -43,7 +42,7 @@ _INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]
 
 
 def read_vqa(
-    data_path: Path_, image_folder: ImageFolder | None, split: str = "test"
+    data_path: StrPath, image_folder: ImageFolder | None, split: str = "test"
 ) -> QuestionSet:
     """Reads open and yes/no questions.
 
@@ -62,7 +61,7 @@ def read_vqa(
     return collect(data_path, *vqa_rows(data_path, image_folder, split))
 
 
-def vqa_rows(data_path: Path_, image_folder: ImageFolder | None, split: str = "test") -> Rows:
+def vqa_rows(data_path: StrPath, image_folder: ImageFolder | None, split: str = "test") -> Rows:
     """Returns the rows of `read_vqa` as an iterator, and the function that builds questions."""
     path = Path(data_path)
     if path.is_dir() or path.suffix == ".parquet":
@@ -80,7 +79,7 @@ def vqa_rows(data_path: Path_, image_folder: ImageFolder | None, split: str = "t
 
 
 def read_choices(
-    data_path: Path_, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+    data_path: StrPath, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
 ) -> QuestionSet:
     """Reads multiple-choice questions.
 
@@ -99,7 +98,7 @@ def read_choices(
 
 
 def choice_rows(
-    data_path: Path_, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+    data_path: StrPath, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
 ) -> Rows:
     """Returns the rows of `read_choices` as an iterator, and the function that builds questions."""
     path = Path(data_path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pallava.release.weights import TensorInfo, WeightFolder
+from pathcore.files import StrPath
 from pathcore.weights import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -95,7 +95,7 @@ class Adapter:
         AdapterError: If the adapter is damaged or cannot be merged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: StrPath) -> None:
         self.folder = Path(folder)
         self.config = _read_config(self.folder)
         self.weights = WeightFolder(self.folder, "adapter_model")

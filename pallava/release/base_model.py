@@ -8,7 +8,6 @@ therefore instantiated on the meta device, which takes a fraction of a second fo
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pallava.release.weights import TensorInfo, WeightFolder
+from pathcore.files import StrPath
 from pathcore.weights import CheckpointError
 
 _SHOWN = 10
@@ -44,7 +44,7 @@ class BaseModel:
         CheckpointError: If the weights are damaged or do not match the config's class.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: StrPath) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         self.weights = WeightFolder(self.folder)

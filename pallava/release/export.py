@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,15 +28,16 @@ from pallava.release.merge import (
 from pallava.release.pth_to_hf import Recipe, processor_config, read_conversion, with_chat_template
 from pallava.release.remote_code import AUTO_MAP, travelling_files
 from pallava.release.verify import verify_model
+from pathcore.files import StrPath
 from pathcore.weights import CheckpointError, read_state_dict
 
 IMAGE_TOKEN = "<image>"
 
 
 def export(
-    base: str | os.PathLike[str],
-    converted: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    base: StrPath,
+    converted: StrPath,
+    out: StrPath,
     *,
     layout: Literal["pallava", "llava"] = "pallava",
     device: str | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from tqdm import tqdm
 
 from pallava.release.adapters import CONFIG_NAME
 from pallava.release.weights import WeightFolder
-from pathcore.files import staged_files
+from pathcore.files import StrPath, staged_files
 from pathcore.weights import CheckpointError
 
 
 def extract_adapter(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    base: StrPath,
+    tuned: StrPath,
+    out: StrPath,
     *,
     rank: int,
     progress: bool = True,

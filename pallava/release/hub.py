@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pallava.folder_build import MANIFEST_NAME, read_manifest
-from pathcore.files import sha256_of
+from pathcore.files import StrPath, sha256_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PushPlan:
     files: dict[str, int]
 
 
-def plan_push(folder: str | os.PathLike[str], repository: str) -> PushPlan:
+def plan_push(folder: StrPath, repository: str) -> PushPlan:
     """Checks that a folder is complete and lists what a push would upload.
 
     Args:
@@ -46,7 +46,7 @@ def plan_push(folder: str | os.PathLike[str], repository: str) -> PushPlan:
     return PushPlan(repository, {name: (folder / name).stat().st_size for name in sorted(rows)})
 
 
-def push(folder: str | os.PathLike[str], plan: PushPlan, *, private: bool = True) -> str:
+def push(folder: StrPath, plan: PushPlan, *, private: bool = True) -> str:
     """Uploads a folder to the Hub with the token of the environment variable HF_TOKEN.
 
     Returns:

@@ -9,7 +9,6 @@ shards where it stopped. At the end, every file is read back and compared with w
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,7 @@ from pallava.release.weights import (
     row_blocks,
     write_index,
 )
-from pathcore.files import file_identity
+from pathcore.files import StrPath, file_identity
 from pathcore.weights import CheckpointError
 
 BLOCK_NUMEL = {"cpu": 1 << 20, "cuda": 64 << 20}
@@ -63,9 +62,9 @@ LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def merge(
-    base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    base: StrPath,
+    adapters: Sequence[StrPath],
+    out: StrPath,
     *,
     device: str | None = None,
     one_tensor_per_shard: bool = False,
@@ -172,8 +171,8 @@ class Merger:
 
     def __init__(
         self,
-        base: str | os.PathLike[str],
-        adapters: Sequence[str | os.PathLike[str]] = (),
+        base: StrPath,
+        adapters: Sequence[StrPath] = (),
         device: str | None = None,
         *,
         force_base: bool = False,
@@ -396,9 +395,9 @@ class MergeCheck:
 
 
 def check_merge(
-    base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
-    merged: str | os.PathLike[str],
+    base: StrPath,
+    adapters: Sequence[StrPath],
+    merged: StrPath,
     *,
     force_base: bool = False,
     progress: bool = True,

@@ -36,7 +36,7 @@ from pallava.release.adapters import CONFIG_NAME, Adapter, AdapterError
 from pallava.release.base_match import BASE_NAME, describe_base, find_model
 from pallava.release.zero import load_checkpoint
 from pallava.text.chat_template import chat_template
-from pathcore.files import file_identity
+from pathcore.files import StrPath, file_identity
 from pathcore.weights import CheckpointError, StateDict, check_finite, load_strict
 
 _LLM = "llm."
@@ -74,9 +74,9 @@ class Recipe:
 
 
 def convert_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: StrPath,
     recipe: Recipe,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     save_tokenizer: Callable[[Path], None] | None = None,
     config_file: Path | None = None,
@@ -142,7 +142,7 @@ def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -
     }
 
 
-def read_conversion(folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
+def read_conversion(folder: StrPath) -> tuple[Recipe, dict[str, Any]]:
     """Reads the record that `convert_checkpoint` left in a folder.
 
     Raises:

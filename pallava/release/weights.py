@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pallava.folder_build import FileDigest
+from pathcore.files import StrPath
 from pathcore.weights import (
     CheckpointError,
     check_plain,
@@ -195,7 +196,7 @@ class WeightFolder:
         CheckpointError: If an index contradicts its shards or points outside the folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], stem: str = "model") -> None:
+    def __init__(self, folder: StrPath, stem: str = "model") -> None:
         self.folder = Path(folder)
         self.files = [open_weight_file(path) for path in self._find(stem)]
         self.owner: dict[str, WeightFile] = {}

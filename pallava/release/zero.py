@@ -8,7 +8,6 @@ is partitioned over the ranks. DeepSpeed's own script unpickles arbitrary object
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pathcore.files import StrPath
 from pathcore.weights import (
     ZERO_MODEL_FILE,
     CheckpointError,
@@ -30,7 +30,7 @@ _OPTIMIZER_FILES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_stat
 _ZERO3_MODEL_FILES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> StateDict:
+def load_checkpoint(path: StrPath) -> StateDict:
     """Reads the trained tensors of a `.pth` file or of a DeepSpeed folder of any ZeRO stage.
 
     Parameters come from the optimizer's fp32 master weights if they are present, otherwise from the

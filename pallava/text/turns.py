@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 from pallava.text.chat_template import known_template
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
 from pallava.text.templates import PromptTemplate
+from pathcore.files import StrPath
 
 Role = Literal["system", "user", "assistant"]
 
@@ -32,7 +32,7 @@ class Turn:
 
     role: Role
     text: str
-    images: tuple[Image.Image | str | os.PathLike[str] | Tensor, ...] = ()
+    images: tuple[Image.Image | StrPath | Tensor, ...] = ()
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

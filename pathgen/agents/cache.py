@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathcore.files import StrPath
 from pathgen.agents.budget import Spent
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
@@ -40,7 +40,7 @@ class ReplyCache:
         ValueError: If the file is not a cache of replies.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: StrPath) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(path, timeout=_PATIENCE_S)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pathcore.chat_replies import ReplyError
+from pathcore.files import StrPath
 from pathgen.agents.prompts import Prompt, load_prompt
 from pathgen.agents.replies import read_caption
 from pathgen.agents.steps import Rejected, Step
@@ -20,7 +20,7 @@ CountTokens = Callable[[str], int]
 
 
 def describe(
-    prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
+    prompt_file: StrPath | None = None, *, min_words: int = 20, max_words: int = 250
 ) -> Step:
     """Returns the step that describes a patch in a detailed caption.
 
@@ -40,7 +40,7 @@ def describe(
 
 
 def revise(
-    prompt_file: str | Path | None = None, *, min_words: int = 20, max_words: int = 250
+    prompt_file: StrPath | None = None, *, min_words: int = 20, max_words: int = 250
 ) -> Step:
     """Returns the step that checks a caption against image and report; corrects or rejects it."""
 
@@ -74,7 +74,7 @@ def revise(
 
 
 def summarise(
-    prompt_file: str | Path | None = None,
+    prompt_file: StrPath | None = None,
     *,
     count_tokens: CountTokens | None = None,
     max_tokens: int = CLIP_TOKENS,
@@ -136,7 +136,7 @@ def clip_token_counter() -> CountTokens:
     return lambda text: len(tokenizer.encode(text)) + 2
 
 
-def _prompts(name: str, prompt_file: str | Path | None) -> dict[str, Prompt]:
+def _prompts(name: str, prompt_file: StrPath | None) -> dict[str, Prompt]:
     own = load_prompt(name)
     return {name: load_prompt(prompt_file, reply_of=own) if prompt_file else own}
 

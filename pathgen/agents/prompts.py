@@ -21,6 +21,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pathcore.files import StrPath
+
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)(:json)?\}")
 _ALIASES = {"description": "caption"}
 """PathGen's published prompt for descriptions calls the caption of a row `description`."""
@@ -60,7 +62,7 @@ class Prompt:
         return "\n\n".join(kept)
 
 
-def load_prompt(name_or_path: str | Path, *, reply_of: Prompt | None = None) -> Prompt:
+def load_prompt(name_or_path: StrPath, *, reply_of: Prompt | None = None) -> Prompt:
     """Reads a prompt of this package by name, or a prompt file.
 
     Args:

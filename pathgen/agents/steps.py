@@ -8,7 +8,6 @@ to a file next to it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pathcore.files import check_name
+from pathcore.files import StrPath, check_name
 from pathcore.images import find_image, path_inside, relative_name
 from pathcore.rows import encode_row, read_rows_with_id, row_digest, row_files
 from pathgen.agents.asking import NO_REQUEST, Asker, Task
@@ -87,7 +86,7 @@ class StepReport:
         return not (self.counts["failed"] or self.counts["not asked"])
 
 
-def skipped_path(out: str | os.PathLike[str]) -> Path:
+def skipped_path(out: StrPath) -> Path:
     """Returns the path of the file in which a step records the rows that it skipped."""
     out = Path(out)
     return out.with_name(f"{out.stem}.skipped.jsonl")
@@ -96,12 +95,12 @@ def skipped_path(out: str | os.PathLike[str]) -> Path:
 def run_step(
     step: Step,
     backend: Backend,
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: StrPath,
+    out: StrPath,
     *,
-    images: str | os.PathLike[str] | None = None,
+    images: StrPath | None = None,
     budget: Budget | None = None,
-    cache: str | os.PathLike[str] | None = None,
+    cache: StrPath | None = None,
     attempts: int = 2,
     progress: bool = True,
 ) -> StepReport:

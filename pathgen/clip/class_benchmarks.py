@@ -20,7 +20,6 @@ Layouts:
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pathcore.files import StrPath
 from pathcore.images import image_files, load_image, path_inside
 
 _PACKAGE = "pathgen.clip.benchmarks"
@@ -115,7 +115,7 @@ def benchmark_names() -> list[str]:
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".json"))
 
 
-def load_benchmark(name_or_file: str | os.PathLike[str]) -> ClassBenchmark:
+def load_benchmark(name_or_file: StrPath) -> ClassBenchmark:
     """Reads a config by file, or by name one of those that come with the package.
 
     Raises:
@@ -137,7 +137,7 @@ def load_benchmark(name_or_file: str | os.PathLike[str]) -> ClassBenchmark:
         raise ValueError(f"benchmark {name_or_file}: {type(error).__name__}: {error}") from error
 
 
-def read_images(benchmark: ClassBenchmark, data_path: str | os.PathLike[str]) -> LabelledImages:
+def read_images(benchmark: ClassBenchmark, data_path: StrPath) -> LabelledImages:
     """Finds the images of a data set and their classes.
 
     Raises:

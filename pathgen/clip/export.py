@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pathcore.files import fsync_path
+from pathcore.files import StrPath, fsync_path
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -96,8 +96,8 @@ def model_config(model: str, options: Mapping[str, Any] | None = None) -> dict[s
 
 
 def export_open_clip(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    checkpoint: StrPath,
+    out: StrPath,
     *,
     config: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
@@ -134,9 +134,7 @@ def export_open_clip(
     return Path(out)
 
 
-def export_hugging_face(
-    open_clip_folder: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> Path:
+def export_hugging_face(open_clip_folder: StrPath, out: StrPath) -> Path:
     """Writes the folder that transformers' `CLIPModel` and `CLIPProcessor` load.
 
     Raises:
@@ -274,7 +272,7 @@ def _tokenizer(folder: Path, context_length: int) -> Any:
 
 
 @contextmanager
-def whole_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_folder(out: StrPath) -> Iterator[Path]:
     """Gives a folder to write into, which takes the place of `out` when the body ends."""
     out = Path(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")

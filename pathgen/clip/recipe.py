@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pathcore.files import check_name
+from pathcore.files import StrPath, check_name
 from pathcore.recipes import read_recipes
 
 SET_HERE = frozenset(
@@ -75,7 +75,7 @@ class Recipe:
 
 
 def read_recipe(
-    path: str | os.PathLike[str],
+    path: StrPath,
     *,
     data: Mapping[str, Path] | None = None,
     images: Path | None = None,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import shutil
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pathcore.files import atomic_file, folder_lock, write_json
+from pathcore.files import StrPath, atomic_file, folder_lock, write_json
 from pathcore.images import path_inside
 from pathcore.rows import line_offsets
 
@@ -93,10 +92,10 @@ class ShardSet:
 
 
 def prepare_shards(
-    data: str | os.PathLike[str],
-    work_dir: str | os.PathLike[str],
+    data: StrPath,
+    work_dir: StrPath,
     *,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: StrPath | None = None,
     num_readers: int = 1,
     num_processes: int = 1,
     seed: int = 0,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pathcore.files import folder_lock, write_json
+from pathcore.files import StrPath, folder_lock, write_json
 from pathcore.rows import read_lines, write_rows
 from pathgen.clip.export import (
     CONFIG_NAME,
@@ -82,7 +81,7 @@ def start_here(arguments: Sequence[str]) -> int:
 
 def train_clip(
     recipe: Recipe,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     start: Start = start_here,
     num_processes: int = 1,

@@ -6,7 +6,6 @@ in embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/21
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from pathcore import stats
 from pathcore.encoders import Encoder
-from pathcore.files import write_json, write_text
+from pathcore.files import StrPath, write_json, write_text
 from pathcore.images import path_inside
 from pathcore.rows import BadRow, pair_fault, read_rows_with_id, write_csv, write_rows
 from pathgen.clip.class_benchmarks import ClassBenchmark, FileImage, read_images
@@ -33,10 +32,10 @@ _QUERIES_AT_A_TIME = 1024
 def zero_shot(
     encoder: Encoder,
     benchmark: ClassBenchmark,
-    data_path: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    data_path: StrPath,
+    out: StrPath,
     *,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
@@ -151,12 +150,12 @@ def class_features(encoder: Encoder, benchmark: ClassBenchmark) -> torch.Tensor:
 
 def retrieval(
     encoder: Encoder,
-    pairs: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    pairs: StrPath,
+    out: StrPath,
     *,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: StrPath | None = None,
     ks: Sequence[int] = (1, 5, 10),
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,

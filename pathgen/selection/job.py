@@ -12,7 +12,6 @@ Writes into one folder:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pathcore.encoders import Encoder
-from pathcore.files import check_name
+from pathcore.files import StrPath, check_name
 from pathcore.rows import encode_row, row_files
 from pathgen.selection.features import slide_features
 from pathgen.selection.picture import draw_selection
@@ -98,9 +97,9 @@ class SelectionReport:
 
 
 def select_patches(
-    coords: str | os.PathLike[str],
-    slides: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    coords: StrPath,
+    slides: StrPath,
+    output: StrPath,
     encoder: Encoder,
     settings: SelectionSettings | None = None,
     *,
@@ -155,7 +154,7 @@ def select_patches(
     return report
 
 
-def read_table(path: str | os.PathLike[str], field_name: str) -> dict[str, str]:
+def read_table(path: StrPath, field_name: str) -> dict[str, str]:
     """Reads a mapping from slide to text: JSON lines with `wsi_id` and the field, or one object.
 
     Raises:

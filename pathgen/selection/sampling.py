@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pathcore.files import StrPath
 
 Source = Literal["prompt", "report", "cluster"]
 SOURCES: tuple[Source, ...] = ("prompt", "report", "cluster")
@@ -62,7 +63,7 @@ class Texts:
 
 
 def load_classes(
-    cancer_type: str | None = None, file: str | os.PathLike[str] | None = None
+    cancer_type: str | None = None, file: StrPath | None = None
 ) -> list[tuple[str, str]]:
     """Reads class descriptions: those for any tissue, then those for a cancer type.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from pathcore.files import StrPath
 
 _PACKAGE = "pallava.converters.cleaning.words"
 _LISTS = ("decisive", "keep", "ignore", "drop")
@@ -58,7 +59,7 @@ class KeywordRule:
         return {name: _pattern(getattr(self, name)) for name in _LISTS if getattr(self, name)}
 
 
-def load_rule(name_or_file: str | os.PathLike[str]) -> KeywordRule:
+def load_rule(name_or_file: StrPath) -> KeywordRule:
     """Loads a rule from a JSON file, or a shipped rule by name (`pathology`, `human`).
 
     Raises:
@@ -80,7 +81,7 @@ def load_rule(name_or_file: str | os.PathLike[str]) -> KeywordRule:
     return _rule(content, name_or_file)
 
 
-def _rule(content: Any, name: str | os.PathLike[str]) -> KeywordRule:
+def _rule(content: Any, name: StrPath) -> KeywordRule:
     if not isinstance(content, Mapping) or not set(content) <= {*_LISTS, "about"}:
         raise ValueError(f"keyword rule {name}: lists {', '.join(_LISTS)} expected")
     lists = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from pallava.converters.parts import Joined, Part, Shard, run_in_parts
 from pallava.records.containers import read_json_rows
 from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import check_row, image_files
-from pathcore.files import file_identity
+from pathcore.files import StrPath, file_identity
 from pathcore.images import ImageError, path_inside
 from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
 
@@ -31,11 +30,11 @@ _SHOWN_CHARACTERS = 600
 
 
 def clean(
-    rows_file: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    rows_file: StrPath,
+    out: StrPath,
     steps: Sequence[Step],
     *,
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: StrPath | None = None,
     index: frozenset[str] | None = None,
     num_samples: int = 10,
     max_skipped_share: float = MAX_SKIPPED_SHARE,

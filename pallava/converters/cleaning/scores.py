@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pathcore.files import file_identity
+from pathcore.files import StrPath, file_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +122,7 @@ class ClipScorer:
         return [list(map(float, row)) for row in (self.scale * cosines).softmax(-1)]
 
 
-def load_clip_classes(path: str | os.PathLike[str] | None = None) -> tuple[list[str], list[str]]:
+def load_clip_classes(path: StrPath | None = None) -> tuple[list[str], list[str]]:
     """Loads descriptions to keep and to drop, by default our own.
 
     The file is a JSON object `{"keep": [...], "drop": [...]}`.

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from pallava.converters.cleaning.keywords import KeywordRule
 from pallava.converters.cleaning.scores import Classifier, ClipScorer
 from pallava.text.encoding import IMAGE_TOKEN
+from pathcore.files import StrPath
 from pathcore.images import ImageError, image_size, load_image
 
 MIN_WORDS = 20
@@ -180,7 +180,7 @@ def _path_ends(name: str) -> set[str]:
     return {text for end in ends if end.name for text in (str(end), str(end.with_suffix("")))}
 
 
-def read_index(path: str | os.PathLike[str]) -> frozenset[str]:
+def read_index(path: StrPath) -> frozenset[str]:
     """Reads a published list of ids or image names.
 
     The file may be a text file with one entry per line, a CSV (column `image`, `image_path`,
