@@ -12,8 +12,9 @@ batch_size = 48
 max_epochs = 10
 lr = 1e-3
 
-# A small text encoder starts with weights as wide as its width asks for (128 ** -0.5), else every
-# caption begins as nearly the same vector and the words that tell them apart are learned late.
+# Initial weights get the standard deviation that suits the width of the small text encoder (128 **
+# -0.5). With BERT's default, all captions start with nearly the same embedding, and the words that
+# distinguish them are learned late.
 model["text_encoder"].update(initializer_range=0.09)
 model.update(tokenizer=dict(pairs_file=data_path))
 train_dataloader.update(batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Questions on the made-up slides of `benchmarks/slide_questions.py`, whose folder this runs in."""
+"""Questions about the synthetic slides of `benchmarks/slide_questions.py`; runs in its folder."""
 
 from mmengine.config import read_base
 from xtuner.engine.hooks import DatasetInfoHook
@@ -14,7 +14,7 @@ model["llm_lora"].update(r=16, lora_alpha=32, lora_dropout=0.0)
 model["visual_encoder"].update(hidden_size=96, map_size=8)
 model.update(
     num_hidden_layers=3,
-    connector=dict(hidden_dropout_prob=0.0),  # too few steps to need it
+    connector=dict(hidden_dropout_prob=0.0),  # the training is too short for dropout to help
     use_activation_checkpointing=False,
 )
 train_dataloader.update(batch_size=16)

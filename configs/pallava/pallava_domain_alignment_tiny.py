@@ -5,6 +5,6 @@ from mmengine.config import read_base
 with read_base():
     from ._base_.tiny import *
 
-param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
+param_scheduler[0].update(end=0.5)  # at least two iterations, the minimum for a warm-up
 param_scheduler[1].update(begin=0.5, end=4)
 train_cfg.update(max_epochs=4)

@@ -1,9 +1,9 @@
-"""PA-LLaVA stage 2: questions and answers, 12 epochs on PathVQA and PMC-VQA, from stage 1.
+"""PA-LLaVA stage 2: continues stage 1 on questions, 12 epochs of PathVQA and PMC-VQA.
 
 NPROC_PER_NODE=8 NNODES=2 NODE_RANK=0 ADDR=... PORT=12345 \
     xtuner-add train pallava_instruction_tuning.py --deepspeed deepspeed_zero2 --seed 1024
 
-16 GPUs x batch 6 x accumulation 4 = 384. The connector learns at half the rate of LoRA.
+16 GPUs x batch 6 x accumulation 4 = 384. The learning rate of the connector is half that of LoRA.
 """
 
 from mmengine.config import read_base

@@ -4,7 +4,7 @@ NPROC_PER_NODE=8 xtuner-add train pallava_slide_questions.py --deepspeed deepspe
 
 A row of conversations.jsonl names its slide, {"slide": "case1", ...}, whose tile features lie in
 features_folder/case1.h5. LoRA and connector start from PA-LLaVA's stage 2, the projection of the
-tile features from nothing. 8 GPUs x batch 4 x accumulation 4 = 128.
+tile features from random weights. 8 GPUs x batch 4 x accumulation 4 = 128.
 """
 
 from mmengine.config import read_base
@@ -15,12 +15,12 @@ with read_base():
 from pallava.engine.slide_questions import EvaluateSlideHook, SlideQuestionDataset
 from pallava.modeling.slide_tokens import SlideTokenEncoder
 
-# Model: 1 + 14 x 14 tokens for the language model, of any number of tiles
+# Model: 1 + 14 x 14 tokens per slide for the language model, for any number of tiles
 in_features = 1536
 visual_encoder = dict(
     type=SlideTokenEncoder,
     in_features=in_features,
-    hidden_size=768,  # as wide as PLIP, so that stage 2's connector fits
+    hidden_size=768,  # the width of PLIP, so that the connector of stage 2 fits
     num_attention_heads=12,
     map_size=14,
 )

@@ -30,7 +30,7 @@ train_dataloader["dataset"].update(
 )
 optim_wrapper.update(accumulative_counts=1)
 optim_wrapper["optimizer"].update(lr=2e-3, lr_mult=dict(projector=0.5))
-param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
+param_scheduler[0].update(end=0.5)  # at least two iterations, the minimum for a warm-up
 param_scheduler[1].update(begin=0.5, end=4)
 train_cfg.update(max_epochs=4)
 # Without the chat hook: there is nothing to ask a model this small.

@@ -4,10 +4,10 @@
         --cfg-options train_dataloader.dataset.pairs_file=pairs.jsonl \
                       train_dataloader.dataset.image_folder=images
 
-`--cfg-options` changes the entries of `model`, `train_dataloader`, ...; the short names at the top
-are for editing, since nothing else follows when one of them is overridden from the command line.
-With too little memory set `model.gradient_checkpointing=True`; `model.gather_negatives=True` takes
-hard negatives from all devices.
+`--cfg-options` overrides entries of `model`, `train_dataloader`, ...; the variables at the top can
+only be edited, since overriding them from the command line does not change the entries that use
+them. If memory is short, set `model.gradient_checkpointing=True`. `model.gather_negatives=True`
+draws hard negatives from all devices.
 """
 
 from mmengine.dataset import DefaultSampler
@@ -52,7 +52,7 @@ lr = 1e-4
 min_lr = 1e-5
 betas = (0.9, 0.999)
 weight_decay = 0.02
-warmup_epochs = 0.3  # about 1,000 steps of 1.6 million pairs, 512 a step
+warmup_epochs = 0.3  # about 1,000 steps, for 1.6 million pairs and 512 pairs per step
 max_norm = 1.0
 
 #######################################################################
@@ -62,14 +62,14 @@ model = dict(
     type=PLIPPretraining,
     visual_encoder=clip_name_or_path,
     text_encoder=bert_name_or_path,
-    tokenizer=None,  # the text encoder's own
+    tokenizer=None,  # the tokenizer of the text encoder
     max_length=30,
     embed_dim=256,
     queue_size=57600,
     momentum=0.995,
     alpha=0.4,
     temperature=0.07,
-    positives="same_caption_id",  # "same_sample" and "negatives": as the original
+    positives="same_caption_id",  # the original uses "same_sample", and "negatives" below
     empty_slots="ignored",
     gather_negatives=False,
 )
@@ -82,7 +82,7 @@ train_dataloader = dict(
     num_workers=dataloader_num_workers,
     persistent_workers=True,
     pin_memory=True,
-    drop_last=True,  # several processes need equal batches
+    drop_last=True,  # all processes need batches of equal size
     dataset=dict(
         type=PLIPPairDataset,
         pairs_file=data_path,

@@ -1,4 +1,4 @@
-"""PLIP pretraining, tiny: every part of the full-size recipe in CPU minutes, from scratch.
+"""PLIP pretraining from scratch, with all parts of the full recipe, within minutes on a CPU.
 
     xtuner-add train configs/pallava/plip_pretraining_tiny.py \
         --cfg-options train_dataloader.dataset.pairs_file=pairs.jsonl \
@@ -40,7 +40,7 @@ model.update(
     tokenizer=dict(pairs_file=data_path, vocab_size=2000),
     embed_dim=64,
     queue_size=256,
-    momentum=0.95,  # a short run: the copies must keep up
+    momentum=0.95,  # lower than 0.995, since the momentum encoders must keep up in a short run
     alpha=0.2,
 )
 train_dataloader.update(batch_size=batch_size, num_workers=0, persistent_workers=False)

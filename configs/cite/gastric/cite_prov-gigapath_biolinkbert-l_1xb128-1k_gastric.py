@@ -1,7 +1,7 @@
 _base_ = "cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric.py"
 
-# The tile encoder of Prov-GigaPath: pytorch_model.bin of
-# https://huggingface.co/prov-gigapath/prov-gigapath, whose terms are to be accepted there.
+# Tile encoder of Prov-GigaPath: pytorch_model.bin from
+# https://huggingface.co/prov-gigapath/prov-gigapath, after accepting the terms there.
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -10,7 +10,8 @@ model = dict(
         prompt_length=1,
         prompt_pos="prepend",
         prompt_init="token",
-        # 1.1 billion frozen parameters, through 40 blocks of which the prompt's gradient goes.
+        # To save memory: the encoder has 1.1 billion frozen parameters, and the gradient of the
+        # prompts passes through all of its 40 blocks.
         precision="bf16",
         gradient_checkpointing=True,
         save_frozen=False,

@@ -1,4 +1,4 @@
-# Nothing is trained: mim test mmcls <this file> --checkpoint none
+# There is nothing to train. Run: mim test mmcls <this file> --checkpoint none
 _base_ = ["_base_/runtime.py", "_base_/gastric.py"]
 
 model = dict(

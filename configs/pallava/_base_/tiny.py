@@ -1,4 +1,4 @@
-"""Changes that make PA-LLaVA small enough for minutes on a CPU; the code path is the same.
+"""Overrides that shrink PA-LLaVA to train within minutes on a CPU, by the same code.
 
 Expects under data/tiny: `llama` (a tiny Llama and its tokenizer), `plip` (an encoder folder),
 `conversations.jsonl` and `images`.
@@ -27,7 +27,7 @@ train_dataloader["dataset"].update(
 )
 optim_wrapper.update(accumulative_counts=1)
 optim_wrapper["optimizer"].update(lr=1e-3)
-# Without the chat hook: there is nothing to ask a model this small.
+# Without the chat hook, since the answers of a model this small are meaningless.
 custom_hooks = [
     dict(type=IterationSeedHook),
     dict(type=SkippedSamplesHook),

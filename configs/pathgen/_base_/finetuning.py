@@ -1,4 +1,4 @@
-"""What the second phase changes: conversations, the whole language model learns."""
+"""Overrides of the second phase, which trains the whole language model on conversations."""
 
 from mmengine.config import read_base
 
@@ -8,7 +8,7 @@ with read_base():
 prompt_template = PROMPT_TEMPLATE.vicuna
 model.update(freeze_llm=False, pretrained_pth="work_dirs/pathgen_llava_pretrain/iter_24000.pth")
 train_dataloader.update(batch_size=16)
-train_dataloader["sampler"] = dict(  # not by update(), which would keep `shuffle`
+train_dataloader["sampler"] = dict(  # replaced, since update() would keep `shuffle`
     type=LengthGroupedSampler, length_property="modality_length", per_device_batch_size=16
 )
 train_dataloader["dataset"].update(

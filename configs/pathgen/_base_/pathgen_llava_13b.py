@@ -1,7 +1,7 @@
-"""LLaVA-1.5 with Vicuna-13B and a pathology CLIP: what both phases share.
+"""Base of both phases of LLaVA-1.5 with Vicuna-13B and a pathology CLIP.
 
-Recipe: PathGen-1.6M's training commands, https://github.com/PathGen-1-6M/PathGen-1.6M, which are
-LLaVA-1.5's. The connector is LLaVA's `mlp2x_gelu`; features come from the last layer but one.
+Recipe: training commands of PathGen-1.6M, https://github.com/PathGen-1-6M/PathGen-1.6M, which are
+those of LLaVA-1.5. The connector is LLaVA's `mlp2x_gelu`; features come from the penultimate layer.
 """
 
 from mmengine.dataset import DefaultSampler
@@ -55,7 +55,7 @@ model = dict(
     ),
 )
 
-# Data: 2048 positions, 24 x 24 of them for an image of 336 px in patches of 14 px
+# Data: sequences of 2048 tokens, 24 x 24 of them for an image of 336 px in patches of 14 px
 train_dataloader = dict(
     batch_size=32,
     num_workers=4,
@@ -75,7 +75,7 @@ train_dataloader = dict(
     collate_fn=dict(type=default_collate_fn),
 )
 
-# Schedule: one epoch; each phase sets its rate
+# Schedule: one epoch; each phase sets its learning rate
 warmup_ratio = 0.03
 optim_wrapper = dict(
     type=AmpOptimWrapper,
@@ -104,7 +104,7 @@ param_scheduler = [
 ]
 train_cfg = dict(type=TrainLoop, max_epochs=1)
 
-# Runtime: for CUDA; the runner adapts precision and communication to other machines
+# Runtime for CUDA; the runner adapts precision and communication to other machines
 runner_type = AdaptedRunner
 custom_hooks = [
     dict(type=IterationSeedHook),

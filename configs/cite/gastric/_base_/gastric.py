@@ -1,17 +1,18 @@
-# PatchGastric: captions.csv and patches_captions/ in data_root, annotations by tools/ann.py.
+# Expects PatchGastric's captions.csv and patches_captions/ in data_root; tools/ann.py writes the
+# annotation files.
 data_root = "data/"
 image_size = 224
 
 model = dict(
     type="ImageClassifier",
-    # ImageNet's mean and std, as published; CLIP's own: cite.mm.transforms.CLIP_NORM.
+    # Mean and std of ImageNet, as published. Those of CLIP are cite.mm.transforms.CLIP_NORM.
     data_preprocessor=dict(
         mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=False
     ),
 )
 
-# As published, in place of the first three: dict(type="PatchGastricPipeline"). Its saturation from
-# 0 to 0.2 leaves hardly any colour; here it is from 0.8 to 1.2.
+# For the published pipeline, replace the first three steps by dict(type="PatchGastricPipeline"). It
+# draws the saturation from 0 to 0.2, which makes images nearly grey; here it is 0.8 to 1.2.
 train_pipeline = [
     dict(type="LoadPatch"),
     dict(type="ResizePatch", size=image_size),

@@ -1,4 +1,4 @@
-# cite.mm.launching opens torchrun's process group on a CPU, where MMEngine cannot.
+# cite.mm.launching opens the process group of torchrun on CPUs, which MMEngine cannot.
 custom_imports = dict(imports=["cite.mm", "cite.mm.launching"], allow_failed_imports=False)
 default_scope = "mmcls"
 
@@ -6,7 +6,7 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=10),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    # Two are kept: the older one is removed before the newer one is whole.
+    # Two checkpoints, because the hook deletes the older one before the new one is complete.
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="VisualizationHook", enable=False),
