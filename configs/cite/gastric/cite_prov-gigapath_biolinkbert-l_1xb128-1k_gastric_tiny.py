@@ -1,7 +1,7 @@
 _base_ = "cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric_tiny.py"
 
-# Architecture of Prov-GigaPath's tile encoder (SwiGLU, layer scale, patches of 16 px), but small and
-# with random weights.
+# Architecture of Prov-GigaPath's tile encoder (SwiGLU, layer scale, patches of 16 px), but small
+# and with random weights.
 model = dict(
     backbone=dict(
         _delete_=True,
