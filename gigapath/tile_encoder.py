@@ -201,8 +201,8 @@ def encoder_transform(pretrained: StrPath, model_arch: str | None = None) -> Tra
     `pretrained_cfg` in their `config.json`. Any other model must come with its own.
 
     Args:
-        pretrained: As for `create_model`.
-        model_arch: As for `create_model`.
+        pretrained: Weights, as for `create_model`.
+        model_arch: Architecture, as for `create_model`.
 
     Raises:
         FileNotFoundError: If the weights do not exist or cannot be downloaded.
@@ -242,8 +242,8 @@ def slide_encoder_of(
     """Returns the hub name of the slide encoder trained on a tile encoder; None if there is none.
 
     Args:
-        pretrained: As for `create_model`.
-        model_arch: As for `create_model`.
+        pretrained: Weights, as for `create_model`.
+        model_arch: Architecture, as for `create_model`.
         named: Whether `pretrained` is a name of `pathcore.encoders` instead.
     """
     name = os.fspath(pretrained).replace("hf-hub:", "hf_hub:")

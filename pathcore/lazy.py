@@ -1,4 +1,4 @@
-"""Attributes of packages that are imported on first access (PEP 562)."""
+"""Package attributes that are imported on first access (PEP 562)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 def lazy_exports(
     package: str, extra: str, exports: Mapping[str, str], modules: Iterable[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Returns `__getattr__`, `__dir__` and `__all__` of a package.
+    """Returns `__getattr__`, `__dir__` and `__all__` for a package.
 
-    Nothing is imported until an attribute is read, so that `import wsi` costs milliseconds and
+    Nothing is imported until an attribute is accessed, so that `import wsi` takes milliseconds and
     `import pallava` does not import torch.
 
     Args:
         package: `__name__` of the package.
         extra: Extra of `xtuner-add` with the requirements of the exports; empty if the base
             installation has them.
-        exports: Exported name -> `module`, or `module:attribute` where the names differ.
+        exports: Module of each exported name, as `module` or, if the names differ,
+            `module:attribute`.
         modules: Names of submodules that are imported on first access.
     """
     names = sorted([*exports, *modules])
 
     def get(name: str) -> Any:
         if name not in names:
-            # With `name` and `obj`, the traceback suggests the nearest attribute.
+            # Given `name` and `obj`, Python's traceback suggests a similar attribute.
             raise AttributeError(
                 f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package]
             )

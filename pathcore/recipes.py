@@ -9,7 +9,7 @@ from pathcore.files import StrPath
 
 
 def read_recipes(path: StrPath) -> list[dict[str, Any]]:
-    """Reads a recipe and those that it inherits from.
+    """Reads a recipe and the recipes it inherits from.
 
     Args:
         path: A YAML file; its `_base_` is relative to it.

@@ -1,4 +1,4 @@
-"""Rows of data files, read and written one by one: JSON lines, JSON arrays and CSV tables."""
+"""Reads and writes rows of JSON lines, JSON arrays and CSV tables as streams."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 class BadRow(str):
-    """Takes the place of a row that cannot be read, and says why."""
+    """Result for a row that cannot be read; the text is the reason."""
 
 
 def read_rows(path: StrPath, *, what: str = "rows") -> Iterator[tuple[int, Any]]:
     """Yields `(line or element number, row)` of a `.jsonl` file or a `.json` array.
 
-    Rows are JSON values of any kind, for the caller to check.
+    Rows may be any JSON values; callers must check them.
 
     Args:
         path: The file.
-        what: What the file is, for error messages.
+        what: Description of the file, for error messages.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the suffix is unknown, or a `.json` file does not hold an array.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the suffix is unknown, or a `.json` file is not an array.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,14 +54,14 @@ def read_rows(path: StrPath, *, what: str = "rows") -> Iterator[tuple[int, Any]]
 
 
 def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Yields `(line number, row)` of JSON lines; a valid row is an object with a text `id`.
+    """Yields `(line number, row)` of JSON lines; a valid row is an object with a string `id`.
 
-    What Python reads but other readers of JSON refuse makes a bad row: NaN, infinity and half a
-    surrogate pair.
+    Values that Python accepts but other JSON readers refuse make a row bad: NaN, infinity and
+    unpaired surrogates.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is one JSON array.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is a JSON array.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,7 +83,7 @@ def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | Bad
 
 
 def read_lines(path: StrPath, *, strict: bool = False) -> Iterator[tuple[int, Any]]:
-    """Yields `(line number, JSON value or BadRow)` of every line that is not blank."""
+    """Yields `(line number, JSON value or BadRow)` for each line that is not blank."""
     constant = _refuse_constant if strict else None
     with open(path, "rb") as lines:  # as bytes, so that an encoding error affects only its line
         for number, line in enumerate(lines, start=1):
@@ -104,13 +104,13 @@ def _refuse_constant(name: str) -> None:
 
 
 def first_byte(path: StrPath) -> bytes:
-    """Returns the first byte of a text that is neither blank nor of a byte order mark."""
+    """Returns the first byte of a file after white space and a byte order mark."""
     with open(path, "rb") as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 def line_offsets(path: StrPath) -> Iterator[tuple[int, bytes]]:
-    """Yields the byte offset and the content of every line that is not blank."""
+    """Yields byte offset and content of each line that is not blank."""
     offset = 0
     with open(path, "rb") as lines:
         for line in lines:
@@ -120,10 +120,10 @@ def line_offsets(path: StrPath) -> Iterator[tuple[int, bytes]]:
 
 
 def read_array(path: StrPath, *, what: str = "rows") -> Iterator[Any]:
-    """Yields the elements of a JSON array of any size, in the memory that the largest needs.
+    """Yields the elements of a JSON array; memory grows with the largest element only.
 
     Raises:
-        ValueError: If the file does not hold a valid array.
+        ValueError: If the file is not a valid array.
     """
     if first_byte(path) == b"{":
         raise ValueError(
@@ -142,7 +142,7 @@ def read_array(path: StrPath, *, what: str = "rows") -> Iterator[Any]:
 
 
 def _elements(file: IO[str]) -> Iterator[Any]:
-    # Python's decoder, unlike ijson's, takes NaN, which json.dump writes by default.
+    # Python's decoder, unlike ijson's, accepts NaN, which json.dump writes by default.
     decode = json.JSONDecoder().raw_decode
     text = file.read(_CHUNK_CHARS)
     at = _skip_blanks(text, 0)
@@ -187,17 +187,18 @@ def read_csv(
     delimiter: str = ",",
     what: str = "table",
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `(line number, {column: text})` of a CSV file with a header, as `csv.DictReader`.
+    """Yields `(line number, {column: text})` of a CSV file with a header, like `csv.DictReader`.
 
     Args:
         path: The file, in UTF-8.
-        columns: Columns that must be there.
+        columns: Required columns.
         delimiter: Character between fields.
-        what: What the file is, for error messages.
+        what: Description of the file, for error messages.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a column is missing, or the file is not CSV in UTF-8; names the line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a column is missing, or the file is not CSV in UTF-8. The message names the
+            line.
     """
     path = Path(path)
     if not path.is_file():
@@ -240,7 +241,7 @@ def write_csv(path: StrPath, header: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
-    """Returns one line of JSON; unpaired surrogates, which bad rows may contain, stay escaped."""
+    """Encodes a row as a line of JSON; unpaired surrogates, as in invalid input, are escaped."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -284,7 +285,7 @@ def row_digest(row: Mapping[str, Any]) -> str:
 
 
 def pair_fault(row: Any) -> str | None:
-    """Returns what is wrong with a row of a pairs file, or None."""
+    """Returns what is wrong with a row of a pairs file; None if it is valid."""
     if not isinstance(row, Mapping):
         found = row if isinstance(row, BadRow) else type(row).__name__
         return f"expected a JSON object, found {found}"
@@ -299,7 +300,7 @@ def pair_fault(row: Any) -> str | None:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether text has no unpaired surrogates, which JSON can escape but UTF-8 cannot hold."""
+    """Returns whether a string has no unpaired surrogates, which UTF-8 cannot represent."""
     try:
         text.encode()  # a loop over the characters takes far longer
     except UnicodeEncodeError:
@@ -315,10 +316,10 @@ def check_share(
     most: int = 3,
     max_share: float = MAX_SKIPPED_SHARE,
 ) -> None:
-    """Tolerates a few bad rows, but raises if there are too many.
+    """Checks that not too many rows are bad.
 
     Raises:
-        ValueError: If more than `max_share` of at least ten rows are bad, or all of them.
+        ValueError: If all rows are bad, or more than `max_share` of at least ten rows.
     """
     if num_bad > max_share * total and num_bad > 0 and (num_bad == total or total >= _FEW_ROWS):
         shown = "\n  ".join(list(faults.values())[:most])

@@ -66,7 +66,7 @@ def build_encoder(
     """Builds an encoder from its description.
 
     Args:
-        description: `library` and what it takes, see `pathcore.encoders.towers`; or `mm` and the
+        description: `library` with its arguments, see `pathcore.encoders.towers`; or `mm` with the
             arguments of `cite.encoders.vit.ViTEncoder`.
         checkpoint: Its weights: a file of its family, or the checkpoint of a classifier with such
             an encoder. Random ones if None.

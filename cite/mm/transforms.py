@@ -135,7 +135,7 @@ class EncoderDataPreprocessor(BaseDataPreprocessor):
     Args:
         encoder: Name of the encoder, see `pathcore.encoders`.
         batch_augments: MMPreTrain hands its `train_cfg` on under this name; none is possible.
-        **kwargs: As for MMEngine's `BaseDataPreprocessor`.
+        **kwargs: Arguments of MMEngine's `BaseDataPreprocessor`.
 
     Raises:
         EncoderError: If there is no such encoder, or its transform is not known.

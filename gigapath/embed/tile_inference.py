@@ -94,10 +94,10 @@ def describe_encoder(
     """Finds the weights of a tile encoder and its transform, and gives them a unique name.
 
     Args:
-        pretrained: As for `tile_encoder.create_model`, or a name for
+        pretrained: Weights as for `tile_encoder.create_model`, or a name for
             `pathcore.encoders.create_encoder`: a preset, `timm:`, `hf:`, `open_clip:`, or a folder
             that transformers or open_clip wrote.
-        model_arch: As for `tile_encoder.create_model`.
+        model_arch: Architecture, as for `tile_encoder.create_model`.
         precision: fp32, bf16 or fp16.
         seed: Seed of random weights.
 

@@ -1,4 +1,4 @@
-"""Hidden states of the patches, from any layer of a plain vision transformer."""
+"""Patch tokens of any layer of a plain vision transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathcore.encoders.towers import CLIP_TYPES, VISION_TYPES, EncoderError, Tow
 
 
 class PatchTokens:
-    """Reads the tokens of the patches, without class and register tokens.
+    """Returns the patch tokens of a vision transformer, without class and register tokens.
 
     Args:
         tower: A vision transformer of timm, open_clip or transformers.
@@ -19,10 +19,10 @@ class PatchTokens:
         hidden_size: Width of the tokens.
         num_heads: Number of attention heads.
         num_layers: Number of blocks.
-        patch_px: Side of a patch.
+        patch_px: Side of a patch in pixels.
 
     Raises:
-        EncoderError: If the network has no patch tokens, as a ResNet or a Swin.
+        EncoderError: If the network has no patch tokens, like a ResNet or Swin.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -55,7 +55,7 @@ class PatchTokens:
             )
 
     def __call__(self, pixel_values: Tensor, select_layer: int = -2) -> Tensor:
-        """Returns the patches' hidden states of one layer, without its final norm.
+        """Returns the patch tokens of a layer, without the final norm of the network.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -66,7 +66,7 @@ class PatchTokens:
             `(batch, num_patches, hidden_size)`.
 
         Raises:
-            ValueError: If there is no such layer.
+            ValueError: If the layer does not exist.
         """
         num_states = self.num_layers + 1
         if not -num_states <= select_layer < num_states:
