@@ -8,7 +8,8 @@ with the most patches.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -259,6 +260,31 @@ def published_names(val: float, num_slides: int | str | None = None, suffix: str
     if num_slides is None:
         return f"val_{val}{suffix}.txt"
     return f"train_{num_slides}_{round(1 - val, 2)}{suffix}.txt"
+
+
+def read_patches(path: StrPath) -> Iterator[tuple[int, Patch]]:
+    """Yields `(line number, (name, label))` of an annotation file with lines `name label`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is not UTF-8 or has another form; names it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: no such annotation file; for PatchGastric `python tools/ann.py` makes it"
+        )
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                # Excel and Notepad write a byte order mark at the start of UTF-8 files.
+                line = raw.decode().lstrip("\ufeff").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 text") from error
+            name, _, label = line.rpartition(" ")
+            if line and not (name and re.fullmatch(r"\d+", label)):
+                raise ValueError(f"{path}:{number}: {line!r} found; expected `filename label`")
+            if line:
+                yield number, (name.strip(), int(label))
 
 
 def write_patches(path: StrPath, patches: Sequence[Patch], *, final_newline: bool = True) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from cite.mm.published import published_arguments
-from cite.splits import slide_id
+from cite.splits import Patch, read_patches, slide_id
 
 GASTRIC_CLASSES = (
     "Well differentiated tubular adenocarcinoma",
@@ -101,8 +101,8 @@ class PatchDataset(BaseDataset):
         samples = []
         seen: dict[str, dict[str, Any]] = {}
         counts: Counter[str] = Counter()
-        for number, line in _read_lines(self.ann_file):
-            sample = self._parse_line(line, number)
+        for number, patch in read_patches(self.ann_file):
+            sample = self._sample(patch, number)
             slide = sample.get("slide")
             first = seen.setdefault(slide, sample) if slide is not None else sample
             if first["gt_label"] != sample["gt_label"]:
@@ -150,14 +150,10 @@ class PatchDataset(BaseDataset):
         """Returns the label of one patch, for MMEngine's `ClassBalancedDataset`."""
         return [int(self.get_data_info(idx)["gt_label"])]
 
-    def _parse_line(self, line: str, number: int) -> dict[str, Any]:
-        place = f"{self.ann_file}:{number}"
-        name, _, label = line.rpartition(" ")
-        name = name.strip()
-        if not name or not re.fullmatch(r"\d+", label):
-            raise ValueError(f"{place}: {line!r} found; expected `filename label`")
+    def _sample(self, patch: Patch, number: int) -> dict[str, Any]:
+        place, (name, label) = f"{self.ann_file}:{number}", patch
         num_classes = len(self.metainfo["classes"])
-        if int(label) >= num_classes:
+        if label >= num_classes:
             raise ValueError(
                 f"{place}: label {label} of {name}; expected 0 to {num_classes - 1}, for the "
                 f"classes {', '.join(self.metainfo['classes'])}"
@@ -167,7 +163,7 @@ class PatchDataset(BaseDataset):
             raise ValueError(f"{place}: {name} leaves the folder of patches ({prefix})")
         sample: dict[str, Any] = {
             "img_path": os.path.join(prefix, name),
-            "gt_label": int(label),
+            "gt_label": label,
             "ann_file": self.ann_file,
             "ann_line": number,
         }
@@ -256,19 +252,3 @@ class _Listing:
             exists = os.path.isdir(folder or ".")
             self._folders[folder] = set(os.listdir(folder or ".")) if exists else set()
         return name in self._folders[folder]
-
-
-def _read_lines(path: str) -> Iterator[tuple[int, str]]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: no such annotation file; for PatchGastric `python tools/ann.py` makes it"
-        )
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                # Excel and Notepad write a byte order mark at the start of UTF-8 files.
-                line = raw.decode("utf-8").lstrip("\ufeff").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: no UTF-8 text") from error
-            if line:
-                yield number, line

@@ -18,9 +18,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from cite.splits import Patch, draw_slides, write_patches
+from cite.splits import draw_slides, read_patches, write_patches
 from cite.sweep import Cell, Sweep
-from pathcore.files import StrPath, write_json
+from pathcore.files import write_json
 
 
 @dataclass(frozen=True)
@@ -161,25 +161,6 @@ def collect(plan: SweepPlan) -> Sweep:
     return Sweep({cell: found[cell] for cell in _by_method(plan, found)})
 
 
-def read_patches(file: StrPath) -> list[Patch]:
-    """Reads an annotation file of lines `name label`.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If a line is invalid. The message names it.
-    """
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such annotation file")
-    patches = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-        name, _, label = line.strip().rpartition(" ")
-        if line.strip() and not (name and label.isdigit()):
-            raise ValueError(f"{file}:{number}: {line!r} found; expected `filename label`")
-        if name:
-            patches.append((name, int(label)))
-    return patches
-
-
 def _begin(folder: Path, inputs: dict[str, Any]) -> None:
     """Empties the folder of a cell with other inputs, whose checkpoint must not be resumed."""
     if not _is_of(folder, inputs):
@@ -197,7 +178,7 @@ def _write_slides(plan: SweepPlan, cell: Cell) -> Path:
     if plan.train_file is None:
         return Path(str(plan.train_files).format(cell.num_slides))
     file = plan.folder(cell) / "train.txt"
-    patches = read_patches(plan.train_file)
+    patches = [patch for _, patch in read_patches(plan.train_file)]
     write_patches(file, draw_slides(patches, cell.num_slides, seed=cell.seed))
     return file
 

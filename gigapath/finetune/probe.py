@@ -10,7 +10,6 @@ original's scores as `published`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from gigapath.finetune.result_files import (
     results_table,
     write_predictions,
 )
+from gigapath.finetune.trainer import check_inputs
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
 from pathcore.files import (
     StrPath,
@@ -308,12 +308,7 @@ class ProbeRun:
             # Embeddings of another encoder may be as wide and as many.
             "features_sha256": hashlib.sha256(self.features.cpu().numpy().tobytes()).hexdigest(),
         }
-        file = self.folder / "config.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != inputs:
-            raise ValueError(
-                f"{self.folder}: holds a probe of other settings or embeddings; name a new folder"
-            )
-        write_json(file, inputs)
+        check_inputs(self.folder, inputs)
 
 
 def published_scores(labels: NDArray[np.int64], logits: NDArray[Any]) -> dict[str, Any]:

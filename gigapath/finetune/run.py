@@ -7,8 +7,6 @@ the same splits. A run that was stopped continues when it is called again.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -52,7 +50,7 @@ from gigapath.finetune.tasks import SlideTask, read_task
 from gigapath.finetune.trainer import WEIGHTS_NAME, Trainer, check_inputs
 from pathcore.files import StrPath, folder_lock, remove_partials, write_json, write_text
 from pathcore.ranks import Ranks
-from pathcore.rows import write_rows
+from pathcore.rows import write_csv, write_rows
 
 SLIDE_ENCODER = "slide_encoder"
 
@@ -150,7 +148,7 @@ def finetune_slides(
         if ranks.is_first:
             write_rows(out / SKIPPED_NAME, [*cohort.skipped, *runs.skipped])
             write_text(out / TABLE_NAME, _table(results, task))
-            write_text(out / "summary.csv", _summary(results))
+            _write_summary(out / "summary.csv", results)
             write_json(out / RESULTS_NAME, results)
         ranks.barrier()
     return results
@@ -380,20 +378,17 @@ def _table(results: Mapping[str, Any], task: SlideTask) -> str:
     return results_table(title, task.setting, rows, head, notes)
 
 
-def _summary(results: Mapping[str, Any]) -> str:
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for method, found in results["methods"].items():
-        for fold in found["folds"]:
-            row: dict[str, Any] = {"method": method, "fold": fold["fold"]}
-            if any("seed" in other for f in results["methods"].values() for other in f["folds"]):
-                row["seed"] = fold.get("seed", "")
-            for part in ("val", "test"):
-                values = plain_values(fold.get(part) or fold["test"])
-                shown = values if part in fold else dict.fromkeys(values)
-                row |= {f"{part}_{name}": value for name, value in shown.items()}
-            if writer is None:
-                writer = csv.DictWriter(text, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-    return text.getvalue()
+def _write_summary(path: Path, results: Mapping[str, Any]) -> None:
+    folds = [(name, fold) for name, found in results["methods"].items() for fold in found["folds"]]
+    with_seed = any("seed" in fold for _, fold in folds)
+    rows = []
+    for method, fold in folds:
+        row: dict[str, Any] = {"method": method, "fold": fold["fold"]}
+        if with_seed:
+            row["seed"] = fold.get("seed", "")
+        for part in ("val", "test"):
+            values = plain_values(fold.get(part) or fold["test"])
+            shown = values if part in fold else dict.fromkeys(values)
+            row |= {f"{part}_{name}": value for name, value in shown.items()}
+        rows.append(row)
+    write_csv(path, list(rows[0]), [list(row.values()) for row in rows])

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pathcore.files import write_json
+from pathcore.rows import write_rows
 from xtuner_add.demo import dataset, wording
 
 MAX_NEW_TOKENS = 32
@@ -46,7 +47,7 @@ def answer_all(work_dir: Path, seed: int) -> None:
         row["exchanged_image"] = exchanged[index]
         row["prediction_exchanged"] = shuffled.get(index)
         row["prediction_released"] = without.get(index)
-    dataset.write_jsonl(work_dir / "answers.jsonl", rows)
+    write_rows(work_dir / "answers.jsonl", rows)
     write_json(work_dir / "shown.json", shown)
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from pathcore.files import atomic_file
+from pathcore.rows import write_rows
 from xtuner_add.demo import wording
 from xtuner_add.demo.slides import Slide, SlidePlan, draw_slide
 from xtuner_add.demo.tissue import CELLULAR, PATTERNS
@@ -117,7 +117,7 @@ def build(folder: Path, sizes: DataSizes, seed: int, workers: int = 2) -> dict[s
         "plans": [{"id": name, **asdict(plan)} for name, plan in by_name.items()],
     }
     for table, rows in tables.items():
-        write_jsonl(folder / f"{table}.jsonl", rows)
+        write_rows(folder / f"{table}.jsonl", rows)
     return {"slides": len(plans), **{table: len(rows) for table, rows in tables.items()}}
 
 
@@ -236,15 +236,8 @@ def majority_share(rows: Iterable[Mapping[str, Any]]) -> float:
     return right / total
 
 
-def write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line; the file appears when it is complete."""
-    with atomic_file(file) as partial, partial.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
-
-
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Reads what `write_jsonl` wrote."""
+    """Reads JSON lines that `write_rows` wrote."""
     with file.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 

@@ -26,7 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pathcore.files import write_json
-from xtuner_add.demo.dataset import read_jsonl, write_jsonl
+from pathcore.rows import write_rows
+from xtuner_add.demo.dataset import read_jsonl
 from xtuner_add.demo.wording import look
 from xtuner_add.demo_pathgen import wording
 from xtuner_add.demo_pathgen.painting import (
@@ -174,8 +175,8 @@ def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
         lessons.append({"id": name, "image": image, "field": asdict(truth.field)})
         form = int(rng.integers(wording.NUM_SUMMARIES))
         pairs.append({"id": name, "image": image, "caption": wording.summary(truth.field, form)})
-    write_jsonl(patches / "lessons.jsonl", lessons)
-    write_jsonl(patches / "pairs.jsonl", pairs)
+    write_rows(patches / "lessons.jsonl", lessons)
+    write_rows(patches / "pairs.jsonl", pairs)
     return {"patches": len(lessons)}
 
 
@@ -197,7 +198,7 @@ def exchange_captions(pairs: Path, out: Path) -> None:
     captions = [row["caption"] for row in rows]
     step = _even_step(len(rows))
     dealt = [row | {"caption": captions[i * step % len(rows)]} for i, row in enumerate(rows)]
-    write_jsonl(out, sorted(dealt, key=lambda row: row["id"]))
+    write_rows(out, sorted(dealt, key=lambda row: row["id"]))
 
 
 def _even_step(count: int) -> int:
@@ -239,7 +240,7 @@ def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:
         _copy(file, out / "tissue" / truth.tissue / file.name)
         if field.vesicular is not None:
             _copy(file, out / "look" / look(field.vesicular) / file.name)
-    write_jsonl(out / "pairs.jsonl", pairs)
+    write_rows(out / "pairs.jsonl", pairs)
     return dict(counts)
 
 

@@ -97,7 +97,7 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder of patches"):
         PatchGastric(**{**arguments, "data_prefix": "nowhere"})
     (tmp_path / "ann.txt").write_bytes(b"A_0.jpg 0\n\xff\xfe_0.jpg 1\n")
-    with pytest.raises(ValueError, match=r"ann.txt:2: no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"ann.txt:2: not UTF-8 text"):
         PatchGastric(**arguments)
 
 

@@ -157,7 +157,7 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(
         probe_tiles(path, table, tmp_path / "broken", settings=other, progress=False)
     (tmp_path / "other").mkdir()
     elsewhere = write_cohort(tmp_path / "other", seed=1)  # as if of another encoder
-    with pytest.raises(ValueError, match="other settings or embeddings"):
+    with pytest.raises(ValueError, match="other features_sha256"):
         probe_tiles(elsewhere, table, tmp_path / "broken", settings=SMALL, progress=False)
 
 

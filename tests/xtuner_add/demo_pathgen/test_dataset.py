@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtuner_add.demo.dataset import read_jsonl, write_jsonl
+from pathcore.rows import write_rows
+from xtuner_add.demo.dataset import read_jsonl
 from xtuner_add.demo_pathgen import dataset
 from xtuner_add.demo_pathgen.dataset import _even_step, exchange_captions
 
@@ -23,7 +24,7 @@ def test_exchanged_captions_tell_nothing_of_the_image(tmp_path: Path) -> None:
     shares = {"fat": 60, "glands": 30, "mucin": 90}
     texts = [text for text, count in shares.items() for _ in range(count)]
     rows = [{"id": f"p{i:03d}", "caption": text} for i, text in enumerate(texts)]
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    write_rows(tmp_path / "pairs.jsonl", rows)
     exchange_captions(tmp_path / "pairs.jsonl", tmp_path / "exchanged.jsonl")
     dealt = {row["id"]: row["caption"] for row in read_jsonl(tmp_path / "exchanged.jsonl")}
     assert set(dealt) == {row["id"] for row in rows}
