@@ -20,7 +20,7 @@ def parse_layers(feat_layer: str | int | Sequence[int], depth: int) -> tuple[int
         depth: Number of layers of the encoder.
 
     Raises:
-        ValueError: If the text cannot be parsed or the encoder has no such layer.
+        ValueError: If `feat_layer` cannot be parsed, or the encoder has no such layer.
 
     Example:
         >>> parse_layers("5-11", depth=12), parse_layers(11, depth=12)

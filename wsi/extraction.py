@@ -147,9 +147,9 @@ def extract(
         The report. `manifest.jsonl` in `out` has a row per patch, and one per missing slide.
 
     Raises:
-        FileNotFoundError: If there is no such folder of coordinate files.
+        FileNotFoundError: If the folder of coordinate files does not exist.
         ValueError: If `requests` is a function and `source` is missing.
-        OutputExistsError: If `out` holds something else.
+        OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
         OSError: If the output cannot be written; run again to continue.
     """
@@ -265,7 +265,7 @@ def write_part(part: Part) -> dict[str, Any]:
     """Extracts the patches of a part and writes its record.
 
     Returns:
-        The head of the record.
+        The head of the record, with the numbers of written and skipped patches.
 
     Raises:
         OSError: If the output cannot be written.

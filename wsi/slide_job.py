@@ -120,8 +120,8 @@ def process_slides(
         progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: If `slides` does not exist or holds no slide.
-        OutputExistsError: If `out` holds something else.
+        FileNotFoundError: If `slides` does not exist or contains no slides.
+        OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
     """
     excluded = [path for path in (out, *exclude) if path is not None]

@@ -52,7 +52,7 @@ class PatchSpec:
 
         Raises:
             ValueError: If the slide is coarser than `mpp`, so that patches would be enlarged.
-            ResolutionError: If the resolution of the slide is not known.
+            ResolutionError: If the resolution of the slide is unknown.
         """
         if slide.mpp > self.mpp * _ENLARGEMENT:
             raise ValueError(
@@ -99,7 +99,7 @@ def tile(
             default that of the mask. Patches there are read to find out which ones are damaged.
 
     Raises:
-        ResolutionError: If the resolution of the slide is not known.
+        ResolutionError: If the resolution of the slide is unknown.
         ValueError: If the slide is coarser than the requested resolution.
 
     Example:

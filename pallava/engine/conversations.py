@@ -107,7 +107,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Raises:
             ImageError: If many consecutive rows are unreadable, which indicates a storage failure.
-            IndexError: If there is no such row.
+            IndexError: If the index is out of range.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -168,7 +168,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         ]
 
     def read_image(self, name: str) -> Any:
-        """Reads one image, by the name that a row gives it, as model input.
+        """Reads an image by the name that a row contains, and returns it as model input.
 
         Raises:
             ImageError: If the image cannot be used.

@@ -46,7 +46,7 @@ class SkippedSamplesHook(Hook):
     priority = "VERY_LOW"
 
     def after_train(self, runner: Any) -> None:
-        """Logs the count if it is not zero."""
+        """Logs the number of skipped samples if it is not zero."""
         from pallava.engine.skipping import default_skip_log
 
         log = default_skip_log()

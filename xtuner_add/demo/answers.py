@@ -1,4 +1,4 @@
-"""Questions put to the trained model, and what can be said of its answers."""
+"""Asks the trained model the held-out questions and scores its answers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NUM_SHOWN = 6
 
 
 def answer_all(work_dir: Path, seed: int) -> None:
-    """Answers the held-out questions with both models, and with images exchanged.
+    """Answers the held-out questions with both models, and with exchanged images.
 
-    Writes `answers.jsonl`, one question a line, and `shown.json`, the slides for the report with
-    the connector's attention.
+    Writes `answers.jsonl`, with a line per question, and `shown.json`, with the slides for the
+    report and the attention of the connector.
     """
     rows = dataset.read_jsonl(work_dir / "data" / "held_out.jsonl")
     exchanged = exchange_images(rows, np.random.default_rng([seed, 5]))
@@ -52,7 +52,7 @@ def answer_all(work_dir: Path, seed: int) -> None:
 
 
 def exchange_images(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
-    """Gives every question the image of another question with the same text."""
+    """Returns for each question the image of another question with the same text."""
     by_text: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_text[row["question"]].append(index)
@@ -65,7 +65,7 @@ def exchange_images(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator)
 
 
 def summarise(work_dir: Path) -> dict[str, Any]:
-    """Accuracies with 95 % intervals from `answers.jsonl`."""
+    """Computes accuracies with 95 % intervals from `answers.jsonl`."""
     rows = dataset.read_jsonl(work_dir / "answers.jsonl")
     closed = [row for row in rows if row["kind"] in wording.CLOSED]
     opened = [row for row in rows if row["kind"] not in wording.CLOSED]
@@ -100,7 +100,7 @@ def summarise(work_dir: Path) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a terminal."""
+    """Formats a summary as a table for the terminal."""
     sub = summary["subimage_accuracy"]
     lines = [
         ("closed questions, held-out images", summary["closed_accuracy"]),
@@ -114,7 +114,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def is_right(row: Mapping[str, Any], key: str = "prediction") -> bool:
-    """Whether an answer is the expected one, capitals and blanks aside."""
+    """Returns whether an answer is correct, ignoring case and surrounding white space."""
     return str(row[key]).strip().lower() == row["answer"].lower()
 
 
@@ -144,7 +144,7 @@ def _ask(
     images: Sequence[str],
     title: str,
 ) -> dict[int, str]:
-    """Answers some of the questions in batches; `images` has one entry for every question."""
+    """Answers the questions at `indices` in batches; `images` has an entry for each question."""
     order = sorted(indices, key=lambda index: images[index])
     pixels: dict[str, Any] = {}
     given: dict[int, str] = {}
@@ -164,7 +164,7 @@ def _ask(
 
 
 def _shown(model: Any, work_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Slides for the report, spread over the held-out ones, with attention by sub-image."""
+    """Returns evenly spaced held-out slides for the report, with attention per sub-image."""
     from pallava.modeling.attention_maps import sub_image_attention
 
     images = list(dict.fromkeys(row["image"] for row in rows))

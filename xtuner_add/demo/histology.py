@@ -1,9 +1,9 @@
-"""Real histology as raw material: stain densities of a colon section and textures made of them.
+"""Stain densities of a real colon section, and textures sampled from them.
 
-The pixels are `skimage.data.immunohistochemistry()`, which ships inside scikit-image: colonic
-glands, haematoxylin (nuclei) with diaminobenzidine (brown, epithelium). Colour deconvolution
-(Ruifrok & Johnston 2001, `skimage.color.rgb2hed`) gives the amount of each stain, which the
-synthetic slides then show in the colours of haematoxylin and eosin (H&E).
+The pixels are `skimage.data.immunohistochemistry()`, which is part of scikit-image: colonic glands
+with haematoxylin (nuclei) and diaminobenzidine (brown, epithelium). Colour deconvolution (Ruifrok &
+Johnston 2001, `skimage.color.rgb2hed`) gives the density of each stain, which the synthetic slides
+then show in the colours of haematoxylin and eosin (H&E).
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class RealTexture:
     haematoxylin: float
 
     def sample(self, kind: str, shape: tuple[int, int], rng: np.random.Generator) -> FloatMap:
-        """Makes a map of any shape that looks like the real tissue: mean 0, variance about 1.
+        """Samples a texture of any shape that resembles the tissue, with mean 0 and variance 1.
 
-        Windows picked at random are blended with weights whose squares sum to one, so that the
-        variance of the original is kept (texture by blending: Heitz & Neyret 2018,
-        doi:10.1145/3233304).
+        Random windows are blended with weights whose squares sum to one, which preserves the
+        variance of the original (Heitz & Neyret 2018, doi:10.1145/3233304).
         """
         windows: FloatMap = getattr(self, kind)
         rows = shape[0] // _STEP_PX + 2
@@ -57,7 +56,7 @@ class RealTexture:
         picked = windows[rng.integers(len(windows), size=(rows, columns))]
         flips = rng.integers(2, size=2)
         picked = picked[:, :, :: 1 - 2 * flips[0], :: 1 - 2 * flips[1]] * _blend_weights()
-        # Every pixel lies under 2 x 2 windows: add the four interleaved, non-overlapping mosaics.
+        # Each pixel is covered by 2 x 2 windows, the sum of four shifted mosaics without overlap.
         canvas = np.zeros(((rows + 1) * _STEP_PX, (columns + 1) * _STEP_PX), np.float32)
         for row in range(2):
             for column in range(2):
@@ -74,13 +73,13 @@ class RealTexture:
 @functools.cache
 def _blend_weights() -> FloatMap:
     position = (np.arange(_WINDOW_PX) + 0.5) / _WINDOW_PX
-    side = np.sin(np.pi * position)  # sin^2 of a window and of its neighbour sum to one
+    side = np.sin(np.pi * position)  # squares of adjacent weights sum to one
     return np.outer(side, side).astype(np.float32)
 
 
 @functools.cache
 def stain_densities() -> tuple[FloatMap, FloatMap]:
-    """Returns haematoxylin and diaminobenzidine density, each `(256, 256)`, of the real section."""
+    """Returns densities of haematoxylin and diaminobenzidine of the section, each `(256, 256)`."""
     from skimage import color, data
 
     image = data.immunohistochemistry().astype(np.float32) / 255
@@ -92,11 +91,11 @@ def stain_densities() -> tuple[FloatMap, FloatMap]:
 
 @functools.cache
 def real_texture(part: str) -> RealTexture:
-    """Cuts texture windows from the rows of the section that belong to one part of the data.
+    """Cuts texture windows from the rows of the section that are reserved for a part of the data.
 
     Args:
-        part: `train` (the upper rows) or `held_out` (the rest): held-out slides are made of
-            pixels that training never saw.
+        part: `train` for the upper rows or `held_out` for the others, so that held-out slides are
+            made of pixels that were never used in training.
     """
     haematoxylin, brown = stain_densities()
     epithelium = ndimage.gaussian_filter(brown, 4) > 0.6 * np.percentile(brown, 90)
@@ -113,7 +112,7 @@ def real_texture(part: str) -> RealTexture:
 
 
 def _windows(density: FloatMap, region: NDArray[np.bool_]) -> FloatMap:
-    """Windows that lie within the region, with each window's share of the mean taken off."""
+    """Returns the windows inside a region, normalised together to mean 0 and variance 1."""
     view = np.lib.stride_tricks.sliding_window_view
     shape = (_WINDOW_PX, _WINDOW_PX)
     inside = view(region, shape)[::3, ::3].mean(axis=(2, 3)) > 0.9
@@ -123,9 +122,10 @@ def _windows(density: FloatMap, region: NDArray[np.bool_]) -> FloatMap:
 
 
 def to_rgb(haematoxylin: FloatMap, eosin: FloatMap) -> FloatMap:
-    """Colours of an H&E section, `(rows, columns, 3)` in 0..255, from its stain densities.
+    """Converts stain densities of an H&E section to RGB `(rows, columns, 3)` in 0..255.
 
-    Beer-Lambert; densities are fractions of six decades of absorption, as in scikit-image.
+    Applies the Beer-Lambert law. Densities are fractions of six decades of absorption, as in
+    scikit-image.
     """
     from skimage import color
 
