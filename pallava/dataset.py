@@ -99,7 +99,7 @@ class LLaVADataset(ConversationDataset):
         )
         if check_images == "header":
             read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)
-            self.leave_out_unreadable(read_headers, self.image_folder)
+            self.skip_unreadable(read_headers, self.image_folder)
 
     def read_image(self, name: str) -> torch.Tensor:
         """Reads an image as a stack of tiles `(1 + num_sub_images, 3, S, S)`.

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from pallava.skipping import SkipLog
 from pathcore.files import StrPath
 from pathcore.images import ImageError, load_image, path_inside
-from pathcore.rows import check_share, line_offsets, pair_fault
+from pathcore.rows import check_fraction, line_offsets, pair_fault
 
 _MAX_TRIES = 100
 
@@ -176,7 +176,7 @@ class PairDataset(Dataset[PairSample]):
             offsets.append(offset)
             normalised = " ".join(pair.caption.lower().split()).encode()
             digests.append(hashlib.blake2b(normalised, digest_size=8).digest())
-        check_share(len(faults), len(offsets) + len(faults), str(self.pairs_file), faults)
+        check_fraction(len(faults), len(offsets) + len(faults), str(self.pairs_file), faults)
         if not offsets:
             raise ValueError(f"{self.pairs_file}: no pairs")
         self._offsets = np.asarray(offsets, dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from pathcore.files import FolderInUseError, StrPath, atomic_file, folder_lock, write_text
 
-MAX_SKIPPED_SHARE = 0.1
+MAX_SKIPPED_FRACTION = 0.1
 """Maximum fraction of unusable rows; more indicate a wrong folder or file."""
 
 _FEW_ROWS = 10
@@ -308,23 +308,23 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def check_share(
+def check_fraction(
     num_bad: int,
     total: int,
     what: str,
     faults: Mapping[str, str],
     most: int = 3,
-    max_share: float = MAX_SKIPPED_SHARE,
+    max_fraction: float = MAX_SKIPPED_FRACTION,
 ) -> None:
     """Checks that not too many rows are bad.
 
     Raises:
-        ValueError: If all rows are bad, or more than `max_share` of at least ten rows.
+        ValueError: If all rows are bad, or more than `max_fraction` of at least ten rows.
     """
-    if num_bad > max_share * total and num_bad > 0 and (num_bad == total or total >= _FEW_ROWS):
+    if num_bad > max_fraction * total and num_bad > 0 and (num_bad == total or total >= _FEW_ROWS):
         shown = "\n  ".join(list(faults.values())[:most])
+        limit = "a tenth" if max_fraction == MAX_SKIPPED_FRACTION else f"{max_fraction:.0%}"
         raise ValueError(
-            f"{what}: {num_bad} of {total} rows cannot be used, more than "
-            f"{'a tenth' if max_share == MAX_SKIPPED_SHARE else f'{max_share:.0%}'}; the first:\n"
+            f"{what}: {num_bad} of {total} rows cannot be used, more than {limit}; the first:\n"
             f"  {shown}"
         )

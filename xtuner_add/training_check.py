@@ -21,7 +21,7 @@ from typing import Any
 import pallava
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
-from pathcore.rows import check_share, read_rows
+from pathcore.rows import check_fraction, read_rows
 from xtuner_add.launch import LaunchError, Processes
 from xtuner_add.paths import xtuner_dir
 
@@ -358,9 +358,11 @@ def _check_dataset(dataset: dict[str, Any]) -> int | None:
                     if not (Path(images) / file).is_file():
                         absent[str(number)] = f"row {number}: {Path(images) / file}"
         # The training skips a few bad rows; if most of the first rows are bad, the file is wrong.
-        check_share(len(faults), total, f"data_path {data_path}", faults, most=1, max_share=0.5)
-        check_share(
-            len(absent), with_images, f"image_folder {images}", absent, most=1, max_share=0.9
+        check_fraction(
+            len(faults), total, f"data_path {data_path}", faults, most=1, max_fraction=0.5
+        )
+        check_fraction(
+            len(absent), with_images, f"image_folder {images}", absent, most=1, max_fraction=0.9
         )
     except (ValueError, OSError) as error:
         raise TrainingInputError(f"{where}: {' '.join(str(error).split())}") from error

@@ -20,7 +20,7 @@ from pallava.text.encoding import IMAGE_TOKEN, check_row
 from pallava.text.encoding import image_files as image_names
 from pathcore.files import StrPath, atomic_file, file_identity
 from pathcore.images import NETWORK_FORMATS, ImageError, path_inside, relative_name
-from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
+from pathcore.rows import MAX_SKIPPED_FRACTION, check_fraction, pair_fault
 
 REPORT_NAME = "conversion.json"
 IMAGES_NAME = "images"
@@ -65,7 +65,7 @@ def convert(
     out: StrPath,
     *,
     check_images: bool = True,
-    max_skipped_share: float = MAX_SKIPPED_SHARE,
+    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
     part_rows: int = 10_000,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def convert(
         conversion: Result of a converter.
         out: Output folder.
         check_images: Whether to check that every image file exists; rows without one are skipped.
-        max_skipped_share: Maximum fraction of unusable records; more raise an error.
+        max_skipped_fraction: Maximum fraction of unusable records; more raise an error.
         part_rows: Number of records between two points from which a job can resume.
         progress: Called with the number of records processed.
 
     Returns:
-        The report: `num_records`, `num_rows`, `num_left_out`, `num_skipped` and the inputs.
+        The report: `num_records`, `num_rows`, `num_excluded`, `num_skipped` and the inputs.
 
     Raises:
         ValueError: If there are no records, or too many cannot be used.
@@ -99,7 +99,7 @@ def convert(
     def handle(batch: Sequence[Record]) -> Part:
         part = _make_part(batch, maker, name, what)
         if part.counts["skipped"] == len(batch) and not _has_parts(out):
-            check_share(len(batch), len(batch), what, _numbered(part.notes))
+            check_fraction(len(batch), len(batch), what, _numbered(part.notes))
         return part
 
     def report(joined: Joined, folder: Path) -> dict[str, Any]:
@@ -107,14 +107,16 @@ def convert(
         if not counts["records"]:
             raise ValueError(f"{what}: holds no records")
         faults = _numbered([fault for notes in joined.notes for fault in notes])
-        check_share(counts["skipped"], counts["records"], what, faults, max_share=max_skipped_share)
+        check_fraction(
+            counts["skipped"], counts["records"], what, faults, max_fraction=max_skipped_fraction
+        )
         images = conversion.image_folder or out / IMAGES_NAME
         return {
             "kind": conversion.kind,
             "source": conversion.source,
             "licence": conversion.licence,
             "image_folder": str(images.absolute()),
-            **{f"num_{key}": counts[key] for key in ("records", "rows", "left_out", "skipped")},
+            **{f"num_{key}": counts[key] for key in ("records", "rows", "excluded", "skipped")},
         }
 
     inputs = {
@@ -251,7 +253,7 @@ def _make_part(batch: Sequence[Record], maker: _RowMaker, name: str, what: str) 
         if isinstance(made, str):
             skipped.append({"id": where, "file": what, "reason": _printable(made)})
         elif not made:
-            counts["left_out"] += 1
+            counts["excluded"] += 1
         else:
             rows += made
     counts.update(rows=len(rows), skipped=len(skipped))

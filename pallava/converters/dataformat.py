@@ -19,7 +19,7 @@ from pallava.records.questions import RowError, as_mapping, text_field
 from pallava.text.encoding import IMAGE_TOKEN
 from pathcore.files import StrPath
 from pathcore.images import image_size, path_inside
-from pathcore.rows import MAX_SKIPPED_SHARE
+from pathcore.rows import MAX_SKIPPED_FRACTION
 
 MAX_AREA_PX = 4096 * 4096
 """Maximum area of an image, as in the published script (dataformat.py of PA-LLaVA)."""
@@ -36,7 +36,7 @@ def dataformat(
     instructions: Sequence[str] | None = None,
     image_position: Literal["front", "random"] = "front",
     max_area_px: int | None = MAX_AREA_PX,
-    max_skipped_share: float = MAX_SKIPPED_SHARE,
+    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
     part_rows: int = 10_000,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def dataformat(
             latter has an effect only with `interleaved_map_fn`, since XTuner's own function moves
             every image to the front.
         max_area_px: Maximum area of an image; larger images are skipped. None opens no image.
-        max_skipped_share: Maximum fraction of unusable pairs; more raise an error.
+        max_skipped_fraction: Maximum fraction of unusable pairs; more raise an error.
         part_rows: Number of pairs between two points from which a job can resume.
         progress: Called with the number of pairs processed.
 
@@ -100,7 +100,7 @@ def dataformat(
         conversion,
         out,
         check_images=max_area_px is not None,
-        max_skipped_share=max_skipped_share,
+        max_skipped_fraction=max_skipped_fraction,
         part_rows=part_rows,
         progress=progress,
     )

@@ -26,7 +26,7 @@ from pallava.text.encoding import (
 )
 from pathcore.files import StrPath
 from pathcore.images import ImageError
-from pathcore.rows import check_share, read_rows
+from pathcore.rows import check_fraction, read_rows
 
 _ROWS_PER_PROCESS = 2000
 _REPLACEMENTS = 16
@@ -142,7 +142,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return
         self._next_check = 2 * number
         bad = max(number, len(self.skip_log.read()) - self._num_skipped_at_start)
-        check_share(bad, len(self), "images that cannot be decoded", {"": str(error)})
+        check_fraction(bad, len(self), "images that cannot be decoded", {"": str(error)})
 
     @property
     def modality_length(self) -> list[int]:
@@ -179,7 +179,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Returns the number of sub-images of an image whose header was read."""
         raise NotImplementedError
 
-    def leave_out_unreadable(self, read_headers: Callable[[list[str]], Any], folder: Path) -> None:
+    def skip_unreadable(self, read_headers: Callable[[list[str]], Any], folder: Path) -> None:
         """Reads the headers of all images once, and records and skips rows with unusable ones.
 
         Args:
@@ -201,7 +201,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 self._record(self.text_data[index], faults[0])
             else:
                 keep.append(index)
-        check_share(total - len(keep), total, f"images in {folder}", bad)
+        check_fraction(total - len(keep), total, f"images in {folder}", bad)
         # These have been checked; later records are decoding failures.
         self._num_skipped_at_start = len(self.skip_log.read())
         self.text_data = self.text_data.select(keep)
@@ -287,7 +287,7 @@ def process_text(
         name = str(row.get("id", number)) if is_row else str(number)
         faults[name] = f"{data_path}, row {number}: {fault}"
         skip_log.record(name, str(data_path), faults[name])
-    check_share(len(faults), total, str(data_path), faults)
+    check_fraction(len(faults), total, str(data_path), faults)
     if not rows:
         raise ValueError(f"data_path {data_path}: no rows")
     if num_proc is None:
@@ -306,7 +306,7 @@ def process_text(
                     skip_log.record(row["id"], data_path, reason)
     encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
     data = data.map(encode, num_proc=num_proc, remove_columns=["conversation", "conversations"])
-    return _leave_out_unusable(_add_counts(data, num_proc), skip_log, max_length)
+    return _skip_unusable(_add_counts(data, num_proc), skip_log, max_length)
 
 
 def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def _add_counts(data: Any, num_proc: int | None) -> Any:
     return data.map(count, num_proc=num_proc)
 
 
-def _leave_out_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
+def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
     keep = []
     for index, (learned, marks, files) in enumerate(
         zip(data["num_learned"], data["num_marks"], data["image"], strict=True)

@@ -49,7 +49,7 @@ class SlideQuestionDataset(ConversationDataset):
             Path(features_folder), in_features, embeddings, tile_size_level0, max_tiles
         )
         super().__init__(**conversations, image_field="slide")
-        self.leave_out_unreadable(self.bags.index, self.bags.folder)
+        self.skip_unreadable(self.bags.index, self.bags.folder)
 
     def read_image(self, name: str) -> SlideBag:
         """Reads the tiles of a slide.

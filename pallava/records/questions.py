@@ -15,7 +15,7 @@ from pallava.skipping import SkippedSample
 from pathcore import images
 from pathcore.files import StrPath
 from pathcore.images import ImageError, decode_image, load_image
-from pathcore.rows import check_share
+from pathcore.rows import check_fraction
 
 
 class ImageSource(Protocol):
@@ -183,7 +183,7 @@ def collect(
     if not total:
         raise ValueError(f"{source}: holds no questions")
     faults = {str(number): f"{row.id}: {row.reason}" for number, row in enumerate(skipped)}
-    check_share(len(skipped), total, os.fspath(source), faults)
+    check_fraction(len(skipped), total, os.fspath(source), faults)
     return QuestionSet(list(questions.values()), skipped)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pathcore import rows
 from pathcore.rows import (
     BadRow,
-    check_share,
+    check_fraction,
     line_offsets,
     read_array,
     read_csv,
@@ -78,10 +78,10 @@ def test_other_extensions_and_absent_files_are_named(tmp_path: Path) -> None:
 def test_a_tenth_of_ten_rows_or_more_stops_the_run(bad: int, total: int, stops: bool) -> None:
     faults = {str(index): f"fault {index}" for index in range(bad)}
     if not stops:
-        check_share(bad, total, "rows.jsonl", faults)
+        check_fraction(bad, total, "rows.jsonl", faults)
         return
     with pytest.raises(ValueError, match=rf"rows\.jsonl: {bad} of {total} rows") as caught:
-        check_share(bad, total, "rows.jsonl", faults)
+        check_fraction(bad, total, "rows.jsonl", faults)
     assert "fault 1" in str(caught.value)
     assert "fault 3" not in str(caught.value)
 

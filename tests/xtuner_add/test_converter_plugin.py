@@ -46,4 +46,4 @@ def test_a_dataset_of_ones_own_in_thirty_lines(tmp_path: Path) -> None:
         "source": "teaching set", "licence": "internal",
     }  # fmt: skip
     report = json.loads((tmp_path / "out" / "conversion.json").read_bytes())
-    assert report["num_left_out"] == 1 and report["num_skipped"] == 1
+    assert report["num_excluded"] == 1 and report["num_skipped"] == 1

@@ -103,12 +103,12 @@ def convert_dataset(
                 conversion,
                 out,
                 check_images=check_images,
-                max_skipped_share=max_skipped,
+                max_skipped_fraction=max_skipped,
                 progress=advance,
             )
     click.echo(f"Wrote {out}: {_amount(report)}")
-    if report.get("num_left_out"):
-        click.echo(f"{report['num_left_out']:,} records were excluded by the options")
+    if report.get("num_excluded"):
+        click.echo(f"{report['num_excluded']:,} records were excluded by the options")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
@@ -163,12 +163,12 @@ def dataformat(
             instructions=load_instructions(instructions),
             image_position=image_position,
             max_area_px=max_area_px or None,
-            max_skipped_share=max_skipped,
+            max_skipped_fraction=max_skipped,
             progress=advance,
         )
     click.echo(f"Wrote {out}: {_amount(report)}")
-    if report["num_left_out"]:
-        click.echo(f"{report['num_left_out']:,} images are too large and were skipped")
+    if report["num_excluded"]:
+        click.echo(f"{report['num_excluded']:,} images are too large and were skipped")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
@@ -246,7 +246,7 @@ def clean_pairs(
             image_folder=image_folder,
             index=read_index(index) if index else None,
             num_samples=samples,
-            max_skipped_share=max_skipped,
+            max_skipped_fraction=max_skipped,
             shard=Shard.parse(shard) if shard else None,
             progress=advance,
         )

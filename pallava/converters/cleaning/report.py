@@ -23,12 +23,12 @@ def write_tables(path: Path, report: Mapping[str, Any]) -> None:
         f"{report['num_kept']:,} of {report['num_rows']:,} rows kept, "
         f"{report['num_skipped']:,} could not be read.",
         "",
-        "| step | seen | dropped | share | unreadable |",
+        "| step | seen | dropped | fraction | unreadable |",
         "|---|--:|--:|--:|--:|",
     ]
     for step in report["steps"]:
         lines.append(
-            f"| {step['name']} | {step['seen']:,} | {step['dropped']:,} | {_share(step)} | "
+            f"| {step['name']} | {step['seen']:,} | {step['dropped']:,} | {_fraction(step)} | "
             f"{step['unusable']:,} |"
         )
     if index := report.get("index"):
@@ -59,7 +59,7 @@ def write_page(path: Path, report: Mapping[str, Any], image_folder: Path) -> Non
     steps = [
         {
             **step,
-            "share": _share(step),
+            "fraction": _fraction(step),
             "samples": [
                 {
                     **sample,
@@ -73,7 +73,7 @@ def write_page(path: Path, report: Mapping[str, Any], image_folder: Path) -> Non
     path.write_text(template.render(report=report, steps=steps) + "\n", encoding="utf-8")
 
 
-def _share(step: Mapping[str, Any]) -> str:
+def _fraction(step: Mapping[str, Any]) -> str:
     return f"{step['dropped'] / step['seen']:.1%}" if step["seen"] else "-"
 
 

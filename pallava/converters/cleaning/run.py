@@ -18,7 +18,7 @@ from pallava.skipping import SKIP_LOG_NAME
 from pallava.text.encoding import check_row, image_files
 from pathcore.files import StrPath, file_identity
 from pathcore.images import ImageError, path_inside
-from pathcore.rows import MAX_SKIPPED_SHARE, check_share, pair_fault
+from pathcore.rows import MAX_SKIPPED_FRACTION, check_fraction, pair_fault
 
 REPORT_NAME = "cleaning.json"
 TABLES_NAME = "cleaning.md"
@@ -37,7 +37,7 @@ def clean(
     image_folder: StrPath | None = None,
     index: frozenset[str] | None = None,
     num_samples: int = 10,
-    max_skipped_share: float = MAX_SKIPPED_SHARE,
+    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
     part_rows: int = 2048,
     shard: Shard | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -55,7 +55,7 @@ def clean(
         image_folder: Folder that image names are relative to. Defaults to the folder of the file.
         index: Names of the rows to keep, applied before all other steps.
         num_samples: Number of dropped rows that the report shows per step.
-        max_skipped_share: Maximum fraction of unreadable rows; more raise an error.
+        max_skipped_fraction: Maximum fraction of unreadable rows; more raise an error.
         part_rows: Number of rows between two points from which a job can resume.
         shard: Shard to process; a final run without it joins the parts.
         progress: Called with the number of rows processed.
@@ -83,7 +83,7 @@ def clean(
         return _clean_part(batch, steps, folder, str(path), name, num_samples)
 
     def report(joined: Joined, stage: Path) -> dict[str, Any]:
-        content = _report(joined, steps, num_samples, str(path), max_skipped_share)
+        content = _report(joined, steps, num_samples, str(path), max_skipped_fraction)
         if index is not None:
             content["index"] = _compare_index(index, stage, name)
         write_tables(stage / TABLES_NAME, content)
@@ -189,14 +189,16 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _report(
-    joined: Joined, steps: Sequence[Step], num_samples: int, what: str, max_skipped_share: float
+    joined: Joined, steps: Sequence[Step], num_samples: int, what: str, max_skipped_fraction: float
 ) -> dict[str, Any]:
     counts = joined.counts
     if not counts["rows"]:
         raise ValueError(f"{what}: holds no rows")
     faults = [fault for notes in joined.notes for fault in notes["faults"]]
     numbered = {str(number): fault for number, fault in enumerate(faults)}
-    check_share(counts["skipped"], counts["rows"], what, numbered, max_share=max_skipped_share)
+    check_fraction(
+        counts["skipped"], counts["rows"], what, numbered, max_fraction=max_skipped_fraction
+    )
     tables = []
     for step in steps:
         drawn = (sample for notes in joined.notes for sample in notes["samples"][step.name])

@@ -122,13 +122,13 @@ def test_unreadable_rows_are_recorded(tmp_path: Path) -> None:
     with pairs.open("ab") as file:
         row = {"id": "out", "image": "../secret.png", "caption": CAPTION, "x": "\ud800"}
         file.write(json.dumps(row).encode() + b"\nno json\n")
-    report = clean(pairs, tmp_path / "out", default_steps(), max_skipped_share=0.2)
+    report = clean(pairs, tmp_path / "out", default_steps(), max_skipped_fraction=0.2)
     assert report is not None and report["num_kept"] == 29 and report["num_skipped"] == 3
     assert report["steps"][3]["unusable"] == 1
     skipped = [row["id"] for row in read_lines(tmp_path / "out" / "skipped_samples.jsonl")]
     assert skipped == ["out", "row 32", "p3"]
     with pytest.raises(ValueError, match="more than 5%"):
-        clean(pairs, tmp_path / "strict", default_steps(), max_skipped_share=0.05)
+        clean(pairs, tmp_path / "strict", default_steps(), max_skipped_fraction=0.05)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_pairs_of_the_published_form(tmp_path: Path) -> None:
     rows = [{"image": "a.b.png", "caption": " Gland. "}, {"image": "big.png", "caption": "Large."}]
     (tmp_path / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
     report = dataformat(tmp_path / "pairs.json", tmp_path / "out", max_area_px=80)
-    assert report["num_left_out"] == 1 and report["num_skipped"] == 0
+    assert report["num_excluded"] == 1 and report["num_skipped"] == 0
     (row,) = read_lines(tmp_path / "out" / "conversations.jsonl")
     assert row["id"] == "a.b" and row["image"] == "a.b.png"
     request, answer = row["conversations"]
@@ -64,7 +64,7 @@ def test_provenance_is_kept_and_bad_pairs_are_recorded(tmp_path: Path) -> None:
     rows[4]["image"] = "../4.png"
     pairs = write_lines(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(ValueError, match="more than 5%"):
-        dataformat(pairs, tmp_path / "strict", max_skipped_share=0.05)
+        dataformat(pairs, tmp_path / "strict", max_skipped_fraction=0.05)
     report = dataformat(pairs, tmp_path / "out")
     assert report["num_rows"] == 18 and report["num_skipped"] == 2
     row = read_lines(tmp_path / "out" / "conversations.jsonl")[0]

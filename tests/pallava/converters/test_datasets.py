@@ -37,7 +37,7 @@ def test_pubmedvision(tmp_path: Path) -> None:
     options = {"modality": "microscopy images", "several": "skip"}
     report, rows = run("pubmedvision-alignment", data, tmp_path / "skip", **options)
     assert [row["id"] for row in rows] == ["PubMedVision_1"]
-    assert report["num_left_out"] == 2 and report["num_skipped"] == 0
+    assert report["num_excluded"] == 2 and report["num_skipped"] == 0
     _, rows = run("pubmedvision-alignment", data, tmp_path / "talk", to="conversations")
     assert len(rows[1]["image"]) == 2
     assert rows[1]["conversations"][0]["value"] == "<image>\n<image>\nWhat do you see?"
@@ -55,7 +55,7 @@ def test_quilt(tmp_path: Path) -> None:
     data = published.quilt(tmp_path / "data")
     report, rows = run("quilt-1m", data, tmp_path / "out", subsets="quilt, OpenPath")
     assert [row["subset"] for row in rows] == ["quilt", "openpath"]
-    assert report["num_left_out"] == 1
+    assert report["num_excluded"] == 1
     assert rows[0]["pathology"] == "['Breast pathology']" and rows[0]["magnification"] == "1.0"
 
 
@@ -115,11 +115,11 @@ def test_bad_rows_are_recorded_and_nothing_leads_out_of_the_folder(tmp_path: Pat
             file.write(line.encode() + b"\n")
         file.write(b'{"image": "broken\n')
     with pytest.raises(ValueError, match="4 of 34 rows cannot be used"):
-        convert(CONVERTERS.get("pmc-oa")(data), tmp_path / "strict", max_skipped_share=0.1)
+        convert(CONVERTERS.get("pmc-oa")(data), tmp_path / "strict", max_skipped_fraction=0.1)
     for check in (True, False):
         out = tmp_path / f"out{check}"
         conversion = CONVERTERS.get("pmc-oa")(data)
-        report = convert(conversion, out, check_images=check, max_skipped_share=0.2)
+        report = convert(conversion, out, check_images=check, max_skipped_fraction=0.2)
         assert report["num_rows"] == 30 and report["num_skipped"] == 4
         reasons = [row["reason"] for row in read_lines(out / "skipped_samples.jsonl")]
         assert "resolves to a path" in reasons[0] and "outside" in reasons[1]
