@@ -30,10 +30,10 @@ Value = TypeVar("Value")
 SUFFIXES = (".h5", ".pt")
 
 PT_LIMIT_BYTES = 64 << 30
-"""Largest `.pt` of a slide: a million tiles of 1536 values take 6 GB."""
+"""Maximum inflated size of the `.pt` file of a slide. A million tiles of 1536 values take 6 GB."""
 
 CELL_PX = 256
-"""Side of a grid cell if the cells follow the tile size of each file."""
+"""Side of a grid cell to which coordinates are scaled if cells follow the tile size of each file."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class SlideFolder:
 
 
 class ScanResult(NamedTuple):
-    """What `SlideScan` found.
+    """Result of `SlideScan`.
 
     Attributes:
         num_tiles: Number of tiles of each usable slide.
@@ -236,7 +236,7 @@ class SlideScan(Dataset[dict[str, Any]]):
             elif row["in_chans"] != width:
                 reason = f"features of width {row['in_chans']}; most slides have width {width}"
                 skipped.append({"id": slide, "reason": reason})
-            elif row["encoder"] not in ("", encoder):  # files of others may not name theirs
+            elif row["encoder"] not in ("", encoder):  # files of other tools may not name theirs
                 reason = f"features of encoder {row['encoder']}; most slides have {encoder}'s"
                 skipped.append({"id": slide, "reason": reason})
             else:
@@ -249,7 +249,7 @@ class SlideScan(Dataset[dict[str, Any]]):
         return {row["id"]: row for row in json.loads(cache.read_text(encoding="utf-8"))}
 
     def _as(self, slide: str) -> list[Any]:
-        """Size and time of the file, and what was asked of it."""
+        """Returns file size, modification time and scan settings, which make a cached row valid."""
         folder = self.folder
         asked = [self.in_chans, list(self.grid or ()), folder.needs_coords, folder.cell_px]
         try:
@@ -319,8 +319,8 @@ class Batch:
 class SlideBags(Dataset[Batch]):
     """Data set of batches, indexed by `(slide indices, seed)`.
 
-    The seed is part of the index, so that the tiles of a batch do not depend on the worker process
-    that reads it, nor on where a run was continued.
+    The seed is part of the index, so that the tiles of a batch depend neither on the worker process
+    that reads it nor on where a run was resumed.
 
     Args:
         folder: The embeddings.

@@ -26,7 +26,7 @@ SHOWN = {
     "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1"),
     "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy"),
 }
-"""Columns of the table by setting."""
+"""Scores in the columns of the table, by setting."""
 
 
 def write_predictions(

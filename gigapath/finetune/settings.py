@@ -34,8 +34,8 @@ class FinetuneSettings:
     Attributes:
         protocol: `corrected`, or `published` with the defects of the original: the projection of
             the embedding escapes the layer decay, gradients left at the end of an epoch leak into
-            the next, tiles keep the order of the file or come at random, and of too many tiles the
-            first ones are taken.
+            the next, tiles keep the order of the file or are shuffled, and the first ones are used
+            if there are too many.
         model_arch: Architecture of the slide encoder.
         pretrained: Its weights; see `gigapath.slide_encoder.create_model`.
         encoder: Further arguments of the slide encoder.

@@ -25,7 +25,7 @@ _FIELDS = {"name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_m
 
 @dataclass(frozen=True)
 class SlideTask:
-    """What slides are classified into.
+    """Definition of a classification task.
 
     Attributes:
         name: Name of the task.
@@ -126,7 +126,7 @@ def read_task(path: StrPath) -> SlideTask:
 
 
 def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
-    """Makes a task from a table: the values of a column are the classes, in their order.
+    """Makes a task from a table, with the sorted values of a column as classes.
 
     Args:
         path: csv with `slide_id` and the column.
