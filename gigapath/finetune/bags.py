@@ -33,7 +33,7 @@ PT_LIMIT_BYTES = 64 << 30
 """Maximum inflated size of the `.pt` file of a slide. A million tiles of 1536 values take 6 GB."""
 
 CELL_PX = 256
-"""Side of a grid cell to which coordinates are scaled if cells follow the tile size of each file."""
+"""Side of the grid cells to which coordinates are scaled if cells follow each file's tile size."""
 
 
 @dataclass(frozen=True)
