@@ -410,6 +410,11 @@ def read_shard_index(index: Path) -> dict[str, Path]:
 
 
 def _read_folder(folder: Path, mmap: bool) -> StateDict:
+    if (folder / "saved_model.pb").is_file():
+        raise CheckpointError(
+            f"{folder}: a SavedModel of TensorFlow, as REMEDIS is published; convert its variables "
+            "to PyTorch first, under timm's names of resnetv2_50x1_bit or resnetv2_152x2_bit"
+        )
     tag_file = folder / "latest"
     if tag_file.is_file() and not (folder / ZERO_MODEL_FILE).is_file():
         tag = tag_file.read_text().strip()

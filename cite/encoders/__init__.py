@@ -93,7 +93,6 @@ def build_encoder(
         weights,
         name=str(description.get("architecture") or description.get("library")),
         source=str(checkpoint),
-        hint=_name_architecture,
     )
     return _as_encoder(tower, has_weights=True)
 
@@ -122,22 +121,6 @@ def only_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in state_dict.items()
         if name.startswith("backbone.") and name not in _PROMPTS
     }
-
-
-def _name_architecture(state_dict: Mapping[str, Tensor]) -> str:
-    """Returns a hint which encoder the weights belong to, for an error message."""
-    if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
-        return "These are weights of CTransPath: encoder='ctranspath'."
-    if any("relative_position_bias_table" in name for name in state_dict):
-        return "These are weights of a Swin: encoder='timm:swin_...'."
-    if any(".dcn." in name for name in state_dict):
-        return (
-            "These are weights of InternImage, which no library here builds: use its folder of the "
-            "hub, encoder='hf:OpenGVLab/internimage_...' with trust_remote_code=True."
-        )
-    if "layer1.0.conv1.weight" in state_dict:
-        return "These are weights of a ResNet: encoder='timm:resnet...'."
-    return ""
 
 
 __all__ = ["EncoderError", "build_encoder", "only_backbone", "open_encoder"]

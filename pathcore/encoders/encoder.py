@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pathcore.encoders.presets import Preset, get_preset
 from pathcore.encoders.towers import (
+    POOLED_TYPES,
     VISION_TYPES,
     EncoderError,
     Tower,
@@ -681,7 +682,7 @@ def _transformers_tower(module: Any, feature: str, preset: Preset | None) -> Tow
     prefix = preset.num_prefix_tokens if preset else None
     model_type = module.config.model_type
     own_code = type(module).__module__.startswith("transformers.models.")
-    if model_type not in VISION_TYPES or not own_code:
+    if model_type not in (*VISION_TYPES, *POOLED_TYPES) or not own_code:
         return transformers_tower(module, feature, {}, prefix)
     values = vision_config(module.config.to_dict())
     if model_type != "clip":

@@ -32,7 +32,10 @@ CLIP_TYPES = ("clip", "clip_vision_model")
 DINO_TYPES = ("dinov2", "dinov2_with_registers")
 VIT_TYPES = ("vit", "deit")
 VISION_TYPES = (*CLIP_TYPES, *DINO_TYPES, *VIT_TYPES)
-"""Values of `model_type` for which a tower of transformers can be built."""
+"""Vision transformers of transformers with a class token, by `model_type`."""
+
+POOLED_TYPES = ("swin", "swinv2", "convnext", "convnextv2", "resnet")
+"""Models of transformers without a class token, which pool by themselves."""
 
 _MISSPELLED = "vision_model.post_layrnorm."
 """Spelling of `vision_model.post_layernorm.` in the published PLIP of PA-LLaVA."""
@@ -142,7 +145,6 @@ def open_tower(
     *,
     name: str,
     source: object,
-    hint: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> Tower:
     """Builds a tower and loads published weights.
 
@@ -154,7 +156,6 @@ def open_tower(
         state_dict: Tensors, as `pathcore.weights.read_state_dict` returns them.
         name: Name of the encoder, for error messages.
         source: Source of the weights, for error messages.
-        hint: Function that returns advice for the error message, see `load_strict`.
 
     Raises:
         EncoderError: If library, architecture or feature are unknown.
@@ -180,10 +181,26 @@ def open_tower(
     # Some weights are released in half precision. Assigned to parameters on the meta device, they
     # would change the type of the network.
     weights = {n: t.float() if t.is_floating_point() else t for n, t in fitted.state_dict.items()}
-    load_strict(module, weights, what=f"encoder {name}", source=str(source), hint=hint)
+    load_strict(module, weights, what=f"encoder {name}", source=str(source), hint=_whose_weights)
     if dropped := fitted.describe():
         logger.info("encoder %s: %s: dropped %s", name, source, dropped)
     return towers[-1]
+
+
+def _whose_weights(state_dict: Mapping[str, Tensor]) -> str:
+    """Says whose weights these are, where the names tell and another encoder would take them."""
+    if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
+        return "These are weights of CTransPath: encoder='ctranspath'."
+    if any("relative_position_bias_table" in name for name in state_dict):
+        return "These are weights of a Swin: encoder='timm:swin_...'."
+    if any(".dcn." in name for name in state_dict):
+        return (
+            "These are weights of InternImage, whose deformable convolution is in no library used "
+            "here; its authors' code builds it: github.com/OpenGVLab/InternImage."
+        )
+    if "layer1.0.conv1.weight" in state_dict:
+        return "These are weights of a ResNet: encoder='timm:resnet...'."
+    return ""
 
 
 # --- timm ---------------------------------------------------------------------------------------
@@ -291,14 +308,19 @@ class TransformersReading:
         tower = getattr(self.module, "vision_model", self.module)
         output = tower(pixel_values=pixel_values)
         if self.feature == "pooler":
-            return output.pooler_output
+            if getattr(output, "pooler_output", None) is None:
+                raise EncoderError(
+                    f"{type(tower).__name__} has no pooler; say how it is read: feature='class', "
+                    "'mean', 'class+mean' or 'output'"
+                )
+            return output.pooler_output.flatten(1)
         return TokenPooling(self.feature, self.num_prefix)(output.last_hidden_state)
 
 
 def default_feature(model_type: str) -> str:
     """Returns the default feature of a vision model of transformers."""
-    # CLIP normalises the class token only in the pooler.
-    return "pooler" if model_type in CLIP_TYPES else "class"
+    # CLIP normalises the class token only in the pooler; the first token of a Swin is a patch.
+    return "class" if model_type in (*DINO_TYPES, *VIT_TYPES) else "pooler"
 
 
 def _transformers(config: Mapping[str, Any], feature: str | None = None) -> Tower:
@@ -349,7 +371,7 @@ def transformers_tower(
     if num_prefix is None:
         num_prefix = 1 + int(getattr(config, "num_register_tokens", 0) or 0)
         num_prefix += values.get("model_type") == "deit"  # its distillation token
-    hidden = int(getattr(config, "hidden_size", 0))
+    hidden = int(getattr(config, "hidden_size", 0) or getattr(config, "hidden_sizes", [0])[-1])
     widths = {"class": hidden, "mean": hidden, "class+mean": 2 * hidden, "pooler": hidden}
     widths["projected"] = int(getattr(module.config, "projection_dim", None) or hidden)
     widths["output"] = 0
@@ -378,10 +400,10 @@ def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str
             values["projection_dim"] = projection
     if "model_type" not in values and {"image_size", "patch_size"} <= set(values):
         values["model_type"] = "clip_vision_model"  # older versions do not store it
-    if values.get("model_type") not in VISION_TYPES:
+    known = (*VISION_TYPES, *POOLED_TYPES)
+    if values.get("model_type") not in known:
         raise EncoderError(
-            f"{source}: model_type {values.get('model_type')!r}, expected one of "
-            f"{', '.join(VISION_TYPES)}"
+            f"{source}: model_type {values.get('model_type')!r}, expected one of {', '.join(known)}"
         )
     return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
@@ -400,10 +422,10 @@ def fit_transformers(state_dict: Mapping[str, Tensor], module: Any) -> FittedLay
             adapted[short] = tensor
     kept = {id(tensor) for tensor in adapted.values()}
     dropped = tuple(name for name, tensor in state_dict.items() if id(tensor) not in kept)
-    positions = next(name for name in own if "position_embedding" in name)
-    fit_positions(
-        adapted, positions, own[positions], 2 if module.config.model_type == "deit" else 1
-    )
+    positions = next((name for name in own if "position_embedding" in name), None)
+    if positions is not None:
+        num_prefix = 2 if module.config.model_type == "deit" else 1
+        fit_positions(adapted, positions, own[positions], num_prefix)
     return FittedLayout(adapted, dropped)
 
 

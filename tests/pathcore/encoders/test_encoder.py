@@ -252,6 +252,28 @@ def test_models_of_transformers(kind: str, prefix: int, tmp_path: Path) -> None:
         create_encoder(f"hf:{tmp_path}")
 
 
+@pytest.mark.parametrize("kind", ["swin", "convnext", "resnet"])
+def test_models_of_transformers_that_pool_by_themselves(kind: str, tmp_path: Path) -> None:
+    """They have no class token: the first token of a Swin is its first patch."""
+    import transformers
+
+    small: dict[str, Any] = {
+        "swin": dict(embed_dim=16, depths=[1, 1], num_heads=[2, 2], image_size=56),
+        "convnext": dict(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
+        "resnet": dict(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
+    }[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **small))
+    model.eval().save_pretrained(tmp_path)
+    transformers.BitImageProcessor().save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 56, 56)
+    encoder = create_encoder(str(tmp_path), device="cpu")
+    with torch.inference_mode():
+        expected = model(pixels).pooler_output.flatten(1)
+    torch.testing.assert_close(encoder.features(pixels), expected, rtol=0, atol=1e-6)
+    assert encoder.feature == "pooler" and encoder.embed_dim == expected.shape[1]
+
+
 def test_transformers_never_fills_in_weights(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
