@@ -149,3 +149,28 @@ def test_datasets_and_evaluation_sets_are_used_by_name(
     )  # fmt: skip
     assert scored.returncode == 0, scored.stderr
     assert "# acme-vqa" in scored.stdout and "100.00" in scored.stdout
+
+
+def test_an_encoder_is_one_data_file_of_the_package(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    code = """
+import sys
+import timm
+import torch
+from pathcore.encoders import create_encoder, get_preset, list_encoders
+
+assert "acme-vit" in list_encoders()
+sizes = get_preset("acme-vit").arguments
+model = timm.create_model("vit_large_patch16_224", num_classes=0, **sizes).eval()
+torch.save(model.state_dict(), sys.argv[1])
+encoder = create_encoder(f"acme-vit@{sys.argv[1]}", device="cpu")
+pixels = torch.randn(2, 3, 32, 32)
+assert torch.equal(encoder.features(pixels), model(pixels).detach())
+print(encoder.name, encoder.embed_dim, encoder.mpp, encoder.transform.interpolation)
+"""
+    result = run(environ, "-c", code, str(tmp_path / "w.pth"))
+    assert result.stdout == "acme-vit 24 (1.0,) bicubic\n", result.stderr
+    described = run(environ, *CLI, "doctor", "acme-vit")
+    assert described.returncode == 1  # its weights are not here
+    assert "https://huggingface.co/acme/acme-vit" in described.stdout + described.stderr
