@@ -130,6 +130,8 @@ class Block:
 def _add(hidden_states: Tensor, branch: Tensor, scale: nn.Module | None) -> Tensor:
     if scale is not None:
         branch = scale(branch)
+    # Autocast computes branches in half precision; addition then promotes to the residual stream's
+    # fp32. Without autocast, the residual stream keeps its dtype.
     if torch.is_autocast_enabled(hidden_states.device.type):
         return hidden_states + branch
     return hidden_states + branch.to(hidden_states.dtype)

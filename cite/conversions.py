@@ -64,6 +64,7 @@ class NameTable:
         for name, tensor in state_dict.items():
             for fused in self.fused:
                 if (found := _match(fused.left, name)) is not None:
+                    # Cloned, because chunks share memory, which safetensors refuses to write.
                     for target, part in zip(fused.right, tensor.chunk(3), strict=True):
                         converted[_fill(target, found)] = part.clone()
                     break

@@ -116,6 +116,7 @@ class FeatureWriter:
         number = len(self.parts)
         with atomic_file(self._path(number, "safetensors")) as partial:
             save_file({"features": features.cpu().contiguous(), "labels": labels}, partial)
+        # The JSON file is written last and marks the part as complete.
         part = {"names": list(names), "skipped": list(skipped)}
         write_json(self._path(number, "json"), part)
         self.parts.append(part)

@@ -171,6 +171,7 @@ class Prompts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        # Without a flag, the prompts come from the published code and are initialised.
         flag = f"{prefix}prompt_initialised"
         if f"{prefix}prompt" in state_dict and flag not in state_dict:
             state_dict[flag] = torch.tensor(True)
@@ -193,6 +194,7 @@ def _initial_value(spec: PromptSpec, width: int) -> Tensor:
 
 
 def _mean_over_ranks(tokens: Tensor) -> Tensor:
+    # Sums and counts are reduced, not means, because batches of the ranks may differ in size.
     total = tokens.float().sum(dim=(0, 1))
     count = total.new_tensor([tokens.shape[0] * tokens.shape[1]])
     if distributed.is_available() and distributed.is_initialized():

@@ -68,6 +68,7 @@ class TextScores(nn.Module):
                 ]
             )
             class_ids = torch.arange(len(self.classes))
+        # A buffer; in the published code it neither moves with the model nor is in checkpoints.
         self.register_buffer("text_embeddings", embeddings)
         self.register_buffer("class_ids", class_ids, persistent=False)
         value = torch.tensor(float(temperature))
@@ -113,6 +114,7 @@ class TextScores(nn.Module):
                 f"features of width {features.shape[-1]} meet text embeddings of width {width}; "
                 f"put a ProjectionNeck with out_features={width} between them"
             )
+        # In fp32, because the scale, usually 100, amplifies rounding errors of half precision.
         with torch.autocast(features.device.type, enabled=False):
             images = F.normalize(features.float(), dim=-1)
             texts = F.normalize(self.text_embeddings, dim=-1)

@@ -182,6 +182,7 @@ class EncoderLayer(nn.Module):
         return tokens + self._drop_sequences(update, lengths)
 
     def _infer(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        # In place, so that the states of a large slide are in memory only once.
         tokens += self.self_attn(self.self_attn_layer_norm(tokens), lengths)
         for rows in tokens.split(CHUNK if tokens.device.type == "cpu" else 64 * CHUNK):
             rows += self.ffn(self.final_layer_norm(rows))

@@ -81,6 +81,7 @@ class SlideMetric(BaseMetric):
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Gathers predictions from all ranks and computes scores, with each patch once."""
+        # By key, since samplers repeat patches to give all ranks equally many.
         found = {row[0]: row[1:] for part in all_gather_object(self.results) for row in part}
         self.results.clear()
         metrics: list[dict[str, float] | None] = [None]

@@ -200,6 +200,7 @@ class AugmentPatch:
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         """Replaces `img` and `img_shape`."""
         generator = self._generator(results.get("draw"))
+        # ColorJitter draws from torch's global generator, which must not be affected otherwise.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.getrandbits(63))
             pixels = np.asarray(self.jitter(Image.fromarray(results["img"])))

@@ -231,6 +231,7 @@ def open_slide_encoder(spec: SlideEncoderSpec, device: torch.device | str = "cpu
     """Builds the slide encoder of a spec, in evaluation mode."""
     if spec.architecture:
         ARCHITECTURES.setdefault(spec.model_arch, json.loads(spec.architecture))
+    # Random weights must be the same in all worker processes, so they depend on the seed only.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = slide_encoder.create_model(spec.pretrained, spec.model_arch, spec.in_chans)

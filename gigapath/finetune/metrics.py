@@ -202,7 +202,7 @@ def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]
 def _intervals(
     labels: Array, probabilities: Array, setting: str, num_resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    if num_resamples < 1 or len(labels) < 2:
+    if num_resamples < 1 or len(labels) < 2:  # SciPy's bootstrap refuses a single case
         return {}
     from scipy.stats import bootstrap
 

@@ -89,6 +89,7 @@ def published_split(
     test = rest
     if val_r > 0:
         val, test = train_test_split(rest, test_size=test_r / (val_r + test_r), random_state=fold)
+    # Back to the order of the table, in which the original has the rows before it shuffles them.
     place = {key: number for number, key in enumerate(keys)}
     ordered = [sorted(part, key=place.__getitem__) for part in (train, val, test)]
     # The original shuffles the training rows once more, with pandas.DataFrame.sample.

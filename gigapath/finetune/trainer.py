@@ -164,6 +164,8 @@ class Trainer:
             num_slides = sum(map(len, step.batches))
             for _ in range(own):
                 self._accumulate(next(batches), next(numbers), num_slides)
+            # The original skips an incomplete last step but keeps its gradients, which leak into
+            # the next epoch.
             if step.whole or self.settings.protocol == "corrected":
                 self.ranks.add_gradients(self.model.parameters())
                 self.optimizer.step()
@@ -230,6 +232,7 @@ class Trainer:
         return self.ranks.first(lambda: self._write_scores(scores))
 
     def _accumulate(self, batch: Batch, number: int, num_slides: int) -> None:
+        # Makes dropout the same in a resumed run and for any number of processes.
         torch.manual_seed(derived_seed(self.settings.seed, _NOISE, self.epoch, number))
         labels = batch.labels.to(self.ranks.device)
         if isinstance(self.model, MILModel):
@@ -243,6 +246,7 @@ class Trainer:
         share = len(batch.indices) / num_slides
         if self.settings.protocol == "published":
             share = 1 / self.settings.gc
+        # The graph is freed per batch, so that memory does not grow with `gc`.
         (loss * share).backward()
         value = loss.item()
         if not np.isfinite(value):
