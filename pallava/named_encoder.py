@@ -1,4 +1,4 @@
-"""PA-LLaVA's vision encoder by a name of `pathcore.encoders`: `uni2-h`, `virchow2@FILE`, `plip`."""
+"""Vision encoders for PA-LLaVA by a name of `pathcore.encoders`, such as `virchow2@FILE`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ PREFIX = "encoder:"
 
 
 class NamedVisionEncoder(nn.Module):
-    """The patch tokens of any vision transformer that has a name.
+    """Vision encoder that returns the patch tokens of any named vision transformer.
 
     In a config: `visual_encoder=dict(type="NamedVisionEncoder", encoder="virchow2@FILE")`, with
     `image_processor=dict(type="EncoderImageProcessor", encoder="virchow2@FILE")`.
 
     Args:
         encoder: Name of the encoder, see `pathcore.encoders`.
-        arguments: Arguments of its architecture in place of the preset's.
+        arguments: Arguments of the architecture that override those of the preset.
 
     Raises:
-        EncoderError: If there is no such encoder, it has no patch tokens, or its images are not
-            square.
-        FileNotFoundError: If its weights are missing.
-        CheckpointError: If they do not fit.
+        EncoderError: If the encoder is unknown, has no patch tokens, or its images are not square.
+        FileNotFoundError: If weights are missing.
+        CheckpointError: If the weights do not fit.
     """
 
     def __init__(self, encoder: str, arguments: Mapping[str, Any] | None = None) -> None:
@@ -80,7 +79,7 @@ class NamedVisionEncoder(nn.Module):
             `(B, P, D)`, without class and register tokens.
 
         Raises:
-            ValueError: If there is no such layer, or the images have another size.
+            ValueError: If the layer does not exist, or the images have another size.
         """
         size = self.config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
@@ -94,10 +93,10 @@ class NamedVisionEncoder(nn.Module):
             return read(pixel_values, select_layer)
 
     def save(self, folder: StrPath) -> None:
-        """Saves `config.json` and `model.safetensors`; `load_named_encoder` reads them.
+        """Writes `config.json` and `model.safetensors` for `load_named_encoder`.
 
         Raises:
-            ValueError: If the network is built by code of its authors alone.
+            ValueError: If only the code of its authors can build the network.
         """
         if not self.description:
             raise ValueError(f"encoder {self.name}: built by code of its authors, cannot be saved")
@@ -111,7 +110,7 @@ class NamedVisionEncoder(nn.Module):
 
 
 def load_named_encoder(folder: StrPath) -> NamedVisionEncoder:
-    """Loads what `NamedVisionEncoder.save` wrote.
+    """Loads an encoder that `NamedVisionEncoder.save` wrote.
 
     Raises:
         FileNotFoundError: If the folder has no `config.json`.
@@ -128,7 +127,7 @@ def load_named_encoder(folder: StrPath) -> NamedVisionEncoder:
 
 
 def is_named_encoder(folder: Path) -> bool:
-    """Whether a folder holds what `NamedVisionEncoder.save` wrote."""
+    """Returns whether `NamedVisionEncoder.save` wrote a folder."""
     file = folder / "config.json"
     return file.is_file() and json.loads(file.read_bytes()).get("model_type") == MODEL_TYPE
 

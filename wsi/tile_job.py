@@ -78,8 +78,8 @@ def tile_slides(
         The report; `notes` counts the slides without patches.
 
     Raises:
-        FileNotFoundError: If `slides` does not exist or holds no slide.
-        OutputExistsError: If `out` holds something else.
+        FileNotFoundError: If `slides` does not exist or contains no slides.
+        OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
     """
     return process_slides(

@@ -84,7 +84,7 @@ class EmbeddingArchive:
         If several entries have the same name, the one in a folder named after the split is chosen.
 
         Raises:
-            EntryError: If there is no such entry, or the choice is ambiguous.
+            EntryError: If the entry does not exist, or the choice is ambiguous.
         """
         found = self.entries.get(PurePosixPath(name).name.removesuffix(".pt"), [])
         if len(found) > 1:

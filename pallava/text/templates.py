@@ -270,7 +270,7 @@ def find_template(name: str) -> PromptTemplate:
     """Returns a template by XTuner's name.
 
     Raises:
-        ValueError: If there is no such name; the message suggests the nearest ones.
+        ValueError: If the name is unknown. The message suggests similar ones.
     """
     if name not in PROMPT_TEMPLATES:
         near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
