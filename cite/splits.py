@@ -266,8 +266,8 @@ def read_patches(path: StrPath) -> Iterator[tuple[int, Patch]]:
     """Yields `(line number, (name, label))` of an annotation file with lines `name label`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is not UTF-8 or has another form; names it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is not UTF-8 or invalid. The message names it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(

@@ -368,7 +368,7 @@ def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Returns whether the folder is the complete output of a run with these settings.
 
     Raises:
-        ValueError: If the folder holds something else.
+        ValueError: If the folder contains something else.
     """
     if not folder.exists():
         return False

@@ -155,7 +155,7 @@ def embed_positions(
         `(..., dim)`, the half of the row first.
 
     Raises:
-        ValueError: If the original's table has no such index either.
+        ValueError: If the index is also outside the original's table.
     """
     ngrids = len(table)
     if out_of_grid == "error":

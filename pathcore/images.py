@@ -65,7 +65,7 @@ def find_image(folder: Path, name: object, suffixes: Sequence[str] = IMAGE_SUFFI
     """Returns the path of an image, whose name in the data may lack the suffix.
 
     Raises:
-        ImageError: If there is no such file, or the name points outside the folder.
+        ImageError: If the file does not exist, or the name points outside the folder.
     """
     path = path_inside(folder, name)
     for candidate in (path, *(path.with_name(path.name + suffix) for suffix in suffixes)):

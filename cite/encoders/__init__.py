@@ -35,9 +35,9 @@ def open_encoder(
     trust_remote_code: bool = False,
     **arguments: Any,
 ) -> Encoder:
-    """Opens an encoder by its name; see `pathcore.encoders.create_encoder` for all arguments.
+    """Opens an encoder by name; see `pathcore.encoders.create_encoder` for arguments and errors.
 
-    Of a CLIP of open_clip in a file, the text tower is neither needed nor built.
+    For open_clip with a file of weights, the text tower is not built.
     """
     parsed = EncoderName.parse(name)
     given = weights if weights is not None else parsed.weights
@@ -68,13 +68,19 @@ def build_encoder(
     Args:
         description: `library` with its arguments, see `pathcore.encoders.towers`; or `mm` with the
             arguments of `cite.encoders.vit.ViTEncoder`.
-        checkpoint: Its weights: a file of its family, or the checkpoint of a classifier with such
-            an encoder. Random ones if None.
+        checkpoint: File with the weights of the encoder, or checkpoint of a classifier with such an
+            encoder; random weights if None.
 
     Raises:
-        EncoderError: If there is no such library or model.
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If its names or shapes do not fit.
+        EncoderError: If library or model are unknown.
+        FileNotFoundError: If the checkpoint does not exist.
+        CheckpointError: If names or shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> description = {"library": "mm", "arch": "deit-tiny", "img_size": 32}
+        >>> build_encoder(description).features(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 192])
     """
     weights = None if checkpoint is None else only_backbone(read_state_dict(checkpoint))
     if description.get("library") == "mm":

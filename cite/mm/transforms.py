@@ -109,13 +109,13 @@ class ResizePatch:
 
 @TRANSFORMS.register_module()
 class EncoderResize:
-    """Resizes and crops as an encoder expects; `EncoderDataPreprocessor` then normalises.
+    """Resizes and crops as an encoder expects; for use with `EncoderDataPreprocessor`.
 
     Args:
         encoder: Name of the encoder, see `pathcore.encoders`.
 
     Raises:
-        EncoderError: If there is no such encoder, or its transform is not known.
+        EncoderError: If the encoder or its transform are unknown.
     """
 
     def __init__(self, encoder: str) -> None:
@@ -130,16 +130,16 @@ class EncoderResize:
 
 @MODELS.register_module()
 class EncoderDataPreprocessor(BaseDataPreprocessor):
-    """Stacks patches of `EncoderResize` and normalises them as an encoder expects, to the bit.
+    """Stacks patches of `EncoderResize` and normalises them exactly as an encoder expects.
 
     Args:
         encoder: Name of the encoder, see `pathcore.encoders`.
-        batch_augments: MMPreTrain hands its `train_cfg` on under this name; none is possible.
+        batch_augments: Name under which MMPreTrain passes its `train_cfg`; must be empty.
         **kwargs: Arguments of MMEngine's `BaseDataPreprocessor`.
 
     Raises:
-        EncoderError: If there is no such encoder, or its transform is not known.
-        ValueError: If `batch_augments` are given.
+        EncoderError: If the encoder or its transform are unknown.
+        ValueError: If `batch_augments` is not empty.
     """
 
     def __init__(self, encoder: str, batch_augments: Any = None, **kwargs: Any) -> None:
@@ -152,7 +152,7 @@ class EncoderDataPreprocessor(BaseDataPreprocessor):
         self.transform = find_transform(encoder)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Takes a batch as the dataloader collates it."""
+        """Prepares a batch as the data loader collates it."""
         data = dict(self.cast_data(data))
         inputs = data["inputs"]
         pixels = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs

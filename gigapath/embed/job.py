@@ -131,7 +131,7 @@ def embed_slides(
 
     Raises:
         FileNotFoundError: If `slides` does not exist or holds neither slides nor tiles.
-        OutputExistsError: If `out` holds something else.
+        OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
     """
     placement = placement or Placement()

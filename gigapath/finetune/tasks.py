@@ -80,7 +80,7 @@ class LabelledSlides:
 
     Attributes:
         labels: Label of each slide, see `SlideTask.encode`.
-        patients: Patient of each slide; empty if the table has no such column.
+        patients: Patient of each slide; empty if the table has no column of patients.
         skipped: `id` and `reason` of rows that cannot be used.
     """
 

@@ -344,7 +344,6 @@ class Trainer:
                 save_file(weights, partial)
 
     def _save_state(self) -> None:
-        """Saves what is needed to continue the run."""
         losses = [value for part in self.ranks.gather(self.losses) for value in part]
         if self.settings.protocol == "published":  # includes gradients left over for the next epoch
             self.ranks.add_gradients(self.model.parameters())

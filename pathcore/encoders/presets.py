@@ -128,7 +128,6 @@ def get_preset(name: str) -> Preset:
 
 @lru_cache(maxsize=1)
 def _files() -> dict[str, Path]:
-    """Returns the file of each preset."""
     found: dict[str, Path] = {}
     for folder in _folders():
         for file in sorted(folder.glob("*.json")):
