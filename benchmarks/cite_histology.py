@@ -24,8 +24,8 @@ from scipy import ndimage
 from cite.splits import write_patches
 from pathcore.files import write_json
 from xtuner_add.demo.histology import FloatMap, real_texture, to_rgb
-from xtuner_add.demo.tissue import PATTERNS, Nuclei, nuclear_densities
-from xtuner_add.demo.wording import field_caption
+from xtuner_add.demo.pallava.wording import field_caption
+from xtuner_add.demo.tissue import CHROMATIN, PATTERNS, Nuclei, nuclear_densities
 
 PATCH_PX = 64
 GRADES = {
@@ -36,8 +36,6 @@ GRADES = {
 """Description of a grade -> range of the fraction of glands in the tumour."""
 
 OTHERS = ("fibrous stroma", "fat", "lymphoid tissue", "mucin", "necrosis")
-_DARK = 2.2
-"""Haematoxylin of the darkest chromatin over that of the real section, as in the demo."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ def draw(canvas: Canvas) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     look = vesicular if rng.random() < 0.5 else solid
     strength = rng.uniform(0.6, 1.4, 2).astype(np.float32)
     image = to_rgb(
-        strength[0] * (haematoxylin * (1 - 0.6 * covered) + _DARK * texture.haematoxylin * look),
+        strength[0]
+        * (haematoxylin * (1 - 0.6 * covered) + CHROMATIN * texture.haematoxylin * look),
         strength[1] * eosin * (1 - 0.8 * covered),
     )
     return image.clip(0, 255).round().astype(np.uint8), regions

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
+from pathcore.stats import wilson_interval
 
 CONFIG = "demo_slide_questions"
 WAYS = ("itself", "exchanged", "displaced")
@@ -180,8 +181,6 @@ def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> lis
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns accuracy with 95 % Wilson interval for every kind of question and condition."""
-    from scipy.stats import binomtest
-
     summary: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         part = [row for row in rows if row["kind"] == kind]
@@ -192,8 +191,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         summary[kind] = {"questions": len(part), "majority": most / len(part)}
         for way in WAYS:
             right = sum(row[way].strip().lower() == row["answer"] for row in part)
-            interval = binomtest(right, len(part)).proportion_ci(method="wilson")
-            summary[kind][way] = [right / len(part), float(interval.low), float(interval.high)]
+            summary[kind][way] = [right / len(part), *wilson_interval(right, len(part))]
     return summary
 
 

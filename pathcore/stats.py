@@ -95,6 +95,18 @@ def mean_interval(
     return count_interval(counts, mean, seed=seed, num_resamples=num_resamples)
 
 
+def wilson_interval(hits: int, count: int) -> Interval:
+    """Returns the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    Raises:
+        ValueError: If `count` is 0.
+    """
+    from scipy.stats import binomtest  # scipy.stats takes a second to import
+
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 # --- scores of confusion matrices (R, K, K) -----------------------------------------------------
 
 

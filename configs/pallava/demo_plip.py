@@ -5,7 +5,7 @@ from mmengine.config import read_base
 with read_base():
     from .plip_pretraining_tiny import *
 
-from xtuner_add.demo.training_data import SlidePairDataset
+from xtuner_add.demo.pallava.training_data import SlidePairDataset
 
 data_path = "data/pairs.jsonl"
 batch_size = 48

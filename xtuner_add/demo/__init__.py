@@ -1,1 +1,1 @@
-"""`xtuner-add demo`: the whole road from images to a model that answers, on data made here."""
+"""The two demos, and what they share: painted tissue, stages that resume, a report."""

@@ -1,13 +1,14 @@
-"""The demo's language model: a small Llama with Llama 3's chat format, trained here from scratch.
+"""A small Llama with Llama 3's chat format, trained from scratch.
 
-It reads short pathology reports and answers questions about them, in text alone: what a large
-language model brings along. Images come later, through the connector.
+It reads short pathology reports and answers questions about them, in text alone, as a large
+language model can before it sees images through the connector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-_IGNORED = -100
+IGNORED = -100
 _KEPT_BACK = 256  # texts that measure the progress
 _LOG_EVERY, _SAVE_EVERY = 20, 100
 
@@ -111,74 +112,60 @@ def train(
     sizes: LanguageModelSizes,
     seed: int,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Trains tokenizer and model on the corpus and saves both to `folder`, Hugging Face style.
-
-    A run that was stopped continues from its last checkpoint, to the same result.
 
     Args:
         corpus: Texts, each a list of turns `(user, assistant)`.
-        folder: Receives model, tokenizer and checkpoints.
-        sizes: Of the model and its training.
-        seed: Of weights and order.
-        stopped: Asked before every step; True ends the training.
+        folder: Folder for model and tokenizer, and checkpoints until they are complete.
+        sizes: Sizes of the model and its training.
+        seed: Seed of the weights and the order.
+        stopped: Called before every step; True ends the training.
 
     Returns:
-        Loss and share of right answer tokens on texts that were kept back, by step.
+        Loss and accuracy of answer tokens on texts that were kept back, by step.
 
     Raises:
-        InterruptedError: `stopped` said so.
+        InterruptedError: If `stopped` returned True.
     """
     import torch
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
     texts = ["\n".join(map("\n".join, turns)) for turns in corpus]
     tokenizer = make_tokenizer(texts, sizes.vocab_size)
-    model = _make_model(tokenizer, sizes)
+    pad = tokenizer.pad_token_id
+    model = LlamaForCausalLM(llama_config(tokenizer, sizes))
     encoded = [encode_chat(tokenizer, turns) for turns in corpus]
     kept_back, encoded = encoded[:_KEPT_BACK], encoded[_KEPT_BACK:]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, sizes.learning_rate, total_steps=sizes.steps, pct_start=0.1
-    )
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    def inputs(start: int) -> Iterator[dict[str, Any]]:
+        batches = _batches(encoded, sizes.batch_size, np.random.default_rng([seed, 3]))
+        for batch in islice(batches, start, None):
+            ids, _, is_text = collate(batch, pad)
+            yield {"input_ids": ids, "labels": ids.masked_fill(~is_text, IGNORED)}
+
+    def log(step: int, loss: float) -> dict[str, Any] | None:
+        if step % _LOG_EVERY and step != sizes.steps:
+            return None
+        row = {"step": step, "loss": loss}
+        if step % _SAVE_EVERY == 0 or step == sizes.steps:
+            row["answer_accuracy"] = _answer_accuracy(model, kept_back, pad)
+        return row
+
     checkpoint = folder / "checkpoint.pt"
-    history = restore_parts(checkpoint, parts)
-    done = int(history[-1]["step"]) if history else 0
-    batches = _batches(encoded, sizes.batch_size, np.random.default_rng([seed, 3]))
-    progress = tqdm(range(1, sizes.steps + 1), "language model", leave=False)
-    for step in progress:
-        batch = next(batches)
-        if step <= done:
-            continue
-        if stopped():
-            raise InterruptedError(f"language model: stopped before step {step}")
-        inputs, labels, _ = _collate(batch, tokenizer.pad_token_id)
-        loss = model(input_ids=inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % _LOG_EVERY == 0 or step == sizes.steps:
-            row = {"step": step, "loss": loss.item()}
-            if step % _SAVE_EVERY == 0 or step == sizes.steps:
-                row["answer_accuracy"] = _answer_accuracy(model, kept_back, tokenizer.pad_token_id)
-            history.append(row)
-            progress.set_postfix(row)
-            if step % _SAVE_EVERY == 0:
-                save_parts(checkpoint, parts, history)
+    history = fit("language model", model, inputs, sizes, checkpoint, log, stopped)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
     return history
 
 
-def _make_model(tokenizer: Any, sizes: LanguageModelSizes) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(tokenizer: Any, sizes: Any) -> Any:
+    """Returns the config of a small Llama for a tokenizer; `sizes` has its widths and depth."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
@@ -192,29 +179,88 @@ def _make_model(tokenizer: Any, sizes: LanguageModelSizes) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config)
 
 
-def save_parts(file: Path, parts: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
-    """Writes the states of model, optimizer and schedule, whole or not at all."""
+def fit(
+    title: str,
+    model: Any,
+    inputs: Callable[[int], Iterator[dict[str, Any]]],
+    sizes: Any,
+    checkpoint: Path,
+    log: Callable[[int, float], dict[str, Any] | None],
+    stopped: Callable[[], bool],
+) -> list[dict[str, Any]]:
+    """Trains a model; a run that was stopped continues from its checkpoint, to the same result.
+
+    Args:
+        title: Title of the progress bar.
+        model: Model of transformers.
+        inputs: Returns the inputs of the steps after the given number of steps.
+        sizes: `steps` and `learning_rate`.
+        checkpoint: File that is written from time to time.
+        log: Returns the row of the history for a step, counted from 1, and its loss; or None.
+        stopped: Called before every step; True ends the training.
+
+    Raises:
+        InterruptedError: If `stopped` returned True.
+    """
     import torch
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    with atomic_file(file) as partial:
-        torch.save(states | {"history": history}, partial)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, sizes.learning_rate, total_steps=sizes.steps, pct_start=0.1
+    )
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    history: list[dict[str, Any]] = []
+    if checkpoint.is_file():
+        states = torch.load(checkpoint, weights_only=True)
+        history = states["history"]
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    done = int(history[-1]["step"]) if history else 0
+    batches = inputs(done)
+    model.train()
+    for step in tqdm(range(done + 1, sizes.steps + 1), title, leave=False):
+        if stopped():
+            raise InterruptedError(f"{title}: stopped before step {step}")
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if row := log(step, loss.item()):
+            history.append(row)
+        if step % _SAVE_EVERY == 0 and step < sizes.steps:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            with atomic_file(checkpoint) as partial:
+                torch.save(states | {"history": history}, partial)
+    return history
 
 
-def restore_parts(file: Path, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Puts the states of a checkpoint back, if there is one; returns the history so far."""
-    if not file.is_file():
-        return []
+def collate(batch: Sequence[tuple[list[int], list[bool]]], pad: int) -> tuple[Any, Any, Any]:
+    """Pads chats to one length.
+
+    Args:
+        batch: Ids of each chat, and whether each belongs to an answer.
+        pad: Id of the padding.
+
+    Returns:
+        Ids, mask of the answers and mask of the text, each `(B, L)`.
+    """
     import torch
 
-    states = torch.load(file, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(states[name])
-    return states["history"]
+    shape = (len(batch), max(len(ids) for ids, _ in batch))
+    inputs = torch.full(shape, pad)
+    answers, text = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, (ids, is_answer) in enumerate(batch):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        answers[row, : len(ids)] = torch.tensor(is_answer)
+        text[row, : len(ids)] = True
+    return inputs, answers, text
 
 
 def _batches(encoded: list[Any], size: int, rng: np.random.Generator) -> Iterator[list[Any]]:
@@ -224,23 +270,10 @@ def _batches(encoded: list[Any], size: int, rng: np.random.Generator) -> Iterato
             yield [encoded[index] for index in order[start : start + size]]
 
 
-def _collate(batch: list[tuple[list[int], list[bool]]], pad: int) -> tuple[Any, Any, Any]:
-    import torch
-
-    length = max(len(ids) for ids, _ in batch)
-    inputs = torch.full((len(batch), length), pad)
-    labels = torch.full((len(batch), length), _IGNORED)
-    answers = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, (ids, is_answer) in enumerate(batch):
-        inputs[row, : len(ids)] = labels[row, : len(ids)] = torch.tensor(ids)
-        answers[row, : len(ids)] = torch.tensor(is_answer)
-    return inputs, labels, answers
-
-
 def _answer_accuracy(model: Any, encoded: list[Any], pad: int) -> float:
     import torch
 
-    inputs, _, answers = _collate(encoded, pad)
+    inputs, answers, _ = collate(encoded, pad)
     with torch.no_grad():
         predicted = model(input_ids=inputs).logits[:, :-1].argmax(dim=-1)
     right = predicted == inputs[:, 1:]

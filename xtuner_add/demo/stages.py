@@ -1,4 +1,4 @@
-"""Stages of a long job: run once, remembered by what went in, resumed after a kill."""
+"""Stages of a demo: each runs once, is recorded with its inputs, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO, TypeVar
 
+import click
 from tqdm import tqdm
 
-from pathcore.exit_codes import EXIT_SKIPPED
-from pathcore.files import write_json
+from pathcore.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_SKIPPED
+from pathcore.files import sha256_of, write_json
 from xtuner_add.launch import die_with_parent
 
 MANIFEST = "manifest.json"
@@ -38,21 +42,24 @@ _running: set[subprocess.Popen[str]] = set()
 _stop = threading.Event()
 _MAX_THREADS = 4  # matrices this small do not fill more
 
+Job = TypeVar("Job")
+Drawn = TypeVar("Drawn")
+
 
 class StageError(RuntimeError):
-    """A stage that failed; the message ends with what it printed last."""
+    """A stage failed; the message ends with its last output."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the job.
+    """One step of a demo.
 
     Attributes:
-        name: Also its key in the manifest.
-        run: Does the work inside the job's folder.
+        name: Name, also the key in the manifest.
+        run: Does the work inside the demo's folder.
         outputs: Paths relative to that folder that exist when the stage is done.
         settings: What the result depends on besides the stages before; JSON-like.
-        owned: Folders to clear before a run with other settings.
+        owned: Folders that are cleared before a run with other settings.
     """
 
     name: str
@@ -62,12 +69,58 @@ class Stage:
     owned: tuple[str, ...] = ()
 
 
-class Manifest:
-    """Which stages are done, with what settings, and how long they took.
+def run_demo(
+    work_dir: Path,
+    rounds: Sequence[Sequence[Stage]],
+    summarise: Callable[[Path], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    write_report: Callable[[Path, Mapping[str, Any]], Path],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Runs the stages that are not done yet, writes summary and report, and prints the results.
 
     Args:
-        folder: The job's folder.
+        work_dir: Absolute path of the demo's folder.
+        rounds: Stages in order; those of one round run side by side.
+        summarise: Returns the figures for `summary.json`.
+        table: Returns the summary as text for a terminal.
+        write_report: Writes `report.html` and returns its path.
+        facts: Further fields of the summary, such as the seed.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        StageError: If a stage fails, or the folder holds something else.
     """
+    with only_run_in(work_dir):
+        start = time.monotonic()
+        manifest = Manifest(work_dir)
+        before: list[str] = []
+        for stages in rounds:
+            names = [stage.name for stage in stages]
+            click.echo(f"{_clock(start)}  {' and '.join(names)}")
+            manifest.run_all(stages, before)
+            before += names
+        summary = summarise(work_dir)
+        seconds = summary["stage_seconds"] = manifest.seconds()
+        # Stages of one round run side by side; interrupted runs count too.
+        longest = [max(seconds[stage.name] for stage in stages) for stages in rounds]
+        summary |= {"seconds": round(sum(longest), 1), **facts}
+        write_json(work_dir / "summary.json", summary)
+        report = write_report(work_dir, summary)
+        click.echo(table(summary))
+        click.echo(f"{_clock(start)}  {report}")
+    return summary
+
+
+def code_digests(*modules: ModuleType) -> dict[str, str]:
+    """Returns the digest of each module, for the settings of a stage that it determines."""
+    return {module.__name__: sha256_of(Path(str(module.__file__))) for module in modules}
+
+
+class Manifest:
+    """Records which stages of a folder are done, with what settings, and how long they took."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +138,7 @@ class Manifest:
             before: Names of the stages whose results it uses.
 
         Raises:
-            StageError: The stage failed.
+            StageError: If the stage fails.
         """
         digest = self._digest(stage, before)
         row = dict(self._rows.get(stage.name, {}))
@@ -111,10 +164,10 @@ class Manifest:
 
         Args:
             stages: The stages.
-            before: See `run`.
+            before: Names of the stages whose results they use.
 
         Raises:
-            StageError: One of them failed; the others are stopped.
+            StageError: If one of them fails; the others are stopped.
         """
         if len(stages) == 1:
             self.run(stages[0], before)
@@ -129,7 +182,7 @@ class Manifest:
                 raise
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage took, failed attempts included."""
+        """Returns the seconds that each stage took, failed attempts included."""
         return {name: round(row["seconds"], 1) for name, row in self._rows.items()}
 
     def _has(self, outputs: Sequence[str]) -> bool:
@@ -149,17 +202,17 @@ class Manifest:
 
 
 def run_command(arguments: Sequence[object], folder: Path, log: Path, title: str, row: int) -> None:
-    """Runs one `xtuner-add` command in a folder, its output in a log, its progress as a bar.
+    """Runs an `xtuner-add` command in a process of its own, with a progress bar.
 
     Args:
-        arguments: After `xtuner-add`.
-        folder: Where it runs.
-        log: Receives the output.
-        title: Of the progress bar.
+        arguments: Arguments of `xtuner-add`.
+        folder: Working directory.
+        log: File to which the output is appended.
+        title: Title of the progress bar.
         row: Line of the progress bar, for commands side by side.
 
     Raises:
-        StageError: The command failed.
+        StageError: If the command fails.
     """
     command = [*_COMMAND, *map(str, arguments)]
     environment = os.environ | {
@@ -196,24 +249,85 @@ def run_command(arguments: Sequence[object], folder: Path, log: Path, title: str
         raise StageError(f"{title}: exit code {code}; all of its output: {log}\n{''.join(tail)}")
 
 
+def call_command(
+    arguments: Sequence[object], folder: Path, log: Path, *, may_skip: bool = False
+) -> None:
+    """Runs an `xtuner-add` command in this process, so that libraries are imported only once.
+
+    Args:
+        arguments: Arguments of `xtuner-add`.
+        folder: Working directory.
+        log: File to which the command line and the output are appended.
+        may_skip: Whether the command may skip rows or slides.
+
+    Raises:
+        StageError: If the command fails.
+    """
+    words = [str(argument) for argument in arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before = Path.cwd()
+    with log.open("a+", encoding="utf-8", buffering=1) as stream:
+        start = stream.seek(0, os.SEEK_END)
+        stream.write(f"$ xtuner-add {shlex.join(words)}\n")
+        os.chdir(folder)  # paths are relative, so that the log shows what can be typed there
+        try:
+            code = _call(words, stream)
+        finally:
+            os.chdir(before)
+        stream.seek(start)
+        tail = "".join(stream.readlines()[-_TAIL_LINES:])
+    if code != EXIT_OK and not (may_skip and code == EXIT_SKIPPED):
+        raise StageError(
+            f"xtuner-add {words[0]}: exit code {code}; all of its output: {log}\n{tail}"
+        )
+
+
+def _call(words: list[str], stream: TextIO) -> int:
+    from xtuner_add.cli import main
+
+    with redirect_stdout(stream), redirect_stderr(stream), _descriptors_to(stream):
+        try:
+            # Without a click error the value is the exit code of `ctx.exit`, or None.
+            return main.main(words, prog_name="xtuner-add", standalone_mode=False) or EXIT_OK
+        except click.ClickException as error:
+            error.show(stream)
+            return error.exit_code
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else EXIT_FAILED
+
+
+@contextmanager
+def _descriptors_to(stream: TextIO) -> Iterator[None]:
+    """Sends what child processes print to the log too."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        for descriptor in kept:
+            os.dup2(stream.fileno(), descriptor)
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
 def stop_all() -> None:
-    """Ends the commands that run at the moment, and asks other work to end itself."""
+    """Terminates the running commands, and asks other work to stop."""
     _stop.set()
     for process in list(_running):
         process.terminate()
 
 
 def stopped() -> bool:
-    """Whether work should end because another stage failed or the user stopped the run."""
+    """Returns whether another stage failed or the user stopped the run."""
     return _stop.is_set()
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Makes a folder, or takes one that a demo made, and holds it for one run at a time.
+    """Creates a folder, or takes one that a demo made, and locks it.
 
     Raises:
-        StageError: Another run holds it, or it holds something else.
+        StageError: If another run holds the lock, or the folder holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Stages clear folders with names such as `data`: those must be the demo's own.
@@ -238,7 +352,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def threads() -> int:
-    """Threads of each of two stages side by side: more would wait for each other."""
+    """Returns the threads for each of two stages side by side; more would wait for each other."""
     return max(1, min(_MAX_THREADS, (os.cpu_count() or 2) // 2))
 
 
@@ -252,3 +366,31 @@ def _show_progress(bar: Any, line: str) -> None:
         bar.set_postfix_str(f"epoch {epoch}", refresh=False)
     bar.n = int(step)
     bar.refresh()
+
+
+def draw_all(
+    draw: Callable[[Job], Drawn], jobs: Sequence[Job], workers: int = 2
+) -> Iterable[Drawn]:
+    """Draws slides in several processes and yields the results in order."""
+    # spawn: a fork of a process that has run torch can hang.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_use_one_thread) as pool:
+        yield from tqdm(pool.map(draw, jobs, chunksize=4), "slides", len(jobs), leave=False)
+
+
+def _use_one_thread() -> None:
+    """The workers fill the cores; BLAS threads on top would only wait for each other."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines whole."""
+    with file.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def _clock(start: float) -> str:
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    return f"{minutes:2d}:{seconds:02d}"

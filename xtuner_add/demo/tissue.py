@@ -1,7 +1,7 @@
 """Seven kinds of tissue that a viewer can tell apart, as densities of haematoxylin and eosin.
 
-Every pattern fills a canvas; `slides.py` composes them. Lengths are in px of the slide, in which a
-nucleus is about 8 px across.
+Every pattern fills a canvas; each demo composes slides of them. Lengths are in px of the slide, in
+which a nucleus is about 8 px across.
 """
 
 from __future__ import annotations
@@ -159,6 +159,13 @@ PATTERNS: dict[str, Callable[[Shape, RealTexture, np.random.Generator], Pattern]
 
 CELLULAR = ("glands", "cell nests", "lymphoid tissue")
 """Tissue with so many nuclei that their look can be judged in every sub-image of it."""
+
+
+GLASS = -1
+"""Index of what is no tissue, in maps of regions."""
+
+CHROMATIN = 2.2
+"""Haematoxylin of the darkest chromatin over that of the real section, which is stained weakly."""
 
 
 def nuclear_densities(nuclei: Nuclei, shape: Shape) -> tuple[FloatMap, FloatMap, FloatMap]:

@@ -1,110 +1,16 @@
-"""What is said about a slide: captions, questions and answers.
-
-Texts depend on the tissues and on the look of the nuclei alone, never on how a slide was drawn.
-"""
+"""Words that the captions of both demos are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-
-from xtuner_add.demo.tissue import PATTERNS
-
-QuestionKind = Literal["tissue", "nuclei", "list", "count", "nuclear look"]
-CLOSED: tuple[QuestionKind, ...] = ("tissue", "nuclei")
-"""Kinds that are answered by yes or no; `nuclei` needs the sub-images."""
-
-NUMBERS = ("no", "one", "two", "three")
-_LOOKS = {True: "vesicular", False: "solid"}
-_CAPTIONS = (
-    "The section shows {tissues}. The nuclei are {look}.",
-    "There is {tissues}, with {look} nuclei.",
-    "Tissue of {number}: {tissues}. Nuclei: {look}.",
-)
-CAPTION_REQUESTS = (
-    "Describe the image.",
-    "What does the image show?",
-    "Give a short report.",
-)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about one slide.
-
-    Attributes:
-        kind: What is asked for.
-        text: The question.
-        answer: The right answer.
-    """
-
-    kind: QuestionKind
-    text: str
-    answer: str
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the answer is yes or no."""
-        return self.kind in CLOSED
 
 
 def look(vesicular: bool) -> str:
-    """The word for the look of the nuclei."""
-    return _LOOKS[vesicular]
+    """Returns the word for the look of the nuclei."""
+    return "vesicular" if vesicular else "solid"
 
 
 def listed(tissues: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Returns `a`, `a and b` or `a, b and c`."""
     *first, last = tissues
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def caption(tissues: Sequence[str], vesicular: bool, rng: np.random.Generator) -> str:
-    """Describes a slide; the tissues are named in the order in which they lie."""
-    number = NUMBERS[len(tissues)] + (" kind" if len(tissues) == 1 else " kinds")
-    form = _CAPTIONS[rng.integers(len(_CAPTIONS))]
-    return form.format(tissues=listed(tissues), look=look(vesicular), number=number)
-
-
-def overview_caption(tissues: Sequence[str]) -> str:
-    """Describes what can be seen at low power, where nuclei are too small to judge."""
-    return f"Overview of {listed(_in_order(tissues))}."
-
-
-def field_caption(tissues: Sequence[str], vesicular: bool | None) -> str:
-    """Describes one field at high power; `vesicular` is None where there are too few nuclei."""
-    nuclei = "Field" if vesicular is None else f"{look(vesicular).capitalize()} nuclei"
-    return f"{nuclei}, {listed(_in_order(tissues))}."
-
-
-def tissue_question(tissue: str, tissues: Sequence[str]) -> Question:
-    """Asks whether a tissue is there."""
-    if tissue not in PATTERNS:
-        raise ValueError(f"tissue {tissue!r} is none of {', '.join(PATTERNS)}")
-    return Question("tissue", f"Does the image show {tissue}?", _yes(tissue in tissues))
-
-
-def nuclei_question(vesicular: bool) -> Question:
-    """Asks for the detail that only sub-images show."""
-    return Question("nuclei", f"Are the nuclei {look(True)}?", _yes(vesicular))
-
-
-def open_questions(tissues: Sequence[str], vesicular: bool) -> list[Question]:
-    """Questions whose answer is a word or a list."""
-    return [
-        Question("list", "Which tissues are there?", listed(tissues)),
-        Question("count", "How many kinds of tissue are there?", NUMBERS[len(tissues)]),
-        Question("nuclear look", "What do the nuclei look like?", look(vesicular)),
-    ]
-
-
-def _in_order(tissues: Sequence[str]) -> list[str]:
-    """One order for all captions: equal content gives equal text, which is no negative."""
-    return [name for name in PATTERNS if name in tissues]
-
-
-def _yes(condition: bool) -> str:
-    return "yes" if condition else "no"

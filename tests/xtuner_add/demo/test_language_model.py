@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xtuner_add.demo.dataset import text_corpus
 from xtuner_add.demo.language_model import (
     BEGIN,
     END_TURN,
@@ -14,6 +13,7 @@ from xtuner_add.demo.language_model import (
     make_tokenizer,
     train,
 )
+from xtuner_add.demo.pallava.dataset import text_corpus
 
 CORPUS = text_corpus(400, np.random.default_rng(0))
 TEXTS = ["\n".join(map("\n".join, turns)) for turns in CORPUS]
@@ -86,7 +86,7 @@ def test_stopped_training_continues_to_the_same_weights(
     sizes = LanguageModelSizes(hidden_size=32, intermediate_size=64, num_layers=1, steps=60)
     monkeypatch.setattr(language_model, "_SAVE_EVERY", 20)
     whole = train(CORPUS, tmp_path / "whole", sizes, seed=0)
-    collate, calls = language_model._collate, []
+    collate, calls = language_model.collate, []
 
     def interrupted(*args: object) -> object:
         calls.append(args)
@@ -94,7 +94,7 @@ def test_stopped_training_continues_to_the_same_weights(
             raise KeyboardInterrupt
         return collate(*args)
 
-    monkeypatch.setattr(language_model, "_collate", interrupted)
+    monkeypatch.setattr(language_model, "collate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(CORPUS, tmp_path / "stopped", sizes, seed=0)
     torch.rand(3)  # whatever happens in between

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from xtuner_add.demo.pathgen.painting import TISSUES
 from xtuner_add.demo.wording import listed, look
-from xtuner_add.demo_pathgen.painting import TISSUES
 
 Fault = Literal["out of focus", "ink"]
 

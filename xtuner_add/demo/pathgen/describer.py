@@ -8,24 +8,25 @@ model).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from pathgen.agents.backends import Request
 from pathgen.agents.prompts import Prompt, load_prompt
 from xtuner_add.demo.language_model import (
     END_TURN,
+    IGNORED,
+    collate,
+    fit,
+    llama_config,
     make_tokenizer,
-    restore_parts,
-    save_parts,
 )
-from xtuner_add.demo_pathgen import wording
+from xtuner_add.demo.pathgen import wording
 
 Task = Literal["name", "describe", "revise", "summarise"]
 Lesson = tuple[Path, wording.Field]
@@ -46,8 +47,6 @@ CHAT_TEMPLATE = (
 
 _TURNS: tuple[Task, ...] = ("describe", "revise", "name", "describe", "revise", "summarise")
 _NUM_TEXTS = 1500  # from which the vocabulary is made
-_IGNORED = -100
-_LOG_EVERY, _SAVE_EVERY = 10, 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class DescriberSizes:
 
 def prompt_file(task: Task) -> Path:
     """The file with what is asked, for `--prompt-file`."""
-    return Path(str(files("xtuner_add.demo_pathgen") / "prompts" / f"{task}.txt"))
+    return Path(str(files("xtuner_add.demo.pathgen") / "prompts" / f"{task}.txt"))
 
 
 def train_describer(
@@ -80,51 +79,35 @@ def train_describer(
 ) -> list[dict[str, Any]]:
     """Trains the describer and saves it to `folder`, as transformers loads a LLaVA.
 
-    A run that was stopped continues from its last checkpoint, to the same result.
-
     Args:
         clip: The first CLIP, as transformers loads it.
         lessons: Patches with what they show.
-        folder: Receives model and processor; checkpoints lie beside it.
-        sizes: Of the model and its training.
-        seed: Of weights, wordings and order.
-        stopped: Asked before every step; True ends the training.
+        folder: Folder for model and processor; checkpoints are written beside it.
+        sizes: Sizes of the model and its training.
+        seed: Seed of the weights, the wordings and the order.
+        stopped: Called before every step; True ends the training.
 
     Returns:
         Loss by step, with the task.
 
     Raises:
-        InterruptedError: `stopped` said so.
+        InterruptedError: If `stopped` returned True.
     """
     import torch
 
     torch.manual_seed(seed)
     model, processor = _make(clip, lessons, sizes, seed)
     teacher = _Teacher(lessons, processor, seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, sizes.learning_rate, total_steps=sizes.steps, pct_start=0.1
-    )
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    def inputs(start: int) -> Iterator[dict[str, Any]]:
+        for step in range(start + 1, sizes.steps + 1):
+            yield teacher.batch(step, _task(step, sizes), sizes.batch_size)
+
+    def log(step: int, loss: float) -> dict[str, Any]:
+        return {"step": step, "task": _task(step, sizes), "loss": round(loss, 5)}
+
     checkpoint = folder.with_name(f"{folder.name}_checkpoint.pt")
-    history = restore_parts(checkpoint, parts)
-    done = int(history[-1]["step"]) if history else 0
-    model.train()
-    for step in tqdm(range(done + 1, sizes.steps + 1), "describer", leave=False):
-        if stopped():
-            raise InterruptedError(f"describer: stopped before step {step}")
-        task = _task(step, sizes)
-        loss = model(**teacher.batch(step, task, sizes.batch_size)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.append({"step": step, "task": task, "loss": round(loss.item(), 5)})
-        if step % _SAVE_EVERY == 0 and step < sizes.steps:
-            save_parts(checkpoint, parts, history)
+    history = fit("describer", model, inputs, sizes, checkpoint, log, stopped)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     checkpoint.unlink(missing_ok=True)
@@ -197,22 +180,14 @@ def _question(
 
 
 def _encode(tokenizer: Any, chats: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    import torch
-
     rows = []
     for question, answer in chats:
         asked = tokenizer.encode(question, add_special_tokens=False)
         replied = tokenizer.encode(answer, add_special_tokens=False)
-        rows.append((asked + replied, [_IGNORED] * len(asked) + replied))
-    length = max(len(ids) for ids, _ in rows)
-    shape = (len(rows), length)
-    inputs = torch.full(shape, tokenizer.pad_token_id)
-    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, _IGNORED)
-    for index, (ids, targets) in enumerate(rows):
-        inputs[index, : len(ids)] = torch.tensor(ids)
-        labels[index, : len(ids)] = torch.tensor(targets)
-        mask[index, : len(ids)] = 1
-    return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+        rows.append((asked + replied, [False] * len(asked) + [True] * len(replied)))
+    ids, answers, text = collate(rows, tokenizer.pad_token_id)
+    labels = ids.masked_fill(~answers, IGNORED)
+    return {"input_ids": ids, "attention_mask": text.long(), "labels": labels}
 
 
 def _turned(pixels: Any, rng: np.random.Generator) -> Any:
@@ -232,7 +207,6 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
     from transformers import (
         CLIPImageProcessor,
         CLIPModel,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
@@ -242,33 +216,17 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
     tokenizer = make_tokenizer(_texts(lessons, seed), sizes.vocab_size)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.chat_template = CHAT_TEMPLATE
-    marks = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    words = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_heads,
-        max_position_embeddings=512,
-        initializer_range=sizes.hidden_size**-0.5,
-        tie_word_embeddings=False,
-        **marks,
-    )
     config = LlavaConfig(
         eyes.config.vision_config,
-        words,
+        llama_config(tokenizer, sizes),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         # The CLS token of the last layer too: what the contrastive loss has formed.
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(**marks)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
     tower = model.vision_tower if hasattr(model, "vision_tower") else model.model.vision_tower
     tower.vision_model.load_state_dict(eyes.vision_model.state_dict())
     processor = LlavaProcessor(

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from pathcore.files import write_json
 from pathcore.rows import write_rows
-from xtuner_add.demo import dataset, wording
+from pathcore.stats import wilson_interval
+from xtuner_add.demo.pallava import dataset, wording
+from xtuner_add.demo.stages import read_jsonl
 
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 32
@@ -29,17 +31,19 @@ def answer_all(work_dir: Path, seed: int) -> None:
     Writes `answers.jsonl`, with a line per question, and `shown.json`, with the slides for the
     report and the attention of the connector.
     """
-    rows = dataset.read_jsonl(work_dir / "data" / "held_out.jsonl")
+    rows = read_jsonl(work_dir / "data" / "held_out.jsonl")
     exchanged = exchange_images(rows, np.random.default_rng([seed, 5]))
     closed = [index for index, row in enumerate(rows) if row["kind"] in wording.CLOSED]
     detail = [index for index, row in enumerate(rows) if row["kind"] in DETAIL_KINDS]
 
-    model = _load(work_dir, "scale_invariant")
+    from pallava import load_model
+
+    model = load_model(work_dir / "scale_invariant" / "model")
     everything = range(len(rows))
     given = _ask(model, work_dir, rows, everything, [row["image"] for row in rows], "questions")
     shuffled = _ask(model, work_dir, rows, closed, exchanged, "images exchanged")
     shown = _shown(model, work_dir, rows)
-    released = _load(work_dir, "released")
+    released = load_model(work_dir / "released" / "model")
     without = _ask(released, work_dir, rows, detail, [row["image"] for row in rows], "released")
 
     for index, row in enumerate(rows):
@@ -66,7 +70,7 @@ def exchange_images(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator)
 
 def summarise(work_dir: Path) -> dict[str, Any]:
     """Computes accuracies with 95 % intervals from `answers.jsonl`."""
-    rows = dataset.read_jsonl(work_dir / "answers.jsonl")
+    rows = read_jsonl(work_dir / "answers.jsonl")
     closed = [row for row in rows if row["kind"] in wording.CLOSED]
     opened = [row for row in rows if row["kind"] not in wording.CLOSED]
     detail = [row for row in rows if row["kind"] in DETAIL_KINDS]
@@ -119,21 +123,13 @@ def is_right(row: Mapping[str, Any], key: str = "prediction") -> bool:
 
 
 def _accuracy(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    from scipy.stats import binomtest
-
     right = [is_right(row, key) for row in rows]
-    interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    low, high = wilson_interval(sum(right), len(right))
     return {
         "accuracy": round(float(np.mean(right)), 4),
-        "interval": [round(float(interval.low), 4), round(float(interval.high), 4)],
+        "interval": [round(low, 4), round(high, 4)],
         "n": len(right),
     }
-
-
-def _load(work_dir: Path, mode: str) -> Any:
-    from pallava import load_model
-
-    return load_model(work_dir / mode / "model")
 
 
 def _ask(

@@ -1,4 +1,4 @@
-"""The road of PathGen-1.6M: slides, patches, selection, captions, shards, a CLIP, its scores.
+"""PathGen-1.6M in small: slides, patches, selection, captions, shards, a CLIP and its scores.
 
 Each stage is one or a few commands of `xtuner-add`, called as a user types them; `logs/` has every
 command line with its output. Three groups of slides are kept apart: `teaching`, on which the first
@@ -8,53 +8,46 @@ CLIP and the describer learn from the painter's truth; `archive`, of which only 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import click
-
 from pathcore.files import sha256_of, write_json
-from xtuner_add.demo import histology, tissue
-from xtuner_add.demo import slides as other_slides
+from xtuner_add.demo import histology, language_model, tissue
+from xtuner_add.demo import wording as shared_wording
+from xtuner_add.demo.pathgen import dataset, describer, painting, scores, wording
+from xtuner_add.demo.pathgen.report import write_report
 from xtuner_add.demo.stages import (
-    Manifest,
     Stage,
-    only_run_in,
+    call_command,
+    code_digests,
     run_command,
+    run_demo,
     stopped,
 )
-from xtuner_add.demo_pathgen import dataset, describer, painting, scores, wording
-from xtuner_add.demo_pathgen.commands import call_command
-from xtuner_add.demo_pathgen.report import write_report
 
-_DATA_CODE = (dataset, histology, other_slides, painting, tissue, wording)
-"""What the data are made by: they are made anew when it changes."""
 _RECIPE = "demo_clip"
-_MIN_TISSUE = 0.12  # Otsu's mask leaves out the pale inside of fat and mucin
+_MIN_TISSUE = 0.12  # Otsu's mask misses the pale inside of fat and mucin
 _BATCH_SIZE = 48
 _ONE_WORKER = ("--workers", 1)  # starting processes takes longer than a few small slides
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything: the defaults are the demo, `quick` is for tests of the road.
+    """Amounts of everything.
 
     Attributes:
         sizes: Slides.
-        first_epochs: Of the first CLIP.
+        first_epochs: Epochs of the first CLIP.
         describer: Sizes and steps of the describer.
-        quota: Patches chosen of each slide.
-        similarity: Cosine from which two patches are the same; a CLIP this small finds tissue of
-            a kind much alike.
-        clip_epochs: Of the CLIP of the describer's captions, and of its control.
-        batch_size: Of all three CLIPs.
-        warmup: Steps, likewise.
-        side_by_side: Train the CLIP and its control at once, each in a process of its own. For
-            trainings of seconds that is not worth importing everything twice more.
+        quota: Patches chosen from each slide.
+        similarity: Cosine from which two patches count as the same; to a CLIP this small, all
+            patches of one tissue look much alike.
+        clip_epochs: Epochs of the CLIP trained on the describer's captions, and of its control.
+        batch_size: Batch size of all three CLIPs.
+        warmup: Warm-up steps of all three CLIPs.
+        side_by_side: Whether to train the CLIP and its control at once, each in a process of its
+            own. For trainings of seconds, importing everything twice more takes longer.
     """
 
     sizes: dataset.Sizes = field(default_factory=dataset.Sizes)
@@ -69,7 +62,7 @@ class Plan:
 
     @classmethod
     def quick(cls) -> Plan:
-        """Less than a minute's worth: every stage runs, little is learned."""
+        """Returns a plan of less than a minute, in which every stage runs and little is learned."""
         return cls(
             sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
             first_epochs=3,
@@ -85,85 +78,42 @@ class Plan:
         )
 
 
-def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]:
-    """Runs what is not done yet of the demo, and prints what came out.
-
-    Args:
-        work_dir: Receives everything; `summary.json` and `report.html` at the end.
-        seed: Of slides, trainings and draws.
-        quick: Tiny amounts, to see that the road is open.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        StageError: A stage failed, or the folder holds something else.
-    """
-    work_dir = Path(work_dir).resolve()
-    with only_run_in(work_dir):
-        return _run(work_dir, Plan.quick() if quick else Plan(), seed)
-
-
-def _run(work_dir: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    start = time.monotonic()
-    manifest = Manifest(work_dir)
-    stages = _Road(work_dir, plan, seed)
-    before: list[str] = []
-    rounds: list[list[str]] = []
-    for group in stages.rounds():
-        names = [stage.name for stage in group]
-        click.echo(f"{_clock(start)}  {' and '.join(names)}")
-        manifest.run_all(group, before)
-        before += names
-        rounds.append(names)
-
-    summary = scores.summarise(work_dir)
-    seconds = summary["stage_seconds"] = manifest.seconds()
-    # Stages of one round run side by side; interrupted runs count too.
-    summary["seconds"] = round(sum(max(seconds[name] for name in row) for row in rounds), 1)
-    summary |= {"seed": seed, "quick": plan == Plan.quick()}
-    write_json(work_dir / "summary.json", summary)
-    report = write_report(work_dir, summary)
-    click.echo(scores.table(summary))
-    click.echo(f"{_clock(start)}  {report}")
-    return summary
-
-
 @dataclass(frozen=True)
-class _Road:
-    """The stages, each inside the work folder."""
+class _Stages:
+    """The stages, each inside the folder of the demo."""
 
     work_dir: Path
     plan: Plan
     seed: int
 
     def rounds(self) -> list[list[Stage]]:
-        """Stages in order; those of one round run side by side."""
-        pair = [self.train(name, row) for row, name in enumerate(("clip", "clip_exchanged"))]
+        """Returns the stages in order; those of one round run side by side."""
+        pair = [self._train(name, row) for row, name in enumerate(("clip", "clip_exchanged"))]
         trainings = [pair] if self.plan.side_by_side else [[stage] for stage in pair]
         return [
-            [self.slides()],
-            [self.patches()],
-            [self.first_clip()],
-            [self.describer()],
-            [self.selection()],
-            [self.captions()],
-            [self.shards()],
+            [self._slides()],
+            [self._patches()],
+            [self._first_clip()],
+            [self._describer()],
+            [self._selection()],
+            [self._captions()],
+            [self._shards()],
             *trainings,
-            [self.scores()],
+            [self._scores()],
         ]
 
-    def slides(self) -> Stage:
+    def _slides(self) -> Stage:
         sizes = self.plan.sizes
+        code = code_digests(dataset, histology, painting, tissue, wording, shared_wording)
         return Stage(
             "slides",
             lambda: dataset.paint_all(self.work_dir, sizes, self.seed),
             outputs=("slides/plans.json",),
-            settings={"sizes": asdict(sizes), "seed": self.seed, "code": _digests(_DATA_CODE)},
+            settings={"sizes": asdict(sizes), "seed": self.seed, "code": code},
             owned=("slides", "truth"),
         )
 
-    def patches(self) -> Stage:
+    def _patches(self) -> Stage:
         """Tiles every slide; cuts out the patches whose truth is used."""
 
         def run() -> None:
@@ -196,7 +146,7 @@ class _Road:
             owned=("tiles", "patches", "tests"),
         )
 
-    def first_clip(self) -> Stage:
+    def _first_clip(self) -> Stage:
         pairs = "patches/teaching/pairs.jsonl"
         arguments = self._training("first_clip", pairs, self.plan.first_epochs)
         return Stage(
@@ -207,7 +157,7 @@ class _Road:
             owned=("first_clip",),
         )
 
-    def describer(self) -> Stage:
+    def _describer(self) -> Stage:
         def train() -> None:
             history = describer.train_describer(
                 self.work_dir / "first_clip" / "pairs" / "hf",
@@ -223,11 +173,14 @@ class _Road:
             "describer",
             train,
             outputs=("describer/history.json", "describer/model/model.safetensors"),
-            settings={"sizes": asdict(self.plan.describer), "code": _digests((describer, wording))},
+            settings={
+                "sizes": asdict(self.plan.describer),
+                "code": code_digests(describer, wording, language_model),
+            },
             owned=("describer",),
         )
 
-    def selection(self) -> Stage:
+    def _selection(self) -> Stage:
         def run() -> None:
             classes = self.work_dir / "selection_classes.json"
             write_json(classes, {"any": wording.retrieval_texts(painting.TISSUES)})
@@ -253,7 +206,7 @@ class _Road:
             owned=("selection", "patches/archive"),
         )
 
-    def captions(self) -> Stage:
+    def _captions(self) -> Stage:
         def run() -> None:
             drawn = ("--temperature", 0.7, "--seed", self.seed)
             self._ask("describe", "selection/selection.jsonl", "captions/long.jsonl", 120, *drawn)
@@ -273,7 +226,7 @@ class _Road:
             owned=("captions",),
         )
 
-    def shards(self) -> Stage:
+    def _shards(self) -> Stage:
         """Cuts the captioned patches out of the slides again, as one does with PathGen-1.6M."""
 
         def run() -> None:
@@ -295,14 +248,13 @@ class _Road:
             owned=("shards",),
         )
 
-    def train(self, name: str, row: int) -> Stage:
+    def _train(self, name: str, row: int) -> Stage:
         arguments = self._training(name, f"shards/{name}", self.plan.clip_epochs)
         title = name.replace("_", " ")
 
         def run() -> None:
             if self.plan.side_by_side:
-                log = self.work_dir / "logs" / f"{name}.log"
-                run_command(arguments, self.work_dir, log, title, row)
+                run_command(arguments, self.work_dir, self._log(name), title, row)
             else:
                 self._call(name, *arguments)
 
@@ -314,7 +266,7 @@ class _Road:
             owned=(name,),
         )
 
-    def scores(self) -> Stage:
+    def _scores(self) -> Stage:
         def run() -> None:
             for name in scores.MODELS:
                 model = f"{name}/pairs/open_clip"
@@ -347,8 +299,7 @@ class _Road:
         )
 
     def _call(self, log: str, *arguments: object, may_skip: bool = False) -> None:
-        log_file = self.work_dir / "logs" / f"{log}.log"
-        call_command(arguments, log_file, self.work_dir, may_skip=may_skip)
+        call_command(arguments, self.work_dir, self._log(log), may_skip=may_skip)
 
     def _training(self, name: str, data: str, epochs: int) -> list[object]:
         settings = self._lengths(epochs) | {"seed": self.seed}
@@ -372,11 +323,26 @@ class _Road:
             "recipe": {name: sha256_of(folder / name) for name in names},
         }
 
+    def _log(self, name: str) -> Path:
+        return self.work_dir / "logs" / f"{name}.log"
 
-def _digests(modules: Sequence[ModuleType]) -> dict[str, str]:
-    return {module.__name__: sha256_of(Path(str(module.__file__))) for module in modules}
 
+def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]:
+    """Runs the parts of the demo that are not done yet, and prints the results.
 
-def _clock(start: float) -> str:
-    minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    return f"{minutes:2d}:{seconds:02d}"
+    Args:
+        work_dir: Folder for everything; `summary.json` and `report.html` come last.
+        seed: Seed of the slides, the trainings and the draws.
+        quick: Whether to use tiny amounts, to see that every stage works.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        StageError: If a stage fails, or the folder holds something else.
+    """
+    work_dir, plan = Path(work_dir).resolve(), Plan.quick() if quick else Plan()
+    rounds = _Stages(work_dir, plan, seed).rounds()
+    return run_demo(
+        work_dir, rounds, scores.summarise, scores.table, write_report, seed=seed, quick=quick
+    )

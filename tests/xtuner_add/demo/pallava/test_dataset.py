@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xtuner_add.demo import wording
-from xtuner_add.demo.answers import exchange_images
-from xtuner_add.demo.dataset import (
+from xtuner_add.demo.pallava import wording
+from xtuner_add.demo.pallava.answers import exchange_images
+from xtuner_add.demo.pallava.dataset import (
     DataSizes,
     build,
     majority_share,
-    read_jsonl,
     text_corpus,
 )
-from xtuner_add.demo.slides import SlidePlan
+from xtuner_add.demo.pallava.slides import SlidePlan
+from xtuner_add.demo.stages import read_jsonl
 from xtuner_add.demo.tissue import PATTERNS
 
 SIZES = DataSizes(num_train=40, num_held_out=20, fields_per_slide=2, questions_per_tissue=8)

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from pallava.anyres import choose_grid
-from xtuner_add.demo.dataset import SHAPES_PX, plan_slides
 from xtuner_add.demo.histology import real_texture, stain_densities, to_rgb
-from xtuner_add.demo.slides import GLASS, SlidePlan, draw_slide
-from xtuner_add.demo.tissue import CELLULAR, PATTERNS
+from xtuner_add.demo.pallava.dataset import SHAPES_PX, plan_slides
+from xtuner_add.demo.pallava.slides import SlidePlan, draw_slide
+from xtuner_add.demo.tissue import CELLULAR, GLASS, PATTERNS
 
 TILE_PX = 64
 

@@ -9,10 +9,10 @@ import pytest
 
 from pathgen.agents.captions import CLIP_TOKENS, check_caption, clip_token_counter
 from pathgen.agents.prompts import load_prompt
-from xtuner_add.demo_pathgen import wording
-from xtuner_add.demo_pathgen.describer import TASKS, prompt_file
-from xtuner_add.demo_pathgen.painting import TISSUES
-from xtuner_add.demo_pathgen.wording import Field
+from xtuner_add.demo.pathgen import wording
+from xtuner_add.demo.pathgen.describer import TASKS, prompt_file
+from xtuner_add.demo.pathgen.painting import TISSUES
+from xtuner_add.demo.pathgen.wording import Field
 
 CLEAN = [
     Field(tissues, look)

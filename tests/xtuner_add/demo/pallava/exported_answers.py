@@ -1,7 +1,7 @@
 """Holds a demo's exported model to the training code, token for token.
 
-Usage: python tests/xtuner_add/demo/exported_answers.py DEMO_FOLDER PYTHON [NUM_QUESTIONS]. PYTHON
-is the interpreter of an environment with transformers, without this package.
+Usage: python tests/xtuner_add/demo/pallava/exported_answers.py DEMO_FOLDER PYTHON [NUM_QUESTIONS]
+PYTHON is the interpreter of an environment with transformers, without this package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pallava import load_model
-from xtuner_add.demo.dataset import read_jsonl
+from xtuner_add.demo.stages import read_jsonl
 
 SCRIPT = Path(__file__).with_name("answers_alone.py")
 MAX_NEW_TOKENS = 32

@@ -10,9 +10,10 @@ from PIL import Image
 
 from pathgen.agents.backends import Request, Sampling
 from pathgen.agents.local_model import LocalBackend
-from xtuner_add.demo_pathgen import describer
-from xtuner_add.demo_pathgen.describer import DescriberSizes, Lesson, train_describer
-from xtuner_add.demo_pathgen.wording import Field
+from xtuner_add.demo import language_model
+from xtuner_add.demo.pathgen import describer
+from xtuner_add.demo.pathgen.describer import DescriberSizes, Lesson, train_describer
+from xtuner_add.demo.pathgen.wording import Field
 
 SIZES = DescriberSizes(
     hidden_size=32,
@@ -59,7 +60,7 @@ def stop_before(step: int) -> Callable[[], bool]:
 def test_a_stopped_training_ends_as_if_it_had_not_been(
     clip: Path, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(describer, "_SAVE_EVERY", 2)
+    monkeypatch.setattr(language_model, "_SAVE_EVERY", 2)
     whole = train_describer(clip, lessons, tmp_path / "whole", SIZES, 3)
     with pytest.raises(InterruptedError, match="before step 4"):
         train_describer(clip, lessons, tmp_path / "again", SIZES, 3, stop_before(4))

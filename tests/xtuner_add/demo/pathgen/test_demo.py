@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from xtuner_add.cli import main
-from xtuner_add.demo.dataset import read_jsonl
-from xtuner_add.demo_pathgen import scores
+from xtuner_add.demo.pathgen import scores
+from xtuner_add.demo.stages import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

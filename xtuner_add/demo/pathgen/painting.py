@@ -1,6 +1,6 @@
 """Made-up whole slides with their truth: pieces of tissue on glass, ink, fields out of focus.
 
-Tissue and stains are those of the other demo (`xtuner_add.demo.tissue`), where a nucleus is about
+Tissue and stains are those of `xtuner_add.demo.tissue`, where a nucleus is about
 8 px across: painted at 1 micrometre per px that is the size of real ones. Files are tiled pyramids
 of twice that resolution, as scanners write them.
 """
@@ -20,8 +20,7 @@ from scipy.spatial import cKDTree
 
 from pathcore.files import atomic_file
 from xtuner_add.demo.histology import FloatMap, real_texture, to_rgb
-from xtuner_add.demo.slides import CHROMATIN, GLASS
-from xtuner_add.demo.tissue import CELLULAR, PATTERNS, nuclear_densities, smooth_noise
+from xtuner_add.demo.tissue import CHROMATIN, GLASS, PATTERNS, nuclear_densities, smooth_noise
 
 PAINTED_MPP = 1.0
 """Micrometres per pixel of what is painted, and of the patches."""
@@ -281,21 +280,3 @@ def _stroke(
     opacity = ndimage.gaussian_filter(np.asarray(canvas, np.float32) / 255, 1.5)
     stroke: FloatMap = (0.86 * opacity).astype(np.float32)
     return stroke
-
-
-__all__ = [
-    "BLUR",
-    "CELLULAR",
-    "CLEAN",
-    "GLASS",
-    "INK",
-    "LEVEL0_MPP",
-    "PAINTED_MPP",
-    "SCALE",
-    "TISSUES",
-    "PaintedSlide",
-    "SlidePlan",
-    "paint_slide",
-    "plan_slides",
-    "write_slide",
-]

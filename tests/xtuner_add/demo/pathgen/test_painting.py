@@ -7,12 +7,11 @@ import pytest
 from scipy import ndimage
 
 from wsi.reader import Region, ResolutionError, Slide
-from xtuner_add.demo_pathgen import painting
-from xtuner_add.demo_pathgen.dataset import Sizes, plan_all
-from xtuner_add.demo_pathgen.painting import (
+from xtuner_add.demo.pathgen import painting
+from xtuner_add.demo.pathgen.dataset import Sizes, plan_all
+from xtuner_add.demo.pathgen.painting import (
     BLUR,
     CLEAN,
-    GLASS,
     INK,
     TISSUES,
     PaintedSlide,
@@ -20,6 +19,7 @@ from xtuner_add.demo_pathgen.painting import (
     paint_slide,
     write_slide,
 )
+from xtuner_add.demo.tissue import GLASS
 
 PLAN = SlidePlan("s", 384, 320, ("glands", "necrosis"), True, True, True, True, "train", 7)
 

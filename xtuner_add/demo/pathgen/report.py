@@ -1,20 +1,29 @@
-"""`report.html`: the road from slides to a CLIP, with pictures of every step; one file."""
+"""The report of the PathGen demo: every step from slides to a CLIP, with pictures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pathcore.files import write_text
-from xtuner_add.demo.dataset import read_jsonl
-from xtuner_add.demo.report import BLUE, GREEN, GREY, ORANGE, data_url, stylesheet, svg_figure
-from xtuner_add.demo_pathgen import dataset, scores, wording
+from xtuner_add.demo.pathgen import dataset, scores, wording
+from xtuner_add.demo.report import (
+    BLUE,
+    GREEN,
+    GREY,
+    MIDDLE,
+    ORANGE,
+    Panel,
+    data_url,
+    draw_bar,
+    draw_losses,
+    write_page,
+)
+from xtuner_add.demo.stages import read_jsonl
 
 _SHOWN_SLIDES = 2
 _SHOWN_CAPTIONS = 6
@@ -30,37 +39,25 @@ _COLOURS = {"clip": BLUE, "clip_exchanged": GREY, "first_clip": GREEN}
 
 
 def write_report(work_dir: Path, summary: Mapping[str, Any]) -> Path:
-    """Writes a page that needs no other file.
+    """Writes `report.html`.
 
     Args:
-        work_dir: The demo's folder, all stages done.
+        work_dir: Folder of the demo, all stages done.
         summary: Content of `summary.json`.
-
-    Returns:
-        The page.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    source = files("xtuner_add.demo_pathgen").joinpath("report.html.j2")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        source.read_text(encoding="utf-8")
-    )
-    page = template.render(
-        css=stylesheet(),
+    return write_page(
+        work_dir,
+        "pathgen/report.html.j2",
         summary=summary,
-        model_names=_MODEL_NAMES,
         tests=json.loads((work_dir / "tests" / "counts.json").read_text(encoding="utf-8")),
-        bars=svg_figure(_draw_bars(summary)),
-        curves=svg_figure(_draw_curves(work_dir)),
-        confusion=svg_figure(_draw_confusion(summary["zero_shot"]["tissue"]["clip"])),
-        recall=svg_figure(_draw_recall(summary)),
+        bars=_draw_bars(summary),
+        curves=_draw_curves(work_dir),
+        confusion=_draw_confusion(summary["zero_shot"]["tissue"]["clip"]),
+        recall=_draw_recall(summary),
         slides=_slides(work_dir),
         captions=_captions(work_dir),
         rejected=_rejected(work_dir),
     )
-    target = work_dir / "report.html"
-    write_text(target, page)
-    return target
 
 
 def _figure(width: float, height: float) -> Any:
@@ -76,17 +73,14 @@ def _draw_bars(summary: Mapping[str, Any]) -> Any:
         found = summary["zero_shot"][task]
         for place, model in enumerate(scores.MODELS):
             score = found[model]["balanced_accuracy"]
-            value = score["value"]
-            error = np.clip([[value - score["low"]], [score["high"] - value]], 0, None)
-            axes.barh(
-                -place, value, xerr=error, color=_COLOURS[model], height=0.66, ecolor="#333333"
-            )
+            value, interval = score["value"], (score["low"], score["high"])
+            draw_bar(axes, place, value, interval, _COLOURS[model], 0.66)
             wide = found[model]["over_classes"]
             axes.plot([wide["low"], wide["high"]], [-place - 0.22] * 2, color=ORANGE, linewidth=2)
             axes.text(1.02, -place, f"{value:.2f}", va="center", fontsize=9)
         chance = summary["chance"][task]
-        axes.axvline(chance, color="#555555", linewidth=0.9, linestyle=":")
-        axes.text(chance, 0.52, "chance", fontsize=8, ha="center", va="bottom", color="#555555")
+        axes.axvline(chance, color=MIDDLE, linewidth=0.9, linestyle=":")
+        axes.text(chance, 0.52, "chance", fontsize=8, ha="center", va="bottom", color=MIDDLE)
         labels = [_MODEL_NAMES[model] for model in scores.MODELS]
         axes.set_yticks([-place for place in range(len(labels))], labels, fontsize=9)
         axes.set_xlim(0, 1)
@@ -107,32 +101,16 @@ def _draw_curves(work_dir: Path) -> Any:
     }
     logs = {name: scores.read_losses(work_dir / name / "pairs" / "out.log") for name in _COLOURS}
     colours = {"name": GREY, "describe": BLUE, "revise": ORANGE, "summarise": GREEN}
-    panels: list[tuple[str, str, list[tuple[str, Any, str]]]] = [
+    panels: list[Panel] = [
         ("first CLIP", "epoch", [("", logs["first_clip"], GREEN)]),
-        (
-            "describer",
-            "step",
-            [(task, by_task[task], colour) for task, colour in colours.items()],
-        ),
+        ("describer", "step", [(task, by_task[task], colours[task]) for task in colours]),
         (
             "CLIP of the captions",
             "epoch",
             [("captions", logs["clip"], BLUE), ("exchanged", logs["clip_exchanged"], GREY)],
         ),
     ]
-    figure = _figure(10.4, 2.4)
-    for axes, (title, unit, lines) in zip(figure.subplots(1, 3), panels, strict=True):
-        for label, points, colour in lines:
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=label)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(unit, fontsize=9)
-        axes.set_ylim(0, _TOP_LOSS)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        if any(label for label, _, _ in lines):
-            axes.legend(fontsize=8, frameon=False)
-    return figure
+    return draw_losses(panels, (10.4, 2.4), _TOP_LOSS)
 
 
 def _draw_confusion(found: Mapping[str, Any]) -> Any:
@@ -180,7 +158,7 @@ def _draw_recall(summary: Mapping[str, Any]) -> Any:
                 capsize=2,
             )
         chance = [summary["retrieval_chance"][name][f"recall@{k}"] for k in ks]
-        axes.plot(range(len(ks)), chance, ":", color="#555555", linewidth=1, label="chance")
+        axes.plot(range(len(ks)), chance, ":", color=MIDDLE, linewidth=1, label="chance")
         axes.set_xticks(range(len(ks)), [f"@{k}" for k in ks])
         axes.set_ylim(0, 1)
         axes.set_title(f"{name.replace('_', ' ')}: recall", fontsize=9.5, loc="left")
@@ -220,7 +198,7 @@ def _captions(work_dir: Path) -> list[dict[str, Any]]:
     others = [row for row in rows if row["id"] not in ids and not row.get("problems")]
     shown = []
     for row in [*picked, *_spread(others, _SHOWN_CAPTIONS - len(picked))]:
-        truth = dataset.patch_truth(work_dir, *dataset.parse_patch_name(row["id"])).field
+        truth = dataset.patch_truth(work_dir, row["id"]).field
         versions = [
             {
                 "step": step,

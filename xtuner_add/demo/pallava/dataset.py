@@ -12,23 +12,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from pathcore.rows import write_rows
-from xtuner_add.demo import wording
-from xtuner_add.demo.slides import Slide, SlidePlan, draw_slide
+from xtuner_add.demo.pallava import wording
+from xtuner_add.demo.pallava.slides import Slide, SlidePlan, draw_slide
+from xtuner_add.demo.stages import draw_all
 from xtuner_add.demo.tissue import CELLULAR, PATTERNS
 
 SHAPES_PX: tuple[tuple[int, int, int], ...] = (
@@ -91,7 +88,7 @@ def build(folder: Path, sizes: DataSizes, seed: int, workers: int = 2) -> dict[s
     """Makes all files of the demo's data in `folder`.
 
     Returns:
-        How many slides, pairs, conversations and held-out questions there are.
+        Numbers of slides, pairs, conversations and held-out questions.
     """
     rng = np.random.default_rng([seed, 1])
     plans = plan_slides(sizes.num_train, "train", rng)
@@ -100,11 +97,7 @@ def build(folder: Path, sizes: DataSizes, seed: int, workers: int = 2) -> dict[s
     for sub in ("slides", "fields"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     jobs = [(folder, name, plan, sizes) for name, plan in zip(names, plans, strict=True)]
-    # spawn: a fork of a process that has run torch can hang.
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_use_one_thread) as pool:
-        drawn = pool.map(_draw_and_save, jobs, chunksize=8)
-        pairs = [row for rows in tqdm(drawn, "slides", len(jobs), leave=False) for row in rows]
+    pairs = [row for rows in draw_all(_draw_and_save, jobs, workers) for row in rows]
     by_name = dict(zip(names, plans, strict=True))
     train = {name: plan for name, plan in by_name.items() if plan.part == "train"}
     held_out = {name: plan for name, plan in by_name.items() if plan.part == "held_out"}
@@ -236,12 +229,6 @@ def majority_share(rows: Iterable[Mapping[str, Any]]) -> float:
     return right / total
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Reads JSON lines that `write_rows` wrote."""
-    with file.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
 def _conversation(name: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     conversations = []
     for index, (question, answer) in enumerate(turns):
@@ -249,13 +236,6 @@ def _conversation(name: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]
         conversations.append({"from": "human", "value": mark + question})
         conversations.append({"from": "gpt", "value": answer})
     return {"id": name, "image": f"slides/{name}.png", "conversations": conversations}
-
-
-def _use_one_thread() -> None:
-    """The workers fill the cores; BLAS threads on top would only wait for each other."""
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)
 
 
 def _draw_and_save(job: tuple[Path, str, SlidePlan, DataSizes]) -> list[dict[str, str]]:

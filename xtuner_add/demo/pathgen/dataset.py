@@ -10,29 +10,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from pathcore.files import write_json
 from pathcore.rows import write_rows
-from xtuner_add.demo.dataset import read_jsonl
-from xtuner_add.demo.wording import look
-from xtuner_add.demo_pathgen import wording
-from xtuner_add.demo_pathgen.painting import (
+from xtuner_add.demo.pathgen import wording
+from xtuner_add.demo.pathgen.painting import (
     BLUR,
-    CELLULAR,
     CLEAN,
     INK,
     SCALE,
@@ -42,6 +37,9 @@ from xtuner_add.demo_pathgen.painting import (
     plan_slides,
     write_slide,
 )
+from xtuner_add.demo.stages import draw_all, read_jsonl
+from xtuner_add.demo.tissue import CELLULAR
+from xtuner_add.demo.wording import look
 
 GROUPS = ("teaching", "archive", "held_out")
 PATCH_PX = 64
@@ -104,32 +102,27 @@ def plan_all(sizes: Sizes, seed: int) -> dict[str, list[SlidePlan]]:
     return plans
 
 
-def paint_all(folder: Path, sizes: Sizes, seed: int, workers: int = 2) -> None:
+def paint_all(folder: Path, sizes: Sizes, seed: int) -> None:
     """Paints every slide into `folder/slides` and its truth into `folder/truth`."""
     plans = plan_all(sizes, seed)
     jobs = [(folder, group, plan) for group in GROUPS for plan in plans[group]]
-    # spawn: a fork of a process that has run torch can hang.
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        for _ in tqdm(pool.map(_paint, jobs), "slides", len(jobs), leave=False):
-            pass
+    for _ in draw_all(_paint, jobs):
+        pass
     rows = [{"group": group, **asdict(plan)} for group in GROUPS for plan in plans[group]]
     write_json(folder / "slides" / "plans.json", rows)
 
 
-def patch_truth(folder: Path, name: str, x: int, y: int) -> PatchTruth:
-    """The truth of one patch.
+def patch_truth(folder: Path, patch: str) -> PatchTruth:
+    """Returns the truth about one patch.
 
     Args:
-        folder: The demo's.
-        name: Of the slide.
-        x: Left, in level-0 pixels.
-        y: Top.
+        folder: Folder of the demo.
+        patch: Name as `xtuner-add extract` gives it: `SLIDE_X_Y`, left and top in level-0 pixels.
     """
+    name, x, y = parse_patch_name(patch)
     regions, artefacts = _truth(folder / "truth" / f"{name}.png")
     left, top = x // SCALE, y // SCALE
     window = (slice(top, top + PATCH_PX), slice(left, left + PATCH_PX))
-    plan_vesicular = _looks(folder)[name]
     tissue = regions[window]
     shares = {kind: float(np.mean(tissue == index)) for index, kind in enumerate(TISSUES)}
     whole = max(sum(shares.values()), 1e-9)
@@ -139,7 +132,7 @@ def patch_truth(folder: Path, name: str, x: int, y: int) -> PatchTruth:
     fault: wording.Fault | None = None
     if max(blur, ink) >= _FAULT_SHARE:
         fault = "ink" if ink >= blur else "out of focus"
-    field = wording.Field(named, plan_vesicular if cellular >= _JUDGED_SHARE else None, fault)
+    field = wording.Field(named, _looks(folder)[name] if cellular >= _JUDGED_SHARE else None, fault)
     first = max(shares, key=lambda kind: shares[kind])
     return PatchTruth(
         field,
@@ -149,7 +142,7 @@ def patch_truth(folder: Path, name: str, x: int, y: int) -> PatchTruth:
 
 
 def parse_patch_name(name: str) -> tuple[str, int, int]:
-    """Slide, left and top out of `SLIDE_X_Y`, the name that `xtuner-add extract` gives."""
+    """Returns slide, left and top of a patch."""
     slide, x, y = name.rsplit("_", 2)
     return slide, int(x), int(y)
 
@@ -168,7 +161,7 @@ def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
     rng = np.random.default_rng([seed, 2])
     lessons, pairs = [], []
     for name in _patch_names(patches):
-        truth = patch_truth(folder, *parse_patch_name(name))
+        truth = patch_truth(folder, name)
         if not truth.field.tissues:
             continue
         image = f"{name}.png"
@@ -182,10 +175,11 @@ def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
 
 def read_lessons(patches: Path) -> list[tuple[Path, wording.Field]]:
     """Image and truth of the teaching patches."""
-    return [
-        (patches / row["image"], _field(row["field"]))
-        for row in read_jsonl(patches / "lessons.jsonl")
-    ]
+    lessons = []
+    for row in read_jsonl(patches / "lessons.jsonl"):
+        field = row["field"] | {"tissues": tuple(row["field"]["tissues"])}
+        lessons.append((patches / row["image"], wording.Field(**field)))
+    return lessons
 
 
 def exchange_captions(pairs: Path, out: Path) -> None:
@@ -224,7 +218,7 @@ def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:
     shutil.rmtree(out, ignore_errors=True)
     pairs = []
     for name in _patch_names(patches):
-        truth = patch_truth(folder, *parse_patch_name(name))
+        truth = patch_truth(folder, name)
         field, file = truth.field, patches / f"{name}.png"
         counts["patches"] += 1
         if not truth.clean or not field.tissues:
@@ -266,11 +260,6 @@ def write_benchmarks(out: Path) -> None:
     write_json(out / "look.json", nuclei)
 
 
-def caption_truth(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[PatchTruth]:
-    """The truth about the patches of some rows, for scores."""
-    return [patch_truth(folder, *parse_patch_name(row["id"])) for row in rows]
-
-
 def _paint(job: tuple[Path, str, SlidePlan]) -> None:
     folder, group, plan = job
     slide = paint_slide(plan)
@@ -291,14 +280,8 @@ def _truth(file: Path) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
 
 @functools.lru_cache(maxsize=2)
 def _looks(folder: Path) -> dict[str, bool]:
-    import json
-
     rows = json.loads((folder / "slides" / "plans.json").read_text(encoding="utf-8"))
     return {row["name"]: row["vesicular"] for row in rows}
-
-
-def _field(row: Mapping[str, Any]) -> wording.Field:
-    return wording.Field(tuple(row["tissues"]), row["vesicular"], row["fault"])
 
 
 def _patch_names(patches: Path) -> Sequence[str]:

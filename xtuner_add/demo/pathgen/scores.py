@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from xtuner_add.demo.dataset import read_jsonl
-from xtuner_add.demo_pathgen import dataset, wording
+from pathcore.stats import wilson_interval
+from xtuner_add.demo.pathgen import dataset, wording
+from xtuner_add.demo.stages import read_jsonl
 
 MODELS = ("clip", "clip_exchanged", "first_clip")
 """The CLIP of the describer's captions; of the same, exchanged among images; of the teacher's."""
@@ -76,9 +77,7 @@ def road(work_dir: Path) -> list[dict[str, Any]]:
 def judge_captions(work_dir: Path) -> dict[str, Any]:
     """How many captions of each step name the right tissues and look, by the painter's truth."""
     rows = read_jsonl(work_dir / "captions" / "long.jsonl")
-    truths = dict(
-        zip((row["id"] for row in rows), dataset.caption_truth(work_dir, rows), strict=True)
-    )
+    truths = {row["id"]: dataset.patch_truth(work_dir, row["id"]) for row in rows}
     last = read_jsonl(work_dir / "captions" / "pairs.jsonl")
     judged: dict[str, Any] = {"patches": len(rows)}
     for step in STEPS:
@@ -221,12 +220,9 @@ def _step(
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
     """A share with its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-
     if not hits:
         return {"value": None, "low": None, "high": None, "n": 0}
-    interval = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
-    low, high = float(interval.low), float(interval.high)
+    low, high = wilson_interval(sum(hits), len(hits))
     return {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathcore.rows import write_rows
-from xtuner_add.demo.dataset import read_jsonl
-from xtuner_add.demo_pathgen import dataset
-from xtuner_add.demo_pathgen.dataset import _even_step, exchange_captions
+from xtuner_add.demo.pathgen import dataset
+from xtuner_add.demo.pathgen.dataset import _even_step, exchange_captions
+from xtuner_add.demo.stages import read_jsonl
 
 
 @given(st.integers(1, 5000))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xtuner_add.demo.exported_answers import differences
+from tests.xtuner_add.demo.pallava.exported_answers import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -23,7 +23,7 @@ TRAINED = [
 
 
 def demo(work_dir: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "xtuner_add.demo", "--quick", "--seed", "5"]
+    command = [sys.executable, "-m", "xtuner_add.cli", "demo", "--quick", "--seed", "5"]
     return subprocess.run(
         [*command, "--work-dir", str(work_dir)], capture_output=True, text=True, check=False
     )

@@ -16,16 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from xtuner_add.demo.histology import FloatMap, RealTexture, real_texture, to_rgb
-from xtuner_add.demo.tissue import (
-    PATTERNS,
-    Nuclei,
-    nuclear_densities,
-)
-
-GLASS = -1
-
-CHROMATIN = 2.2
-"""Haematoxylin of the darkest chromatin over that of the real section, which is stained weakly."""
+from xtuner_add.demo.tissue import CHROMATIN, GLASS, PATTERNS, Nuclei, nuclear_densities
 
 
 @dataclass(frozen=True)
