@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore.files import StrPath, atomic_file
+from pathcore.images import IMAGE_SUFFIXES
 from pathcore.rows import read_csv
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 _MAX_CELLS = 4_000_000
 """Maximum number of cells of a map; more indicates wrong coordinates."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathcore.files import StrPath, write_text
+from pathcore.images import IMAGE_SUFFIXES
 from pathcore.rows import read_csv
 
 PUBLISHED_SUBTYPES = {
@@ -26,8 +27,6 @@ PUBLISHED_SUBTYPES = {
 
 PUBLISHED_NUM_SLIDES = (1, 2, 4, 8, 16)
 PUBLISHED_VAL = 0.8
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 Patch = tuple[str, int]
 """File name and label, a line of an annotation file."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pallava.converters.class_sets import ClassConversion, class_conversion
-from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
 from pathcore.files import StrPath
+from pathcore.image_sets import load_image_set
 
 
 @CONVERTERS.register("bach")
@@ -23,4 +23,4 @@ def bach(
         image_folder: Unused; the class config locates the images.
         classes: Alternative class config, for an archive with another layout.
     """
-    return class_conversion("BACH", "CC-BY-NC-ND", load_class_set(classes), data_path)
+    return class_conversion("BACH", "CC-BY-NC-ND", load_image_set(classes, "question"), data_path)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pallava.folder_build import FolderBuild
-from pallava.records.class_folders import ClassSet, read_class_folders
+from pallava.records.class_folders import read_class_folders
 from pallava.records.questions import FileImage
 from pallava.skipping import SKIP_LOG_NAME, SkipLog, SkippedSample
 from pathcore.files import StrPath, file_identity
+from pathcore.image_sets import ImageSet
 
 CONFIG_NAME = "classes.json"
 REPORT_NAME = "conversion.json"
@@ -37,7 +38,7 @@ class ClassConversion:
 
     source: str
     licence: str
-    class_set: ClassSet
+    class_set: ImageSet
     images: Sequence[tuple[Path, str]]
     skipped: Sequence[SkippedSample]
 
@@ -45,7 +46,7 @@ class ClassConversion:
 def class_conversion(
     source: str,
     licence: str,
-    class_set: ClassSet,
+    class_set: ImageSet,
     data_path: StrPath,
 ) -> ClassConversion:
     """Finds the images of every class.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pallava.converters.class_sets import ClassConversion, class_conversion
-from pallava.records.class_folders import load_class_set
 from pallava.registry import CONVERTERS
 from pathcore.files import StrPath
+from pathcore.image_sets import load_image_set
 
 
 @CONVERTERS.register("oscc")
@@ -22,4 +22,4 @@ def oscc(
         image_folder: Unused; the class config locates the images.
         classes: Alternative class config, for an archive with another layout.
     """
-    return class_conversion("OSCC", "CC-BY-4.0", load_class_set(classes), data_path)
+    return class_conversion("OSCC", "CC-BY-4.0", load_image_set(classes, "question"), data_path)

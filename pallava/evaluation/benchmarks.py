@@ -14,7 +14,6 @@ from typing import Any
 
 from pallava.evaluation import scoring
 from pallava.records.class_folders import (
-    load_class_set,
     read_class_folders,
     read_class_records,
 )
@@ -22,6 +21,7 @@ from pallava.records.questions import ImageFolder, Question, QuestionSet
 from pallava.records.readers import CHOICE_PROMPT, read_choices, read_vqa
 from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
+from pathcore.image_sets import load_image_set
 
 Scorer = Callable[[Sequence[Question], Mapping[str, str], Any], dict[str, Any]]
 
@@ -84,7 +84,7 @@ def zero_shot(
     Raises:
         ValueError: If `data_path` is a folder and `classes` is missing.
     """
-    class_set = load_class_set(classes) if classes is not None else None
+    class_set = load_image_set(classes, "question") if classes is not None else None
     if Path(data_path).is_dir():
         if class_set is None:
             raise ValueError(

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from pallava.evaluation.metrics import choices, classes, published, text
-from pallava.records.class_folders import ClassSet
 from pallava.records.questions import Question
 from pathcore import stats
+from pathcore.image_sets import ImageSet
 
 Score = dict[str, float]
 Table = dict[str, Any]
@@ -117,7 +117,7 @@ def score_classes(
     answers: Mapping[str, str],
     tokenizer: Any = None,
     *,
-    class_set: ClassSet,
+    class_set: ImageSet,
 ) -> Table:
     """Scores zero-shot classification; an answer that names no class or several is wrong.
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from pathcore import stats
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath, write_json, write_text
+from pathcore.image_sets import FileImage, ImageSet, read_images
 from pathcore.images import path_inside
 from pathcore.rows import BadRow, pair_fault, read_rows_with_id, write_csv, write_rows
-from pathgen.clip.class_benchmarks import ClassBenchmark, FileImage, read_images
 from pathgen.clip.image_features import image_features
 
 METRICS_NAME = "metrics.json"
@@ -31,7 +31,7 @@ _QUERIES_AT_A_TIME = 1024
 
 def zero_shot(
     encoder: Encoder,
-    benchmark: ClassBenchmark,
+    benchmark: ImageSet,
     data_path: StrPath,
     out: StrPath,
     *,
@@ -61,7 +61,7 @@ def zero_shot(
         FileNotFoundError: If the data are missing, or a class has no images.
         ValueError: If the data do not follow the layout.
     """
-    found, out = read_images(benchmark, data_path), Path(out)
+    found, out, names = read_images(benchmark, data_path), Path(out), benchmark.names
     out.mkdir(parents=True, exist_ok=True)
     features = image_features(
         encoder,
@@ -75,22 +75,22 @@ def zero_shot(
     similarities = features.features @ classifier.numpy().T
     predicted = similarities.argmax(axis=1)
     true = np.array(found.labels)[features.kept]
-    scores = classification_scores(true, predicted, len(benchmark.classes), seed=seed)
+    scores = classification_scores(true, predicted, len(names), seed=seed)
     skipped = [*found.skipped, *features.skipped]
     metrics = {
         "task": "zero-shot classification",
         "benchmark": benchmark.name,
         "model": encoder.name,
-        "classes": list(benchmark.classes),
-        "num_prompts": [len(benchmark.sentences(i)) for i in range(len(benchmark.classes))],
+        "classes": names,
+        "num_prompts": [len(benchmark.sentences(i)) for i in range(len(names))],
         "num_skipped": len(skipped),
         **scores,
     }
     rows = [
-        [found.images[k].id, benchmark.classes[t], benchmark.classes[p], *map("{:.5f}".format, s)]
+        [found.images[k].id, names[t], names[p], *map("{:.5f}".format, s)]
         for k, t, p, s in zip(features.kept, true, predicted, similarities, strict=True)
     ]
-    write_csv(out / "predictions.csv", ["id", "true", "predicted", *benchmark.classes], rows)
+    write_csv(out / "predictions.csv", ["id", "true", "predicted", *names], rows)
     _write_report(out, metrics, _classification_tables(metrics), skipped)
     return metrics
 
@@ -139,7 +139,7 @@ def classification_scores(
     }
 
 
-def class_features(encoder: Encoder, benchmark: ClassBenchmark) -> torch.Tensor:
+def class_features(encoder: Encoder, benchmark: ImageSet) -> torch.Tensor:
     """Returns one L2-normalised feature per class, `(num_classes, dim)`."""
     means = [
         encoder.encode_texts(benchmark.sentences(index)).mean(dim=0)

@@ -183,11 +183,11 @@ def clip_zero_shot(
     code is 3.
     """
     from pathcore.encoders import create_encoder
-    from pathgen.clip.class_benchmarks import load_benchmark
+    from pathcore.image_sets import load_image_set
     from pathgen.clip.zero_shot import zero_shot
 
     with user_errors():
-        found = load_benchmark(benchmark)
+        found = load_image_set(benchmark, "prompts")
         metrics = zero_shot(
             create_encoder(model, device=device),
             found,

@@ -7,9 +7,10 @@ import pytest
 
 from pallava.converters.class_sets import write_class_folders
 from pallava.converters.conversion import convert
-from pallava.records.class_folders import load_class_set, read_class_folders
+from pallava.records.class_folders import read_class_folders
 from pallava.registry import CONVERTERS
 from pallava.text.encoding import check_row
+from pathcore.image_sets import load_image_set
 from pathcore.rows import pair_fault
 from tests.pallava.converters import published
 from tests.pallava.converters.published import read_lines, save_image, write_lines
@@ -98,7 +99,7 @@ def test_class_folders_read_back(
     conversion = CONVERTERS.get(name)(data)
     report = write_class_folders(conversion, out, link=link)  # type: ignore[arg-type]
     assert tuple(report["num_by_class"].values()) == num_images
-    class_set = load_class_set(out / "classes.json")
+    class_set = load_image_set(out / "classes.json", "question")
     found = read_class_folders(out, class_set)
     answers = [question.answer for question in found.questions]
     assert tuple(answers.count(item) for item in class_set.names) == num_images

@@ -18,13 +18,12 @@ from PIL import Image
 from pallava.evaluation.image_digests import content_digest
 from pallava.evaluation.metrics.classes import parse_class
 from pallava.records.class_folders import (
-    class_set_names,
-    load_class_set,
     read_class_folders,
     read_class_records,
 )
 from pallava.records.containers import read_plain_pickle
 from pallava.records.readers import read_choices, read_vqa, strip_letter
+from pathcore.image_sets import image_set_names, load_image_set
 
 
 def save_image(path: Path, value: int = 90) -> Path:
@@ -194,12 +193,12 @@ def test_class_folders_are_read(tmp_path: Path) -> None:
     for name in ("Photos/Normal/n1.tif", "Photos/Benign/b1.tif", "Photos/InSitu/i1.tif",
                  "Photos/Invasive/v1.tif", "Photos/Invasive/v2.tif"):  # fmt: skip
         save_image(tmp_path / name)
-    found = read_class_folders(tmp_path, load_class_set("bach"))
+    found = read_class_folders(tmp_path, load_image_set("bach", "question"))
     assert [(q.id, q.answer) for q in found.questions][-1] == ("Photos/Invasive/v2.tif", "Invasive")
     assert len({question.text for question in found.questions}) == 1
     (tmp_path / "Photos/Benign/b1.tif").unlink()
     with pytest.raises(FileNotFoundError, match="'Benign'"):
-        read_class_folders(tmp_path, load_class_set("bach"))
+        read_class_folders(tmp_path, load_image_set("bach", "question"))
 
 
 def test_a_table_can_name_the_classes(tmp_path: Path) -> None:
@@ -207,27 +206,27 @@ def test_a_table_can_name_the_classes(tmp_path: Path) -> None:
     save_image(tmp_path / "images" / "p2.png")
     write_csv(tmp_path / "colon_test.csv", [{"img_id": "p1.png", "tumor": "1"},
                                             {"img_id": "p2.png", "tumor": "0"}])  # fmt: skip
-    found = read_class_folders(tmp_path, load_class_set("colonpath"))
+    found = read_class_folders(tmp_path, load_image_set("colonpath", "question"))
     assert [question.answer for question in found.questions] == ["tumor", "non-tumor"]
 
 
 def test_a_config_of_ones_own_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
     path.write_text("name: mine\nquestion: Ask\nclasses: [{name: a}, {name: b, wordings: [x]}]\n")
-    assert load_class_set(path).wordings == {"a": ("a",), "b": ("x", "b")}
+    assert load_image_set(path, "question").wordings == {"a": ("a",), "b": ("x", "b")}
     path.write_text("name: mine\nquestion: Which?\nclasses: [{name: a}]\n")
-    with pytest.raises(ValueError, match="at least two classes"):
-        load_class_set(path)
+    with pytest.raises(ValueError, match="expected at least two"):
+        load_image_set(path, "question")
     path.write_text("name: mine\nclasses: [{name: a}, {name: b}]\n")
     with pytest.raises(ValueError, match="question"):
-        load_class_set(path)
+        load_image_set(path, "question")
     with pytest.raises(FileNotFoundError, match="bach, colonpath, oscc"):
-        load_class_set("nothing")
+        load_image_set("nothing", "question")
 
 
-@pytest.mark.parametrize("name", class_set_names())
+@pytest.mark.parametrize("name", image_set_names("question"))
 def test_every_wording_of_a_shipped_config_means_its_class(name: str) -> None:
-    class_set = load_class_set(name)
+    class_set = load_image_set(name, "question")
     for item in class_set.classes:
         for wording in item.wordings:
             for answer in (wording, f"The image shows {wording.upper()}."):
@@ -239,7 +238,7 @@ def test_the_originals_zero_shot_file_takes_labels_from_a_second_one(tmp_path: P
     data, labels = tmp_path / "test.json", tmp_path / "labels.json"
     data.write_text(json.dumps({"s1": {"question": "Which?", "image": "a.png"}}))
     labels.write_text(json.dumps({"s1": 1}))
-    class_set = load_class_set("oscc")
+    class_set = load_image_set("oscc", "question")
     (question,) = read_class_records(data, None, class_set, labels).questions
     assert question.answer == "oral squamous cell carcinoma"
     (question,) = read_class_records(data, None, class_set).questions

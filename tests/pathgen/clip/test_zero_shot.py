@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pathcore.encoders import Encoder, Network, Transform, create_encoder
+from pathcore.image_sets import load_image_set
 from pathgen.clip import image_features as features_module
-from pathgen.clip.class_benchmarks import load_benchmark
 from pathgen.clip.export import export_hugging_face, export_open_clip, model_config
 from pathgen.clip.zero_shot import _ranks, class_features, retrieval, zero_shot
 from tests.pathgen.histology import KINDS, write_class_folders, write_pairs
@@ -65,7 +65,11 @@ def test_a_model_that_knows_is_right_and_bad_images_are_recorded(
     data = write_class_folders(tmp_path / "data", 6)
     (data / "fat" / "0.png").write_bytes(b"no image")
     metrics = zero_shot(
-        knowing_encoder(), load_benchmark(benchmark_file), data, tmp_path / "out", progress=False
+        knowing_encoder(),
+        load_image_set(benchmark_file, "prompts"),
+        data,
+        tmp_path / "out",
+        progress=False,
     )
     assert metrics["balanced_accuracy"]["value"] == 1.0
     assert metrics["num_images"] == 24 and metrics["num_skipped"] == 1
@@ -82,7 +86,10 @@ def test_a_model_that_knows_is_right_and_bad_images_are_recorded(
 def test_features_are_kept_and_a_killed_run_continues(
     benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, benchmark = write_class_folders(tmp_path / "data", 3), load_benchmark(benchmark_file)
+    data, benchmark = (
+        write_class_folders(tmp_path / "data", 3),
+        load_image_set(benchmark_file, "prompts"),
+    )
     monkeypatch.setattr(features_module, "PART_SIZE", 5)
     encoder, calls = knowing_encoder(), []
     real = encoder.encode_images
@@ -107,7 +114,7 @@ def test_features_are_kept_and_a_killed_run_continues(
 
 def test_classes_are_means_of_their_prompts(benchmark_file: Path, folders: Path) -> None:
     encoder = create_encoder(str(folders / "open_clip"), device="cpu")
-    benchmark = load_benchmark(benchmark_file)
+    benchmark = load_image_set(benchmark_file, "prompts")
     found = class_features(encoder, benchmark)
     theirs = open_clip.build_zero_shot_classifier(
         open_clip.create_model(f"local-dir:{folders / 'open_clip'}").eval(),
@@ -125,7 +132,10 @@ def test_classes_are_means_of_their_prompts(benchmark_file: Path, folders: Path)
 def test_open_clip_and_transformers_give_the_same_scores(
     benchmark_file: Path, folders: Path, tmp_path: Path
 ) -> None:
-    data, benchmark = write_class_folders(tmp_path / "data", 2), load_benchmark(benchmark_file)
+    data, benchmark = (
+        write_class_folders(tmp_path / "data", 2),
+        load_image_set(benchmark_file, "prompts"),
+    )
     rows = []
     for name in ("open_clip", "hf"):
         encoder = create_encoder(str(folders / name), device="cpu")
@@ -185,6 +195,6 @@ def test_data_without_any_image_that_can_be_read(benchmark_file: Path, tmp_path:
         (tmp_path / "data" / kind).mkdir(parents=True)
         (tmp_path / "data" / kind / "a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="none of 4 images can be read"):
-        zero_shot(knowing_encoder(), load_benchmark(benchmark_file), tmp_path / "data",
+        zero_shot(knowing_encoder(), load_image_set(benchmark_file, "prompts"), tmp_path / "data",
                   tmp_path / "out", progress=False)  # fmt: skip
     assert not (tmp_path / "out/metrics.json").exists()

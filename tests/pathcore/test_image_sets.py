@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pathgen.clip.class_benchmarks import benchmark_names, load_benchmark, read_images
+from pathcore.image_sets import image_set_names, load_image_set, read_images
 
 
 def image(path: Path, value: int = 100) -> None:
@@ -69,7 +69,7 @@ def osteo(folder: Path) -> dict[str, int]:
 
 
 def skin_cancer(folder: Path) -> dict[str, int]:
-    labels = [keys[0] for keys in load_benchmark("skin_cancer").keys]
+    labels = [item.keys[0] for item in load_image_set("skin_cancer", "prompts").classes]
     lines = ["file,class,set,malignicy"]
     for label in labels:
         image(folder / f"data/tiles/{label}/{label}_ws_1.jpg")
@@ -110,18 +110,18 @@ LAYOUTS = [
 
 
 def test_every_shipped_benchmark_has_a_layout_here_and_says_where_it_comes_from() -> None:
-    assert [layout.__name__ for layout in LAYOUTS] == benchmark_names()
-    for name in benchmark_names():
-        benchmark = load_benchmark(name)
-        assert all(benchmark.prompts) and len(benchmark.templates) > 2
-        flat = [prompt for prompts in benchmark.prompts for prompt in prompts]
+    assert [layout.__name__ for layout in LAYOUTS] == image_set_names("prompts")
+    for name in image_set_names("prompts"):
+        benchmark = load_image_set(name, "prompts")
+        assert all(item.prompts for item in benchmark.classes) and len(benchmark.templates) > 2
+        flat = [prompt for item in benchmark.classes for prompt in item.prompts]
         assert len(flat) == len(set(flat)), f"{name}: one wording for two classes"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_published_layout_is_read_in_place(layout: object, tmp_path: Path) -> None:
     expected = layout(tmp_path)  # type: ignore[operator]
-    found = read_images(load_benchmark(layout.__name__), tmp_path)  # type: ignore[attr-defined]
+    found = read_images(load_image_set(layout.__name__, "prompts"), tmp_path)  # type: ignore[attr-defined]
     ids = [image.id for image in found.images]
     assert dict(zip(ids, found.labels, strict=True)) == expected
     assert not found.skipped
@@ -132,22 +132,22 @@ def test_rows_that_cannot_be_used_are_recorded(tmp_path: Path) -> None:
     mhist(tmp_path)
     with (tmp_path / "annotations.csv").open("a") as file:
         file.write("MHIST_gone.png,HP,0,test\nMHIST_a.png,UNSURE,3,test\n../x.png,HP,0,test\n")
-    found = read_images(load_benchmark("mhist"), tmp_path)
+    found = read_images(load_image_set("mhist", "prompts"), tmp_path)
     assert [row["id"] for row in found.skipped] == ["MHIST_gone.png", "MHIST_a.png", "../x.png"]
     assert "0 classes" in found.skipped[1]["reason"]
     assert "outside the image folder" in found.skipped[2]["reason"]
 
 
 def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no images of normal.*adapt it"):
-        read_images(load_benchmark("bach"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no images of 'Normal'.*adapt it"):
+        read_images(load_image_set("bach", "prompts"), tmp_path)
     (tmp_path / "annotations.csv").write_text("name,label\n")
     (tmp_path / "annotations.csv").write_text("name,label\na,b\n")
     with pytest.raises(ValueError, match=r"no columns \['Image Name'"):
-        read_images(load_benchmark("mhist"), tmp_path)
+        read_images(load_image_set("mhist", "prompts"), tmp_path)
     (tmp_path / "camelyonpatch_level_2_split_test_x.h5.gz").touch()
     with pytest.raises(FileNotFoundError, match="gunzip"):
-        read_images(load_benchmark("patch_camelyon"), tmp_path)
+        read_images(load_image_set("patch_camelyon", "prompts"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:
         ({"layout": {"kind": "cloud"}}, "kind 'cloud'"),
         ({"layout": {"kind": "table", "file": "a.csv", "image": "i"}}, "label or one_hot"),
         ({"layout": {"kind": "hdf5", "images": {}}}, r"lacks \['labels'\]"),
-        ({"classes": [{"name": "a", "prompts": ["x"]}]}, "two at least"),
+        ({"classes": [{"name": "a", "prompts": ["x"]}]}, "at least two"),
         ({"classes": [{"name": "a"}, {"name": "b"}]}, "prompts"),
     ],
 )
@@ -168,9 +168,40 @@ def test_mistakes_in_configs_are_named(
     content = {"name": "own", "templates": ["an image of {}"], "classes": classes, **change}
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        load_benchmark(tmp_path / "own.json")
+        load_image_set(tmp_path / "own.json", "prompts")
 
 
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(FileNotFoundError, match=r"bach, crc100k"):
-        load_benchmark("camelyon")
+        load_image_set("camelyon", "prompts")
+
+
+def test_a_table_is_described_in_short_and_damaged_rows_are_skipped(tmp_path: Path) -> None:
+    config = tmp_path / "own.yml"
+    config.write_text(
+        "name: own\nquestion: Tumour?\ntable: {file: labels.csv, image: name, label: tumour}\n"
+        "classes: [{name: no tumour, label: 0}, {name: tumour, label: 1, wordings: [cancer]}]\n"
+    )
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(
+        "name,tumour,note,\na,1,good,\nb.png,0,,\na.png,0\nb.png,1,x,,more\n,1,,\n"
+    )
+    found = read_images(load_image_set(config, "question"), tmp_path)
+    assert [image.id for image in found.images] == ["a", "b.png"]
+    assert found.labels == (1, 0)
+    assert [row["id"] for row in found.skipped] == ["a.png", "b.png", "row 6"]
+    assert "columns than the header" in found.skipped[0]["reason"]
+    (tmp_path / "labels.csv").write_text("name,tumour\na.png,1\n")
+    with pytest.raises(FileNotFoundError, match="no images of 'no tumour'"):
+        read_images(load_image_set(config, "question"), tmp_path)
+    assert read_images(load_image_set(config, "question"), tmp_path, all_classes=False).images
+    with pytest.raises(ValueError, match="prompts"):
+        load_image_set(config, "prompts")
+
+
+def test_one_config_serves_questions_and_prompts() -> None:
+    asked, prompted = load_image_set("bach", "question"), load_image_set("bach", "prompts")
+    assert asked == prompted
+    assert asked.names == ["Normal", "Benign", "InSitu", "Invasive"]
+    assert "an H&E stained section showing benign breast tissue." in prompted.sentences(1)

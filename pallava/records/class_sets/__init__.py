@@ -1,1 +1,0 @@
-"""Configs of public classification sets: class names, wordings and prompts."""

@@ -1,0 +1,1 @@
+"""Labelled image sets as JSON: classes, layout on disk, wordings of prompts and answers."""

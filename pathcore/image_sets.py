@@ -1,0 +1,392 @@
+"""Labelled images as public data sets lay them out, described by a small config.
+
+A config is JSON or YAML::
+
+    name: crc100k
+    layout: {kind: folders}
+    question: Which tissue does the image show?       # to ask a language model
+    templates: ["an H&E image of {}"]                 # for a CLIP; optional
+    classes:
+      - name: ADI
+        folders: ["*/ADI"]
+        wordings: [adipose tissue, fat]               # texts that denote the class in an answer
+        prompts: [adipose tissue, fat cells]          # texts that replace {} in the templates
+
+Layouts:
+  `folders`     each class has `folders`: globs below the data folder, of folders or of images.
+  `table`       `file` (CSV or Excel), `image` and `label` columns, or `one_hot` with a column per
+                class; `where: {column: value}` keeps rows, `drop` skips labels; `folder` holds the
+                images, also in subfolders; each class has `labels`.
+  `file_names`  `images` is a glob, `pattern` a regular expression with a group `label`.
+  `hdf5`        `images` and `labels`: `{file, dataset}`, as PatchCamelyon is published.
+
+`table: {...}` is short for a layout of kind `table`, and `label` for `labels` with one element.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from pathcore.files import StrPath
+from pathcore.images import ImageError, find_image, image_files, load_image, path_inside
+from pathcore.rows import read_csv
+
+Use = Literal["question", "prompts"]
+
+TEMPLATES = (
+    "a histology image of {}.",
+    "an H&E stained section showing {}.",
+    "a microscopic view of {}.",
+    "this patch contains {}.",
+    "{} under the microscope.",
+)
+"""Templates of a config that has none."""
+
+_PACKAGE = "pathcore.image_set_presets"
+_FIELDS: dict[str, set[str]] = {
+    "folders": set(),
+    "table": {"file", "image"},
+    "file_names": {"images", "pattern"},
+    "hdf5": {"images", "labels"},
+}
+_ONE = {"1", "1.0"}
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file, with its name in the data as `id`."""
+
+    id: str
+    path: Path
+
+    def open(self) -> Image.Image:
+        """Returns it in RGB."""
+        return load_image(self.path)
+
+
+@dataclass(frozen=True)
+class HDF5Image:
+    """A row of a dataset `(N, height, width, 3)` of an HDF5 file."""
+
+    id: str
+    path: Path
+    dataset: str
+    row: int
+
+    def open(self) -> Image.Image:
+        """Returns it in RGB; the file is opened anew, so that processes do not share it."""
+        import h5py
+
+        with h5py.File(self.path, "r") as file:
+            return Image.fromarray(file[self.dataset][self.row]).convert("RGB")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The images of a set.
+
+    Attributes:
+        images: Images in a fixed order.
+        labels: Index of each image's class.
+        skipped: `id` and `reason` of rows that cannot be used.
+    """
+
+    images: tuple[FileImage | HDF5Image, ...]
+    labels: tuple[int, ...]
+    skipped: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageClass:
+    """One class.
+
+    Attributes:
+        name: Name in reports.
+        keys: Globs of its folders, or its labels.
+        wordings: Texts that denote the class in an answer, its name among them.
+        prompts: Texts that stand for the class in the templates.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    wordings: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of labelled images.
+
+    Attributes:
+        name: Name in reports.
+        classes: Classes in report order.
+        layout: How the images and their labels are stored.
+        question: Question asked about every image.
+        templates: Sentences with `{}` for a prompt.
+    """
+
+    name: str
+    classes: tuple[ImageClass, ...]
+    layout: Mapping[str, Any]
+    question: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+
+    @property
+    def names(self) -> list[str]:
+        """Class names in report order."""
+        return [item.name for item in self.classes]
+
+    @property
+    def wordings(self) -> dict[str, tuple[str, ...]]:
+        """Texts that denote each class, by class name."""
+        return {item.name: item.wordings for item in self.classes}
+
+    @property
+    def by_label(self) -> dict[str, int]:
+        """Index of the class by label, in lower case."""
+        return {key.lower(): i for i, item in enumerate(self.classes) for key in item.keys}
+
+    def sentences(self, index: int) -> list[str]:
+        """Returns every template with every prompt of a class."""
+        return [t.replace("{}", p) for t in self.templates for p in self.classes[index].prompts]
+
+
+def image_set_names(use: Use) -> list[str]:
+    """Returns the names of the shipped configs that have a question, or prompts."""
+    names = []
+    for file in resources.files(_PACKAGE).iterdir():
+        if file.name.endswith(".json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if use in content or use in content["classes"][0]:
+                names.append(file.name.removesuffix(".json"))
+    return sorted(names)
+
+
+def load_image_set(name_or_file: StrPath, use: Use) -> ImageSet:
+    """Loads a config from a file, or a shipped config by name.
+
+    Args:
+        name_or_file: File or name.
+        use: What the config must have: a question, or prompts of every class.
+
+    Raises:
+        FileNotFoundError: If the argument is neither a file nor a known name.
+        ValueError: If the config is invalid; the message names the field.
+    """
+    path = Path(name_or_file)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(name_or_file) in (known := image_set_names(use)):
+        text = (resources.files(_PACKAGE) / f"{name_or_file}.json").read_text(encoding="utf-8")
+        path = Path(f"{name_or_file}.json")
+    else:
+        raise FileNotFoundError(
+            f"image set {name_or_file}: neither a file nor one of {', '.join(known)}"
+        )
+    try:
+        return _image_set(json.loads(text) if path.suffix == ".json" else _yaml(text), use)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"image set {name_or_file}: {type(error).__name__}: {error}") from error
+
+
+def read_images(
+    image_set: ImageSet, data_path: StrPath, *, all_classes: bool = True
+) -> LabelledImages:
+    """Finds the images of a set and their classes.
+
+    Args:
+        image_set: The set.
+        data_path: Folder of the data.
+        all_classes: Whether every class must have images.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or table, or a class has no images.
+        ValueError: If the data do not follow the layout.
+    """
+    folder = Path(data_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images of {image_set.name}")
+    readers = {"folders": _folders, "table": _table, "file_names": _file_names, "hdf5": _hdf5}
+    found = readers[image_set.layout["kind"]](image_set, folder)
+    missing = [repr(n) for i, n in enumerate(image_set.names) if i not in set(found.labels)]
+    if missing and all_classes:
+        raise FileNotFoundError(
+            f"{folder}: no images of {', '.join(missing)} of {image_set.name}, laid out as "
+            f"{json.dumps(dict(image_set.layout))}; copy the config and adapt it"
+            + (f"; the first skipped row: {found.skipped[0]}" if found.skipped else "")
+        )
+    return found
+
+
+def _folders(image_set: ImageSet, folder: Path) -> LabelledImages:
+    images, labels = [], []
+    for index, item in enumerate(image_set.classes):
+        paths: set[Path] = set()
+        for pattern in item.keys:
+            for match in folder.glob(pattern):
+                if not match.name.startswith("."):
+                    paths.update(image_files(match) if match.is_dir() else [match])
+        for path in sorted(paths):
+            images.append(FileImage(path.relative_to(folder).as_posix(), path))
+            labels.append(index)
+    return LabelledImages(tuple(images), tuple(labels))
+
+
+def _table(image_set: ImageSet, folder: Path) -> LabelledImages:
+    layout, by_label = image_set.layout, image_set.by_label
+    where, drop = layout.get("where", {}), {label.lower() for label in layout.get("drop", ())}
+    root = folder / layout.get("folder", "")
+    ones = [item.keys for item in image_set.classes] if "one_hot" in layout else None
+    needed = [layout["image"], *where, *([keys[0] for keys in ones] if ones else [layout["label"]])]
+    by_name: dict[str, Path] = {}
+    images, labels, skipped = [], [], []
+    for number, row in _rows(folder / layout["file"]):
+        if absent := [column for column in needed if column not in row]:
+            raise ValueError(f"{folder / layout['file']}: no columns {absent}, only {sorted(row)}")
+        if any(row[column] != str(value) for column, value in where.items()):
+            continue
+        name = row[layout["image"]] or ""
+        try:
+            if None in row.values():
+                raise ValueError("another number of columns than the header")
+            if ones:
+                found = [i for i, keys in enumerate(ones) if {row.get(k) for k in keys} & _ONE]
+            else:
+                label = row[layout["label"]].lower()
+                if label in drop and label not in by_label:
+                    continue
+                found = [by_label[label]] if label in by_label else []
+            if len(found) != 1:
+                label = "" if ones else f"label {row[layout['label']]!r} "
+                raise ValueError(f"{label}belongs to {len(found)} classes, expected one")
+            try:
+                path = find_image(root, name)
+            except ImageError:
+                path_inside(root, name)  # names that point outside stay refused
+                # Published tables spell some names otherwise than the files.
+                by_name = by_name or {_plain(p.stem): p for p in image_files(root)}
+                stem = _plain(re.sub(r"\.(jpe?g|png|tiff?)$", "", Path(name).name))
+                if stem not in by_name:
+                    raise
+                path = by_name[stem]
+        except ValueError as error:
+            skipped.append({"id": name or f"row {number}", "reason": str(error)})
+            continue
+        images.append(FileImage(name, path))
+        labels.append(found[0])
+    return LabelledImages(tuple(images), tuple(labels), tuple(skipped))
+
+
+def _file_names(image_set: ImageSet, folder: Path) -> LabelledImages:
+    pattern, by_label = re.compile(image_set.layout["pattern"]), image_set.by_label
+    drop = set(map(str, image_set.layout.get("drop", ())))
+    images, labels, skipped = [], [], []
+    for path in sorted(folder.glob(image_set.layout["images"])):
+        name = path.relative_to(folder).as_posix()
+        match = pattern.search(path.name)
+        label = re.sub(r"\W+", "_", match["label"]).strip("_") if match else ""
+        if label.lower() in by_label:
+            images.append(FileImage(name, path))
+            labels.append(by_label[label.lower()])
+        elif label not in drop:
+            skipped.append({"id": name, "reason": f"label {label!r} belongs to no class"})
+    return LabelledImages(tuple(images), tuple(labels), tuple(skipped))
+
+
+def _hdf5(image_set: ImageSet, folder: Path) -> LabelledImages:
+    import h5py
+
+    sizes = []
+    for part in ("images", "labels"):
+        file = folder / image_set.layout[part]["file"]
+        if not file.is_file():
+            packed = file.with_name(f"{file.name}.gz")
+            hint = "; unpack it: gunzip" if packed.is_file() else ""
+            raise FileNotFoundError(f"{file}: no such file{hint}")
+        with h5py.File(file, "r") as content:
+            name = image_set.layout[part]["dataset"]
+            if name not in content:
+                raise ValueError(f"{file}: no dataset {name!r}, only {sorted(content)}")
+            sizes.append(len(content[name]))
+            values = content[name][:].reshape(-1).tolist() if part == "labels" else []
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{folder}: {sizes[0]} images, {sizes[1]} labels")
+    path = folder / image_set.layout["images"]["file"]
+    name, by_label = image_set.layout["images"]["dataset"], image_set.by_label
+    if unknown := {str(value) for value in values} - set(by_label):
+        raise ValueError(f"{folder}: labels {sorted(unknown)} belong to no class")
+    images = tuple(HDF5Image(f"{path.name}:{row}", path, name, row) for row in range(sizes[0]))
+    return LabelledImages(images, tuple(by_label[str(value)] for value in values))
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields number and row; a value is None where the row has too few or too many fields."""
+    if table.suffix not in (".xlsx", ".xls"):
+        rows: Any = read_csv(table)
+    elif not table.is_file():
+        raise FileNotFoundError(f"table {table}: no such file")
+    else:
+        import pandas as pd
+
+        try:
+            frame = pd.read_excel(table, dtype=str, keep_default_na=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{table}: cannot be read: {error}") from error
+        rows = enumerate(frame.to_dict("records"), start=2)
+    for number, row in rows:
+        yield (
+            number,
+            {
+                str(column).strip(): value.strip() if isinstance(value, str) else None
+                for column, value in row.items()
+            },
+        )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _image_set(content: Mapping[str, Any], use: Use) -> ImageSet:
+    default = {"kind": "table", **content["table"]} if content.get("table") else {"kind": "folders"}
+    layout = dict(content.get("layout", default))
+    kind = layout.get("kind")
+    if kind not in _FIELDS or (lacking := _FIELDS[kind] - set(layout)):
+        lacks = f"; it lacks {sorted(lacking)}" if kind in _FIELDS else ""
+        raise ValueError(f"layout of kind {kind!r}: expected one of {sorted(_FIELDS)}{lacks}")
+    if kind == "table" and not {"label", "one_hot"} & set(layout):
+        raise ValueError("layout of kind 'table': label or one_hot expected")
+    templates = tuple(map(str, content.get("templates", TEMPLATES)))
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError("templates: expected sentences with one {} each")
+    classes = []
+    for row in content["classes"]:
+        name = str(row["name"])
+        label = row.get("label", name)
+        keys = row.get("folders", [name]) if kind == "folders" else row.get("labels", [label])
+        wordings = dict.fromkeys([*map(str, row.get("wordings", ())), name])
+        prompts = row["prompts"] if use == "prompts" else row.get("prompts", ())
+        texts = (tuple(map(str, value)) for value in (keys, wordings, prompts))
+        classes.append(ImageClass(name, *texts))
+    names = [item.name for item in classes]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(f"classes: expected at least two, of different names; found {names}")
+    question = content["question"] if use == "question" else content.get("question", "")
+    return ImageSet(str(content["name"]), tuple(classes), layout, str(question), templates)

@@ -1,1 +1,0 @@
-"""Class lists, prompts and layouts of public data sets, as JSON."""
