@@ -20,15 +20,10 @@ from pathgen.agents.budget import Budget, Spent
 from pathgen.agents.cache import ReplyCache
 from pathgen.agents.captions import describe, revise, summarise
 from pathgen.agents.steps import StepReport, run_step, skipped_path
+from tests.fake_server import PROMPT_TOKENS, REPLY_TOKENS
 from tests.pathgen import agents_killed
 from tests.pathgen.conftest import patch_rows, read_rows, write_rows
-from tests.pathgen.describer_server import (
-    PROMPT_TOKENS,
-    REPLY_TOKENS,
-    WORDS,
-    DescriberServer,
-    user_text,
-)
+from tests.pathgen.describer_server import WORDS, DescriberServer, user_text
 
 
 def ask(
