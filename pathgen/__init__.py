@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pathcore.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from pathcore.image_sets import load_image_set as load_image_set
     from pathgen.agents.backends import OpenAIBackend as OpenAIBackend
     from pathgen.agents.captions import describe as describe
     from pathgen.agents.captions import revise as revise
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from pathgen.agents.local_model import LocalBackend as LocalBackend
     from pathgen.agents.steps import run_step as run_step
     from pathgen.annotations import read_annotations as read_annotations
-    from pathgen.clip.class_benchmarks import load_benchmark as load_benchmark
     from pathgen.clip.recipe import read_recipe as read_recipe
     from pathgen.clip.training import train_clip as train_clip
     from pathgen.clip.zero_shot import zero_shot as zero_shot
@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LocalBackend": "pathgen.agents.local_model",
         "OpenAIBackend": "pathgen.agents.backends",
         "describe": "pathgen.agents.captions",
-        "load_benchmark": "pathgen.clip.class_benchmarks",
+        "load_image_set": "pathcore.image_sets",
         "read_annotations": "pathgen.annotations",
         "read_recipe": "pathgen.clip.recipe",
         "revise": "pathgen.agents.captions",

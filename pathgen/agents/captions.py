@@ -118,7 +118,8 @@ def check_caption(text: str, *, min_words: int, max_words: int) -> str:
     """
     count = count_words(text)
     if not min_words <= count <= max_words:
-        raise ReplyError(f"{count} words; expected {min_words} to {max_words}")
+        # Sent to the model as a correction: other words here change what it replies.
+        raise ReplyError(f"{count} words; {min_words} to {max_words} are asked for")
     if words := find_refusal(text):
         raise ReplyError(f"it declines: {words!r}")
     if words := find_loop(text):

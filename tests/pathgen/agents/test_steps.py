@@ -96,7 +96,7 @@ FAULTS = {
     "html": "no completion",
     "brokenjson": "no completion",
     "nochoices": "no completion",
-    "short": "1 words; expected 20 to 250",
+    "short": "1 words; 20 to 250 are asked for",
     "refusal": "it declines",
     "leak": "texts that the reader does not know",
     "cut": "cut off",
