@@ -7,7 +7,6 @@ further fields are ignored. Unusable lines and images are recorded in a skip log
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from pallava.skipping import SkipLog
 from pathcore.files import StrPath
 from pathcore.images import ImageError, load_image, path_inside
-from pathcore.rows import check_fraction, line_offsets, pair_fault
+from pathcore.rows import check_fraction, line_offsets, pair_fault, parse_line
 
 _MAX_TRIES = 100
 
@@ -63,10 +62,7 @@ def parse_pair(line: str | bytes) -> Pair:
         >>> parse_pair('{"id": 1, "image": "a.png", "caption": "Liver."}').caption
         'Liver.'
     """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PairError(f"no JSON ({error})") from error
+    row = parse_line(line)
     if fault := pair_fault(row):
         raise PairError(fault)
     return Pair(str(row["id"]), row["image"], row["caption"].strip())

@@ -56,8 +56,7 @@ def read_rows(path: StrPath, *, what: str = "rows") -> Iterator[tuple[int, Any]]
 def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Yields `(line number, row)` of JSON lines; a valid row is an object with a string `id`.
 
-    Values that Python accepts but other JSON readers refuse make a row bad: NaN, infinity and
-    unpaired surrogates.
+    Lines are read strictly; see `parse_line`.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -84,19 +83,28 @@ def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | Bad
 
 def read_lines(path: StrPath, *, strict: bool = False) -> Iterator[tuple[int, Any]]:
     """Yields `(line number, JSON value or BadRow)` for each line that is not blank."""
-    constant = _refuse_constant if strict else None
     with open(path, "rb") as lines:  # as bytes, so that an encoding error affects only its line
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, parse_constant=constant)
-                if strict:
-                    line.decode()
-                    json.dumps(row, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
-                row = BadRow(f"no JSON: {error}")
-            yield number, row
+            if line.strip():
+                yield number, parse_line(line, strict=strict)
+
+
+def parse_line(line: str | bytes, *, strict: bool = False) -> Any:
+    """Returns the JSON value of a line, or a `BadRow`.
+
+    Args:
+        line: One line of JSON.
+        strict: Whether to refuse values that Python accepts but other JSON readers do not: NaN,
+            infinity and unpaired surrogates.
+    """
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant if strict else None)
+        if strict:
+            line.decode() if isinstance(line, bytes) else line.encode()
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"no JSON: {error}")
+    return row
 
 
 def _refuse_constant(name: str) -> None:
@@ -286,9 +294,10 @@ def row_digest(row: Mapping[str, Any]) -> str:
 
 def pair_fault(row: Any) -> str | None:
     """Returns what is wrong with a row of a pairs file; None if it is valid."""
+    if isinstance(row, BadRow):
+        return row
     if not isinstance(row, Mapping):
-        found = row if isinstance(row, BadRow) else type(row).__name__
-        return f"expected a JSON object, found {found}"
+        return f"expected a JSON object, found {type(row).__name__}"
     if not isinstance(row.get("id"), str | int):
         return f"id: expected text or a whole number, found {row.get('id')!r}"
     for name in ("image", "caption"):

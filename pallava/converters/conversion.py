@@ -214,8 +214,6 @@ class _RowMaker:
     def _found(self, name: str) -> str:
         folder = self.conversion.image_folder
         assert folder is not None, "rows name image files, but the conversion has no image_folder"
-        if "\0" in name:
-            raise ImageError(f"image: expected a file name, found {name!r:.80}")
         if not self.check_images:
             return relative_name(folder, path_inside(folder, name))
         image = find_image(folder, name)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pathcore.files import StrPath, folder_lock
-from pathcore.rows import read_lines
+from pathcore.rows import is_encodable, read_lines
 
 _PATTERN = "rank*.jsonl"
 
@@ -109,13 +109,11 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
                 f"{path}, {question_id!r}: expected {{question_id, answer}} with text, found "
                 f"{record!r:.80}"
             )
-        try:
-            answer.encode()
-        except UnicodeEncodeError as error:
+        if not is_encodable(answer):
             raise ValueError(
                 f"{path}, {question_id!r}: the answer holds half a surrogate pair, which no file "
                 "can store; write it again without"
-            ) from error
+            )
         if question_id in answers:
             raise ValueError(f"{path}: two answers to {question_id!r}")
         answers[question_id] = answer

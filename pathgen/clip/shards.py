@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pathcore.files import StrPath, atomic_file, folder_lock, write_json
 from pathcore.images import path_inside
-from pathcore.rows import line_offsets
+from pathcore.rows import BadRow, line_offsets, parse_line
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 """What open_clip's pipeline takes for an image in a shard."""
@@ -235,9 +235,8 @@ def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: l
     ):
         for offset in offsets:
             lines.seek(offset)
-            row: Any = None
+            row = parse_line(lines.readline(), strict=True)
             try:
-                row = json.loads(lines.readline())
                 suffix, image, caption = _read_pair(row, images)
             except (ValueError, OSError) as error:
                 found = row.get("id") if isinstance(row, dict) else None
@@ -257,6 +256,8 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
     """Returns suffix and bytes of the image, which is fully decoded as a check, and the caption."""
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(row, BadRow):
+        raise ValueError(row)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     caption = row.get("caption")

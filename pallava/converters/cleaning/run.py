@@ -161,10 +161,7 @@ def _candidate(row: Any, folder: Path) -> Candidate:
     talks = isinstance(row, Mapping) and "conversations" in row
     if fault := check_row(row) if talks else pair_fault(row):
         raise ImageError(fault)
-    names = image_files(row)
-    if any("\0" in name for name in names):
-        raise ImageError("image: a name with a NUL byte")
-    return Candidate(row, tuple(path_inside(folder, name) for name in names))
+    return Candidate(row, tuple(path_inside(folder, name) for name in image_files(row)))
 
 
 def _row_id(row: Any, where: str) -> str:

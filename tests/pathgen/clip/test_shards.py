@@ -78,12 +78,15 @@ def test_bad_pairs_are_recorded_and_left_out(tmp_path: Path) -> None:
     ]
     with pairs.open("a") as file:
         file.write("not json\n[1]\n")
+        file.write('{"id": "x", "image": "images/old.bmp", "caption": "\\ud800"}\n')
+        file.write("[" * 100_000 + "\n")
         file.writelines(json.dumps(row) + "\n" for row in bad)
         file.write(json.dumps({"id": "bmp", "image": "images/old.bmp", "caption": "one\n\ttwo"}))
     found = prepare_shards(pairs, tmp_path / "work")
     assert found.total == 9
-    assert [row["id"] for row in found.skipped] == [None, None, *(row["id"] for row in bad)]
-    assert "cannot be decoded" in found.skipped[2]["reason"]
+    assert [row["id"] for row in found.skipped] == [*[None] * 4, *(row["id"] for row in bad)]
+    assert "surrogates not allowed" in found.skipped[2]["reason"]
+    assert "cannot be decoded" in found.skipped[4]["reason"]
     content = members(found.paths[0])
     [caption] = [name for name in content if content[name] == b"one\n\ttwo"]
     assert Image.open(io.BytesIO(content[caption.replace(".txt", ".png")])).format == "PNG"
