@@ -71,6 +71,7 @@ setup(
     package_data={
         "": ["*.css", "*.html", "*.j2", "*.json", "*.txt", "py.typed"],
         "pathcore.encoders": ["presets/*.json"],
+        "gigapath.embed": ["slide_presets/*.json"],
         "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],
     },
     include_package_data=False,

@@ -386,7 +386,7 @@ def _number(attributes: Mapping[str, Any], name: str) -> float | None:
 def _check_features(file: FeatureFile, encoder: str) -> list[Finding]:
     findings = []
     width = file.features.shape[1]
-    expected = encoder or _known_encoder(file.encoder)
+    expected = encoder or known_encoder(file.encoder)
     if expected and (dim := get_preset(expected).embed_dim) != width:
         findings.append(
             Finding(
@@ -584,7 +584,7 @@ def _grid_step(coords: NDArray[np.float64]) -> float | None:
     return float(np.median(np.sort(found)[: max(1, len(found) // 2)])) if len(found) >= 4 else None
 
 
-def _known_encoder(name: str) -> str:
+def known_encoder(name: str) -> str:
     """Returns the preset for an encoder name of another tool, or an empty string."""
     aliases = {"uni_v1": "uni", "uni_v2": "uni2-h", "uni2": "uni2-h", "gigapath": "prov-gigapath",
                "conch_v1": "conch", "conch_v15": "conch-v1.5", "hoptimus0": "h-optimus-0",

@@ -54,31 +54,79 @@ class _SlideFunction:
     """Processes a slide and writes its record; picklable, unlike a closure."""
 
     process: Callable[[SlideUnit], Mapping[str, Any]]
+    noun: str = "slide"
 
     def __call__(self, unit: SlideUnit) -> dict[str, Any]:
         try:
             check_name(unit.slide_id, room_bytes=_NAME_ROOM_BYTES)
-            row = {"slide": unit.slide_id, "state": WRITTEN, **self.process(unit)}
+            row = {self.noun: unit.slide_id, "state": WRITTEN, **self.process(unit)}
         except UnsafeNameError as error:
-            return _skip(unit, "bad id", str(error))
+            return self.skip(unit, "bad id", str(error))
         except UnitError as error:
-            return _skip(unit, error.reason, str(error))
+            return self.skip(unit, error.reason, str(error))
         except MemoryError as error:
-            return _skip(unit, "out of memory", f"{unit.path}: {error or 'out of memory'}")
+            return self.skip(unit, "out of memory", f"{unit.path}: {error or 'out of memory'}")
         except (OSError, RuntimeError):
             raise  # for instance a full disk or a broken GPU, which affects every slide
         except ValueError as error:
-            return _skip(unit, UnitError.reason, str(error))
+            return self.skip(unit, UnitError.reason, str(error))
         except Exception as error:  # any other fault is blamed on the slide
             where = traceback.extract_tb(error.__traceback__)[-1]
             detail = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            return _skip(unit, "unexpected error", detail)
+            return self.skip(unit, "unexpected error", detail)
+        return write_record(unit.out, unit.record, [row])
+
+    def skip(self, unit: SlideUnit, reason: str, detail: str) -> dict[str, Any]:
+        """Records a slide as skipped."""
+        row = {self.noun: unit.slide_id, "state": SKIPPED, "reason": reason, "detail": detail}
         return write_record(unit.out, unit.record, [row])
 
 
-def _skip(unit: SlideUnit, reason: str, detail: str) -> dict[str, Any]:
-    row = {"slide": unit.slide_id, "state": SKIPPED, "reason": reason, "detail": detail}
-    return write_record(unit.out, unit.record, [row])
+def process_units(
+    process: Callable[[SlideUnit], Mapping[str, Any]],
+    units: Iterable[SlideUnit],
+    job: JobFolder,
+    *,
+    num_inputs: int,
+    noun: str = "slide",
+    workers: int = 1,
+    engine: Engine = "process",
+    address: str | None = None,
+    gpus_per_task: float = 0,
+    progress: bool = True,
+) -> None:
+    """Processes the units of a job that have no record yet; goes on after bad ones.
+
+    Args:
+        process: See `process_slides`, as for the arguments below.
+        units: All units of the job.
+        job: The open job.
+        num_inputs: Number of units, including those that are skipped before.
+        noun: What a unit is; the name of its id in the manifest.
+        workers: Number of units that are processed at a time.
+        engine: `process` or `ray`.
+        address: Address of a Ray cluster.
+        gpus_per_task: GPUs that Ray reserves for each unit.
+        progress: Whether to show a progress bar.
+    """
+    function, done = _SlideFunction(process, noun), job.done()
+
+    def record_death(unit: SlideUnit, error: WorkerDiedError) -> Iterable[SlideUnit]:
+        function.skip(unit, WORKER_DIED, f"{unit.path}: {error}")
+        return ()
+
+    job.run(
+        function,
+        (unit for unit in units if unit.record not in done),
+        on_death=record_death,
+        num_inputs=num_inputs,
+        noun=noun,
+        workers=workers,
+        engine=engine,
+        address=address,
+        gpus_per_task=gpus_per_task,
+        progress=progress,
+    )
 
 
 def process_slides(
@@ -140,19 +188,12 @@ def process_slides(
         for slide_id, detail in listing.ambiguous.items():
             unit = SlideUnit(slide_id, listing.folder, job.out)
             if unit.record not in done:
-                _skip(unit, AmbiguousSlideError.reason, detail)
-        units = (SlideUnit(name, path, job.out) for name, path in listing.slides.items())
-
-        def record_death(unit: SlideUnit, error: WorkerDiedError) -> Iterable[SlideUnit]:
-            _skip(unit, WORKER_DIED, f"{unit.path}: {error}")
-            return ()
-
-        job.run(
-            _SlideFunction(process),
-            (unit for unit in units if unit.record not in done),
-            on_death=record_death,
+                _SlideFunction(process).skip(unit, AmbiguousSlideError.reason, detail)
+        process_units(
+            process,
+            (SlideUnit(name, path, job.out) for name, path in listing.slides.items()),
+            job,
             num_inputs=len(listing),
-            noun="slide",
             workers=workers,
             engine=engine,
             address=address,

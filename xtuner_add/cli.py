@@ -37,6 +37,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             f"{_COMMANDS}.gigapath:embed",
             "Embed tiles and whole slides with Prov-GigaPath.",
         ),
+        "encode-slides": (
+            f"{_COMMANDS}.gigapath:encode_slides",
+            "Embed slides or patients from patch features, with a slide encoder by name.",
+        ),
         "probe-tiles": (
             f"{_COMMANDS}.gigapath:probe_tiles",
             "Train and test a linear probe on tile embeddings.",

@@ -7,7 +7,7 @@ slides are joined in `slide_embeddings.npz`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 
 from gigapath.embed.device_claims import claim
 from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
-from gigapath.embed.slide_vectors import (
-    SlideEncoderSpec,
-    check_slide,
-    open_slide_encoder,
-    slide_vector,
-    write_slide_vector,
+from gigapath.embed.slide_encoders import (
+    NamedSlideEncoder,
+    Origin,
+    check_origin,
+    get_slide_preset,
 )
+from gigapath.embed.slide_vectors import SlideEncoderSpec, write_slide_vector
 from gigapath.embed.tile_inference import TileEncoderSpec, choose_device, open_tile_encoder
-from gigapath.slide_encoder import LongNetViT
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine
@@ -47,8 +46,6 @@ from wsi.store import read_attributes, read_coordinates, write_coordinates
 from wsi.tile_job import DAMAGED, THUMBNAIL_PX, place_patches
 from wsi.tiling import PatchSpec
 
-TABLE_NAME = "slide_embeddings.npz"
-
 _FOLDERS = ("coords", "overlays", "thumbnails", "pictures")
 
 
@@ -64,23 +61,33 @@ class EmbeddingSettings:
 
     Attributes:
         tile_encoder: The tile encoder.
-        slide_encoder: The slide encoder; None computes tile embeddings only.
+        slide_encoder: The slide encoder; None computes tile embeddings only. One with a
+            name takes only tiles of the encoder and scale that it was trained on.
         spec: Size, resolution and selection of the tiles.
         slide_mpp: Micrometres per pixel of all slides, overriding what the files say.
         masks: Folder with a mask per slide; by default tissue is found by Otsu's threshold.
         coords: Folder with a coordinates file per slide, instead of placing tiles.
         batch_size: Number of tiles per forward pass.
         pictures: Whether to draw thumbnails, overlays and pictures of the embeddings.
+        origin: Preset of the tile encoder, and what folders of tiles do not say about their tiles.
     """
 
     tile_encoder: TileEncoderSpec
-    slide_encoder: SlideEncoderSpec | None
+    slide_encoder: SlideEncoderSpec | NamedSlideEncoder | None
     spec: PatchSpec
     slide_mpp: float | None = None
     masks: str | None = None
     coords: str | None = None
     batch_size: int = 64
     pictures: bool = True
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def named_slide_encoder(self) -> NamedSlideEncoder | None:
+        """The slide encoder, with an empty name for weights that have none."""
+        if isinstance(self.slide_encoder, SlideEncoderSpec):
+            return NamedSlideEncoder("", longnet=self.slide_encoder)
+        return self.slide_encoder
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def embed_slides(
         folders=_FOLDERS if settings.pictures else _FOLDERS[:1],
         exclude=[settings.masks, settings.coords],
         tile_folders=True,
-        at_end=None if settings.slide_encoder is None else _write_table,
+        at_end=None if settings.slide_encoder is None else write_table,
         workers=workers,
         engine=engine,
         address=address,
@@ -234,8 +241,9 @@ def _embed_tiles(
     name, out, spec = unit.slide_id, unit.out, settings.tile_encoder
     if not len(tiles.coords):
         raise NoTilesError(f"{tiles.name}: no tile holds enough tissue")
-    if settings.slide_encoder is not None:  # checked before the expensive tile pass
-        check_slide(tiles.coords, tiles.size_level0, settings.slide_encoder, tiles.name)
+    slide_encoder = settings.named_slide_encoder
+    if slide_encoder is not None:  # checked before the expensive tile pass
+        _check_tiles(slide_encoder, tiles, attributes, settings)
     device = _worker_device(placement.device, out if placement.own_gpu else None)
     features_path = f"features/{spec.name}/{name}.h5"
     embedded = embed_tiles(
@@ -259,24 +267,43 @@ def _embed_tiles(
         "damaged": num_damaged,
         "incomplete": [DAMAGED] if num_damaged else [],
     }
-    if (slide_spec := settings.slide_encoder) is not None:
-        vector = slide_vector(
-            _load_slide_encoder(slide_spec, device),
+    if slide_encoder is not None:
+        vector = slide_encoder.vector(
+            _load_slide_encoder(slide_encoder, device),
             embedded.features,
             embedded.coords,
             tiles.size_level0,
-            slide_spec,
             name,
         )
-        row["slide_features"] = f"slide_features/{slide_spec.name}-{slide_spec.preset}/{name}.h5"
+        row["slide_features"] = f"slide_features/{slide_encoder.folder}/{name}.h5"
         details = {
+            **slide_encoder.attributes(tiles.size_level0),
             "name": name,
             "num_tiles": len(embedded.coords),
             "size_level0": tiles.size_level0,
             "tile_encoder": spec.name,
         }
-        write_slide_vector(out / row["slide_features"], vector, slide_spec, details)
+        write_slide_vector(out / row["slide_features"], vector, details)
     return row, embedded
+
+
+def _check_tiles(
+    encoder: NamedSlideEncoder,
+    tiles: SlideTiles | FolderTiles,
+    attributes: dict[str, Any],
+    settings: EmbeddingSettings,
+) -> None:
+    """Checks that a slide encoder can place these tiles and, if named, was trained on such."""
+    encoder.check(tiles.coords, tiles.size_level0, tiles.name)
+    if not encoder.preset:
+        return
+    origin = settings.origin
+    if isinstance(tiles, SlideTiles):
+        mpp, magnification = attributes.get("mpp"), attributes.get("target_magnification")
+        if mpp is None and magnification:
+            mpp = 10 / float(magnification)
+        origin = replace(origin, patch_px=tiles.tile_px, mpp=None if mpp is None else float(mpp))
+    check_origin(get_slide_preset(encoder.preset), origin, tiles.name)
 
 
 # Caches of a worker process: models are loaded once, not once per slide.
@@ -305,21 +332,25 @@ def _load_tile_encoder(spec: TileEncoderSpec, device: torch.device) -> PatchEnco
 
 
 @lru_cache(maxsize=1)
-def _load_slide_encoder(spec: SlideEncoderSpec, device: torch.device) -> LongNetViT:
-    return open_slide_encoder(spec, device)
+def _load_slide_encoder(encoder: NamedSlideEncoder, device: torch.device) -> Any:
+    return encoder.open(device)
 
 
-def _write_table(job: JobFolder) -> None:
-    """Joins the embeddings of all slides, sorted by name."""
+def write_table(job: JobFolder, noun: str = "slide") -> None:
+    """Joins the embeddings of all slides or patients, sorted by name."""
     names, vectors = [], []
     written = (row for row in job.rows() if row["state"] == WRITTEN)
-    for row in sorted(written, key=lambda row: str(row["slide"])):
-        with h5py.File(job.out / row["slide_features"], "r") as file:
+    for row in sorted(written, key=lambda row: str(row[noun])):
+        with h5py.File(job.out / row[f"{noun}_features"], "r") as file:
             vectors.append(np.asarray(file["features"]))
-        names.append(row["slide"])
+        names.append(row[noun])
     if vectors:
-        with atomic_file(job.out / TABLE_NAME) as partial, partial.open("wb") as file:
-            np.savez(file, slides=np.array(names), features=np.stack(vectors))
+        with (
+            atomic_file(job.out / f"{noun}_embeddings.npz") as partial,
+            partial.open("wb") as file,
+        ):
+            table: dict[str, Any] = {f"{noun}s": np.array(names), "features": np.stack(vectors)}
+            np.savez(file, **table)
 
 
 def _find_coords(folder: Path, slide_id: str) -> Path:

@@ -176,6 +176,19 @@ class SlideEncoderSpec:
         tile_size = self.vector().tile_size
         return size_level0 if tile_size == "patch" else tile_size
 
+    def attributes(self, size_level0: int) -> dict[str, Any]:
+        """What the file of a vector says about its encoder."""
+        return {
+            "encoder": self.name,
+            "model_arch": self.model_arch,
+            "weights_sha256": self.digest,
+            "precision": self.precision,
+            "preset": self.preset,
+            "layer": self.vector().layer,
+            "pooling": self.vector().pooling,
+            "tile_size": self.cell_px(size_level0),
+        }
+
 
 def describe_slide_encoder(
     pretrained: str,
@@ -322,27 +335,13 @@ def slide_vector(
 
 
 def write_slide_vector(
-    path: StrPath,
-    vector: NDArray[np.float32],
-    spec: SlideEncoderSpec,
-    details: Mapping[str, Any],
+    path: StrPath, vector: NDArray[np.float32], attributes: Mapping[str, Any]
 ) -> None:
     """Writes a slide embedding as dataset `features` `(embed_dim,)`, as TRIDENT does.
 
     Attributes of the dataset record encoder, weights, layer, pooling and grid.
     """
-    path, chosen = Path(path), spec.vector()
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    attributes = {
-        "encoder": spec.name,
-        "model_arch": spec.model_arch,
-        "weights_sha256": spec.digest,
-        "precision": spec.precision,
-        "preset": spec.preset,
-        "layer": chosen.layer,
-        "pooling": chosen.pooling,
-        "tile_size": spec.cell_px(int(details["size_level0"])),
-        **details,
-    }
     with atomic_file(path) as partial, h5py.File(partial, "w") as file:
         file.create_dataset("features", data=vector).attrs.update(attributes)

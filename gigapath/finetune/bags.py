@@ -108,8 +108,11 @@ class SlideFolder:
         if file.suffix != ".h5":
             return ""
         with h5py.File(file, "r") as opened:
-            name = str(opened.attrs.get("encoder", ""))
-            digest = str(opened["coords"].attrs.get("weights_sha256", ""))
+            # TRIDENT names the encoder at the dataset.
+            holders = [opened, *(opened[n] for n in ("features", "feats") if n in opened)]
+            name = str(next((h.attrs["encoder"] for h in holders if "encoder" in h.attrs), ""))
+            coords = opened["coords"].attrs if "coords" in opened else {}
+            digest = str(coords.get("weights_sha256", ""))
         return f"{name} {digest[:12]}".strip()
 
     def _onto_grid(self, coords: Tensor, file: Path) -> Tensor:

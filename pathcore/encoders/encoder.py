@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -417,7 +417,7 @@ def _build_preset(
     if preset.library == "open_clip":
         names = _open_clip_names(preset, weights)
         return _build_open_clip(*names, feature, arguments, preset=preset)
-    file = _weights_file(preset, weights)
+    file = weights_file(preset, weights)
     state_dict = read_state_dict(file, mmap=True)
     architecture, settings = preset.architecture, {**preset.arguments, **arguments}
     transform = preset.transform
@@ -452,8 +452,25 @@ def _known_transform(preset: Preset) -> Transform:
     return preset.transform
 
 
-def _weights_file(preset: Preset, weights: str) -> Path:
-    """Returns the weights file of a preset: the given one, one in a folder, or one from the hub."""
+class PublishedWeights(Protocol):
+    """What a preset says about its weights; see `Preset`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def hub(self) -> str: ...  # noqa: D102
+    @property
+    def files(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def source(self) -> str: ...  # noqa: D102
+
+
+def weights_file(preset: PublishedWeights, weights: str) -> Path:
+    """Returns the file of a preset's weights: the one given, in the folder given, or from the hub.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     names = [*preset.files, *_TIMM_WEIGHTS]
     if weights:
         path = Path(weights).expanduser()
@@ -745,7 +762,7 @@ def _open_clip_names(preset: Preset, weights: str) -> tuple[str, str]:
     if weights and path.is_dir() and (path / _OPEN_CLIP_CONFIG).is_file():
         return f"local-dir:{path}", ""
     if preset.architecture:
-        return preset.architecture, str(_weights_file(preset, weights))
+        return preset.architecture, str(weights_file(preset, weights))
     if weights:
         raise EncoderError(
             f"encoder {preset.name}: weights {weights}: expected a folder with {_OPEN_CLIP_CONFIG}"
@@ -878,7 +895,7 @@ def _build_package(preset: Preset, weights: str, feature: str) -> Network:
             f"encoder {preset.name}: needs the package {preset.package} of its authors; install "
             f"it by `{preset.install}`"
         )
-    file = _weights_file(preset, weights)
+    file = weights_file(preset, weights)
     build = {"conch": _conch, "musk": _musk}[preset.architecture]
     return build(preset, file, feature)
 

@@ -10,7 +10,7 @@ import difflib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -128,8 +128,21 @@ def get_preset(name: str) -> Preset:
 
 @lru_cache(maxsize=1)
 def _files() -> dict[str, Path]:
+    return find_presets(_folders())
+
+
+def _folders() -> Iterator[Path]:
+    yield from preset_folders(Path(__file__).with_name("presets"), ENTRY_POINTS)
+
+
+def find_presets(folders: Iterable[Path]) -> dict[str, Path]:
+    """Returns the JSON files of folders by their stems, the names of the presets.
+
+    Raises:
+        PresetError: If two files have one name.
+    """
     found: dict[str, Path] = {}
-    for folder in _folders():
+    for folder in folders:
         for file in sorted(folder.glob("*.json")):
             if file.stem in found:
                 raise PresetError(
@@ -139,9 +152,14 @@ def _files() -> dict[str, Path]:
     return found
 
 
-def _folders() -> Iterator[Path]:
-    yield Path(__file__).with_name("presets")
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+def preset_folders(own: Path, group: str) -> Iterator[Path]:
+    """Yields a folder of presets of this distribution, then those of a group of entry points.
+
+    Raises:
+        PresetError: If an entry point names no folder.
+    """
+    yield own
+    for entry in importlib.metadata.entry_points(group=group):
         try:
             folder = Path(entry.load()())
         except (ImportError, AttributeError) as error:
@@ -155,13 +173,10 @@ def _folders() -> Iterator[Path]:
 
 @cache
 def _read(name: str) -> Preset:
-    content, origin = _content(name)
-    known = {entry.name for entry in fields(Preset)} - {"name", "origin"}
-    if unknown := set(content) - known:
-        raise PresetError(f"{origin}: {', '.join(sorted(unknown))} not known")
-    required = {"library", "architecture", "transform", "feature", "embed_dim"}
-    if missing := required - set(content):
-        raise PresetError(f"{origin}: {', '.join(sorted(missing))} missing")
+    content, origin = read_preset(name, _files()), _files()[name]
+    check_fields(
+        content, Preset, origin, {"library", "architecture", "transform", "feature", "embed_dim"}
+    )
     if content["library"] not in _LIBRARIES:
         raise PresetError(
             f"{origin}: library {content['library']!r}, expected one of {', '.join(_LIBRARIES)}"
@@ -177,9 +192,13 @@ def _read(name: str) -> Preset:
     return Preset(**{**values, "name": name, "transform": transform, "origin": str(origin)})
 
 
-def _content(name: str) -> tuple[dict[str, Any], Path]:
-    """Reads the file of a preset, merged over that of the preset it extends."""
-    file = _files()[name]
+def read_preset(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Reads the file of a preset, merged over that of the preset it extends.
+
+    Raises:
+        PresetError: If it is no JSON object, or extends no other preset.
+    """
+    file = files[name]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -188,10 +207,25 @@ def _content(name: str) -> tuple[dict[str, Any], Path]:
         raise PresetError(f"{file}: expected a JSON object, found {type(content).__name__}")
     base = content.pop("extends", None)
     if base is None:
-        return _complete(content), file
-    if base not in _files() or base == name:
+        return _complete(content)
+    if base not in files or base == name:
         raise PresetError(f"{file}: extends {base!r}, which is no other preset")
-    return {**_content(base)[0], **_complete(content)}, file
+    return {**read_preset(base, files), **_complete(content)}
+
+
+def check_fields(
+    content: Mapping[str, Any], preset: type[Any], origin: Path, required: Set[str]
+) -> None:
+    """Checks that a preset's file has the fields of its dataclass.
+
+    Raises:
+        PresetError: If a field is unknown, or a required one is missing.
+    """
+    known = {entry.name for entry in fields(preset)} - {"name", "origin"}
+    if unknown := set(content) - known:
+        raise PresetError(f"{origin}: {', '.join(sorted(unknown))} not known")
+    if missing := required - set(content):
+        raise PresetError(f"{origin}: {', '.join(sorted(missing))} missing")
 
 
 def _complete(content: dict[str, Any]) -> dict[str, Any]:

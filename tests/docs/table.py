@@ -91,6 +91,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^xtuner-add serve", "serves until it is stopped; tests/xtuner_add/test_serve.py"),
     (r"^cd work_dirs/demo|demo_instruction_tuning|work_dirs/demo|clip/pairs/hf",
      "continues a demo of minutes; tests/xtuner_add/demo runs it"),
+    (r"--slide-encoder (chief|feather)", "gated weights; tests/gigapath/test_slide_encoders.py"),
     (r"^bash scripts/run_", "published data sets; tests/xtuner_add/test_gigapath_commands.py"),
     (r"train (configs/pallava/)?(plip_pretraining|pallava_slide_questions)|slide_model",
      "trains for a minute; tests/pallava/engine runs both recipes"),

@@ -18,6 +18,7 @@ from PIL import Image
 
 from gigapath.embed.device_claims import claim
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
+from gigapath.embed.slide_encoders import NamedSlideEncoder, Origin
 from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
@@ -292,6 +293,33 @@ def test_encoders_by_name_give_their_own_features(
     assert attributes["weights_sha256"] == attributes["encoder_digest"] == described["digest"]
     assert json.loads(attributes["transform"]) == described["transform"]
     assert attributes["precision"] == "float32" and attributes["feature"] == described["feature"]
+
+
+def test_slide_encoders_by_name_check_the_tiles(folder: Path, tmp_path: Path) -> None:
+    slide = folder / "slides" / "b.svs"
+
+    def run(name: str, encoder: str, spec: PatchSpec) -> Path:
+        settings = EmbeddingSettings(
+            describe_encoder(str(folder / "enc")),
+            NamedSlideEncoder(encoder),
+            spec,
+            batch_size=8,
+            pictures=False,
+            origin=Origin("chief-ctp"),
+        )
+        embed_slides(slide, tmp_path / name, settings, PLACEMENT, progress=False)
+        return tmp_path / name
+
+    mean = run("mean", "mean", PatchSpec(32, 0.5))
+    (path,) = mean.glob("features/*/b.h5")
+    with h5py.File(mean / "slide_features/mean/b.h5") as file:
+        np.testing.assert_allclose(file["features"], read_features(path)[0].mean(0), atol=1e-6)
+        assert file["features"].attrs["slide_encoder"] == "mean"
+    chief = run("chief", "chief", PatchSpec(32, 0.5))
+    (row,) = map(json.loads, (chief / "skipped.jsonl").open())
+    assert "features of chief-ctp, 32 px at 0.5 µm" in row["detail"]
+    assert "trained on chief-ctp, 256 px at 1 µm" in row["detail"]
+    assert not (chief / "features").exists()  # refused before hours go into tiles
 
 
 def test_names_that_are_no_encoder() -> None:

@@ -28,6 +28,7 @@ from xtuner_add.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from gigapath.embed.slide_encoders import NamedSlideEncoder
     from gigapath.embed.slide_vectors import SlideEncoderSpec
 
 _HUB = "hf_hub:prov-gigapath/prov-gigapath"
@@ -64,8 +65,12 @@ class _GridSize(click.ParamType):
 @click.option(
     "--slide-encoder",
     metavar="WEIGHTS",
-    help="hf_hub:OWNER/NAME, a file or folder, random, or none to embed tiles only. [default: the "
+    help="A name that `xtuner-add encode-slides --list` shows (chief@FILE, mean, ...), "
+    "hf_hub:OWNER/NAME, a file or folder, random, or none to embed tiles only. [default: the "
     "slide encoder that was trained on this tile encoder, if it is Prov-GigaPath's]",
+)
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the code of the slide encoder's authors."
 )
 @click.option(
     "--slide-arch",
@@ -204,6 +209,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
         coords=str(options["coords"].resolve()) if options["coords"] else None,
         batch_size=options["batch_size"] or (128 if on_gpu else 16),
         pictures=not options["no_pictures"],
+        origin=_origin_of_tiles(tile_encoder, options),
     )
     read_workers = options["read_workers"]
     if read_workers is None:
@@ -211,14 +217,38 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
     return settings, Placement(str(device), read_workers)
 
 
+def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
+    """The preset of the tile encoder, and what the command line says about tiles."""
+    from gigapath.embed.slide_encoders import Origin
+    from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, slide_encoder_of
+
+    if tile_encoder.named:
+        name = tile_encoder.pretrained.partition("@")[0]
+    else:
+        published = slide_encoder_of(options["tile_encoder"], options["tile_arch"])
+        name = {HUB_NAME: "prov-gigapath", FLASH_HUB_NAME: "gigapath-flash"}.get(
+            published or "", ""
+        )
+    return Origin(name, tile_encoder.digest, options["patch_px"], options["mpp"])
+
+
 def _slide_encoder(
     options: dict[str, Any], tile_encoder: Any, precision: str
-) -> SlideEncoderSpec | None:
+) -> SlideEncoderSpec | NamedSlideEncoder | None:
+    from gigapath.embed.slide_encoders import describe_named_slide_encoder, list_slide_encoders
     from gigapath.embed.slide_vectors import describe_slide_encoder
     from gigapath.embed.tile_inference import embedding_width
     from gigapath.tile_encoder import slide_encoder_of
 
     weights = options["slide_encoder"]
+    if weights is not None and weights.partition("@")[0] in list_slide_encoders():
+        return describe_named_slide_encoder(
+            weights,
+            trust_remote_code=options["trust_remote_code"],
+            preset=options["preset"],
+            grid_px=options["grid_px"],
+            precision=precision,
+        )
     if weights is None:
         weights = slide_encoder_of(
             options["tile_encoder"], options["tile_arch"], named=tile_encoder.named
@@ -240,6 +270,110 @@ def _slide_encoder(
         precision=precision,
         seed=options["seed"],
     )
+
+
+def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from gigapath.embed.slide_encoders import get_slide_preset, list_slide_encoders
+
+    for name in list_slide_encoders():
+        preset = get_slide_preset(name)
+        notes = [f"patients {preset.patients}", f"licence {preset.licence}"]
+        notes += ["code of its authors, with --trust-remote-code"] if preset.authors_code else []
+        click.echo(f"{name}: {preset.trained_on}; {'; '.join(notes)}")
+    ctx.exit()
+
+
+@click.command(
+    "encode-slides",
+    epilog=example(
+        "encode-slides",
+        "features/ --slide-encoder mean --output vectors/",
+        "features/ --slide-encoder chief@CHIEF_pretraining.pth --output vectors/ "
+        "--patients patients.csv",
+    ),
+)
+@click.argument("features", type=FOLDER)
+@click.option("--output", type=ANY_PATH, required=True, help="Folder to write.")
+@click.option(
+    "--slide-encoder",
+    required=True,
+    metavar="NAME[@FILE]",
+    help="A name that --list shows, with @FILE_OR_FOLDER for weights on disk.",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_list_slide_encoders,
+    help="List the slide encoders, with what each was trained on, and exit.",
+)
+@click.option(
+    "--patients", type=FILE, help="CSV with slide and patient: one vector for each patient."
+)
+@click.option(
+    "--patch-encoder",
+    metavar="NAME",
+    help="Patch encoder of the features, if the files do not say it; recorded.",
+)
+@click.option(
+    "--patch-px",
+    type=click.IntRange(1),
+    help="Size of their patches in pixels, if the files do not say it; recorded.",
+)
+@click.option(
+    "--mpp",
+    type=click.FloatRange(0, min_open=True),
+    help="Micrometres per pixel of their patches, if the files do not say it; recorded.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(_PRESETS),
+    default="mean",
+    show_default=True,
+    help="Which vector of prov-gigapath and gigapath-flash; see `xtuner-add embed`.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the code of the encoder's authors.")
+@device_option
+@click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def encode_slides(features: Path, output: Path, **options: Any) -> None:
+    """Embed slides or patients from FEATURES, a folder of SLIDE.h5.
+
+    FEATURES are patch features of `xtuner-add embed`, TRIDENT, CLAM or STAMP. A slide encoder takes
+    only features of the patch encoder, patch size and resolution that it was trained on. Writes
+    slide_features/ENCODER/SLIDE.h5 and slide_embeddings.npz, or patient_features/ and
+    patient_embeddings.npz. An interrupted run continues when the same command is run again. Exit
+    code 3 if a slide was skipped; skipped.jsonl and manifest.jsonl say why.
+    """
+    from gigapath.embed.features_job import encode_slides as encode
+    from gigapath.embed.slide_encoders import Origin, describe_named_slide_encoder
+    from pathcore.encoders import get_preset
+
+    with user_errors():
+        name = options["patch_encoder"]
+        stated = Origin(
+            get_preset(name).name if name else "",
+            patch_px=options["patch_px"],
+            mpp=options["mpp"],
+        )
+        report = encode(
+            features,
+            output,
+            describe_named_slide_encoder(
+                options["slide_encoder"],
+                trust_remote_code=options["trust_remote_code"],
+                preset=options["preset"],
+            ),
+            stated=stated,
+            patients=options["patients"],
+            device=options["device"],
+            retry_skipped=options["retry_skipped"],
+            progress=not options["quiet"],
+        )
+    end_of_job(report, "patients" if options["patients"] else "slides", output)
 
 
 _OPTION = click.option(

@@ -1,0 +1,298 @@
+"""Vectors of slides or patients from patch features that are there already, in a resumable job.
+
+`OUT/` gets `slide_features/ENCODER/SLIDE.h5` and `slide_embeddings.npz`, or the same of patients.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gigapath.embed.job import write_table
+from gigapath.embed.slide_encoders import (
+    NamedSlideEncoder,
+    Origin,
+    OriginError,
+    check_origin,
+    get_slide_preset,
+)
+from gigapath.embed.slide_vectors import write_slide_vector
+from gigapath.embed.tile_inference import choose_device
+from gigapath.finetune.bags import SlideFolder
+from pathcore.files import StrPath
+from pathcore.jobs import JobFolder, Report, UnitError
+from wsi.conform import read_feature_file
+from wsi.features import EmbeddingError, check_features
+from wsi.slide_job import SlideUnit, process_units
+
+SLIDE_COLUMNS = ("slide", "slide_id")
+PATIENT_COLUMNS = ("patient", "patient_id", "pat_id", "case_id")
+
+_SLIDE_SKIPPED = "slide of the patient skipped"
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Patch features of a slide, or of all slides of a patient.
+
+    Attributes:
+        features: `(N, dim)`.
+        coords: int64 `(N, 2)`: left and top in level-0 pixels.
+        size_level0: Side of a patch in level-0 pixels.
+        origin: Where the features come from.
+    """
+
+    features: NDArray[Any]
+    coords: NDArray[np.int64]
+    size_level0: int
+    origin: Origin
+
+
+def encode_slides(
+    features: StrPath,
+    out: StrPath,
+    encoder: NamedSlideEncoder,
+    *,
+    stated: Origin | None = None,
+    patients: StrPath | None = None,
+    device: str | None = None,
+    retry_skipped: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Embeds the slides of a folder of features, or their patients.
+
+    A slide that cannot be used is recorded and skipped; its patient is embedded without it, and is
+    recorded as incomplete.
+
+    Args:
+        features: Folder of `SLIDE.h5`, of this package, TRIDENT, CLAM or STAMP.
+        out: Folder to write; a job that was stopped continues in it.
+        encoder: The slide encoder.
+        stated: What the features are, where the files do not say it; recorded with every vector.
+        patients: CSV with columns `slide` and `patient`; by default one vector per slide.
+        device: Name of the device; by default a GPU if there is one.
+        retry_skipped: Whether to process again what an earlier run skipped.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: If `features` holds no `.h5`.
+        ValueError: If the table of patients is not usable.
+        OutputExistsError: If `out` holds something else.
+        FolderInUseError: If another run is writing to `out`.
+    """
+    folder = SlideFolder(Path(features))
+    names = [path.stem for path in sorted(folder.path.glob("*.h5"))]
+    if not names:
+        raise FileNotFoundError(f"features {features}: no .h5 in this folder")
+    noun = "slide" if patients is None else "patient"
+    members = {name: [name] for name in names} if patients is None else read_patients(patients)
+    stated, common = stated or Origin(), _most_common_encoder(folder, names)
+    inputs = {
+        "operation": "encode",
+        "features": str(folder.path.resolve()),
+        "encoder": asdict(encoder),
+        "stated": asdict(stated),
+        "patients": None if patients is None else members,
+    }
+    process = partial(
+        _encode,
+        members=members,
+        encoder=encoder,
+        stated=stated,
+        common=common,
+        noun=noun,
+        device=str(choose_device(device)),
+    )
+    listed = {slide for slides in members.values() for slide in slides}
+    with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
+        units = (SlideUnit(name, folder.path, job.out) for name in members)
+        process_units(process, units, job, num_inputs=len(members), noun=noun, progress=progress)
+        write_table(job, noun)
+        others = sorted(set(names) - listed)
+        reason = "slide is not in the table of patients"
+        return job.finish(passed_over=[{"file": f"{n}.h5", "reason": reason} for n in others])
+
+
+def read_patients(path: StrPath) -> dict[str, list[str]]:
+    """Reads which slides a patient has.
+
+    Args:
+        path: CSV with one of `SLIDE_COLUMNS` and one of `PATIENT_COLUMNS`.
+
+    Returns:
+        Slides by patient, in the order of the table.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column or value is missing, or a slide has two patients.
+    """
+    patients: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        chosen = [
+            next((name for name in names if name in columns), "")
+            for names in (SLIDE_COLUMNS, PATIENT_COLUMNS)
+        ]
+        if not all(chosen):
+            raise ValueError(
+                f"{path}: columns {', '.join(columns)}; expected slide (or slide_id) and patient "
+                "(or patient_id, pat_id, case_id)"
+            )
+        for row in reader:
+            slide, patient = (str(row[name] or "").strip() for name in chosen)
+            if not slide or not patient:
+                raise ValueError(f"{path}, line {reader.line_num}: slide or patient is empty")
+            slide = slide.removesuffix(".h5").removesuffix(".svs")
+            if owner.setdefault(slide, patient) != patient:
+                raise ValueError(f"{path}: slide {slide} has patients {owner[slide]} and {patient}")
+            slides = patients.setdefault(patient, [])
+            if slide not in slides:
+                slides.append(slide)
+    return patients
+
+
+def _most_common_encoder(folder: SlideFolder, names: Sequence[str]) -> str:
+    """Returns name and digest of the encoder of most files.
+
+    Vectors of two encoders' features do not go together, whatever the slide encoder takes.
+    """
+    counts: Counter[str] = Counter()
+    for name in names:
+        try:
+            counts[folder.encoder(name)] += 1
+        except (OSError, KeyError, ValueError):
+            continue  # a damaged file is recorded when its turn comes
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def read_bag(path: Path, encoder: NamedSlideEncoder, stated: Origin) -> Bag:
+    """Reads the features of a slide and checks that the encoder was trained on such.
+
+    Raises:
+        ValueError: If the file is damaged.
+        OriginError: If the features are not what the encoder was trained on.
+        EmbeddingError: If they are not finite, or their coordinates are missing but needed.
+    """
+    file, preset = read_feature_file(path), get_slide_preset(encoder.preset)
+    origin = Origin.of_file(file).completed(stated, str(path))
+    check_origin(preset, origin, str(path))
+    coords = file.coords
+    if preset.patients == "side by side":  # positions matter
+        if coords is None or file.unit != "px" or not file.patch_level0_px:
+            raise EmbeddingError(
+                f"{path}: slide encoder {preset.name} needs coordinates in level-0 pixels and the "
+                "size of a patch at level 0; convert the file by `xtuner-add conform`"
+            )
+        if not (coords == np.round(coords)).all():
+            raise EmbeddingError(f"{path}: coordinates are not whole pixels")
+    elif coords is None or len(coords) != len(file.features):
+        coords = np.zeros((len(file.features), 2))
+    whole = coords.astype(np.int64)
+    check_features(file.features, whole, str(path))
+    return Bag(file.features, whole, round(file.patch_level0_px or 0), origin)
+
+
+def join_bags(bags: Sequence[Bag], *, side_by_side: bool) -> Bag:
+    """Makes one bag of the slides of a patient.
+
+    Args:
+        bags: One per slide.
+        side_by_side: Whether slides are shifted along x, each to the right of the last, as STAMP
+            does for TITAN and Prov-GigaPath. Slides that were scanned at another resolution are
+            scaled to the finest, so that patches keep one size. Otherwise coordinates are kept.
+
+    Raises:
+        OriginError: If the slides' features come from different encoders.
+    """
+    first = bags[0].origin
+    for bag in bags[1:]:
+        if (bag.origin.encoder, bag.origin.digest) != (first.encoder, first.digest):
+            raise OriginError(
+                f"features of {first.encoder} {first.digest[:12]} and of {bag.origin.encoder} "
+                f"{bag.origin.digest[:12]} in one patient"
+            )
+    size = max(bag.size_level0 for bag in bags)
+    coords, offset = [], 0
+    for bag in bags:
+        places = bag.coords
+        if side_by_side:
+            # Multiplied first, so that nothing is lost to rounding.
+            places = places * size // bag.size_level0 + np.array([offset, 0])
+            offset = int(places[:, 0].max()) + size
+        coords.append(places)
+    return Bag(np.concatenate([bag.features for bag in bags]), np.concatenate(coords), size, first)
+
+
+def _encode(
+    unit: SlideUnit,
+    members: Mapping[str, Sequence[str]],
+    encoder: NamedSlideEncoder,
+    stated: Origin,
+    common: str,
+    noun: str,
+    device: str,
+) -> dict[str, Any]:
+    folder, preset = SlideFolder(unit.path), get_slide_preset(encoder.preset)
+    bags: dict[str, Bag] = {}
+    faults: dict[str, str] = {}
+    for slide in members[unit.slide_id]:
+        try:
+            path = folder.file(slide)
+            if (own := folder.encoder(slide)) != common:
+                raise OriginError(
+                    f"{path}: features of {own or 'an unknown encoder'}, those of most slides are "
+                    f"of {common or 'an unknown encoder'}"
+                )
+            bags[slide] = read_bag(path, encoder, stated)
+        except UnitError as error:
+            if noun == "slide":
+                raise
+            faults[slide] = str(error)
+        except (OSError, ValueError) as error:  # h5py raises OSError for a damaged file
+            if noun == "slide":
+                raise EmbeddingError(str(error)) from error
+            faults[slide] = str(error)
+    if not bags:
+        raise OriginError(f"{unit.slide_id}: no usable slide: {'; '.join(faults.values())}")
+    side_by_side = preset.patients == "side by side"
+    bag = join_bags(list(bags.values()), side_by_side=side_by_side)
+    encoder.check(bag.coords, bag.size_level0, unit.slide_id)
+    network = _open(encoder, device)
+    vector = encoder.vector(network, bag.features, bag.coords, bag.size_level0, unit.slide_id)
+    path_in_job = f"{noun}_features/{encoder.folder}/{unit.slide_id}.h5"
+    origin = replace(bag.origin, stated=())
+    attributes = {
+        **encoder.attributes(bag.size_level0),
+        "name": unit.slide_id,
+        "num_tiles": len(bag.features),
+        "size_level0": bag.size_level0,
+        "tile_encoder": origin.encoder,
+        "tile_encoder_sha256": origin.digest,
+        "features_origin": str(origin),
+        "stated": ", ".join(bag.origin.stated),
+    }
+    row: dict[str, Any] = {f"{noun}_features": path_in_job, "tiles": len(bag.features)}
+    if noun == "patient":
+        attributes |= {"slides": list(bags), "slides_are": preset.patients}
+        row |= {"slides": list(bags), "skipped_slides": faults}
+        row["incomplete"] = [_SLIDE_SKIPPED] if faults else []
+    if bag.origin.stated:
+        row["stated"] = list(bag.origin.stated)
+    write_slide_vector(unit.out / path_in_job, vector, attributes)
+    return row
+
+
+@lru_cache(maxsize=1)
+def _open(encoder: NamedSlideEncoder, device: str) -> Any:
+    return encoder.open(torch.device(device))
