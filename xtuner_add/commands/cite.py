@@ -222,7 +222,7 @@ def texts(
         arguments["pooling"] = pooling
     with user_errors():
         descriptions = read_json(classes, what="classes")
-        text_encoder = build_text_encoder(encoder, **arguments)
+        text_encoder = build_text_encoder(**arguments)
         content = encode_texts(text_encoder, descriptions, template or ("{}",))
         write_text_embeddings(out, content)
     click.echo(
