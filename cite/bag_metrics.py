@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -326,6 +327,4 @@ _FROM_COUNTS: dict[str, Callable[[Array], dict[str, Array]]] = {
 
 
 def _wrap(name: str) -> str:
-    from textwrap import fill
-
     return fill(name, 18)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,4 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _wrap(name: str, width: int = 28) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(name, width))

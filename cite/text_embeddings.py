@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cite.text_encoder import TextEncoder
@@ -135,8 +137,6 @@ def encode_texts(
 
 def write_text_embeddings(path: StrPath, content: TextEmbeddings) -> None:
     """Writes embeddings as safetensors, with a description in the header."""
-    from safetensors.torch import save_file
-
     embeddings = content.embeddings.contiguous()
     header = {
         "classes": content.classes,
@@ -166,8 +166,6 @@ def read_text_embeddings(
         FileNotFoundError: If the file does not exist.
         ValueError: If it is another kind of file, damaged, or has other classes or another width.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -48,6 +48,7 @@ from pathcore.pool import ProgressBar
 from wsi.features import FolderTiles, read_tiles
 from wsi.image_codecs import encode_png
 from wsi.reader import Slide, SlideError
+from wsi.report import draw_patches
 
 SLIDE_ARCHITECTURE = "gigapath_slide_enc12l768d"
 TILE_WIDTH = 1536
@@ -442,8 +443,6 @@ def _draw(
     size_level0: int,
 ) -> None:
     """Draws the slide, the box of its tissue, and the tiles in the box."""
-    from wsi.report import draw_patches
-
     thumbnail = slide.thumbnail(_THUMBNAIL_PX)
     overlay = draw_patches(
         slide, np.array(places, np.int64), size_level0, max_side_px=_THUMBNAIL_PX

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from pallava.anyres import AnyRes, GridTies
 from pallava.engine.conversations import (
@@ -134,8 +135,6 @@ class LLaVADataset(ConversationDataset):
 
 
 def _pad_to_square(image: Any, mean: Sequence[float]) -> Any:
-    from PIL import Image
-
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -14,6 +14,7 @@ from mmengine import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from xtuner.registry import BUILDER
 
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
@@ -255,8 +256,6 @@ def build_encoder(value: Any) -> nn.Module:
     if isinstance(value, nn.Module):
         return value
     if isinstance(value, Mapping):
-        from xtuner.registry import BUILDER
-
         return BUILDER.build(dict(value))
     name, separator, folder = str(value).partition(":")
     if separator and not Path(str(value)).exists():
@@ -269,7 +268,6 @@ def _build_llm(value: Any, max_position_embeddings: int | None) -> nn.Module:
         return value
     from huggingface_hub.errors import HFValidationError
     from xtuner.model.utils import traverse_dict
-    from xtuner.registry import BUILDER
 
     name = value.get("pretrained_model_name_or_path")
     if name is not None:
@@ -299,7 +297,6 @@ def _stretched_config(name: str, max_position_embeddings: int) -> Any:
 
 def _add_lora(llm: nn.Module, lora: Any) -> nn.Module:
     from peft import get_peft_model
-    from xtuner.registry import BUILDER
 
     config = BUILDER.build(lora) if isinstance(lora, Mapping) else lora
     if config.target_modules is None:

@@ -6,6 +6,7 @@ OpenSlide says "Unsupported or missing image file" for missing, empty and trunca
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -48,8 +49,6 @@ def explain(path: Path) -> str | None:
 
 
 def _explain_tiff(path: Path, size: int) -> str | None:
-    import struct
-
     import tifffile
 
     try:

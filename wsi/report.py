@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from pathcore.files import StrPath, atomic_file
 from wsi.reader import Slide
@@ -39,8 +40,6 @@ def draw_patches(
         max_side_px: Length of the longer side of the picture.
         colours: uint8 RGB `(N, 3)`, one per square, for instance by cluster.
     """
-    from PIL import Image, ImageDraw
-
     image = slide.thumbnail(max_side_px)
     if mask is not None:
         image = Image.composite(
@@ -62,7 +61,6 @@ def save_jpeg(image: Image.Image, path: StrPath) -> None:
 
 
 def _outline(mask: TissueMask, size: tuple[int, int]) -> Image.Image:
-    from PIL import Image
     from scipy.ndimage import binary_erosion
 
     tissue = np.asarray(Image.fromarray(mask.mask).resize(size, 0))

@@ -8,6 +8,7 @@ check on each file that pixels equal OpenSlide's, since decoders differ in chrom
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,8 +182,6 @@ def _assemble(
 
 
 def _find_levels(path: Path, sizes: Sequence[tuple[int, int]]) -> dict[int, TiledLevel]:
-    import struct
-
     import tifffile
 
     try:

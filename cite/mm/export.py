@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 
 from cite.classifier import Classifier, LinearScores
 from cite.mm.feature_extraction import build_classifier
@@ -109,8 +110,6 @@ def _head_of(head: Any, config: StrPath) -> TextScores | LinearScores:
 
 
 def _class_names(cfg: Config, head: TextScores | LinearScores) -> list[str]:
-    from mmengine.registry import DATASETS
-
     settings = cfg.test_dataloader.dataset
     names = settings.get("classes") or (settings.get("metainfo") or {}).get("classes")
     if names is None:

@@ -18,6 +18,7 @@ from cite.text_embeddings import (
     read_text_embeddings,
     texts_by_class,
 )
+from cite.text_encoder import build_text_encoder
 from cite.text_scores import TEMPERATURE, TextScores
 
 
@@ -155,8 +156,6 @@ def _in_order(
 def _encode(
     encoder: Mapping[str, Any], texts: Mapping[str, Any], templates: Sequence[str]
 ) -> TextEmbeddings:
-    from cite.text_encoder import build_text_encoder
-
     filled, class_ids = texts_by_class(texts, templates)
     model = build_text_encoder(**encoder)
     return TextEmbeddings(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 
 from gigapath.finetune.bags import SlideFolder
@@ -76,7 +77,6 @@ def draw_attention(
     """
     # matplotlib takes a second to import, and most runs draw no maps.
     from matplotlib import colormaps
-    from PIL import Image
 
     size_level0 = patch_size_level0(attributes, coords)
     values, covered = attention_grid(coords, ranks(attention), size_level0)

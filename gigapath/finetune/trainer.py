@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -205,8 +206,6 @@ class Trainer:
 
     def test(self) -> dict[str, Any]:
         """Scores the selected weights on validation and test slides and writes predictions."""
-        from safetensors.torch import load_file
-
         weights = load_file(self.folder / WEIGHTS_NAME)
         self.model.load_state_dict(weights)
         scores: dict[str, Any] = {"epoch": self._best()["epoch"], "num_epochs": len(self.history)}
@@ -336,8 +335,6 @@ class Trainer:
         return self.epoch - 1 - int(best["epoch"]) >= self.settings.patience
 
     def _save_weights(self) -> None:
-        from safetensors.torch import save_file
-
         if self.ranks.is_first:
             weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
             with atomic_file(self.folder / WEIGHTS_NAME) as partial:

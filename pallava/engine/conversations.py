@@ -11,7 +11,9 @@ from typing import Any
 
 from mmengine import print_log
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import broadcast_object_list, get_rank
 from torch.utils.data import Dataset
+from xtuner.registry import BUILDER
 
 from pallava.engine.skipping import default_skip_log
 from pallava.skipping import SkipLog
@@ -362,8 +364,6 @@ def _used_files(row: Mapping[str, Any]) -> list[str]:
 
 
 def _on_first_rank(read_headers: Callable[[list[str]], Any], names: list[str]) -> Any:
-    from mmengine.dist import broadcast_object_list, get_rank
-
     found = [read_headers(names) if get_rank() == 0 else None]
     broadcast_object_list(found)
     assert found[0] is not None
@@ -373,7 +373,5 @@ def _on_first_rank(read_headers: Callable[[list[str]], Any], names: list[str]) -
 def build(value: Any) -> Any:
     """Builds an object from its config; returns any other value unchanged."""
     if isinstance(value, dict | Config | ConfigDict):
-        from xtuner.registry import BUILDER
-
         return BUILDER.build(value)
     return value

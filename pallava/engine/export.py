@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mmengine import print_log
 from torch import Tensor
+from xtuner.registry import BUILDER
 
 from pallava.engine.prompts import trained_template
 from pallava.inference.loading import CONVERSION_NAME
@@ -47,8 +48,6 @@ def save_trained_parts(
         fp32: Whether to save the language model's part in fp32 instead of fp16.
         save_pretrained_kwargs: Keyword arguments for Hugging Face's `save_pretrained`.
     """
-    from xtuner.registry import BUILDER
-
     if not fp32:
         model.llm.half()
     save_dir.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from xtuner.registry import BUILDER
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.prompts import disagreeing_templates, trained_template
@@ -46,8 +47,6 @@ def read_recipe(
     Raises:
         ValueError: If the config is for another kind of model.
     """
-    from xtuner.registry import BUILDER
-
     prepare_host()
     cfg = Config.fromfile(os.fspath(config_file))
     if options:
@@ -94,7 +93,6 @@ def _lora(lora: Any) -> dict[str, Any]:
     if lora is None:
         return {}
     from peft import LoraConfig
-    from xtuner.registry import BUILDER
 
     config = BUILDER.build(dict(lora)) if isinstance(lora, Mapping) else lora
     if not isinstance(config, LoraConfig):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL import Image
+
 from pallava.dataset import LLaVADataset
 
 
@@ -52,6 +54,4 @@ class SingleImageDataset(LLaVADataset):
         return self.image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
     def _no_image(self) -> Any:
-        from PIL import Image
-
         return self._process(Image.new("RGB", (64, 64))).zero_()

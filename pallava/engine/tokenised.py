@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from xtuner.registry import BUILDER, MAP_FUNC
 
 from pallava.engine.conversations import build, process_text
 from pallava.engine.prompts import TOKENISED_REPORT, template_of
@@ -96,7 +97,6 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
         ValueError: If its training data is not a single dataset with a tokenizer.
     """
     prepare_host()
-    from xtuner.registry import BUILDER, MAP_FUNC
 
     dataset = Config.fromfile(config_file).train_dataloader.dataset
     if "tokenizer" not in dataset:

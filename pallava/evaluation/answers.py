@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from pallava.records.containers import ID_FIELDS, read_records
 from pathcore.files import StrPath, folder_lock
 from pathcore.rows import is_encodable, read_lines
 
@@ -97,8 +98,6 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file has another format; the message names the record.
     """
-    from pallava.records.containers import ID_FIELDS, read_records
-
     answers: dict[str, str] = {}
     num_positions = 0
     is_list = Path(path).suffix == ".jsonl" or Path(path).read_bytes()[:64].lstrip()[:1] == b"["

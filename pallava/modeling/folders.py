@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
@@ -222,8 +223,6 @@ def save_module(module: nn.Module, config: dict[str, Any], folder: StrPath) -> N
 
 
 def _save_tensors(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     # safetensors rejects tensors that share memory, such as expanded buffers and tied weights.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertTokenizerFast, CLIPVisionConfig
 from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.plip_text import PLIPTextEncoder
+from pallava.pairs import read_captions
 from pathcore.files import StrPath
 from pathcore.weights import load_strict
 
@@ -74,8 +75,6 @@ def build_caption_tokenizer(spec: str | Mapping[str, Any]) -> BertTokenizerFast:
         spec: Name or path, or `{"pairs_file": ..., "vocab_size": ...}`.
     """
     if isinstance(spec, Mapping):
-        from pallava.pairs import read_captions
-
         options = dict(spec)
         return make_caption_tokenizer(read_captions(options.pop("pairs_file")), **options)
     return load_caption_tokenizer(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -156,8 +157,6 @@ def _config(
 
 def _write_tokenizer(build: FolderBuild, merger: Merger, converted: Path, recipe: Recipe) -> int:
     """Writes the tokenizer with image token and chat template; returns the image token's id."""
-    import tempfile
-
     from transformers import AddedToken, AutoTokenizer
 
     has_own = (converted / "tokenizer_config.json").is_file()

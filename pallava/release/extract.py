@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +43,6 @@ def extract_adapter(
         CheckpointError: If the models differ in names or shapes.
         ValueError: If `rank` is below 1.
     """
-    from safetensors.torch import save_file
-
     if rank < 1:
         raise ValueError(f"rank {rank}: at least 1 expected")
     first, second = WeightFolder(base), WeightFolder(tuned)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from pathcore.files import StrPath, atomic_file, folder_lock, write_json
@@ -254,8 +255,6 @@ def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: l
 
 def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
     """Returns suffix and bytes of the image, which is fully decoded as a check, and the caption."""
-    from PIL import Image, UnidentifiedImageError
-
     if isinstance(row, BadRow):
         raise ValueError(row)
     if not isinstance(row, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,8 +75,6 @@ class StageResult:
 
 def start_here(arguments: Sequence[str]) -> int:
     """Starts one process of this interpreter, without a launcher."""
-    import subprocess
-
     return subprocess.run([sys.executable, *arguments], check=False).returncode
 
 

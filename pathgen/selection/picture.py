@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from pathgen.selection.sampling import SOURCES, Choice
 from wsi.reader import Slide
@@ -40,8 +42,6 @@ def draw_selection(
         choices: Selected patches.
         max_side_px: Longer side of each view.
     """
-    from PIL import Image, ImageDraw
-
     image = slide.thumbnail(max_side_px)
     scale = np.array(image.size) / np.array(slide.dimensions)
     boxes = np.hstack(
@@ -70,8 +70,6 @@ def draw_selection(
 
 def cluster_colours(count: int) -> list[tuple[int, int, int]]:
     """Returns colours of distinct hues, for any number of clusters."""
-    import colorsys
-
     # Steps of the golden ratio spread hues evenly, however many there are.
     golden = 0.618034
     hues = [(index * golden) % 1 for index in range(count)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathgen.agents.budget import Budget
 from xtuner_add.commands.options import (
     FILE,
     FOLDER,
@@ -256,7 +257,6 @@ def filter_captions(
 
 
 def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **options: Any) -> None:
-    from pathgen.agents.budget import Budget
     from pathgen.agents.steps import run_step
 
     with user_errors():

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathgen.clip.recipe import read_recipe
 from xtuner_add.commands.options import (
     FOLDER,
     OUT_FOLDER,
@@ -22,6 +23,7 @@ from xtuner_add.commands.options import (
     yaml_values,
 )
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
+from xtuner_add.paths import configs_dir
 
 _image_folder = click.option(
     "--image-folder",
@@ -84,7 +86,6 @@ def train_clip(
     the same command is run again. Skipped pairs are listed in skipped.jsonl of each stage, and the
     exit code is 3.
     """
-    from pathgen.clip.recipe import read_recipe
     from pathgen.clip.training import TrainingError
     from pathgen.clip.training import train_clip as train
 
@@ -263,8 +264,6 @@ def find_recipe(name: str) -> Path:
     Raises:
         FileNotFoundError: If the name is neither.
     """
-    from xtuner_add.paths import configs_dir
-
     known = {path.stem: path for path in sorted((configs_dir() / "pathgen").glob("*clip*.yml"))}
     if Path(name).is_file() or name not in known:
         if not Path(name).is_file():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pallava.converters.cleaning.keywords import load_rule
+from pallava.converters.parts import Shard
+from pallava.registry import CONVERTERS
 from pallava.skipping import SKIP_LOG_NAME
 from xtuner_add.commands.options import (
     FILE,
@@ -80,11 +84,8 @@ def convert_dataset(
     per class. An interrupted run continues when the same command is run again. Unusable rows are
     listed in OUT/skipped_samples.jsonl, and the exit code is 3.
     """
-    from dataclasses import replace
-
     from pallava.converters.class_sets import ClassConversion, write_class_folders
     from pallava.converters.conversion import convert
-    from pallava.registry import CONVERTERS
 
     options = keyword_values(settings)
     with user_errors(), progress_bar(name) as advance:
@@ -236,7 +237,6 @@ def clean_pairs(
     """
     from pallava.converters.cleaning.run import TABLES_NAME, clean
     from pallava.converters.cleaning.steps import read_index
-    from pallava.converters.parts import Shard
 
     with user_errors(), progress_bar("clean-pairs") as advance:
         report = clean(
@@ -285,7 +285,6 @@ def _steps(options: dict[str, Any], default: str) -> list[Step]:
 
 
 def _keywords(name: str, rule: str) -> Step:
-    from pallava.converters.cleaning.keywords import load_rule
     from pallava.converters.cleaning.steps import keyword_step
 
     return keyword_step(name, load_rule(rule))

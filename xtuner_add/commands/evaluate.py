@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from pallava.evaluation.answers import read_answers
+from pallava.registry import EVALUATIONS
 from pallava.skipping import SKIP_LOG_NAME
 from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
 from pathcore.files import write_json
@@ -277,7 +279,6 @@ def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[st
         _end(metrics["num_skipped"], work_dir)
         return
     from pallava.evaluation.runs import evaluate as run_evaluation
-    from pallava.registry import EVALUATIONS
 
     chosen = {key: options[key] for key in extra if options[key] is not None}
     try:
@@ -368,10 +369,8 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     The exit code is 3 if questions have no answer, or if the judge did not score all answers; run
     the command again to continue.
     """
-    from pallava.evaluation.answers import read_answers
     from pallava.evaluation.report import write_report
     from pallava.records.questions import NO_IMAGES
-    from pallava.registry import EVALUATIONS
 
     if bool(options["judge"]) != bool(options["judge_model"]):
         raise click.UsageError("--judge and --judge-model require each other", ctx)

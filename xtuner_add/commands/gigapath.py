@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gigapath.finetune.recipes import REPLACED, make_settings, read_settings, read_yaml
 from xtuner_add.commands.options import (
     ANY_PATH,
     FILE,
@@ -26,6 +27,7 @@ from xtuner_add.commands.options import (
     user_errors,
     yaml_values,
 )
+from xtuner_add.paths import configs_dir
 
 if TYPE_CHECKING:
     from gigapath.embed.slide_encoders import NamedSlideEncoder
@@ -417,7 +419,6 @@ class SettingsCommand(RelaunchedCommand):
 
 def _published_settings() -> set[str]:
     from gigapath.finetune.probe import ProbeSettings
-    from gigapath.finetune.recipes import REPLACED
     from gigapath.finetune.settings import FinetuneSettings
 
     settings = (*fields(ProbeSettings), *fields(FinetuneSettings))
@@ -466,7 +467,6 @@ def probe_tiles(
     """
     from gigapath.finetune.probe import ProbeSettings
     from gigapath.finetune.probe import probe_tiles as probe
-    from gigapath.finetune.recipes import read_settings
 
     with user_errors():
         settings = read_settings(
@@ -564,7 +564,6 @@ def finetune_slides(
     if relaunch(ctx):
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
         return
-    from gigapath.finetune.recipes import read_settings
     from gigapath.finetune.run import finetune_slides as finetune
     from gigapath.finetune.settings import FinetuneSettings
 
@@ -604,8 +603,6 @@ def find_task(name: str | None, recipe: Path) -> Path:
         FileNotFoundError: If there is no such task.
         ValueError: If neither names a task.
     """
-    from gigapath.finetune.recipes import read_yaml
-
     if name is not None:
         return _find("task", name, "gigapath/tasks")
     own = read_yaml(recipe).get("task")
@@ -615,8 +612,6 @@ def find_task(name: str | None, recipe: Path) -> Path:
 
 
 def _find(what: str, name: str, folder: str) -> Path:
-    from xtuner_add.paths import configs_dir
-
     known = {path.stem: path for path in sorted((configs_dir() / folder).glob("*.yml"))}
     if Path(name).is_file():
         return Path(name)
@@ -707,7 +702,6 @@ def train_mil(
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
         return
     from gigapath.finetune.mil import MODELS
-    from gigapath.finetune.recipes import make_settings
     from gigapath.finetune.run import finetune_slides as finetune
     from gigapath.finetune.settings import FinetuneSettings
     from gigapath.finetune.tasks import task_of_table

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from pallava.serving.guard import LOOPBACK_HOSTS, GuardSettings
 from xtuner_add.commands.evaluate import load_from_options, model_options
 from xtuner_add.commands.options import example
 
@@ -132,7 +133,6 @@ def serve(
     """
     key = _api_key(ctx, api_key_env)
     own_names = _own_names(ctx, host, allow_anonymous or key is not None)
-    from pallava.serving.guard import GuardSettings
 
     settings = GuardSettings(
         hosts=(*own_names, *map(str.lower, allowed_hosts)),
@@ -147,8 +147,6 @@ def serve(
 
 def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ...]:
     """Returns the host names of a loopback server; none for other hosts, which must be guarded."""
-    from pallava.serving.guard import LOOPBACK_HOSTS
-
     if _is_loopback(host):
         return (*LOOPBACK_HOSTS, _bracketed(host))
     if not is_guarded:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED
+from pathcore.files import sha256_of
 from xtuner_add.commands.options import (
     ANY_PATH,
     FILE,
@@ -198,7 +199,6 @@ def extract(
     command is run again. If anything was skipped, skipped.jsonl gives the reasons, and the exit
     code is 3.
     """
-    from pathcore.files import sha256_of
     from wsi.extraction import OutputSettings
     from wsi.extraction import extract as extract_patches
 
