@@ -282,4 +282,4 @@ def test_text_embeddings_by_command(tmp_path: Path) -> None:
     assert content.encoder["encoder"] == clip and len(content.encoder["digest"]) == 64
     missing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert missing.returncode == 2
-    assert "--encoder bert needs --model" in missing.stderr
+    assert "--encoder bert requires --model" in missing.stderr
