@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathcore.files import StrPath, write_text
-from pathcore.images import IMAGE_SUFFIXES
 from pathcore.rows import read_csv
 
 PUBLISHED_SUBTYPES = {
@@ -130,6 +129,8 @@ def split_slides(
         ValueError: If `val` is not between 0 and 1, a name contains a line break, or a class has no
             slide with patches for training or validation.
     """
+    from pathcore.images import IMAGE_SUFFIXES  # Pillow would slow down the help of every command
+
     if not 0 < val < 1:
         raise ValueError(f"val is {val}; expected a share between 0 and 1, such as {PUBLISHED_VAL}")
     slides: list[list[str]] = [[] for _ in range(max(labels.values()) + 1)]
