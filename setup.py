@@ -7,19 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore")
-EXTRAS = (
-    "train",
-    "evaluate",
-    "convert",
-    "cite",
-    "demo",
-    "serve",
-    "wsi",
-    "pathgen",
-    "gigapath",
-    "ray",
-    "dev",
-)
+EXTRAS = ("train", "evaluate", "convert", "cite", "demo", "serve", "pathgen", "gigapath")
 
 
 def read_requirements(name: str) -> list[str]:
@@ -34,8 +22,11 @@ def read_version() -> str:
     return re.search(r'^__version__ = "(.+)"', source, flags=re.MULTILINE)[1]
 
 
-extras = {name: read_requirements(name) for name in EXTRAS}
+models = read_requirements("models")
+extras = {name: [*models, *read_requirements(name)] for name in EXTRAS}
+extras["ray"] = read_requirements("ray")
 extras["all"] = sorted({line for lines in extras.values() for line in lines})
+extras["dev"] = read_requirements("dev")
 
 setup(
     name="xtuner-add",
@@ -64,14 +55,17 @@ setup(
             include=[f"{package}{suffix}" for package in PACKAGES for suffix in ("", ".*")]
         ),
         "xtuner_add.configs",
+        "xtuner_add.scripts",
     ],
-    # The top level of the checkout has `configs/`, as users of XTuner and MMEngine expect. In an
-    # installation it lies inside `xtuner_add`: a package called `configs` would collide.
-    package_dir={"xtuner_add.configs": "configs"},
+    # The top level of the checkout has `configs/`, as users of XTuner and MMEngine expect, and the
+    # `scripts/` that Prov-GigaPath's instructions name. In an installation they lie inside
+    # `xtuner_add`: packages called `configs` and `scripts` would collide.
+    package_dir={"xtuner_add.configs": "configs", "xtuner_add.scripts": "scripts"},
     package_data={
         "": ["*.css", "*.html", "*.j2", "*.json", "*.txt", "py.typed"],
         "pathcore.encoders": ["presets/*.json"],
         "gigapath.embed": ["slide_presets/*.json"],
+        "xtuner_add.scripts": ["*.sh"],
         "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],
     },
     include_package_data=False,

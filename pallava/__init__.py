@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    "train",
+    "evaluate",
     {
         "convert_checkpoint": "pallava.release.pth_to_hf",
         "evaluate": "pallava.evaluation.runs",

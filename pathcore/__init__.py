@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    "train",
+    "gigapath",
     {
         "CheckpointError": "pathcore.weights",
         "Encoder": "pathcore.encoders",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,6 @@ def test_every_package_says_that_it_is_typed(members: set[str]) -> None:
 
 
 def test_the_version_is_said_once(wheel: Path) -> None:
-    import re
-
     from xtuner_add import __version__
 
     assert f"-{__version__}-" in wheel.name
@@ -68,6 +67,12 @@ def test_every_config_is_shipped_inside_xtuner_add(members: set[str]) -> None:
     }
     assert any(name.endswith(".py") for name in configs)
     assert configs <= members
+
+
+def test_every_script_is_shipped_inside_xtuner_add(members: set[str]) -> None:
+    scripts = {f"xtuner_add/scripts/{path.name}" for path in (ROOT / "scripts").iterdir()}
+    assert "xtuner_add/scripts/run_pcam.sh" in scripts
+    assert scripts <= members
 
 
 def test_every_file_of_the_packages_is_shipped(members: set[str]) -> None:
@@ -93,7 +98,6 @@ def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
         "train",
         "evaluate",
         "convert",
-        "wsi",
         "pathgen",
         "ray",
         "cite",
@@ -104,6 +108,24 @@ def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
         "all",
     }
     assert "xtuner-add = xtuner_add.cli:main" in scripts
+    required = {str(line) for line in metadata.get_all("Requires-Dist")}
+    base = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in required if "extra ==" not in line}
+    assert {"click", "openslide-bin", "h5py"} <= base
+    assert not base & {"torch", "torchvision", "transformers", "scikit-learn", "timm", "xtuner"}
+    # XTuner's metadata pins outdated versions; a resolver that sees it finds no solution.
+    assert not [line for line in required if line.startswith("xtuner")]
+    with_torch = {line.partition("extra == ")[2] for line in required if line.startswith("torch>")}
+    assert {"'train'", "'gigapath'", "'cite'", "'pathgen'", "'serve'", "'all'"} <= {
+        name.replace('"', "'") for name in with_torch
+    }
+
+
+def test_setup_host_installs_the_trainer_of_the_lock() -> None:
+    from xtuner_add.commands.host import XTUNER
+
+    lock = (ROOT / "requirements/lock.txt").read_text(encoding="utf-8").splitlines()
+    host = (ROOT / "requirements/host.txt").read_text(encoding="utf-8")
+    assert XTUNER in lock and f"\n{XTUNER} " in host
 
 
 def test_installed_wheel_finds_its_configs(wheel: Path, tmp_path: Path) -> None:

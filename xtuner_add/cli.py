@@ -6,7 +6,7 @@ Sub-commands are imported when they run, so that help needs neither torch nor XT
 from __future__ import annotations
 
 import difflib
-from typing import cast
+from typing import Any, cast
 
 import click
 
@@ -16,6 +16,7 @@ from xtuner_add.modes import MODES, Mode, read_arguments
 from xtuner_add.plugins import distribution_name, load_command, load_target, plugin_commands
 
 _COMMANDS = "xtuner_add.commands"
+_PACKAGES = ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore")
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Slides": {
@@ -192,6 +193,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             f"{_COMMANDS}.doctor:doctor",
             "Show what is installed, and which encoders can be loaded.",
         ),
+        "setup-host": (
+            f"{_COMMANDS}.host:setup_host",
+            "Install XTuner, which trains, after the extra train.",
+        ),
         "plugins": (
             "xtuner_add.plugins:command",
             "List everything that can be used by name, including plug-ins.",
@@ -199,6 +204,23 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """Our sub-commands by subject: name -> (`module:name` of the click command, summary)."""
+
+EXTRAS = {
+    "Slides": "gigapath",
+    "Captions": "pathgen",
+    "Datasets": "convert",
+    "CLIP": "pathgen",
+    "CITE": "cite",
+    "PA-LLaVA training": "train,demo",
+    "Release": "train",
+    "Evaluation": "evaluate",
+    "Use": "serve",
+    # Commands that need another one than their subject:
+    "select-patches": "pathgen",
+    "tokenise": "train",
+    "answer": "evaluate",
+}
+"""Extra with the requirements of a command, by subject or name."""
 
 COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
 
@@ -301,6 +323,23 @@ class LazyGroup(SuggestingGroup):
             if name in (others := plugin_commands()):
                 return load_command(others[name])
         return None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a sub-command; one whose requirements are missing says how to install them."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            name, module = ctx.invoked_subcommand or "", (error.name or "").partition(".")[0]
+            if not module or module in _PACKAGES:  # a fault of ours
+                raise
+            title = next((title for title, commands in GROUPS.items() if name in commands), "")
+            extra = EXTRAS.get(name) or EXTRAS.get(title, "train")
+            remedy = f'pip install "xtuner-add[{extra}]"'
+            if module == "xtuner":
+                remedy = f"{remedy} && xtuner-add setup-host"
+            raise click.ClickException(
+                f"{name} needs {module}, which is not installed. Install it with: {remedy}"
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the sub-commands by subject, without importing them."""

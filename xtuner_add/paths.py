@@ -32,8 +32,8 @@ def xtuner_dir() -> Path:
     spec = importlib.util.find_spec("xtuner")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "XTuner is not installed in this environment. `make setup` installs it; elsewhere see "
-            "the section on installing in the README."
+            "XTuner is not installed in this environment. Install it with: pip install "
+            '"xtuner-add[train]" && xtuner-add setup-host'
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -42,7 +42,10 @@ def availability(name: str) -> Availability:
         return Availability(
             name, False, f"weights from {preset.source}: name them, {name}@/path/{preset.files[0]}"
         )
-    from huggingface_hub import get_token, try_to_load_from_cache
+    try:
+        from huggingface_hub import get_token, try_to_load_from_cache
+    except ModuleNotFoundError:
+        return Availability(name, False, 'pip install "xtuner-add[gigapath]" fetches weights')
 
     for file in preset.files or (_CONFIGS[preset.library],):
         if isinstance(try_to_load_from_cache(preset.hub, file), (str, os.PathLike)):

@@ -232,7 +232,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
     "CITE": (("docs/cite.md", "docs/cite_runs.md", "configs/cite/gastric/README.md"), (gastric,)),
     "the rest": (
         (
-            *("CONTRIBUTING.md", "docs/benchmarks.md", "docs/demo.md"),
+            *("CONTRIBUTING.md", "docs/install.md", "docs/benchmarks.md", "docs/demo.md"),
             *("docs/demo_pathgen.md", "docs/plip_pretraining.md"),
         ),
         (),

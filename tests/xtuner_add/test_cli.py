@@ -15,7 +15,8 @@ from pathcore.exit_codes import EXIT_USAGE
 from xtuner_add import cli, launch, training_check
 from xtuner_add.modes import MODES, read_arguments
 
-NO_ARGUMENTS = ("cite-splits", "demo", "demo-pathgen", "doctor", "list-cfg", "plugins")
+NO_ARGUMENTS = ("cite-splits", "demo", "demo-pathgen", "doctor", "list-cfg", "plugins",
+                "setup-host")  # fmt: skip
 HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets", "numpy")
 
 

@@ -136,6 +136,8 @@ def _available_memory() -> int:
 
 
 def _hub() -> str:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return "huggingface-hub not installed"
     from huggingface_hub import constants, get_token
 
     offline = ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
