@@ -189,7 +189,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if attention.in_proj_weight is None:
-            raise ValueError("attention: queries, keys and values of one width expected")
+            raise ValueError("attention: expected queries, keys and values of one width")
         self.num_heads = attention.num_heads
         width = attention.embed_dim
         self.qkv = nn.Linear(width, 3 * width, device="meta")

@@ -154,8 +154,8 @@ def load_classifier(folder: StrPath, device: str | torch.device = "cpu") -> Clas
     config = read_json(folder / CONFIG_NAME, what="classifier")
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / CONFIG_NAME}: format {config.get('format')!r}, {FORMAT} expected; export "
-            "the classifier again with this version"
+            f"{folder / CONFIG_NAME}: expected format {FORMAT}, found "
+            f"{config.get('format')!r}; export the classifier again with this version"
         )
     prompts = config["prompts"] or {}
     names = {"length": "prompt_length", "layers": "prompt_layers", "position": "prompt_pos"}

@@ -263,7 +263,7 @@ def published_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
     if len(prefixes) != 1:
         raise ConversionError(
-            f"timm: one ViT with {_PATCHES} expected, found {len(prefixes)} among "
+            f"timm: expected one ViT with {_PATCHES}, found {len(prefixes)} among "
             f"{len(state_dict)} names (the first is {next(iter(state_dict), None)})"
         )
     found, dropped = {}, []
@@ -349,7 +349,7 @@ def moco_v3_to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("base_encoder.") and not name.startswith("base_encoder.head."):
             encoder[name.removeprefix("base_encoder.")] = tensor
     if not encoder:
-        raise ConversionError("MoCo v3: names that begin with module.base_encoder. expected")
+        raise ConversionError("MoCo v3: expected names that begin with module.base_encoder.")
     return encoder
 
 

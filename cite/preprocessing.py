@@ -40,10 +40,10 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
             raise ValueError(
-                f"interpolation {self.interpolation!r}: one of {sorted(RESAMPLING)} expected"
+                f"interpolation {self.interpolation!r}: expected one of {sorted(RESAMPLING)}"
             )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std}: three numbers each expected")
+            raise ValueError(f"mean {self.mean} and std {self.std}: expected three numbers each")
 
     @property
     def output_px(self) -> int:

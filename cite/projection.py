@@ -42,7 +42,7 @@ class Projection(nn.Linear):
         act_after: str | None = None,
     ) -> None:
         if init not in INITIALISATIONS:
-            raise ValueError(f"init {init!r}: one of {INITIALISATIONS} expected")
+            raise ValueError(f"init {init!r}: expected one of {INITIALISATIONS}")
         self.init = init
         super().__init__(in_features, out_features)
         self.act_before = _activation(act_before)
@@ -85,5 +85,5 @@ def _activation(name: str | None) -> nn.Module:
         return nn.Identity()
     kind = getattr(nn, name, None)
     if kind is None or not issubclass(kind, nn.Module):
-        raise ValueError(f"activation {name!r}: the name of a class of torch.nn expected")
+        raise ValueError(f"activation {name!r}: expected the name of a class of torch.nn")
     return kind()

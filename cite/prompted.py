@@ -113,8 +113,8 @@ class PromptedEncoder(nn.Module):
             self.prompts = Prompts(spec, encoder.width) if prompt_length else None
         elif prompt_length:
             raise ValueError(
-                f"prompt_length {prompt_length}: {type(encoder.model).__name__} takes no prompts, "
-                f"0 expected; prompts are for {PROMPTED_FAMILIES}"
+                f"prompt_length {prompt_length}: {type(encoder.model).__name__} takes no prompts; "
+                f"expected 0; prompts are for {PROMPTED_FAMILIES}"
             )
         self.register_load_state_dict_pre_hook(_to_own_names)
         self.register_state_dict_post_hook(_to_published_names)
@@ -242,7 +242,7 @@ def _check_arguments(
     has_weights: bool,
 ) -> None:
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: one of {list(PRECISIONS)} expected")
+        raise ValueError(f"precision {precision!r}: expected one of {list(PRECISIONS)}")
     if not frozen and precision != "fp32":
         raise ValueError(
             f"precision {precision!r} with frozen=False: weights that are trained stay in fp32; "

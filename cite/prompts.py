@@ -67,13 +67,13 @@ class PromptSpec:
         """
         entries = (0,) if layers is None else tuple(int(layer) for layer in layers)
         if length < 0:
-            raise ValueError(f"prompt_length {length}: 0 (no prompts) or more expected")
+            raise ValueError(f"prompt_length {length}: expected 0 (no prompts) or more")
         if position not in get_args(Position):
-            raise ValueError(f"prompt_pos {position!r}: one of {get_args(Position)} expected")
+            raise ValueError(f"prompt_pos {position!r}: expected one of {get_args(Position)}")
         if init not in get_args(Initialisation):
-            raise ValueError(f"prompt_init {init!r}: one of {get_args(Initialisation)} expected")
+            raise ValueError(f"prompt_init {init!r}: expected one of {get_args(Initialisation)}")
         if noise_std < 0:
-            raise ValueError(f"prompt_noise_std {noise_std}: 0 or more expected")
+            raise ValueError(f"prompt_noise_std {noise_std}: expected 0 or more")
         ascending = all(a < b for a, b in itertools.pairwise(entries))
         if not entries or not ascending or not 0 <= entries[0] <= entries[-1] < num_blocks:
             raise ValueError(
@@ -162,8 +162,8 @@ class Prompts(nn.Module):
         if not repeats:
             # The published code would add nothing, so that the prompts get no gradient.
             raise ValueError(
-                f"prompt_length {len(prompt)} with prompt_pos='add': at most {num_patches}, one "
-                "for each patch token, expected"
+                f"prompt_length {len(prompt)} with prompt_pos='add': expected at most "
+                f"{num_patches}, one for each patch token"
             )
         added = prompt.repeat(repeats, 1)
         return hidden_states + nn.functional.pad(added, (0, 0, num_prefix, rest))

@@ -70,7 +70,7 @@ def score_map(
     if len(scores) == 0 or len(scores) != len(coords_px) or patch_px < 1:
         raise ValueError(
             f"{len(scores)} scores and {len(coords_px)} coordinates of patches of {patch_px} px; "
-            "as many of both, at least one, expected"
+            "expected equally many of both, and at least one"
         )
     offsets = coords_px - coords_px.min(axis=0)
     step = _step(offsets, patch_px)
@@ -134,7 +134,7 @@ def draw_score_maps(
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
-    note = "" if layout.is_known else " (places not known: patches in the order of their numbers)"
+    note = "" if layout.is_known else " (positions unknown: patches in the order of their numbers)"
     figure.suptitle(f"{title}{note}", fontsize=8)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
@@ -189,7 +189,7 @@ def layout_from_h5(path: StrPath, names: Sequence[str], patch_px: int | None = N
         raise FileNotFoundError(f"{path}: no such file of coordinates")
     with h5py.File(path) as file:
         if "coords" not in file:
-            raise ValueError(f"{path}: a dataset `coords` expected, found {sorted(file)}")
+            raise ValueError(f"{path}: expected a dataset `coords`, found {sorted(file)}")
         coords = np.asarray(file["coords"], dtype=np.int64)
         side = patch_px or file["coords"].attrs.get("patch_size_level0")
     if side is None:
@@ -215,7 +215,7 @@ def layouts_from_csv(
         try:
             places[row["name"]] = int(float(row["x"])), int(float(row["y"]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{line}: two numbers expected") from error
+            raise ValueError(f"{path}:{line}: expected two numbers") from error
     layouts = {}
     for slide, names in slides.items():
         missing = [name for name in names if name not in places]

@@ -132,7 +132,7 @@ def split_slides(
     from pathcore.images import IMAGE_SUFFIXES  # Pillow would slow down the help of every command
 
     if not 0 < val < 1:
-        raise ValueError(f"val is {val}; expected a share between 0 and 1, such as {PUBLISHED_VAL}")
+        raise ValueError(f"val: expected a fraction such as {PUBLISHED_VAL}, found {val}")
     slides: list[list[str]] = [[] for _ in range(max(labels.values()) + 1)]
     for slide, label in labels.items():
         slides[label].append(slide)
@@ -166,7 +166,7 @@ def split_slides(
                     f"class {label} has no slide with patches for {side}: {len(slides[label])} "
                     f"slides in captions.csv, {int(len(slides[label]) * val)} of them for "
                     f"validation{_compare_ids(result, labels)}; check the folder of patches, or "
-                    "choose another share"
+                    "choose another fraction"
                 )
     return result
 

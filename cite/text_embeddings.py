@@ -90,11 +90,11 @@ def texts_by_class(
     class_ids: list[int] = []
     for template in templates:
         if template.count("{}") != 1:
-            raise ValueError(f"template {template!r}: one {{}} expected")
+            raise ValueError(f"template {template!r}: expected one {{}}")
     for index, (name, given) in enumerate(descriptions.items()):
         several = [given] if isinstance(given, str) else list(given)
         if not several or not all(isinstance(text, str) and text.strip() for text in several):
-            raise ValueError(f"class {name!r}: at least one description expected, none empty")
+            raise ValueError(f"class {name!r}: expected at least one description, none empty")
         filled = [template.format(text) for text in several for template in templates]
         texts += filled
         class_ids += [index] * len(filled)

@@ -78,7 +78,7 @@ class BertTextEncoder:
         from transformers import AutoModel
 
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r}: one of {POOLINGS} expected")
+            raise ValueError(f"pooling {pooling!r}: expected one of {POOLINGS}")
         source = find_model(model)
         config = _read_config(source, model)
         kind = config.model_type
@@ -204,8 +204,8 @@ def _read_config(source: str, name: str) -> Any:
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
-            f"text encoder {source}: no config.json in this folder; a model that transformers "
-            "saved expected"
+            f"text encoder {source}: no config.json in this folder; expected a model that "
+            "transformers saved"
         )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -227,8 +227,8 @@ def _load_tokenizer(source: str, name: str) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise FileNotFoundError(
-            f"text encoder {source}: no tokenizer in this folder, one of "
-            f"{', '.join(_TOKENIZER_FILES)} expected; save it there by tokenizer.save_pretrained"
+            f"text encoder {source}: no tokenizer in this folder; expected one of "
+            f"{', '.join(_TOKENIZER_FILES)}; save it there with tokenizer.save_pretrained"
         )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)

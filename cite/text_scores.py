@@ -55,7 +55,7 @@ class TextScores(nn.Module):
     ) -> None:
         super().__init__()
         if several not in SEVERAL:
-            raise ValueError(f"several {several!r}: one of {SEVERAL} expected")
+            raise ValueError(f"several {several!r}: expected one of {SEVERAL}")
         self.classes = list(texts.classes)
         self.several = several
         self.learnable_temperature = learnable_temperature

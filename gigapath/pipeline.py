@@ -378,7 +378,7 @@ def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
         with (folder / _TABLE).open(newline="", encoding="utf-8") as file:
             names = [Path(row["image"]).name for row in csv.DictReader(file)]
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no whole {_TABLE} in it; {way_out}") from error
+        raise ValueError(f"{folder}: no complete {_TABLE} in this folder; {way_out}") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise ValueError(

@@ -313,7 +313,7 @@ def read_config(path: Path) -> TileArchitecture:
         name, model_args = config["architecture"], config.get("model_args", {})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: JSON with `architecture`, as timm writes it, expected: {error!r}"
+            f"{path}: expected JSON with `architecture`, as timm writes it: {error!r}"
         ) from error
     known = _architecture(name, source=f"{path}: ")
     defaults = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}

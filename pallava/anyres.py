@@ -58,7 +58,7 @@ def choose_grid(
     """
     if min(width_px, height_px, tile_px) < 1:
         raise ValueError(
-            f"image {width_px} x {height_px} px, tile {tile_px} px: sides of at least 1 px expected"
+            f"image {width_px} x {height_px} px, tile {tile_px} px: expected sides of at least 1 px"
         )
     if ties not in ("published", "largest_scale"):
         raise ValueError(f"ties: expected 'published' or 'largest_scale', found {ties!r}")

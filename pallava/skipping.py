@@ -82,7 +82,7 @@ class SkipLog:
                 sample = SkippedSample(**row)
             except TypeError as error:
                 raise ValueError(
-                    f"{self.path}, line {number}: id, file and reason expected, found {row!r:.80}"
+                    f"{self.path}, line {number}: expected id, file and reason, found {row!r:.80}"
                 ) from error
             samples.setdefault((sample.id, sample.file), sample)
         return list(samples.values())

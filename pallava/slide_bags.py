@@ -171,8 +171,8 @@ class SlidePreparation:
         """
         if not isinstance(path, str | os.PathLike):
             raise SlideBagError(
-                f"{type(path).__name__}: this model reads whole slides, a file of tile features "
-                "(features, coords) in HDF5 expected"
+                f"{type(path).__name__}: this model reads whole slides; expected a file of tile "
+                "features (features, coords) in HDF5"
             )
         bag = read_bag(path, in_features=self.in_features)
         if not self.slide_embedding_features:
@@ -219,7 +219,7 @@ def read_bag(
             f"the first is row {int(bad.argmax())}; compute them again"
         )
     if not np.array_equal(coords, np.round(coords)):
-        raise SlideBagError(f"slide features {path}: coords are no whole level-0 pixels")
+        raise SlideBagError(f"slide features {path}: coords are not whole level-0 pixels")
     coords = coords.astype(np.int64)
     side = tile_size_level0 or _tile_size(Path(path), coords, attributes)
     return SlideBag(torch.from_numpy(features), _positions(Path(path), coords, side))
@@ -237,7 +237,7 @@ def read_slide_embedding(path: StrPath) -> Tensor:
         values = np.asarray(file["features"], dtype=np.float32)
     if values.ndim == 0 or values.size != values.shape[-1] or not values.size:
         raise SlideBagError(
-            f"slide embedding {path}: features {values.shape}, one vector (E,) or (1, E) expected"
+            f"slide embedding {path}: expected one vector (E,) or (1, E), found {values.shape}"
         )
     if not np.isfinite(values).all():
         raise SlideBagError(f"slide embedding {path}: holds NaN or infinity; compute it again")
@@ -275,8 +275,8 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
         shape = shape[1:]
     if len(shape) != 2 or places != (shape[0], 2):
         raise SlideBagError(
-            f"slide features {path}: features {shape} and coords {places}, (N, D) and (N, 2) of "
-            "equally many tiles expected"
+            f"slide features {path}: features {shape} and coords {places}, expected (N, D) and "
+            "(N, 2) for equally many tiles"
         )
     if any(file[name].dtype.kind not in "fiu" for name in ("features", "coords")):
         raise SlideBagError(f"slide features {path}: features or coords are no numbers")
@@ -336,8 +336,8 @@ def _positions(path: Path, coords: NDArray[np.int64], side: int) -> Tensor:
     num_places = len(np.unique(np.floor(positions), axis=0))
     if len(coords) > _MOST_OVERLAPPING * num_places:
         raise SlideBagError(
-            f"slide features {path}: {len(coords)} tiles of {side} px lie in {num_places} "
-            "place(s); are the coordinates in level-0 pixels?"
+            f"slide features {path}: {len(coords)} tiles of {side} px are at {num_places} "
+            "position(s); are the coordinates in level-0 pixels?"
         )
     return torch.from_numpy(positions.astype(np.float32))
 

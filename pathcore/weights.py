@@ -157,7 +157,7 @@ def write_state_dict(path: StrPath, state_dict: Mapping[str, Tensor]) -> None:
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"{path}: a name that ends in .safetensors, .pth or .pt expected")
+        raise ValueError(f"{path}: expected a name that ends in .safetensors, .pth or .pt")
     # Safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with atomic_file(path) as partial:

@@ -162,7 +162,7 @@ def length_step(min_words: int, max_words: int) -> FilterStep:
         count = count_words(row["caption"])
         if min_words <= count <= max_words:
             return None
-        return f"{count} words; {min_words} to {max_words} expected"
+        return f"{count} words; expected {min_words} to {max_words}"
 
     return FilterStep("length", fault)
 

@@ -190,7 +190,7 @@ class FolderTiles:
         coords = []
         for path in map(Path, paths):
             if (match := TILE_NAME.fullmatch(path.name)) is None:
-                raise ValueError(f"{path}: a name like 01581x_25327y.png expected")
+                raise ValueError(f"{path}: expected a name like 01581x_25327y.png")
             coords.append((int(match[1]), int(match[2])))
         files = tuple(os.path.abspath(path) for path in paths)
         places = np.array(coords, np.int64)

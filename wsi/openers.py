@@ -329,7 +329,7 @@ class TiffBackend:
             handle.seek(offset)
             data = handle.read(size)
             if len(data) < size:
-                raise ValueError(f"{size:,} bytes expected, the file ends after {len(data):,}")
+                raise ValueError(f"expected {size:,} bytes, the file ends after {len(data):,}")
             decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
         except (ValueError, RuntimeError, OSError, struct.error, IndexError) as error:
             raise SlideError(
@@ -403,7 +403,7 @@ class PlainImageBackend:
             with Image.open(path) as file:
                 if file.mode not in _PLAIN_MODES:
                     raise SlideError(
-                        f"{path}: pixels of the kind {file.mode}; 8-bit grey or colour expected"
+                        f"{path}: pixels of the kind {file.mode}; expected 8-bit grey or colour"
                     )
                 image = ImageOps.exif_transpose(file).convert("RGBA")
         except Image.DecompressionBombError as error:

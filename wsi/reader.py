@@ -137,7 +137,7 @@ class Slide:
     ) -> None:
         for name, value in (("mpp", mpp), ("magnification", magnification)):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: a positive number expected, found {value}")
+                raise ValueError(f"{name}: expected a positive number, found {value}")
         self.path = Path(path)
         self._backend: Backend = open_backend(self.path)
         self._mpp = mpp or _plausible(self._backend.mpp)

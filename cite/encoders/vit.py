@@ -177,8 +177,8 @@ def _read_arch(arch: str | Mapping[str, int]) -> dict[str, int]:
     if isinstance(arch, str):
         name = _SHORT.get(arch, arch)
         if name not in ARCHITECTURES:
-            raise EncoderError(f"arch {arch!r}: one of {sorted(ARCHITECTURES)} expected")
+            raise EncoderError(f"arch {arch!r}: expected one of {sorted(ARCHITECTURES)}")
         return dict(zip(_FIELDS, ARCHITECTURES[name], strict=True))
     if set(arch) != set(_FIELDS):
-        raise EncoderError(f"arch: the fields {_FIELDS} expected, found {sorted(arch)}")
+        raise EncoderError(f"arch: expected the fields {_FIELDS}, found {sorted(arch)}")
     return {field: int(arch[field]) for field in _FIELDS}

@@ -43,7 +43,7 @@ def export_classifier(
     model = build_classifier(cfg, checkpoint)
     if not isinstance(model.backbone, PromptedEncoder):
         raise ValueError(
-            f"{config}: a backbone of cite.mm expected, found {type(model.backbone).__name__}; "
+            f"{config}: expected a backbone of cite.mm, found {type(model.backbone).__name__}; "
             "export from the config whose encoder made the features"
         )
     if not model.backbone.encoder.spec:
@@ -54,7 +54,7 @@ def export_classifier(
     if model.backbone.adapted:
         merge_lora(model.backbone.encoder)
     if not (model.neck is None or isinstance(model.neck, Projection)):
-        raise ValueError(f"{config}: ProjectionNeck expected, found {type(model.neck).__name__}")
+        raise ValueError(f"{config}: expected ProjectionNeck, found {type(model.neck).__name__}")
     head = _head_of(model.head, config)
     classifier = Classifier(
         model.backbone,
@@ -90,9 +90,9 @@ def read_preprocessing(cfg: Config) -> Preprocessing | Transform:
         elif step["type"] not in _WITHOUT_PIXELS:
             raise ValueError(f"test pipeline: {step['type']} cannot be exported; use ResizePatch")
     if resize is None or "mean" not in normalise or "std" not in normalise:
-        raise ValueError("a ResizePatch in the test pipeline, and mean and std expected")
+        raise ValueError("expected a ResizePatch in the test pipeline, and mean and std")
     if normalise.get("to_rgb"):
-        raise ValueError("data_preprocessor.to_rgb: False expected, since LoadPatch gives RGB")
+        raise ValueError("data_preprocessor.to_rgb: expected False, since LoadPatch gives RGB")
     mean, std = (tuple(map(float, normalise[key])) for key in ("mean", "std"))
     return Preprocessing(**{"size": 224, **resize}, mean=mean, std=std)  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def _head_of(head: Any, config: StrPath) -> TextScores | LinearScores:
         return head
     if type(head).__name__ != "LinearClsHead":
         raise ValueError(
-            f"{config}: TextEmbeddingHead or LinearClsHead expected, found {type(head).__name__}"
+            f"{config}: expected TextEmbeddingHead or LinearClsHead, found {type(head).__name__}"
         )
     linear = LinearScores(head.fc.in_features, head.fc.out_features)
     linear.load_state_dict(head.state_dict())
@@ -117,5 +117,5 @@ def _class_names(cfg: Config, head: TextScores | LinearScores) -> list[str]:
     if names is None and isinstance(head, TextScores):
         names = head.classes
     if names is None:
-        raise ValueError("test_dataloader.dataset.classes: names of the classes expected")
+        raise ValueError("test_dataloader.dataset.classes: expected names of the classes")
     return list(names)

@@ -98,7 +98,7 @@ def build_dataset(cfg: Config, split: str) -> Any:
         ValueError: If the config has no such split.
     """
     if split not in SPLITS or cfg.get(f"{split}_dataloader") is None:
-        raise ValueError(f"split {split!r}: one of {SPLITS} that the config has expected")
+        raise ValueError(f"split {split!r}: expected one of {SPLITS} that the config has")
     prepare_registries(cfg)
     settings = copy.deepcopy(cfg[f"{split}_dataloader"].dataset)
     settings.pipeline = cfg.test_dataloader.dataset.pipeline

@@ -110,8 +110,8 @@ class PrecomputedFeatures(nn.Module):
         """
         if features.dim() != 2 or features.shape[1] != self.embed_dim:
             raise ValueError(
-                f"PrecomputedFeatures: features of shape {tuple(features.shape)} arrive, "
-                f"(batch, {self.embed_dim}) expected; embed_dim must be that of the feature file"
+                f"PrecomputedFeatures: expected features of shape (batch, {self.embed_dim}), found "
+                f"{tuple(features.shape)}; embed_dim must be that of the feature file"
             )
         return (features.float(),)
 

@@ -95,7 +95,7 @@ class TextEmbeddingHead(TextScores):
     ) -> None:
         if (text_embeddings is None) == (text_encoder is None):
             raise ValueError(
-                "TextEmbeddingHead: either `text_embeddings` (a file) or `text_encoder` expected"
+                "TextEmbeddingHead: expected either `text_embeddings` (a file) or `text_encoder`"
             )
         if text_embeddings is not None:
             content = read_text_embeddings(text_embeddings, classes=classes)

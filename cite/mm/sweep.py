@@ -55,7 +55,7 @@ class SweepPlan:
             ValueError: If both or neither of `train_file` and `train_files` are given.
         """
         if (self.train_file is None) == (self.train_files is None):
-            raise ValueError("either a file to draw slides from or files with {} are expected")
+            raise ValueError("expected either a file to draw slides from, or files with {}")
         cells = []
         for method, file in self.configs.items():
             trains = Config.fromfile(file).get("train_dataloader") is not None

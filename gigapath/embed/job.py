@@ -367,5 +367,5 @@ def _check_inside(coords: NDArray[np.int64], size: int, slide: Slide, source: Pa
         raise EmbeddingError(
             f"coordinates {source}: {int(outside.sum())} of {len(coords)} tiles lie outside the "
             f"slide of {slide.dimensions[0]} x {slide.dimensions[1]} px, the first at ({x}, {y}): "
-            "level-0 pixels, x before y, expected"
+            "expected level-0 pixels, x before y"
         )

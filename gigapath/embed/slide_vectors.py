@@ -220,7 +220,7 @@ def describe_slide_encoder(
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"slide encoder: no architecture {model_arch!r} for tile embeddings of width "
-            f"{in_chans}; one of {', '.join(ARCHITECTURES)} expected"
+            f"{in_chans}; expected one of {', '.join(ARCHITECTURES)}"
         )
     layer, depth = get_preset(preset).layer, int(ARCHITECTURES[arch]["depth"])
     if isinstance(layer, int) and layer > depth:

@@ -45,7 +45,7 @@ def choose_precision(precision: Precision, device: torch.device) -> str:
     if precision == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if precision not in _DTYPES:
-        raise ValueError(f"precision {precision!r}: auto, {', '.join(_DTYPES)} expected")
+        raise ValueError(f"precision {precision!r}: expected auto, {', '.join(_DTYPES)}")
     return precision
 
 

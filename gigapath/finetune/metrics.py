@@ -122,7 +122,7 @@ def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting: str) -> None:
     if setting not in SETTINGS:
-        raise ValueError(f"setting {setting!r}: one of {', '.join(SETTINGS)} expected")
+        raise ValueError(f"setting {setting!r}: expected one of {', '.join(SETTINGS)}")
     if setting == "binary" and len(classes) != 2:
         raise ValueError(f"setting binary: expected 2 classes, found {len(classes)}")
     if not len(labels):
@@ -132,7 +132,7 @@ def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting:
     if probabilities.shape != shape or labels.shape != wanted:
         raise ValueError(
             f"labels {labels.shape} and probabilities {probabilities.shape}: "
-            f"{wanted} and {shape} expected"
+            f"expected {wanted} and {shape}"
         )
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities: infinities or NaN; the model has diverged")

@@ -93,13 +93,13 @@ class ProbeSettings:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r}: one of {', '.join(values)} expected"
+                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(values)}"
                 )
         for name in ("batch_size", "train_iters", "eval_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: 1 or more expected")
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         if self.lr <= 0:
-            raise ValueError(f"lr {self.lr}: more than 0 expected")
+            raise ValueError(f"lr {self.lr}: expected more than 0")
 
 
 class LinearProbe(nn.Module):

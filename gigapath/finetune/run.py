@@ -110,7 +110,7 @@ def finetune_slides(
     methods = check_methods(methods, (SLIDE_ENCODER, *models))
     task = task if isinstance(task, SlideTask) else read_task(task)
     if settings.monitor not in (known := ("loss", *score_names(task.setting))):
-        raise ValueError(f"monitor {settings.monitor!r}: one of {', '.join(known)} expected")
+        raise ValueError(f"monitor {settings.monitor!r}: expected one of {', '.join(known)}")
     if heat_maps and not any(_draws_attention(models.get(method)) for method in methods):
         raise ValueError(
             f"heat_maps: none of the methods {', '.join(methods)} has attention over tiles; "

@@ -122,7 +122,7 @@ class EmbeddingArchive:
             self._zip = zipfile.ZipFile(self.path)
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(
-                f"embeddings {self.path}: {error}; a zip or a folder of .pt expected. A download "
+                f"embeddings {self.path}: {error}; expected a zip or a folder of .pt. A download "
                 "that broke off gives this too"
             ) from error
         return self._zip.namelist()
@@ -134,7 +134,7 @@ class EmbeddingArchive:
             else:
                 size = self._zip.getinfo(entry).file_size
             if size > ENTRY_LIMIT_BYTES:
-                raise EntryError(f"{size} bytes; at most {ENTRY_LIMIT_BYTES} expected")
+                raise EntryError(f"{size} bytes; expected at most {ENTRY_LIMIT_BYTES}")
             return (self.path / entry).read_bytes() if self._zip is None else self._zip.read(entry)
         except EntryError:
             raise
@@ -157,7 +157,7 @@ def load_tensors(content: bytes, limit_bytes: int = ENTRY_LIMIT_BYTES) -> Any:
             with zipfile.ZipFile(io.BytesIO(content)) as inner:
                 size = sum(info.file_size for info in inner.infolist())
             if size > limit_bytes:
-                raise EntryError(f"{size} bytes inflated; at most {limit_bytes} expected")
+                raise EntryError(f"{size} bytes inflated; expected at most {limit_bytes}")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except EntryError:
         raise
@@ -228,7 +228,7 @@ def read_embeddings(
         good, skipped = _sort_rows(rows)
         classes = _classes(row["label"] for row in good)
         if len(classes) < 2:
-            raise ValueError(f"table {table}: two labels at least expected, found {list(classes)}")
+            raise ValueError(f"table {table}: expected at least two labels, found {list(classes)}")
         width = embed_dim or _usual_width(archive, good)
         number = {label: index for index, label in enumerate(classes)}
         splits = {}
@@ -282,7 +282,7 @@ def _sort_rows(
         if not row["label"]:
             reason = "no label"
         elif row["split"] not in SPLITS:
-            reason = f"split {row['split']!r}: {', '.join(SPLITS)} expected"
+            reason = f"split {row['split']!r}: expected {', '.join(SPLITS)}"
         elif key in seen:
             reason = "named twice"
         seen.add(key)
@@ -327,7 +327,7 @@ def _read_split(
         try:
             vector = archive.read(archive.find(row["input"], row["split"]))
             if len(vector) != width:
-                raise EntryError(f"{len(vector)} values; {width} expected")
+                raise EntryError(f"{len(vector)} values; expected {width}")
         except EntryError as error:
             skipped.append({"id": row["input"], "split": row["split"], "reason": str(error)})
             continue

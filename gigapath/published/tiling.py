@@ -169,7 +169,7 @@ def assemble(
         ValueError: If the numbers of tiles and coordinates differ, or there are none.
     """
     if len(tiles) != len(coords) or not len(tiles):
-        raise ValueError(f"{len(tiles)} tiles and {len(coords)} coordinates: as many expected")
+        raise ValueError(f"{len(tiles)} tiles and {len(coords)} coordinates: expected as many")
     side, low = tiles.shape[1], coords.min(axis=0)
     width, height = (coords.max(axis=0) + side - low).tolist()
     image = np.full((height, width, *tiles.shape[3:]), fill, np.float64)

@@ -68,7 +68,7 @@ def dataformat(
     folder = Path(image_folder) if image_folder else pairs.parent
     texts = list(instructions) if instructions is not None else load_instructions()
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError("instructions: a list of texts that are not empty expected")
+        raise ValueError("instructions: expected a list of texts that are not empty")
 
     def make(where: str, record: Any) -> list[Row]:
         row = as_mapping(record)
@@ -126,7 +126,7 @@ def load_instructions(path: StrPath | None = None) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
-        raise ValueError(f"{path}: a list of requests expected")
+        raise ValueError(f"{path}: expected a list of requests")
     return found
 
 

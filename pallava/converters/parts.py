@@ -86,7 +86,7 @@ class Shard:
         """
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"shard {text!r}: INDEX/COUNT expected, as 0/4")
+            raise ValueError(f"shard {text!r}: expected INDEX/COUNT, as 0/4")
         return cls(int(index), int(count))
 
 

@@ -39,7 +39,7 @@ def pubmedvision_alignment(
     """
     if to not in ("pairs", "conversations") or several not in ("each", "first", "skip"):
         raise ValueError(
-            "pubmedvision-alignment: to=pairs|conversations and several=each|first|skip expected, "
+            "pubmedvision-alignment: expected to=pairs|conversations and several=each|first|skip, "
             f"got to={to} several={several}"
         )
     data = data_file(data_path, DATA_NAMES)
@@ -87,12 +87,12 @@ def _names(row: Mapping[str, Any]) -> list[str]:
 def _turns(row: Mapping[str, Any]) -> tuple[str, str]:
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowError("conversations: a list of {from, value} expected")
+        raise RowError("conversations: expected a list of {from, value}")
     said = dict.fromkeys(("human", "gpt"), "")
     for turn in turns:
         role, value = turn.get("from"), turn.get("value")
         if role in said and isinstance(value, str) and not said[role]:
             said[role] = value.strip()
     if not all(said.values()):
-        raise RowError("conversations: a question of 'human' and an answer of 'gpt' expected")
+        raise RowError("conversations: expected a question of 'human' and an answer of 'gpt'")
     return said["human"], said["gpt"]

@@ -81,8 +81,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return
         if data_path is None or tokenizer is None:
             raise ValueError(
-                f"{type(self).__name__}: offline_processed_text_folder, or data_path and "
-                "tokenizer, expected"
+                f"{type(self).__name__}: expected offline_processed_text_folder, or "
+                "data_path and tokenizer"
             )
         self.text_data = process_text(
             data_path,
@@ -340,7 +340,7 @@ def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
         reason = f"no word of the answer is within max_length {max_length}"
         if learned:
             reason = (
-                f"dataset_map_fn left {marks} image place(s) for {len(files or ())} image(s); "
+                f"dataset_map_fn left {marks} image token(s) for {len(files or ())} image(s); "
                 "conversations with several images in one turn need interleaved_map_fn"
             )
         skip_log.record(row["id"], (image_files(row) or [""])[0], reason)

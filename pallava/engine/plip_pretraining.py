@@ -130,7 +130,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
                 "text_feats": self.encode_text(**text),
             }
         if mode != "loss":
-            raise ValueError(f"mode {mode!r}: 'loss' or 'predict' expected")
+            raise ValueError(f"mode {mode!r}: expected 'loss' or 'predict'")
         output = PLIPPretrainingModel.forward(self, pixel_values, **text, caption_ids=caption_ids)
         return {
             "loss_ita": output.loss_ita,
@@ -239,7 +239,7 @@ class PairTrainLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, **options)
         if len(self.dataloader) == 0:
             raise ValueError(
-                f"{len(self.dataloader.dataset)} pairs make no whole batch on {get_world_size()} "
+                f"{len(self.dataloader.dataset)} pairs do not fill a batch on {get_world_size()} "
                 f"device(s); set train_dataloader.batch_size {self.dataloader.batch_size} lower"
             )
 

@@ -54,7 +54,7 @@ def read_recipe(
     model = cfg.get("model") or {}
     if "llm" not in model or "visual_encoder" not in model:
         raise ValueError(
-            f"{config_file}: a config with model.llm and model.visual_encoder expected"
+            f"{config_file}: expected a config with model.llm and model.visual_encoder"
         )
     if "features_folder" in ((cfg.get("train_dataloader") or {}).get("dataset") or {}):
         raise ValueError(

@@ -73,9 +73,9 @@ def settings_from_names(
 
     if prompt_template not in PROMPT_TEMPLATE:
         names = ", ".join(sorted(PROMPT_TEMPLATE))
-        raise ValueError(f"prompt template {prompt_template}: one of {names} expected")
+        raise ValueError(f"prompt template {prompt_template}: expected one of {names}")
     if map_fn not in ("llava", "interleaved"):
-        raise ValueError(f"map_fn {map_fn}: llava or interleaved expected")
+        raise ValueError(f"map_fn {map_fn}: expected llava or interleaved")
     return TextSettings(
         AutoTokenizer.from_pretrained(tokenizer, padding_side="right", trust_remote_code=False),
         llava_map_fn if map_fn == "llava" else None,
@@ -101,7 +101,7 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
     dataset = Config.fromfile(config_file).train_dataloader.dataset
     if "tokenizer" not in dataset:
         raise ValueError(
-            f"{config_file}: train_dataloader.dataset with a tokenizer expected; of several "
+            f"{config_file}: expected train_dataloader.dataset with a tokenizer; of several "
             "datasets tokenise each by --tokenizer and --prompt-template"
         )
     map_fn, template = dataset.get("dataset_map_fn"), dataset.get("template_map_fn")

@@ -87,7 +87,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.max_retries < 0:
-            raise ValueError("judge: concurrency of at least 1, a timeout and retries expected")
+            raise ValueError("judge: expected concurrency of at least 1, a timeout and retries")
         if self.max_cost is not None and self.price_in + self.price_out <= 0:
             raise ValueError("judge: a cost ceiling needs --judge-price-in and --judge-price-out")
 

@@ -169,7 +169,7 @@ def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 scores.setdefault(benchmark, {}).update(values)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{file}: {METRICS_NAME} of an evaluation expected, or an object such as "
+                f"{file}: expected {METRICS_NAME} of an evaluation, or an object such as "
                 f'{{"PathVQA": {{"closed accuracy": 0.9}}}}: {error}'
             ) from error
     return scores

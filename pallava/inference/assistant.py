@@ -134,7 +134,7 @@ class Assistant:
         """
         if len(images) != len(questions) or not questions:
             raise ValueError(
-                f"as many images as questions expected, at least one; got {len(images)} and "
+                f"expected as many images as questions, at least one; got {len(images)} and "
                 f"{len(questions)}; pass None for a question without an image"
             )
         pixels = [None if image is None else self.pixel_values(image) for image in images]

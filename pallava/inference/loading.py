@@ -90,7 +90,7 @@ def load_model(
     precision = _precision(dtype, place)
     if _is_exported(llm):
         if llava is not None or visual_encoder is not None:
-            raise ValueError(f"{llm} holds all parts: leave --llava and --visual-encoder out")
+            raise ValueError(f"{llm} contains all parts; omit llava and visual_encoder")
         return _load_exported(Path(llm), precision, place, prompt_template, bos)
     folder = _llava_folder(llava if llava is not None else llm)
     encoder_folder = _encoder_folder(folder, visual_encoder)
@@ -270,7 +270,7 @@ def _precision(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
     name = _DTYPES.get(str(dtype), str(dtype).removeprefix("torch."))
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {dtype!r}: one of {', '.join(_DTYPES)}, auto expected")
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}, auto")
     return found
 
 
@@ -334,7 +334,7 @@ def recorded_template(folder: Path) -> PromptTemplate | None:
     try:
         fields = json.loads(file.read_bytes()).get("prompt_template")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: JSON object expected: {error}") from error
+        raise ValueError(f"{file}: expected a JSON object: {error}") from error
     return PromptTemplate.from_fields(fields) if fields else None
 
 
@@ -433,8 +433,8 @@ def _explain(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return (
-            "its config.json names code of its own (auto_map), which is never run; a model whose "
-            "class is part of transformers expected"
+            "its config.json names custom code (auto_map), which is never run; expected a model "
+            "whose class is part of transformers"
         )
     # transformers goes on to list every model type it supports.
     return " ".join(text.split("Model type should be one of")[0].split())

@@ -104,13 +104,13 @@ def read_vision_config(folder: StrPath) -> CLIPVisionConfig:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"visual encoder {folder}: a folder with config.json and weights expected (download "
+            f"visual encoder {folder}: expected a folder with config.json and weights (download "
             "the released plip.tar.gz, or train one with configs/pallava/plip_pretraining.py)"
         )
     config = _read_json(file)
     config = config.get("vision_config", config) if isinstance(config, dict) else {}
     if "patch_size" not in config or "image_size" not in config:
-        raise ValueError(f"{file}: no CLIP vision config; image_size and patch_size expected")
+        raise ValueError(f"{file}: no CLIP vision config; expected image_size and patch_size")
     return CLIPVisionConfig(**config)
 
 

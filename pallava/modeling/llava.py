@@ -79,7 +79,7 @@ def splice(
     num_places = int(is_image.sum())
     if num_places != len(image_tokens):
         raise ValueError(
-            f"{num_places} image place(s) in the text but {len(image_tokens)} image(s) in the batch"
+            f"{num_places} image token(s) in the text but {len(image_tokens)} image(s) in the batch"
         )
     is_text = mask & ~is_image
     tokens_per_image = image_tokens.shape[1] if len(image_tokens) else 0

@@ -132,11 +132,12 @@ class PLIPVisionEncoder(nn.Module):
         super().__init__()
         if config.image_size % config.patch_size:
             raise ValueError(
-                f"image_size {config.image_size} is no multiple of patch_size {config.patch_size}"
+                f"image_size {config.image_size} is not a multiple of patch_size "
+                f"{config.patch_size}"
             )
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+                f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
                 f"{config.num_attention_heads}"
             )
         self.config = config

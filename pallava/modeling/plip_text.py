@@ -150,7 +150,7 @@ class PLIPTextEncoder(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"text encoder: hidden_size {config.hidden_size} is no multiple of "
+                f"text encoder: hidden_size {config.hidden_size} is not a multiple of "
                 f"num_attention_heads {config.num_attention_heads}"
             )
         self.config = config

@@ -64,7 +64,7 @@ class ConnectorConfig:
                 )
         if self.visual_hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"connector visual_hidden_size {self.visual_hidden_size} is no multiple of "
+                f"connector visual_hidden_size {self.visual_hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
 

@@ -53,7 +53,7 @@ class SlideTokenConfig:
                 )
         if self.hidden_size % 4:
             raise ValueError(
-                f"slide tokens, hidden_size {self.hidden_size}: a multiple of 4 expected, a sine "
+                f"slide tokens, hidden_size {self.hidden_size}: expected a multiple of 4, a sine "
                 "and a cosine for x and for y"
             )
 
@@ -155,7 +155,8 @@ class SlideTokenEncoder(nn.Module):
             shape = tuple(bag.features.shape)
             if len(shape) != 2 or shape[1] != width or not shape[0]:
                 raise ValueError(
-                    f"bag {number}: features {shape}, (N, {width}) with at least one tile expected"
+                    f"bag {number}: expected features (N, {width}) with at least one tile, "
+                    f"found {shape}"
                 )
             if tuple(bag.positions.shape) != (shape[0], 2):
                 raise ValueError(
@@ -165,7 +166,8 @@ class SlideTokenEncoder(nn.Module):
             found = None if bag.slide_embedding is None else bag.slide_embedding.numel()
             if embedding_width and found != embedding_width:
                 raise ValueError(
-                    f"bag {number}: slide embedding of width {found}, {embedding_width} expected"
+                    f"bag {number}: expected a slide embedding of width {embedding_width}, "
+                    f"found {found}"
                 )
 
     def _project(self, features: Tensor) -> Tensor:

@@ -111,9 +111,9 @@ class PLIPPretrainingModel(nn.Module):
         _check_choice("empty_slots", empty_slots, ("negatives", "ignored"))
         for name, value in (("momentum", momentum), ("alpha", alpha)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: a share between 0 and 1 expected")
+                raise ValueError(f"{name} {value}: expected a fraction between 0 and 1")
         if queue_size < 1:
-            raise ValueError(f"queue_size {queue_size}: at least one slot expected")
+            raise ValueError(f"queue_size {queue_size}: expected at least one slot")
         if not 0 <= enc_token_id < text_encoder.config.vocab_size:
             raise ValueError(
                 f"enc_token_id {enc_token_id} is outside the text encoder's vocabulary of "
@@ -358,7 +358,7 @@ class PLIPPretrainingModel(nn.Module):
             self._rank_batch_size = batch_size
             sizes = all_gather(torch.tensor([batch_size], device=self.ptr_queue.device)).tolist()
             if len(set(sizes)) > 1:
-                raise ValueError(f"the ranks have batches of {sizes} pairs; equal sizes expected")
+                raise ValueError(f"the ranks have batches of {sizes} pairs; expected equal sizes")
             for queue in (self.image_queue, self.text_queue, self.idx_queue, self.ptr_queue):
                 torch.distributed.broadcast(queue, src=0)
         if batch_size != self._rank_batch_size:
@@ -395,4 +395,4 @@ def _gather_texts(input_ids: Tensor, mask: Tensor, pad_id: int) -> tuple[Tensor,
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} {value!r}: one of {', '.join(map(repr, choices))} expected")
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(map(repr, choices))}")

@@ -197,7 +197,7 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Qu
         if record.get(f"Choice {letter}", "").strip()
     }
     if len(options) < 2:
-        raise RowError(f"at least two of the columns 'Choice A' ... expected, found {len(options)}")
+        raise RowError(f"expected at least two of the columns 'Choice A' ..., found {len(options)}")
     text = text_field(record, "Question")
     listed = "\n".join(f"{letter}: {option}" for letter, option in options.items())
     return Question(
@@ -217,5 +217,7 @@ def _letter(answer: str, options: Mapping[str, str]) -> str:
         return answer.strip().upper()
     equal = [letter for letter, text in options.items() if text and words(text) == words(answer)]
     if len(equal) != 1:
-        raise RowError(f"answer {answer!r:.60} is no letter of {', '.join(options)} and no option")
+        raise RowError(
+            f"answer {answer!r:.60} is neither a letter of {', '.join(options)} nor an option"
+        )
     return equal[0]

@@ -106,7 +106,7 @@ class Adapter:
         for weight_name, part in self.parts.items():
             self._check(weight_name, part)
         if not self.parts and not self.replacements:
-            raise AdapterError(f"{self.folder}: the adapter holds no tensors")
+            raise AdapterError(f"{self.folder}: the adapter contains no tensors")
 
     @property
     def base_model(self) -> str:
@@ -172,7 +172,7 @@ class Adapter:
         rank = int(_pattern_value(self.config.get("rank_pattern"), module, self.config["r"]))
         alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
         if rank < 1:
-            raise AdapterError(f"{self.folder}: rank {rank} for {module}; at least 1 expected")
+            raise AdapterError(f"{self.folder}: rank {rank} for {module}; expected at least 1")
         # rsLoRA: arXiv:2312.03732
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return LoraPart(module, alpha / divisor, rank, bool(self.config.get("fan_in_fan_out")))
@@ -187,8 +187,8 @@ class Adapter:
         for name in part.names.values():
             if self.weights.info(name).dtype not in _FLOAT_TYPES:
                 raise AdapterError(
-                    f"{self.folder}: {name} is stored as {self.weights.info(name).dtype}; an "
-                    "adapter in fp32, fp16 or bf16 expected"
+                    f"{self.folder}: {name} is stored as {self.weights.info(name).dtype}; "
+                    "expected an adapter in fp32, fp16 or bf16"
                 )
         a, b = (self.weights.info(name).shape for name in (part.a_name, part.b_name))
         if len(a) != 2 or len(b) != 2:
@@ -276,7 +276,7 @@ def load_part(
     magnitude = adapter.read(name).reshape(-1).to(device) if name else None
     if magnitude is not None and magnitude.numel() != shape[0]:
         raise AdapterError(
-            f"{adapter.folder}: {name} has {magnitude.numel()} values, {shape[0]} expected"
+            f"{adapter.folder}: {name} has {magnitude.numel()} values, expected {shape[0]}"
         )
     return LoadedPart(a, b, part.scaling, magnitude, transposed, str(adapter.folder))
 
@@ -363,7 +363,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(
-            f"adapter {folder}: a folder with {CONFIG_NAME} and adapter_model.safetensors expected"
+            f"adapter {folder}: expected a folder with {CONFIG_NAME} and adapter_model.safetensors"
         )
     try:
         config = json.loads(file.read_bytes())
@@ -374,7 +374,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise AdapterError(f"{file}: peft_type {kind}; only LoRA can be merged")
     if not all(map(_is_number, numbers)):
-        raise AdapterError(f"{file}: r and lora_alpha are {numbers}; numbers expected")
+        raise AdapterError(f"{file}: r and lora_alpha are {numbers}; expected numbers")
     for setting in ("rank_pattern", "alpha_pattern"):
         _check_pattern(config.get(setting), f"{file}: {setting}")
     return config
@@ -382,14 +382,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_pattern(pattern: Any, what: str) -> None:
     if pattern is not None and not isinstance(pattern, dict):
-        raise AdapterError(f"{what} is {pattern!r:.80}; names of modules with numbers expected")
+        raise AdapterError(f"{what} is {pattern!r:.80}; expected names of modules with numbers")
     for key, value in (pattern or {}).items():
         if not _is_number(value):
-            raise AdapterError(f"{what}: {key!r} is {value!r:.80}; a number expected")
+            raise AdapterError(f"{what}: {key!r} is {value!r:.80}; expected a number")
         try:
             re.compile(key)
         except re.error as error:
-            raise AdapterError(f"{what}: {key!r} is no regular expression: {error}") from error
+            raise AdapterError(f"{what}: {key!r} is not a regular expression: {error}") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -174,11 +174,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"model {folder}: a folder with config.json and weights expected")
+        raise FileNotFoundError(f"model {folder}: expected a folder with config.json and weights")
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: a JSON object expected")
+        raise CheckpointError(f"{file}: expected a JSON object")
     return config

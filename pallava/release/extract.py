@@ -44,7 +44,7 @@ def extract_adapter(
         ValueError: If `rank` is below 1.
     """
     if rank < 1:
-        raise ValueError(f"rank {rank}: at least 1 expected")
+        raise ValueError(f"rank {rank}: expected at least 1")
     first, second = WeightFolder(base), WeightFolder(tuned)
     _check_same(first, second)
     tensors: dict[str, Tensor] = {}

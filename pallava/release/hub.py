@@ -33,11 +33,11 @@ def plan_push(folder: StrPath, repository: str) -> PushPlan:
     inputs, rows = read_manifest(folder)
     if inputs is None or folder.name.endswith(".partial"):
         raise FileNotFoundError(
-            f"{folder}: no finished release ({MANIFEST_NAME} expected); write it with `xtuner-add "
+            f"{folder}: no finished release (expected {MANIFEST_NAME}); write it with `xtuner-add "
             "export`"
         )
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ValueError(f"repository {repository!r}: owner/name expected")
+        raise ValueError(f"repository {repository!r}: expected owner/name")
     for name, row in rows.items():
         path = folder / name
         # The model card may have been edited by hand.

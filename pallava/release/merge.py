@@ -424,7 +424,7 @@ def check_merge(
         name = tensor.info.name
         if found.info(name).shape != tensor.info.shape:
             raise CheckpointError(
-                f"{found.folder}: {name} is {found.info(name).shape}, {tensor.info.shape} expected"
+                f"{found.folder}: {name} is {found.info(name).shape}, expected {tensor.info.shape}"
             )
         start, distance = 0, 0.0
         for rows in merger.blocks(tensor):

@@ -232,7 +232,7 @@ def _check_adapter(folder: Path) -> None:
 def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector:
     tensors = connector_state_dict(state_dict)
     if not tensors:
-        raise CheckpointError("the checkpoint holds no connector (no projector.*)")
+        raise CheckpointError("the checkpoint contains no connector (no projector.*)")
     heads = read_vision_config(recipe.visual_encoder).num_attention_heads
     config = connector_config_of(tensors, num_attention_heads=heads)
     with torch.device("meta"):
@@ -247,7 +247,7 @@ def _save_encoder(state_dict: StateDict, recipe: Recipe, folder: Path) -> None:
     )
     if not trained and not recipe.freeze_visual_encoder:
         raise CheckpointError(
-            "the encoder was trained, but the checkpoint holds no visual_encoder.*"
+            "the encoder was trained, but the checkpoint contains no visual_encoder.*"
         )
     encoder: PLIPVisionEncoder = load_vision_encoder(recipe.visual_encoder)
     if trained:

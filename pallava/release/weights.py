@@ -236,7 +236,7 @@ class WeightFolder:
             if (self.folder / name).is_file():
                 return [self.folder / name]
         raise FileNotFoundError(
-            f"{self.folder}: a folder with {' or '.join(names)}, or an index of shards, expected"
+            f"{self.folder}: expected a folder with {' or '.join(names)}, or an index of shards"
         )
 
 

@@ -71,7 +71,7 @@ def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDi
     ]
     stage = states[0].get("zero_stage", 2)
     if stage not in (1, 2, 3):
-        raise CheckpointError(f"{optimizers[0]}: zero_stage is {stage!r}; 1, 2 or 3 expected")
+        raise CheckpointError(f"{optimizers[0]}: zero_stage is {stage!r}; expected 1, 2 or 3")
     count = states[0].get("partition_count", len(states))
     expected = max(count) if isinstance(count, Sequence) else int(count)
     if expected != len(states):
@@ -150,7 +150,7 @@ def _tensors(state: Mapping[str, Any], key: str, file: Path) -> list[Tensor]:
 
 def _mapping(value: Any, file: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"{file}: a dictionary expected, found {type(value).__name__}")
+        raise CheckpointError(f"{file}: expected a dictionary, found {type(value).__name__}")
     return value
 
 

@@ -93,7 +93,7 @@ def read_request(body: Any, model: str, max_pixels: int = MAX_PIXELS) -> ChatReq
         RequestError: If the request is invalid or uses an unsupported option.
     """
     if not isinstance(body, dict):
-        raise RequestError("a JSON object expected")
+        raise RequestError("expected a JSON object")
     fields = {name: value for name, value in body.items() if value is not None}
     _refuse_unsupported(fields)
     if fields.get("model") != model:
@@ -156,7 +156,7 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
         or len(stop) > MAX_STOPS
         or not all(isinstance(word, str) for word in stop)
     ):
-        raise RequestError(f"stop: a text or up to {MAX_STOPS} of them expected", "stop")
+        raise RequestError(f"stop: expected a text or up to {MAX_STOPS} of them", "stop")
     try:
         return Sampling(
             max_new_tokens=lengths.pop() if lengths else DEFAULT_MAX_TOKENS,
@@ -175,13 +175,13 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
 
 def _read_turns(messages: Any, max_pixels: int) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not messages:
-        raise RequestError("messages: a list of messages expected", "messages")
+        raise RequestError("messages: expected a list of messages", "messages")
     turns: list[Turn] = []
     pixels_left = max_pixels
     for index, message in enumerate(messages):
         param = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise RequestError(f"{param}: an object expected", param)
+            raise RequestError(f"{param}: expected an object", param)
         role = _ROLES.get(str(message.get("role")))
         if role is None:
             raise RequestError(
@@ -210,7 +210,7 @@ def _content(content: Any, param: str) -> tuple[str, list[str]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
-        raise RequestError(f"{param}.content: a text or a list of parts expected", param)
+        raise RequestError(f"{param}.content: expected a text or a list of parts", param)
     texts, urls = [], []
     for index, part in enumerate(content):
         where = f"{param}.content[{index}]"
@@ -222,7 +222,7 @@ def _content(content: Any, param: str) -> tuple[str, list[str]]:
             if image.get("detail") not in (None, "auto"):
                 raise _unsupported(f"{where}.image_url.detail")
             if not isinstance(image.get("url"), str):
-                raise RequestError(f"{where}.image_url.url: a text expected", where)
+                raise RequestError(f"{where}.image_url.url: expected a text", where)
             urls.append(image["url"])
         else:
             raise RequestError(
@@ -242,7 +242,7 @@ def _image(url: str, param: str, max_pixels: int) -> Image.Image:
             "invalid_image_url",
         )
     if not head.lower().endswith(";base64"):
-        raise RequestError(f"{param}: a data: URL in base64 expected", param, "invalid_image_url")
+        raise RequestError(f"{param}: expected a data: URL in base64", param, "invalid_image_url")
     try:
         data = base64.b64decode(payload, validate=True)
         return decode_image(data, name=f"image of {param}", max_pixels=max(0, max_pixels))

@@ -69,7 +69,7 @@ def square_around(
     if not 0 < size < 1e7:
         raise ValueError(f"size of the region: expected a positive number, found {size}")
     if not all(0 <= part <= 1 for part in centre):
-        raise ValueError(f"centre {centre}: fractions of width and height expected")
+        raise ValueError(f"centre {centre}: expected fractions of width and height")
     side = max(1, round(size / info.mpp if info.mpp else size))
     corner = [
         min(max(0, round(part * length - side / 2)), max(0, length - side))

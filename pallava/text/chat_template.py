@@ -27,7 +27,7 @@ def chat_template(template: Mapping[str, Any]) -> str:
     instruction = str(template.get("INSTRUCTION") or "")
     if instruction.count("{input}") != 1:
         raise ValueError(
-            f"prompt template: INSTRUCTION with one {{input}} expected: {instruction!r}"
+            f"prompt template: expected INSTRUCTION with one {{input}}: {instruction!r}"
         )
     system = _fill(str(template.get("SYSTEM") or ""), {"{system}": "text.value"})
     question = _fill(instruction, {"{input}": "text.value", "{round}": "state.round"})

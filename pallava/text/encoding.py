@@ -73,8 +73,8 @@ def interleaved_map_fn(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]
             question = ""
         else:
             raise ConversationError(
-                f"row {row.get('id')!r}: conversations[{index}].from is {role!r}, 'human' or "
-                "'gpt' expected"
+                f"row {row.get('id')!r}: conversations[{index}].from is {role!r}, expected "
+                "'human' or 'gpt'"
             )
     return {"conversation": pairs}
 
@@ -83,7 +83,7 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
     """Returns what is wrong with a LLaVA row whose images are in `field`, or None."""
     turns = row.get("conversations")
     if not _is_list(turns, Mapping) or not turns:
-        return "conversations: a list of {from, value} expected"
+        return "conversations: expected a list of {from, value}"
     roles = {str(turn.get("from")) for turn in turns}
     if not roles <= {"human", "gpt"}:
         return f"conversations: expected roles 'human' and 'gpt', found {sorted(roles)}"

@@ -49,7 +49,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
     expected = ["user", "assistant"] * len(spoken)
     if not spoken or spoken != expected[: len(spoken)] or spoken[-1] != "user":
         raise ValueError(
-            "user and assistant in turn expected, first and last the user; got "
+            "expected user and assistant in turn, starting and ending with the user; got "
             f"{', '.join(spoken) or 'no turn'}"
         )
     for number, turn in enumerate(turns, 1):

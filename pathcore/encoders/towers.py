@@ -444,7 +444,7 @@ def _open_clip(
         config = open_clip_config(architecture or "")
     if "embed_dim" not in config or "vision_cfg" not in config:
         raise EncoderError(
-            f"encoder of open_clip: embed_dim and vision_cfg expected, found {sorted(config)}"
+            f"encoder of open_clip: expected embed_dim and vision_cfg, found {sorted(config)}"
         )
     kept = {k: config[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in config}
     kept = json.loads(json.dumps(kept))

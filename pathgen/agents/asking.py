@@ -96,7 +96,7 @@ class Asker:
         read: Callable[[Task, str], Any],
     ) -> None:
         if attempts < 1:
-            raise ValueError("attempts: at least one expected")
+            raise ValueError("attempts: expected at least one")
         self._backend = backend
         self._cache = cache
         self._budget = budget

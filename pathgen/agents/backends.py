@@ -195,7 +195,7 @@ class OpenAIBackend:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.max_retries < 0:
-            raise ValueError("endpoint: concurrency of at least 1, a timeout and retries expected")
+            raise ValueError("endpoint: expected concurrency of at least 1, a timeout and retries")
         self.endpoint = shown_endpoint(self.base_url)
         self._client = open_client(
             self.base_url, timeout_s=self.timeout_s, max_retries=self.max_retries

@@ -48,7 +48,7 @@ def revise(
         if isinstance(value, str):  # a user-defined prompt may ask for plain text
             value = {"usable": True, "caption": value}
         if not isinstance(value.get("usable"), bool):
-            raise ReplyError("usable: true or false expected")
+            raise ReplyError("usable: expected true or false")
         if not value["usable"]:
             return {**value, "caption": ""}  # models return an empty caption here, or the old one
         caption = check_caption(_caption(value), min_words=min_words, max_words=max_words)

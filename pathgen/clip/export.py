@@ -77,8 +77,8 @@ def model_config(model: str, options: Mapping[str, Any] | None = None) -> dict[s
         config = open_clip.get_model_config(model)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
         raise ValueError(
-            f"model {model}: a name of open_clip.list_models(), or a JSON file with embed_dim, "
-            "vision_cfg and text_cfg expected"
+            f"model {model}: expected a name of open_clip.list_models(), or a JSON file with "
+            "embed_dim, vision_cfg and text_cfg"
         )
     config = copy.deepcopy(config)
     if size := options.get("force_image_size"):

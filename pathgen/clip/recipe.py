@@ -179,7 +179,7 @@ def _stage(
     name = check_name(row.get("name"))
     source = data.get(name, row.get("data"))
     if source is None:
-        raise ValueError(f"recipe {path}: stage {name}: data expected: shards or pairs.jsonl")
+        raise ValueError(f"recipe {path}: stage {name}: expected data: shards or pairs.jsonl")
     merged = {**shared, **_mapping(path, "options", row.get("options")), **options}
     if taken := sorted(SET_HERE & set(merged)):
         raise ValueError(f"recipe {path}: stage {name}: {taken} are set by the training itself")

@@ -173,7 +173,7 @@ def read_table(path: StrPath, field_name: str) -> dict[str, str]:
             table = dict(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: lines with wsi_id and {field_name}, or an object of texts expected: {error!r}"
+            f"{path}: expected lines with wsi_id and {field_name}, or an object of texts: {error!r}"
         ) from error
     wrong = next((k for k, v in table.items() if not isinstance(v, str)), None)
     if wrong is not None:

@@ -102,7 +102,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)of another shape.*: backbone\.pos_embed"):
         load_classifier(tmp_path)
     (tmp_path / "classifier.json").write_text(json.dumps(config | {"format": 9}))
-    with pytest.raises(ValueError, match="format 9, 2 expected"):
+    with pytest.raises(ValueError, match="expected format 2, found 9"):
         load_classifier(tmp_path)
 
 

@@ -284,7 +284,7 @@ def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
             dict(library="open_clip", architecture="ViT-B-17"),
             r"open_clip has no architecture ViT-B-17; near: .*ViT-B-16",
         ),
-        (dict(library="open_clip", config=dict(width=3)), "embed_dim and vision_cfg expected"),
+        (dict(library="open_clip", config=dict(width=3)), "expected embed_dim and vision_cfg"),
         (dict(library="timm", architecture="vit_none"), "encoder timm:vit_none"),
         (dict(library="timm", model="vit_none"), "unexpected keyword argument 'model'"),
         (dict(library="transformers", config=dict(model_type="bert")), "model_type 'bert'"),

@@ -73,7 +73,7 @@ def test_layouts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"c\.csv: no coordinates of z"):
         layouts_from_csv(table, {"s": ["z"]}, 8)
     table.write_text("name,x,y\na,1,left\n")
-    with pytest.raises(ValueError, match=r"c\.csv:2: two numbers"):
+    with pytest.raises(ValueError, match=r"c\.csv:2: expected two numbers"):
         layouts_from_csv(table, {}, 8)
     table.write_text("file,x,y\n")
     with pytest.raises(ValueError, match="no column name; found file, x, y"):

@@ -85,7 +85,7 @@ def test_names_without_a_slide() -> None:
 
 def test_settings_out_of_range() -> None:
     for val in (0, 1, 80):
-        with pytest.raises(ValueError, match="share between 0 and 1"):
+        with pytest.raises(ValueError, match="expected a fraction"):
             split_slides({"a": 0}, [], val=val)
     with pytest.raises(ValueError, match="num_slides is 0"):
         choose_slides([("a_0.jpg", 0)], 0)

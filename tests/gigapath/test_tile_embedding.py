@@ -175,7 +175,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         FolderTiles.find(folder)
     with pytest.raises(ValueError, match="no images given"):
         FolderTiles.of_files([])
-    with pytest.raises(ValueError, match=r"a\.png: a name like"):
+    with pytest.raises(ValueError, match=r"a\.png: expected a name like"):
         FolderTiles.of_files(["a.png"])
 
 

@@ -258,7 +258,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         create_model("", "vit_gigantic")
     folder = write_tile_encoder(tmp_path / "enc")
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json: JSON with `architecture`"):
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON with `architecture`"):
         create_model(folder)
     (folder / "config.json").write_text(json.dumps({"architecture": "of_nobody"}))
     with pytest.raises(ValueError, match=r"config\.json: architecture 'of_nobody'"):

@@ -317,7 +317,7 @@ def test_two_images_in_a_turn_need_another_map_function(folder: Folder) -> None:
     dataset = folder.dataset(rows, dataset_map_fn=llava_map_fn)
     assert len(dataset) == 3
     assert folder.skipped()["pair"] == (
-        "dataset_map_fn left 1 image place(s) for 2 image(s); conversations with several images in "
+        "dataset_map_fn left 1 image token(s) for 2 image(s); conversations with several images in "
         "one turn need interleaved_map_fn"
     )
 

@@ -157,7 +157,10 @@ def test_another_lora_size_is_an_error(plip: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"visual_encoder": "checkpoints/absent"}, "visual encoder checkpoints/absent: a folder"),
+        (
+            {"visual_encoder": "checkpoints/absent"},
+            "visual encoder checkpoints/absent: expected a folder",
+        ),
         ({"pretrained_pth": "work_dirs/iter_9.pth"}, r"checkpoint work_dirs/iter_9\.pth: no such"),
         ({"llm": "models/absent"}, r"language model 'models/absent' cannot be loaded"),
         ({"llm": "/models/absent"}, r"language model '/models/absent' cannot be loaded"),

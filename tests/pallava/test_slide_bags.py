@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"coords": None, "features": None},
         "no dataset features and coords, found nothing",
     ),
-    "fractions": ({"coords": np.full((12, 2), 0.5)}, "no whole level-0 pixels"),
+    "fractions": ({"coords": np.full((12, 2), 0.5)}, "not whole level-0 pixels"),
     "side_0": ({"attributes": {"patch_size_level0": 0}}, "side of a tile is not stated"),
     "odd_attributes": ({"attributes": {"patch_level": 1}}, "do not say how large a tile is"),
     "strings": ({"features": np.full((12, 32), b"a")}, "features or coords are no numbers"),

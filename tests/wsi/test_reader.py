@@ -212,7 +212,7 @@ def test_resolution_of_the_file_and_of_the_user(tmp_path: Path) -> None:
         assert Slide(tmp_path / name, mpp=0.3, magnification=30).mpp == 0.3
     assert Slide(tmp_path / "known.svs", mpp=0.3).mpp == 0.3
     for wrong in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="mpp: a positive number"):
+        with pytest.raises(ValueError, match="mpp: expected a positive number"):
             Slide(tmp_path / "known.svs", mpp=wrong)
 
 

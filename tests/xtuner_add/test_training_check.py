@@ -71,7 +71,7 @@ def test_a_sound_training_passes_without_torch(folder: Path) -> None:
         (f"{DATA}.data_path=nope.jsonl", "data_path nope.jsonl: no such file"),
         (f"{DATA}.data_path=data/tiny/plip/config.json", "expected an array of rows"),
         (f"{DATA}.data_path=roles.jsonl", "expected roles 'human' and 'gpt'"),
-        (f"{DATA}.data_path=schema.jsonl", "a list of .from, value. expected"),
+        (f"{DATA}.data_path=schema.jsonl", "expected a list of .from, value."),
         (f"{DATA}.data_path=text.jsonl", "row 1: not an object"),
         (f"{DATA}.data_path=empty.jsonl", "no rows"),
         (f"{DATA}.data_path=absent.jsonl", "image_folder data/tiny/images: 12 of 12"),

@@ -83,7 +83,7 @@ def load_rule(name_or_file: StrPath) -> KeywordRule:
 
 def _rule(content: Any, name: StrPath) -> KeywordRule:
     if not isinstance(content, Mapping) or not set(content) <= {*_LISTS, "about"}:
-        raise ValueError(f"keyword rule {name}: lists {', '.join(_LISTS)} expected")
+        raise ValueError(f"keyword rule {name}: expected lists {', '.join(_LISTS)}")
     lists = {}
     for key in _LISTS:
         words = content.get(key, [])

@@ -76,7 +76,7 @@ def clean(
     if index is not None:
         steps = [index_step(index), *steps]
     if not steps or len({step.name for step in steps}) < len(steps):
-        raise ValueError("cleaning: at least one step, and no two of the same name, expected")
+        raise ValueError("cleaning: expected at least one step, and no two with the same name")
     name = f"{path.stem}.jsonl"
 
     def handle(batch: Sequence[tuple[str, Any]]) -> Part:

@@ -136,9 +136,9 @@ def load_clip_classes(path: StrPath | None = None) -> tuple[list[str], list[str]
         content = json.loads(source.read_text(encoding="utf-8"))
         keep, drop = list(content["keep"]), list(content["drop"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source}: lists keep and drop of descriptions expected") from error
+        raise ValueError(f"{source}: expected lists keep and drop of descriptions") from error
     if not keep or not drop or not all(isinstance(text, str) for text in (*keep, *drop)):
-        raise ValueError(f"{source}: at least one description to keep and one to drop expected")
+        raise ValueError(f"{source}: expected at least one description to keep and one to drop")
     return keep, drop
 
 

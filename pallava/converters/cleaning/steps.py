@@ -197,7 +197,7 @@ def read_index(path: StrPath) -> frozenset[str]:
     except (ValueError, csv.Error) as error:
         raise ValueError(f"index {path}: cannot be read: {error}") from error
     if not entries:
-        raise ValueError(f"index {path}: ids or image names expected, one for each row to keep")
+        raise ValueError(f"index {path}: expected ids or image names, one for each row to keep")
     return entries
 
 
@@ -317,5 +317,5 @@ class ScoreStep:
 
 def _only_image(candidate: Candidate) -> Path:
     if len(candidate.images) != 1:
-        raise ImageError(f"one image expected, the row has {len(candidate.images)}")
+        raise ImageError(f"expected one image, the row has {len(candidate.images)}")
     return candidate.images[0]

@@ -38,7 +38,7 @@ def confusion_matrix(
     """
     if len(true) != len(predicted) or not true:
         raise ValueError(
-            f"as many predictions as labels expected, at least one; got {len(predicted)} and "
+            f"expected as many predictions as labels, at least one; got {len(predicted)} and "
             f"{len(true)}"
         )
     index = {name: number for number, name in enumerate(classes)}

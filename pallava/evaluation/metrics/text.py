@@ -74,7 +74,7 @@ def corpus_bleu(
 
     if len(answers) != len(references) or not answers:
         raise ValueError(
-            f"BLEU: as many answers as references expected, at least one; got {len(answers)} and "
+            f"BLEU: expected as many answers as references, at least one; got {len(answers)} and "
             f"{len(references)}"
         )
     metric = BLEU(tokenize="none", max_ngram_order=max_ngram_order, smooth_method="none")

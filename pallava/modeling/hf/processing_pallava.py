@@ -85,7 +85,7 @@ class PALLaVAProcessor(ProcessorMixin):
         """
         del kwargs
         if text is None:
-            raise ValueError("text: at least one prompt expected")
+            raise ValueError("text: expected at least one prompt")
         texts = [text] if isinstance(text, str) else list(text)
         flat = _flatten(images)
         marks = sum(prompt.count(self.image_token) for prompt in texts)

@@ -87,7 +87,7 @@ def test_equal_without_the_hosts(kind: str, data: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_exported(data: Path, tmp_path: Path) -> None:
     cfg = config_of("linear", data, tmp_path)
     cfg.model.data_preprocessor.to_rgb = True
-    with pytest.raises(ValueError, match="to_rgb: False expected"):
+    with pytest.raises(ValueError, match="to_rgb: expected False"):
         read_preprocessing(cfg)
     cfg.test_dataloader.dataset.pipeline[1] = dict(type="RandomFlip")
     with pytest.raises(ValueError, match="RandomFlip cannot be exported"):

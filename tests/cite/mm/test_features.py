@@ -238,7 +238,7 @@ def test_patches_without_features_and_other_labels(tmp_path: Path) -> None:
     ann_file.write_text("s_1.jpg 0\nt_1.jpg 0\n")
     with pytest.raises(ValueError, match=r"ann\.txt:2: label 0 of t_1\.jpg, but 1 in"):
         CachedFeatureDataset(str(file), str(ann_file))
-    with pytest.raises(ValueError, match=r"shape \(2, 4\) arrive, \(batch, 8\) expected"):
+    with pytest.raises(ValueError, match=r"shape \(batch, 8\), found \(2, 4\)"):
         PrecomputedFeatures(8)(torch.ones(2, 4))
 
 

@@ -211,7 +211,7 @@ def test_faults_are_recorded_and_the_rest_is_used(
     assert not Path("pwned").exists() and not (tmp_path.parent / "outside.pt").exists()
     for name, words in {
         "evil": "UnpicklingError", "evil_zip": "UnpicklingError", "list": "found list",
-        "matrix": "(3, 12)", "narrow": "11 values; 12 expected", "nan": "NaN", "infinite": "NaN",
+        "matrix": "(3, 12)", "narrow": "11 values; expected 12", "nan": "NaN", "infinite": "NaN",
         "large": "at most", "damaged": "CRC", "twice": "2 embeddings", "absent": "no embedding",
         "tile_0": "named twice", "unlabelled": "no label", "tile_1": "holdout",
         "whole_numbers": "float tensor",

@@ -97,7 +97,7 @@ def test_settings_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     described = json.dumps(settings.description)
     assert "llava_map_fn" in described and "0x" not in described, "the same in every process"
     (tmp_path / "none.py").write_text("train_dataloader = dict(dataset=dict(type='Several'))")
-    with pytest.raises(ValueError, match="with a tokenizer expected"):
+    with pytest.raises(ValueError, match="with a tokenizer; of several"):
         settings_from_config(tmp_path / "none.py")
 
 

@@ -339,7 +339,7 @@ def test_a_model_card_takes_the_scores_of_runs(
     assert scores["pathvqa"]["overall, count"] == "11"
     assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", scores["pathvqa"]["overall, correct"])
     by_hand.write_text("[1]")
-    with pytest.raises(ValueError, match=r"mine\.json: metrics\.json of an evaluation expected"):
+    with pytest.raises(ValueError, match=r"mine\.json: expected metrics\.json of an evaluation"):
         read_scores([by_hand])
 
 

@@ -101,7 +101,7 @@ def test_the_recorded_template_is_used_and_another_one_is_reported(
     assert chosen.encode("What?", has_image=False) != load(root).encode("What?", has_image=False)
     assert "'llama3_chat' as requested; the model was trained with 'vicuna'" in caplog.text
     (root / "llava" / "conversion.json").write_text("[")
-    with pytest.raises(ValueError, match="JSON object expected"):
+    with pytest.raises(ValueError, match="expected a JSON object"):
         load(root)
 
 

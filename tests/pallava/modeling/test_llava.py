@@ -257,9 +257,9 @@ def test_sub_images_are_encoded_only_if_they_are_seen(kind: str, tiles: int) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": None}, r"3 image place\(s\) in the text but 0 image\(s\)"),
-        ({"drop": 1}, r"3 image place\(s\) in the text but 2 image\(s\)"),
-        ({"input_ids": None}, r"0 image place\(s\) in the text but 3 image\(s\)"),
+        ({"pixel_values": None}, r"3 image token\(s\) in the text but 0 image\(s\)"),
+        ({"drop": 1}, r"3 image token\(s\) in the text but 2 image\(s\)"),
+        ({"input_ids": None}, r"0 image token\(s\) in the text but 3 image\(s\)"),
     ],
 )
 def test_places_and_images_must_agree(changes: dict[str, object], message: str) -> None:

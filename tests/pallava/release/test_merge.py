@@ -316,9 +316,9 @@ DAMAGED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 16}, "says 16"),
     "ia3": ({"peft_type": "IA3"}, "only LoRA"),
     "alora": ({"alora_invocation_tokens": [1]}, "cannot be merged"),
-    "regex": ({"rank_pattern": {"q_proj(": 2}}, "no regular expression"),
-    "pattern_list": ({"rank_pattern": ["q_proj"]}, "names of modules with numbers expected"),
-    "pattern_text": ({"alpha_pattern": {"q_proj": "eight"}}, "'eight'; a number expected"),
+    "regex": ({"rank_pattern": {"q_proj(": 2}}, "not a regular expression"),
+    "pattern_list": ({"rank_pattern": ["q_proj"]}, "expected names of modules with numbers"),
+    "pattern_text": ({"alpha_pattern": {"q_proj": "eight"}}, "'eight'; expected a number"),
 }
 
 

@@ -109,7 +109,7 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     torch.save({"param_shapes": [], "module": {}}, tmp_path / "mp_rank_00_model_states.pt")
     file = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": {"zero_stage": "two"}}, file)
-    with pytest.raises(CheckpointError, match="zero_stage is 'two'; 1, 2 or 3 expected"):
+    with pytest.raises(CheckpointError, match="zero_stage is 'two'; expected 1, 2 or 3"):
         load_checkpoint(tmp_path)
 
 

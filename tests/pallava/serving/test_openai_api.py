@@ -146,7 +146,7 @@ POSTSCRIPT = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\
         ({"messages": []}, 400, "messages", "a list of messages"),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0]", "role"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0]", "content"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages", "first and last"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages", "starting and"),
         ({"messages": image_message("https://example.org/a.png")}, 400, "messages[0]", "data: URL"),
         ({"messages": image_message("file:///etc/passwd")}, 400, "messages[0]", "fetches nothing"),
         ({"messages": image_message("/etc/passwd")}, 400, "messages[0]", "fetches nothing"),

@@ -142,9 +142,9 @@ def test_two_bos_are_put_in_front_of_the_first_question_only() -> None:
     ("turns", "message"),
     [
         ([], "no turn"),
-        ([Turn("assistant", "a")], "first and last the user"),
+        ([Turn("assistant", "a")], "starting and ending with the user"),
         ([Turn("user", "a"), Turn("user", "b")], "in turn"),
-        ([Turn("user", "a"), Turn("assistant", "b")], "first and last the user"),
+        ([Turn("user", "a"), Turn("assistant", "b")], "starting and ending with the user"),
         ([Turn("user", "a"), Turn("system", "b")], "only be the first"),
         ([Turn("system", "a", ("b.png",)), Turn("user", "a")], "turn 1: only the user"),
         ([Turn("user", "<image> a")], r"1 <image> mark\(s\) for 0"),

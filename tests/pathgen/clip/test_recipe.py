@@ -26,7 +26,7 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
 
 def test_the_demos_recipe_is_given_its_data(tmp_path: Path) -> None:
     path = FOLDER / "demo_clip.yml"
-    with pytest.raises(ValueError, match="stage pairs: data expected"):
+    with pytest.raises(ValueError, match="stage pairs: expected data"):
         read_recipe(path)
     recipe = read_recipe(path, data={"pairs": tmp_path})
     assert [stage.name for stage in recipe.stages] == ["pairs"]
