@@ -1,4 +1,4 @@
-"""What a user gets who installs the wheel instead of a checkout."""
+"""The wheel contains what users need without a checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of CITE's step runs, and compares what computes the same."""
+"""The benchmark of CITE's training step runs and compares equal computations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways that the benchmark compares must give the same patches."""
+"""The methods that the benchmark compares give the same patches."""
 
 from __future__ import annotations
 

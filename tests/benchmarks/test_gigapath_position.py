@@ -1,4 +1,4 @@
-"""The made-up slides differ in where their tiles lie and in nothing else."""
+"""The synthetic slides differ only in the positions of their tiles."""
 
 from __future__ import annotations
 

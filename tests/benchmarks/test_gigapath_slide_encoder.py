@@ -1,4 +1,4 @@
-"""The benchmark of the slide encoder runs, and compares what computes the same."""
+"""The benchmark of the slide encoder runs and compares equal computations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark runs, compares what computes the same, and counts what it says it counts."""
+"""The benchmark runs, compares equal computations, and counts what its labels say."""
 
 from __future__ import annotations
 

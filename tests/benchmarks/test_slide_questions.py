@@ -1,4 +1,4 @@
-"""The made-up slides are what their answers say, and the score of answers is the right one."""
+"""The synthetic slides match their answers, and answers are scored correctly."""
 
 from __future__ import annotations
 

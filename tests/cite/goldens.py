@@ -1,4 +1,4 @@
-"""The recorded behaviour of the published code, and our parts with the recorded weights in them."""
+"""Recorded outputs of the published code, and our modules with the recorded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier on torch alone: written, read, and refused when something does not fit."""
+"""Classifiers that only need torch: saving, loading, and errors for mismatches."""
 
 from __future__ import annotations
 

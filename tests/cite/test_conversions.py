@@ -1,4 +1,4 @@
-"""Weights under other names: equal outputs in the other library, and the way back."""
+"""Converted weights give equal outputs in the other library, and convert back."""
 
 from __future__ import annotations
 

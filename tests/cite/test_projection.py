@@ -1,4 +1,4 @@
-"""The neck, held to the published code."""
+"""The projection neck, compared with the published code."""
 
 from __future__ import annotations
 

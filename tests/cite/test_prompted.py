@@ -1,4 +1,4 @@
-"""Prompted encoders: equal to the published code where it worked, right where it did not."""
+"""Prompted encoders equal the published code where it works, and fix its bugs."""
 
 from __future__ import annotations
 

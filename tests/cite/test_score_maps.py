@@ -1,4 +1,4 @@
-"""Maps of scores: every patch in its place, whatever the coordinates come from."""
+"""Score maps: every patch at its position, for all sources of coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of text embeddings: whole, checked against the model, errors with both numbers."""
+"""Files of text embeddings are complete and checked against the model."""
 
 from __future__ import annotations
 

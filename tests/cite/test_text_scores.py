@@ -1,4 +1,4 @@
-"""Scores by likeness to texts: recorded values, several texts of a class, state dicts."""
+"""Scores by similarity to texts: recorded values, several texts per class, state dicts."""
 
 from __future__ import annotations
 

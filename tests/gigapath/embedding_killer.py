@@ -1,4 +1,4 @@
-"""Starts an embedding job again and again, kills it at random moments, and looks at what it left.
+"""Starts an embedding job repeatedly, kills it at random moments, and checks what it left.
 
 Usage: python -m tests.gigapath.embedding_killer JOB_JSON.
 

@@ -1,4 +1,4 @@
-"""A made-up cohort: tile embeddings whose slides' classes can be read off some of the tiles."""
+"""A synthetic cohort of tile embeddings; some of a slide's tiles reveal its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights and inputs of the recorded slide encoder outputs: made by a recipe, not stored."""
+"""Generates the weights and inputs of the recorded slide encoder outputs."""
 
 from __future__ import annotations
 

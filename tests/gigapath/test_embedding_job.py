@@ -1,4 +1,4 @@
-"""Many slides: what comes out, and what killing, workers and Ray do not change."""
+"""Embedding many slides: outputs, and that kills, workers and Ray do not change them."""
 
 from __future__ import annotations
 

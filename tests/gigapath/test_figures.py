@@ -1,4 +1,4 @@
-"""Pictures of embeddings: colours by principal components, squares where the tiles lie."""
+"""Pictures of embeddings: colours by principal components, squares at the positions of the tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of a slide's tiles: right, resumable, whole or absent."""
+"""Embeddings of a slide's tiles are correct and resumable, and files are complete or absent."""
 
 from __future__ import annotations
 

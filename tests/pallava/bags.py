@@ -19,7 +19,7 @@ def write_bag(
     attributes: dict[str, Any] | None = None,
     **datasets: Any,
 ) -> Path:
-    """Writes a bag on a grid four tiles wide; `datasets` replaces arrays, None leaves one out."""
+    """Writes a bag on a grid four tiles wide; `datasets` replaces arrays, None omits one."""
     rng = np.random.default_rng(seed)
     places = np.stack([np.arange(num_tiles) % 4, np.arange(num_tiles) // 4], axis=1)
     arrays: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The browser of the machine, if it has one."""
+"""Finds a browser on this machine."""
 
 from __future__ import annotations
 

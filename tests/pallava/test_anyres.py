@@ -1,4 +1,4 @@
-"""Grids and tiles against the goldens, and what must hold for an image of any size."""
+"""Grids and tiles against the goldens, and invariants for images of any size."""
 
 from __future__ import annotations
 

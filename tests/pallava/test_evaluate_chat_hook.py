@@ -1,4 +1,4 @@
-"""Questions asked during training: with sub-images, in the published words, without a trace."""
+"""Questions during training: with sub-images, the published prompt, and no side effects."""
 
 from __future__ import annotations
 

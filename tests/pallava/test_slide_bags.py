@@ -1,4 +1,4 @@
-"""Bags of tile features: what is read, and what is refused with which words."""
+"""Bags of tile features: valid files, and error messages for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorded model as the folders in which a user has it."""
+"""The recorded model, in the folders that users have."""
 
 from __future__ import annotations
 

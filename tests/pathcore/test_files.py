@@ -1,4 +1,4 @@
-"""Names from data, whole files, locks."""
+"""Safe names, atomic files, locks."""
 
 from __future__ import annotations
 

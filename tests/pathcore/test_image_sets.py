@@ -1,4 +1,4 @@
-"""Each public data set's layout, made up small, is read in place."""
+"""Small synthetic copies of each public dataset's layout are read in place."""
 
 from __future__ import annotations
 

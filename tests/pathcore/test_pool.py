@@ -1,4 +1,4 @@
-"""A worker that dies costs its task; everything else goes on."""
+"""A worker that dies fails its task only."""
 
 from __future__ import annotations
 

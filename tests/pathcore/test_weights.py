@@ -1,4 +1,4 @@
-"""Checkpoints of every published form load; what is wrong or harmful is refused by name."""
+"""Checkpoints of every published form load; invalid or harmful files are rejected with the reason."""
 
 from __future__ import annotations
 

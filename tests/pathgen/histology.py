@@ -1,4 +1,4 @@
-"""Made-up patches whose colour says what they show, with captions, as pairs, shards and folders."""
+"""Synthetic patches whose colour determines their class, as pairs, shards and folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters: what must go goes, what must stay stays, and the counts say so."""
+"""Filters drop and keep the right captions, and count them."""
 
 from __future__ import annotations
 

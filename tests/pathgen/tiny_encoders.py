@@ -1,4 +1,4 @@
-"""Tiny image-text models with random weights, in the forms that users have them."""
+"""Tiny image-text models with random weights, in the formats that users have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`xtuner-add cite-sweep` on a made-up PatchGastric folder."""
+"""`xtuner-add cite-sweep` on a synthetic PatchGastric folder."""
 
 from __future__ import annotations
 

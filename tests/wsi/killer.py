@@ -1,4 +1,4 @@
-"""Starts an extraction again and again, kills it at random moments, and looks at what it left.
+"""Starts an extraction repeatedly, kills it at random moments, and checks what it left.
 
 Usage: python -m tests.wsi.killer JOB_JSON.
 

@@ -1,4 +1,4 @@
-"""Real slides and annotations, where this machine has them."""
+"""Real slides and annotations, if this machine has them."""
 
 from __future__ import annotations
 

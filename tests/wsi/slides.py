@@ -1,4 +1,4 @@
-"""Made-up slides: real H&E-like pixels in tiled files as scanners write them."""
+"""Synthetic slides: real pixels in tiled files as scanners write them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skimage import data
 
 
 def tissue_pixels(width: int, height: int, *, seed: int = 0, blank: float = 0.0) -> NDArray[Any]:
-    """Real immunohistochemistry, mirrored to size; `blank`: the left share that is bare glass."""
+    """Real immunohistochemistry, mirrored to size; `blank`: fraction of bare glass on the left."""
     source = data.immunohistochemistry()
     rows = np.pad(source, ((0, source.shape[0]), (0, source.shape[1]), (0, 0)), mode="symmetric")
     shift = np.random.default_rng(seed).integers(0, source.shape[0], 2)

@@ -1,4 +1,4 @@
-"""Feature files as other tools lay them out: sound ones pass, each planted defect is named."""
+"""Feature files in the layouts of other tools: sound files pass, and each defect is named."""
 
 from __future__ import annotations
 

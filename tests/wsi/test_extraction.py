@@ -1,4 +1,4 @@
-"""Extraction: right patches, whatever the number of workers, and every fault told."""
+"""Extraction gives the right patches for any number of workers, and reports every fault."""
 
 from __future__ import annotations
 

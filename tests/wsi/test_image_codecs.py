@@ -1,4 +1,4 @@
-"""Encoders: lossless where they say so, and the same bytes every time."""
+"""Image codecs are deterministic, and lossless where they claim to be."""
 
 from __future__ import annotations
 

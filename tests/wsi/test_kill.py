@@ -1,4 +1,4 @@
-"""`kill -9` at fifty random moments: nothing lost, nothing twice, nothing half."""
+"""`kill -9` at fifty random moments: nothing is lost, duplicated or incomplete."""
 
 from __future__ import annotations
 

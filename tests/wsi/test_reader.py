@@ -1,4 +1,4 @@
-"""Reading held to OpenSlide, pixel by pixel, and every way in which files are broken."""
+"""Reading compared with OpenSlide, pixel by pixel, and damaged files of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One bad slide never stops the others: not even one that kills its worker."""
+"""A bad slide never stops the others, even if it kills its worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a slide in a folder, for every command alike."""
+"""Which files in a folder count as slides, for every command."""
 
 from __future__ import annotations
 

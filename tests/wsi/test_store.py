@@ -1,4 +1,4 @@
-"""Coordinate files held to the readers of TRIDENT and CLAM, restated."""
+"""Coordinate files, read as TRIDENT and CLAM read them."""
 
 from __future__ import annotations
 

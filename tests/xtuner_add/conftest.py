@@ -1,4 +1,4 @@
-"""Signals as a terminal gives them, however the tests themselves were started."""
+"""Default signal handlers, however the tests were started."""
 
 from __future__ import annotations
 

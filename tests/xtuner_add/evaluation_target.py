@@ -1,6 +1,6 @@
-"""Runs an evaluation again and again, killed at every change on disk and at random times.
+"""Runs an evaluation repeatedly, killed at every change on disk and at random times.
 
-Prints one JSON object a line: what the kill left, and what the rerun made of it. Runs are forked
+Prints one JSON object per kill: what it left, and the result of the rerun. Runs are forked
 from one process that has imported everything, so that dozens of kills take seconds.
 """
 

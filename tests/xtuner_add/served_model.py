@@ -1,4 +1,4 @@
-"""`xtuner-add serve` as a process of its own, and slides for it."""
+"""Starts `xtuner-add serve` in a separate process, and makes slides for it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MPP = 0.5
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        pid: Of its process.
-        port: On loopback.
-        temporary: Where it keeps temporary files.
+        pid: Process id.
+        port: Port on loopback.
+        temporary: Folder of its temporary files.
     """
 
     pid: int
@@ -41,7 +41,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def peak_kib(self) -> int:
-        """Most memory it ever had."""
+        """Returns the peak memory of the server."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""The commands between patches and pairs, as typed."""
+"""The caption commands, as users type them."""
 
 from __future__ import annotations
 

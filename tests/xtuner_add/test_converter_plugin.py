@@ -1,4 +1,4 @@
-"""The documented example of a dataset of one's own, installed as a stranger's package."""
+"""The documented example of a custom dataset, installed as a third-party package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both commands and both scripts as a user types them, on made-up data and tiny recipes."""
+"""Both commands and both scripts as a user types them, on synthetic data and tiny recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stranger's package, really installed, adds parts, data and a sub-command."""
+"""An installed third-party package adds parts, data and a sub-command."""
 
 from __future__ import annotations
 

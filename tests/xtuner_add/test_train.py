@@ -1,4 +1,4 @@
-"""`xtuner-add train` with real processes; the model has one layer, so that start-up is all."""
+"""`xtuner-add train` with real processes and a model of one layer, so that start-up dominates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong inputs of a training are told in one line before torch and XTuner start."""
+"""Wrong inputs of a training are reported in one line before torch and XTuner start."""
 
 from __future__ import annotations
 

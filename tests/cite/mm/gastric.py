@@ -1,4 +1,4 @@
-"""A made-up PatchGastric folder in its real layout: captions.csv, patches_captions, splits."""
+"""A synthetic PatchGastric folder in the real layout: captions.csv, patches_captions, splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hosts' `ImageClassifier` with our parts: three recorded steps, labels of both kinds."""
+"""`ImageClassifier` of MMClassification and MMPreTrain with our modules: three recorded steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported classifiers predict what the hosts' classifier predicts, without the hosts."""
+"""Exported classifiers give the predictions of the trained ones, without MMClassification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves open when it ends."""
+"""A run closes its process group when it ends."""
 
 from __future__ import annotations
 

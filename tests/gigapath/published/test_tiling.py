@@ -1,4 +1,4 @@
-"""The original's tiler: parity with every golden, and its defects by name."""
+"""The original's tiler: parity with every golden, and its bugs, available by name."""
 
 from __future__ import annotations
 

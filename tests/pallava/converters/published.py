@@ -1,4 +1,4 @@
-"""Made-up data in the layouts in which the datasets are published."""
+"""Synthetic data in the layouts of the published datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversion that is killed again and again ends with the same files."""
+"""A conversion that is killed repeatedly ends with the same files."""
 
 from __future__ import annotations
 

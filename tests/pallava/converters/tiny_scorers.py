@@ -1,4 +1,4 @@
-"""Tiny models with random weights, in the forms that are really loaded."""
+"""Tiny models with random weights, in the formats that users load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of the XTuner edge of PLIP pretraining, without a run."""
+"""Unit tests of PLIP pretraining in XTuner, without a training run."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""`xtuner-add train` on the tiny PLIP config, from pictures to an encoder folder."""
+"""`xtuner-add train` on the tiny PLIP config, from images to an encoder folder."""
 
 import json
 import os

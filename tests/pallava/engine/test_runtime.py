@@ -1,4 +1,4 @@
-"""Configs written for CUDA and fp16 on a machine without: what is changed and what is kept."""
+"""Adapting configs for CUDA and fp16 to a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_epochs_differ() -> None:
 
 
 def waste(costs: list[tuple[int, int]], order: list[int], batch: int) -> float:
-    """Share of copies if every batch were padded to its largest number of sub-images."""
+    """Fraction of copies if every batch were padded to its largest number of sub-images."""
     padded = 0
     for start in range(0, len(order), batch):
         counts = [costs[index][0] for index in order[start : start + batch]]

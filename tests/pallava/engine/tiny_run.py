@@ -1,4 +1,4 @@
-"""A folder in which the tiny configs run: golden models, and two colours to tell apart."""
+"""A folder in which the tiny configs run: golden models, and images of two colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few questions about the recorded pictures, as PathVQA files."""
+"""A few questions about the recorded images, as PathVQA files."""
 
 from __future__ import annotations
 

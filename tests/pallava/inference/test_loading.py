@@ -1,4 +1,4 @@
-"""`load_model`: the folders a user has, the answers that were recorded."""
+"""`load_model` on the folders that users have gives the recorded answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed answers are the answers, whatever ends them."""
+"""Streamed answers equal the full answers, however they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map shows the attention that the connector's SDPA really pays."""
+"""The map shows the attention that the connector's SDPA computes."""
 
 from __future__ import annotations
 

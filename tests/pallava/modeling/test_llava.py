@@ -1,4 +1,4 @@
-"""The whole model against the goldens, and batches that the published code could not take."""
+"""The whole model against the goldens, and batches that the published code does not support."""
 
 from __future__ import annotations
 

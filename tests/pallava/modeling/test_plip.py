@@ -1,4 +1,4 @@
-"""The vision encoder against the goldens, against Hugging Face's, and what it does not compute."""
+"""The vision encoder against the goldens, against Hugging Face's, and the computations that it skips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slides as the connector's input: packing, places, numbers, memory, and the whole model."""
+"""Slides as the connector's input: packing, positions, values, memory, and the whole model."""
 
 from __future__ import annotations
 

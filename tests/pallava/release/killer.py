@@ -1,4 +1,4 @@
-"""Starts a converter again and again, kills it at random moments, and looks at what it left.
+"""Starts a converter repeatedly, kills it at random moments, and checks what it left.
 
 Usage: python -m tests.pallava.release.killer JOB_JSON.
 

@@ -1,4 +1,4 @@
-"""Killing a converter at any moment never leaves a folder that loads as if whole."""
+"""Killing a converter at any moment never leaves an incomplete folder that loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging held to PEFT: equal bits in fp32, one rounding in half precision."""
+"""Merging compared with PEFT: bitwise equal in fp32, one rounding step in half precision."""
 
 from __future__ import annotations
 

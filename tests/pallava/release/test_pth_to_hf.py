@@ -1,4 +1,4 @@
-"""Conversion held to XTuner's, and its folders loaded by those who read them."""
+"""Conversion compared with XTuner's, and its folders loaded by their readers."""
 
 from __future__ import annotations
 

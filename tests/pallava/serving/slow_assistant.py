@@ -1,4 +1,4 @@
-"""A model with a brake, so that others can come meanwhile."""
+"""A slow model, so that other requests arrive while it answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections that send nothing, or too slowly, do not keep others out."""
+"""Connections that send nothing, or too slowly, do not block others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guard keeps out, over bare sockets where a client library would be too polite."""
+"""Requests that the guard rejects, over raw sockets where a client library would not send them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page lets go of the model when its visitor does; its files go with time."""
+"""The page releases the model when its visitor leaves, and deletes old files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the cut and of the attention show the places that they are about."""
+"""Pictures of sub-images and attention show the right positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slides are found in the listing or not at all, and regions are the pixels that were asked for."""
+"""Slides are found in the listing only, and regions are the requested pixels."""
 
 from __future__ import annotations
 

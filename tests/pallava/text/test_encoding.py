@@ -1,4 +1,4 @@
-"""Token ids against the goldens, and what is said about rows that cannot be used."""
+"""Token ids against the goldens, and error messages for unusable rows."""
 
 from __future__ import annotations
 

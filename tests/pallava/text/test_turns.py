@@ -1,4 +1,4 @@
-"""Conversations of several turns have the ids that training gives them."""
+"""Conversations of several turns have the same token ids as in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets as data: complete, readable, and refused where they are wrong."""
+"""Presets as data: complete and readable, and errors for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instruction data: right form, drawn evenly and reproducibly, readable by training."""
+"""Instruction data: correct format, drawn evenly and reproducibly, readable by training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and replies: what goes out and what is taken in."""
+"""Prompts that are sent, and replies that are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps through a real HTTP server that fails, stalls and lies."""
+"""Steps through a real HTTP server that fails, stalls and returns invalid replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bridges between open_clip's trainer and its surroundings."""
+"""The changes to open_clip's trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From slides and coordinates to chosen patches, with real encoders of tiny size."""
+"""From slides and coordinates to selected patches, with tiny encoders."""
 
 from __future__ import annotations
 

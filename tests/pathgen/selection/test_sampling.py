@@ -1,4 +1,4 @@
-"""Selection of representative patches, on features whose structure is known."""
+"""Selection of representative patches, on features with a known structure."""
 
 from __future__ import annotations
 
