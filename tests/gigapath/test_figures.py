@@ -1,4 +1,4 @@
-"""Pictures of embeddings: colours by principal components, squares at the positions of the tiles."""
+"""Pictures of embeddings: colours by principal components, squares at the tiles' positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations and images on disk: what is used, what is skipped and recorded, what is an error."""
+"""Conversations and images on disk: what is used, skipped and recorded, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every published form load; invalid or harmful files are rejected with the reason."""
+"""Checkpoints of every published form load; bad or harmful files are rejected with a reason."""
 
 from __future__ import annotations
 

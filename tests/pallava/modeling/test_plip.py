@@ -1,4 +1,4 @@
-"""The vision encoder against the goldens, against Hugging Face's, and the computations that it skips."""
+"""The vision encoder against the goldens, against Hugging Face's, and what it skips."""
 
 from __future__ import annotations
 
