@@ -163,7 +163,7 @@ def test_weights_that_pool_their_patches_are_not_converted() -> None:
 def test_two_encoders_in_one_file_are_not_chosen_from() -> None:
     state = timm_vit().state_dict()
     both = {f"student.{k}": v for k, v in state.items()} | {f"ema.{k}": v for k, v in state.items()}
-    with pytest.raises(ConversionError, match=r"one ViT .* expected, found 2"):
+    with pytest.raises(ConversionError, match=r"expected one ViT .* found 2"):
         convert(both, "timm", "mm")
     with pytest.raises(ConversionError, match=r"found 0"):
         convert({"layer1.0.conv1.weight": torch.zeros(1)}, "timm", "mm")
