@@ -109,7 +109,7 @@ def test_what_cannot_be_used(tmp_path: Path, fault: str) -> None:
 def test_coordinates_in_another_unit(tmp_path: Path) -> None:
     places = np.stack(np.meshgrid(np.arange(20), np.arange(20)), axis=-1).reshape(-1, 2)
     path = write_bag(tmp_path / "a.h5", num_tiles=400, coords=places)
-    with pytest.raises(SlideBagError, match="400 tiles of 512 px lie in 1 place"):
+    with pytest.raises(SlideBagError, match="400 tiles of 512 px are at 1 position"):
         read_bag(path)
 
 
