@@ -326,7 +326,7 @@ def test_networks_without_blocks_work_wherever_no_prompt_is_needed(
     with torch.no_grad():
         assert torch.equal(expected, encoder.model.eval()(pixels))
     assert expected.shape == (2, encoder.embed_dim) and not expected.requires_grad
-    with pytest.raises(ValueError, match=r"takes no prompts, 0 expected; prompts are for Vision"):
+    with pytest.raises(ValueError, match=r"takes no prompts; expected 0; prompts are for Vision"):
         PromptedEncoder(build_encoder(description), prompt_length=1)
     names = set(model.state_dict())
     adapted = PromptedEncoder(encoder, lora=dict(r=2))

@@ -181,7 +181,7 @@ def test_decay_leaves_vectors_and_the_temperature_alone(make_model):
 def test_data_that_make_no_batch_are_named(pairs, tmp_path):
     dataset = PLIPPairDataset(pairs, image_size=32, skip_log=tmp_path / "log")
     loader = DataLoader(dataset, batch_size=4, drop_last=True)
-    with pytest.raises(ValueError, match="3 pairs make no whole batch on 1 device"):
+    with pytest.raises(ValueError, match="3 pairs do not fill a batch on 1 device"):
         PairTrainLoop(SimpleNamespace(), loader, max_epochs=1)
 
 
