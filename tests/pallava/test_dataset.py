@@ -416,7 +416,7 @@ def test_an_absent_folder_or_file_is_named(folder: Folder, name: str) -> None:
 
 @pytest.mark.parametrize("missing", ["data_path", "tokenizer"])
 def test_missing_arguments_are_named(folder: Folder, missing: str) -> None:
-    with pytest.raises(ValueError, match="offline_processed_text_folder, or data_path and tokenizer"):
+    with pytest.raises(ValueError, match="offline_processed_text_folder, or data_path and tok"):
         folder.dataset(folder.add_images(1), **{missing: None})
 
 
