@@ -49,8 +49,8 @@ def test_wrong_settings() -> None:
     for arguments, message in (
         (("gif",), "one of png, jpg, webp"),
         (("png", 90), "PNG is lossless"),
-        (("jpg", 0), "from 1 to 100"),
-        (("webp", 101), "from 1 to 100"),
+        (("jpg", 0), "expected 1 to 100"),
+        (("webp", 101), "expected 1 to 100"),
     ):
         with pytest.raises(ValueError, match=message):
             encoder(*arguments)  # type: ignore[arg-type]
