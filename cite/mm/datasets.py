@@ -153,7 +153,7 @@ class PatchDataset(BaseDataset):
     def _sample(self, patch: Patch, number: int) -> dict[str, Any]:
         place, (name, label) = f"{self.ann_file}:{number}", patch
         num_classes = len(self.metainfo["classes"])
-        if label >= num_classes:
+        if not 0 <= label < num_classes:  # features may be stored without labels, as -1
             raise ValueError(
                 f"{place}: label {label} of {name}; expected 0 to {num_classes - 1}, for the "
                 f"classes {', '.join(self.metainfo['classes'])}"

@@ -54,8 +54,8 @@ class CachedFeatureDataset(PatchDataset):
         if self.ann_file and not os.path.isdir(self.ann_file):
             return super().load_data_list()
         samples = [
-            self._parse_line(f"{name} {label}", line)
-            for line, (name, label) in enumerate(
+            self._sample(patch, number)
+            for number, patch in enumerate(
                 zip(self.cache.names, self.cache.labels.tolist(), strict=True), 1
             )
         ]

@@ -98,4 +98,4 @@ def test_few_slides_and_folders_of_patches_are_said(data: Path, tmp_path: Path) 
     (tmp_path / "patches" / "slide1").mkdir(parents=True)
     result = run("--patches", tmp_path / "patches", cwd=data)
     assert result.returncode == 1
-    assert "holds folders (slide1, ...) and no patches" in result.stderr
+    assert "contains folders (slide1, ...) instead of patches" in result.stderr

@@ -57,5 +57,5 @@ def test_missing_xtuner_is_an_error_that_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="make setup"):
+    with pytest.raises(FileNotFoundError, match="xtuner-add setup-host"):
         paths.xtuner_dir()

@@ -101,4 +101,4 @@ def test_what_cannot_be_exported(data: Path, tmp_path: Path) -> None:
     command += [str(tmp_path / name) for name in ("config.py", "c.pth", "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
-    assert "a backbone of cite.mm expected, found PrecomputedFeatures" in result.stderr
+    assert "expected a backbone of cite.mm, found PrecomputedFeatures" in result.stderr

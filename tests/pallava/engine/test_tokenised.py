@@ -105,7 +105,7 @@ def test_other_data_or_settings_are_refused(rows: Path, tmp_path: Path) -> None:
     settings = settings_from_names(str(goldens.TINY_LLAMA), "llama3_chat")
     tokenise(rows, tmp_path / "tokens", settings)
     other = settings_from_names(str(goldens.TINY_LLAMA), "vicuna")
-    with pytest.raises(OutputExistsError, match="other data or settings"):
+    with pytest.raises(OutputExistsError, match="the result of other settings"):
         tokenise(rows, tmp_path / "tokens", other)
     with pytest.raises(ValueError, match="llama3_chat"):
         settings_from_names(str(goldens.TINY_LLAMA), "llama4")

@@ -305,7 +305,7 @@ def test_an_exported_folder_answers_as_its_parts(crossing: Path, tmp_path: Path)
     for name, text in zip(IMAGES, QUESTIONS, strict=True):
         expected = load(crossing).answer(picture(name), text, max_new_tokens=8)
         assert exported.answer(picture(name), text, max_new_tokens=8) == expected
-    with pytest.raises(ValueError, match="holds all parts"):
+    with pytest.raises(ValueError, match="contains all parts"):
         load_model(tmp_path, crossing / "llava", device="cpu")
 
 

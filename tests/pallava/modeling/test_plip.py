@@ -124,8 +124,8 @@ def test_pixels_of_another_size_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 40}, "image_size 40 is no multiple of patch_size 16"),
-        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
+        ({"image_size": 40}, "image_size 40 is not a multiple of patch_size 16"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_an_error(changes: dict[str, int], message: str) -> None:

@@ -97,5 +97,7 @@ def test_names_the_limit_of_positions(encoder):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="hidden_size 32 is no multiple of num_attention_heads 5"):
+    with pytest.raises(
+        ValueError, match="hidden_size 32 is not a multiple of num_attention_heads 5"
+    ):
         PLIPTextEncoder(BertConfig(**{**SIZES, "num_attention_heads": 5}), 24)

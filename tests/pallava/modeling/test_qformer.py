@@ -290,7 +290,7 @@ def test_frequency_is_read_from_the_names(layers: int, frequency: int, crossed: 
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, found 0"),
         ({"depth": 0}, "depth: expected at least 1"),
-        ({"num_attention_heads": 7}, "768 is no multiple of num_attention_heads 7"),
+        ({"num_attention_heads": 7}, "768 is not a multiple of num_attention_heads 7"),
     ],
 )
 def test_impossible_sizes_are_an_error(changes: dict[str, int], message: str) -> None:

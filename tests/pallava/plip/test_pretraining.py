@@ -318,7 +318,7 @@ class TestPrecision:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positives": "all"}, "positives 'all': one of 'same_sample', 'same_caption_id'"),
+        ({"positives": "all"}, "positives 'all': expected one of 'same_sample', 'same_caption_id'"),
         ({"empty_slots": "x"}, "empty_slots 'x'"),
         ({"momentum": 1.5}, "momentum 1.5"),
         ({"alpha": -0.1}, "alpha -0.1"),
