@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
 from pathcore.stats import wilson_interval
+from xtuner_add.demo.pallava.answers import exchange_images
 
 CONFIG = "demo_slide_questions"
 WAYS = ("itself", "exchanged", "displaced")
@@ -105,7 +106,10 @@ def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
     lines = (folder / "data" / "held_out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rng = np.random.default_rng([seed, 7])
-    slides = {"itself": [row["slide"] for row in rows], "exchanged": exchange(rows, rng)}
+    slides = {
+        "itself": [row["slide"] for row in rows],
+        "exchanged": exchange_images(rows, rng, "slide"),
+    }
     names = sorted(set(slides["itself"]))
     bags = {name: read_bag(folder / "data" / "features" / f"{name}.h5") for name in names}
     displaced = {
@@ -164,19 +168,6 @@ def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) ->
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
     figure.legend(handles, NAMES, loc="upper center", ncol=len(NAMES), fontsize=9, frameon=False)
     figure.savefig(folder / "examples.png", dpi=100, bbox_inches="tight")
-
-
-def exchange(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
-    """Assigns to every question the slide of another question with the same words."""
-    by_text: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_text[row["question"]].append(index)
-    slides = [""] * len(rows)
-    for indices in by_text.values():
-        order = rng.permutation(indices)
-        for giver, taker in zip(order, np.roll(order, 1), strict=True):
-            slides[taker] = rows[giver]["slide"]
-    return slides
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,11 @@ entry point group `gigapath.slide_encoders`, whose entries return the path of a 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from pathcore.encoders.presets import (
     find_presets,
     preset_folders,
     read_preset,
+    suggestion,
 )
 from pathcore.files import sha256_of
 from pathcore.jobs import UnitError
@@ -141,11 +141,16 @@ def get_slide_preset(name: str) -> SlidePreset:
     """
     files = _files()
     if name not in files:
-        near = difflib.get_close_matches(name.lower().replace("_", "-"), files, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise SlideEncoderError(
-            f"slide encoder {name!r}: expected one of {', '.join(sorted(files))}{hint}"
+            f"slide encoder {name!r}: expected one of {', '.join(sorted(files))}"
+            f"{suggestion(name, files)}"
         )
+    return _read(name)
+
+
+@cache  # each slide of a job asks for its preset
+def _read(name: str) -> SlidePreset:
+    files = _files()
     content, origin = read_preset(name, files), files[name]
     check_fields(content, SlidePreset, origin, {"network"})
     if content["network"] not in ("longnet", *NETWORKS) and ":" not in content["network"]:

@@ -120,10 +120,15 @@ def get_preset(name: str) -> Preset:
     """
     files = _files()
     if name not in files:
-        near = difflib.get_close_matches(name.lower().replace("_", "-"), files, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = suggestion(name, files)
         raise UnknownEncoderError(f"encoder {name!r}: neither a preset nor a folder{hint}")
     return _read(name)
+
+
+def suggestion(name: str, presets: Iterable[str]) -> str:
+    """Returns the end of an error about an unknown name: the most similar presets, or nothing."""
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), list(presets), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @lru_cache(maxsize=1)

@@ -55,8 +55,16 @@ def answer_all(work_dir: Path, seed: int) -> None:
     write_json(work_dir / "shown.json", shown)
 
 
-def exchange_images(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> list[str]:
-    """Returns for each question the image of another question with the same text."""
+def exchange_images(
+    rows: Sequence[Mapping[str, Any]], rng: np.random.Generator, field: str = "image"
+) -> list[str]:
+    """Returns for each question the image of another question with the same text.
+
+    Args:
+        rows: Questions, each with `question` and `field`.
+        rng: Generator of the permutations.
+        field: Field that names the image.
+    """
     by_text: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_text[row["question"]].append(index)
@@ -64,7 +72,7 @@ def exchange_images(rows: Sequence[Mapping[str, Any]], rng: np.random.Generator)
     for indices in by_text.values():
         order = rng.permutation(indices)
         for giver, taker in zip(order, np.roll(order, 1), strict=True):
-            images[taker] = rows[giver]["image"]
+            images[taker] = rows[giver][field]
     return images
 
 
