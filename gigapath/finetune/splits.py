@@ -15,7 +15,7 @@ PARTS = ("train", "val", "test")
 METHODS = ("k_fold", "published")
 
 DEFAULT_FOLDS = 10
-"""As in the original."""
+"""Same value as in the published code."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pathcore.images import path_inside
 from pathcore.rows import BadRow, line_offsets, parse_line
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-"""What open_clip's pipeline takes for an image in a shard."""
+"""Suffixes that open_clip's pipeline reads as images in a shard."""
 
 INDEX_NAME = "shards.index.json"
 PAIRS_PER_SHARD = 2000

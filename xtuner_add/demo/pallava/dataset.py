@@ -35,11 +35,11 @@ SHAPES_PX: tuple[tuple[int, int, int], ...] = (
 )
 """Width, height and number of tissues of the slides in turn: grids 4x2, 2x4, 3x2, 2x3, 2x2."""
 
-_NAMED_SHARE = 0.2
-"""Share of a field that a tissue must cover to be named in its caption."""
+_NAMED_FRACTION = 0.2
+"""Minimum fraction of a field that a tissue must cover to be named in its caption."""
 
-_JUDGED_SHARE = 0.25
-"""Share of a field that tissue rich in nuclei must cover for their look to be named."""
+_JUDGED_FRACTION = 0.25
+"""Minimum fraction of a field that tissue rich in nuclei must cover for their look to be named."""
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,8 @@ def _field(
     window = (slice(top, top + side_px), slice(left, left + side_px))
     regions = slide.regions[window]
     shares = {name: np.mean(regions == index) for index, name in enumerate(plan.tissues)}
-    named = min(_NAMED_SHARE, max(shares.values()))
+    named = min(_NAMED_FRACTION, max(shares.values()))
     tissues = [name for name, share in shares.items() if share >= named]
     cellular = sum(share for name, share in shares.items() if name in CELLULAR)
-    vesicular = plan.vesicular if cellular >= _JUDGED_SHARE else None
+    vesicular = plan.vesicular if cellular >= _JUDGED_FRACTION else None
     return slide.image[window], wording.field_caption(tissues, vesicular)

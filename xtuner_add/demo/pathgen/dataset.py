@@ -46,16 +46,16 @@ PATCH_PX = 64
 """Side of a patch, at `painting.PAINTED_MPP`."""
 
 _ARTEFACT_STEP = 16
-_NAMED_SHARE = 0.2
-"""Of a patch's tissue, from which a kind of tissue is named."""
-_JUDGED_SHARE = 0.25
-"""Of a patch, from which tissue rich in nuclei lets their look be named."""
-_PURE_SHARE = 0.85
-"""Of a patch, from which one kind of tissue is its class."""
-_FAULT_SHARE = 0.35
-"""Of a patch, from which ink or blur spoils it."""
-_DOUBTFUL_SHARE = 0.03
-"""Of a patch, from which ink or blur keeps it from being a test."""
+_NAMED_FRACTION = 0.2
+"""Minimum fraction of a patch's tissue for a kind of tissue to be named."""
+_JUDGED_FRACTION = 0.25
+"""Minimum fraction of a patch with tissue rich in nuclei for the look of its nuclei to be named."""
+_PURE_FRACTION = 0.85
+"""Minimum fraction of a patch for one kind of tissue to be its class."""
+_FAULT_FRACTION = 0.35
+"""Minimum fraction of a patch with ink or blur for the patch to count as spoilt."""
+_DOUBTFUL_FRACTION = 0.03
+"""Minimum fraction of a patch with ink or blur for the patch to be excluded from the test."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class PatchTruth:
-    """What the painter knows about a patch.
+    """Ground truth of a patch, from the painter.
 
     Attributes:
         field: What can be said about it.
@@ -126,18 +126,20 @@ def patch_truth(folder: Path, patch: str) -> PatchTruth:
     tissue = regions[window]
     shares = {kind: float(np.mean(tissue == index)) for index, kind in enumerate(TISSUES)}
     whole = max(sum(shares.values()), 1e-9)
-    named = tuple(kind for kind in TISSUES if shares[kind] >= _NAMED_SHARE * whole)
+    named = tuple(kind for kind in TISSUES if shares[kind] >= _NAMED_FRACTION * whole)
     cellular = sum(shares[kind] for kind in CELLULAR)
     blur, ink = (float(np.mean(artefacts[window] == kind)) for kind in (BLUR, INK))
     fault: wording.Fault | None = None
-    if max(blur, ink) >= _FAULT_SHARE:
+    if max(blur, ink) >= _FAULT_FRACTION:
         fault = "ink" if ink >= blur else "out of focus"
-    field = wording.Field(named, _looks(folder)[name] if cellular >= _JUDGED_SHARE else None, fault)
+    field = wording.Field(
+        named, _looks(folder)[name] if cellular >= _JUDGED_FRACTION else None, fault
+    )
     first = max(shares, key=lambda kind: shares[kind])
     return PatchTruth(
         field,
-        tissue=first if shares[first] >= _PURE_SHARE else None,
-        clean=float(np.mean(artefacts[window] != CLEAN)) < _DOUBTFUL_SHARE,
+        tissue=first if shares[first] >= _PURE_FRACTION else None,
+        clean=float(np.mean(artefacts[window] != CLEAN)) < _DOUBTFUL_FRACTION,
     )
 
 

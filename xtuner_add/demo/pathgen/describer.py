@@ -241,7 +241,7 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
 
 
 def _texts(lessons: Sequence[Lesson], seed: int) -> list[str]:
-    """What the vocabulary is made from: questions and replies of every task."""
+    """Returns the texts from which the vocabulary is built: questions and replies of every task."""
     rng = np.random.default_rng([seed, 5])
     prompts: dict[Task, Prompt] = {task: load_prompt(prompt_file(task)) for task in TASKS}
     texts = []

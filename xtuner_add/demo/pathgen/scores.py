@@ -1,4 +1,4 @@
-"""What came of the demo, out of the files that the commands left: counts, captions, scores.
+"""Reads the demo's results from the files that its commands wrote: counts, captions, scores.
 
 Nothing here is measured anew but captions against the painter's truth, and the chance of each
 score.
@@ -47,7 +47,7 @@ def summarise(work_dir: Path) -> dict[str, Any]:
 
 
 def road(work_dir: Path) -> list[dict[str, Any]]:
-    """What each step took in and gave, and what it left out and why."""
+    """Returns the inputs and outputs of each step, and what it skipped and why."""
     tiles = _read(work_dir / "tiles" / "archive" / "report.json")
     rows: list[dict[str, Any]] = [
         _step("tile", "slides", tiles["written"] + tiles["skipped"], tiles["written"], tiles)
