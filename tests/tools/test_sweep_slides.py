@@ -76,7 +76,7 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
         ((str(LINEAR),), "expected NAME=CONFIG"),
         (("a=nowhere.py",), "a: nowhere.py: no such config"),
         ((f"a={LINEAR}",), "either a file to draw slides from"),
-        ((f"a={LINEAR}", "--compare", "b"), "--compare b: none of a"),
+        ((f"a={LINEAR}", "--compare", "b"), "--compare b: expected one of a"),
     ):
         result = run(tmp_path, *arguments)
         assert result.returncode == 1
