@@ -27,6 +27,7 @@ extras = {name: [*models, *read_requirements(name)] for name in EXTRAS}
 extras["ray"] = read_requirements("ray")
 extras["all"] = sorted({line for lines in extras.values() for line in lines})
 extras["dev"] = read_requirements("dev")
+extras["docs"] = read_requirements("docs")
 
 setup(
     name="xtuner-add",

@@ -105,6 +105,7 @@ def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
         "demo",
         "serve",
         "dev",
+        "docs",
         "all",
     }
     assert "xtuner-add = xtuner_add.cli:main" in scripts
