@@ -78,21 +78,81 @@ def count_interval(
     return percentile_interval(statistic(draws.reshape(num_resamples, *counts.shape)))
 
 
-def mean_interval(
-    values: Sequence[float] | Array, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+def cluster_interval(
+    cases: Any,
+    clusters: Sequence[str] | None,
+    statistic: Callable[[Array], Array],
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """Returns the 95 % bootstrap interval of a mean.
+    """Returns the 95 % bootstrap interval of a score of sums over cases, resampling clusters.
+
+    Questions about one image, or patches of one slide, resemble each other. Drawing whole clusters
+    keeps that resemblance in the interval, which single cases would hide (Davison and Hinkley 1997,
+    doi:10.1017/CBO9780511802843, section 3.8).
+
+    Args:
+        cases: What each case adds to the sums `(N, ...)`, such as `[value, 1]` for a mean or a
+            one-hot confusion matrix.
+        clusters: Cluster of each case; None if every case is its own.
+        statistic: Function that maps sums `(R, ...)` to scores `(R,)`.
+        seed: Seed of the bootstrap.
+        num_resamples: Number of draws R.
 
     Raises:
-        ValueError: If there are no values.
+        ValueError: If there are no cases, or not as many clusters as cases.
+
+    Example:
+        >>> cases = np.array([[1, 1], [1, 1], [0, 1], [0, 1]])
+        >>> cluster_interval(cases, ["a", "a", "b", "b"], lambda sums: sums[:, 0] / sums[:, 1])
+        (0.0, 1.0)
     """
-    # Counts of distinct values suffice, which is fast for answers that are right or wrong.
-    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    cases = np.asarray(cases, dtype=np.float64)
+    if clusters is not None:
+        if len(clusters) != len(cases):
+            raise ValueError(f"expected a cluster per case, found {len(clusters)} for {len(cases)}")
+        members, numbers = np.unique(list(clusters), return_inverse=True)
+        sums = np.zeros((len(members), *cases.shape[1:]))
+        np.add.at(sums, numbers, cases)
+        cases = sums
+    # Clusters with equal sums are interchangeable, so their counts suffice.
+    flat = cases.reshape(len(cases), -1)
+    distinct, counts = np.unique(flat, axis=0, return_counts=True)
 
-    def mean(draws: Array) -> Array:
-        return draws @ distinct / draws.sum(axis=-1)
+    def score(draws: Array) -> Array:
+        return statistic((draws @ distinct).reshape(len(draws), *cases.shape[1:]))
 
-    return count_interval(counts, mean, seed=seed, num_resamples=num_resamples)
+    return count_interval(counts, score, seed=seed, num_resamples=num_resamples)
+
+
+def mean_interval(
+    values: Sequence[float] | Array,
+    clusters: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Interval:
+    """Returns the 95 % bootstrap interval of a mean, or of a mean paired difference.
+
+    Args:
+        values: Values, or differences of paired values.
+        clusters: Cluster of each value; see `cluster_interval`.
+        seed: Seed of the bootstrap.
+        num_resamples: Number of draws.
+
+    Raises:
+        ValueError: If there are no values, or not as many clusters as values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    cases = np.stack([values, np.ones_like(values)], axis=-1)
+    return cluster_interval(
+        cases,
+        clusters,
+        lambda sums: sums[:, 0] / sums[:, 1],
+        seed=seed,
+        num_resamples=num_resamples,
+    )
 
 
 def wilson_interval(hits: int, count: int) -> Interval:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pallava.converters.conversion import Conversion, Row, question_row
 from pallava.converters.pmc_oa import article
 from pallava.records.containers import data_file, image_root
+from pallava.records.prompts import DEFAULT_PROMPT
 from pallava.records.questions import Question, as_mapping
-from pallava.records.readers import CHOICE_PROMPT, choice_rows
+from pallava.records.readers import choice_rows
 from pallava.registry import CONVERTERS
 from pathcore.files import StrPath
 
@@ -27,7 +28,7 @@ def pmc_vqa(
     *,
     split: str = "train",
     answer: Literal["letter", "text", "both"] = "letter",
-    question_template: str = CHOICE_PROMPT,
+    prompt: str = DEFAULT_PROMPT,
 ) -> Conversion:
     """Converts PMC-VQA to conversations; captions in the data are kept in `caption` for cleaning.
 
@@ -36,13 +37,13 @@ def pmc_vqa(
         image_folder: Image folder. Defaults to `images/` or `figures/` beside the CSV.
         split: Split to read from a folder.
         answer: Form of the answer: the letter, the option's text, or `both` as `A: text`.
-        question_template: Prompt with `{question}` and `{options}`, as for `xtuner-add pmcvqa`.
+        prompt: Name of a prompt, or a template with `{question}` and `{options}`.
     """
     if answer not in ("letter", "text", "both"):
         raise ValueError(f"pmc-vqa: expected answer=letter|text|both, found {answer}")
     data = data_file(data_path, (f"{split}.csv", f"{split}_2.csv"))
     folder = image_root(image_folder, data, IMAGE_FOLDERS)
-    records, make_question = choice_rows(data, folder, question_template)
+    records, make_question = choice_rows(data, folder, prompt)
 
     def make(where: str, record: Any) -> list[Row]:
         question = make_question(where, record)
@@ -60,7 +61,7 @@ def pmc_vqa(
         make,
         folder,
         [data],
-        {"answer": answer, "question_template": question_template},
+        {"answer": answer, "prompt": prompt},
     )
 
 

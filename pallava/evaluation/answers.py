@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from pallava.evaluation.models import NoAnswer
 from pallava.records.containers import ID_FIELDS, read_records
 from pathcore.files import StrPath, folder_lock
 from pathcore.rows import is_encodable, read_lines
@@ -32,7 +33,7 @@ class AnswerLog:
         >>> with AnswerLog(folder, rank=0) as log:
         ...     log.append({"q1": ("0af3", "yes")})
         >>> AnswerLog(folder, rank=0).read({"q1": "0af3", "q2": "77b1"})
-        {'q1': 'yes'}
+        ({'q1': 'yes'}, {})
     """
 
     def __init__(self, folder: StrPath, rank: int) -> None:
@@ -57,35 +58,44 @@ class AnswerLog:
             self._descriptor = None
         self._stack.close()
 
-    def append(self, answers: Mapping[str, tuple[str, str]]) -> None:
-        """Appends answers, given as `id -> (digest, answer)`, and fsyncs the file."""
+    def append(self, answers: Mapping[str, tuple[str, str | NoAnswer]]) -> None:
+        """Appends answers and refusals, given as `id -> (digest, answer)`, and fsyncs the file."""
         assert self._descriptor is not None, "AnswerLog is used as a context manager"
-        lines = [
-            json.dumps({"question_id": question_id, "digest": digest, "answer": answer})
-            for question_id, (digest, answer) in answers.items()
-        ]
+        lines = []
+        for question_id, (digest, answer) in answers.items():
+            row = {"question_id": question_id, "digest": digest}
+            if isinstance(answer, NoAnswer):
+                row |= {"answer": "", "refusal": answer.reason}
+            else:
+                row["answer"] = answer
+            lines.append(json.dumps(row))
         content = memoryview(("\n".join(lines) + "\n").encode())
         while content:
             content = content[os.write(self._descriptor, content) :]
         os.fsync(self._descriptor)
 
-    def read(self, digests: Mapping[str, str]) -> dict[str, str]:
-        """Returns matching answers from the files of all processes.
+    def read(self, digests: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Returns matching answers and refusals by question id, from the files of all processes.
+
+        The answer of a refusal is empty.
 
         Args:
             digests: Expected digest by question id. Answers with another digest belong to a
                 different model or prompt and are ignored.
         """
         answers: dict[str, str] = {}
+        refusals: dict[str, str] = {}
         for path in sorted(self.folder.glob(_PATTERN)):
             for _, record in read_lines(path):
                 try:
                     question_id, digest = record["question_id"], record["digest"]
                     if digests.get(question_id) == digest:
                         answers[question_id] = record["answer"]
+                        if "refusal" in record:
+                            refusals[question_id] = record["refusal"]
                 except (KeyError, TypeError):  # truncated by a kill
                     continue
-        return answers
+        return answers, refusals
 
 
 def read_answers(path: StrPath) -> tuple[dict[str, str], int]:

@@ -17,8 +17,9 @@ from pallava.records.class_folders import (
     read_class_folders,
     read_class_records,
 )
+from pallava.records.prompts import DEFAULT_PROMPT
 from pallava.records.questions import ImageFolder, Question, QuestionSet
-from pallava.records.readers import CHOICE_PROMPT, read_choices, read_vqa
+from pallava.records.readers import read_choices, read_vqa
 from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
 from pathcore.image_sets import load_image_set
@@ -46,10 +47,14 @@ class Benchmark:
 
 @EVALUATIONS.register("pathvqa")
 def pathvqa(
-    data_path: StrPath, image_folder: ImageFolder | None = None, *, split: str = "test"
+    data_path: StrPath,
+    image_folder: ImageFolder | None = None,
+    *,
+    split: str = "test",
+    prompt: str = DEFAULT_PROMPT,
 ) -> Benchmark:
     """PathVQA (arXiv:2003.10286), and other open and yes/no questions."""
-    questions = read_vqa(data_path, image_folder, split)
+    questions = read_vqa(data_path, image_folder, split, prompt)
     return Benchmark("pathvqa", questions, scoring.score_vqa, "pathvqa_result.json")
 
 
@@ -58,10 +63,10 @@ def pmcvqa(
     data_path: StrPath,
     image_folder: ImageFolder | None = None,
     *,
-    question_template: str = CHOICE_PROMPT,
+    prompt: str = DEFAULT_PROMPT,
 ) -> Benchmark:
     """PMC-VQA (arXiv:2305.10415), and other multiple choice."""
-    questions = read_choices(data_path, image_folder, question_template)
+    questions = read_choices(data_path, image_folder, prompt)
     return Benchmark("pmcvqa", questions, scoring.score_choices, "pmcvqa_result.json")
 
 

@@ -18,25 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
 from pallava.evaluation.answers import AnswerLog
 from pallava.evaluation.image_digests import ImageDigests
-from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.evaluation.models import Model, NoAnswer
+from pallava.inference.assistant import MAX_NEW_TOKENS
 from pallava.records.questions import Question
 from pallava.skipping import SkippedSample
 from pathcore.files import StrPath
 from pathcore.images import ImageError
 from pathcore.ranks import open_gloo_group
 
-_FORMAT = 2  # version of the digests; increase it when answers depend on anything new
+_FORMAT = 3  # version of the digests; increase it when answers depend on anything new
 _WAIT = timedelta(days=7)  # processes finish at different times, hours apart on large benchmarks
 _THREADS = 4
 
 Batch = list[Question]
-Pixels = Tensor | None | ImageError
 
 
 @dataclass
@@ -44,16 +43,18 @@ class Outcome:
     """Answers and skipped questions of a run.
 
     Attributes:
-        answers: Answers by question id, in the order of the questions.
-        skipped: Questions whose image could not be read.
+        answers: Answers by question id, in the order of the questions; empty for a refusal.
+        refusals: What the model said instead of an answer, by question id.
+        skipped: Questions whose image could not be read, or that got neither answer nor refusal.
     """
 
     answers: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
 def generate_answers(
-    assistant: Assistant,
+    model: Model,
     questions: Sequence[Question],
     folder: StrPath,
     *,
@@ -66,8 +67,9 @@ def generate_answers(
     Under torchrun (`RANK`, `WORLD_SIZE`), the questions are divided among the processes.
 
     Args:
-        assistant: Loaded model.
-        questions: Questions; the same list in every process.
+        model: Model that answers.
+        questions: Questions; the same list in every process. Variants of a question
+            (`Question.variant`) may be among them.
         folder: Folder of answer files, one per process. Answers that earlier runs left there are
             reused.
         batch_size: Number of questions per batch.
@@ -84,29 +86,33 @@ def generate_answers(
         raise ValueError(f"batch size: expected at least 1, found {batch_size}")
     rank, world_size = _processes()
     images = _image_identities(questions, digests_path, rank, world_size)
-    digests = answer_digests(assistant, questions, max_new_tokens, images)
+    digests = answer_digests(model, questions, max_new_tokens, images)
     batches = make_batches(questions, batch_size)[rank::world_size]
     outcome = Outcome()
     with AnswerLog(folder, rank) as log:
-        done = log.read(digests)
+        done, outcome.refusals = log.read(digests)
         own = [question.id for batch in batches for question in batch]
         finished = sum(_is_done(batch, done) * len(batch) for batch in batches)
         with tqdm(
             total=len(own), initial=finished, desc=f"answers, process {rank}", unit="question"
         ) as progress:
-            for batch, pixels in _prepared(assistant, batches, done):
-                answers = _answer(assistant, batch, pixels, max_new_tokens, outcome.skipped)
-                new = {key: answer for key, answer in answers.items() if key not in done}
+            for batch, prepared in _prepared(model, batches, done):
+                replies = _answer(model, batch, prepared, max_new_tokens, outcome.skipped)
+                new = {key: reply for key, reply in replies.items() if key not in done}
                 if new:
-                    log.append({key: (digests[key], answer) for key, answer in new.items()})
-                    done |= new
+                    log.append({key: (digests[key], reply) for key, reply in new.items()})
+                    for key, reply in new.items():
+                        done[key] = reply if isinstance(reply, str) else ""
+                        if isinstance(reply, NoAnswer):
+                            outcome.refusals[key] = reply.reason
                 progress.update(len(batch))
     outcome.answers = {key: done[key] for key in own if key in done}
+    outcome.refusals = {key: outcome.refusals[key] for key in own if key in outcome.refusals}
     return _gather(outcome, questions, world_size)
 
 
 def answer_digests(
-    assistant: Assistant,
+    model: Model,
     questions: Sequence[Question],
     max_new_tokens: int,
     images: Mapping[str, str],
@@ -114,22 +120,16 @@ def answer_digests(
     """Returns a digest per question of everything that its answer depends on.
 
     Args:
-        assistant: Loaded model.
+        model: Model that answers.
         questions: Questions to be answered.
         max_new_tokens: Maximum length of each answer in tokens.
         images: Identity of each question's image, by question id.
     """
-    common = [
-        _FORMAT,
-        assistant.fingerprint,
-        str(assistant.dtype),
-        assistant.prompt_template,
-        assistant.bos,
-        max_new_tokens,
-    ]
+    common = [_FORMAT, dict(model.settings), max_new_tokens]
     digests = {}
     for question in questions:
-        content = json.dumps([*common, question.id, question.text, images.get(question.id)])
+        own = [question.id, question.text, images.get(question.id)]
+        content = json.dumps([*common, *own], sort_keys=True)
         digests[question.id] = hashlib.sha256(content.encode()).hexdigest()
     return digests
 
@@ -180,23 +180,26 @@ def _is_done(batch: Batch, done: Mapping[str, str]) -> bool:
 
 
 def _prepared(
-    assistant: Assistant, batches: Sequence[Batch], done: Mapping[str, str]
-) -> Iterator[tuple[Batch, list[Pixels]]]:
+    model: Model, batches: Sequence[Batch], done: Mapping[str, str]
+) -> Iterator[tuple[Batch, list[Any]]]:
     """Decodes the images of the next batch while the model answers the current one."""
 
-    def load(question: Question) -> Pixels:
+    def load(question: Question) -> Any:
         if question.image is None:
             return None
         try:
-            return assistant.pixel_values(question.image.load())
+            return model.prepare(question.image)
         except ImageError as error:
             return error
 
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        waiting: list[tuple[Batch, list[Future[Pixels]]]] = []
-        for batch in batches:
-            if _is_done(batch, done):
-                continue  # incomplete batches are answered whole, see the module docstring
+        waiting: list[tuple[Batch, list[Future[Any]]]] = []
+        for whole in batches:
+            if _is_done(whole, done):
+                continue
+            # Where neighbours matter, an incomplete batch is answered whole: see the module
+            # docstring.
+            batch = whole if model.batch_matters else [q for q in whole if q.id not in done]
             waiting.append((batch, [pool.submit(load, question) for question in batch]))
             if len(waiting) > 1:
                 ready, images = waiting.pop(0)
@@ -206,28 +209,37 @@ def _prepared(
 
 
 def _answer(
-    assistant: Assistant,
+    model: Model,
     batch: Batch,
-    pixels: Sequence[Pixels],
+    prepared: Sequence[Any],
     max_new_tokens: int,
     skipped: list[SkippedSample],
-) -> dict[str, str]:
+) -> dict[str, str | NoAnswer]:
+    """Returns answers and refusals by question id; questions with neither go to `skipped`."""
+
+    def skip(question: Question, reason: object) -> None:
+        name = question.image.name if question.image is not None else ""
+        skipped.append(SkippedSample(question.id, name, str(reason)))
+
     asked: list[Question] = []
-    stacks: list[Tensor | None] = []
-    for question, stack in zip(batch, pixels, strict=True):
-        if isinstance(stack, ImageError):
-            name = question.image.name if question.image is not None else ""
-            skipped.append(SkippedSample(question.id, name, str(stack)))
+    images: list[Any] = []
+    for question, image in zip(batch, prepared, strict=True):
+        if isinstance(image, ImageError):
+            skip(question, image)
         else:
             asked.append(question)
-            stacks.append(stack)
+            images.append(image)
     if not asked:
         return {}
-    prompts = [
-        assistant.encode(question.text, has_image=question.image is not None) for question in asked
-    ]
-    answers = assistant.answer_encoded(prompts, stacks, max_new_tokens=max_new_tokens)
-    return {question.id: answer for question, answer in zip(asked, answers, strict=True)}
+    texts = [question.text for question in asked]
+    replies = model.answer_prepared(texts, images, max_new_tokens=max_new_tokens)
+    found: dict[str, str | NoAnswer] = {}
+    for question, reply in zip(asked, replies, strict=True):
+        if isinstance(reply, NoAnswer) and not reply.is_refusal:
+            skip(question, reply.reason)
+        else:
+            found[question.id] = reply
+    return found
 
 
 def _processes() -> tuple[int, int]:
@@ -248,11 +260,16 @@ def _gather(outcome: Outcome, questions: Sequence[Question], world_size: int) ->
         if rank:
             return None
     answers = {key: text for part in outcomes for key, text in part.answers.items()}
+    refusals = {key: text for part in outcomes for key, text in part.refusals.items()}
     order = {question.id: number for number, question in enumerate(questions)}
     skipped = sorted(
         (item for part in outcomes for item in part.skipped), key=lambda i: order[i.id]
     )
-    return Outcome({key: answers[key] for key in order if key in answers}, skipped)
+    return Outcome(
+        {key: answers[key] for key in order if key in answers},
+        {key: refusals[key] for key in order if key in refusals},
+        skipped,
+    )
 
 
 def default_device() -> torch.device:

@@ -25,6 +25,7 @@ def write_report(
     skipped: Sequence[SkippedSample],
     work_dir: Path,
     *,
+    refusals: Mapping[str, str] | None = None,
     tokenizer: Any = None,
     compat: Compat = "none",
     settings: Mapping[str, Any] | None = None,
@@ -41,6 +42,7 @@ def write_report(
         skipped: Questions that could not be asked.
         work_dir: Output folder for the answers (under the benchmark's file name), `metrics.json`,
             `metrics.md`, `details.jsonl` and, if anything was skipped, `skipped_samples.jsonl`.
+        refusals: What the model said instead of an answer, by question id; scored as empty answers.
         tokenizer: Tokenizer for the published token recall.
         compat: `original` lists the published scores first.
         settings: Settings with which the answers were generated.
@@ -51,6 +53,7 @@ def write_report(
     Returns:
         The content of `metrics.json`.
     """
+    refusals = refusals or {}
     work_dir.mkdir(parents=True, exist_ok=True)
     remove_partials(work_dir)  # left by a run that was killed while writing
     result = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
@@ -66,6 +69,7 @@ def write_report(
         "num_answers": len(answers),
         "num_skipped": len(skipped),
         "num_missing": len(unanswered),
+        "num_refused": len(refusals),
         "missing": missing,
         "compat": compat,
         "settings": dict(settings or {}),
@@ -83,6 +87,7 @@ def write_report(
                 "reference": question.answer,
                 "answer": scored[question.id],
                 **details[question.id],
+                **({"refusal": refusals[question.id]} if question.id in refusals else {}),
             }
             for question in benchmark.questions.questions
             if question.id in details
@@ -113,8 +118,9 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     lines = [f"# {metrics['benchmark']}", ""]
     rule = {"wrong": "counted as wrong", "skip": "not counted"}[metrics["missing"]]
     absent = f"{metrics['num_missing']} missing ({rule}), " if metrics["num_missing"] else ""
+    refused = f"{metrics['num_refused']} refused, " if metrics["num_refused"] else ""
     lines.append(
-        f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, {absent}"
+        f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, {absent}{refused}"
         f"{metrics['num_skipped']} skipped. Percent; in brackets 95 % bootstrap intervals."
     )
     ours = _score_tables(metrics)
@@ -126,6 +132,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         ("By question type", "by_question_type"),
         ("By answer type", "by_answer_type"),
         ("By class", "by_class"),
+        *((f"By {name}", f"by_{name}") for name in metrics.get("groups", ())),
     ):
         if metrics.get(key):
             lines += ["", f"## {title}", "", *_group_table(metrics[key])]

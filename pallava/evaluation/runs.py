@@ -7,8 +7,9 @@ from typing import Any
 
 from pallava.evaluation.benchmarks import Benchmark
 from pallava.evaluation.generation import generate_answers
+from pallava.evaluation.models import Model
 from pallava.evaluation.report import Compat, write_report
-from pallava.inference.assistant import MAX_NEW_TOKENS, Assistant
+from pallava.inference.assistant import MAX_NEW_TOKENS
 from pathcore.files import StrPath
 
 ANSWERS_FOLDER = "answers"
@@ -20,7 +21,7 @@ DIGESTS_PATH = "images/digests.json"
 
 def evaluate(
     benchmark: Benchmark,
-    assistant: Assistant,
+    model: Model,
     work_dir: StrPath,
     *,
     batch_size: int = 8,
@@ -31,7 +32,7 @@ def evaluate(
 
     Args:
         benchmark: Benchmark, as returned by an entry of `pallava.registry.EVALUATIONS`.
-        assistant: Loaded model.
+        model: Model that answers, as returned by `pallava.load_model`.
         work_dir: Output folder for answers and report.
         batch_size: Number of questions per batch.
         max_new_tokens: Maximum length of each answer in tokens.
@@ -42,7 +43,7 @@ def evaluate(
     """
     work_dir = Path(work_dir)
     outcome = generate_answers(
-        assistant,
+        model,
         benchmark.questions.questions,
         work_dir / ANSWERS_FOLDER,
         batch_size=batch_size,
@@ -51,20 +52,14 @@ def evaluate(
     )
     if outcome is None:
         return None
-    settings = {
-        "prompt_template": assistant.prompt_template,
-        "bos": assistant.bos,
-        "dtype": str(assistant.dtype).removeprefix("torch."),
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "weights": assistant.fingerprint,
-    }
+    settings = {**model.settings, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return write_report(
         benchmark,
         outcome.answers,
         [*benchmark.questions.skipped, *outcome.skipped],
         work_dir,
-        tokenizer=assistant.tokenizer,
+        refusals=outcome.refusals,
+        tokenizer=model.tokenizer,
         compat=compat,
         settings=settings,
     )

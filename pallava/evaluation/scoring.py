@@ -1,7 +1,8 @@
 """Scores answers: selects the metrics for each kind of benchmark and adds intervals.
 
 Every score is a percentage `{"value", "low", "high"}` with its 95 % bootstrap interval, or
-`{"value"}` if an interval would be meaningless.
+`{"value"}` if an interval would be meaningless. Intervals resample images or slides rather than
+questions (`Question.cluster`), since the questions about one image are not independent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from pallava.evaluation.metrics import choices, classes, published, text
 from pallava.records.questions import Question
@@ -75,6 +78,7 @@ def score_vqa(
         "scores": scores,
         "by_question_type": _by(asked, details, lambda question: question.question_type),
         "by_answer_type": _by(asked, details, lambda question: question.answer_type),
+        **_by_groups(asked, details),
         "published": original,
         "details": details,
     }
@@ -95,11 +99,7 @@ def score_choices(
         said = choices.parse_choice(answers[question.id], question.options)
         details[question.id] = {"said": said, "correct": float(said == question.answer)}
     letters = sorted({letter for question in asked for letter in question.options})
-    table = _class_table(
-        [str(question.answer) for question in asked],
-        [details[question.id]["said"] for question in asked],
-        letters,
-    )
+    table = _class_table(asked, [details[question.id]["said"] for question in asked], letters)
     labels = {question.id: str(question.answer) for question in asked}
     original = published.score_choices(labels, {key: answers[key] for key in labels})
     del original["parsed"]
@@ -107,6 +107,7 @@ def score_choices(
         "scores": {"letters": table.pop("scores")},
         **table,
         "by_question_type": _by(asked, details, lambda question: question.question_type),
+        **_by_groups(asked, details),
         "published": original,
         "details": details,
     }
@@ -131,11 +132,8 @@ def score_classes(
     for question in asked:
         said = classes.parse_class(answers[question.id], class_set.wordings)
         details[question.id] = {"said": said, "correct": float(said == question.answer)}
-    table = _class_table(
-        [str(question.answer) for question in asked],
-        [details[question.id]["said"] for question in asked],
-        class_set.names,
-    )
+    predicted = [details[question.id]["said"] for question in asked]
+    table = _class_table(asked, predicted, class_set.names)
     numbers = {name: number for number, name in enumerate(class_set.names)}
     labels = {question.id: numbers[str(question.answer)] for question in asked}
     try:
@@ -184,7 +182,8 @@ def _bleu(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
 
 def _mean(details: Mapping[str, Any], questions: Sequence[Question], name: str) -> Score:
     values = [details[question.id][name] for question in questions]
-    return _percent(sum(values) / len(values), stats.mean_interval(values))
+    clusters = [question.cluster for question in questions]
+    return _percent(sum(values) / len(values), stats.mean_interval(values, clusters))
 
 
 def _percent(value: float, interval: stats.Interval | None = None) -> Score:
@@ -209,14 +208,31 @@ def _by(
     }
 
 
+def _by_groups(questions: Sequence[Question], details: Mapping[str, Any]) -> Table:
+    """Returns `groups`, the names of the groups that the data states, and `by_NAME` for each."""
+    names = list(dict.fromkeys(name for question in questions for name in question.groups))
+    tables: Table = {}
+    for name in names:
+        # _by calls the function at once, so the name in it is this one.
+        tables[f"by_{name}"] = _by(questions, details, lambda q: q.groups.get(name, ""))  # noqa: B023
+    return {"groups": names, **tables} if names else {}
+
+
 def _class_table(
-    true: Sequence[str], predicted: Sequence[str | None], names: Sequence[str]
+    questions: Sequence[Question], predicted: Sequence[str | None], names: Sequence[str]
 ) -> Table:
+    true = [str(question.answer) for question in questions]
+    clusters = [question.cluster for question in questions]
     counts = classes.confusion_matrix(true, predicted, names)
     values = classes.class_scores(counts)
     scores: Table = {"count": len(true), "unreadable": int(counts[:, -1].sum())}
+    cells = np.zeros((len(true), *counts.shape), dtype=np.int8)
+    columns: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    columns[None] = len(names)
+    rows = [columns[label] for label in true]
+    cells[np.arange(len(true)), rows, [columns[name] for name in predicted]] = 1
     for name in _CLASS_SCORES:
-        interval = stats.count_interval(counts, partial(_class_score, name))
+        interval = stats.cluster_interval(cells, clusters, partial(_class_score, name))
         scores[name.replace("_", " ")] = _percent(float(values[name]), interval)
     return {
         "scores": scores,

@@ -138,11 +138,36 @@ class Assistant:
                 f"{len(questions)}; pass None for a question without an image"
             )
         pixels = [None if image is None else self.pixel_values(image) for image in images]
+        return self.answer_prepared(questions, pixels, max_new_tokens=max_new_tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with prompt and image, determine an answer."""
+        return {
+            "prompt_template": self.prompt_template,
+            "bos": self.bos,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": self.fingerprint,
+        }
+
+    @property
+    def batch_matters(self) -> bool:
+        """Whether an answer can depend on the questions in its batch: in half precision it can."""
+        return True
+
+    def prepare(self, image: Any) -> Any:
+        """Loads and preprocesses an image source of `pallava.records.questions`."""
+        return self.pixel_values(image.load())
+
+    def answer_prepared(
+        self, questions: Sequence[str], images: Sequence[Any], *, max_new_tokens: int
+    ) -> list[str]:
+        """Answers a batch of questions about images that `prepare` loaded; None for no image."""
         prompts = [
             self.encode(question, has_image=image is not None)
-            for image, question in zip(images, questions, strict=True)
+            for question, image in zip(questions, images, strict=True)
         ]
-        return self.answer_encoded(prompts, pixels, max_new_tokens=max_new_tokens)
+        return self.answer_encoded(prompts, images, max_new_tokens=max_new_tokens)
 
     def answer_encoded(
         self,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
+from pallava.records.prompts import Prompt
 from pallava.skipping import SkippedSample
 from pathcore import images
 from pathcore.files import StrPath
@@ -125,6 +126,11 @@ class Question:
         answer_type: `yes/no`, `number`, `other`, `choice` or `class`.
         question_type: First words of the question, or the type that the data states.
         options: Option text by letter, for multiple choice.
+        stem: Question without options and instructions; defaults to the text.
+        prompt: Prompt in which the text words the stem; None if the data words it.
+        cluster: Image, slide or patient that other questions may share. Intervals resample
+            clusters. Defaults to the name of the image, or else the id.
+        groups: Further groups to report, as `{"subset": "PubMed"}`.
     """
 
     id: str
@@ -134,6 +140,37 @@ class Question:
     answer_type: str = "other"
     question_type: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
+    stem: str = ""
+    prompt: Prompt | None = None
+    cluster: str = ""
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.stem:
+            object.__setattr__(self, "stem", self.text)
+        if not self.cluster:
+            name = self.id if self.image is None else self.image.name
+            object.__setattr__(self, "cluster", name)
+
+    def variant(self, name: str, **changes: Any) -> Question:
+        """Returns a changed copy with the id `ID [NAME]`, whose text is worded again.
+
+        Args:
+            name: Name of the change, unique among the variants of a question.
+            changes: New values of fields, such as `image`, `options` and `answer`, or `prompt`.
+
+        Raises:
+            ValueError: If stem or options change, but the data itself words the text.
+        """
+        changed = replace(self, id=f"{self.id} [{name}]", **changes)
+        if changed.prompt is not None:
+            text = changed.prompt.render(changed.stem, changed.options, changed.answer_type)
+            return replace(changed, text=text)
+        if {"stem", "options"} & changes.keys():
+            raise ValueError(
+                f"question {self.id!r}: its options are part of its text and cannot be changed"
+            )
+        return changed
 
 
 @dataclass(frozen=True)

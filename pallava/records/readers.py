@@ -14,6 +14,7 @@ from pallava.records.containers import (
     read_parquet,
     read_records,
 )
+from pallava.records.prompts import DEFAULT_PROMPT, Prompt, find_prompt
 from pallava.records.questions import (
     ImageFolder,
     ParquetImage,
@@ -32,9 +33,6 @@ from pathcore.files import StrPath
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
 """Pairs of id and record, and a function that builds a question from such a pair."""
 
-CHOICE_PROMPT = "{question}\n{options}\nAnswer with the letter of the correct option."
-"""Default prompt built from the columns of PMC-VQA's CSV (`--question-template`)."""
-
 _LETTERS = "ABCDEFGH"
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 # "A: necrosis B: fibrosis", on one line or several.
@@ -42,7 +40,10 @@ _INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]
 
 
 def read_vqa(
-    data_path: StrPath, image_folder: ImageFolder | None, split: str = "test"
+    data_path: StrPath,
+    image_folder: ImageFolder | None,
+    split: str = "test",
+    prompt: str = DEFAULT_PROMPT,
 ) -> QuestionSet:
     """Reads open and yes/no questions.
 
@@ -53,33 +54,40 @@ def read_vqa(
         image_folder: Image folder. Defaults to `images/` beside the data, or else the folder of the
             data. Not needed for parquet.
         split: Split to read from a folder of parquet files.
+        prompt: Prompt of the questions; see `pallava.records.prompts`.
 
     Raises:
         FileNotFoundError: If the data does not exist.
         ValueError: If the data has another format, or more than a tenth of its rows cannot be used.
     """
-    return collect(data_path, *vqa_rows(data_path, image_folder, split))
+    return collect(data_path, *vqa_rows(data_path, image_folder, split, prompt))
 
 
-def vqa_rows(data_path: StrPath, image_folder: ImageFolder | None, split: str = "test") -> Rows:
+def vqa_rows(
+    data_path: StrPath,
+    image_folder: ImageFolder | None,
+    split: str = "test",
+    prompt: str = DEFAULT_PROMPT,
+) -> Rows:
     """Returns the rows of `read_vqa` as an iterator, and the function that builds questions."""
-    path = Path(data_path)
+    path, wording = Path(data_path), find_prompt(prompt)
     if path.is_dir() or path.suffix == ".parquet":
-        return read_parquet(parquet_files(path, split)), _parquet_question
+        files = parquet_files(path, split)
+        return read_parquet(files), lambda row_id, row: _parquet_question(row_id, row, wording)
     folder = image_folder or image_root(None, path, ("images",))
 
     def make(row_id: str, row: Any) -> Question:
         if isinstance(row, Mapping) and "conversations" in row:
-            return _conversation_question(row_id, row, folder)
+            return _conversation_question(row_id, row, folder, wording)
         record = as_mapping(row)
         name = record.get("image", record.get("img_id", record.get("image_name")))
-        return _vqa_question(row_id, record, find_image(folder, name))
+        return _vqa_question(row_id, record, find_image(folder, name), wording, str(name))
 
     return read_records(path), make
 
 
 def read_choices(
-    data_path: StrPath, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+    data_path: StrPath, image_folder: ImageFolder | None, prompt: str = DEFAULT_PROMPT
 ) -> QuestionSet:
     """Reads multiple-choice questions.
 
@@ -88,28 +96,25 @@ def read_choices(
             `Answer`), or records `id -> {question, image, answer}` whose question contains the
             options and whose answer is a letter.
         image_folder: Image folder; see `read_vqa`.
-        question_template: Prompt for CSV rows, with `{question}` and `{options}`.
+        prompt: Prompt of CSV rows; see `pallava.records.prompts`.
 
     Raises:
         FileNotFoundError: If the data does not exist.
         ValueError: If the data has another format, or more than a tenth of its rows cannot be used.
     """
-    return collect(data_path, *choice_rows(data_path, image_folder, question_template))
+    return collect(data_path, *choice_rows(data_path, image_folder, prompt))
 
 
 def choice_rows(
-    data_path: StrPath, image_folder: ImageFolder | None, question_template: str = CHOICE_PROMPT
+    data_path: StrPath, image_folder: ImageFolder | None, prompt: str = DEFAULT_PROMPT
 ) -> Rows:
     """Returns the rows of `read_choices` as an iterator, and the function that builds questions."""
     path = Path(data_path)
     folder = image_folder or image_root(None, path, ("images",))
     if path.suffix != ".csv":
         return read_records(path), lambda row_id, row: _asked_choice(row_id, row, folder)
-    if "{question}" not in question_template or "{options}" not in question_template:
-        raise ValueError(
-            f"question template {question_template!r}: {{question}} and {{options}} must be in it"
-        )
-    return read_csv(path), lambda row_id, row: _csv_choice(row_id, row, folder, question_template)
+    wording = find_prompt(prompt)
+    return read_csv(path), lambda row_id, row: _csv_choice(row_id, row, folder, wording)
 
 
 def answer_type_of(answer: str) -> str:
@@ -134,16 +139,22 @@ def strip_letter(text: str, letter: str) -> str:
     return (text[match.end() :] if match else text).strip()
 
 
-def _vqa_question(row_id: str, record: Mapping[str, Any], image: Any) -> Question:
-    text = text_field(record, "question", "sent").replace(IMAGE_TOKEN, "").strip()
+def _vqa_question(
+    row_id: str, record: Mapping[str, Any], image: Any, prompt: Prompt, cluster: str
+) -> Question:
+    stem = text_field(record, "question", "sent").replace(IMAGE_TOKEN, "").strip()
     answer = _answer(record)
+    answer_type = str(record.get("answer_type") or answer_type_of(answer))
     return Question(
         id=row_id,
-        text=text,
+        text=prompt.render(stem, {}, answer_type),
         image=image,
         answer=answer,
-        answer_type=str(record.get("answer_type") or answer_type_of(answer)),
-        question_type=str(record.get("question_type") or question_type_of(text)),
+        answer_type=answer_type,
+        question_type=str(record.get("question_type") or question_type_of(stem)),
+        stem=stem,
+        prompt=prompt,
+        cluster=cluster,
     )
 
 
@@ -155,12 +166,14 @@ def _answer(record: Mapping[str, Any]) -> str:
     return text_field(record, "answer")
 
 
-def _parquet_question(row_id: str, record: dict[str, Any]) -> Question:
+def _parquet_question(row_id: str, record: dict[str, Any], prompt: Prompt) -> Question:
     path, group, row = record.pop("_parquet")
-    return _vqa_question(row_id, record, ParquetImage(path, group, row))
+    return _vqa_question(row_id, record, ParquetImage(path, group, row), prompt, "")
 
 
-def _conversation_question(row_id: str, row: Mapping[str, Any], folder: ImageFolder) -> Question:
+def _conversation_question(
+    row_id: str, row: Mapping[str, Any], folder: ImageFolder, prompt: Prompt
+) -> Question:
     if fault := check_row(row):
         raise RowError(fault)
     turns = list(row["conversations"])
@@ -169,7 +182,7 @@ def _conversation_question(row_id: str, row: Mapping[str, Any], folder: ImageFol
     answer = next(turn["value"] for turn in turns if turn["from"] == "gpt")
     record = {"question": turns[0]["value"], "answer": answer}
     image = find_image(folder, row["image"]) if row.get("image") else None
-    return _vqa_question(row_id, record, image)
+    return _vqa_question(row_id, record, image, prompt, str(row.get("image") or ""))
 
 
 def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
@@ -186,10 +199,11 @@ def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
         answer_type="choice",
         question_type=question_type_of(text),
         options=options,
+        cluster=str(record.get("image")),
     )
 
 
-def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Question:
+def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Question:
     record = {str(name).strip(): value for name, value in as_mapping(row).items()}
     options = {
         letter: strip_letter(record[f"Choice {letter}"], letter)
@@ -198,17 +212,19 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, template: str) -> Qu
     }
     if len(options) < 2:
         raise RowError(f"expected at least two of the columns 'Choice A' ..., found {len(options)}")
-    text = text_field(record, "Question")
-    listed = "\n".join(f"{letter}: {option}" for letter, option in options.items())
+    stem = text_field(record, "Question")
     return Question(
         id=row_id,
-        # str.format would fail on questions that contain braces.
-        text=template.replace("{options}", listed).replace("{question}", text),
+        text=prompt.render(stem, options, "choice"),
         image=find_image(folder, record.get("Figure_path")),
-        answer=_letter(text_field(record, "Answer_label", "Answer"), options),
+        # Early copies of the CSV spell the column "Anwser".
+        answer=_letter(text_field(record, "Answer_label", "Answer", "Anwser"), options),
         answer_type="choice",
-        question_type=question_type_of(text),
+        question_type=question_type_of(stem),
         options=options,
+        stem=stem,
+        prompt=prompt,
+        cluster=str(record.get("Figure_path")),
     )
 
 

@@ -19,6 +19,7 @@ from pathcore.stats import (
     count_interval,
     kappa,
     macro_f1,
+    mean_interval,
     percentile_interval,
     weighted_f1,
 )
@@ -65,6 +66,21 @@ def test_interval_of_a_share_agrees_with_the_normal_one() -> None:
     low, high = count_interval(np.array([300, 700]), lambda d: d[:, 0] / d.sum(1))
     half = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
     assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.004)
+
+
+def test_intervals_of_clusters_are_those_of_drawn_clusters() -> None:
+    generator = np.random.default_rng(2)
+    clusters = [f"slide{number // 5}" for number in range(200)]
+    values = np.repeat(generator.normal(size=40), 5) + 0.1 * generator.normal(size=200)
+    means = values.reshape(40, 5).mean(axis=1)
+    drawn = means[generator.integers(0, 40, (4000, 40))].mean(axis=1)
+    low, high = mean_interval(values, clusters)
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.04)
+    alone = mean_interval(values)
+    assert high - low > 1.8 * (alone[1] - alone[0])  # five alike count as about one
+    assert mean_interval(values, [str(number) for number in range(200)]) == alone
+    with pytest.raises(ValueError, match="found 40 for 200"):
+        mean_interval(values, clusters[:40])
 
 
 def test_auroc_of_drawn_cases_is_that_of_scikit_learn() -> None:

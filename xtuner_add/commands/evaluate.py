@@ -130,14 +130,14 @@ def pathvqa(ctx: click.Context, **options: Any) -> None:
 @model_options
 @_batch_options
 @_run_options
-@click.option("--question-template", help="Prompt for CSV rows, with {question} and {options}.")
+@click.option("--prompt", help="Prompt by name, or a template with {question} and {options}.")
 @click.pass_context
 def pmcvqa(ctx: click.Context, **options: Any) -> None:
     """Evaluate on PMC-VQA or other multiple-choice questions.
 
     --data-path is PMC-VQA's CSV, or records whose questions already contain the options.
     """
-    _run(ctx, "pmcvqa", ("question_template",), options)
+    _run(ctx, "pmcvqa", ("prompt",), options)
 
 
 @click.command(

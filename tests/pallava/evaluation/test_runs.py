@@ -26,6 +26,7 @@ from pallava.evaluation.generation import (
     make_batches,
 )
 from pallava.evaluation.image_digests import ImageDigests, content_digest
+from pallava.evaluation.models import NoAnswer
 from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
 from pallava.inference.assistant import Assistant
@@ -35,7 +36,8 @@ from pallava.skipping import SkippedSample
 from pathcore import files
 from pathcore.files import FolderInUseError
 from tests.pallava import goldens
-from tests.pallava.evaluation.tiny_benchmark import make_data
+from tests.pallava.evaluation.scripted_model import ScriptedModel
+from tests.pallava.evaluation.tiny_benchmark import TEXTS, make_data
 from tests.pallava.tiny_folders import make_folders
 
 TOKENS = 6
@@ -427,7 +429,7 @@ def test_a_second_run_in_one_folder_is_refused(
         with AnswerLog(folder, rank=1):  # another process of the same run
             pass
     with AnswerLog(folder, rank=0) as again:
-        assert again.read({"q": "0af3"}) == {"q": "yes"}
+        assert again.read({"q": "0af3"}) == ({"q": "yes"}, {})
 
 
 def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None:
@@ -457,6 +459,41 @@ def test_logs_of_other_processes_are_read(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, 1) as log:
         log.append({"c": ("3", "no"), "a": ("old", "never")})
     found = AnswerLog(tmp_path, 5).read({"a": "1", "b": "2", "c": "3", "d": "4"})
-    assert found == {"a": "yes", "b": "line\nbreak \u2028 end", "c": "no"}
-    assert generation._is_done([], found)
+    assert found == ({"a": "yes", "b": "line\nbreak \u2028 end", "c": "no"}, {})
+    assert generation._is_done([], found[0])
     shutil.rmtree(tmp_path)
+
+
+def test_a_refusal_is_kept_and_an_outage_is_asked_again(data: Path, tmp_path: Path) -> None:
+    def reply(text: str, image: Any, number: int) -> str | NoAnswer:
+        assert isinstance(image, Image.Image)
+        if text == "What?":
+            return NoAnswer("I will not.", is_refusal=True)
+        return NoAnswer("timeout") if text.startswith("How") and number == 1 else "Yes."
+
+    model = ScriptedModel(reply)
+    metrics = evaluate(pathvqa(data), model, tmp_path, batch_size=4)
+    assert metrics is not None
+    assert (metrics["num_answers"], metrics["num_refused"], metrics["num_skipped"]) == (8, 4, 3)
+    assert metrics["scores"]["open"]["count"] == 4  # refusals count, outages do not
+    assert "4 refused" in (tmp_path / "metrics.md").read_text()
+    details = [json.loads(row) for row in (tmp_path / "details.jsonl").read_text().splitlines()]
+    assert {row.get("refusal") for row in details} == {None, "I will not."}
+    num_asked = len(model.asked)
+    again = evaluate(pathvqa(data), model, tmp_path, batch_size=4)
+    assert again is not None
+    assert (again["num_answers"], again["num_refused"], again["num_skipped"]) == (11, 4, 0)
+    # Neighbours do not matter to this model, so only the questions without an answer are asked.
+    assert model.asked[num_asked:] == [TEXTS[2][0]] * 3
+
+
+def test_variants_share_the_answers_of_the_folder(data: Path, tmp_path: Path) -> None:
+    questions = pathvqa(data).questions.questions
+    model = ScriptedModel(lambda text, image, number: f"{text} {image and image.size}")
+    first = generate_answers(model, questions, tmp_path)
+    blind = [question.variant("no image", image=None) for question in questions]
+    both = generate_answers(model, [*questions, *blind], tmp_path)
+    assert first is not None and both is not None
+    assert len(model.asked) == 22
+    assert both.answers["q0"] == first.answers["q0"] != both.answers["q0 [no image]"]
+    assert [question.cluster for question in blind] == [question.cluster for question in questions]

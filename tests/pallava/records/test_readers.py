@@ -22,6 +22,7 @@ from pallava.records.class_folders import (
     read_class_records,
 )
 from pallava.records.containers import read_plain_pickle
+from pallava.records.prompts import PROMPTS
 from pallava.records.readers import read_choices, read_vqa, strip_letter
 from pathcore.image_sets import image_set_names, load_image_set
 
@@ -174,8 +175,26 @@ def test_letters_leave_option_texts() -> None:
 
 def test_pmcvqa_template_must_name_its_places(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "test.csv", [ROW])
-    with pytest.raises(ValueError, match="must be in it"):
+    with pytest.raises(ValueError, match=r"expected \{question\} and \{options\} in it"):
         read_choices(path, tmp_path, "{question}")
+
+
+def test_a_question_can_be_worded_and_ordered_anew(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    path = write_csv(tmp_path / "test.csv", [ROW])
+    (question,) = read_choices(path, tmp_path).questions
+    assert (question.stem, question.cluster) == ("What is {seen}?", "a.png")
+    options = {"A": "liver", "B": "fat"}
+    other = question.variant(
+        "swapped", options=options, answer="B", prompt=PROMPTS["pathmmu-llava"]
+    )
+    assert other.id == f"{question.id} [swapped]"
+    assert other.text == (
+        "What is {seen}?\n(A) liver\n(B) fat\n\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    with pytest.raises(ValueError, match="expected one of letter, pathmmu-llava"):
+        read_choices(path, tmp_path, "leter")
 
 
 def test_questions_that_hold_their_options_are_read(tmp_path: Path) -> None:
