@@ -181,6 +181,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "evaluate": (f"{_COMMANDS}.evaluate:evaluate", "Evaluate on any benchmark by name."),
         "score": (f"{_COMMANDS}.evaluate:score", "Score existing answers."),
+        "reproduce": (
+            f"{_COMMANDS}.reproduce:reproduce",
+            "Measure a published figure, and find out why it differs.",
+        ),
     },
     "Use": {
         "answer": (f"{_COMMANDS}.evaluate:answer", "Ask a trained model about images."),
