@@ -26,17 +26,19 @@ from __future__ import annotations
 import csv
 import os
 import shlex
-import subprocess
-import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import click
 import numpy as np
 import yaml
 
 from pathcore import stats
+from pathcore.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_SKIPPED
 from pathcore.files import (
     StrPath,
     file_identity,
@@ -47,6 +49,7 @@ from pathcore.files import (
     write_text,
 )
 from pathcore.rows import read_lines
+from xtuner_add import cli
 
 CARDS = Path(__file__).parent / "reproduction_cards"
 RESULT_NAME, TABLE_NAME, _DONE_NAME = "reproduction.json", "reproduction.md", "arm.json"
@@ -390,16 +393,10 @@ class Reproduction:
         out.mkdir(parents=True, exist_ok=True)
         log = out.with_name(f"{out.name}.log")
         with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(
-                [sys.executable, "-m", "xtuner_add.cli", *arguments],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-        if code not in (0, 3):
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            code, message = run_command(arguments, file)
+        if code not in (EXIT_OK, EXIT_SKIPPED):
             raise ValueError(
-                f"xtuner-add {shlex.join(arguments)}: ended with {code}: {''.join(last)} ({log})"
+                f"xtuner-add {shlex.join(arguments)}: ended with {code}: {message} ({log})"
             )
         write_json(out / _DONE_NAME, identity)
 
@@ -447,6 +444,26 @@ class Reproduction:
                 for name, path in self.inputs.items()
             },
         }  # fmt: skip
+
+
+def run_command(arguments: Sequence[str], log: TextIO) -> tuple[int, str]:
+    """Runs a command of `xtuner-add` in this process, which imports its libraries only once.
+
+    Returns:
+        Exit code, and the message of an error.
+    """
+    with redirect_stdout(log), redirect_stderr(log):
+        try:
+            code = cli.main.main(list(arguments), "xtuner-add", standalone_mode=False)
+            return code or EXIT_OK, ""
+        except click.ClickException as error:
+            error.show(log)
+            return error.exit_code, error.format_message()
+        except SystemExit as error:
+            return (error.code, "") if isinstance(error.code, int) else (1, str(error.code))
+        except Exception as error:  # of one run among many; the log has the traceback
+            traceback.print_exc(file=log)
+            return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
 
 def read_figure(folder: Path, where: str) -> float:

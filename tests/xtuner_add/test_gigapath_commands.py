@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import subprocess
@@ -19,7 +18,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from gigapath.finetune import mil, run
-from tests.gigapath.slide_cohort import write_cohort, write_published_split, write_table
+from tests.gigapath.slide_cohort import write_cohort, write_published_split
+from tests.xtuner_add.embedding_zip import write_tiles
 from xtuner_add.cli import main
 from xtuner_add.commands.gigapath import find_recipe, find_task
 from xtuner_add.commands.options import yaml_values
@@ -38,20 +38,7 @@ def slides(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiles(tmp_path: Path) -> Path:
-    """A zip in the published layout, and its table."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    with zipfile.ZipFile(tmp_path / "tiles.zip", "w") as archive:
-        for number in range(100):
-            vector = torch.randn(8, generator=generator)
-            vector[number % 2] += 4
-            stream = io.BytesIO()
-            torch.save(vector, stream)
-            split = ("train", "train", "train", "val", "test")[number % 5]
-            archive.writestr(f"pcam/{split}/t{number}.pt", stream.getvalue())
-            rows.append({"input": f"t{number}", "label": number % 2, "split": split})
-    write_table(tmp_path / "tiles.csv", rows)
-    return tmp_path
+    return write_tiles(tmp_path)
 
 
 def invoke(*arguments: Any) -> Result:

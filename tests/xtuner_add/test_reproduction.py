@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from tests.xtuner_add.embedding_zip import write_tiles
 from xtuner_add import cli
 from xtuner_add.reproduction import (
     Measured,
@@ -232,6 +233,26 @@ def test_shipped_cards_name_options_that_their_commands_have(name: str, tmp_path
         options = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
         used = {word for word in arguments if word.startswith("--")}
         assert used <= options, sorted(used - options)
+
+
+def test_card_of_pcam_on_a_twin(tmp_path: Path) -> None:
+    """The shipped card, on embeddings of the published layout."""
+    write_tiles(tmp_path, signal=0.6)
+    arguments = [
+        "reproduce", "gigapath-pcam", f"embeddings={tmp_path / 'tiles.zip'}",
+        f"labels={tmp_path / 'tiles.csv'}", "--work-dir", str(tmp_path / "out"),
+        "--extra", "--device cpu --recipe pcam_tiny",
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli.main, [*arguments, "--published", "0", "--all"])
+    assert found.exit_code == 0, found.output
+    rows = json.loads((tmp_path / "out/reproduction.json").read_text())["choices"]
+    figures = {f"{row['choice']}={row['value']}": row["figure"] for row in rows}
+    assert len(figures) == 6
+    planted = figures["classifier=knn"]
+    assert sum(abs(figure - planted) <= 0.005 for figure in figures.values()) == 1
+    CliRunner().invoke(cli.main, [*arguments, "--published", str(planted)])
+    report = json.loads((tmp_path / "out/reproduction.json").read_text())
+    assert report["explained_by"] == ["classifier=knn"]
 
 
 def test_cards_are_listed() -> None:
