@@ -15,6 +15,7 @@ A card is YAML:
     digests: {data: sha256 of the file}  # optional
     figure: metrics.json:scores > overall > correct > value
     items: details.jsonl:question_id:correct                # optional, for paired intervals
+    scale: 100                           # figure of an item that is fully right; 1 by default
     seeds: [0, 1, 2]                     # optional: replaces {seed} in the command; mean over runs
     choices:                             # the first value is the published one
       subset: {all: [--option, split=all], tiny: [--option, split=test_tiny]}
@@ -24,6 +25,7 @@ A card is YAML:
 from __future__ import annotations
 
 import csv
+import math
 import os
 import shlex
 import traceback
@@ -31,13 +33,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 import click
-import numpy as np
-import yaml
 
-from pathcore import stats
 from pathcore.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_SKIPPED
 from pathcore.files import (
     StrPath,
@@ -55,7 +55,7 @@ CARDS = Path(__file__).parent / "reproduction_cards"
 RESULT_NAME, TABLE_NAME, _DONE_NAME = "reproduction.json", "reproduction.md", "arm.json"
 
 _FIELDS = (
-    "title", "published", "tolerance", "command", "inputs", "digests", "figure", "items", "seeds",
+    "title", "published", "tolerance", "command", "inputs", "digests", "figure", "items", "scale", "seeds",
     "choices",
 )  # fmt: skip
 
@@ -92,6 +92,7 @@ class Card:
     inputs: Mapping[str, str]
     figure: str
     items: str | None = None
+    scale: float = 1.0
     seeds: tuple[int, ...] = (0,)
     digests: Mapping[str, str] = field(default_factory=dict)
     choices: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
@@ -130,6 +131,8 @@ def load_card(name: StrPath) -> Card:
         if str(name) not in known:
             raise ValueError(f"{name}: no such card or file; expected one of {', '.join(known)}")
         path = known[str(name)]
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -167,6 +170,7 @@ def _card(name: str, content: Any) -> Card:
         inputs=dict(content["inputs"]),
         figure=str(content["figure"]),
         items=content.get("items"),
+        scale=float(content.get("scale", 1.0)),
         seeds=tuple(content.get("seeds", (0,))),
         digests=dict(content.get("digests", {})),
         choices=choices,
@@ -249,21 +253,19 @@ def attribute(
 
 
 def _interval(base: Measured, arm: Measured, scale: float, seed: int) -> tuple[float, float] | None:
-    if base.items is None or arm.items is None:
+    """Resamples items; those of both arms are paired, those of another subset are not."""
+    if not base.items or not arm.items:
         return None
-    shared = [item for item in base.items if item in arm.items]
-    if len(shared) == len(base.items) == len(arm.items):
-        differences = [arm.items[item] - base.items[item] for item in shared]
-        low, high = stats.mean_interval(differences, seed=seed)
-        return scale * low, scale * high
-    # Another subset: the items are not the same, so the two means are resampled independently.
-    rng = np.random.default_rng(seed)
-    means = [
-        rng.choice(values, (stats.NUM_RESAMPLES, len(values))).mean(axis=1)
-        for values in (np.array(list(arm.items.values())), np.array(list(base.items.values())))
-    ]
-    low, high = stats.percentile_interval(means[0] - means[1])
-    return scale * float(low), scale * float(high)
+    from pathcore import stats
+
+    def sums(items: Mapping[str, float], item: str) -> tuple[float, float]:
+        return items.get(item, 0.0), float(item in items)
+
+    cases = [(*sums(arm.items, i), *sums(base.items, i)) for i in {**base.items, **arm.items}]
+    low, high = stats.cluster_interval(
+        cases, None, lambda s: s[:, 0] / s[:, 1] - s[:, 2] / s[:, 3], seed=seed
+    )
+    return scale * low, scale * high
 
 
 class Reproduction:
@@ -364,11 +366,9 @@ class Reproduction:
         if items:
             shared = set(items[0]).intersection(*items[1:])
             scores = {
-                item: float(np.mean([row[item] for row in items]))
-                for item in items[0]
-                if item in shared
+                item: fmean(row[item] for row in items) for item in items[0] if item in shared
             }
-        return Measured(float(np.mean(figures)), tuple(figures), scores)
+        return Measured(fmean(figures), tuple(figures), scores)
 
     def command(self, options: Sequence[str], out: Path, seed: int) -> list[str]:
         """Returns the arguments of `xtuner-add` for one run."""
@@ -408,17 +408,17 @@ class Reproduction:
         differs: bool,
     ) -> dict[str, Any]:
         card = self.card
-        scale = 1.0
         interval = None
         if base.items:
-            mean = float(np.mean(list(base.items.values())))
-            scale = 100.0 if base.value > 1 or (card.published or 0) > 1 else 1.0
-            if np.isclose(scale * mean, base.value, rtol=1e-3):
+            from pathcore import stats
+
+            mean = fmean(base.items.values())
+            if math.isclose(card.scale * mean, base.value, rel_tol=1e-3):
                 low, high = stats.mean_interval(list(base.items.values()))
-                interval = [scale * low, scale * high]
+                interval = [card.scale * low, card.scale * high]
         rows = []
         if self.published is not None:
-            rows = attribute(self.published, card.tolerance, base, arms, scale=scale)
+            rows = attribute(self.published, card.tolerance, base, arms, scale=card.scale)
         return {
             "card": card.name,
             "title": card.title,

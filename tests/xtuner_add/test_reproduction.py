@@ -104,6 +104,7 @@ def write_card(path: Path, **changes: Any) -> Path:
         "inputs": {"data": "questions", "answers": "folder of answers"},
         "figure": "metrics.json:scores > closed (yes/no) > accuracy > value",
         "items": "details.jsonl:question_id:correct",
+        "scale": 100,
         "choices": {
             "prompt": {"short": ["--answers", "{answers}/short.json"],
                        "long": ["--answers", "{answers}/long.json"]},
