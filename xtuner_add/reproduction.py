@@ -55,8 +55,8 @@ CARDS = Path(__file__).parent / "reproduction_cards"
 RESULT_NAME, TABLE_NAME, _DONE_NAME = "reproduction.json", "reproduction.md", "arm.json"
 
 _FIELDS = (
-    "title", "published", "tolerance", "command", "inputs", "digests", "figure", "items", "scale", "seeds",
-    "choices",
+    "title", "published", "tolerance", "command", "inputs", "digests", "figure", "items", "scale",
+    "seeds", "choices",
 )  # fmt: skip
 
 
