@@ -55,8 +55,8 @@ def reproduce(
     from xtuner_add.reproduction import Reproduction, card_files, load_card, table
 
     if lists or card is None:
-        if card is None and not lists:
-            raise click.UsageError("name a card, or --list", ctx)
+        if not lists:
+            raise click.MissingParameter("name a card, or --list", ctx, param_type="argument")
         for name in card_files():
             found = load_card(name)
             figure = "no figure" if found.published is None else f"{found.published:g}"
