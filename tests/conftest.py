@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,3 +32,26 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform == "linux":
         context = multiprocessing.get_context("fork")
         monkeypatch.setattr("pathcore.pool._context", lambda: context)
+
+
+def build_wheel(folder: Path, **environ: str) -> Path:
+    """Builds the wheel of this tree below a folder, from a copy.
+
+    A build leaves files in its source, and takes up those of an older build.
+    """
+    source = folder / "source"
+    ignore = shutil.ignore_patterns(
+        ".*", "build", "dist", "work_dirs", "*.egg-info", "__pycache__", "golden"
+    )
+    shutil.copytree(Path(__file__).parents[1], source, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run(
+        [*command, str(source)], check=True, capture_output=True, env={**os.environ, **environ}
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))

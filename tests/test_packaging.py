@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,26 +11,13 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 OURS = {"xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore"}
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: a build leaves files in its source, and takes up those of an older build.
-    source = folder / "source"
-    ignore = shutil.ignore_patterns(
-        ".*", "build", "dist", "work_dirs", "*.egg-info", "__pycache__", "golden"
-    )
-    shutil.copytree(ROOT, source, ignore=ignore)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
-    subprocess.run([*map(str, command), str(source)], check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +105,19 @@ def test_metadata_names_licence_extras_and_script(wheel: Path) -> None:
     assert {"'train'", "'gigapath'", "'cite'", "'pathgen'", "'serve'", "'all'"} <= {
         name.replace('"', "'") for name in with_torch
     }
+
+
+def test_the_lock_holds_what_every_extra_asks_for(wheel: Path) -> None:
+    lines = (ROOT / "requirements/lock.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if re.match(r"[a-z0-9]", line)]
+    locked = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert len(required) > 100
+    outside = [r for r in required if not r.specifier.contains(locked[canonicalize_name(r.name)])]
+    assert not outside
 
 
 def test_setup_host_installs_the_trainer_of_the_lock() -> None:

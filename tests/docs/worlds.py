@@ -216,7 +216,7 @@ def quilt(root: Path) -> None:
 
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = {
     "main road": (
-        ("README.md", "docs/pallava.md", "docs/release.md", "docs/use.md"),
+        ("docs/pallava.md", "docs/release.md", "docs/use.md"),
         (slides, selection, training, encoders, cohort, images, quilt, gastric),
     ),
     "Python": (("docs/python.md",), (slides, selection, clip, gastric, images, evaluation)),
