@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
 from pathcore.stats import wilson_interval
-from xtuner_add.demo.pallava.answers import exchange_images
+from xtuner_add.demo.pallava.answers import exchanged_images
 
 CONFIG = "demo_slide_questions"
 WAYS = ("itself", "exchanged", "displaced")
@@ -108,7 +108,7 @@ def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, 7])
     slides = {
         "itself": [row["slide"] for row in rows],
-        "exchanged": exchange_images(rows, rng, "slide"),
+        "exchanged": exchanged_images(rows, rng, "slide"),
     }
     names = sorted(set(slides["itself"]))
     bags = {name: read_bag(folder / "data" / "features" / f"{name}.h5") for name in names}

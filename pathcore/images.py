@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -193,6 +194,20 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    """Returns an image as a `data:` URL, for pages that need no other file.
+
+    Args:
+        image: The image.
+        kind: Pillow's name of the format, `PNG` or `JPEG`.
+        options: Options of the format, such as `quality`.
+    """
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"
 
 
 def _open(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pallava.evaluation.audit import audit
 from pallava.evaluation.benchmarks import Benchmark
-from pallava.evaluation.generation import generate_answers
+from pallava.evaluation.generation import Outcome, generate_answers
 from pallava.evaluation.models import Model
 from pallava.evaluation.report import Compat, write_report
 from pallava.inference.assistant import MAX_NEW_TOKENS
+from pallava.records.questions import Question
 from pathcore.files import StrPath
 
 ANSWERS_FOLDER = "answers"
@@ -27,6 +30,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
     compat: Compat = "none",
+    audited: bool = False,
 ) -> dict[str, Any] | None:
     """Asks a benchmark's questions, scores the answers and writes the report; resumes earlier runs.
 
@@ -37,29 +41,36 @@ def evaluate(
         batch_size: Number of questions per batch.
         max_new_tokens: Maximum length of each answer in tokens.
         compat: `original` lists the published scores first; combine it with `bos="double"`.
+        audited: Whether to ask the questions in the arms of `pallava.evaluation.audit` as well.
 
     Returns:
         The content of `metrics.json` on rank 0, None on other ranks.
     """
     work_dir = Path(work_dir)
-    outcome = generate_answers(
-        model,
-        benchmark.questions.questions,
-        work_dir / ANSWERS_FOLDER,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        digests_path=work_dir / DIGESTS_PATH,
-    )
-    if outcome is None:
-        return None
+
+    def ask(questions: Sequence[Question]) -> Outcome | None:
+        return generate_answers(
+            model,
+            questions,
+            work_dir / ANSWERS_FOLDER,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            digests_path=work_dir / DIGESTS_PATH,
+        )
+
     settings = {**model.settings, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    return write_report(
-        benchmark,
-        outcome.answers,
-        [*benchmark.questions.skipped, *outcome.skipped],
-        work_dir,
-        refusals=outcome.refusals,
-        tokenizer=model.tokenizer,
-        compat=compat,
-        settings=settings,
-    )
+    outcome, metrics = ask(benchmark.questions.questions), None
+    if outcome is not None:
+        metrics = write_report(
+            benchmark,
+            outcome.answers,
+            [*benchmark.questions.skipped, *outcome.skipped],
+            work_dir,
+            refusals=outcome.refusals,
+            tokenizer=model.tokenizer,
+            compat=compat,
+            settings=settings,
+        )
+    if audited:
+        audit(benchmark, ask, work_dir, settings=settings)
+    return metrics

@@ -12,7 +12,11 @@ _PAPER = "https://doi.org/10.1109/BIBM62325.2024.10821785"
 
 
 def write_card(
-    file: Path, recipe: Recipe, connector: ConnectorConfig, scores: dict[str, Any]
+    file: Path,
+    recipe: Recipe,
+    connector: ConnectorConfig,
+    scores: dict[str, Any],
+    audits: dict[str, dict[str, str]] | None = None,
 ) -> None:
     """Writes README.md of an exported folder.
 
@@ -22,6 +26,7 @@ def write_card(
         connector: Sizes and mode of the connector.
         scores: Metrics by benchmark, `{"PathVQA": {"closed accuracy": 0.9}}`. If empty, the card
             states that there are none.
+        audits: Verdicts of audits, by benchmark and form of questions.
     """
     mode = (
         "scale-invariant: thumbnail and sub-images"
@@ -62,6 +67,7 @@ def write_card(
         "",
         *_scores(scores),
         "",
+        *_audits(audits or {}),
         "## Licence",
         "",
         "The weights contain the base model's and are bound by its licence, which lies beside this "
@@ -105,3 +111,18 @@ def _scores(scores: dict[str, Any]) -> list[str]:
             shown = f"{value:.4f}" if isinstance(value, float) else value
             lines.append(f"| {benchmark} | {metric} | {shown} |")
     return lines
+
+
+def _audits(audits: dict[str, dict[str, str]]) -> list[str]:
+    if not audits:
+        return []
+    lines = [
+        "## Audit of the scores",
+        "",
+        "The same questions with exchanged images, without images, and in other words and orders; "
+        "in brackets 95 % intervals.",
+        "",
+    ]
+    for benchmark, sentences in audits.items():
+        lines += [f"- {benchmark}, {form}: {sentence}" for form, sentence in sentences.items()]
+    return [*lines, ""]

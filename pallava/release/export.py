@@ -43,6 +43,7 @@ def export(
     layout: Literal["pallava", "llava"] = "pallava",
     device: str | None = None,
     scores: dict[str, Any] | None = None,
+    audits: dict[str, dict[str, str]] | None = None,
     force_base: bool = False,
     probe: bool = True,
     progress: bool = True,
@@ -58,6 +59,7 @@ def export(
         layout: `pallava`, or `llava` for the LLaVA classes of transformers.
         device: `cpu` or `cuda`. Defaults to a GPU if there is one.
         scores: Metrics for the model card, by benchmark.
+        audits: Verdicts of audits for the model card; see `pallava.release.card.write_card`.
         force_base: Whether to skip the check that the adapter was trained on `base`.
         probe: Whether to compare the merged language model with PEFT's on a few tokens.
         progress: Whether to show a progress bar.
@@ -86,7 +88,7 @@ def export(
     encoder: PLIPVisionEncoder = load_vision_encoder(converted / "visual_encoder")
     _check_widths(merger, connector, encoder)
     parts = [converted, converted / "projector", converted / "visual_encoder"]
-    inputs = {"operation": "export", "scores": scores, **merger.identity()}
+    inputs = {"operation": "export", "scores": scores, "audits": audits, **merger.identity()}
     inputs["parts"] = [folder_identity(part) for part in parts]
     inputs["code"] = sorted(travelling_files().items())
     with FolderBuild(out, inputs) as build:
@@ -96,7 +98,7 @@ def export(
             extra |= _prefixed("projector.", connector.state_dict())
             write_shards(merger, plan, build, prefix="llm.", extra=extra, progress=progress)
             image_token_id = _write_tokenizer(build, merger, converted, recipe)
-            _write_small_files(build, merger, recipe, connector, encoder, scores)
+            _write_small_files(build, merger, recipe, connector, encoder, scores, audits)
             text_config = merger.base.config | plan.config_changes | {"tie_word_embeddings": False}
             config = _config(text_config, recipe, connector, encoder)
             write_config(build, config | {"image_token_id": image_token_id})
@@ -201,6 +203,7 @@ def _write_small_files(
     connector: ScaleInvariantConnector,
     encoder: PLIPVisionEncoder,
     scores: dict[str, Any] | None,
+    audits: dict[str, dict[str, str]] | None,
 ) -> None:
     copy_files(merger.base.folder, build, LICENCE_FILES)
     for name, source in travelling_files().items():
@@ -211,7 +214,7 @@ def _write_small_files(
     with build.file("processor_config.json") as partial:
         partial.write_text(_json(config))
     with build.file("README.md") as partial:
-        write_card(partial, recipe, connector.config, scores or {})
+        write_card(partial, recipe, connector.config, scores or {}, audits)
 
 
 def _load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:

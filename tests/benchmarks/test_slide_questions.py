@@ -10,7 +10,7 @@ import pytest
 from benchmarks.slide_cohort import AMOUNTS, IN_FEATURES, NECROSIS, TUMOUR, Cohort
 from benchmarks.slide_questions import make_data, summarise, table
 from pallava.slide_bags import read_bag
-from xtuner_add.demo.pallava.answers import exchange_images
+from xtuner_add.demo.pallava.answers import exchanged_images
 
 
 @pytest.mark.parametrize("number", range(40))
@@ -51,7 +51,7 @@ def test_scores() -> None:
         {"slide": f"s{i}", "kind": "which", "question": "Is there fat?", "answer": answer}
         for i, answer in enumerate(["yes", "yes", "yes", "no"])
     ]
-    exchanged = exchange_images(rows, np.random.default_rng(0), "slide")
+    exchanged = exchanged_images(rows, np.random.default_rng(0), "slide")
     assert sorted(exchanged) == [row["slide"] for row in rows]
     assert all(slide != row["slide"] for slide, row in zip(exchanged, rows, strict=True))
     for row, given in zip(rows, ["Yes", "yes ", "no", "no"], strict=True):

@@ -75,9 +75,12 @@ def test_pathvqa_asks_as_the_originals_command_line(
 @pytest.mark.multiproc
 @pytest.mark.slow
 def test_two_processes_give_the_report_of_one(folder: Path, whole: dict[str, bytes]) -> None:
-    result = run_program(folder, *pathvqa("two"), processes=2)
+    result = run_program(folder, *pathvqa("two"), "--audit", processes=2)
     assert result.returncode == 0, result.stdout
     assert report(folder / "two") == whole
+    assert result.stdout.count("# Audit of pathvqa") == 1
+    audits = json.loads((folder / "two" / "audit.json").read_text())
+    assert audits["missing"] == {}
     written = sorted(path.name for path in (folder / "two" / "answers").iterdir())
     assert written == ["rank000.jsonl", "rank001.jsonl"]
     # What two processes answered, one needs not ask.
@@ -142,9 +145,16 @@ def test_pmcvqa_reads_the_published_csv(
         writer.writerow(row)
     result = invoke(
         folder, "pmcvqa", *MODEL, "--data-path", path, "--image-folder", "data/images",
-        "--work-dir", tmp_path / "run", monkeypatch=monkeypatch,
+        "--work-dir", tmp_path / "run", "--audit", monkeypatch=monkeypatch,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "# Audit of pmcvqa" in result.output and "audit.html" in result.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "audit.jsonl").open()]
+    # One question has no other to exchange images with.
+    assert {row["arm"] for row in rows} == {
+        "true", "again", "blank", "none", "options_only", "no_options",
+        *(f"{name}_{number}" for name in ("reworded", "rotated") for number in (1, 2, 3)),
+    }  # fmt: skip
     details = json.loads((tmp_path / "run" / "details.jsonl").read_text())
     assert details["question"].splitlines()[1] == "A: fat"
     assert "letters" in result.output

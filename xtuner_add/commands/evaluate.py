@@ -89,6 +89,12 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "report their scores first.",
         ),
         click.option(
+            "--audit",
+            is_flag=True,
+            help="Also ask every question with exchanged, blank and no images, in other words and "
+            "orders, and report what each contributes to the score.",
+        ),
+        click.option(
             "--launcher",
             type=click.Choice(["none", "pytorch"]),
             default="none",
@@ -276,7 +282,7 @@ def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[st
     work_dir = options["work_dir"] or Path("work_dirs", f"{name}_{options['data_path'].stem}")
     if relaunch(ctx, always=options["launcher"] == "pytorch"):
         metrics = json.loads((work_dir / "metrics.json").read_text(encoding="utf-8"))
-        _end(metrics["num_skipped"], work_dir)
+        _end(metrics["num_skipped"], work_dir, options["audit"])
         return
     from pallava.evaluation.runs import evaluate as run_evaluation
 
@@ -293,6 +299,7 @@ def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[st
                 batch_size=options["batch_size"],
                 max_new_tokens=options["max_new_tokens"],
                 compat=options["compat"],
+                audited=options["audit"],
             )
     except TypeError as error:
         if "unexpected keyword" not in str(error):
@@ -302,7 +309,7 @@ def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[st
         return
     _write_run(work_dir, options)
     if shows_results():
-        _end(metrics["num_skipped"], work_dir)
+        _end(metrics["num_skipped"], work_dir, options["audit"])
 
 
 def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
@@ -320,10 +327,18 @@ def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
     write_json(work_dir / "run.json", {"arguments": arguments, "versions": versions})
 
 
-def _end(num_skipped: int, work_dir: Path) -> None:
+def _end(num_skipped: int, work_dir: Path, audited: bool) -> None:
+    from pallava.evaluation.audit import AUDIT_NAME, PAGE_NAME, table
     from pallava.evaluation.report import TABLES_NAME
 
     click.echo((work_dir / TABLES_NAME).read_text(encoding="utf-8"))
+    if audited:
+        content = json.loads((work_dir / AUDIT_NAME).read_text(encoding="utf-8"))
+        click.echo(table(content))
+        click.echo(f"Questions with their images: {work_dir / PAGE_NAME}")
+        if missing := sum(content["missing"].values()):
+            click.echo(f"{missing:,} questions of the audit have no answer", err=True)
+            num_skipped = num_skipped or missing
     click.echo(f"Written to {work_dir}")
     end(num_skipped, work_dir / SKIP_LOG_NAME, "question")
 

@@ -161,7 +161,8 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
     "--scores",
     type=FILE,
     multiple=True,
-    help="metrics.json of an evaluation, for the model card; may be repeated.",
+    help="metrics.json of an evaluation, for the model card, with the verdict of an audit beside "
+    "it; may be repeated.",
 )
 @device_option
 @_checks_result
@@ -179,6 +180,7 @@ def export(
 
     BASE is the language model, CONVERTED the folder that `xtuner-add pth-to-hf` wrote.
     """
+    from pallava.evaluation.audit import read_audits
     from pallava.evaluation.report import read_scores
     from pallava.release.export import export as export_folder
 
@@ -190,6 +192,7 @@ def export(
             layout=layout,  # type: ignore[arg-type]
             device=device,
             scores=read_scores(scores),
+            audits=read_audits(scores),
             force_base=force_base,
             probe=not no_probe,
         )

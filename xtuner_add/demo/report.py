@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from pathcore.files import write_text
 
@@ -94,11 +91,3 @@ def draw_bar(
         # A Wilson or bootstrap interval may end at the value, to the last digit beyond it.
         error = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
     axes.barh(-place, value, xerr=error, color=colour, height=height, ecolor=DARK)
-
-
-def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
-    """Returns an image as a `data:` URL."""
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{encoded}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pathcore.images import ImageError, load_image, path_inside
+from pathcore.images import ImageError, data_url, load_image, path_inside
 
 _THUMBNAIL_PX = 160
 _CELL_CHARACTERS = 160
@@ -92,6 +90,4 @@ def _thumbnail(folder: Path, name: str) -> str:
     except ImageError:
         return ""  # the step that read the image has already reported it
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(image, "JPEG", quality=80)

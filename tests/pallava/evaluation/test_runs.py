@@ -18,6 +18,7 @@ from PIL import Image
 from pallava import load_model
 from pallava.evaluation import generation, image_digests
 from pallava.evaluation.answers import AnswerLog, read_answers
+from pallava.evaluation.audit import read_audits
 from pallava.evaluation.benchmarks import pathvqa, pmcvqa, zero_shot
 from pallava.evaluation.generation import (
     answer_digests,
@@ -328,6 +329,45 @@ def test_a_report_of_recorded_answers_holds_the_recorded_scores(tmp_path: Path, 
     ours = metrics["scores"]["overall"]["correct"]["value"]
     assert ours > expected["overall"]
     assert metrics["scores"]["closed (yes/no)"]["accuracy"]["value"] == 100
+
+
+def test_an_audit_shares_the_answers_of_the_run(
+    assistant: Assistant, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(assistant, data, tmp_path / "run")
+    first = report(tmp_path / "run")
+    counted = Counted(assistant, monkeypatch)
+    run(assistant, data, tmp_path / "run", audited=True)
+    # Exchanged, no and blank image, asked again, and three prompts.
+    assert counted.batches == [4, 4, 3] * 7
+    assert report(tmp_path / "run") == first
+    names = ("audit.json", "audit.jsonl", "audit.html")
+    written = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    content = json.loads(written["audit.json"])
+    assert set(content["parts"]) == {"yes/no", "open"}
+    assert content["missing"] == {}
+    # Decoding is greedy, and other neighbours in the batch change nothing in fp32.
+    assert content["parts"]["open"]["repeat"]["answers that change"]["value"] == 0
+    assert written["audit.html"].count(b"data:image/jpeg;base64,") == 8
+
+    answers = tmp_path / "run" / "answers" / "rank000.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[:-20]))  # interrupted in the last two arms
+    counted.batches.clear()
+    run(assistant, data, tmp_path / "run", audited=True)
+    assert counted.batches == [4, 4, 3] * 2
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == written
+
+
+def test_a_verdict_belongs_to_its_model(assistant: Assistant, data: Path, tmp_path: Path) -> None:
+    run(assistant, data, tmp_path / "run", audited=True)
+    metrics = tmp_path / "run" / "metrics.json"
+    found = read_audits([metrics])
+    assert set(found["pathvqa"]) == {"yes/no", "open"}
+    assert found["pathvqa"]["yes/no"].startswith("No fault shown. Undecided with 4 questions: ")
+    run(assistant, data, tmp_path / "run", max_new_tokens=TOKENS - 1)
+    with pytest.raises(ValueError, match=r"audit\.json: expected the settings of metrics\.json"):
+        read_audits([metrics])
 
 
 def test_a_model_card_takes_the_scores_of_runs(

@@ -55,7 +55,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             fp32=True,
         )
         scores = {"PathVQA": {"closed accuracy": 0.5}}
-        export(TINY_LLAMA, root / f"{kind}_converted", root / kind, scores=scores, progress=False)
+        audits = {"PathVQA": {"yes/no": "No fault found."}}
+        export(
+            TINY_LLAMA,
+            root / f"{kind}_converted",
+            root / kind,
+            scores=scores,
+            audits=audits,
+            progress=False,
+        )
     return {kind: root / kind for kind in CHECKPOINTS}
 
 
@@ -154,7 +162,10 @@ def test_refuses_stock_llava(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_card_and_push(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     card = (folders["crossattn"] / "README.md").read_text()
-    for text in ("Research only", "closed accuracy | 0.5000", "max epochs: 9", "scale-invariant"):
+    for text in (
+        *("Research only", "closed accuracy | 0.5000", "max epochs: 9", "scale-invariant"),
+        "- PathVQA, yes/no: No fault found.",
+    ):
         assert text in card
     plan = plan_push(folders["crossattn"], "me/pallava")
     assert {"config.json", "README.md", "modeling_pallava.py"} <= set(plan.files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pallava.evaluation.audit import exchange_images
 from pathcore.files import write_json
 from pathcore.rows import write_rows
 from pathcore.stats import wilson_interval
@@ -32,7 +32,7 @@ def answer_all(work_dir: Path, seed: int) -> None:
     report and the attention of the connector.
     """
     rows = read_jsonl(work_dir / "data" / "held_out.jsonl")
-    exchanged = exchange_images(rows, np.random.default_rng([seed, 5]))
+    exchanged = exchanged_images(rows, np.random.default_rng([seed, 5]))
     closed = [index for index, row in enumerate(rows) if row["kind"] in wording.CLOSED]
     detail = [index for index, row in enumerate(rows) if row["kind"] in DETAIL_KINDS]
 
@@ -55,25 +55,21 @@ def answer_all(work_dir: Path, seed: int) -> None:
     write_json(work_dir / "shown.json", shown)
 
 
-def exchange_images(
+def exchanged_images(
     rows: Sequence[Mapping[str, Any]], rng: np.random.Generator, field: str = "image"
 ) -> list[str]:
     """Returns for each question the image of another question with the same text.
+
+    A question keeps its image if its text is asked about no other.
 
     Args:
         rows: Questions, each with `question` and `field`.
         rng: Generator of the permutations.
         field: Field that names the image.
     """
-    by_text: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_text[row["question"]].append(index)
-    images = [""] * len(rows)
-    for indices in by_text.values():
-        order = rng.permutation(indices)
-        for giver, taker in zip(order, np.roll(order, 1), strict=True):
-            images[taker] = rows[giver][field]
-    return images
+    images = [str(row[field]) for row in rows]
+    givers = exchange_images([row["question"] for row in rows], images, rng)
+    return [images[taker if giver is None else giver] for taker, giver in enumerate(givers)]
 
 
 def summarise(work_dir: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pallava.anyres import AnyRes, choose_grid, fit_to_canvas
+from pathcore.images import data_url
 from xtuner_add.demo.pallava import answers, wording
 from xtuner_add.demo.report import (
     BLUE,
@@ -20,7 +21,6 @@ from xtuner_add.demo.report import (
     ORANGE,
     Panel,
     Points,
-    data_url,
     draw_bar,
     draw_losses,
     write_page,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pathcore.images import data_url
 from xtuner_add.demo.pathgen import dataset, scores, wording
 from xtuner_add.demo.report import (
     BLUE,
@@ -18,7 +19,6 @@ from xtuner_add.demo.report import (
     MIDDLE,
     ORANGE,
     Panel,
-    data_url,
     draw_bar,
     draw_losses,
     write_page,

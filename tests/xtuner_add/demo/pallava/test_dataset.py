@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from xtuner_add.demo.pallava import wording
-from xtuner_add.demo.pallava.answers import exchange_images
+from xtuner_add.demo.pallava.answers import exchanged_images
 from xtuner_add.demo.pallava.dataset import (
     DataSizes,
     build,
@@ -98,7 +98,7 @@ def test_training_answers_are_balanced_for_every_closed_question(folder: Path) -
 
 def test_exchanged_images_are_other_images_of_the_same_question(folder: Path) -> None:
     rows = read_jsonl(folder / "held_out.jsonl")
-    images = exchange_images(rows, np.random.default_rng(0))
+    images = exchanged_images(rows, np.random.default_rng(0))
     assert all(image != row["image"] for image, row in zip(images, rows, strict=True))
     for text in {row["question"] for row in rows}:
         indices = [index for index, row in enumerate(rows) if row["question"] == text]
