@@ -1,8 +1,9 @@
 """Scores of patches and slides: those of the published code, AUROC, kappa, and intervals.
 
 Accuracies are percentages in float32, as in the published code (Zhang et al. 2023,
-https://github.com/Yunkun-Zhang/CITE); `auroc` is in [0, 1], `kappa` in [-1, 1]. Names of scores
-over slides start with `bag_`.
+https://github.com/Yunkun-Zhang/CITE); `auroc` is in [0, 1], `kappa` in [-1, 1]. `ece` and `brier`,
+the errors of calibration, are undefined unless scores are probabilities. Names of scores over
+slides start with `bag_`.
 
 Shapes: N patches, K classes, R resamples.
 """
@@ -18,18 +19,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore import stats
+from pathcore.calibration import confidences
 from pathcore.files import StrPath, atomic_file
 
 Voting = Literal["soft", "hard"]
 Array = NDArray[Any]
 
-PATCH_METRICS = ("accuracy", "class_accuracy", "mean_accuracy", "auroc", "kappa")
+PATCH_METRICS = (
+    "accuracy",
+    "class_accuracy",
+    "mean_accuracy",
+    "auroc",
+    "kappa",
+    "ece",
+    "brier",
+)
 SLIDE_METRICS = (
     "bag_accuracy",
     "bag_class_accuracy",
     "mean_bag_accuracy",
     "bag_auroc",
     "bag_kappa",
+    "bag_ece",
+    "bag_brier",
 )
 PUBLISHED_METRICS = ("accuracy", "class_accuracy", "bag_accuracy", "bag_class_accuracy")
 
@@ -90,6 +102,12 @@ class Predictions:
     def num_classes(self) -> int:
         """Number of classes K, including those without cases."""
         return int(self.scores.shape[1])
+
+    @property
+    def are_probabilities(self) -> bool:
+        """Whether the scores of each case are at least 0 and sum to 1."""
+        sums = self.scores.sum(axis=1)
+        return bool((self.scores >= 0).all() and np.allclose(sums, 1, atol=1e-3))
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -252,7 +270,24 @@ def _point_scores(cases: Predictions, names: set[str]) -> dict[str, float]:
         several = len(np.union1d(cases.labels, cases.predicted)) > 1
         kappa = cohen_kappa_score(cases.labels, cases.predicted) if several else float("nan")
         results["kappa"] = float(kappa)
+    if "ece" in names:
+        confidence, correct = confidences(cases.labels, cases.scores)
+        error = stats.calibration_error(correct, confidence) if cases.are_probabilities else None
+        results["ece"] = float("nan") if error is None else error
+    if "brier" in names:
+        results["brier"] = float(_squared_errors(cases).mean())
     return results
+
+
+def _squared_errors(cases: Predictions) -> Array:
+    """Returns the Brier score of each case `(N,)`, scaled as scikit-learn's; NaN for other scores.
+
+    The sum over the classes, or half of it for two.
+    """
+    if not cases.are_probabilities:
+        return np.full(len(cases.labels), np.nan)
+    errors = np.square(cases.scores - np.eye(cases.num_classes)[cases.labels]).sum(axis=1)
+    return errors / 2 if cases.num_classes == 2 else errors
 
 
 def _percentage(correct: Array) -> float:
@@ -281,7 +316,10 @@ def _intervals(
     for name in sorted(names):
         if name == "auroc":
             values[name] = _resampled_auroc(cases, slide, draws)
-        else:
+        elif name == "brier":
+            sums = np.bincount(slide, weights=_squared_errors(cases), minlength=num_slides)
+            values[name] = draws @ sums / (draws @ np.bincount(slide, minlength=num_slides))
+        elif name != "ece":  # resampling adds to the error, so that its interval would mislead
             values |= _FROM_COUNTS[name](counts)
     results: dict[str, float] = {}
     for name, drawn in values.items():

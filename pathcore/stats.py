@@ -21,6 +21,7 @@ Interval = tuple[float, float]
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
+CALIBRATION_BINS = 15
 
 
 # --- intervals ----------------------------------------------------------------------------------
@@ -298,6 +299,38 @@ def average_precision(positive: Array, scores: Array, counts: Array) -> Array:
     precision = _divide(found, found + np.cumsum(misses, axis=1), default=0.0)
     values = _divide((hits * precision).sum(axis=1), hits.sum(axis=1))
     return np.where(misses.sum(axis=1) > 0, values, np.nan)
+
+
+# --- calibration --------------------------------------------------------------------------------
+
+
+def confidence_bins(confidence: Array, num_bins: int = CALIBRATION_BINS) -> Array:
+    """Returns the bin of each probability, int `(N,)`; bins have equal width and include their end.
+
+    These are the bins of `sklearn.calibration.calibration_curve`.
+    """
+    return np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], confidence)
+
+
+def calibration_error(correct: Array, confidence: Array, num_bins: int = CALIBRATION_BINS) -> float:
+    """Returns the expected calibration error (Naeini et al. 2015, doi:10.1609/aaai.v29i1.9602).
+
+    The mean over bins of equal width, weighted by their size, of the difference between the
+    fraction of predictions that came true and their mean probability.
+
+    Args:
+        correct: Whether each prediction came true, bool `(N,)`.
+        confidence: Its probability `(N,)`.
+        num_bins: Number of bins; 15 as in Guo et al. 2017 (https://arxiv.org/abs/1706.04599).
+
+    Example:
+        >>> round(calibration_error(np.array([True, False]), np.array([0.9, 0.8])), 2)
+        0.45
+    """
+    gaps = np.bincount(
+        confidence_bins(confidence, num_bins), weights=correct - confidence, minlength=num_bins
+    )
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def _by_score(positive: Array, scores: Array, counts: Array) -> tuple[Array, Array]:

@@ -27,11 +27,12 @@ from cite.bag_metrics import (
     vote,
 )
 from cite.splits import slide_id
+from pathcore.calibration import reliability_figure
 
 
 @METRICS.register_module()
 class SlideMetric(BaseMetric):
-    """Accuracy, mean accuracy, AUROC and Cohen's kappa of patches and slides.
+    """Accuracy, mean accuracy, AUROC, Cohen's kappa and calibration of patches and slides.
 
     Each patch counts once, even if the sampler repeats some to give all ranks equally many.
 
@@ -43,8 +44,8 @@ class SlideMetric(BaseMetric):
         num_resamples: Number of bootstrap resamples of slides for 95 % intervals, `<name>_low` and
             `<name>_high`; 0 computes none.
         seed: Seed of the bootstrap.
-        picture: Whether to pass confusion matrices of patches and slides to the visualizer, which
-            writes them to `vis_data/vis_image` in the work folder.
+        picture: Whether to pass confusion matrices and reliability diagrams of patches and slides
+            to the visualizer, which writes them to `vis_data/vis_image` in the work folder.
         collect_device: See `BaseMetric`.
         prefix: Prefix of the names of scores.
     """
@@ -133,6 +134,9 @@ class SlideMetric(BaseMetric):
         for name, cases in (("patches", patches), ("slides", vote(patches, self.voting))):
             figure = confusion_figure(confusion_matrix(cases), [str(c) for c in classes], name)
             visualizer.add_image(f"confusion_matrix_{name}", _pixels(figure))
+            if cases.are_probabilities:
+                figure = reliability_figure(cases.labels, cases.scores, name)
+                visualizer.add_image(f"reliability_{name}", _pixels(figure))
 
 
 def _key(sample: dict[str, Any]) -> Any:

@@ -34,7 +34,7 @@ def draw_attention_maps(
     """Draws the attention of a trained model over each slide into `out/SLIDE.png`.
 
     Args:
-        model: The model; takes the weights.
+        model: A model with attention; takes the weights.
         weights: Its `model.safetensors`.
         features: Folder of tile embeddings with coordinates.
         slides: Slide ids.
@@ -52,7 +52,7 @@ def draw_attention_maps(
         if picture.is_file():
             continue
         bag = folder.read(slide)
-        attention = model(bag.features.to(device)).attention.mean(dim=0).cpu().numpy()
+        attention = model.heat(model(bag.features.to(device))).cpu().numpy()
         attributes = read_attributes(file) if file.suffix == ".h5" else {}
         draw_attention(bag.coords.numpy(), attention, attributes, picture)
 

@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore import stats
+from pathcore.calibration import confidences
 
 Array = NDArray[Any]
 
 SETTINGS = ("multi_class", "binary", "multi_label")
 NUM_RESAMPLES = 1000
+
+LOWER_IS_BETTER = ("ece", "brier")
+"""Scores that are errors."""
 
 _COUNTS_AT_ONCE = 4_000_000
 """Number of case counts per batch of bootstrap draws; bounds the memory."""
@@ -51,8 +55,9 @@ def score_predictions(
     `binary` they are those of the second class, and `macro_auprc` is the mean over both classes.
     `balanced_accuracy` is the mean recall of the classes that occur. `quadratic_kappa` weights
     confusions by the squared difference of the class indices. For `multi_label`, a class is
-    predicted if its probability is at least 0.5, and `accuracy` and `balanced_accuracy` are means
-    over classes.
+    predicted if its probability is at least 0.5, and `accuracy`, `balanced_accuracy`, `ece` and
+    `brier` are means over classes. `ece` has no interval, because resampling adds to it: the error
+    of a perfectly calibrated classifier is 0, but not that of a resample.
 
     Args:
         labels: int `(num_cases,)`, or 0 and 1 `(num_cases, num_classes)` for `multi_label`.
@@ -112,7 +117,7 @@ def score_names(setting: str) -> tuple[str, ...]:
         "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc"),
     }
     hits = _LABEL_HITS if setting == "multi_label" else _CLASS_HITS
-    return (*(name for name, _ in hits), *curves[setting])
+    return (*(name for name, _ in hits), *curves[setting], *LOWER_IS_BETTER)
 
 
 def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
@@ -160,7 +165,29 @@ def _values(labels: Array, probabilities: Array, setting: str) -> dict[str, floa
         pooled, ranked = table.ravel(), probabilities.ravel()
         values["micro_auroc"] = roc_auc_score(pooled, ranked) if both else np.nan
         values["micro_auprc"] = average_precision_score(pooled, ranked) if both else np.nan
+    confidence, correct = confidences(labels, probabilities)
+    values["ece"] = _mean(
+        [
+            stats.calibration_error(*pair)
+            for pair in zip(_columns(correct), _columns(confidence), strict=True)
+        ]
+    )
+    values["brier"] = float(_squared_errors(table, probabilities, setting).mean())
     return {**values, **per_class}
+
+
+def _columns(values: Array) -> Array:
+    """Returns the columns of an array; one if it is a vector."""
+    return np.atleast_2d(values.T)
+
+
+def _squared_errors(table: Array, probabilities: Array, setting: str) -> Array:
+    """Returns the Brier score of each case `(N,)`, as `sklearn.metrics.brier_score_loss` scales it.
+
+    The sum over the classes; half of it for `binary`, and the mean for `multi_label`.
+    """
+    errors = np.square(probabilities - table)
+    return errors.sum(axis=1) if setting == "multi_class" else errors.mean(axis=1)
 
 
 def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]:
@@ -230,7 +257,7 @@ def _intervals(
 
 
 def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> dict[str, Array]:
-    """Returns the scores of `_values` for each draw, as arrays `(num_draws,)`."""
+    """Returns the scores of `_values` but `ece` for each draw, as arrays `(num_draws,)`."""
     num_classes = probabilities.shape[1]
     columns = list(zip(_one_hot(labels, num_classes).T, probabilities.T, strict=True))
     if setting == "multi_label":
@@ -258,6 +285,8 @@ def _drawn(labels: Array, probabilities: Array, setting: str, counts: Array) -> 
             pooled = np.repeat(counts, num_classes, axis=1)
             true = np.stack([column for column, _ in columns], axis=1).ravel()
             values[f"micro_{name}"] = curve(true, probabilities.ravel(), pooled)
+    table = _one_hot(labels, num_classes)
+    values["brier"] = counts @ _squared_errors(table, probabilities, setting) / counts.sum(axis=1)
     return {**values, **per_class}
 
 

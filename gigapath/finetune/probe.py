@@ -227,9 +227,8 @@ class ProbeRun:
             )
             found[name]["published"] = published_scores(split.labels, logits.numpy())
             write_predictions(
-                self.folder / f"predictions_{name}.csv",
-                split.ids, split.labels, probabilities, self.data.classes,
-            )  # fmt: skip
+                self.folder, name, split.ids, split.labels, probabilities, self.data.classes
+            )
         return found
 
     @torch.inference_mode()
@@ -436,9 +435,7 @@ def _compare(
     for name in ("val", "test"):
         split, probabilities = data.splits[name], predict(parts[name].vectors)
         found[name] = score_split(split, probabilities, data.classes, settings, setting)
-        write_predictions(
-            folder / f"predictions_{name}.csv", split.ids, split.labels, probabilities, data.classes
-        )
+        write_predictions(folder, name, split.ids, split.labels, probabilities, data.classes)
     return found
 
 

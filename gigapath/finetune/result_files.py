@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcore.calibration import reliability_figure
 from pathcore.files import StrPath, atomic_file
 from pathcore.rows import write_csv
 
@@ -22,28 +24,38 @@ SHOWN = {
         "accuracy",
         "macro_f1",
         "quadratic_kappa",
+        "ece",
     ),
-    "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1"),
-    "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy"),
+    "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1", "ece"),
+    "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy", "ece"),
 }
 """Scores in the columns of the table, by setting."""
 
 
 def write_predictions(
-    path: StrPath,
+    folder: Path,
+    part: str,
     ids: Sequence[str],
     labels: NDArray[Any],
     probabilities: NDArray[Any],
     classes: Sequence[str],
 ) -> None:
-    """Writes a csv of ids, true and predicted classes (multi-label: 0 or 1) and probabilities."""
+    """Writes the predictions of a part: `predictions_PART.csv`, for `test` also `reliability.png`.
+
+    The csv has ids, true and predicted classes (multi-label: 0 or 1) and probabilities.
+    """
     several = labels.ndim == 2
     head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
     rows = []
     for name, label, row in zip(ids, labels, probabilities, strict=True):
         said = label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
         rows.append([name, *said, *map("{:.6f}".format, row)])
-    write_csv(path, ["id", *head, *(f"probability_{name}" for name in classes)], rows)
+    head = ["id", *head, *(f"probability_{name}" for name in classes)]
+    write_csv(folder / f"predictions_{part}.csv", head, rows)
+    if part == "test":
+        figure = reliability_figure(labels, probabilities, f"{len(ids)} test cases")
+        with atomic_file(folder / "reliability.png") as partial:
+            figure.savefig(partial, format="png")
 
 
 def results_table(

@@ -86,7 +86,8 @@ def finetune_slides(
         splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` ... or CLAM's `splits_0.csv`
             ...; by default splits are made from the table.
         settings: Settings of the training.
-        methods: `slide_encoder`, `abmil`, `acmil`, names of `models`, `knn`, `logistic`.
+        methods: `slide_encoder`, names of `gigapath.finetune.mil.MODELS` or `models`, `knn`,
+            `logistic`.
         models: Further bag models by method name; they go before built-in ones of the same name.
         vectors: Folder of slide embeddings for `knn` and `logistic`; by default they use the mean
             over a slide's tiles.
@@ -111,10 +112,11 @@ def finetune_slides(
     task = task if isinstance(task, SlideTask) else read_task(task)
     if settings.monitor not in (known := ("loss", *score_names(task.setting))):
         raise ValueError(f"monitor {settings.monitor!r}: expected one of {', '.join(known)}")
-    if heat_maps and not any(_draws_attention(models.get(method)) for method in methods):
+    drawn = [name for name, model in models.items() if model.draws_attention()]
+    if heat_maps and not set(methods) & set(drawn):
         raise ValueError(
             f"heat_maps: none of the methods {', '.join(methods)} has attention over tiles; "
-            "use abmil or acmil"
+            f"expected one of {', '.join(drawn)}"
         )
     on_grid = SLIDE_ENCODER in methods
     folder = slide_folder(features, settings, on_grid=on_grid, needs_coords=on_grid or heat_maps)
@@ -253,7 +255,8 @@ class Runs:
             "slides": asdict(split),
         }
         scores = trainer.finish(inputs)
-        if self.heat_maps and isinstance(model, MILModel) and self.ranks.is_first:
+        drawn = self.heat_maps and self.ranks.is_first
+        if drawn and isinstance(model, MILModel) and model.has_attention:
             draw_attention_maps(
                 model,
                 folder / WEIGHTS_NAME,
@@ -296,9 +299,8 @@ class Runs:
                     seed=self.settings.seed,
                 )
                 write_predictions(
-                    folder / f"predictions_{part}.csv",
-                    own.ids, own.labels, probabilities, self.task.classes,
-                )  # fmt: skip
+                    folder, part, own.ids, own.labels, probabilities, self.task.classes
+                )
         write_json(folder / "metrics.json", scores)
         return scores
 
@@ -308,11 +310,6 @@ class Runs:
             return pooled_vectors(self.folder, slides, progress=self.progress)
         vectors, self.skipped = stored_vectors(self.vectors_folder, slides)
         return vectors
-
-
-def _draws_attention(model: BagModel | None) -> bool:
-    build = None if model is None else model.build
-    return isinstance(build, type) and issubclass(build, MILModel)
 
 
 def _limit(settings: FinetuneSettings, task: SlideTask, part: str) -> int:

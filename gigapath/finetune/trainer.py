@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gigapath.finetune.bags import Batch, SlideBags, derived_seed
-from gigapath.finetune.metrics import plain_values, score_predictions
+from gigapath.finetune.metrics import LOWER_IS_BETTER, plain_values, score_predictions
 from gigapath.finetune.mil import BagOutput, MILModel, classification_loss
 from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
 from gigapath.finetune.settings import FinetuneSettings
@@ -225,9 +225,8 @@ class Trainer:
                 )
                 scores[part]["loss"] = loss
                 write_predictions(
-                    self.folder / f"predictions_{part}.csv",
-                    bags.slides, bags.labels, probabilities, self.task.classes,
-                )  # fmt: skip
+                    self.folder, part, bags.slides, bags.labels, probabilities, self.task.classes
+                )
         return self.ranks.first(lambda: self._write_scores(scores))
 
     def _accumulate(self, batch: Batch, number: int, num_slides: int) -> None:
@@ -235,9 +234,7 @@ class Trainer:
         torch.manual_seed(derived_seed(self.settings.seed, _NOISE, self.epoch, number))
         labels = batch.labels.to(self.ranks.device)
         if isinstance(self.model, MILModel):
-            outputs = self._outputs(self.model, batch)
-            losses = [self.model.loss(*pair) for pair in zip(outputs, labels, strict=True)]
-            loss = torch.stack(losses).mean()
+            loss = self.model.loss(self._outputs(self.model, batch), labels)
         else:
             loss = classification_loss(self._logits(batch), labels)
         # The mean over the slides of a step. The original divides by `gc` even if the last step of
@@ -316,8 +313,11 @@ class Trainer:
         """Sorts epochs by the monitor, if it is defined, then by loss."""
         if "val_loss" not in entry:
             return 0.0, 0.0
-        value = entry.get(self.settings.monitor) if self.settings.monitor != "loss" else 0.0
-        return (-1.0 if value is None else value), -entry["val_loss"]
+        monitor = self.settings.monitor
+        value = entry.get(monitor) if monitor != "loss" else 0.0
+        if value is None:
+            return float("-inf"), -entry["val_loss"]
+        return (-value if monitor in LOWER_IS_BETTER else value), -entry["val_loss"]
 
     def _best(self) -> dict[str, Any]:
         """Returns the epoch whose weights are kept."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from safetensors.torch import load_file
 
 from gigapath.finetune import mil, run
@@ -78,7 +79,9 @@ def test_finetune_with_every_method(slides: Path, monkeypatch: pytest.MonkeyPatc
     assert list(results["methods"]) == ["slide_encoder", "abmil", "knn", "logistic"]
     for method in results["methods"]:
         assert f"| {method} | 0 | 4 |" in found.output
-        assert (slides / f"out/{method}/fold_0/predictions_test.csv").is_file()
+        folder = slides / f"out/{method}/fold_0"
+        assert (folder / "predictions_test.csv").is_file()
+        assert Image.open(folder / "reliability.png").size == (528, 624)
     abmil = results["methods"]["abmil"]["folds"][0]
     assert abmil["test"]["accuracy"]["value"] > 0.7
 

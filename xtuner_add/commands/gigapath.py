@@ -393,8 +393,12 @@ _FOLD = click.option(
     help="Index of a fold to run; may be repeated. [default: all]",
 )
 _HEAT_MAPS = click.option(
-    "--heat-maps", is_flag=True, help="Draw the attention of abmil and acmil over each test slide."
+    "--heat-maps",
+    is_flag=True,
+    help="Draw the attention of the bag models that have one over each test slide.",
 )
+_MIL_NAMES = ("abmil", "acmil", "clam-sb", "clam-mb", "dsmil", "transmil", "mean", "max")
+"""Keys of `gigapath.finetune.mil.MODELS`, which needs torch."""
 
 
 class SettingsCommand(RelaunchedCommand):
@@ -521,7 +525,7 @@ def probe_tiles(
     multiple=True,
     default=("slide_encoder",),
     show_default=True,
-    help="slide_encoder, abmil, acmil, knn or logistic; may be repeated.",
+    help=f"slide_encoder, {', '.join(_MIL_NAMES)}, knn or logistic; may be repeated.",
 )
 @click.option(
     "--slide-embeddings",
@@ -646,7 +650,7 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 )
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option("--label", default="label", show_default=True, help="Column of the labels.")
-@click.option("--model", type=click.Choice(["abmil", "acmil"]), default="abmil", show_default=True)
+@click.option("--model", type=click.Choice(_MIL_NAMES), default="abmil", show_default=True)
 @_FOLD
 @click.option(
     "--seed",
@@ -660,8 +664,12 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 @click.option("--epochs", default=50, show_default=True)
 @click.option("--lr", default=2e-4, show_default=True, help="Peak learning rate of AdamW.")
 @click.option("--weight-decay", default=1e-5, show_default=True)
-@click.option("--embed-dim", default=512, show_default=True, help="Width after the projection.")
-@click.option("--hidden-dim", default=256, show_default=True, help="Width of the attention.")
+@click.option("--embed-dim", type=int, help="Width after the projection. [default: 512]")
+@click.option(
+    "--hidden-dim",
+    type=int,
+    help="Width of the attention, if the model has it. [default: that of its authors]",
+)
 @click.option(
     "--bag-size",
     default=0,
@@ -685,16 +693,16 @@ def train_mil(
     epochs: int,
     lr: float,
     weight_decay: float,
-    embed_dim: int,
-    hidden_dim: int,
+    embed_dim: int | None,
+    hidden_dim: int | None,
     bag_size: int,
     options: tuple[str, ...],
     heat_maps: bool,
     device: str | None,
 ) -> None:  # fmt: skip
-    """Train attention MIL on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
+    """Train a bag model on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
-    Equivalent to finetune-slides --method abmil (or acmil), with the classes taken from the table.
+    Equivalent to finetune-slides --method MODEL, with the classes taken from the table.
     An interrupted run continues from the last complete epoch when the same command is run again.
     Unusable slides are listed in skipped.jsonl, and the exit code is 3.
     """
@@ -707,7 +715,13 @@ def train_mil(
     from gigapath.finetune.tasks import task_of_table
 
     with user_errors():
-        chosen = replace(MODELS[model], options={"embed_dim": embed_dim, "hidden_dim": hidden_dim})
+        chosen = MODELS[model]
+        widths = {"embed_dim": embed_dim, "hidden_dim": hidden_dim}
+        given = {name: value for name, value in widths.items() if value is not None}
+        if unknown := [name for name in given if not chosen.takes(name)]:
+            option = unknown[0].replace("_", "-")
+            raise click.UsageError(f"--{option}: {model} has no such width")
+        chosen = replace(chosen, options={**chosen.options, **given})
         own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay, "bag_size": bag_size}
         own = {**chosen.settings, **own, **yaml_values(options)}
         settings = make_settings(FinetuneSettings, {"input_dim": 0, **own}, "settings")

@@ -116,7 +116,8 @@ def test_train_resume_and_test(host: str, folder: Path) -> None:
     }
     assert found["bag_auroc_low"] <= found["bag_auroc"] <= found["bag_auroc_high"]
     pictures = [path.name for path in (folder / f"{host}_test").rglob("*.png")]
-    assert sorted(pictures) == ["confusion_matrix_patches_0.png", "confusion_matrix_slides_0.png"]
+    kinds = ("confusion_matrix", "reliability")
+    assert sorted(pictures) == [f"{k}_{n}_0.png" for k in kinds for n in ("patches", "slides")]
 
 
 def test_both_hosts_train_the_same_weights(folder: Path) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss
 
 from gigapath.finetune import metrics
 from gigapath.finetune.metrics import SETTINGS, plain_values, score_names, score_predictions
@@ -46,6 +48,9 @@ def test_published_values(case: str, setting: str, classes: Any) -> None:
         assert found == pytest.approx(value, abs=1e-12), name
     for name, value in plain_values(scores).items():
         assert value is not None
+        if name == "ece":
+            assert scores[name]["low"] is scores[name]["high"] is None
+            continue
         assert scores[name]["low"] < value < scores[name]["high"], name
     assert tuple(plain_values(scores)) == tuple(sorted(
         score_names(setting), key=list(plain_values(scores)).index))  # fmt: skip
@@ -75,9 +80,41 @@ def test_draws_are_scored_as_scikit_learn_scores_them(
         found = metrics._drawn(labels, probabilities, setting, counts)
         for number, draw in enumerate(draws):
             expected = metrics._values(labels[draw], probabilities[draw], setting)
-            assert set(found) == set(expected)
+            assert {*found, "ece"} == set(expected)
             for name, value in expected.items():
+                if name == "ece":
+                    continue
                 np.testing.assert_allclose(found[name][number], value, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_calibration_is_that_of_scikit_learn(setting: str) -> None:
+    generator = np.random.default_rng(0)
+    classes = 2 if setting == "binary" else 3
+    probabilities = generator.dirichlet([0.5] * classes, 80)
+    several = setting == "multi_label"
+    labels = (
+        generator.integers(0, 2, probabilities.shape)
+        if several
+        else generator.integers(0, classes, 80)
+    )
+    scores = score_predictions(
+        labels, probabilities, "abc"[:classes], setting=setting, num_resamples=200
+    )
+    if several:
+        pairs = [(labels[:, k], probabilities[:, k]) for k in range(classes)]
+        brier = np.mean([brier_score_loss(*pair) for pair in pairs])
+    else:
+        pairs = [(probabilities.argmax(1) == labels, probabilities.max(1))]
+        brier = brier_score_loss(labels, probabilities[:, 1] if classes == 2 else probabilities)
+    gaps = []
+    for true, sure in pairs:
+        rate, mean = calibration_curve(true, sure, n_bins=15)
+        sizes = np.bincount(stats.confidence_bins(sure))
+        gaps.append((np.abs(rate - mean) * sizes[sizes > 0]).sum() / len(sure))
+    assert scores["ece"]["value"] == pytest.approx(np.mean(gaps))
+    assert scores["brier"]["value"] == pytest.approx(brier)
+    assert scores["brier"]["low"] < brier < scores["brier"]["high"]
 
 
 def test_an_absent_class_is_named_and_leaves_the_others_alone() -> None:

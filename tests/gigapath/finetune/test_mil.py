@@ -16,7 +16,23 @@ from safetensors.torch import load_file
 
 from gigapath.finetune.attention_maps import attention_grid, ranks
 from gigapath.finetune.metrics import score_predictions
-from gigapath.finetune.mil import ABMIL, ACMIL, MIL_SETTINGS, MODELS, BagModel, BagOutput
+from gigapath.finetune.mil import (
+    ABMIL,
+    ACMIL,
+    CLAM,
+    DSMIL,
+    MIL_SETTINGS,
+    MODELS,
+    BagModel,
+    BagOutput,
+    MaxPool,
+    MeanPool,
+    MILModel,
+    NystromAttention,
+    PyramidPositions,
+    TransMIL,
+    pseudo_inverse,
+)
 from gigapath.finetune.run import finetune_slides
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import read_splits
@@ -25,7 +41,7 @@ from gigapath.finetune.trainer import Trainer
 from wsi.store import read_features, write_features
 from xtuner_add.cli import main
 
-SIZE = {"embed_dim": 16, "hidden_dim": 8}
+SIZE: dict[str, Any] = {"embed_dim": 16, "hidden_dim": 8}
 SMALL = {**MIL_SETTINGS, "epochs": 6, "lr": 0.01, "input_dim": 0}
 SMALL |= {"num_workers": 0, "num_resamples": 50}
 MARKED = 3  # patches of a positive slide that say so
@@ -71,7 +87,7 @@ def train(
         splits=folder / "splits",
         settings=FinetuneSettings(**{**SMALL, **changes}),
         methods=(model,),
-        models={model: BagModel(MODELS[model].build, options=SIZE)},
+        models={model: BagModel(MODELS[model].build, options=options_of(model))},
         seeds=seeds,
         device="cpu",
         progress=False,
@@ -80,25 +96,34 @@ def train(
     return results["methods"][model]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("model", ["abmil", "acmil"])
+def options_of(model: str) -> dict[str, Any]:
+    known = MODELS[model]
+    return {**known.options, **{n: v for n, v in SIZE.items() if known.takes(n)}}
+
+
+@pytest.mark.parametrize("model", ["abmil", "acmil", "clam-sb", "clam-mb", "dsmil", "transmil"])
 def test_learns_which_slides_and_which_patches(model: str, slides: Path) -> None:
-    metrics = train(slides, "out", model, seeds=(2,), epochs=12, lr=0.02, heat_maps=True)
-    assert [run["fold"] for run in metrics["folds"]] == [0, 1]
+    folds = (0, 1) if model == "abmil" else (0,)
+    metrics = train(
+        slides, "out", model, seeds=(2,), epochs=12, lr=0.02, heat_maps=True, only_folds=folds
+    )
+    assert [run["fold"] for run in metrics["folds"]] == [*folds]
     assert metrics["mean"]["auroc"]["mean"] == 1.0
     folder = slides / f"out/{model}/fold_0_seed_2"
     rows = list(csv.DictReader((folder / "predictions_test.csv").open()))
     assert len(rows) == 6 and all(row["true"] == row["predicted"] for row in rows)
-    built = MODELS[model].build(8, 2, **SIZE).eval()
+    built = MODELS[model].build(8, 2, **options_of(model)).eval()
     built.load_state_dict(load_file(folder / "model.safetensors"))
     positive = next(row["id"] for row in rows if row["true"] == "tumour")
     features, _ = read_features(slides / f"features/{positive}.h5")
-    attention = built(torch.from_numpy(features)).attention.mean(0)
+    attention = built.heat(built(torch.from_numpy(features)))
     assert set(attention.topk(MARKED).indices.tolist()) == set(range(MARKED))
     image = np.array(Image.open(folder / f"attention/{positive}.png"))
     assert image.shape == (24, 32, 4) and (image[..., 3] == 255).all()
     bright = image[..., :3].astype(int).sum(-1)
     assert bright[:8, : 8 * MARKED].min() > bright[:, 8 * MARKED :].max()
-    assert f"| {model} | mean ± std |  |  | 1.000" in (slides / "out/results.md").read_text()
+    name = f"{model} | mean ± std |  | " if len(folds) > 1 else f"{model} | 0 | 2 | 6"
+    assert f"| {name} | 1.000" in (slides / "out/results.md").read_text()
 
 
 def test_a_killed_run_gives_what_an_unbroken_one_gives(
@@ -215,21 +240,240 @@ def test_acmil_masks_in_training_only_and_punishes_branches_that_agree() -> None
 
     label, logits = torch.tensor(1), torch.zeros(3, 2)
     apart, same = torch.eye(3, 20), torch.eye(1, 20).expand(3, 20)
-    losses = [model.loss(BagOutput(logits[0], a, logits), label) for a in (apart, same)]
+    losses = [
+        model.loss([BagOutput(logits[0], a, logits)] * 2, label.expand(2)) for a in (apart, same)
+    ]
     expected = 2 * torch.log(torch.tensor(2.0))
     torch.testing.assert_close(torch.stack(losses), torch.stack([expected, expected + 1]))
 
 
-@pytest.mark.parametrize("build", [ABMIL, ACMIL])
+@pytest.mark.parametrize("build", [ABMIL, ACMIL, CLAM, DSMIL, MeanPool, MaxPool])
 @given(seed=st.integers(0, 99), num_patches=st.integers(1, 30))
 def test_order_of_patches_does_not_matter(build: Any, seed: int, num_patches: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    model = build(4, 2, embed_dim=6, hidden_dim=3).eval()
+    width = {"hidden_dim": 3} if BagModel(build).takes("hidden_dim") else {}
+    model = build(4, 2, embed_dim=6, **width).eval()
     features = torch.randn(num_patches, 4, generator=generator)
     order = torch.randperm(num_patches, generator=generator)
     left, right = model(features), model(features[order])
     torch.testing.assert_close(left.logits, right.logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(left.attention[:, order], right.attention, atol=1e-5, rtol=1e-4)
+    if model.has_attention:
+        torch.testing.assert_close(left.attention[:, order], right.attention, atol=1e-5, rtol=1e-4)
+
+
+def projected(model: Any, features: torch.Tensor) -> torch.Tensor:
+    return torch.relu(features @ model.project[0].weight.T + model.project[0].bias)
+
+
+@pytest.mark.parametrize("build", [MeanPool, MaxPool])
+def test_pooling_is_over_each_dimension_of_the_embeddings(build: Any) -> None:
+    torch.manual_seed(0)
+    model, features = build(6, 3, embed_dim=5).eval(), torch.randn(7, 6)
+    rows = projected(model, features).tolist()
+    pool = max if build is MaxPool else (lambda column: sum(column) / 7)
+    z = torch.tensor([pool(column) for column in zip(*rows, strict=True)])
+    output = model(features)
+    torch.testing.assert_close(output.logits, model.classifier(z))
+    assert output.attention is None
+    with pytest.raises(ValueError, match="no attention"):
+        model.heat(output)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_clam_pools_by_attention_per_class(several: bool) -> None:
+    torch.manual_seed(0)
+    model = CLAM(6, 3, embed_dim=5, hidden_dim=4, multi_branch=several).eval()
+    features = torch.randn(7, 6)
+    h, parts = projected(model, features), model.attention
+    scores = (torch.tanh(h @ parts.value.weight.T + parts.value.bias)
+              * torch.sigmoid(h @ parts.gate.weight.T + parts.gate.bias))  # fmt: skip
+    output = model(features)
+    for k in range(3):
+        branch = k if several else 0
+        a = torch.exp(scores @ parts.weight.weight[branch] + parts.weight.bias[branch])
+        a = a / a.sum()
+        torch.testing.assert_close(output.attention[branch], a)
+        slide = sum(a[i] * h[i] for i in range(7))
+        logit = model.classifier.weight[k] @ slide + model.classifier.bias[k]
+        torch.testing.assert_close(output.logits[k], logit)
+        tiles = h @ model.instances[k].weight.T + model.instances[k].bias
+        torch.testing.assert_close(output.instance_logits[k], tiles)
+    drawn = output.attention[int(output.logits.argmax()) if several else 0]
+    assert torch.equal(model.heat(output), drawn)
+
+
+def smooth_svm(scores: torch.Tensor, true: int) -> float:
+    """Equation of the paper for two classes, margin and temperature 1."""
+    other = 1 - true
+    return float(torch.log(1 + torch.exp(1 + scores[other] - scores[true])))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_clam_clusters_the_tiles_at_both_ends_of_the_attention(several: bool) -> None:
+    torch.manual_seed(1)
+    model = CLAM(6, 3, multi_branch=several, num_instances=2, bag_weight=0.6)
+    attention = torch.rand(3 if several else 1, 9)
+    instance_logits, logits = torch.randn(3, 9, 2), torch.randn(3)
+    output = BagOutput(logits, attention, instance_logits=instance_logits)
+    per_class = []
+    for k in range(3):
+        order = attention[k if several else 0].argsort(descending=True).tolist()
+        targets = {order[0]: int(k == 1), order[1]: int(k == 1)}
+        if k == 1:
+            targets |= {order[-1]: 0, order[-2]: 0}
+        found = [smooth_svm(instance_logits[k, i], true) for i, true in targets.items()]
+        per_class.append(sum(found) / len(found))
+    bag = float(-logits.log_softmax(0)[1])
+    expected = 0.6 * bag + 0.4 * sum(per_class) / 3
+    assert float(model.loss([output], torch.tensor([1]))) == pytest.approx(expected, rel=1e-5)
+    labels = torch.tensor([[0, 1, 0]])  # the same slide in a multi-label task
+    bag = float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[0].float()))
+    expected = 0.6 * bag + 0.4 * sum(per_class) / 3
+    assert float(model.loss([output], labels)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3])
+def test_clam_never_uses_a_tile_for_and_against_its_class(num_tiles: int) -> None:
+    model = CLAM(4, 2, embed_dim=6, hidden_dim=3, num_instances=8)
+    output = model(torch.randn(num_tiles, 4))
+    assert output.instance_logits is not None
+    output.instance_logits.retain_grad()
+    loss = model.loss([output], torch.tensor([1]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    used = output.instance_logits.grad[1].abs().sum(-1) > 0  # type: ignore[index]
+    assert int(used.sum()) == num_tiles
+
+
+def test_dsmil_attends_from_the_critical_tile_of_each_class() -> None:
+    torch.manual_seed(0)
+    model, features = DSMIL(6, 3, embed_dim=5, hidden_dim=4).eval(), torch.randn(7, 6)
+    h = projected(model, features)
+    instance = torch.stack([model.instance_classifier(x) for x in h])
+    q, v = torch.stack([model.query(x) for x in h]), torch.stack([model.value(x) for x in h])
+    output = model(features)
+    pooled = []
+    for k in range(3):
+        m = max(range(7), key=lambda i: instance[i, k].item())
+        weights = torch.stack([torch.exp(q[i] @ q[m] / 2) for i in range(7)])  # 2 = sqrt(4)
+        weights = weights / weights.sum()
+        torch.testing.assert_close(output.attention[k], weights)
+        pooled.append(sum(weights[i] * v[i] for i in range(7)))
+        assert float(output.branch_logits[0, k].detach()) == pytest.approx(float(instance[m, k]))
+    bag = model.classifier(torch.cat(pooled))
+    torch.testing.assert_close(output.branch_logits[1], bag)
+    torch.testing.assert_close(output.logits, (output.branch_logits[0] + bag) / 2)
+    label = torch.tensor([2])
+    both = [torch.nn.functional.cross_entropy(x[None], label) for x in output.branch_logits]
+    torch.testing.assert_close(model.loss([output], label), (both[0] + both[1]) / 2)
+
+
+def test_nystrom_attention_with_a_landmark_per_token_is_softmax_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then `softmax A^+ softmax` is the softmax itself, if the inverse is."""
+    monkeypatch.setattr("gigapath.finetune.mil.pseudo_inverse", torch.linalg.pinv)
+    torch.manual_seed(0)
+    layer, tokens = NystromAttention(8, num_heads=2, num_landmarks=64).double(), torch.randn(11, 8)
+    tokens = tokens.double() * 3
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # keeps the test in double precision
+    found, row = layer(tokens)
+    q, k, v = (tokens @ layer.qkv.weight.T).split(8, dim=1)
+    heads, rows = [], []
+    for head in range(2):
+        own = slice(4 * head, 4 * head + 4)
+        weights = (q[:, own] @ k[:, own].T / 2).softmax(-1)
+        kernel = layer.convolution.weight[head, 0, :, 0]
+        padded = torch.cat([torch.zeros(16, 4), v[:, own], torch.zeros(16, 4)])
+        near = torch.stack([(kernel[:, None] * padded[i : i + 33]).sum(0) for i in range(11)])
+        heads.append(weights @ v[:, own] + near)
+        rows.append(weights[0])
+    torch.testing.assert_close(found, layer.out(torch.cat(heads, dim=1)), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(row, (rows[0] + rows[1]) / 2, atol=1e-8, rtol=1e-6)
+
+
+def test_landmarks_are_means_of_segments() -> None:
+    layer = NystromAttention(4, num_heads=2, num_landmarks=3)
+    values = torch.randn(2, 12, 2)
+    expected = values.reshape(2, 3, 4, 2).mean(dim=2)
+    torch.testing.assert_close(layer._landmarks(values), expected)
+    assert layer._landmarks(torch.randn(2, 7, 2)).shape == (2, 3, 2)
+    with pytest.raises(ValueError, match="multiple of 8 heads"):
+        NystromAttention(12)
+
+
+def test_the_iteration_approaches_the_inverse() -> None:
+    matrix = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    exact = torch.linalg.pinv(matrix.double()).float()
+    found = [pseudo_inverse(matrix, steps) for steps in (3, 6, 20)]
+    errors = [float((matrix @ (z - exact) @ matrix).abs().max()) for z in found]
+    assert errors[0] > errors[1] > errors[2] and errors[1] < 0.05 and errors[2] < 1e-4
+    alone = pseudo_inverse(matrix[1])  # each head by its own norms
+    torch.testing.assert_close(found[1][1], alone)
+
+
+def test_pyramid_positions_are_sums_of_convolutions_over_the_square() -> None:
+    torch.manual_seed(0)
+    layer, tokens = PyramidPositions(2), torch.randn(9, 2)
+    found = layer(tokens).reshape(3, 3, 2)
+    for row in range(3):
+        for column in range(3):
+            expected = tokens.reshape(3, 3, 2)[row, column].clone()
+            for convolve, half in zip(layer.convolutions, (3, 2, 1), strict=True):
+                expected += convolve.bias
+                for i in range(3):
+                    for j in range(3):
+                        if max(abs(i - row), abs(j - column)) <= half:
+                            weight = convolve.weight[:, 0, i - row + half, j - column + half]
+                            expected += weight * tokens.reshape(3, 3, 2)[i, j]
+            torch.testing.assert_close(found[row, column], expected)
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 5, 9, 40])
+def test_transmil_fills_the_square_with_the_first_tiles(num_tiles: int) -> None:
+    torch.manual_seed(0)
+    model = TransMIL(6, 3, embed_dim=16, num_landmarks=4).eval()
+    features = torch.randn(num_tiles, 6)
+    output = model(features)
+    side = 1
+    while side * side < num_tiles:
+        side += 1
+    filled = torch.cat([features, features])[: side * side] if num_tiles > 1 else features
+    other = model(filled)
+    torch.testing.assert_close(output.logits, other.logits)
+    assert output.attention.shape == (1, num_tiles) and (output.attention >= 0).all()
+    assert float(output.attention.sum()) == pytest.approx(1, abs=1e-5)
+    folded = other.attention[0, :num_tiles].clone()
+    folded[: side * side - num_tiles] += other.attention[0, num_tiles:]
+    torch.testing.assert_close(output.attention[0], folded)
+
+
+def test_transmil_is_its_blocks_in_the_order_of_the_paper() -> None:
+    torch.manual_seed(0)
+    model, features = TransMIL(6, 3, embed_dim=16, num_landmarks=4).eval(), torch.randn(16, 6)
+    norm = torch.nn.functional.layer_norm
+    x = torch.cat([model.class_token, projected(model, features)])
+    for block in range(2):
+        weights = model.norms[block]
+        x = x + model.attentions[block](norm(x, (16,), weights.weight, weights.bias))[0]
+        if block == 0:
+            x = torch.cat([x[:1], model.positions(x[1:])])
+    last = norm(x[0], (16,), model.norm.weight, model.norm.bias)
+    expected = last @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(features).logits, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_bag_model_gives_each_parameter_a_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name].build(8, 3, **options_of(name))
+    assert isinstance(model, MILModel)
+    labels = torch.tensor([0, 1, 2])  # CLAM's classifier of tiles of a class learns from its slides
+    loss = model.loss([model(torch.randn(n, 8)) for n in (5, 30, 40)], labels)
+    loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    # A bias before the softmax over tiles shifts all scores alike.
+    assert silent == [] or set(silent) == {"attention.weight.bias"}, silent
 
 
 def test_scores_of_slides() -> None:
