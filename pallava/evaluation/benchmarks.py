@@ -7,7 +7,7 @@ options that returns a `Benchmark`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pallava.records.class_folders import (
 from pallava.records.prompts import DEFAULT_PROMPT
 from pallava.records.questions import ImageFolder, Question, QuestionSet
 from pallava.records.readers import read_choices, read_vqa
+from pallava.records.resizing import ResizedImage, check_rule
 from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
 from pathcore.image_sets import load_image_set
@@ -43,6 +44,22 @@ class Benchmark:
     questions: QuestionSet
     score: Scorer | None
     result_name: str
+
+
+def resized(benchmark: Benchmark, rule: str) -> Benchmark:
+    """Returns a benchmark whose images are resized first; see `pallava.records.resizing.resize`.
+
+    Raises:
+        ValueError: If the rule is unknown.
+    """
+    check_rule(rule)
+    questions = [
+        question
+        if question.image is None
+        else replace(question, image=ResizedImage(question.image, rule))
+        for question in benchmark.questions.questions
+    ]
+    return replace(benchmark, questions=QuestionSet(questions, benchmark.questions.skipped))
 
 
 @EVALUATIONS.register("pathvqa")

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pallava.anyres import AnyRes
+from pallava.inference.decoding import Decoding
 from pallava.modeling.llava import PALLaVA
 from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
@@ -30,8 +31,8 @@ ImageLike = Image.Image | StrPath | SlideBag | None
 class Assistant:
     """PA-LLaVA with its tokenizer and image preprocessing; created by `pallava.load_model`.
 
-    Decoding is greedy. Batches are padded on the left, and each question gets the answer that it
-    would get alone, up to rounding in half precision.
+    Batches are padded on the left, and each question gets the answer that it would get alone, up to
+    rounding in half precision.
 
     Args:
         model: Encoder, connector and language model: a module with `MultimodalMixin`'s attributes.
@@ -41,6 +42,7 @@ class Assistant:
         prompt_template: Prompt template or its name; `tokenizer` selects the tokenizer's own.
         bos: `single`, as in training, or `double`, as in the published evaluation tools.
         fingerprint: Hash that identifies the weights, used as a key by answer caches.
+        decoding: How answers are decoded; greedy by default.
 
     Attributes:
         prompt_template: Name of the template; `unnamed` if XTuner has no name for it.
@@ -56,12 +58,14 @@ class Assistant:
         prompt_template: str | PromptTemplate = "llama3_chat",
         bos: Bos = "single",
         fingerprint: str = "",
+        decoding: Decoding | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.anyres: Any = anyres
         self.bos = bos
         self.fingerprint = fingerprint
+        self.decoding = decoding or Decoding()
         template = None
         if isinstance(prompt_template, PromptTemplate):
             template = prompt_template
@@ -148,6 +152,7 @@ class Assistant:
             "bos": self.bos,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.fingerprint,
+            **self.decoding.settings,
         }
 
     @property
@@ -185,12 +190,16 @@ class Assistant:
             input_ids[row, start:] = torch.tensor(prompt, dtype=torch.long)
             mask[row, start:] = True
         stacks = [stack.to(self.device) for stack in pixel_values if stack is not None]
-        new_ids = self.model.generate_answer(
-            input_ids.to(self.device),
-            stacks or None,
-            mask.to(self.device),
-            **self.generation_kwargs(max_new_tokens),
-        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=not self.decoding.is_greedy):
+            if not self.decoding.is_greedy:
+                torch.manual_seed(self.decoding.seed)
+            new_ids = self.model.generate_answer(
+                input_ids.to(self.device),
+                stacks or None,
+                mask.to(self.device),
+                **self.generation_kwargs(max_new_tokens),
+            )
         return [self.decode(row) for row in new_ids.tolist()]
 
     def prompt(self, question: str, *, has_image: bool) -> str:
@@ -253,12 +262,11 @@ class Assistant:
         return any(word in text for word in self.stop_strings)
 
     def generation_kwargs(self, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
-        """Returns keyword arguments for `generate`: greedy decoding and the stop conditions."""
+        """Returns keyword arguments for `generate`: decoding and the stop conditions."""
         pad = self.tokenizer.pad_token_id
         kwargs: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
+            **self.decoding.generation_kwargs(),
             "use_cache": True,
             "eos_token_id": sorted(self.stop_ids),
             "pad_token_id": min(self.stop_ids) if pad is None else pad,

@@ -15,7 +15,21 @@ from PIL import Image, ImageOps
 
 from pallava.records.questions import ImageSource
 
-_RULE = re.compile(r"(shorter|squash|pad|crop)[:=](\d{1,5})")
+_RULE = re.compile(r"(shorter|squash|pad|crop):(\d{1,5})")
+
+
+def check_rule(rule: str) -> tuple[str, int]:
+    """Returns kind and size in px of a rule such as `pad:224`.
+
+    Raises:
+        ValueError: If it is none of those of `resize`.
+    """
+    found = _RULE.fullmatch(rule)
+    if not found or not int(found[2]):
+        raise ValueError(
+            f"image resize {rule!r}: expected shorter:N, squash:N, pad:N or crop:N, with N in px"
+        )
+    return found[1], int(found[2])
 
 
 def resize(image: Image.Image, rule: str) -> Image.Image:
@@ -34,12 +48,7 @@ def resize(image: Image.Image, rule: str) -> Image.Image:
         >>> resize(Image.new("RGB", (100, 50)), "shorter:224").size
         (448, 224)
     """
-    found = _RULE.fullmatch(rule)
-    if not found or not int(found[2]):
-        raise ValueError(
-            f"image resize {rule!r}: expected shorter:N, squash:N, pad:N or crop:N, with N in px"
-        )
-    kind, size_px = found[1], int(found[2])
+    kind, size_px = check_rule(rule)
     if kind == "squash":
         return image.resize((size_px, size_px), Image.Resampling.BICUBIC)
     if kind == "pad":

@@ -95,6 +95,17 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "orders, and report what each contributes to the score.",
         ),
         click.option(
+            "--decoding",
+            default="greedy",
+            show_default=True,
+            help="Or temperature=0.9,num_beams=5 (also top_p and seed).",
+        ),
+        click.option(
+            "--image-resize",
+            metavar="RULE",
+            help="Resize images first: shorter:N, squash:N, pad:N or crop:N, with N in px.",
+        ),
+        click.option(
             "--launcher",
             type=click.Choice(["none", "pytorch"]),
             default="none",
@@ -284,14 +295,20 @@ def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[st
         metrics = json.loads((work_dir / "metrics.json").read_text(encoding="utf-8"))
         _end(metrics["num_skipped"], work_dir, options["audit"])
         return
+    from pallava.evaluation.benchmarks import resized
     from pallava.evaluation.runs import evaluate as run_evaluation
+    from pallava.inference.decoding import Decoding
 
     chosen = {key: options[key] for key in extra if options[key] is not None}
     try:
         with user_errors(ImportError):
             make = EVALUATIONS.get(name)
             benchmark = make(options["data_path"], options["image_folder"], **chosen)
+            if options["image_resize"] is not None:
+                benchmark = resized(benchmark, options["image_resize"])
+            decoding = Decoding.parse(options["decoding"])
             model = load_from_options(options)
+            model.decoding = decoding
             metrics = run_evaluation(
                 benchmark,
                 model,
