@@ -47,7 +47,7 @@ class Decoding:
         """
         if text == "greedy":
             return cls()
-        kinds = {field.name: type(field.default) for field in fields(cls)}
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
         values: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = (word.strip() for word in part.partition("="))
