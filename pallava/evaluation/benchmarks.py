@@ -17,10 +17,13 @@ from pallava.records.class_folders import (
     read_class_folders,
     read_class_records,
 )
+from pallava.records.pathmmu import read_pathmmu
 from pallava.records.prompts import DEFAULT_PROMPT
 from pallava.records.questions import ImageFolder, Question, QuestionSet
+from pallava.records.quilt_vqa import read_quilt_vqa
 from pallava.records.readers import read_choices, read_vqa
 from pallava.records.resizing import ResizedImage, check_rule
+from pallava.records.slidebench import read_slidebench
 from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
 from pathcore.image_sets import load_image_set
@@ -75,8 +78,8 @@ def pathvqa(
     return Benchmark("pathvqa", questions, scoring.score_vqa, "pathvqa_result.json")
 
 
-@EVALUATIONS.register("pmcvqa")
-def pmcvqa(
+@EVALUATIONS.register("pmc-vqa")
+def pmc_vqa(
     data_path: StrPath,
     image_folder: ImageFolder | None = None,
     *,
@@ -84,7 +87,80 @@ def pmcvqa(
 ) -> Benchmark:
     """PMC-VQA (arXiv:2305.10415), and other multiple choice."""
     questions = read_choices(data_path, image_folder, prompt)
-    return Benchmark("pmcvqa", questions, scoring.score_choices, "pmcvqa_result.json")
+    score = partial(scoring.score_choices, rules=("pa-llava", "pmc-vqa"))
+    return Benchmark("pmc-vqa", questions, score, "pmcvqa_result.json")
+
+
+@EVALUATIONS.register("pathmmu")
+def pathmmu(
+    data_path: StrPath,
+    image_folder: ImageFolder | None = None,
+    *,
+    split: str = "test_tiny",
+    subsets: str = "",
+    prompt: str = DEFAULT_PROMPT,
+) -> Benchmark:
+    """PathMMU (arXiv:2401.16355): multiple choice from five sources."""
+    questions = read_pathmmu(data_path, image_folder, split, subsets, prompt)
+    score = partial(scoring.score_choices, rules=("pathmmu",))
+    return Benchmark(f"pathmmu {split}", questions, score, "pathmmu_result.json")
+
+
+@EVALUATIONS.register("quilt-vqa")
+def quilt_vqa(
+    data_path: StrPath, image_folder: ImageFolder | None = None, *, prompt: str = DEFAULT_PROMPT
+) -> Benchmark:
+    """Quilt-VQA (arXiv:2312.04746): open and yes/no questions of narrators of videos."""
+    return _quilt("quilt-vqa", read_quilt_vqa(data_path, image_folder, prompt))
+
+
+@EVALUATIONS.register("quilt-vqa-red")
+def quilt_vqa_red(
+    data_path: StrPath,
+    image_folder: ImageFolder | None = None,
+    *,
+    circle: str = "yes",
+    prompt: str = DEFAULT_PROMPT,
+) -> Benchmark:
+    """The part of Quilt-VQA whose questions are about a circled region.
+
+    Args:
+        data_path: See `pallava.records.quilt_vqa`.
+        image_folder: Image folder.
+        circle: `yes`, or `no` for the same questions about the images without circles.
+        prompt: Prompt of the questions.
+
+    Raises:
+        ValueError: If `circle` is neither `yes` nor `no`, or the data cannot be used.
+    """
+    if circle not in ("yes", "no"):
+        raise ValueError(f"circle {circle!r}: expected yes or no")
+    shown = circle == "yes"
+    questions = read_quilt_vqa(data_path, image_folder, prompt, red=True, circle=shown)
+    return _quilt("quilt-vqa-red" if shown else "quilt-vqa-red without circles", questions)
+
+
+def _quilt(name: str, questions: QuestionSet) -> Benchmark:
+    score = partial(scoring.score_vqa, rules=("quilt-vqa",))
+    return Benchmark(name, questions, score, "quiltvqa_result.json")
+
+
+@EVALUATIONS.register("slidebench-tcga")
+def slidebench_tcga(
+    data_path: StrPath, image_folder: ImageFolder | None = None, *, prompt: str = DEFAULT_PROMPT
+) -> Benchmark:
+    """SlideBench-VQA (TCGA) of SlideChat (arXiv:2410.11761): multiple choice about slides."""
+    questions = read_slidebench(data_path, image_folder, "tcga", prompt)
+    return Benchmark("slidebench-tcga", questions, scoring.score_choices, "slidebench_result.json")
+
+
+@EVALUATIONS.register("slidebench-bcnb")
+def slidebench_bcnb(
+    data_path: StrPath, image_folder: ImageFolder | None = None, *, prompt: str = DEFAULT_PROMPT
+) -> Benchmark:
+    """SlideBench-VQA (BCNB) of SlideChat (arXiv:2410.11761): multiple choice about biopsies."""
+    questions = read_slidebench(data_path, image_folder, "bcnb", prompt)
+    return Benchmark("slidebench-bcnb", questions, scoring.score_choices, "slidebench_result.json")
 
 
 @EVALUATIONS.register("zero-shot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,7 @@ def write_report(
         "num_skipped": len(skipped),
         "num_missing": len(unanswered),
         "num_refused": len(refusals),
+        "coverage": _coverage(benchmark, skipped),
         "missing": missing,
         "compat": compat,
         "settings": dict(settings or {}),
@@ -83,6 +85,7 @@ def write_report(
         rows = (
             {
                 "question_id": question.id,
+                "cluster": question.cluster,
                 "question": question.text,
                 "reference": question.answer,
                 "answer": scored[question.id],
@@ -99,6 +102,18 @@ def write_report(
     write_json(work_dir / METRICS_NAME, metrics)
     write_text(work_dir / TABLES_NAME, markdown(metrics))
     return metrics
+
+
+def _coverage(benchmark: Benchmark, skipped: Sequence[SkippedSample]) -> dict[str, dict[str, int]]:
+    """Returns how many questions of each subset could be asked, and how many the data has."""
+    excused = {sample.id for sample in skipped}
+    asked = Counter(
+        question.groups.get("subset", "")
+        for question in benchmark.questions.questions
+        if question.id not in excused
+    )
+    totals = benchmark.questions.totals
+    return {name: {"asked": asked[name], "in the data": totals[name]} for name in totals}
 
 
 def _unanswered(
@@ -123,6 +138,8 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         f"{metrics['num_questions']} questions, {metrics['num_answers']} answers, {absent}{refused}"
         f"{metrics['num_skipped']} skipped. Percent; in brackets 95 % bootstrap intervals."
     )
+    if metrics["coverage"]:
+        lines += ["", "## Denominators", "", *_group_table(metrics["coverage"])]
     ours = _score_tables(metrics)
     original = _published_table(metrics.get("published"))
     sections = [original, ours] if metrics["compat"] == "original" else [ours, original]

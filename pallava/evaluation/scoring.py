@@ -26,7 +26,11 @@ _CLASS_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "micro_f1")
 
 
 def score_vqa(
-    questions: Sequence[Question], answers: Mapping[str, str], tokenizer: Any = None
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    tokenizer: Any = None,
+    *,
+    rules: Sequence[str] = ("pa-llava",),
 ) -> Table:
     """Scores open and yes/no questions.
 
@@ -35,6 +39,7 @@ def score_vqa(
         answers: Answers by question id.
         tokenizer: Tokenizer of the language model for the published token recall, which is skipped
             without one.
+        rules: Published rules to score by as well: `pa-llava`, `quilt-vqa`.
 
     Returns:
         `scores` by group (`closed`, `open`, `overall`), `by_question_type`, `by_answer_type`,
@@ -61,6 +66,10 @@ def score_vqa(
                 for name in ("precision", "recall", "f1")
             },
             **_bleu(opened, answers),
+            # Recall rewards long answers, so that their length belongs beside it.
+            "words per answer": round(
+                sum(len(answers[question.id].split()) for question in opened) / len(opened), 1
+            ),
         }
     records = {
         question.id: {
@@ -71,9 +80,13 @@ def score_vqa(
         for question in asked
     }
     given = {question.id: answers[question.id] for question in asked}
-    original = {"exact": published.score_vqa(records, given)["accuracy"]}
-    if tokenizer is not None:
-        original["token recall"] = published.score_vqa(records, given, tokenizer)["accuracy"]
+    original: Table = {}
+    if "pa-llava" in rules:
+        original["exact"] = published.score_vqa(records, given)["accuracy"]
+        if tokenizer is not None:
+            original["token recall"] = published.score_vqa(records, given, tokenizer)["accuracy"]
+    if "quilt-vqa" in rules:
+        original["quilt-vqa"] = published.score_quilt(records, given)
     return {
         "scores": scores,
         "by_question_type": _by(asked, details, lambda question: question.question_type),
@@ -85,9 +98,19 @@ def score_vqa(
 
 
 def score_choices(
-    questions: Sequence[Question], answers: Mapping[str, str], tokenizer: Any = None
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    tokenizer: Any = None,
+    *,
+    rules: Sequence[str] = (),
 ) -> Table:
     """Scores multiple choice by the letter that each answer names.
+
+    Args:
+        questions: Questions with references; those without an answer are skipped.
+        answers: Answers by question id.
+        tokenizer: Not used.
+        rules: Published rules to score by as well; see `metrics.published.CHOICE_RULES`.
 
     Returns:
         Tables like those of `score_vqa`, plus a confusion matrix of letters.
@@ -101,8 +124,9 @@ def score_choices(
     letters = sorted({letter for question in asked for letter in question.options})
     table = _class_table(asked, [details[question.id]["said"] for question in asked], letters)
     labels = {question.id: str(question.answer) for question in asked}
-    original = published.score_choices(labels, {key: answers[key] for key in labels})
-    del original["parsed"]
+    given = {key: answers[key] for key in labels}
+    options = {question.id: question.options for question in asked}
+    original = {rule: published.score_choices(rule, options, labels, given) for rule in rules}
     return {
         "scores": {"letters": table.pop("scores")},
         **table,

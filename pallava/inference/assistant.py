@@ -12,6 +12,7 @@ from torch import Tensor
 from pallava.anyres import AnyRes
 from pallava.inference.decoding import Decoding
 from pallava.modeling.llava import PALLaVA
+from pallava.records.questions import SlideFeatures
 from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
@@ -162,7 +163,7 @@ class Assistant:
 
     def prepare(self, image: Any) -> Any:
         """Loads and preprocesses an image source of `pallava.records.questions`."""
-        return self.pixel_values(image.load())
+        return self.pixel_values(image.path if isinstance(image, SlideFeatures) else image.load())
 
     def answer_prepared(
         self, questions: Sequence[str], images: Sequence[Any], *, max_new_tokens: int

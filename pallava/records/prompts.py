@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 QUESTION, OPTIONS = "{question}", "{options}"
 DEFAULT_PROMPT = "letter"
+PUBLISHED_PROMPT = "published"
+"""Name for the wording that a data set itself ships, in sets that do."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,18 @@ PROMPTS = {
             "Choose the correct option to the following question: {question} Options: {options}\n"
             " Answer:",
             _PATHMMU_OPTION,
+        ),
+        # LLaVA-Med and Quilt-LLaVA name the two answers of PathVQA's closed questions.
+        Prompt(
+            "llava-med",
+            "{question}\n{options}\nAnswer with the letter of the correct option.",
+            closed="{question} Please choose from the following two options: [yes, no]",
+        ),
+        Prompt(
+            "short",
+            "{question}\n{options}\nAnswer with the letter of the correct option.",
+            open="{question}\nAnswer with a single word or phrase.",
+            closed="{question}\nAnswer with a single word, yes or no.",
         ),
         Prompt("slidechat", "{question}\n{options}", "{letter}. {text}"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +21,7 @@ from pathcore.rows import check_fraction
 
 
 class ImageSource(Protocol):
-    """Image that is loaded on demand."""
+    """Image or slide that is loaded on demand."""
 
     @property
     def name(self) -> str:
@@ -115,6 +116,30 @@ def _image_column(path: Path, row_group: int, column: str) -> Any:
 
 
 @dataclass(frozen=True)
+class SlideFeatures:
+    """A whole slide as a file of tile features; see `pallava.slide_bags`.
+
+    Attributes:
+        path: HDF5 file.
+        name: Name of the slide in the data.
+    """
+
+    path: Path
+    name: str
+
+    def load(self) -> Image.Image:
+        """Raises `ImageError`: slide models read the file themselves."""
+        raise ImageError(
+            f"slide {self.name}: {self.path.name} holds tile features; expected a picture for this "
+            "model"
+        )
+
+    def identity(self, digest: Callable[[Path], str]) -> str:
+        """See `ImageSource.identity`; the digest of the file."""
+        return digest(self.path)
+
+
+@dataclass(frozen=True)
 class Question:
     """One question of a benchmark.
 
@@ -180,10 +205,13 @@ class QuestionSet:
     Attributes:
         questions: Questions in file order.
         skipped: Rows that lack a question, an answer or a usable image.
+        totals: Number of rows of the data by subset, if the data has subsets: the denominators
+            before anything was skipped.
     """
 
     questions: list[Question]
     skipped: list[SkippedSample]
+    totals: Mapping[str, int] = field(default_factory=dict)
 
 
 class RowError(ValueError):
@@ -194,6 +222,9 @@ def collect(
     source: StrPath,
     rows: Iterable[tuple[str, Any]],
     make: Callable[[str, Any], Question],
+    *,
+    sparse: bool = False,
+    subset_of: Callable[[str], str] | None = None,
 ) -> QuestionSet:
     """Converts rows to questions and records those that cannot be used.
 
@@ -201,15 +232,22 @@ def collect(
         source: Data file, for messages.
         rows: Pairs of row id and row.
         make: Builds a question from such a pair; raises `RowError` or `ImageError` on failure.
+        sparse: Whether any number of images may be absent, because the data set is published
+            without them.
+        subset_of: Maps a row id to its subset, for `QuestionSet.totals`.
 
     Raises:
-        ValueError: If there are no rows, or more than a tenth of them cannot be used.
+        ValueError: If there are no rows, no usable rows, or more than a tenth of them cannot be
+            used; absent images of sparse data do not count towards the tenth.
     """
     questions: dict[str, Question] = {}
     skipped: list[SkippedSample] = []
-    total = 0
+    totals: Counter[str] = Counter()
+    total = num_absent = 0
     for row_id, row in rows:
         total += 1
+        if subset_of is not None:
+            totals[subset_of(row_id)] += 1
         try:
             question = make(row_id, row)
             if question.id in questions:
@@ -217,11 +255,13 @@ def collect(
             questions[question.id] = question
         except (RowError, ImageError) as error:
             skipped.append(SkippedSample(str(row_id), os.fspath(source), str(error)))
+            num_absent += sparse and isinstance(error, ImageError)
     if not total:
         raise ValueError(f"{source}: holds no questions")
     faults = {str(number): f"{row.id}: {row.reason}" for number, row in enumerate(skipped)}
-    check_fraction(len(skipped), total, os.fspath(source), faults)
-    return QuestionSet(list(questions.values()), skipped)
+    num_bad = len(skipped) - (num_absent if questions else 0)
+    check_fraction(num_bad, total, os.fspath(source), faults)
+    return QuestionSet(list(questions.values()), skipped, dict(totals))
 
 
 class NoImages:

@@ -33,7 +33,10 @@ from pathcore.files import StrPath
 Rows = tuple[Iterator[tuple[str, Any]], Callable[[str, Any], Question]]
 """Pairs of id and record, and a function that builds a question from such a pair."""
 
-_LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGH"
+LABEL = re.compile(r"\s*\(?([A-Ha-h])\s*[).:]\s*")
+"""Letter before an option or an answer: `B) oedema`."""
+
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 # "A: necrosis B: fibrosis", on one line or several.
 _INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]\s*[:.)])|$)", re.S)
@@ -195,7 +198,7 @@ def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
         id=row_id,
         text=text,
         image=find_image(folder, record.get("image")),
-        answer=_letter(text_field(record, "answer"), options),
+        answer=answer_letter(text_field(record, "answer"), options),
         answer_type="choice",
         question_type=question_type_of(text),
         options=options,
@@ -207,7 +210,7 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Q
     record = {str(name).strip(): value for name, value in as_mapping(row).items()}
     options = {
         letter: strip_letter(record[f"Choice {letter}"], letter)
-        for letter in _LETTERS
+        for letter in LETTERS
         if record.get(f"Choice {letter}", "").strip()
     }
     if len(options) < 2:
@@ -218,7 +221,7 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Q
         text=prompt.render(stem, options, "choice"),
         image=find_image(folder, record.get("Figure_path")),
         # Early copies of the CSV spell the column "Anwser".
-        answer=_letter(text_field(record, "Answer_label", "Answer", "Anwser"), options),
+        answer=answer_letter(text_field(record, "Answer_label", "Answer", "Anwser"), options),
         answer_type="choice",
         question_type=question_type_of(stem),
         options=options,
@@ -228,10 +231,18 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Q
     )
 
 
-def _letter(answer: str, options: Mapping[str, str]) -> str:
-    if answer.strip().upper() in options:
-        return answer.strip().upper()
-    equal = [letter for letter, text in options.items() if text and words(text) == words(answer)]
+def answer_letter(answer: str, options: Mapping[str, str]) -> str:
+    """Returns the letter of an answer: a letter, the text of one option, or both (`B) oedema`).
+
+    Raises:
+        RowError: If it is none of these.
+    """
+    label = LABEL.match(answer)
+    letter = (label.group(1) if label else answer.strip()).upper()
+    text = answer[label.end() :] if label else ""
+    if letter in options and (not text or words(text) == words(options[letter])):
+        return letter
+    equal = [key for key, option in options.items() if option and words(option) == words(answer)]
     if len(equal) != 1:
         raise RowError(
             f"answer {answer!r:.60} is neither a letter of {', '.join(options)} nor an option"

@@ -148,7 +148,7 @@ def test_pmcvqa_reads_the_published_csv(
         "--work-dir", tmp_path / "run", "--audit", monkeypatch=monkeypatch,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "# Audit of pmcvqa" in result.output and "audit.html" in result.output
+    assert "# Audit of pmc-vqa" in result.output and "audit.html" in result.output
     rows = [json.loads(line) for line in (tmp_path / "run" / "audit.jsonl").open()]
     # One question has no other to exchange images with.
     assert {row["arm"] for row in rows} == {

@@ -154,7 +154,7 @@ def pmcvqa(ctx: click.Context, **options: Any) -> None:
 
     --data-path is PMC-VQA's CSV, or records whose questions already contain the options.
     """
-    _run(ctx, "pmcvqa", ("prompt",), options)
+    _run(ctx, "pmc-vqa", ("prompt",), options)
 
 
 @click.command(

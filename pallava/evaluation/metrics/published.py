@@ -1,12 +1,17 @@
-"""Reimplements the scores of PA-LLaVA's own evaluation tools, digit for digit.
+"""Reimplements the scores of published evaluation tools, digit for digit.
 
-They follow `VQAEval.py`, `pmcvqa.py` and `f1.py` of github.com/ddw2AIGROUP2CQUPT/PA-LLaVA and serve
-comparison with published tables; `text`, `choices` and `classes` contain the recommended metrics.
-Percentages are rounded to two digits, as the tools print them.
+`score_vqa`, `score_choices` with the rule `pa-llava`, and `score_classes` follow `VQAEval.py`,
+`pmcvqa.py` and `f1.py` of github.com/ddw2AIGROUP2CQUPT/PA-LLaVA; the other rules those of PMC-VQA,
+PathMMU and Quilt-LLaVA. They serve comparison with published tables; `text`, `choices` and
+`classes` contain the recommended metrics. Percentages are rounded to two digits, as the tools print
+them.
 """
 
 from __future__ import annotations
 
+import difflib
+import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,21 +94,187 @@ def parse_choice(answer: str) -> str:
     return (before if colon and before else answer).lower()
 
 
-def score_choices(labels: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, Any]:
-    """Scores PMC-VQA answers: the result of `parse_choice` must equal the letter.
+def _read_pa_llava(answer: str, options: Mapping[str, str], fill: random.Random) -> str | None:
+    del fill
+    said = parse_choice(answer)
+    return next((letter for letter in options if letter.lower() == said), None)
+
+
+def _read_pmc_vqa(answer: str, options: Mapping[str, str], fill: random.Random) -> str | None:
+    """The choice that resembles the last character of the answer most."""
+    del fill
+    best, letter = 0.0, None
+    for key, text in options.items():
+        ratio = difflib.SequenceMatcher(None, f" {key}:{text} ", answer[-1:]).ratio()
+        if ratio > best:
+            best, letter = ratio, key
+    return letter
+
+
+def _read_pathmmu(answer: str, options: Mapping[str, str], fill: random.Random) -> str:
+    """A bracketed letter, a letter between blanks, an option's text, or else a random letter.
+
+    Letters and texts are searched anywhere, and the last occurrence counts; texts only in answers
+    of more than five words.
+    """
+    for character in ",.!?;:'":
+        answer = answer.strip(character)
+    answer = f" {answer} "
+    folded = answer.lower()
+    found = {letter: answer.rfind(f"({letter})") for letter in options}
+    if max(found.values()) < 0:
+        found = {letter: answer.rfind(f" {letter} ") for letter in options}
+    if max(found.values()) < 0 and len(answer.split()) > 5:
+        found = {letter: folded.rfind(text.lower()) for letter, text in options.items()}
+    if max(found.values()) < 0:
+        return fill.choice(list(options))
+    return max(found, key=lambda letter: found[letter])
+
+
+_SEED = 42  # PathMMU's
+CHOICE_RULES = {
+    "pa-llava": _read_pa_llava,
+    "pmc-vqa": _read_pmc_vqa,
+    "pathmmu": _read_pathmmu,
+}
+"""Functions of an answer, the options and a random generator that return the letter, by name."""
+
+
+def score_choices(
+    rule: str,
+    options: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, str],
+    answers: Mapping[str, str],
+) -> dict[str, Any]:
+    """Scores multiple choice by a published rule.
+
+    `pathmmu` compares texts as well, cut at the first closing bracket as its tool cuts them, and
+    fills in random letters from one generator in the order of the answers.
+
+    Args:
+        rule: One of `CHOICE_RULES`.
+        options: Options by question id.
+        labels: Letter of the right option by question id.
+        answers: Answers by question id.
 
     Raises:
         ValueError: If there are no answers, or some belong to no question.
     """
     _check_ids(labels, answers)
-    parsed = {question_id: parse_choice(answer) for question_id, answer in answers.items()}
-    correct = sum(parsed[question_id] == labels[question_id].lower() for question_id in answers)
+    fill = _Counted(_SEED)
+    correct = 0
+    for question_id, answer in answers.items():
+        texts, label = dict(options[question_id]), labels[question_id]
+        if rule == "pathmmu":
+            texts = {letter: text.split(")")[0].strip() for letter, text in texts.items()}
+        said = CHOICE_RULES[rule](answer, texts, fill)
+        right = said == label
+        if rule == "pathmmu":
+            # Its tool compares texts, and reads a letter (or draws one) even from an answer that
+            # equals the right text.
+            right = texts[str(said)].lower() == texts[label].lower() or answer == texts[label]
+        correct += right
     return {
         "correct": correct,
-        "wrong": len(parsed) - correct,
-        "accuracy": round(100 * correct / len(parsed), _DIGITS),
-        "parsed": parsed,
+        "wrong": len(answers) - correct,
+        "accuracy": round(100 * correct / len(answers), _DIGITS),
+        **({"filled in at random": fill.count} if rule == "pathmmu" else {}),
     }
+
+
+class _Counted(random.Random):
+    """Generator that counts its choices."""
+
+    count = 0
+
+    def choice(self, seq: Any) -> Any:
+        self.count += 1
+        return super().choice(seq)
+
+
+# --- Quilt-VQA (quilt_eval.py, quilt_utils.py of github.com/aldraus/quilt-llava) -----------------
+
+_QUILT_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
+_QUILT_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_QUILT_WORDS)}}
+_QUILT_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_QUILT_NEGATED = re.compile(
+    r"(ai|are|ca|could|did|does|do|had|has|have|is|might|must|need|ought|sha|should|was|were|wo|"
+    r"would)nt"
+)
+_QUILT_PERIODS = 32  # its tool passes re.UNICODE, which is 32, as the number of replacements
+
+
+def normalise_quilt(text: str) -> str:
+    """Lowercases, removes punctuation and articles, writes small numbers as digits.
+
+    The tool also restores the apostrophes of some contractions; here only those of negations.
+    """
+    text = text.lower()
+    has_number = re.search(r"\d,\d", text) is not None
+    out = text
+    for mark in _QUILT_PUNCTUATION:
+        beside_blank = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_blank or has_number else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=_QUILT_PERIODS)
+    words = [_QUILT_NUMBERS.get(word, word) for word in out.split()]
+    words = [_QUILT_NEGATED.sub(r"\1n't", word) for word in words if word not in ("a", "an", "the")]
+    return " ".join(words).replace(",", "")
+
+
+def score_quilt(
+    questions: Mapping[str, Mapping[str, Any]], answers: Mapping[str, str]
+) -> dict[str, Any]:
+    """Scores Quilt-VQA: token overlap of open questions, yes or no of closed ones.
+
+    An empty answer to a closed question counts as "yes" by the second closed rule.
+
+    Args:
+        questions: `answer` and `answer_type` (`yes/no` or open) by question id.
+        answers: Answers by question id.
+
+    Raises:
+        ValueError: If there are no answers, or some belong to no question.
+    """
+    _check_ids(questions, answers)
+    sums: defaultdict[str, list[float]] = defaultdict(list)
+    num_empty = 0
+    for question_id, answer in answers.items():
+        said, question = normalise_quilt(answer), questions[question_id]
+        if question["answer_type"] == "yes/no":
+            words = set(said.split())
+            no = bool(words & {"no", "not"})
+            sums["closed, names the answer"].append(question["answer"] in words)
+            sums["closed, no or not, otherwise yes"].append((question["answer"] == "no") == no)
+            num_empty += not words
+            continue
+        found, expected = (
+            Counter(said.split()),
+            Counter(normalise_quilt(question["answer"]).split()),
+        )
+        # Its tool counts the answer's repetitions of a common word as hits.
+        hits = sum(count for word, count in found.items() if word in expected)
+        missed = sum(count for word, count in expected.items() if word not in found)
+        precision = hits / found.total() if found else 0.0
+        recall = hits / (hits + missed) if hits else 0.0
+        common = sum(word in found for word in expected)
+        sums["open exact match"].append(common / found.total() if found else 0.0)
+        sums["open precision"].append(precision)
+        sums["open recall"].append(recall)
+        sums["open f1"].append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    scores: dict[str, Any] = {name: _percent(values) for name, values in sums.items()}
+    return scores | {"closed answers that are empty, so yes": num_empty}
 
 
 def score_classes(

@@ -32,7 +32,7 @@ from pallava.evaluation.audit import (
     table,
     verdict,
 )
-from pallava.evaluation.benchmarks import Benchmark, pathvqa, pmcvqa
+from pallava.evaluation.benchmarks import Benchmark, pathvqa, pmc_vqa
 from pallava.evaluation.generation import Outcome
 from pallava.records.questions import Question
 from tests.pallava.browser import chromium
@@ -81,7 +81,7 @@ def choices(images: Path, folder: Path, *, leaks: bool = False) -> Benchmark:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    return pmcvqa(folder / "test.csv", images)
+    return pmc_vqa(folder / "test.csv", images)
 
 
 def closed(images: Path, folder: Path) -> Benchmark:

@@ -49,12 +49,57 @@ def test_normalisation_is_the_recorded_one() -> None:
 def test_letters_are_read_as_recorded() -> None:
     labels: dict[str, Any] = goldens.read_json("eval/pmc_labels.json")
     expected = goldens.read_json("eval/pmc_expected.json")
+    given = answers("eval/pmc_pred.json")
     found = published.score_choices(
-        {key: row["answer"] for key, row in labels.items()}, answers("eval/pmc_pred.json")
+        "pa-llava",
+        {key: dict.fromkeys("ABCDE", "") for key in labels},
+        {key: row["answer"] for key, row in labels.items()},
+        given,
     )
-    assert found["parsed"] == expected["parsed"]
+    assert {key: published.parse_choice(text) for key, text in given.items()} == expected["parsed"]
     assert f"correct: {found['correct']}, wrong: {found['wrong']}" in expected["stdout"]
     assert f"acc: {found['accuracy']:.2f}" in expected["stdout"]
+
+
+def test_pathmmu_is_scored_as_its_own_tool_scores() -> None:
+    recorded = goldens.read_json("eval/pathmmu.json")
+    options, labels, replies = {}, {}, {}
+    for number, row in enumerate(recorded["rows"]):
+        key = str(number)
+        options[key] = {text[0]: text[3:] for text in row["options"]}
+        labels[key], replies[key] = row["answer"][0], row["reply"]
+    found = published.score_choices("pathmmu", options, labels, replies)
+    assert found["correct"] == sum(recorded["right"])
+    assert found["filled in at random"] == recorded["filled"] > 5
+    # One at a time, replies that need no random letter are right or wrong as recorded.
+    for key, right in zip(replies, recorded["right"], strict=True):
+        one = published.score_choices(
+            "pathmmu", {key: options[key]}, {key: labels[key]}, {key: replies[key]}
+        )
+        assert one["filled in at random"] or one["correct"] == right
+
+
+def test_quilt_vqa_is_scored_as_its_own_tool_scores() -> None:
+    recorded = goldens.read_json("eval/quilt_vqa.json")
+    questions, replies = {}, {}
+    for number, row in enumerate(recorded["rows"]):
+        closed = row["answer_type"] == "CLOSED"
+        questions[str(number)] = {
+            "answer": row["yes_no_answer"] if closed else row["answer"],
+            "answer_type": "yes/no" if closed else "other",
+        }
+        replies[str(number)] = row["reply"]
+        assert published.normalise_quilt(row["reply"]) == recorded["normalised"][row["reply"]]
+    found = published.score_quilt(questions, replies)
+    assert found.pop("closed answers that are empty, so yes") == 1
+    assert found == recorded["scores"]
+
+
+def test_pmc_vqa_takes_the_choice_like_the_last_character() -> None:
+    options = {"q": {"A": "fat", "B": "liver", "C": "bone"}}
+    for reply, correct in (("B", 1), ("Is it B", 1), ("liver", 1), ("B.", 0), ("", 0)):
+        found = published.score_choices("pmc-vqa", options, {"q": "B"}, {"q": reply})
+        assert found["correct"] == correct, reply
 
 
 def f1_files() -> tuple[dict[str, int], dict[str, str]]:
@@ -99,4 +144,4 @@ def test_answers_to_other_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="'zz'"):
         published.score_vqa(goldens.read_json("eval/mixed_gt.json"), {"zz": "yes"})
     with pytest.raises(ValueError, match="no answers"):
-        published.score_choices({"1": "A"}, {})
+        published.score_choices("pa-llava", {}, {"1": "A"}, {})

@@ -19,7 +19,7 @@ from pallava import load_model
 from pallava.evaluation import generation, image_digests
 from pallava.evaluation.answers import AnswerLog, read_answers
 from pallava.evaluation.audit import read_audits
-from pallava.evaluation.benchmarks import pathvqa, pmcvqa, zero_shot
+from pallava.evaluation.benchmarks import pathvqa, pmc_vqa, zero_shot
 from pallava.evaluation.generation import (
     answer_digests,
     generate_answers,
@@ -392,8 +392,8 @@ def test_letters_and_classes_are_reported(tmp_path: Path) -> None:
         json.dumps({k: v | {"question": "Which?", "image": "x"} for k, v in rows.items()})
     )
     answers = read_answers(goldens.GOLDEN / "eval" / "pmc_pred.json")[0]
-    metrics = write_report(pmcvqa(data, NO_IMAGES), answers, [], tmp_path / "pmc")
-    assert metrics["published"] == {"correct": 3, "wrong": 3, "accuracy": 50.0}
+    metrics = write_report(pmc_vqa(data, NO_IMAGES), answers, [], tmp_path / "pmc")
+    assert metrics["published"]["pa-llava"] == {"correct": 3, "wrong": 3, "accuracy": 50.0}
     assert metrics["scores"]["letters"]["accuracy"]["value"] == 100
     assert "## Confusion" in (tmp_path / "pmc" / "metrics.md").read_text()
 
@@ -484,7 +484,7 @@ def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None
 
 
 def test_built_in_benchmarks_have_names() -> None:
-    assert {"pathvqa", "pmcvqa", "zero-shot"} <= set(EVALUATIONS.names())
+    assert {"pathvqa", "pmc-vqa", "zero-shot"} <= set(EVALUATIONS.names())
 
 
 def test_a_batch_size_below_one_is_refused(assistant: Assistant, data: Path) -> None:
