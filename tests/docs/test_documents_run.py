@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests import warm_python
 from tests.docs.reading import (
     DOCUMENTS,
     LANGUAGES,
@@ -158,6 +159,7 @@ def test_documents_run(
     for make in makers:
         make(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("xtuner_add.launch.run_child", warm_python.run_child)
     problems = []
     for document in (name for name in documents if (ROOT / name).is_file()):
         session: dict[str, object] = {}  # the examples of a document continue each other

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm_python import run_module
+
 pytestmark = pytest.mark.slow
 
 PARTS = """
@@ -101,6 +103,16 @@ class Workplace:
         output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
+    def train_warm(self, *arguments: str, **environ: str) -> tuple[int, str]:
+        """Trains without starting an interpreter; see `tests.warm_python`."""
+        done = run_module(
+            "xtuner_add.cli",
+            ["train", "line.py", *arguments],
+            cwd=self.folder,
+            environ={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ},
+        )
+        return done.returncode, done.stdout
+
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
@@ -115,7 +127,7 @@ def test_config_written_for_gpus_trains_on_this_machine(workplace: Workplace) ->
 
 
 def test_skipped_samples_show_in_the_exit_code(workplace: Workplace) -> None:
-    code, output = workplace.train(BROKEN_SAMPLES="2")
+    code, output = workplace.train_warm(BROKEN_SAMPLES="2")
     assert code == 3, output
     assert (workplace.folder / "work_dirs" / "line" / "iter_4.pth").is_file()
     (log,) = workplace.folder.glob("work_dirs/line/*/skipped_samples.jsonl")
@@ -126,7 +138,7 @@ def test_skipped_samples_show_in_the_exit_code(workplace: Workplace) -> None:
 def test_a_run_that_diverges_fails_and_leaves_no_checkpoint(workplace: Workplace, how: str) -> None:
     # SPOIL_AT: the loss of the last step is finite, the step itself ruins the weights.
     number = "3" if how == "NAN_AT" else "4"
-    code, output = workplace.train("--work-dir", "out", **{how: number})
+    code, output = workplace.train_warm("--work-dir", "out", **{how: number})
     assert code == 1, output
     line = next(line for line in output.splitlines() if line.startswith("Error: "))
     assert f"training diverged at iteration {number}" in line and "optimizer.lr" in line
@@ -150,7 +162,7 @@ def test_failure_of_one_process_of_two_is_a_failure(workplace: Workplace) -> Non
 
 
 def test_exit_code_of_a_failed_training_is_kept(workplace: Workplace) -> None:
-    code, output = workplace.train(FAIL_RANK="0")
+    code, output = workplace.train_warm(FAIL_RANK="0")
     assert code == 9, output
 
 

@@ -1,9 +1,6 @@
 """`xtuner-add train` on the tiny PLIP config, from images to an encoder folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from pallava.skipping import SkipLog
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.images import load_image
 from pathcore.weights import load_strict, read_state_dict
+from tests.pallava.engine.tiny_run import run
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pallava"
 CONFIG = CONFIGS / "plip_pretraining_tiny.py"
@@ -68,17 +66,15 @@ def data(tmp_path_factory):
 
 def train(data, work_dir, *arguments, options=(), processes=1, config=CONFIG):
     pairs = data / "pairs.jsonl"
-    command = [str(Path(sys.executable).with_name("xtuner-add")), "train", str(config)]
-    command += ["--work-dir", str(work_dir), "--seed", "0", *arguments, "--cfg-options"]
-    command += [
+    options = [
         f"train_dataloader.dataset.pairs_file={pairs}",
         f"train_dataloader.dataset.image_folder={data / 'images'}",
         *([f"model.tokenizer.pairs_file={pairs}"] if config == CONFIG else []),
         *options,
     ]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(processes)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
-    return done.returncode, done.stdout + done.stderr
+    words = ("train", config, "--work-dir", work_dir, "--seed", 0, *arguments)
+    done = run(data, *words, "--cfg-options", *options, processes=processes)
+    return done.returncode, done.stdout
 
 
 def scalars(work_dir):

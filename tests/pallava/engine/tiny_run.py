@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.warm_python import run_module
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 GOLDEN = REPOSITORY / "tests" / "golden" / "pallava"
 CONFIGS = REPOSITORY / "configs" / "pallava"
@@ -82,8 +84,10 @@ def run(
     program: str = "xtuner-add",
     timeout: int = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command of the environment in `root`; returns exit code and output."""
-    command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
+    """Runs a command of the environment in `root`; returns exit code and output.
+
+    `xtuner-add` in one process is forked off a Python that has imported XTuner before.
+    """
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -91,6 +95,10 @@ def run(
     }
     if processes > 1:
         environment |= {"NPROC_PER_NODE": str(processes)}
+    elif program == "xtuner-add":
+        words = list(map(str, arguments))
+        return run_module("xtuner_add.cli", words, cwd=root, environ=environment, timeout_s=timeout)
+    command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=root,
