@@ -112,8 +112,8 @@ class Classifier(nn.Module):
     def save(self, folder: StrPath) -> None:
         """Writes `classifier.safetensors`, then `classifier.json`, without which it cannot load."""
         folder = Path(folder)
-        with self.backbone.whole_state_dict():
-            state_dict = self.state_dict()
+        frozen = self.backbone.frozen_weights()
+        state_dict = self.state_dict() | {f"backbone.{name}": t for name, t in frozen.items()}
         (folder / CONFIG_NAME).unlink(missing_ok=True)
         write_state_dict(folder / WEIGHTS_NAME, state_dict)
         write_json(folder / CONFIG_NAME, self._describe())

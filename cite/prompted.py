@@ -5,8 +5,7 @@ Shapes: B images, T tokens of an image, D width, E features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,14 +159,11 @@ class PromptedEncoder(nn.Module):
             self.encoder.eval()
         return self
 
-    @contextmanager
-    def whole_state_dict(self) -> Iterator[None]:
-        """Context in which state dicts contain the frozen weights regardless of `save_frozen`."""
-        saved, self.save_frozen = self.save_frozen, True
-        try:
-            yield
-        finally:
-            self.save_frozen = saved
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Returns what state dicts lack without `save_frozen`, under its names in state dicts."""
+        model = self.encoder.model
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        return {name: t for name, t in model.state_dict().items() if name not in trained}
 
     @torch.no_grad()
     def _as_in_the_library(self, pixel_values: Tensor) -> Tensor:
@@ -294,10 +290,8 @@ def _to_own_names(
             state_dict[f"{prefix}{owner}{rest}"] = state_dict.pop(name)
     if not module.save_frozen:
         # The frozen weights are already in the module. Adding them here lets strict loading pass.
-        with module.whole_state_dict():
-            own = module.state_dict(prefix=prefix)
-        for name in _frozen_names(module):
-            state_dict.setdefault(f"{prefix}{_ENCODER}{name}", own[prefix + name])
+        for name, tensor in module.frozen_weights().items():
+            state_dict.setdefault(f"{prefix}{_ENCODER}{name}", tensor)
 
 
 def _to_published_names(
@@ -307,14 +301,5 @@ def _to_published_names(
         rest = name[len(prefix) :].removeprefix(_ENCODER).removeprefix(_PROMPTS)
         state_dict[prefix + rest] = state_dict.pop(name)
     if not module.save_frozen:
-        for name in _frozen_names(module):
+        for name in module.frozen_weights():
             state_dict.pop(prefix + name, None)
-
-
-def _frozen_names(module: PromptedEncoder) -> list[str]:
-    trained = {
-        name
-        for name, parameter in module.encoder.model.named_parameters()
-        if parameter.requires_grad
-    }
-    return [name for name in module.encoder.model.state_dict() if name not in trained]
