@@ -267,8 +267,8 @@ def run_inference_with_tile_encoder(
         found, total=len(tiles.files), desc="tiles", unit="tile", disable=not progress
     )
     for index, pixels in bar:
-        if isinstance(pixels, str):
-            raise SlideError(pixels)
+        if isinstance(pixels, SlideError):
+            raise pixels
         batch.append(pixels)
         if len(batch) == batch_size or index + 1 == total:
             embeds.append(encoder.encode(np.stack(batch)))

@@ -268,7 +268,7 @@ class _ReadTask:
 
 def read_tiles(
     tiles: Tiles, parts: Sequence[range], resize: Resize | None, *, workers: int = 0
-) -> Iterator[tuple[int, NDArray[np.uint8] | str]]:
+) -> Iterator[tuple[int, NDArray[np.uint8] | SlideError]]:
     """Reads tiles ahead of the consumer.
 
     Args:
@@ -278,7 +278,7 @@ def read_tiles(
         workers: Number of reading processes; 0 reads in a thread of this process.
 
     Yields:
-        In order, each index with RGB `(crop_px, crop_px, 3)`, or with the reason why it cannot be
+        In order, each index with RGB `(crop_px, crop_px, 3)`, or with the error if it cannot be
         read.
 
     Raises:
@@ -286,13 +286,13 @@ def read_tiles(
     """
     if workers < 1:
         tasks = (_ReadTask(tiles, part, resize) for part in parts)
-        items = (item for task in tasks for item in _read(task))
+        items = (item for task in tasks for item in _read_in_order(task))
         for group in read_ahead(_in_groups(items, _THREAD_TILES), _THREAD_DEPTH):
             yield from group
         return
     pieces = [part[n : n + READ_TILES] for part in parts for n in range(0, len(part), READ_TILES)]
     tasks = (_ReadTask(tiles, p, resize, n) for n, p in enumerate(pieces))
-    early: dict[int, list[tuple[int, NDArray[np.uint8] | str]]] = {}
+    early: dict[int, list[tuple[int, NDArray[np.uint8] | SlideError]]] = {}
     due = 0
 
     def refuse(task: _ReadTask, error: WorkerDiedError) -> Iterable[_ReadTask]:
@@ -324,18 +324,18 @@ def read_ahead(items: Iterator[_Item], depth: int) -> Iterator[_Item]:
                 future.cancel()
 
 
-def _read_task(task: _ReadTask) -> tuple[int, list[tuple[int, NDArray[np.uint8] | str]]]:
-    return task.number, list(_read(task))
+def _read_task(task: _ReadTask) -> tuple[int, list[tuple[int, NDArray[np.uint8] | SlideError]]]:
+    return task.number, list(_read_in_order(task))
 
 
-def _read(task: _ReadTask) -> Iterator[tuple[int, NDArray[np.uint8] | str]]:
+def _read_in_order(task: _ReadTask) -> Iterator[tuple[int, NDArray[np.uint8] | SlideError]]:
     found = task.tiles.read(task.indices)
     for index, pixels in zip(task.indices, found, strict=True):
-        if isinstance(pixels, SlideError):
-            yield index, str(pixels)
-        else:
-            fitted = pixels if task.resize is None else fit(pixels, task.resize)
-            yield index, np.ascontiguousarray(fitted)
+        if not isinstance(pixels, SlideError):
+            pixels = np.ascontiguousarray(
+                pixels if task.resize is None else fit(pixels, task.resize)
+            )
+        yield index, pixels
 
 
 class _Held(threading.local):
@@ -537,7 +537,7 @@ def check_features(
 
 def _write_part(
     path: Path,
-    items: Iterator[tuple[int, NDArray[np.uint8] | str]],
+    items: Iterator[tuple[int, NDArray[np.uint8] | SlideError]],
     tiles: Tiles,
     encoder: PatchEncoder,
     batch_size: int,
@@ -549,8 +549,8 @@ def _write_part(
     for _, batch in groupby(items, key=lambda item: item[0] // batch_size):
         pixels: list[NDArray[np.uint8]] = []
         for index, found in batch:
-            if isinstance(found, str):
-                faults[index] = found
+            if isinstance(found, SlideError):
+                faults[index] = str(found)
             else:
                 good.append(index)
                 pixels.append(found)

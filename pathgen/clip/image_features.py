@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pathcore.encoders import Encoder
 from pathcore.files import atomic_file, folder_lock
+from pathcore.images import ImageError
 
 PART_SIZE = 2048
 """Images whose features are stored together: what a kill can cost."""
@@ -58,7 +59,7 @@ class _Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
         try:
             return index, self._preprocess(self._images[index].open())
         except (OSError, ValueError, SyntaxError) as error:
-            return index, f"{type(error).__name__}: {error}"
+            return index, ImageError(f"{type(error).__name__}: {error}")
 
 
 def image_features(
@@ -123,11 +124,15 @@ def _compute(
     )
     features, kept, skipped = [], [], []
     for rows in loader:
-        good = [(index, pixels) for index, pixels in rows if not isinstance(pixels, str)]
-        skipped += [{"id": images[i].id, "reason": e} for i, e in rows if isinstance(e, str)]
+        good = []
+        for index, found in rows:
+            if isinstance(found, ImageError):
+                skipped.append({"id": images[index].id, "reason": str(found)})
+            else:
+                kept.append(index)
+                good.append(found)
         if good:
-            features.append(encoder.encode_images(torch.stack([p for _, p in good])).numpy())
-            kept += [index for index, _ in good]
+            features.append(encoder.encode_images(torch.stack(good)).numpy())
         bar.update(len(rows))
     return {
         "features": np.concatenate(features) if features else np.zeros((0, 0), np.float32),
