@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
 from pathcore.files import (
@@ -30,8 +30,11 @@ from pathcore.files import (
     write_json,
     write_text,
 )
-from pathcore.pool import Engine, ProgressBar, WorkerDiedError, run_tasks
+from pathcore.pool import PoolOptions, ProgressBar, WorkerDiedError, run_tasks
 from pathcore.rows import encode_row
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 WRITTEN, SKIPPED = "written", "skipped"
 MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME = "manifest.jsonl", "skipped.jsonl", "report.json"
@@ -157,11 +160,8 @@ class JobFolder:
         on_death: Callable[[Task, WorkerDiedError], Iterable[Task]],
         num_inputs: int,
         noun: str,
-        workers: int = 1,
-        engine: Engine = "process",
-        address: str | None = None,
-        gpus_per_task: float = 0,
         progress: bool = True,
+        **pool: Unpack[PoolOptions],
     ) -> None:
         """Processes units of work with a progress bar.
 
@@ -172,22 +172,11 @@ class JobFolder:
                 skipped, or returns tasks to run instead. See `run_tasks`.
             num_inputs: Number of inputs of all units.
             noun: Name of an input, for the progress bar.
-            workers: Number of worker processes.
-            engine: `process` or `ray`.
-            address: Address of a Ray cluster.
-            gpus_per_task: Number of GPUs that Ray reserves for each unit.
             progress: Whether to show the progress bar.
+            **pool: See `PoolOptions`.
         """
         num_done = sum(head["written"] + head["skipped"] for head in self.done().values())
-        results = run_tasks(
-            function,
-            tasks,
-            workers=workers,
-            engine=engine,
-            address=address,
-            gpus_per_task=gpus_per_task,
-            on_death=on_death,
-        )
+        results = run_tasks(function, tasks, on_death=on_death, **pool)
         with ProgressBar(
             total=num_inputs, initial=num_done, unit=noun, disable=not progress
         ) as bar:

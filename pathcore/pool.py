@@ -21,7 +21,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from tqdm import tqdm
 
@@ -54,11 +54,29 @@ class _RemoteError(Exception):
     """Carries the traceback of a worker, as the cause of the exception it raised."""
 
 
+class PoolOptions(TypedDict, total=False):
+    """Keyword arguments of `run_tasks` that jobs pass on: how tasks are distributed.
+
+    Attributes:
+        workers: Number of worker processes, by default one.
+        engine: `process` or `ray`.
+        address: Address of a Ray cluster, all of whose machines must see the files of the job; by
+            default Ray is started on this machine.
+        gpus_per_task: Number of GPUs that Ray reserves for each task. If not 0, processes are not
+            forked, since a forked process cannot use CUDA once its parent has initialised it.
+    """
+
+    workers: int
+    engine: Engine
+    address: str | None
+    gpus_per_task: float
+
+
 def run_tasks(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
     *,
-    workers: int,
+    workers: int = 1,
     engine: Engine = "process",
     address: str | None = None,
     gpus_per_task: float = 0,
@@ -72,11 +90,10 @@ def run_tasks(
     Args:
         function: Function of a task. Function, tasks and results must be picklable.
         tasks: The tasks.
-        workers: Number of worker processes.
+        workers: See `PoolOptions`, as for the next three.
         engine: `process` or `ray`.
-        address: Address of a Ray cluster; by default Ray is started on this machine.
-        gpus_per_task: Number of GPUs that Ray reserves for each task. If not 0, processes are not
-            forked, since a forked process cannot use CUDA once its parent has initialised it.
+        address: Address of a Ray cluster.
+        gpus_per_task: Number of GPUs per task.
         on_death: Function that is called with the task of a worker that died, and returns tasks to
             run instead. By default the death of a worker ends the run.
 

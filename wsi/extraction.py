@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from isal import isal_zlib
@@ -34,12 +34,15 @@ from pathcore.jobs import (
     staging_folder,
     write_record,
 )
-from pathcore.pool import Engine, WorkerDiedError
+from pathcore.pool import PoolOptions, WorkerDiedError
 from pathcore.rows import encode_row
 from wsi.image_codecs import encoder
 from wsi.reader import Region, Slide, SlideError
 from wsi.requests import PatchRequest, RejectedRow, RequestTable, read_coordinate_folder
 from wsi.slide_listing import AmbiguousSlideError, SlideListing, SlideNotFoundError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Layout = Literal["files", "shards"]
 
@@ -120,11 +123,9 @@ def extract(
     settings: OutputSettings | None = None,
     source: Mapping[str, Any] | None = None,
     mpp: float | None = None,
-    workers: int = 1,
-    engine: Engine = "process",
-    address: str | None = None,
     retry_skipped: bool = False,
     progress: bool = True,
+    **pool: Unpack[PoolOptions],
 ) -> Report:
     """Extracts patches, with captions if the requests have them.
 
@@ -137,11 +138,9 @@ def extract(
         source: Identifies the requests, for instance by a digest; a folder that was begun with
             other requests is refused. Defaults to the digest of the folder of coordinate files.
         mpp: Micrometres per pixel of all slides, overriding the files.
-        workers: Number of worker processes.
-        engine: `process` or `ray`.
-        address: Address of a Ray cluster; all its machines must see `slides` and `out`.
         retry_skipped: Whether to retry patches that an earlier run skipped.
         progress: Whether to show a progress bar.
+        **pool: See `pathcore.pool.PoolOptions`; a task is a part of the patches.
 
     Returns:
         The report. `manifest.jsonl` in `out` has a row per patch, and one per missing slide.
@@ -177,10 +176,8 @@ def extract(
                 on_death=_without_deadly_slide,
                 num_inputs=len(table),
                 noun="patch",
-                workers=workers,
-                engine=engine,
-                address=address,
                 progress=progress,
+                **pool,
             )
             passed_over = (found.row() for found in listing.passed_over)
             report = job.finish(_rows_without_part(table), passed_over)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pathcore.files import StrPath, UnsafeNameError, check_name
 from pathcore.jobs import (
@@ -19,8 +19,11 @@ from pathcore.jobs import (
     UnitError,
     write_record,
 )
-from pathcore.pool import Engine, WorkerDiedError
+from pathcore.pool import PoolOptions, WorkerDiedError
 from wsi.slide_listing import AmbiguousSlideError, SlideListing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAME_ROOM_BYTES = 40
 """Number of bytes reserved for suffixes of output files and for names of temporary files."""
@@ -89,25 +92,19 @@ def process_units(
     *,
     num_inputs: int,
     noun: str = "slide",
-    workers: int = 1,
-    engine: Engine = "process",
-    address: str | None = None,
-    gpus_per_task: float = 0,
     progress: bool = True,
+    **pool: Unpack[PoolOptions],
 ) -> None:
     """Processes the units of a job that have no record yet; goes on after bad ones.
 
     Args:
-        process: See `process_slides`, as for the arguments below.
+        process: See `process_slides`.
         units: All units of the job.
         job: The open job.
         num_inputs: Number of units, including those that are skipped before.
         noun: What a unit is; the name of its id in the manifest.
-        workers: Number of units that are processed at a time.
-        engine: `process` or `ray`.
-        address: Address of a Ray cluster.
-        gpus_per_task: GPUs that Ray reserves for each unit.
         progress: Whether to show a progress bar.
+        **pool: See `PoolOptions`.
     """
     function, done = _SlideFunction(process, noun), job.done()
 
@@ -121,11 +118,8 @@ def process_units(
         on_death=record_death,
         num_inputs=num_inputs,
         noun=noun,
-        workers=workers,
-        engine=engine,
-        address=address,
-        gpus_per_task=gpus_per_task,
         progress=progress,
+        **pool,
     )
 
 
@@ -139,12 +133,9 @@ def process_slides(
     exclude: Iterable[StrPath | None] = (),
     tile_folders: bool = False,
     at_end: Callable[[JobFolder], None] | None = None,
-    workers: int = 1,
-    engine: Engine = "process",
-    address: str | None = None,
-    gpus_per_task: float = 0,
     retry_skipped: bool = False,
     progress: bool = True,
+    **pool: Unpack[PoolOptions],
 ) -> Report:
     """Processes every slide of a folder in a resumable job.
 
@@ -160,12 +151,9 @@ def process_slides(
         exclude: Folders under `slides` that are not searched for slides, besides `out`.
         tile_folders: Whether folders of tiles are inputs too; see `SlideListing`.
         at_end: Function that is called when all slides are done, before the report is written.
-        workers: Number of slides that are processed in parallel.
-        engine: `process` or `ray`.
-        address: Address of a Ray cluster; all its machines must see `slides` and `out`.
-        gpus_per_task: Number of GPUs that Ray reserves for each slide.
         retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
+        **pool: See `PoolOptions`.
 
     Raises:
         FileNotFoundError: If `slides` does not exist or contains no slides.
@@ -194,11 +182,8 @@ def process_slides(
             (SlideUnit(name, path, job.out) for name, path in listing.slides.items()),
             job,
             num_inputs=len(listing),
-            workers=workers,
-            engine=engine,
-            address=address,
-            gpus_per_task=gpus_per_task,
             progress=progress,
+            **pool,
         )
         if at_end is not None:
             at_end(job)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pathcore.files import StrPath
 from pathcore.jobs import Report, UnitError
-from pathcore.pool import Engine
+from pathcore.pool import PoolOptions
 from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import CoordsStyle, write_coordinates
 from wsi.tiling import PatchSpec, Tiling, tile
 from wsi.tissue import MASK_SIDE_PX, TissueMask, geojson_mask, image_mask, otsu_mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER = "coords", "overlays", "thumbnails"
 THUMBNAIL_PX = 1024
@@ -56,11 +59,9 @@ def tile_slides(
     out: StrPath,
     settings: TileSettings,
     *,
-    workers: int = 1,
-    engine: Engine = "process",
-    address: str | None = None,
     retry_skipped: bool = False,
     progress: bool = True,
+    **pool: Unpack[PoolOptions],
 ) -> Report:
     """Writes coordinates, a thumbnail and an overlay of the patches for every slide of a folder.
 
@@ -68,11 +69,9 @@ def tile_slides(
         slides: The folder, or one slide.
         out: Output folder; a job that was stopped continues in it.
         settings: Settings of the job.
-        workers: Number of slides that are processed in parallel.
-        engine: `process` or `ray`.
-        address: Address of a Ray cluster.
         retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
+        **pool: See `pathcore.pool.PoolOptions`; a task is a slide.
 
     Returns:
         The report; `notes` counts the slides without patches.
@@ -89,11 +88,9 @@ def tile_slides(
         {"operation": "tile", **asdict(settings)},
         folders=(COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER),
         exclude=[settings.masks],
-        workers=workers,
-        engine=engine,
-        address=address,
         retry_skipped=retry_skipped,
         progress=progress,
+        **pool,
     )
 
 
