@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from xtuner_add.commands.options import example
+from xtuner_add.commands.options import OUT_FOLDER, add_options, example
+
+
+def _demo_options(folder: str, content: str, seeded: str, learned: str) -> Callable[..., Any]:
+    options = (
+        click.option(
+            "--work-dir",
+            type=OUT_FOLDER,
+            default=Path(folder),
+            show_default=True,
+            help=f"Folder for {content}, summary.json and report.html.",
+        ),
+        click.option("--seed", default=1024, show_default=True, help=f"Seed of {seeded}."),
+        click.option(
+            "--quick", is_flag=True, help=f"Tiny amounts: runs for a minute and learns {learned}."
+        ),
+    )
+    return lambda command: add_options(command, options)
 
 
 @click.command("demo", epilog=example("demo", "--quick"))
-@click.option(
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("work_dirs/demo"),
-    show_default=True,
-    help="Folder for data, checkpoints, summary.json and report.html.",
-)
-@click.option("--seed", default=1024, show_default=True, help="Seed of the data and the training.")
-@click.option("--quick", is_flag=True, help="Tiny amounts: runs for a minute and learns nothing.")
-def demo(work_dir: Path, seed: int, quick: bool) -> None:
+@_demo_options("work_dirs/demo", "data, checkpoints", "the data and the training", "nothing")
+def demo(**options: Any) -> None:
     """Train a small PA-LLaVA from scratch and question it on images it has not seen.
 
     Makes histology-like slides from real pixels, pretrains a language model and PLIP, trains both
@@ -27,27 +38,15 @@ def demo(work_dir: Path, seed: int, quick: bool) -> None:
     An interrupted run continues.
     """
     from xtuner_add.demo.pallava.pipeline import run
-    from xtuner_add.demo.stages import StageError
 
-    try:
-        run(work_dir=work_dir, seed=seed, quick=quick)
-    except StageError as error:
-        raise click.ClickException(str(error)) from error
+    _run(run, options)
 
 
 @click.command("demo-pathgen", epilog=example("demo-pathgen", "--quick"))
-@click.option(
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("work_dirs/demo_pathgen"),
-    show_default=True,
-    help="Folder for slides, captions, models, summary.json and report.html.",
+@_demo_options(
+    "work_dirs/demo_pathgen", "slides, captions, models", "slides, trainings and draws", "little"
 )
-@click.option(
-    "--seed", default=1024, show_default=True, help="Seed of slides, trainings and draws."
-)
-@click.option("--quick", is_flag=True, help="Tiny amounts: runs for a minute and learns little.")
-def demo_pathgen(work_dir: Path, seed: int, quick: bool) -> None:
+def demo_pathgen(**options: Any) -> None:
     """Go from made-up slides to captions, and from captions to a CLIP, and score it.
 
     Paints slides, finds their patches, chooses some, has them described, checked and summarised by
@@ -56,9 +55,14 @@ def demo_pathgen(work_dir: Path, seed: int, quick: bool) -> None:
     An interrupted run continues.
     """
     from xtuner_add.demo.pathgen.pipeline import run
+
+    _run(run, options)
+
+
+def _run(run: Callable[..., Any], options: dict[str, Any]) -> None:
     from xtuner_add.demo.stages import StageError
 
     try:
-        run(work_dir=work_dir, seed=seed, quick=quick)
+        run(**options)
     except StageError as error:
         raise click.ClickException(str(error)) from error

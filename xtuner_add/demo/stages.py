@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ import click
 from tqdm import tqdm
 
 from pathcore.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_SKIPPED
-from pathcore.files import sha256_of, write_json
+from pathcore.files import FolderInUseError, folder_lock, sha256_of, write_json
 from xtuner_add.launch import die_with_parent
 
 MANIFEST = "manifest.json"
@@ -335,18 +335,11 @@ def only_run_in(folder: Path) -> Iterator[None]:
         raise StageError(
             f"{folder}: holds other files, and no {MANIFEST} of a demo; name a new folder"
         )
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    with (folder / _LOCK).open("w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StageError(
-                f"{folder}: another run works in this folder; wait for it, or choose another one"
-            ) from error
+            stack.enter_context(folder_lock(folder / _LOCK))
+        except FolderInUseError as error:
+            raise StageError(str(error)) from error
         _stop.clear()
         yield
 

@@ -86,7 +86,7 @@ def test_failed_command_shows_its_last_words_and_its_log(tmp_path: Path) -> None
 def test_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
     with (
         only_run_in(tmp_path),
-        pytest.raises(StageError, match="another run"),
+        pytest.raises(StageError, match="another process"),
         only_run_in(tmp_path),
     ):
         pass
