@@ -240,21 +240,14 @@ def texts(
 @click.option("--split", default="train", show_default=True, help="train, val or test.")
 @click.option("--checkpoint", type=click.Path(exists=True), help="Checkpoint of a classifier.")
 @click.option("--batch-size", default=64, show_default=True)
-@click.option("--workers", default=0, show_default=True, help="Processes that read images.")
+@click.option(
+    "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+)
 @device_option
 @click.option(
     "--cfg-options", multiple=True, metavar="KEY=VALUE", help="Override settings of the config."
 )
-def features(
-    config: str,
-    out: str,
-    split: str,
-    checkpoint: str | None,
-    batch_size: int,
-    workers: int,
-    device: str | None,
-    cfg_options: tuple[str, ...],
-) -> None:
+def features(config: str, out: str, cfg_options: tuple[str, ...], **options: Any) -> None:
     """Write the features of every patch of a split of CONFIG to the safetensors file OUT.
 
     An interrupted run continues when the same command is run again. Images that cannot be read are
@@ -263,16 +256,8 @@ def features(
     from cite.mm.feature_extraction import extract_features
 
     with user_errors():
-        skipped = extract_features(
-            config,
-            out,
-            split=split,
-            checkpoint=checkpoint,
-            batch_size=batch_size,
-            num_workers=workers,
-            device=device,
-            cfg_options=_config_changes(cfg_options),
-        )
+        changes = _config_changes(cfg_options)
+        skipped = extract_features(config, out, cfg_options=changes, **options)
     click.echo(f"Wrote {out}")
     if skipped:
         click.echo(f"{len(skipped)} image(s) skipped, for instance {skipped[0]}", err=True)
@@ -437,23 +422,20 @@ def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     help="Files with {} for the number of slides, instead of --train-file; the same for all seeds.",
 )
 @click.option("--num-slides", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
-@click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--seeds", "num_seeds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--metric", default="accuracy", show_default=True)
 @click.option("--compare", help="Method to compare with each of the others in the table.")
 @click.option("--work-dir", default="work_dirs/sweep", show_default=True)
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--cfg-options", "options", multiple=True, metavar="KEY=VALUE")
+@click.option("--cfg-options", multiple=True, metavar="KEY=VALUE")
 def sweep_slides(
     configs: tuple[str, ...],
-    train_file: str | None,
-    train_files: str | None,
-    num_slides: tuple[int, ...],
-    seeds: int,
-    metric: str,
+    num_seeds: int,
     compare: str | None,
     work_dir: str,
     jobs: int,
-    options: tuple[str, ...],
+    cfg_options: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train and test each CONFIG for several numbers of slides and seeds.
 
@@ -465,13 +447,10 @@ def sweep_slides(
     with user_errors():
         plan = SweepPlan(
             configs=_named_configs(configs),
-            train_file=train_file,
-            train_files=train_files,
-            num_slides=num_slides,
-            seeds=range(seeds),
+            seeds=range(num_seeds),
             work_dir=work_dir,
-            metric=metric,
-            options=_config_changes(options),
+            options=_config_changes(cfg_options),
+            **options,
         )
         if compare is not None and compare not in plan.configs:
             raise ValueError(f"--compare {compare}: expected one of {', '.join(plan.configs)}")
@@ -481,7 +460,7 @@ def sweep_slides(
         table = sweep.table(compare)
         click.echo(table)
         write_text(Path(work_dir) / "table.md", table)
-        sweep.draw(Path(work_dir) / "curve.png", metric)
+        sweep.draw(Path(work_dir) / "curve.png", plan.metric)
         click.echo(f"Wrote table.md and curve.png to {work_dir}")
     if failures:
         cell, message = next(iter(failures.items()))

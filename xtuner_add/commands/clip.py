@@ -72,13 +72,11 @@ def train_clip(
     recipe: str,
     output: Path,
     data: tuple[str, ...],
-    images: Path | None,
-    model: str | None,
-    pretrained: str | None,
     options: tuple[str, ...],
     device: str | None,
     workers: int,
-) -> None:  # fmt: skip
+    **changes: Any,
+) -> None:
     """Train a CLIP according to RECIPE: a YAML file, or one of our names, such as `pathgen_clip`.
 
     To use several processes, set NPROC_PER_NODE; on several machines with a shared file system also
@@ -101,10 +99,8 @@ def train_clip(
         read = read_recipe(
             find_recipe(recipe),
             data={name: Path(value) for name, value in name_values("--data", data).items()},
-            images=images,
             options=yaml_values(options),
-            model=model,
-            pretrained=pretrained,
+            **changes,
         )
         files = [stage.data for stage in read.stages if stage.data.is_file()]
         if processes.nnodes > 1 and files:
@@ -132,10 +128,17 @@ def train_clip(
 
 _ENCODING = (
     click.option("--output", required=True, type=OUT_FOLDER, help="Output folder for the scores."),
-    click.option("--cache", type=OUT_FOLDER, help="Folder of image features. [default: --output]"),
+    click.option(
+        "--cache",
+        "cache_dir",
+        type=OUT_FOLDER,
+        help="Folder of image features. [default: --output]",
+    ),
     device_option,
     click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
-    click.option("--workers", default=0, show_default=True, help="Processes that read images."),
+    click.option(
+        "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+    ),
     click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap."),
 )
 
@@ -170,12 +173,9 @@ def clip_zero_shot(
     benchmark: str,
     data_path: Path,
     output: Path,
-    cache: Path | None,
     device: str | None,
-    batch_size: int,
-    workers: int,
-    seed: int,
-) -> None:  # fmt: skip
+    **options: Any,
+) -> None:
     """Classify images with MODEL and prompts; report balanced accuracy, weighted F1 and accuracy.
 
     MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, a preset, or
@@ -189,16 +189,8 @@ def clip_zero_shot(
 
     with user_errors():
         found = load_image_set(benchmark, "prompts")
-        metrics = zero_shot(
-            create_encoder(model, device=device),
-            found,
-            data_path,
-            output,
-            cache_dir=cache,
-            batch_size=batch_size,
-            num_workers=workers,
-            seed=seed,
-        )
+        encoder = create_encoder(model, device=device)
+        metrics = zero_shot(encoder, found, data_path, output, **options)
     _show(ctx, output, metrics)
 
 
@@ -231,30 +223,17 @@ def clip_retrieval(
     model: str,
     pairs: Path,
     images: Path | None,
-    ks: tuple[int, ...],
     output: Path,
-    cache: Path | None,
     device: str | None,
-    batch_size: int,
-    workers: int,
-    seed: int,
-) -> None:  # fmt: skip
+    **options: Any,
+) -> None:
     """Retrieve captions for images and images for captions with MODEL: recall@k, with intervals."""
     from pathcore.encoders import create_encoder
     from pathgen.clip.zero_shot import retrieval
 
     with user_errors():
-        metrics = retrieval(
-            create_encoder(model, device=device),
-            pairs,
-            output,
-            image_folder=images,
-            ks=ks,
-            cache_dir=cache,
-            batch_size=batch_size,
-            num_workers=workers,
-            seed=seed,
-        )
+        encoder = create_encoder(model, device=device)
+        metrics = retrieval(encoder, pairs, output, image_folder=images, **options)
     _show(ctx, output, metrics)
 
 

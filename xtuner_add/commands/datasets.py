@@ -33,6 +33,7 @@ _IMAGES = click.option(
 )
 _MAX_SKIPPED = click.option(
     "--max-skipped",
+    "max_skipped_fraction",
     default=0.1,
     show_default=True,
     help="Fraction of unusable rows above which the run fails.",
@@ -74,7 +75,7 @@ def convert_dataset(
     settings: tuple[str, ...],
     licence: str | None,
     check_images: bool,
-    max_skipped: float,
+    max_skipped_fraction: float,
     link: Any,
 ) -> None:
     """Convert the public dataset NAME, as published, to training files in the folder OUT.
@@ -104,7 +105,7 @@ def convert_dataset(
                 conversion,
                 out,
                 check_images=check_images,
-                max_skipped_fraction=max_skipped,
+                max_skipped_fraction=max_skipped_fraction,
                 progress=advance,
             )
     click.echo(f"Wrote {out}: {_amount(report)}")
@@ -140,12 +141,9 @@ def _amount(report: dict[str, Any]) -> str:
 def dataformat(
     pairs: Path,
     out: Path,
-    image_folder: Path | None,
-    seed: int,
     instructions: Path | None,
-    image_position: Any,
     max_area_px: int,
-    max_skipped: float,
+    **options: Any,
 ) -> None:
     """Turn image-caption PAIRS into OUT/conversations.jsonl for training.
 
@@ -159,13 +157,10 @@ def dataformat(
         report = write_conversations(
             pairs,
             out,
-            image_folder=image_folder,
-            seed=seed,
             instructions=load_instructions(instructions),
-            image_position=image_position,
             max_area_px=max_area_px or None,
-            max_skipped_fraction=max_skipped,
             progress=advance,
+            **options,
         )
     click.echo(f"Wrote {out}: {_amount(report)}")
     if report["num_excluded"]:
@@ -225,7 +220,7 @@ def clean_pairs(
     index: Path | None,
     shard: str | None,
     samples: int,
-    max_skipped: float,
+    max_skipped_fraction: float,
     **options: Any,
 ) -> None:
     """Copy the rows of ROWS that pass every step to the folder OUT.
@@ -246,7 +241,7 @@ def clean_pairs(
             image_folder=image_folder,
             index=read_index(index) if index else None,
             num_samples=samples,
-            max_skipped_fraction=max_skipped,
+            max_skipped_fraction=max_skipped_fraction,
             shard=Shard.parse(shard) if shard else None,
             progress=advance,
         )

@@ -17,12 +17,18 @@ from xtuner_add.commands.options import (
     FOLDER,
     OUT_FOLDER,
     RelaunchedCommand,
+    address_option,
     device_option,
     end,
     end_of_job,
+    engine_option,
     example,
     num_cores,
+    output_folder,
+    pictures_option,
+    quiet_option,
     relaunch,
+    retry_option,
     shows_results,
     user_errors,
     yaml_values,
@@ -32,6 +38,7 @@ from xtuner_add.paths import configs_dir
 if TYPE_CHECKING:
     from gigapath.embed.slide_encoders import NamedSlideEncoder
     from gigapath.embed.slide_vectors import SlideEncoderSpec
+    from pathcore.pool import Engine
 
 _HUB = "hf_hub:prov-gigapath/prov-gigapath"
 _PRESETS = ("mean", "pipeline", "trident", "lazyslide")
@@ -50,7 +57,7 @@ class _GridSize(click.ParamType):
 
 @click.command("embed", epilog=example("embed", "slides/ --output embeddings/"))
 @click.argument("slides", type=ANY_PATH)
-@click.option("--output", type=ANY_PATH, required=True, help="Output folder.")
+@output_folder
 @click.option(
     "--tile-encoder",
     default=_HUB,
@@ -142,15 +149,22 @@ class _GridSize(click.ParamType):
     help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
     "remaining cores on a machine with a GPU, else 0]",
 )
-@click.option(
-    "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
-)
-@click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]")
+@engine_option
+@address_option
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
-@click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
-@click.option("--retry-skipped", is_flag=True, help="Retry what an earlier run skipped.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **options: Any) -> None:
+@pictures_option
+@retry_option
+@quiet_option
+def embed(
+    slides: Path,
+    output: Path,
+    workers: int | None,
+    engine: Engine,
+    address: str | None,
+    retry_skipped: bool,
+    progress: bool,
+    **options: Any,
+) -> None:
     """Compute tile embeddings and slide embeddings of SLIDES.
 
     SLIDES is a slide, a folder of slides, or a folder of tiles named like 01581x_25327y.png (or
@@ -176,10 +190,10 @@ def embed(slides: Path, output: Path, workers: int | None, quiet: bool, **option
             settings,
             placement,
             workers=workers,
-            engine=options["engine"],
-            address=options["address"],
-            retry_skipped=options["retry_skipped"],
-            progress=not quiet,
+            engine=engine,
+            address=address,
+            retry_skipped=retry_skipped,
+            progress=progress,
         )
     end_of_job(report, "slides", output)
 
@@ -210,7 +224,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
         masks=str(options["masks"].resolve()) if options["masks"] else None,
         coords=str(options["coords"].resolve()) if options["coords"] else None,
         batch_size=options["batch_size"] or (128 if on_gpu else 16),
-        pictures=not options["no_pictures"],
+        pictures=options["pictures"],
         origin=_origin_of_tiles(tile_encoder, options),
     )
     read_workers = options["read_workers"]
@@ -339,9 +353,19 @@ def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the code of the encoder's authors.")
 @device_option
-@click.option("--retry-skipped", is_flag=True, help="Try again what was skipped before.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-def encode_slides(features: Path, output: Path, **options: Any) -> None:
+@retry_option
+@quiet_option
+def encode_slides(
+    features: Path,
+    output: Path,
+    slide_encoder: str,
+    patch_encoder: str | None,
+    patch_px: int | None,
+    mpp: float | None,
+    preset: str,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
     """Embed slides or patients from FEATURES, a folder of SLIDE.h5.
 
     FEATURES are patch features of `xtuner-add embed`, TRIDENT, CLAM or STAMP. A slide encoder takes
@@ -355,39 +379,25 @@ def encode_slides(features: Path, output: Path, **options: Any) -> None:
     from pathcore.encoders import get_preset
 
     with user_errors():
-        name = options["patch_encoder"]
-        stated = Origin(
-            get_preset(name).name if name else "",
-            patch_px=options["patch_px"],
-            mpp=options["mpp"],
+        known = get_preset(patch_encoder).name if patch_encoder else ""
+        encoder = describe_named_slide_encoder(
+            slide_encoder, trust_remote_code=trust_remote_code, preset=preset
         )
-        report = encode(
-            features,
-            output,
-            describe_named_slide_encoder(
-                options["slide_encoder"],
-                trust_remote_code=options["trust_remote_code"],
-                preset=options["preset"],
-            ),
-            stated=stated,
-            patients=options["patients"],
-            device=options["device"],
-            retry_skipped=options["retry_skipped"],
-            progress=not options["quiet"],
-        )
+        stated = Origin(known, patch_px=patch_px, mpp=mpp)
+        report = encode(features, output, encoder, stated=stated, **options)
     end_of_job(report, "patients" if options["patients"] else "slides", output)
 
 
 _OPTION = click.option(
     "--option",
-    "options",
+    "settings",
     multiple=True,
     metavar="NAME=VALUE",
     help="Override a setting of the recipe, such as lr=0.01; may be repeated.",
 )
 _FOLD = click.option(
     "--fold",
-    "folds",
+    "only_folds",
     type=int,
     multiple=True,
     help="Index of a fold to run; may be repeated. [default: all]",
@@ -458,11 +468,9 @@ def probe_tiles(
     output: Path,
     labels: Path | None,
     recipe: str | None,
-    options: tuple[str, ...],
-    methods: tuple[str, ...],
-    embed_dim: int | None,
-    device: str | None,
-) -> None:  # fmt: skip
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Train a linear probe on EMBEDDINGS, a zip or folder of one .pt per tile, and test it.
 
     A zip file is read without unpacking. The default recipe is the protocol published for PCam. An
@@ -473,18 +481,9 @@ def probe_tiles(
     from gigapath.finetune.probe import probe_tiles as probe
 
     with user_errors():
-        settings = read_settings(
-            ProbeSettings, recipe and find_recipe(recipe), yaml_values(options)
-        )
-        results = probe(
-            embeddings,
-            labels,
-            output,
-            settings=settings,
-            methods=methods,
-            embed_dim=embed_dim,
-            device=device,
-        )
+        found = recipe and find_recipe(recipe)
+        chosen = read_settings(ProbeSettings, found, yaml_values(settings))
+        results = probe(embeddings, labels, output, settings=chosen, **options)
     _end(output, results, "tile")
 
 
@@ -529,6 +528,7 @@ def probe_tiles(
 )
 @click.option(
     "--slide-embeddings",
+    "vectors",
     type=FOLDER,
     help="Folder of SLIDE.h5 or .pt, for knn and logistic. [default: the mean over the tiles]",
 )
@@ -548,17 +548,11 @@ def finetune_slides(
     features: Path,
     labels: Path,
     output: Path,
-    splits: Path | None,
     recipe: str,
     task: str | None,
-    options: tuple[str, ...],
-    methods: tuple[str, ...],
-    slide_embeddings: Path | None,
-    folds: tuple[int, ...],
-    seeds: tuple[int, ...],
-    heat_maps: bool,
-    device: str | None,
-) -> None:  # fmt: skip
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Fine-tune the slide encoder on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
     To use several processes, set NPROC_PER_NODE; on several machines also NNODES, NODE_RANK, ADDR
@@ -573,19 +567,9 @@ def finetune_slides(
 
     with user_errors():
         file = find_recipe(recipe)
+        chosen = read_settings(FinetuneSettings, file, yaml_values(settings), others=("task",))
         results = finetune(
-            features,
-            labels,
-            find_task(task, file),
-            output,
-            splits=splits,
-            settings=read_settings(FinetuneSettings, file, yaml_values(options), others=("task",)),
-            methods=methods,
-            vectors=slide_embeddings,
-            only_folds=folds,
-            seeds=seeds,
-            heat_maps=heat_maps,
-            device=device,
+            features, labels, find_task(task, file), output, settings=chosen, **options
         )
     if shows_results():
         _end(output, results, "slide")
@@ -684,22 +668,18 @@ def train_mil(
     ctx: click.Context,
     features: Path,
     labels: Path,
-    splits: Path,
     output: Path,
     label: str,
     model: str,
-    folds: tuple[int, ...],
-    seeds: tuple[int, ...],
     epochs: int,
     lr: float,
     weight_decay: float,
     embed_dim: int | None,
     hidden_dim: int | None,
     bag_size: int,
-    options: tuple[str, ...],
-    heat_maps: bool,
-    device: str | None,
-) -> None:  # fmt: skip
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Train a bag model on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
     Equivalent to finetune-slides --method MODEL, with the classes taken from the table.
@@ -723,21 +703,16 @@ def train_mil(
             raise click.UsageError(f"--{option}: {model} has no such width")
         chosen = replace(chosen, options={**chosen.options, **given})
         own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay, "bag_size": bag_size}
-        own = {**chosen.settings, **own, **yaml_values(options)}
-        settings = make_settings(FinetuneSettings, {"input_dim": 0, **own}, "settings")
+        own = {"input_dim": 0, **chosen.settings, **own, **yaml_values(settings)}
         results = finetune(
             features,
             labels,
             task_of_table(labels, label),
             output,
-            splits=splits,
-            settings=settings,
+            settings=make_settings(FinetuneSettings, own, "settings"),
             methods=(model,),
             models={model: replace(chosen, settings={})},
-            only_folds=folds,
-            seeds=seeds,
-            heat_maps=heat_maps,
-            device=device,
+            **options,
         )
     if shows_results():
         _end(output, results, "slide")

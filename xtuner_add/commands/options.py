@@ -34,6 +34,23 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda"]),
     help="Device. [default: a GPU if there is one]",
 )
+output_folder = click.option("--output", type=ANY_PATH, required=True, help="Output folder.")
+engine_option = click.option(
+    "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
+)
+address_option = click.option(
+    "--address", help="Address of a Ray cluster. [default: Ray on this machine]"
+)
+retry_option = click.option(
+    "--retry-skipped", is_flag=True, help="Retry what an earlier run skipped."
+)
+pictures_option = click.option(
+    "--no-pictures", "pictures", is_flag=True, flag_value=False, default=True,
+    help="Do not draw pictures.",
+)  # fmt: skip
+quiet_option = click.option(
+    "--quiet", "progress", is_flag=True, flag_value=False, default=True, help="No progress bar."
+)
 
 
 def example(command: str, *arguments: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,7 +31,10 @@ def _checks_result(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--no-probe",
+            "probe",
             is_flag=True,
+            flag_value=False,
+            default=True,
             help="Do not compare the logits of a few tokens with those of PEFT.",
         ),
     ]
@@ -45,14 +49,7 @@ def _checks_result(function: Callable[..., None]) -> Callable[..., None]:
 @click.argument("out", type=ANY_PATH)
 @device_option
 @_checks_result
-def merge(
-    base: Path,
-    adapters: tuple[Path, ...],
-    out: Path,
-    device: str | None,
-    force_base: bool,
-    no_probe: bool,
-) -> None:
+def merge(base: Path, adapters: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Merge LoRA ADAPTERS into the model BASE and write the folder OUT.
 
     Works shard by shard, so memory use does not depend on the size of the model. Data types are
@@ -61,9 +58,7 @@ def merge(
     from pallava.release.merge import merge as merge_folders
 
     with user_errors():
-        digests = merge_folders(
-            base, adapters, out, device=device, force_base=force_base, probe=not no_probe
-        )
+        digests = merge_folders(base, adapters, out, **options)
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 
 
@@ -167,14 +162,7 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
 @device_option
 @_checks_result
 def export(
-    base: Path,
-    converted: Path,
-    out: Path,
-    layout: str,
-    scores: tuple[Path, ...],
-    device: str | None,
-    force_base: bool,
-    no_probe: bool,
+    base: Path, converted: Path, out: Path, scores: tuple[Path, ...], **options: Any
 ) -> None:
     """Write one folder that transformers loads: encoder, connector, merged language model.
 
@@ -189,12 +177,9 @@ def export(
             base,
             converted,
             out,
-            layout=layout,  # type: ignore[arg-type]
-            device=device,
             scores=read_scores(scores),
             audits=read_audits(scores),
-            force_base=force_base,
-            probe=not no_probe,
+            **options,
         )
     click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
 

@@ -17,9 +17,15 @@ from xtuner_add.commands.options import (
     FILE_OR_FOLDER,
     FOLDER,
     add_options,
+    address_option,
     end_of_job,
+    engine_option,
     example,
     num_cores,
+    output_folder,
+    pictures_option,
+    quiet_option,
+    retry_option,
     user_errors,
     weight_values,
 )
@@ -32,8 +38,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _job_options(function: _Function) -> _Function:
     """Adds the options of every job over many slides."""
-    options = [
-        click.option("--output", type=ANY_PATH, required=True, help="Output folder."),
+    options = (
+        output_folder,
         click.option(
             "--slide-mpp",
             type=float,
@@ -42,15 +48,14 @@ def _job_options(function: _Function) -> _Function:
         click.option(
             "--workers",
             type=click.IntRange(1),
+            default=num_cores,
             help="Number of processes. [default: one per CPU core]",
         ),
-        click.option(
-            "--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True
-        ),
-        click.option("--address", help="Address of a Ray cluster. [default: Ray on this machine]"),
-        click.option("--retry-skipped", is_flag=True, help="Retry what an earlier run skipped."),
-        click.option("--quiet", is_flag=True, help="No progress bar."),
-    ]
+        engine_option,
+        address_option,
+        retry_option,
+        quiet_option,
+    )
     return add_options(function, options)
 
 
@@ -108,10 +113,7 @@ def tile(
     whole_slide: bool,
     level0: bool,
     coords_style: str,
-    workers: int | None,
-    retry_skipped: bool,
-    quiet: bool,
-    **engine: Any,
+    **job: Any,
 ) -> None:
     """Find the patches with tissue of SLIDES: a folder of slides, or one slide.
 
@@ -133,15 +135,7 @@ def tile(
             mpp=slide_mpp,
             style=coords_style,  # type: ignore[arg-type]
         )
-        report = tile_slides(
-            slides,
-            output,
-            settings,
-            workers=workers or num_cores(),
-            retry_skipped=retry_skipped,
-            progress=not quiet,
-            **engine,
-        )
+        report = tile_slides(slides, output, settings, **job)
     end_of_job(report, "slides", output)
 
 
@@ -187,10 +181,7 @@ def extract(
     quality: int | None,
     layout: str,
     shard_size: int,
-    workers: int | None,
-    retry_skipped: bool,
-    quiet: bool,
-    **engine: Any,
+    **job: Any,
 ) -> None:
     """Cut the patches of ANNOTATIONS out of slides, with their captions.
 
@@ -222,10 +213,7 @@ def extract(
             settings=OutputSettings(layout, image_format, quality, part_size),  # type: ignore[arg-type]
             source={"sha256": sha256_of(annotations), "patch_px": patch_px},
             mpp=slide_mpp,
-            workers=workers or num_cores(),
-            retry_skipped=retry_skipped,
-            progress=not quiet,
-            **engine,
+            **job,
         )
     end_of_job(report, "patches", output)
 
@@ -274,7 +262,7 @@ def gdc_manifest(
 )
 @click.argument("coords", type=FOLDER)
 @click.option("--slides", type=FOLDER, required=True, help="Folder of the slides.")
-@click.option("--output", type=ANY_PATH, required=True, help="Output folder.")
+@output_folder
 @click.option(
     "--encoder",
     required=True,
@@ -300,6 +288,7 @@ def gdc_manifest(
 )
 @click.option(
     "--similarity",
+    "max_similarity",
     default=0.95,
     show_default=True,
     help="Cosine similarity above which two patches are duplicates.",
@@ -315,27 +304,21 @@ def gdc_manifest(
 )
 @click.option("--classes", type=FILE, help="Custom prompts: JSON {type: {class: [texts]}}.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--no-pictures", is_flag=True, help="Do not draw pictures.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@pictures_option
+@quiet_option
 def select_patches(
     coords: Path,
     slides: Path,
     output: Path,
     encoder: str,
     device: str | None,
-    batch_size: int,
-    quota: int,
     fractions: str,
-    clusters: str,
-    similarity: float,
-    cancer_type: str | None,
+    classes: Path | None,
     cancer_types: Path | None,
     reports: Path | None,
-    classes: Path | None,
-    seed: int,
-    no_pictures: bool,
-    quiet: bool,
-) -> None:  # fmt: skip
+    progress: bool,
+    **options: Any,
+) -> None:
     """Select representative patches of the slides whose coordinates are in the folder COORDS.
 
     Takes patches that match descriptions of findings, patches that match the report, and patches
@@ -349,15 +332,9 @@ def select_patches(
 
     with user_errors():
         settings = SelectionSettings(
-            quota,
-            weight_values(fractions, "--fractions"),  # type: ignore[arg-type]
-            clusters,
-            similarity,
-            seed,
-            str(classes) if classes else None,
-            cancer_type,
-            batch_size,
-            not no_pictures,
+            fractions=weight_values(fractions, "--fractions"),  # type: ignore[arg-type]
+            classes=str(classes) if classes else None,
+            **options,
         )
         report = select(
             coords,
@@ -367,7 +344,7 @@ def select_patches(
             settings,
             cancer_types=read_table(cancer_types, "cancer_type") if cancer_types else None,
             reports=read_table(reports, "report") if reports else None,
-            progress=not quiet,
+            progress=progress,
         )
     click.echo(
         f"Wrote {output}: {report.num_patches:,} patches of "
