@@ -86,7 +86,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of the environment in `root`; returns exit code and output.
 
-    `xtuner-add` in one process is forked off a Python that has imported XTuner before.
+    `xtuner-add` is forked off a Python that has imported XTuner before; `xtuner` is not.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -95,7 +95,7 @@ def run(
     }
     if processes > 1:
         environment |= {"NPROC_PER_NODE": str(processes)}
-    elif program == "xtuner-add":
+    if program == "xtuner-add":
         words = list(map(str, arguments))
         return run_module("xtuner_add.cli", words, cwd=root, environ=environment, timeout_s=timeout)
     command = [str(Path(sys.executable).parent / program), *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""One PLIP step in several gloo processes; `test_pretraining_ranks.py` starts it by torchrun.
+"""One PLIP step in several gloo processes; `test_pretraining_ranks.py` starts them.
 
 Usage: pretraining_ranks.py GOLDEN OUTPUT GATHER_NEGATIVES(0|1)
 

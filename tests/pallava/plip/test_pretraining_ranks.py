@@ -1,26 +1,23 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.warm_python import run_module
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "pallava" / "plip_pretrain"
-SCRIPT = Path(__file__).with_name("pretraining_ranks.py")
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 
 def _run(output, gather_negatives):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(SCRIPT), str(GOLDEN), str(output), str(int(gather_negatives))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(GOLDEN), str(output), str(int(gather_negatives))]
+    done = run_module(
+        "tests.pallava.plip.pretraining_ranks", arguments, cwd=GOLDEN.parents[3], processes=2
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:]
     found = json.loads((output / "found.json").read_text())
     queues = [load_file(output / f"queues_{rank}.safetensors") for rank in (0, 1)]
     return found, queues

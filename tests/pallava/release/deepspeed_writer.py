@@ -1,6 +1,6 @@
 """Lets DeepSpeed write one checkpoint folder for each ZeRO stage: `deepspeed_writer.py FOLDER`.
 
-Started once per rank by torchrun. Two parameter groups hold sizes that no number of ranks divides,
+Started once per rank. Two parameter groups hold sizes that no number of ranks divides,
 so that padding and splits inside a tensor occur. `expected.pt` keeps the fp32 master weights as
 DeepSpeed's own accessor returns them in the run.
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,24 +13,21 @@ from pallava.release.zero import load_checkpoint
 from pathcore.weights import CheckpointError
 from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2
 from tests.pallava.release.deepspeed_writer import TAG
+from tests.warm_python import run_module
 
-WRITER = Path(__file__).with_name("deepspeed_writer.py")
-REPOSITORY = WRITER.parents[3]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `zero{1,2,3}_ranksN`, written by DeepSpeed in N processes on the CPU."""
     root = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={request.param}", str(WRITER), str(root)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_module(
+        "tests.pallava.release.deepspeed_writer", [str(root)],
+        cwd=REPOSITORY, environ=environ, processes=request.param,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
     return root
 
 
