@@ -31,10 +31,6 @@ def axis_table(ngrids: int, dim: int) -> Tensor:
     Section 3.5 of arXiv:1706.03762, with all sines before the cosines. Computed in float64, because
     float32 is off by up to 6e-5.
 
-    Args:
-        ngrids: Number of cells.
-        dim: Width of the embeddings.
-
     Returns:
         float32 `(ngrids, dim)`, on the CPU.
 

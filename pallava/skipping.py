@@ -34,9 +34,6 @@ class SkipLog:
     of data loader workers and ranks never interleave. The file is created with the first record.
     Instances hold no open file and can be pickled to worker processes.
 
-    Args:
-        path: JSON lines file.
-
     Example:
         >>> import tempfile
         >>> log = SkipLog(Path(tempfile.mkdtemp()) / "skipped_samples.jsonl")

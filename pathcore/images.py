@@ -91,10 +91,6 @@ def image_files(folder: Path) -> list[Path]:
 def image_size(path: StrPath, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Reads width and height in pixels from the header of an image file.
 
-    Args:
-        path: The image file.
-        max_pixels: Maximum number of pixels.
-
     Raises:
         ImageError: If the file does not exist, is not an image, or is too large.
     """

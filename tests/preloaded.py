@@ -1,6 +1,13 @@
-"""Modules that `tests.warm_python` imports once, before it forks the processes of the tests."""
+"""Imports once what the processes of `tests.warm_python` need, before they are forked."""
 
-import xtuner.tools.train  # noqa: F401
+from importlib import import_module
 
-import xtuner_add.run_mode
-import xtuner_add.training_check  # noqa: F401
+for name in (
+    *("pallava.engine.runtime", "pallava.engine.parts", "xtuner.tools.train"),
+    *("xtuner_add.run_mode", "xtuner_add.training_check"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
+    *("mmcls.apis", "mmcls.models", "mmcls.datasets"),
+    *("mmpretrain.apis", "mmpretrain.models", "mmpretrain.datasets"),
+    "open_clip_train.main",
+):
+    import_module(name)

@@ -8,6 +8,7 @@ launching and signals start real interpreters.
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -29,17 +30,25 @@ def run_module(
     *,
     cwd: Path,
     environ: Mapping[str, str] = os.environ,
-    processes: int = 1,
+    ranks: int | None = None,
     timeout_s: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module arguments`, several as torchrun does; returns exit code and output.
+    """Runs `python -m module arguments`; returns exit code and output.
 
     A command that starts another Python module, in one process or by torchrun, gets forks as well.
+
+    Args:
+        module: Name of a module, or path of a script.
+        arguments: Its arguments.
+        cwd: Working directory.
+        environ: Environment variables.
+        ranks: Number of processes, with the environment variables of torchrun.
+        timeout_s: Timeout in seconds.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    if processes > 1:
-        command[2:2] = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command.insert(5, "-m")
+    words = [module] if module.endswith(".py") else ["-m", module]
+    command = [sys.executable, *words, *arguments]
+    if ranks is not None:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     if torch.cuda.is_available():  # CUDA does not survive a fork
         return subprocess.run(
             command, cwd=cwd, env=dict(environ), text=True, timeout=timeout_s,
@@ -83,23 +92,23 @@ def _run_in_child(command: list[str], cwd: str, environ: dict[str, str], output:
 
 def _run_forked(command: Sequence[str], environ: Mapping[str, str]) -> int:
     """Forks the processes of `python -m MODULE` or of torchrun; returns their exit code."""
-    words, num_ranks = list(command[2:]), 1
-    if words[0] == "torch.distributed.run":
-        count = next(word for word in words if word.startswith("--nproc_per_node="))
-        num_ranks = int(count.partition("=")[2])
-        words = words[words.index("-m") + 1 :]
+    words, num_ranks = list(command[1:]), None
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        options = list(itertools.takewhile(lambda word: word.startswith("--"), words[2:]))
+        count = next(word for word in options if word.startswith("--nproc_per_node="))
+        num_ranks, words = int(count.partition("=")[2]), words[2 + len(options) :]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     children = []
-    for rank in range(num_ranks):
+    for rank in range(num_ranks or 1):
         sys.stdout.flush()
         sys.stderr.flush()
         if child := os.fork():
             children.append(child)
             continue
         atexit._clear()  # it would remove the temporary folder of `launch`
-        if num_ranks > 1:
+        if num_ranks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
             environ = {**environ, **address, **own, "LOCAL_WORLD_SIZE": str(num_ranks)}
         os._exit(_run_as_main(words, environ))
@@ -111,20 +120,21 @@ def _run_forked(command: Sequence[str], environ: Mapping[str, str]) -> int:
         if codes[-1]:  # the others would wait for it
             for other in children:
                 os.kill(other, signal.SIGTERM)
-    if num_ranks > 1:  # torchrun's own exit code
-        return int(any(codes))
-    return codes[0]
+    return int(any(codes)) if num_ranks else codes[0]  # that of torchrun itself is 1
 
 
 def _run_as_main(words: list[str], environ: Mapping[str, str]) -> int:
     """Does what an interpreter does between its start and its end; returns the exit code."""
     os.environ.clear()
     os.environ.update(environ)
-    sys.path.insert(0, os.getcwd())
-    sys.argv = words
+    is_module, sys.argv = words[0] == "-m", words[words[0] == "-m" :]
+    sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(words[0]))
     code: object = 0
     try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -129,9 +129,6 @@ class OpenSlideBackend:
 
     The file is reopened after a failed read, because every later read of the old handle fails too.
 
-    Args:
-        path: The file.
-
     Raises:
         SlideError: If OpenSlide cannot open it.
     """
@@ -190,9 +187,6 @@ class UnreadableTiffError(SlideError):
 
 class TiffBackend:
     """Reads a TIFF by tifffile, with tiles or strips, with or without levels.
-
-    Args:
-        path: The file.
 
     Raises:
         UnreadableTiffError: If the format of the pixels is not supported.
@@ -388,9 +382,6 @@ def _tag_mpp(page: Any) -> tuple[float | None, float | None]:
 
 class PlainImageBackend:
     """Reads a plain image into memory as a slide with a single level.
-
-    Args:
-        path: The file.
 
     Raises:
         SlideError: If Pillow cannot read it, or it is too large for memory.

@@ -89,9 +89,6 @@ class WeightFile(Protocol):
 class SafetensorsFile:
     """A `.safetensors` file.
 
-    Args:
-        path: Path of the file.
-
     Raises:
         CheckpointError: If the file is damaged or contains an unknown dtype.
     """
@@ -146,9 +143,6 @@ class SafetensorsFile:
 
 class TorchFile:
     """A memory-mapped `.bin` or `.pth` file, unpickled with tensors only.
-
-    Args:
-        path: Path of the file.
 
     Raises:
         CheckpointError: If the file contains anything but named tensors.

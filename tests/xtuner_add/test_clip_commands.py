@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from tests.pathgen.histology import KINDS, patch, write_class_folders, write_pairs
+from tests.warm_python import run_module
 from xtuner_add.cli import main
 from xtuner_add.paths import configs_dir
 
 
 def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xtuner_add.cli", *map(str, arguments)],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = list(map(str, arguments))
+    return run_module("xtuner_add.cli", words, cwd=Path.cwd(), environ={**os.environ, **environ})
 
 
 @pytest.mark.slow
@@ -45,10 +40,10 @@ def test_two_processes_train_a_clip_above_chance_that_cite_reads(
         *("--data", f"only={pairs}", "--option", "batch-size=8", "--option", "workers=1"),
         NPROC_PER_NODE="2",
     )
-    assert found.returncode == 3, found.stderr[-3000:]
-    assert "1 skipped" in found.stderr and "only: 120 pairs" in found.stdout
+    assert found.returncode == 3, found.stdout[-3000:]
+    assert "1 skipped" in found.stdout and "only: 120 pairs" in found.stdout
     log = (tmp_path / "out/only/out.log").read_text()
-    assert "total 2" in log and "backend" not in found.stderr.splitlines()[-1]
+    assert "total 2" in log and "backend" not in found.stdout.splitlines()[-1]
 
     import open_clip
     import torch

@@ -15,10 +15,6 @@ def find_level_for_target_mpp(slide_path: StrPath, target_mpp: float) -> int | N
     The original reads only TIFF's resolution tags in centimetres; this function knows the
     resolution of every slide that `wsi.reader` reads.
 
-    Args:
-        slide_path: The slide.
-        target_mpp: Target resolution in micrometres per pixel.
-
     Returns:
         The finest such level, or None if there is none or the slide does not give its resolution.
 

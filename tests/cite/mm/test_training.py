@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.cite.mm.gastric import make_gastric
+from tests.warm_python import run_module
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "configs" / "cite" / "gastric"
@@ -61,11 +62,12 @@ def torchrun(
     spec = find_spec(host)
     assert spec is not None and spec.origin is not None
     script = Path(spec.origin).parent / ".mim" / "tools" / f"{verb}.py"
-    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    return run(
-        folder, *command, script, CITE, *arguments,
-        *("--launcher", "pytorch", "--cfg-options", *OPTIONS, *HOSTS[host], *options),
-    )  # fmt: skip
+    words = (CITE, *arguments, "--launcher", "pytorch", "--cfg-options")
+    words = (*words, *OPTIONS, *HOSTS[host], *options)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = run_module(str(script), list(map(str, words)), cwd=folder, environ=environ, ranks=2)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:

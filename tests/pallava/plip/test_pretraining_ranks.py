@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 def _run(output, gather_negatives):
     arguments = [str(GOLDEN), str(output), str(int(gather_negatives))]
     done = run_module(
-        "tests.pallava.plip.pretraining_ranks", arguments, cwd=GOLDEN.parents[3], processes=2
+        "tests.pallava.plip.pretraining_ranks", arguments, cwd=GOLDEN.parents[3], ranks=2
     )
     assert done.returncode == 0, done.stdout[-4000:]
     found = json.loads((output / "found.json").read_text())

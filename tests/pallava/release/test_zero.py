@@ -25,7 +25,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run_module(
         "tests.pallava.release.deepspeed_writer", [str(root)],
-        cwd=REPOSITORY, environ=environ, processes=request.param,
+        cwd=REPOSITORY, environ=environ, ranks=request.param,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     return root
