@@ -63,7 +63,7 @@ demo-pathgen: setup ## Caption slides made here and train a CLIP on the captions
 
 test: export PALLAVA_TRANSFORMERS_PYTHONS := $(subst $(eval ) ,:,$(foreach folder,$(ALONE),$(abspath $(folder))/bin/python))
 test: setup $(addsuffix /.setup-complete,$(ALONE)) ## Run every test
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: setup ## Run the tests that take seconds
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow and not multiproc" $(PYTEST_ARGS)

@@ -84,7 +84,13 @@ def _run_in_child(command: list[str], cwd: str, environ: dict[str, str], output:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # as in an interpreter of its own
     import xtuner_add.launch
+    from pallava.engine import runtime
+
+    # The imports have prepared a host without ranks; the stub is one of these preparations.
+    runtime.prepare_host.cache_clear()
+    sys.modules.pop("deepspeed.runtime.fp16.onebit", None)
 
     xtuner_add.launch.run_child = _run_forked
     raise SystemExit(_run_forked(command, environ))
