@@ -40,32 +40,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str | Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*map(str, command)], cwd=folder, capture_output=True, text=True, env=environment
-    )
+ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def mim(folder: Path, verb: str, host: str, *arguments: str | Path) -> str:
+    command = (Path(sys.executable).parent / "mim", verb, host, CITE, *arguments)
+    words = [*map(str, command), "--cfg-options", *OPTIONS, *HOSTS[host]]
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=ENVIRON)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
-def mim(folder: Path, verb: str, host: str, *arguments: str | Path, options: tuple = ()) -> str:
-    options = (*OPTIONS, *HOSTS[host], *options)
-    command = (Path(sys.executable).parent / "mim", verb, host, CITE)
-    return run(folder, *command, *arguments, "--cfg-options", *options)
-
-
-def torchrun(
-    folder: Path, host: str, *arguments: str | Path, verb: str = "train", options: tuple = ()
+def script(
+    folder: Path,
+    verb: str,
+    host: str,
+    *arguments: str | Path,
+    ranks: int | None = None,
+    options: tuple = (),
 ) -> str:
-    """Two processes, as the README says: mim's own launcher passes rc6 what it does not know."""
+    """Runs the script that mim starts; mim's own launcher passes rc6 what it does not know."""
     spec = find_spec(host)
     assert spec is not None and spec.origin is not None
-    script = Path(spec.origin).parent / ".mim" / "tools" / f"{verb}.py"
-    words = (CITE, *arguments, "--launcher", "pytorch", "--cfg-options")
-    words = (*words, *OPTIONS, *HOSTS[host], *options)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = run_module(str(script), list(map(str, words)), cwd=folder, environ=environ, ranks=2)
+    file = Path(spec.origin).parent / ".mim" / "tools" / f"{verb}.py"
+    launcher = () if ranks is None else ("--launcher", "pytorch")
+    words = (CITE, *arguments, *launcher, "--cfg-options", *OPTIONS, *HOSTS[host], *options)
+    words = [str(word) for word in words]
+    done = run_module(str(file), words, cwd=folder, environ=ENVIRON, ranks=ranks)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
@@ -104,7 +105,7 @@ def test_train_resume_and_test(host: str, folder: Path) -> None:
     moved.mkdir()
     shutil.copyfile(work_dir / "iter_6.pth", moved / "iter_6.pth")
     (moved / "last_checkpoint").write_text("iter_6.pth")
-    resumed = mim(folder, "train", host, "--work-dir", moved.name, "--resume")
+    resumed = script(folder, "train", host, "--work-dir", moved.name, "--resume")
     assert "resumed epoch: 0, iter: 6" in resumed
     assert "Data continues at iteration 6" in resumed
     assert_equal_weights(work_dir / "iter_12.pth", moved / "iter_12.pth")
@@ -134,7 +135,7 @@ def test_two_processes_train_what_one_does(host: str, folder: Path) -> None:
     single, log = trained(folder, host)
     options = ("train_dataloader.batch_size=4",)
     two = folder / f"{host}_two"
-    torchrun(folder, host, "--work-dir", two.name, options=options)
+    script(folder, "train", host, "--work-dir", two.name, ranks=2, options=options)
     # The order of sums differs, nothing else.
     assert_equal_weights(single / "iter_12.pth", two / "iter_12.pth", 2e-4)
 
@@ -142,11 +143,11 @@ def test_two_processes_train_what_one_does(host: str, folder: Path) -> None:
     resumed.mkdir()
     shutil.copyfile(two / "iter_6.pth", resumed / "iter_6.pth")
     (resumed / "last_checkpoint").write_text("iter_6.pth")
-    torchrun(folder, host, "--work-dir", resumed.name, "--resume", options=options)
+    script(folder, "train", host, "--work-dir", resumed.name, "--resume", ranks=2, options=options)
     assert_equal_weights(two / "iter_12.pth", resumed / "iter_12.pth")
 
     test = ("--work-dir", f"{host}_two_test")
-    both = torchrun(folder, host, single / "iter_12.pth", *test, verb="test")
+    both = script(folder, "test", host, single / "iter_12.pth", *test, ranks=2)
     for name, value in score(log).items():
         if "time" not in name:
             assert score(both)[name] == value, name
