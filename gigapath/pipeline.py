@@ -106,14 +106,15 @@ def tile_one_slide(
     slide_id = check_name(slide_file.name, room_bytes=40)
     output, thumbnails = save_dir / "output", save_dir / "thumbnails"
     out = output / slide_id
-    settings: dict[str, Any] = {
+    settings = {
         "level": level,
         "tile_size": tile_size,
         "mpp": mpp,
         "slide_mpp": slide_mpp,
+        "occupancy_threshold": occupancy_threshold,
+        "coordinates": coordinates,
+        "arithmetic": arithmetic,
     }
-    settings |= {"occupancy_threshold": occupancy_threshold}
-    settings |= {"coordinates": coordinates, "arithmetic": arithmetic}
     if _is_whole(out, settings):
         return out
     with Slide(slide_file, mpp=slide_mpp) as slide:

@@ -82,12 +82,21 @@ _IMAGES = click.option(
     help="Folder of the images. [default: the folder of ROWS]",
 )
 _PROMPT = click.option("--prompt-file", type=FILE, help="Custom prompt, .json or .txt.")
+_LENGTH = (
+    click.option("--min-words", default=20, show_default=True),
+    click.option("--max-words", default=250, show_default=True),
+)
 
 
 def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the arguments and options of every command that asks a model."""
     rows, out = click.argument("rows", type=FILE), click.argument("out", type=OUT_FILE)
     return add_options(command, (rows, out, *_WHOM, *_HOW, *_COST))
+
+
+def writes_captions(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of commands whose model writes a caption for an image."""
+    return asks_a_model(add_options(command, (_IMAGES, _PROMPT, *_LENGTH)))
 
 
 @click.command(
@@ -98,11 +107,7 @@ def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
         "selection.jsonl captions.jsonl --local llava-hf/llava-1.5-7b-hf",
     ),
 )
-@asks_a_model
-@_IMAGES
-@_PROMPT
-@click.option("--min-words", default=20, show_default=True)
-@click.option("--max-words", default=250, show_default=True)
+@writes_captions
 def describe(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
     """Describe the image of each row of ROWS and write the rows to OUT.
 
@@ -123,11 +128,7 @@ def describe(prompt_file: Path | None, min_words: int, max_words: int, **options
         "revise", "captions.jsonl revised.jsonl --endpoint http://localhost:8000/v1 --model NAME"
     ),
 )
-@asks_a_model
-@_IMAGES
-@_PROMPT
-@click.option("--min-words", default=20, show_default=True)
-@click.option("--max-words", default=250, show_default=True)
+@writes_captions
 def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: Any) -> None:
     """Check the caption of each row against its image, and correct or reject it.
 
