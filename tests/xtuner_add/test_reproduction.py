@@ -260,3 +260,11 @@ def test_cards_are_listed() -> None:
     result = CliRunner().invoke(cli.main, ["reproduce", "--list"])
     assert result.exit_code == 0
     assert set(card_files()) <= set(result.output.split())
+
+
+def test_the_document_lists_every_card_with_its_figure() -> None:
+    text = (Path(cli.__file__).parents[1] / "docs/reproduce.md").read_text()
+    for name in card_files():
+        published = load_card(name).published
+        figure = "no figure" if published is None else f"{published:g}"
+        assert f"| `{name}` | {figure} |" in text
