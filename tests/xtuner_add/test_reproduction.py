@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from pallava.inference.decoding import Decoding
+from pallava.records.prompts import find_prompt
+from pallava.records.resizing import check_rule
 from tests.xtuner_add.embedding_zip import write_tiles
 from xtuner_add import cli
 from xtuner_add.reproduction import (
@@ -234,6 +238,13 @@ def test_shipped_cards_name_options_that_their_commands_have(name: str, tmp_path
         options = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
         used = {word for word in arguments if word.startswith("--")}
         assert used <= options, sorted(used - options)
+        for word, value in pairwise(arguments):
+            if value.startswith("prompt="):
+                find_prompt(value.removeprefix("prompt="))
+            elif word == "--decoding":
+                Decoding.parse(value)
+            elif word == "--image-resize":
+                check_rule(value)
 
 
 def test_card_of_pcam_on_a_twin(tmp_path: Path) -> None:
