@@ -708,10 +708,14 @@ def _sentence(
         figures.append(f"{_rate(accuracy[EXCHANGED])} with exchanged images")
     if NONE in accuracy:
         figures.append(f"{_rate(accuracy[NONE])} without an image")
-    figures.append(f"{text['chance']:.1f} % by chance")
+    if text["chance"]:
+        figures.append(f"{text['chance']:.1f} % by chance")
     parts.append(", ".join(figures))
     if "worth" in image:
         parts.append(f"the image is worth {_points(image['worth'])}")
+    if wording := summary["wording"]:
+        worst, best = wording["worst"]["value"], wording["best"]["value"]
+        parts.append(f"other prompts give {worst:.1f} to {best:.1f} %")
     counted = f"{summary['num_items']:,} questions on {summary['num_clusters']:,} images"
     return ". ".join([f"{part[0].upper()}{part[1:]}" for part in parts]) + f" ({counted})."
 
