@@ -21,7 +21,7 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 unexport PYTHONHOME PYTHONPATH CONDA_PREFIX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-pathgen test test-fast check format bench clean distclean
+.PHONY: help setup lock demo demo-pathgen test test-fast check format docs notebooks bench clean distclean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,11 +79,18 @@ format: setup ## Apply the formatter and the safe fixes
 	ruff check --fix .
 	ruff format .
 
+docs: setup ## Build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+notebooks: setup ## Run the tutorials and store their outputs
+	OMP_NUM_THREADS=1 jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False docs/tutorials/*.ipynb
+
 bench: setup ## Measure against straightforward implementations
 	OMP_NUM_THREADS=1 python -m benchmarks $(BENCH_ARGS)
 
 clean: ## Remove caches and build products
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove also .venv (work_dirs stays)

@@ -220,7 +220,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
         (slides, selection, training, encoders, cohort, images, quilt, gastric),
     ),
     "Python": (("docs/python.md",), (slides, selection, clip, gastric, images, evaluation)),
-    "slides": (("docs/commands.md", "docs/slides.md", "docs/encoders.md"), (slides, features)),
+    "slides": (
+        ("docs/quickstart.md", "docs/commands.md", "docs/slides.md", "docs/encoders.md"),
+        (slides, features),
+    ),
     "captions": (("docs/captions.md",), (slides, selecting)),
     "datasets": (("docs/datasets.md",), (datasets,)),
     "evaluation": (("docs/evaluation.md",), (evaluation, images)),
@@ -232,7 +235,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
     "CITE": (("docs/cite.md", "docs/cite_runs.md", "configs/cite/gastric/README.md"), (gastric,)),
     "the rest": (
         (
-            *("CONTRIBUTING.md", "docs/install.md", "docs/benchmarks.md", "docs/demo.md"),
+            *("CONTRIBUTING.md", "docs/index.md", "docs/install.md", "docs/benchmarks.md"),
+            "docs/demo.md",
             *("docs/demo_pathgen.md", "docs/plip_pretraining.md"),
         ),
         (),
