@@ -301,6 +301,35 @@ def average_precision(positive: Array, scores: Array, counts: Array) -> Array:
     return np.where(misses.sum(axis=1) > 0, values, np.nan)
 
 
+def concordance(times: Array, events: Array, risks: Array, counts: Array) -> Array:
+    """Returns Harrell's concordance index of each draw (Harrell et al. 1982, JAMA 247:2543).
+
+    This is the fraction of comparable pairs in which the case with the earlier event has the higher
+    risk, where equal risks count half. Pairs are comparable as in lifelines: the earlier time is
+    that of an event, or the times are equal and one of the two is censored.
+
+    Args:
+        times: Time to event or end of observation, float `(N,)`.
+        events: Whether the event was observed, bool `(N,)`.
+        risks: float `(N,)`.
+        counts: Number of times each case occurs in each draw `(R, N)`.
+
+    Returns:
+        `(R,)`; NaN for draws without comparable pairs.
+
+    Example:
+        >>> times, events = np.array([1.0, 2.0, 3.0]), np.array([True, True, False])
+        >>> concordance(times, events, np.array([0.3, 0.9, 0.1]), np.ones((1, 3))).tolist()
+        [0.6666666666666666]
+    """
+    later = times[None] > times[:, None]
+    later |= (times[None] == times[:, None]) & ~events[None]
+    comparable = (events[:, None] & later).astype(np.float64)
+    order = np.sign(risks[:, None] - risks[None])
+    won = comparable * (order + 1) / 2
+    return _divide(((counts @ won) * counts).sum(axis=1), ((counts @ comparable) * counts).sum(1))
+
+
 # --- calibration --------------------------------------------------------------------------------
 
 

@@ -309,7 +309,8 @@ class Batch:
         features: float32 `(num_slides, most_tiles, in_chans)`, padded with zeros at the end.
         coords: int64 `(num_slides, most_tiles, 2)`.
         lengths: Number of tiles per slide.
-        labels: int64 `(num_slides,)`, or `(num_slides, num_classes)` for multi-label tasks.
+        labels: int64 `(num_slides,)`, or `(num_slides, num_classes)` for multi-label tasks; float64
+            `(num_slides, 2)` for survival.
     """
 
     indices: tuple[int, ...]
@@ -338,7 +339,7 @@ class SlideBags(Dataset[Batch]):
         self,
         folder: SlideFolder,
         slides: Sequence[str],
-        labels: Mapping[str, NDArray[np.int64]],
+        labels: Mapping[str, NDArray[Any]],
         *,
         max_tiles: int = 0,
         tile_order: str = "row_major",

@@ -1,4 +1,4 @@
-"""Baselines on vectors: nearest neighbours and logistic regression from scikit-learn.
+"""Baselines on vectors: nearest neighbours, logistic regression and Cox regression.
 
 A vector is the embedding of a tile, the mean over the tiles of a slide, or a slide embedding.
 """
@@ -18,6 +18,12 @@ NUM_NEIGHBOURS = 20
 """Number of neighbours in DINO's evaluation (Caron et al. 2021, https://arxiv.org/abs/2104.14294,
 section 4.1)."""
 
+NUM_COMPONENTS = 32
+"""Number of principal components of Cox regression: cohorts have few events per coefficient."""
+
+COX_PENALTY = 0.1
+"""L2 penalty of Cox regression on standardised components."""
+
 C_GRID = tuple(10.0**power for power in range(-4, 3))
 """Inverse strengths of the L2 penalty, among which the validation loss selects."""
 
@@ -29,7 +35,8 @@ class VectorSplit:
     Attributes:
         ids: Names of the cases.
         vectors: float `(num_cases, embed_dim)`.
-        labels: int `(num_cases,)`, or zeros and ones `(num_cases, num_classes)` if multi-label.
+        labels: int `(num_cases,)`, or zeros and ones `(num_cases, num_classes)` if multi-label, or
+            times and events `(num_cases, 2)` for survival.
     """
 
     ids: tuple[str, ...]
@@ -38,7 +45,8 @@ class VectorSplit:
 
 
 Predict = Callable[[Array], Array]
-"""Maps vectors `(num_cases, embed_dim)` to probabilities `(num_cases, num_classes)`."""
+"""Maps vectors `(num_cases, embed_dim)` to probabilities `(num_cases, num_classes)`, or to risks
+`(num_cases, 1)`."""
 
 
 def fit_knn(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
@@ -80,9 +88,34 @@ def fit_logistic(train: VectorSplit, val: VectorSplit | None, num_classes: int) 
     return models[int(np.argmin(losses))]
 
 
+def fit_cox(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
+    """Fits lifelines' Cox regression on principal components; ignores the validation cases."""
+    import pandas as pd
+    from lifelines import CoxPHFitter
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    count = min(NUM_COMPONENTS, len(train.vectors) - 1, train.vectors.shape[1])
+    components = make_pipeline(StandardScaler(), PCA(count, random_state=0), StandardScaler()).fit(
+        train.vectors
+    )
+    table = pd.DataFrame(components.transform(train.vectors))
+    table[["time", "event"]] = train.labels
+    model = CoxPHFitter(penalizer=COX_PENALTY).fit(table, "time", "event")
+    return lambda vectors: model.predict_log_partial_hazard(
+        pd.DataFrame(components.transform(vectors))
+    ).to_numpy()[:, None]
+
+
 METHODS: dict[str, Callable[[VectorSplit, VectorSplit | None, int], Predict]] = {
     "knn": fit_knn,
     "logistic": fit_logistic,
+}
+"""Classifiers."""
+
+SURVIVAL_METHODS: dict[str, Callable[[VectorSplit, VectorSplit | None, int], Predict]] = {
+    "cox": fit_cox,
 }
 
 
@@ -118,13 +151,15 @@ def _log_loss(labels: Array, probabilities: Array) -> float:
     return float(-np.log(np.maximum(right, 1e-12)).mean())
 
 
-def check_methods(methods: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+def check_methods(
+    methods: Sequence[str], own: Sequence[str], *, survival: bool = False
+) -> tuple[str, ...]:
     """Removes duplicates from methods.
 
     Raises:
-        ValueError: If a method is unknown.
+        ValueError: If a method is unknown, or not one for the kind of task.
     """
-    known = (*own, *METHODS)
+    known = (*own, *(SURVIVAL_METHODS if survival else METHODS))
     if unknown := [name for name in methods if name not in known]:
         raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(known)}")
     return tuple(dict.fromkeys(methods))

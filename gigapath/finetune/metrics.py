@@ -1,13 +1,14 @@
-"""Scores of classifiers by scikit-learn's metrics, with intervals by SciPy's bootstrap.
+"""Scores by scikit-learn and lifelines, with intervals by SciPy's bootstrap.
 
 Settings are named as in the published task files. In `multi_class` and `binary` each case has one
-class and probabilities sum to 1; in `multi_label` classes are independent.
+class and probabilities sum to 1; in `multi_label` classes are independent. `survival` is not in the
+published files: each case has a time and an event (`gigapath.finetune.survival`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from pathcore.calibration import confidences
 Array = NDArray[Any]
 
 SETTINGS = ("multi_class", "binary", "multi_label")
+SURVIVAL = "survival"
 NUM_RESAMPLES = 1000
 
 LOWER_IS_BETTER = ("ece", "brier")
@@ -59,11 +61,14 @@ def score_predictions(
     `brier` are means over classes. `ece` has no interval, because resampling adds to it: the error
     of a perfectly calibrated classifier is 0, but not that of a resample.
 
+    For `survival`, the only score is `c_index`, Harrell's concordance index.
+
     Args:
-        labels: int `(num_cases,)`, or 0 and 1 `(num_cases, num_classes)` for `multi_label`.
-        probabilities: float `(num_cases, num_classes)`.
+        labels: int `(num_cases,)`, or 0 and 1 `(num_cases, num_classes)` for `multi_label`, or
+            times and events `(num_cases, 2)` for `survival`.
+        probabilities: float `(num_cases, num_classes)`; risks `(num_cases, 1)` for `survival`.
         classes: Names of the classes, in the order of the columns.
-        setting: One of `SETTINGS`.
+        setting: One of `SETTINGS`, or `SURVIVAL`.
         num_resamples: Number of resamples of the bootstrap (Efron 1979,
             doi:10.1214/aos/1176344552); 0 computes no intervals.
         seed: Seed of the bootstrap.
@@ -71,7 +76,7 @@ def score_predictions(
     Returns:
         For each score `value`, `low` and `high` (None where undefined). Also `per_class` with
         `auroc`, `auprc` and `num_cases` of each class, `num_cases`, and `undefined`, the classes
-        without positive or without negative cases.
+        without positive or without negative cases. For `survival`, also `num_events`.
 
     Raises:
         ValueError: If there are no cases, shapes do not fit, a probability is not finite, or the
@@ -89,6 +94,8 @@ def score_predictions(
     _check(labels, probabilities, classes, setting)
     with warnings.catch_warnings():  # scikit-learn and NumPy warn of classes absent from a draw
         warnings.simplefilter("ignore")
+        if setting == SURVIVAL:
+            return _survival(labels, probabilities[:, 0], num_resamples, seed)
         values = _values(labels, probabilities, setting)
         ranges = _intervals(labels, probabilities, setting, num_resamples, seed)
     found = {n: _entry(v, *ranges.get(n, (np.nan, np.nan))) for n, v in values.items()}
@@ -111,6 +118,8 @@ def score_predictions(
 
 def score_names(setting: str) -> tuple[str, ...]:
     """Returns the names of the scores of a setting, without per-class scores."""
+    if setting == SURVIVAL:
+        return ("c_index",)
     curves = {
         "multi_class": ("auroc", "auprc"),
         "binary": ("auroc", "auprc", "macro_auprc"),
@@ -126,14 +135,14 @@ def plain_values(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting: str) -> None:
-    if setting not in SETTINGS:
-        raise ValueError(f"setting {setting!r}: expected one of {', '.join(SETTINGS)}")
+    if setting not in (*SETTINGS, SURVIVAL):
+        raise ValueError(f"setting {setting!r}: expected one of {', '.join((*SETTINGS, SURVIVAL))}")
     if setting == "binary" and len(classes) != 2:
         raise ValueError(f"setting binary: expected 2 classes, found {len(classes)}")
     if not len(labels):
         raise ValueError("scores of no cases are asked for")
     shape = (len(labels), len(classes))
-    wanted = shape if setting == "multi_label" else shape[:1]
+    wanted = {"multi_label": shape, SURVIVAL: (len(labels), 2)}.get(setting, shape[:1])
     if probabilities.shape != shape or labels.shape != wanted:
         raise ValueError(
             f"labels {labels.shape} and probabilities {probabilities.shape}: "
@@ -141,6 +150,27 @@ def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting:
         )
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities: infinities or NaN; the model has diverged")
+
+
+def _survival(labels: Array, risks: Array, num_resamples: int, seed: int) -> dict[str, Any]:
+    from lifelines.utils import concordance_index
+
+    times, events = labels[:, 0], labels[:, 1] > 0
+    try:
+        value = float(concordance_index(times, -risks, events))
+    except ZeroDivisionError:  # no comparable pair
+        value = float("nan")
+
+    def score(counts: Array) -> dict[str, Array]:
+        return {"c_index": stats.concordance(times, events, risks, counts)}
+
+    ranges = _bootstrap(score, len(labels), num_resamples, seed)
+    return {
+        "c_index": _entry(value, *ranges.get("c_index", (np.nan, np.nan))),
+        "num_cases": len(labels),
+        "num_events": int(events.sum()),
+        "undefined": [],
+    }
 
 
 def _values(labels: Array, probabilities: Array, setting: str) -> dict[str, float]:
@@ -229,7 +259,15 @@ def _hits(labels: Array, probabilities: Array, setting: str) -> dict[str, float]
 def _intervals(
     labels: Array, probabilities: Array, setting: str, num_resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    if num_resamples < 1 or len(labels) < 2:  # SciPy's bootstrap refuses a single case
+    score = partial(_drawn, labels, probabilities, setting)
+    return _bootstrap(score, len(labels), num_resamples, seed)
+
+
+def _bootstrap(
+    score: Callable[[Array], dict[str, Array]], num_cases: int, num_resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Returns the interval of each score; `score` maps counts `(R, N)` to scores `(R,)`."""
+    if num_resamples < 1 or num_cases < 2:  # SciPy's bootstrap refuses a single case
         return {}
     from scipy.stats import bootstrap
 
@@ -237,16 +275,15 @@ def _intervals(
 
     def statistic(draws: Array, axis: int = -1) -> Array:
         # Counting how often each case was drawn lets all draws be scored in one matrix product.
-        counts = stats.count_draws(draws.reshape(-1, draws.shape[-1]), len(labels))
-        found = _drawn(labels, probabilities, setting, counts)
+        found = score(stats.count_draws(draws.reshape(-1, draws.shape[-1]), num_cases))
         names[:] = found
         return np.stack(list(found.values())).reshape(len(names), *draws.shape[:-1])
 
     drawn = bootstrap(
-        (np.arange(len(labels)),),
+        (np.arange(num_cases),),
         statistic,
         n_resamples=num_resamples,
-        batch=max(1, _COUNTS_AT_ONCE // len(labels)),
+        batch=max(1, _COUNTS_AT_ONCE // num_cases),
         vectorized=True,
         method="percentile",
         rng=np.random.default_rng(seed),

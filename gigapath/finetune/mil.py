@@ -634,11 +634,13 @@ class BagModel:
             logits `(num_slides, K)`.
         settings: Fields of `FinetuneSettings` that differ from those of the run.
         options: Keyword arguments of `build`.
+        survival_settings: Like `settings`, for survival tasks only.
     """
 
     build: Callable[..., nn.Module]
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    survival_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def takes(self, option: str) -> bool:
         """Whether `build` has an argument of this name."""
@@ -664,14 +666,20 @@ MIL_SETTINGS: Mapping[str, Any] = {
 }
 """Training settings of the bag models: one slide per step, as ABMIL and CLAM train."""
 
+MIL_SURVIVAL_SETTINGS: Mapping[str, Any] = {"batch_size": 32, "bag_size": 8192}
+"""Cox's likelihood compares the slides of a batch, which are in memory at the same time."""
+
 MODELS: Mapping[str, BagModel] = {
-    "abmil": BagModel(ABMIL, MIL_SETTINGS),
-    "acmil": BagModel(ACMIL, MIL_SETTINGS),
-    "clam-sb": BagModel(CLAM, MIL_SETTINGS),
-    "clam-mb": BagModel(CLAM, MIL_SETTINGS, {"multi_branch": True}),
-    "dsmil": BagModel(DSMIL, MIL_SETTINGS),
-    "transmil": BagModel(TransMIL, MIL_SETTINGS),
-    "mean": BagModel(MeanPool, MIL_SETTINGS),
-    "max": BagModel(MaxPool, MIL_SETTINGS),
+    name: BagModel(build, MIL_SETTINGS, options, MIL_SURVIVAL_SETTINGS)
+    for name, build, options in (
+        ("abmil", ABMIL, {}),
+        ("acmil", ACMIL, {}),
+        ("clam-sb", CLAM, {}),
+        ("clam-mb", CLAM, {"multi_branch": True}),
+        ("dsmil", DSMIL, {}),
+        ("transmil", TransMIL, {}),
+        ("mean", MeanPool, {}),
+        ("max", MaxPool, {}),
+    )
 }
 """Bag models by method name."""

@@ -227,7 +227,13 @@ class ProbeRun:
             )
             found[name]["published"] = published_scores(split.labels, logits.numpy())
             write_predictions(
-                self.folder, name, split.ids, split.labels, probabilities, self.data.classes
+                self.folder,
+                name,
+                split.ids,
+                split.labels,
+                probabilities,
+                self.data.classes,
+                setting,
             )
         return found
 
@@ -435,7 +441,9 @@ def _compare(
     for name in ("val", "test"):
         split, probabilities = data.splits[name], predict(parts[name].vectors)
         found[name] = score_split(split, probabilities, data.classes, settings, setting)
-        write_predictions(folder, name, split.ids, split.labels, probabilities, data.classes)
+        write_predictions(
+            folder, name, split.ids, split.labels, probabilities, data.classes, setting
+        )
     return found
 
 

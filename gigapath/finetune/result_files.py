@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigapath.finetune.metrics import SURVIVAL
+from gigapath.finetune.survival import kaplan_meier_figure
 from pathcore.calibration import reliability_figure
 from pathcore.files import StrPath, atomic_file
 from pathcore.rows import write_csv
@@ -28,6 +30,7 @@ SHOWN = {
     ),
     "binary": ("auroc", "auprc", "balanced_accuracy", "accuracy", "macro_f1", "weighted_f1", "ece"),
     "multi_label": ("auroc", "auprc", "micro_auroc", "micro_auprc", "balanced_accuracy", "ece"),
+    SURVIVAL: ("c_index",),
 }
 """Scores in the columns of the table, by setting."""
 
@@ -39,11 +42,27 @@ def write_predictions(
     labels: NDArray[Any],
     probabilities: NDArray[Any],
     classes: Sequence[str],
+    setting: str,
 ) -> None:
-    """Writes the predictions of a part: `predictions_PART.csv`, for `test` also `reliability.png`.
+    """Writes the predictions of a part to `predictions_PART.csv`, and a picture if it is `test`.
 
-    The csv has ids, true and predicted classes (multi-label: 0 or 1) and probabilities.
+    The csv has ids, true and predicted classes (multi-label: 0 or 1) and probabilities, and the
+    picture is `reliability.png`; for survival, ids, times, events and risks, and
+    `kaplan_meier.png`.
     """
+    table = folder / f"predictions_{part}.csv"
+    if setting == SURVIVAL:
+        write_csv(
+            table,
+            ["id", "time", "event", "risk"],
+            [
+                [name, f"{time:g}", int(event), f"{risk:.6f}"]
+                for name, (time, event), risk in zip(ids, labels, probabilities[:, 0], strict=True)
+            ],
+        )
+        if part == "test":
+            _save(kaplan_meier_figure(labels, probabilities[:, 0]), folder / "kaplan_meier.png")
+        return
     several = labels.ndim == 2
     head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
     rows = []
@@ -51,11 +70,10 @@ def write_predictions(
         said = label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
         rows.append([name, *said, *map("{:.6f}".format, row)])
     head = ["id", *head, *(f"probability_{name}" for name in classes)]
-    write_csv(folder / f"predictions_{part}.csv", head, rows)
+    write_csv(table, head, rows)
     if part == "test":
         figure = reliability_figure(labels, probabilities, f"{len(ids)} test cases")
-        with atomic_file(folder / "reliability.png") as partial:
-            figure.savefig(partial, format="png")
+        _save(figure, folder / "reliability.png")
 
 
 def results_table(
@@ -66,7 +84,7 @@ def results_table(
 
     Args:
         title: Title above the table.
-        setting: One of `gigapath.finetune.metrics.SETTINGS`.
+        setting: One of `gigapath.finetune.metrics.SETTINGS`, or `SURVIVAL`.
         rows: First cells of each row, and the result of `score_predictions` or `spread`.
         head: Titles of the first cells.
         notes: Paragraphs below the table.
@@ -133,6 +151,10 @@ def draw_curves(
             axes.axvline(chosen, color="grey", linestyle=":", label="model kept")
         if drawn:
             axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: StrPath) -> None:
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 

@@ -1,4 +1,4 @@
-"""Slide classification from tile embeddings: fine-tuned slide encoder, bag models and baselines.
+"""Slide classes or risks from tile embeddings: slide encoder, bag models and baselines.
 
 Each method and fold has a folder `METHOD/fold_K/` with weights, predictions, scores and curves;
 `results.json`, `results.md` and `summary.csv` cover all of them. All methods see the same slides in
@@ -28,7 +28,7 @@ from gigapath.finetune.bags import (
     pooled_vectors,
     stored_vectors,
 )
-from gigapath.finetune.baselines import METHODS, VectorSplit, check_methods
+from gigapath.finetune.baselines import METHODS, SURVIVAL_METHODS, VectorSplit, check_methods
 from gigapath.finetune.cohort import Cohort, read_cohort, slide_folder
 from gigapath.finetune.metrics import plain_values, score_names, score_predictions
 from gigapath.finetune.mil import MODELS, BagModel, MILModel
@@ -53,6 +53,8 @@ from pathcore.ranks import Ranks
 from pathcore.rows import write_csv, write_rows
 
 SLIDE_ENCODER = "slide_encoder"
+
+_BASELINES = {**METHODS, **SURVIVAL_METHODS}
 
 _WEIGHTS = 3  # keeps the seed of the weights apart from the seeds of the trainer, 0 to 2
 
@@ -87,7 +89,7 @@ def finetune_slides(
             ...; by default splits are made from the table.
         settings: Settings of the training.
         methods: `slide_encoder`, names of `gigapath.finetune.mil.MODELS` or `models`, `knn`,
-            `logistic`.
+            `logistic`; for survival `cox` instead of the last two.
         models: Further bag models by method name; they go before built-in ones of the same name.
         vectors: Folder of slide embeddings for `knn` and `logistic`; by default they use the mean
             over a slide's tiles.
@@ -108,8 +110,12 @@ def finetune_slides(
     """
     settings, out = settings or FinetuneSettings(), Path(out)
     models = {**MODELS, **(models or {})}
-    methods = check_methods(methods, (SLIDE_ENCODER, *models))
     task = task if isinstance(task, SlideTask) else read_task(task)
+    methods = check_methods(methods, (SLIDE_ENCODER, *models), survival=task.is_survival)
+    if task.is_survival and settings.monitor == FinetuneSettings.monitor:
+        settings = replace(settings, monitor="c_index")
+    for method in methods:
+        _settings_of(method, settings, models, task)
     if settings.monitor not in (known := ("loss", *score_names(task.setting))):
         raise ValueError(f"monitor {settings.monitor!r}: expected one of {', '.join(known)}")
     drawn = [name for name, model in models.items() if model.draws_attention()]
@@ -201,7 +207,7 @@ class Runs:
         folds = []
         for fold, split in self.cohort.splits.items():
             folder = self.out / method / f"fold_{fold}"
-            if method in METHODS:
+            if method in _BASELINES:
                 scores = self.ranks.first(
                     lambda s=split, f=folder: self._compare(method, s, f)  # type: ignore[misc]
                 )
@@ -222,10 +228,10 @@ class Runs:
     ) -> dict[str, Any]:
         build: Callable[..., nn.Module] = partial(_head, settings)
         options: Mapping[str, Any] = {}
+        settings = _settings_of(method, settings, self.models, self.task)
         if method in self.models:
-            bag_model = self.models[method]
-            settings, options = replace(settings, **bag_model.settings), bag_model.options
-            build = partial(bag_model.build, **options)
+            options = self.models[method].options
+            build = partial(self.models[method].build, **options)
             if not split.val:
                 settings = replace(settings, model_select="last_epoch", patience=0)
         parts = {
@@ -284,7 +290,7 @@ class Runs:
         }
         source = self.vectors_folder or self.folder.path
         check_inputs(folder, {"method": method, "vectors": str(source), "slides": asdict(split)})
-        predict = METHODS[method](parts["train"], parts.get("val"), len(self.task.classes))
+        predict = _BASELINES[method](parts["train"], parts.get("val"), len(self.task.classes))
         scores: dict[str, Any] = {}
         for part in ("val", "test"):
             if part in parts:
@@ -299,7 +305,13 @@ class Runs:
                     seed=self.settings.seed,
                 )
                 write_predictions(
-                    folder, part, own.ids, own.labels, probabilities, self.task.classes
+                    folder,
+                    part,
+                    own.ids,
+                    own.labels,
+                    probabilities,
+                    self.task.classes,
+                    self.task.setting,
                 )
         write_json(folder / "metrics.json", scores)
         return scores
@@ -310,6 +322,26 @@ class Runs:
             return pooled_vectors(self.folder, slides, progress=self.progress)
         vectors, self.skipped = stored_vectors(self.vectors_folder, slides)
         return vectors
+
+
+def _settings_of(
+    method: str, settings: FinetuneSettings, models: Mapping[str, BagModel], task: SlideTask
+) -> FinetuneSettings:
+    """Returns the settings with those of the method's own.
+
+    Raises:
+        ValueError: If they do not suit the task.
+    """
+    if method in models:
+        settings = replace(settings, **models[method].settings)
+        if task.is_survival:
+            settings = replace(settings, **models[method].survival_settings)
+    if task.is_survival and method not in _BASELINES and settings.batch_size < 2:
+        raise ValueError(
+            f"{method}: batch_size 1: expected 2 or more for survival, because the loss compares "
+            "the slides of a batch; 32 is a good start"
+        )
+    return settings
 
 
 def _limit(settings: FinetuneSettings, task: SlideTask, part: str) -> int:

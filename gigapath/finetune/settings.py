@@ -64,7 +64,7 @@ class FinetuneSettings:
         weighted_sample: Whether to draw slides so that classes are equally frequent; ignored for
             multi-label tasks.
         model_select: `last_epoch`, or `val` for the epoch with the best `monitor`.
-        monitor: Score on the validation slides, or `loss`.
+        monitor: Score on the validation slides, or `loss`; for survival, the default is `c_index`.
         patience: Number of epochs without a better `monitor` after which training stops; 0 never
             stops.
         folds: Number of folds; 0 for all tables of splits, or 10 if splits are made.

@@ -216,9 +216,7 @@ def _k_fold(
             "published, for fewer"
         )
     slides = [(key, slide) for key, own in keys.items() for slide in own]
-    labels = [labelled.labels[slide] for _, slide in slides]
-    # Combinations of several labels are too rare to be stratified.
-    strata = [0 if label.ndim else int(label) for label in labels]
+    strata = [labelled.stratum(slide) for _, slide in slides]
     groups = [key for key, _ in slides]
     folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     chunks = []

@@ -1,4 +1,4 @@
-"""Classification tasks in the published file format, and tables of labels."""
+"""Tasks in the published file format, and tables of labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.finetune.metrics import SETTINGS
+from gigapath.finetune.metrics import SETTINGS, SURVIVAL
 from gigapath.finetune.recipes import read_yaml
 from pathcore.files import StrPath, UnsafeNameError, check_name
 
@@ -21,19 +21,23 @@ CLAM_PATIENT_KEY = "case_id"
 """Column of patients in CLAM's tables, read where there is no `pat_id`."""
 
 _FIELDS = {"name", "setting", "label_dict", "max_tiles", "shuffle_tiles", "add_metrics"}
+_FIELDS |= {"time_column", "event_column"}
 
 
 @dataclass(frozen=True)
 class SlideTask:
-    """Definition of a classification task.
+    """Definition of a task.
 
     Attributes:
         name: Name of the task.
         setting: `multi_class` or `binary`: `label_column` holds one of the classes. `multi_label`:
-            each class has a column of 0 and 1.
-        classes: Values of the labels, or names of the columns, in the order of the model's outputs.
+            each class has a column of 0 and 1. `survival`: `time_column` and `event_column`.
+        classes: Values of the labels, or names of the columns, in the order of the model's outputs;
+            `risk` for `survival`.
         max_tiles: Maximum number of tiles per slide; 0 for all.
-        label_column: Column of the labels, except with `multi_label`.
+        label_column: Column of the labels in `multi_class` and `binary`.
+        time_column: Column of the time to the event or to the end of observation.
+        event_column: Column of 1 for an observed event and 0 for a censored case.
         shuffle_tiles: Whether tiles come in random order. Only `protocol: published` does so,
             because the slide encoder depends on the order.
     """
@@ -44,22 +48,42 @@ class SlideTask:
     max_tiles: int = 0
     shuffle_tiles: bool = False
     label_column: str = "label"
+    time_column: str = ""
+    event_column: str = ""
 
     @property
     def several_labels(self) -> bool:
         """Whether a slide may have several classes, or none."""
         return self.setting == "multi_label"
 
+    @property
+    def is_survival(self) -> bool:
+        """Whether the model predicts the risk of an event."""
+        return self.setting == SURVIVAL
+
     def columns(self) -> tuple[str, ...]:
         """Returns the label columns of a table."""
+        if self.is_survival:
+            return self.time_column, self.event_column
         return self.classes if self.several_labels else (self.label_column,)
 
-    def encode(self, row: Mapping[str, str]) -> NDArray[np.int64]:
+    def encode(self, row: Mapping[str, str]) -> NDArray[Any]:
         """Encodes the labels of a row as class index `()`, or as 0 and 1 `(num_classes,)`.
+
+        For `survival`, as float time and event `(2,)`. An event may be written as cBioPortal does,
+        `1:DECEASED`.
 
         Raises:
             ValueError: If a label is not one of the task's.
         """
+        if self.is_survival:
+            time, event = (_as_text(row[name]) for name in self.columns())
+            if not _is_time(time):
+                raise ValueError(f"{self.time_column} {time!r}: expected a number of at least 0")
+            observed = _EVENTS.get(event.split(":")[0].lower())
+            if observed is None:
+                raise ValueError(f"{self.event_column} {event!r}: expected 0 or 1")
+            return np.array([float(time), observed], dtype=np.float64)
         if self.several_labels:
             values = [_as_text(row[name]) for name in self.classes]
             for name, value in zip(self.classes, values, strict=True):
@@ -74,6 +98,16 @@ class SlideTask:
         return np.array(self.classes.index(value))
 
 
+_EVENTS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+
+
+def _is_time(value: str) -> bool:
+    try:
+        return 0 <= float(value) < float("inf")
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class LabelledSlides:
     """Labelled slides of a table.
@@ -84,9 +118,17 @@ class LabelledSlides:
         skipped: `id` and `reason` of rows that cannot be used.
     """
 
-    labels: Mapping[str, NDArray[np.int64]]
+    labels: Mapping[str, NDArray[Any]]
     patients: Mapping[str, str]
     skipped: tuple[dict[str, str], ...]
+
+    def stratum(self, slide: str) -> int:
+        """Returns what folds should have equally often: the class, or the event of `survival`."""
+        label = self.labels[slide]
+        if label.ndim == 0:
+            return int(label)
+        # Combinations of several labels are too rare to be stratified.
+        return int(label[1]) if label.dtype.kind == "f" else 0
 
 
 def read_task(path: StrPath) -> SlideTask:
@@ -100,8 +142,19 @@ def read_task(path: StrPath) -> SlideTask:
     if unknown := sorted(set(content) - _FIELDS):
         raise ValueError(f"task {path}: no field {unknown[0]!r}; known: {sorted(_FIELDS)}")
     setting = content.get("setting", "multi_class")
-    if setting not in SETTINGS:
-        raise ValueError(f"task {path}: setting {setting!r}: expected one of {', '.join(SETTINGS)}")
+    if setting not in (known := (*SETTINGS, SURVIVAL)):
+        raise ValueError(f"task {path}: setting {setting!r}: expected one of {', '.join(known)}")
+    max_tiles = content.get("max_tiles", 0)
+    if not isinstance(max_tiles, int) or max_tiles < 0:
+        raise ValueError(f"task {path}: max_tiles {max_tiles!r}: expected a whole number")
+    name, shuffle = str(content.get("name", Path(path).stem)), bool(content.get("shuffle_tiles"))
+    columns = [str(content.get(key, "")) for key in ("time_column", "event_column")]
+    if setting == SURVIVAL:
+        if not all(columns):
+            raise ValueError(f"task {path}: survival: expected time_column and event_column")
+        return survival_task(name, *columns, max_tiles=max_tiles, shuffle_tiles=shuffle)
+    if any(columns):
+        raise ValueError(f"task {path}: time_column and event_column: only with setting survival")
     numbers = content.get("label_dict")
     if not isinstance(numbers, dict) or len(numbers) < (1 if setting == "multi_label" else 2):
         raise ValueError(f"task {path}: label_dict: expected labels with their numbers")
@@ -112,16 +165,16 @@ def read_task(path: StrPath) -> SlideTask:
         )
     if setting == "binary" and len(numbers) != 2:
         raise ValueError(f"task {path}: binary: expected 2 labels, found {len(numbers)}")
-    max_tiles = content.get("max_tiles", 0)
-    if not isinstance(max_tiles, int) or max_tiles < 0:
-        raise ValueError(f"task {path}: max_tiles {max_tiles!r}: expected a whole number")
     classes = sorted(numbers, key=lambda name: int(numbers[name]))
     return SlideTask(
-        str(content.get("name", Path(path).stem)),
-        setting,
-        tuple(_as_text(str(name)) for name in classes),
-        max_tiles,
-        bool(content.get("shuffle_tiles", False)),
+        name, setting, tuple(_as_text(str(name)) for name in classes), max_tiles, shuffle
+    )
+
+
+def survival_task(name: str, time_column: str, event_column: str, **options: Any) -> SlideTask:
+    """Makes a survival task; `options` are further fields of `SlideTask`."""
+    return SlideTask(
+        name, SURVIVAL, ("risk",), time_column=time_column, event_column=event_column, **options
     )
 
 
@@ -154,7 +207,7 @@ def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -
         FileNotFoundError: If the table does not exist.
         ValueError: If columns are missing, a slide has two labels, or no row can be used.
     """
-    labels: dict[str, NDArray[np.int64]] = {}
+    labels: dict[str, NDArray[Any]] = {}
     patients: dict[str, str] = {}
     skipped = []
     for row in read_table(path, (slide_key, *task.columns())):
@@ -200,8 +253,8 @@ def read_table(path: StrPath, columns: Sequence[str]) -> list[dict[str, str]]:
     return [{str(k): str(v).strip() for k, v in row.items()} for row in records]
 
 
-def _shown(task: SlideTask, label: NDArray[np.int64]) -> str:
-    return str(label.tolist()) if task.several_labels else task.classes[int(label)]
+def _shown(task: SlideTask, label: NDArray[Any]) -> str:
+    return str(label.tolist()) if label.ndim else task.classes[int(label)]
 
 
 def _as_text(value: str) -> str:

@@ -1,4 +1,4 @@
-"""Resumable training of a slide classifier on one fold, in one process or several.
+"""Resumable training of a slide model on one fold, in one process or several.
 
 Each step accumulates the gradients of `gc` batches. Batches are assigned to the processes in turn
 and their gradients are summed, so that several processes compute what one does, up to the order of
@@ -33,6 +33,7 @@ from gigapath.finetune.metrics import LOWER_IS_BETTER, plain_values, score_predi
 from gigapath.finetune.mil import BagOutput, MILModel, classification_loss
 from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
 from gigapath.finetune.settings import FinetuneSettings
+from gigapath.finetune.survival import cox_loss
 from gigapath.finetune.tasks import SlideTask
 from pathcore.files import atomic_file, write_json
 from pathcore.ranks import Ranks
@@ -95,6 +96,7 @@ class Trainer:
         self.task, self.settings, self.parts = task, settings, parts
         self.folder, self.ranks, self.progress = folder, ranks, progress
         self.order = order or self._order
+        self.criterion = cox_loss if task.is_survival else classification_loss
         depth = int(getattr(getattr(model, "slide_encoder", None), "depth", 0))
         groups = parameter_groups(
             model,
@@ -187,22 +189,25 @@ class Trainer:
         return steps
 
     def predict(self, bags: SlideBags) -> tuple[NDArray[np.float64], float]:
-        """Returns probabilities `(num_slides, num_classes)` and mean loss, in every process."""
+        """Returns probabilities `(num_slides, num_classes)` and loss, in every process.
+
+        For survival tasks, risks `(num_slides, 1)` instead of probabilities.
+        """
         self.model.eval()
         numbers = range(self.ranks.rank, len(bags), self.ranks.world)
         seed = derived_seed(self.settings.seed, _TILES)
         loader = bags.loader([((n,), seed) for n in numbers], self.settings.num_workers)
-        found: dict[int, tuple[NDArray[Any], float]] = {}
+        found: dict[int, NDArray[Any]] = {}
         with torch.inference_mode():
             for batch in loader:
-                logits = self._logits(batch)
-                loss = classification_loss(logits, batch.labels.to(logits.device)).item()
-                several = self.task.several_labels
-                probabilities = logits.sigmoid() if several else logits.softmax(-1)
-                found[batch.indices[0]] = probabilities[0].cpu().numpy(), loss
+                found[batch.indices[0]] = self._logits(batch)[0].cpu().numpy()
         merged = {k: v for part in self.ranks.gather(found) for k, v in part.items()}
-        rows = [merged[number] for number in range(len(bags))]
-        return np.stack([row[0] for row in rows]), float(np.mean([row[1] for row in rows]))
+        logits = torch.from_numpy(np.stack([merged[number] for number in range(len(bags))]))
+        loss = self.criterion(logits, torch.from_numpy(bags.labels)).item()
+        if self.task.is_survival:
+            return logits.double().numpy(), loss
+        probabilities = logits.sigmoid() if self.task.several_labels else logits.softmax(-1)
+        return probabilities.numpy(), loss
 
     def test(self) -> dict[str, Any]:
         """Scores the selected weights on validation and test slides and writes predictions."""
@@ -225,7 +230,13 @@ class Trainer:
                 )
                 scores[part]["loss"] = loss
                 write_predictions(
-                    self.folder, part, bags.slides, bags.labels, probabilities, self.task.classes
+                    self.folder,
+                    part,
+                    bags.slides,
+                    bags.labels,
+                    probabilities,
+                    self.task.classes,
+                    self.task.setting,
                 )
         return self.ranks.first(lambda: self._write_scores(scores))
 
@@ -234,9 +245,9 @@ class Trainer:
         torch.manual_seed(derived_seed(self.settings.seed, _NOISE, self.epoch, number))
         labels = batch.labels.to(self.ranks.device)
         if isinstance(self.model, MILModel):
-            loss = self.model.loss(self._outputs(self.model, batch), labels)
+            loss = self.model.loss(self._outputs(self.model, batch), labels, self.criterion)
         else:
-            loss = classification_loss(self._logits(batch), labels)
+            loss = self.criterion(self._logits(batch), labels)
         # The mean over the slides of a step. The original divides by `gc` even if the last step of
         # an epoch has fewer batches.
         share = len(batch.indices) / num_slides

@@ -524,13 +524,14 @@ def probe_tiles(
     multiple=True,
     default=("slide_encoder",),
     show_default=True,
-    help=f"slide_encoder, {', '.join(_MIL_NAMES)}, knn or logistic; may be repeated.",
+    help=f"slide_encoder, {', '.join(_MIL_NAMES)}, knn or logistic, or cox "
+    "for survival; may be repeated.",
 )
 @click.option(
     "--slide-embeddings",
     "vectors",
     type=FOLDER,
-    help="Folder of SLIDE.h5 or .pt, for knn and logistic. [default: the mean over the tiles]",
+    help="Folder of SLIDE.h5 or .pt, for knn, logistic and cox. [default: the mean over the tiles]",
 )
 @_FOLD
 @click.option(
@@ -634,6 +635,8 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 )
 @click.option("--output", required=True, type=OUT_FOLDER)
 @click.option("--label", default="label", show_default=True, help="Column of the labels.")
+@click.option("--time", help="Column of times, for survival; needs --event.")
+@click.option("--event", help="Column of 1 for an observed event and 0 for a censored slide.")
 @click.option("--model", type=click.Choice(_MIL_NAMES), default="abmil", show_default=True)
 @_FOLD
 @click.option(
@@ -656,9 +659,9 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 )
 @click.option(
     "--bag-size",
-    default=0,
-    show_default=True,
-    help="Maximum number of tiles per training slide, drawn anew in each epoch; 0 for all.",
+    type=int,
+    help="Maximum number of tiles per training slide, drawn anew in each epoch; 0 for all. "
+    "[default: 0; 8192 for survival, whose loss needs 32 slides at once]",
 )
 @_OPTION
 @_HEAT_MAPS
@@ -670,19 +673,22 @@ def train_mil(
     labels: Path,
     output: Path,
     label: str,
+    time: str | None,
+    event: str | None,
     model: str,
     epochs: int,
     lr: float,
     weight_decay: float,
     embed_dim: int | None,
     hidden_dim: int | None,
-    bag_size: int,
+    bag_size: int | None,
     settings: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a bag model on FEATURES, a folder with SLIDE.h5 or SLIDE.pt, and test it.
 
-    Equivalent to finetune-slides --method MODEL, with the classes taken from the table.
+    Equivalent to finetune-slides --method MODEL, with the classes taken from the table. With --time
+    and --event, the model predicts the risk of the event.
     An interrupted run continues from the last complete epoch when the same command is run again.
     Unusable slides are listed in skipped.jsonl, and the exit code is 3.
     """
@@ -692,8 +698,10 @@ def train_mil(
     from gigapath.finetune.mil import MODELS
     from gigapath.finetune.run import finetune_slides as finetune
     from gigapath.finetune.settings import FinetuneSettings
-    from gigapath.finetune.tasks import task_of_table
+    from gigapath.finetune.tasks import survival_task, task_of_table
 
+    if (time is None) != (event is None):
+        raise click.UsageError("--time and --event: give both or neither")
     with user_errors():
         chosen = MODELS[model]
         widths = {"embed_dim": embed_dim, "hidden_dim": hidden_dim}
@@ -702,16 +710,23 @@ def train_mil(
             option = unknown[0].replace("_", "-")
             raise click.UsageError(f"--{option}: {model} has no such width")
         chosen = replace(chosen, options={**chosen.options, **given})
-        own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay, "bag_size": bag_size}
+        own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay}
+        if time and event:
+            task = survival_task(event, time, event)
+            own |= chosen.survival_settings
+        else:
+            task = task_of_table(labels, label)
+        if bag_size is not None:
+            own["bag_size"] = bag_size
         own = {"input_dim": 0, **chosen.settings, **own, **yaml_values(settings)}
         results = finetune(
             features,
             labels,
-            task_of_table(labels, label),
+            task,
             output,
             settings=make_settings(FinetuneSettings, own, "settings"),
             methods=(model,),
-            models={model: replace(chosen, settings={})},
+            models={model: replace(chosen, settings={}, survival_settings={})},
             **options,
         )
     if shows_results():
