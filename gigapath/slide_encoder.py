@@ -27,6 +27,7 @@ from gigapath.pos_embed import (
     embed_positions,
 )
 from pathcore.files import StrPath
+from pathcore.names import UnknownNameError, did_you_mean
 from pathcore.weights import check_finite, check_names, read_state_dict
 
 HUB_PREFIX = "hf_hub:"
@@ -530,7 +531,8 @@ def create_model(
         (torch.Size([1, 1, 384]), torch.Size([1, 384]))
     """
     if model_arch not in ARCHITECTURES:
-        raise ValueError(f"model_arch {model_arch!r}: expected one of {', '.join(ARCHITECTURES)}")
+        hint = did_you_mean(model_arch, ARCHITECTURES)
+        raise UnknownNameError(f"slide encoder {model_arch!r}: no such architecture{hint}")
     settings = {**ARCHITECTURES[model_arch], **kwargs}
     path = find_slide_weights(pretrained, local_dir) if os.fspath(pretrained) else None
     # On the meta device, because PyTorch's initialisation takes longer than reading the weights.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pathcore.encoders.transform import Transform
 from pathcore.files import StrPath
+from pathcore.names import UnknownNameError, did_you_mean
 from pathcore.weights import CheckpointError, check_names, read_state_dict
 
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
@@ -315,7 +316,10 @@ def read_config(path: Path) -> TileArchitecture:
         raise ValueError(
             f"{path}: expected JSON with `architecture`, as timm writes it: {error!r}"
         ) from error
-    known = _architecture(name, source=f"{path}: ")
+    try:
+        known = _architecture(name)
+    except UnknownNameError as error:
+        raise ValueError(f"{path}: architecture: {error}") from error
     defaults = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
     return TileArchitecture(known.timm_name, {**known.model_args, **defaults, **model_args})
 
@@ -344,17 +348,15 @@ def _from_hub(repository: str, name: str) -> TileWeights:
         ) from error
 
 
-def _architecture(name: str, *, source: str = "") -> TileArchitecture:
+def _architecture(name: str) -> TileArchitecture:
     import timm
 
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if isinstance(name, str) and timm.is_model(name):
         return TileArchitecture(name, {"num_classes": 0})
-    raise ValueError(
-        f"{source}architecture {name!r}: one of {', '.join(ARCHITECTURES)} or a model of timm "
-        "expected"
-    )
+    hint = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
+    raise UnknownNameError(f"tile encoder {name!r}: neither our architecture nor timm's{hint}")
 
 
 def _build(architecture: TileArchitecture, model_args: Mapping[str, Any]) -> nn.Module:

@@ -20,7 +20,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import sys
@@ -30,6 +29,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, TypeVar
+
+from pathcore.names import did_you_mean
 
 PLUGIN_GROUP = "xtuner_add.plugins"
 
@@ -126,10 +127,9 @@ class Registry:
 
     def _unknown(self, name: str) -> str:
         known = sorted(self._entries)
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         message = (
-            f"unknown {self.kind} {name!r}. {hint}Registered: {', '.join(known) or 'none'}. "
+            f"unknown {self.kind} {name!r}{did_you_mean(name, known)}. Registered: "
+            f"{', '.join(known) or 'none'}. "
             f"Other packages add theirs through the entry-point group {PLUGIN_GROUP!r}."
         )
         failures = plugin_failures()

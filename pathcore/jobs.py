@@ -42,6 +42,7 @@ PASSED_OVER_NAME = "passed_over.jsonl"
 WORKER_DIED = "worker died"
 
 _JOB, _LOCK = ".job", "lock"
+_SUMMARIES = (MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME, PASSED_OVER_NAME)
 
 Task = TypeVar("Task")
 
@@ -246,8 +247,12 @@ class JobFolder:
         found = json.loads(path.read_bytes())
         if found == self.inputs:
             return
-        # A run that failed before it wrote anything must not bind the folder to its settings.
+        # A run that wrote nothing must not bind the folder to its settings: if every input was
+        # skipped for want of a setting, the next run gives it.
         if self._is_untouched():
+            shutil.rmtree(_records_folder(self.out), ignore_errors=True)
+            for name in _SUMMARIES:
+                (self.out / name).unlink(missing_ok=True)
             for leftover in self.folder.iterdir():
                 if leftover.is_file() and leftover.name != _LOCK:
                     leftover.unlink()
@@ -261,11 +266,12 @@ class JobFolder:
         )
 
     def _is_untouched(self) -> bool:
-        """Returns whether the folder contains neither output nor records."""
-        others = (child for child in self.out.iterdir() if child.name != _JOB)
+        """Returns whether the folder contains neither output nor a record of any."""
+        ours = {_JOB, *_SUMMARIES}
+        others = (child for child in self.out.iterdir() if child.name not in ours)
         output = (path for child in others for path in (child, *child.rglob("*")))
-        return not any(
-            path.is_file() for path in chain(output, _records_folder(self.out).glob("*"))
+        return not any(path.is_file() for path in output) and not any(
+            head["written"] for head in self.done().values()
         )
 
 

@@ -35,8 +35,8 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("pathcore.pool._context", lambda: context)
 
 
-def build_wheel(folder: Path, **environ: str) -> Path:
-    """Builds the wheel of this tree below a folder, from a copy.
+def build_wheel(folder: Path) -> Path:
+    """Builds the wheel of this tree below a folder, from a copy with new times of its files.
 
     A build leaves files in its source, and takes up those of an older build.
     """
@@ -44,10 +44,14 @@ def build_wheel(folder: Path, **environ: str) -> Path:
     ignore = shutil.ignore_patterns(
         ".*", "build", "dist", "work_dirs", "*.egg-info", "__pycache__", "golden"
     )
-    shutil.copytree(Path(__file__).parents[1], source, ignore=ignore)
+    root = Path(__file__).parents[1]
+    shutil.copytree(root, source, ignore=ignore, copy_function=shutil.copy)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     subprocess.run(
-        [*command, str(source)], check=True, capture_output=True, env={**os.environ, **environ}
+        [*command, str(source)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
     )
     (built,) = folder.glob("*.whl")
     return built

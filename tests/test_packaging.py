@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.conftest import build_wheel
+
 ROOT = Path(__file__).parents[1]
 OURS = {"xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore"}
 
@@ -118,6 +120,11 @@ def test_the_lock_holds_what_every_extra_asks_for(wheel: Path) -> None:
     assert len(required) > 100
     outside = [r for r in required if not r.specifier.contains(locked[canonicalize_name(r.name)])]
     assert not outside
+
+
+def test_two_builds_of_the_wheel_are_equal_to_the_bit(wheel: Path, tmp_path: Path) -> None:
+    again = build_wheel(tmp_path)
+    assert again.name == wheel.name and again.read_bytes() == wheel.read_bytes()
 
 
 def test_setup_host_installs_the_trainer_of_the_lock() -> None:

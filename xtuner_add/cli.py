@@ -5,11 +5,11 @@ Sub-commands are imported when they run, so that help needs neither torch nor XT
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, cast
 
 import click
 
+from pathcore.names import did_you_mean
 from xtuner_add import launch
 from xtuner_add.commands.options import example
 from xtuner_add.modes import MODES, Mode, read_arguments
@@ -298,11 +298,8 @@ class SuggestingGroup(click.Group):
         name = args[0]
         command = self.get_command(ctx, name)
         if command is None and not name.startswith("-"):
-            known = self.list_commands(ctx)
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            near += [other for other in known if name in other and other not in near][:3]
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"See `{ctx.command_path} -h`."
-            raise click.UsageError(f"no such command {name!r}. {hint}", ctx)
+            hint = did_you_mean(name, self.list_commands(ctx))
+            raise click.UsageError(f"no such command {name!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 

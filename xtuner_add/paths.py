@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from pathlib import Path
+
+from pathcore.names import did_you_mean
 
 
 def configs_dir() -> Path:
@@ -53,6 +54,22 @@ def xtuner_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(root.rglob("*.py")) if path.name[0] not in "_."}
 
 
+def find_yaml(what: str, name: str, folder: str, pattern: str = "*.yml") -> Path:
+    """Resolves a YAML file, given as a path or as a name in a folder of `configs/`.
+
+    Raises:
+        FileNotFoundError: If it is neither; the message suggests similar names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for path in (configs_dir() / folder).glob(pattern)}
+    if name not in known:
+        raise FileNotFoundError(
+            f"{what} {name}: neither a file nor a known name{did_you_mean(name, known)}"
+        )
+    return known[name]
+
+
 def find_config(name: str) -> Path:
     """Resolves a config argument to a file.
 
@@ -69,9 +86,7 @@ def find_config(name: str) -> Path:
     configs = {**xtuner_configs(), **own_configs()}
     if len(path.parts) == 1 and stem in configs:
         return configs[stem]
-    near = difflib.get_close_matches(stem, configs, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise FileNotFoundError(
-        f"config {name!r} is neither a file nor the name of a config. {hint}"
-        "`xtuner-add list-cfg` lists them all."
+        f"config {name!r} is neither a file nor one that `xtuner-add list-cfg` lists"
+        f"{did_you_mean(stem, configs)}"
     )

@@ -48,6 +48,7 @@ from pathcore.files import (
     write_json,
     write_text,
 )
+from pathcore.names import did_you_mean
 from pathcore.rows import read_lines
 from xtuner_add import cli
 
@@ -129,7 +130,8 @@ def load_card(name: StrPath) -> Card:
     if not path.is_file():
         known = card_files()
         if str(name) not in known:
-            raise ValueError(f"{name}: no such card or file; expected one of {', '.join(known)}")
+            hint = did_you_mean(name, known)
+            raise ValueError(f"{name}: neither a file nor a known card{hint}")
         path = known[str(name)]
     import yaml
 

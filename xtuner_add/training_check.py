@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any
 import pallava
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
+from pathcore.names import did_you_mean
 from pathcore.rows import check_fraction, read_rows
 from xtuner_add.launch import LaunchError, Processes
 from xtuner_add.paths import xtuner_dir
@@ -120,8 +120,7 @@ def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     for key in options:
         name = key.partition(".")[0]
         if name not in top and name not in _RUNNER_KEYS:
-            near = difflib.get_close_matches(name, sorted(top | _RUNNER_KEYS), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, top | _RUNNER_KEYS)
             raise TrainingInputError(f"--cfg-options {key}: {config.name} has no {name}{hint}")
     try:
         cfg.merge_from_dict(options)
@@ -138,8 +137,9 @@ def _check_arguments(known: argparse.Namespace) -> None:
     if known.deepspeed and not Path(known.deepspeed).is_file():
         names = sorted(path.stem for path in (xtuner_dir() / "configs/deepspeed").glob("*.json"))
         if known.deepspeed not in names:
+            hint = did_you_mean(known.deepspeed, names)
             raise TrainingInputError(
-                f"--deepspeed {known.deepspeed}: expected a file or one of {', '.join(names)}"
+                f"--deepspeed {known.deepspeed}: neither a file nor one of XTuner's{hint}"
             )
 
 
@@ -176,24 +176,16 @@ def _check_names(where: str, part: dict[str, Any]) -> None:
     if template.startswith("xtuner.utils.PROMPT_TEMPLATE."):
         name = template.rpartition(".")[2]
         if name not in PROMPT_TEMPLATES:
-            near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TrainingInputError(
-                f"{where}.template: PROMPT_TEMPLATE.{name}: {hint}Known: "
-                f"{', '.join(PROMPT_TEMPLATES)}"
-            )
+            hint = did_you_mean(name, PROMPT_TEMPLATES)
+            raise TrainingInputError(f"{where}.template: no PROMPT_TEMPLATE.{name}{hint}")
     dotted = _dotted(part["type"])
     if not isinstance(dotted, str) or not dotted.startswith("pallava."):
         return
     accepted = _accepted(*dotted.rsplit(".", 1))
     for name in part:
         if accepted is not None and name not in accepted and name != "type":
-            near = difflib.get_close_matches(name, sorted(accepted), n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TrainingInputError(
-                f"{where}.{name}: {dotted} has no such argument; {hint}It takes "
-                f"{', '.join(sorted(accepted))}"
-            )
+            hint = did_you_mean(name, accepted)
+            raise TrainingInputError(f"{where}.{name}: {dotted} has no such argument{hint}")
 
 
 def _accepted(module: str, name: str) -> set[str] | None:

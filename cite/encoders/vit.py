@@ -16,6 +16,7 @@ from cite.blocks import Block, Packed, normalise
 from cite.encoders.base import Encoder
 from pathcore.encoders.layouts import fit_positions
 from pathcore.encoders.towers import Call, EncoderError, Tower
+from pathcore.names import did_you_mean
 from pathcore.weights import load_strict
 
 ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
@@ -177,7 +178,7 @@ def _read_arch(arch: str | Mapping[str, int]) -> dict[str, int]:
     if isinstance(arch, str):
         name = _SHORT.get(arch, arch)
         if name not in ARCHITECTURES:
-            raise EncoderError(f"arch {arch!r}: expected one of {sorted(ARCHITECTURES)}")
+            raise EncoderError(f"arch {arch!r}: unknown{did_you_mean(arch, ARCHITECTURES)}")
         return dict(zip(_FIELDS, ARCHITECTURES[name], strict=True))
     if set(arch) != set(_FIELDS):
         raise EncoderError(f"arch: expected the fields {_FIELDS}, found {sorted(arch)}")

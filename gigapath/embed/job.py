@@ -26,7 +26,13 @@ from gigapath.embed.slide_encoders import (
     get_slide_preset,
 )
 from gigapath.embed.slide_vectors import SlideEncoderSpec, write_slide_vector
-from gigapath.embed.tile_inference import TileEncoderSpec, choose_device, open_tile_encoder
+from gigapath.embed.tile_inference import (
+    TileEncoderSpec,
+    choose_device,
+    choose_precision,
+    describe_encoder,
+    open_tile_encoder,
+)
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine
@@ -45,6 +51,9 @@ from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import read_attributes, read_coordinates, write_coordinates
 from wsi.tile_job import DAMAGED, THUMBNAIL_PX, place_patches
 from wsi.tiling import PatchSpec
+
+MIN_TISSUE = 0.1
+"""Least fraction of tissue in a tile, as in the original pipeline."""
 
 _FOLDERS = ("coords", "overlays", "thumbnails", "pictures")
 
@@ -82,6 +91,28 @@ class EmbeddingSettings:
     pictures: bool = True
     origin: Origin = field(default_factory=Origin)
 
+    @classmethod
+    def for_encoder(cls, name: str, **changes: Any) -> EmbeddingSettings:
+        """Returns the settings that embed tiles as a tile encoder was published with.
+
+        Args:
+            name: Tile encoder, as for `describe_encoder`. Its patch size and resolution are used,
+                and by default no slide encoder.
+            **changes: Other attributes, such as `slide_mpp`.
+
+        Raises:
+            FileNotFoundError: If its weights are missing.
+            ValueError: If the name is unknown.
+        """
+        device = choose_device()
+        encoder = describe_encoder(name, precision=choose_precision("auto", device))
+        defaults = {
+            "slide_encoder": None,
+            "spec": PatchSpec(encoder.patch_px, encoder.mpp, min_tissue=MIN_TISSUE),
+            "origin": Origin(name.partition("@")[0] if encoder.named else "", encoder.digest),
+        }
+        return cls(encoder, **{**defaults, **changes})
+
     @property
     def named_slide_encoder(self) -> NamedSlideEncoder | None:
         """The slide encoder, with an empty name for weights that have none."""
@@ -111,7 +142,7 @@ class Placement:
 def embed_slides(
     slides: StrPath,
     out: StrPath,
-    settings: EmbeddingSettings,
+    settings: EmbeddingSettings | str,
     placement: Placement | None = None,
     *,
     workers: int = 1,
@@ -125,7 +156,8 @@ def embed_slides(
     Args:
         slides: A slide, a folder of tiles (`01581x_25327y.png`), or a folder of both.
         out: Output folder; a job that was stopped continues in it.
-        settings: Encoders, tiles and masks.
+        settings: Encoders, tiles and masks; or the name of a tile encoder, which stands for
+            `EmbeddingSettings.for_encoder`.
         placement: Device and reading processes.
         workers: Number of processes, each of which embeds one slide at a time.
         engine: `process` or `ray`.
@@ -141,6 +173,8 @@ def embed_slides(
         OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
     """
+    if isinstance(settings, str):
+        settings = EmbeddingSettings.for_encoder(settings)
     placement = placement or Placement()
     on_gpu = (placement.device or "").startswith("cuda")
     placement = replace(

@@ -34,10 +34,10 @@ from pathcore.encoders.presets import (
     find_presets,
     preset_folders,
     read_preset,
-    suggestion,
 )
 from pathcore.files import sha256_of
 from pathcore.jobs import UnitError
+from pathcore.names import did_you_mean
 from pathcore.weights import load_strict, read_state_dict, strip_prefix_to_fit
 from wsi.conform import FeatureFile, known_encoder
 from wsi.features import EmbeddingError, check_features
@@ -141,10 +141,7 @@ def get_slide_preset(name: str) -> SlidePreset:
     """
     files = _files()
     if name not in files:
-        raise SlideEncoderError(
-            f"slide encoder {name!r}: expected one of {', '.join(sorted(files))}"
-            f"{suggestion(name, files)}"
-        )
+        raise SlideEncoderError(f"slide encoder {name!r}: not a preset{did_you_mean(name, files)}")
     return _read(name)
 
 

@@ -25,6 +25,7 @@ from gigapath.pos_embed import check_coords
 from gigapath.slide_encoder import ARCHITECTURES, Layer, LongNetViT, Pooling
 from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, RANDOM
 from pathcore.files import StrPath, atomic_file, sha256_of
+from pathcore.names import UnknownNameError, did_you_mean
 from wsi.features import EmbeddingError, check_features
 
 NUM_GRIDS = 1000
@@ -218,9 +219,9 @@ def describe_slide_encoder(
     """
     arch = model_arch or _ARCHITECTURE_OF.get(in_chans)
     if arch not in ARCHITECTURES:
-        raise ValueError(
+        raise UnknownNameError(
             f"slide encoder: no architecture {model_arch!r} for tile embeddings of width "
-            f"{in_chans}; expected one of {', '.join(ARCHITECTURES)}"
+            f"{in_chans}{did_you_mean(model_arch, ARCHITECTURES)}"
         )
     layer, depth = get_preset(preset).layer, int(ARCHITECTURES[arch]["depth"])
     if isinstance(layer, int) and layer > depth:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcore.names import did_you_mean
+
 Array = NDArray[Any]
 
 NUM_NEIGHBOURS = 20
@@ -161,5 +163,5 @@ def check_methods(
     """
     known = (*own, *(SURVIVAL_METHODS if survival else METHODS))
     if unknown := [name for name in methods if name not in known]:
-        raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(known)}")
+        raise ValueError(f"method {unknown[0]!r}: unknown{did_you_mean(unknown[0], known)}")
     return tuple(dict.fromkeys(methods))

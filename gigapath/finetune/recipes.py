@@ -9,11 +9,11 @@ A recipe names fields of a settings class, and may start from another recipe::
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from pathcore.files import StrPath
+from pathcore.names import did_you_mean
 from pathcore.recipes import read_recipes
 
 Settings = TypeVar("Settings")
@@ -84,11 +84,8 @@ def make_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(names)):
-        near = difflib.get_close_matches(str(unknown[0]), names, n=3)
-        if unknown[0] in REPLACED:
-            hint = f"; {REPLACED[unknown[0]]}"
-        else:
-            hint = f"; near: {', '.join(near)}" if near else f"; known: {', '.join(names)}"
+        replaced = REPLACED.get(unknown[0])
+        hint = f"; {replaced}" if replaced else did_you_mean(unknown[0], names)
         raise ValueError(f"{where}: no field {unknown[0]!r}{hint}")
     try:
         return kind(**{n: _converted(n, v, hints[n]) for n, v in values.items()})

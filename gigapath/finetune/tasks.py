@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gigapath.finetune.metrics import SETTINGS, SURVIVAL
 from gigapath.finetune.recipes import read_yaml
 from pathcore.files import StrPath, UnsafeNameError, check_name
+from pathcore.names import did_you_mean
 
 SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"
 """Columns of the published tables."""
@@ -140,7 +141,7 @@ def read_task(path: StrPath) -> SlideTask:
     """
     content = read_yaml(path)
     if unknown := sorted(set(content) - _FIELDS):
-        raise ValueError(f"task {path}: no field {unknown[0]!r}; known: {sorted(_FIELDS)}")
+        raise ValueError(f"task {path}: no field {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}")
     setting = content.get("setting", "multi_class")
     if setting not in (known := (*SETTINGS, SURVIVAL)):
         raise ValueError(f"task {path}: setting {setting!r}: expected one of {', '.join(known)}")

@@ -29,6 +29,7 @@ from pathcore.files import (
     fsync_path,
     write_json,
 )
+from pathcore.names import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def settings_from_names(
     from xtuner.utils import PROMPT_TEMPLATE
 
     if prompt_template not in PROMPT_TEMPLATE:
-        names = ", ".join(sorted(PROMPT_TEMPLATE))
-        raise ValueError(f"prompt template {prompt_template}: expected one of {names}")
+        hint = did_you_mean(prompt_template, PROMPT_TEMPLATE)
+        raise ValueError(f"prompt template {prompt_template!r}: unknown to XTuner{hint}")
     if map_fn not in ("llava", "interleaved"):
         raise ValueError(f"map_fn {map_fn}: expected llava or interleaved")
     return TextSettings(

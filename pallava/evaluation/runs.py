@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pallava.evaluation.models import Model
 from pallava.evaluation.report import Compat, write_report
 from pallava.inference.assistant import MAX_NEW_TOKENS
 from pallava.records.questions import Question
+from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
 
 ANSWERS_FOLDER = "answers"
@@ -23,10 +24,13 @@ DIGESTS_PATH = "images/digests.json"
 
 
 def evaluate(
-    benchmark: Benchmark,
+    benchmark: Benchmark | str,
     model: Model,
     work_dir: StrPath,
     *,
+    data: StrPath | None = None,
+    image_folder: StrPath | None = None,
+    options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
     compat: Compat = "none",
@@ -35,9 +39,13 @@ def evaluate(
     """Asks a benchmark's questions, scores the answers and writes the report; resumes earlier runs.
 
     Args:
-        benchmark: Benchmark, as returned by an entry of `pallava.registry.EVALUATIONS`.
+        benchmark: Name of a benchmark (`pathvqa`, `pmcvqa`, `zero-shot`, or one of a plug-in), or a
+            benchmark as an entry of `pallava.registry.EVALUATIONS` returns it.
         model: Model that answers, as returned by `pallava.load_model`.
         work_dir: Output folder for answers and report.
+        data: Data of a benchmark given by name.
+        image_folder: Folder of its images, if they are elsewhere.
+        options: Its own options, such as `prompt`.
         batch_size: Number of questions per batch.
         max_new_tokens: Maximum length of each answer in tokens.
         compat: `original` lists the published scores first; combine it with `bos="double"`.
@@ -45,7 +53,17 @@ def evaluate(
 
     Returns:
         The content of `metrics.json` on rank 0, None on other ranks.
+
+    Raises:
+        ValueError: If the name is unknown, or given without data.
     """
+    if isinstance(benchmark, str):
+        make = EVALUATIONS.get(benchmark)
+        if data is None:
+            raise ValueError(f"benchmark {benchmark!r}: expected its data, as data=FOLDER_OR_FILE")
+        benchmark = make(data, image_folder, **(options or {}))
+    elif data is not None or image_folder is not None or options:
+        raise ValueError("data, image_folder and options belong to a benchmark given by name")
     work_dir = Path(work_dir)
 
     def ask(questions: Sequence[Question]) -> Outcome | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pathcore.names import did_you_mean
+
 QUESTION, OPTIONS = "{question}", "{options}"
 DEFAULT_PROMPT = "letter"
 PUBLISHED_PROMPT = "published"
@@ -127,7 +129,7 @@ def find_prompt(name: str) -> Prompt:
         return PROMPTS[name]
     if QUESTION not in name:
         raise ValueError(
-            f"prompt {name!r}: expected one of {', '.join(PROMPTS)}, or a template with "
-            "{question} and {options} in it"
+            f"prompt {name!r}: neither a known name nor a template with {{question}} and "
+            f"{{options}} in it{did_you_mean(name, PROMPTS)}"
         )
     return Prompt("custom", name)

@@ -7,10 +7,11 @@ training.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pathcore.names import did_you_mean
 
 TOKENIZER_TEMPLATE = "tokenizer"
 """Name that selects the tokenizer's own chat template."""
@@ -273,10 +274,8 @@ def find_template(name: str) -> PromptTemplate:
         ValueError: If the name is unknown. The message suggests similar ones.
     """
     if name not in PROMPT_TEMPLATES:
-        near = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"prompt template {name!r}: {hint}Known: {', '.join(PROMPT_TEMPLATES)}, and "
-            f"{TOKENIZER_TEMPLATE!r} for the one that the tokenizer carries"
+            f"prompt template {name!r}: expected one of XTuner's, or {TOKENIZER_TEMPLATE!r} for "
+            f"the one that the tokenizer carries{did_you_mean(name, PROMPT_TEMPLATES)}"
         )
     return PROMPT_TEMPLATES[name]

@@ -42,6 +42,7 @@ from pathcore.encoders.towers import (
 )
 from pathcore.encoders.transform import Transform, TransformError
 from pathcore.files import read_json, sha256_of
+from pathcore.names import did_you_mean
 from pathcore.weights import CheckpointError, check_loading_report, load_strict, read_state_dict
 
 if TYPE_CHECKING:
@@ -566,8 +567,7 @@ def _build_timm(
         _from_hub(repository, ["config.json"], name=f"timm:{model}")
         return _build_timm(str(file.parent), "", feature, arguments)
     if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('.')[0].split('_')[0]}*")[:5]
-        hint = f"; for example {', '.join(near)}" if near else ""
+        hint = did_you_mean(model, timm.list_models())
         raise EncoderError(f"encoder timm:{model}: timm has no such model{hint}")
     _, _, tag = model.partition(".")
     known = get_pretrained_cfg(model)

@@ -6,7 +6,6 @@ point group `pathcore.encoders`, whose entries return the path of a folder.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathcore.encoders.transform import Transform, TransformError
+from pathcore.names import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +120,9 @@ def get_preset(name: str) -> Preset:
     """
     files = _files()
     if name not in files:
-        hint = suggestion(name, files)
+        hint = did_you_mean(name, files)
         raise UnknownEncoderError(f"encoder {name!r}: neither a preset nor a folder{hint}")
     return _read(name)
-
-
-def suggestion(name: str, presets: Iterable[str]) -> str:
-    """Returns the end of an error about an unknown name: the most similar presets, or nothing."""
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), list(presets), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @lru_cache(maxsize=1)

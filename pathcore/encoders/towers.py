@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pathcore.encoders.layouts import FittedLayout, fit_layout, fit_positions, pools_patches
 from pathcore.encoders.networks import NETWORKS, uninitialised
+from pathcore.names import did_you_mean
 from pathcore.weights import CheckpointError, load_strict
 
 logger = logging.getLogger(__name__)
@@ -241,8 +242,7 @@ def _timm(
     if isinstance(settings.get("act_layer"), str):
         settings["act_layer"] = layers.get_act_layer(settings["act_layer"])
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.split('.')[0].split('_')[0]}*")[:5]
-        hint = f"; for example {', '.join(near)}" if near else ""
+        hint = did_you_mean(architecture, timm.list_models())
         raise EncoderError(f"encoder timm:{architecture}: timm has no such model{hint}")
     module: Any = timm.create_model(architecture, pretrained=False, **settings)
     # "" leaves the pooling to the reader, as in Virchow's configuration.
@@ -273,7 +273,8 @@ def _own(
     architecture: str, arguments: Mapping[str, Any] | None = None, feature: str = "output"
 ) -> Tower:
     if architecture not in NETWORKS:
-        raise EncoderError(f"encoder {architecture!r}: expected one of {', '.join(NETWORKS)}")
+        hint = did_you_mean(architecture, NETWORKS)
+        raise EncoderError(f"encoder {architecture!r}: no such network{hint}")
     stored = json.loads(json.dumps(dict(arguments or {})))
     module: Any = NETWORKS[architecture](**stored)
     description = {"library": "own", "architecture": architecture, "arguments": stored}
@@ -489,8 +490,6 @@ def open_clip_config(architecture: str) -> dict[str, Any]:
     Raises:
         EncoderError: If the architecture is unknown. The message suggests similar ones.
     """
-    import difflib
-
     import open_clip
 
     found = open_clip.get_model_config(architecture)
@@ -503,8 +502,7 @@ def open_clip_config(architecture: str) -> dict[str, Any]:
         # give different features.
         near = f"; OpenAI's CLIP is {openai!r}"
     else:
-        names = difflib.get_close_matches(architecture, known, n=3)
-        near = f"; near: {', '.join(names)}" if names else ""
+        near = did_you_mean(architecture, known)
     raise EncoderError(
         f"encoder open_clip:{architecture}: open_clip has no architecture {architecture}{near}"
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import StrPath
+from pathcore.names import did_you_mean
 
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)(:json)?\}")
 _ALIASES = {"description": "caption"}
@@ -77,8 +78,10 @@ def load_prompt(name_or_path: StrPath, *, reply_of: Prompt | None = None) -> Pro
     if path.suffix not in (".json", ".txt"):
         resource = files("pathgen.prompts") / f"{path.name}.json"
         if path.name != str(name_or_path) or not resource.is_file():
+            known = (Path(other.name) for other in files("pathgen.prompts").iterdir())
+            hint = did_you_mean(name_or_path, (p.stem for p in known if p.suffix == ".json"))
             raise FileNotFoundError(
-                f"prompt {name_or_path}: expected a known name, or a .json or .txt file"
+                f"prompt {name_or_path}: neither a known name nor a .json or .txt file{hint}"
             )
         return _parse(path.name, resource.read_text(encoding="utf-8"))
     if not path.is_file():

@@ -17,7 +17,6 @@ open_clip_train.main --help`, with underscores.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.files import StrPath, check_name
+from pathcore.names import did_you_mean
 from pathcore.recipes import read_recipes
 
 SET_HERE = frozenset(
@@ -104,7 +104,9 @@ def read_recipe(
         content |= inherited
         shared |= _mapping(path, "options", inherited.get("options"))
     if unknown := sorted(set(content) - _FIELDS):
-        raise ValueError(f"recipe {path}: {unknown}: no such fields; known: {sorted(_FIELDS)}")
+        raise ValueError(
+            f"recipe {path}: no field {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}"
+        )
     stages = content.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ValueError(f"recipe {path}: stages: a list with at least one stage expected")
@@ -114,7 +116,8 @@ def read_recipe(
     if len(set(names)) != len(names):
         raise ValueError(f"recipe {path}: expected stages of different names, found {names}")
     if unknown := sorted(set(data) - set(names)):
-        raise ValueError(f"recipe {path}: has no stages {unknown}, only {names}")
+        hint = did_you_mean(unknown[0], names)
+        raise ValueError(f"recipe {path}: no stage {unknown[0]!r}{hint}")
     named = model or content.get("model")
     if not isinstance(named, str):
         raise ValueError(f"recipe {path}: model: expected a name or a JSON file, found {named!r}")
@@ -134,8 +137,7 @@ def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
 
     known = vars(parse_args([]))  # exact names: argparse would also accept prefixes
     if unknown := sorted({name.replace("-", "_") for name in options} - set(known)):
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
+        hint = did_you_mean(unknown[0], known)
         raise ValueError(f"options of open_clip's trainer: it has no {', '.join(unknown)}{hint}")
     arguments: list[str] = []
     for name, value in options.items():
@@ -175,7 +177,8 @@ def _stage(
 ) -> Stage:
     row = _mapping(path, "stages", row)
     if unknown := sorted(set(row) - _STAGE_FIELDS):
-        raise ValueError(f"recipe {path}: stages: {unknown}: no such fields")
+        hint = did_you_mean(unknown[0], _STAGE_FIELDS)
+        raise ValueError(f"recipe {path}: stages: no field {unknown[0]!r}{hint}")
     name = check_name(row.get("name"))
     source = data.get(name, row.get("data"))
     if source is None:

@@ -282,7 +282,7 @@ def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
         (dict(library="resnet"), "encoder library 'resnet'"),
         (
             dict(library="open_clip", architecture="ViT-B-17"),
-            r"open_clip has no architecture ViT-B-17; near: .*ViT-B-16",
+            r"open_clip has no architecture ViT-B-17; did you mean .*ViT-B-16",
         ),
         (dict(library="open_clip", config=dict(width=3)), "expected embed_dim and vision_cfg"),
         (dict(library="timm", architecture="vit_none"), "encoder timm:vit_none"),
@@ -292,7 +292,7 @@ def test_resized_positions_keep_the_prefix_and_a_constant() -> None:
             dict(library="transformers", config=dict(model_type="vit"), feature="projected"),
             "no visual projection",
         ),
-        (dict(library="own", architecture="resnet17000"), "expected one of ctranspath, keep"),
+        (dict(library="own", architecture="resnet17000"), "no such network"),
         (dict(library="mm", arch="tiny"), "arch 'tiny'"),
         (dict(library="mm", arch=dict(width=3)), "embed_dims"),
     ],

@@ -84,8 +84,8 @@ OPTIONS: dict[str, str] = {
 """Options appended to a command; a later one of the same name counts. Longer keys come on top."""
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
-    (r"^make |^uv pip|^pip install|^docker|setup-host",
-     "sets up environments: the continuous integration does so"),
+    (r"^make |^uv pip|^pip install|^docker|setup-host|^SOURCE_DATE_EPOCH|twine",
+     "sets up environments or releases: the continuous integration does so"),
     (r"^(OMP_NUM_THREADS=1 )?python -m benchmarks", "measures for minutes; tests/benchmarks"),
     (r"^gdc-client", "downloads slides"),
     (r"--engine ray --address", "needs a Ray cluster; tests/wsi starts one of its own"),

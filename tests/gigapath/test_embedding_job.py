@@ -295,6 +295,20 @@ def test_encoders_by_name_give_their_own_features(
     assert attributes["precision"] == "float32" and attributes["feature"] == described["feature"]
 
 
+def test_the_name_of_an_encoder_stands_for_its_published_tiles(
+    folder: Path, tmp_path: Path, tiny_preset: str
+) -> None:
+    slide = folder / "slides" / "b.svs"
+    report = embed_slides(slide, tmp_path / "out", tiny_preset, PLACEMENT, progress=False)
+    assert report.written == 1
+    (path,) = (tmp_path / "out" / "features").rglob("b.h5")
+    assert read_attributes(path)["patch_size"] == 40
+    assert read_attributes(tmp_path / "out/coords/b.h5")["mpp"] == 1.0
+    assert (tmp_path / "out/pictures/b.jpg").is_file()
+    settings = EmbeddingSettings.for_encoder(tiny_preset, slide_mpp=0.25)
+    assert settings.spec == PatchSpec(40, 1.0, min_tissue=0.1) and settings.slide_mpp == 0.25
+
+
 def test_slide_encoders_by_name_check_the_tiles(folder: Path, tmp_path: Path) -> None:
     slide = folder / "slides" / "b.svs"
 

@@ -29,7 +29,7 @@ def test_unknown_name_is_an_error_that_names_the_nearest() -> None:
     registry = Registry("colour")
     registry.register("haematoxylin")(object)
     with pytest.raises(
-        ValueError, match=r"unknown colour 'hematoxylin'. Did you mean 'haematoxylin'"
+        ValueError, match=r"unknown colour 'hematoxylin'; did you mean haematoxylin"
     ):
         registry.get("hematoxylin")
 

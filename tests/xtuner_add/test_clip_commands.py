@@ -113,7 +113,7 @@ def test_zero_shot_and_retrieval_say_what_was_left_out(random_clip: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train-clip", "nothing", "--output", "o"], "neither a file nor one of"),
+        (["train-clip", "nothing", "--output", "o"], "neither a file nor a known name"),
         (["train-clip", "pathgen_clip_tiny", "--output", "o", "--data", "x"], "NAME=VALUE"),
         (["train-clip", "pathgen_clip_tiny", "--output", "o", "--option", "a=1"], "it has no a"),
         (["train-clip", "pathgen_clip_tiny", "--output", "o"], "neither pairs in JSON lines"),

@@ -53,7 +53,7 @@ def test_good_and_bad_slides(encoders: list[object], tmp_path: Path) -> None:
     (slides / "broken.svs").write_text("not found")
     result = invoke(slides, "--output", out, *encoders)
     assert result.exit_code == 3, result.output
-    assert "Wrote 1 slides" in result.output and "Skipped 1: no tissue" in result.output
+    assert "Wrote 1 slide to" in result.output and "Skipped 1: no tissue" in result.output
     rows = {row["slide"]: row for row in map(json.loads, (out / "manifest.jsonl").open())}
     assert {name: row.get("reason") for name, row in rows.items()} == {
         "good": None,
@@ -147,7 +147,7 @@ def test_folders_of_tiles(encoders: list[object], tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:50])
     result = invoke(tmp_path / "tiles" / "two", "--output", tmp_path / "two", *encoders)
     assert result.exit_code == 3
-    assert "Wrote 1 slides" in result.output and "1: tiles that cannot be read" in result.output
+    assert "Wrote 1 slide to" in result.output and "1: tiles that cannot be read" in result.output
 
 
 def test_real_slide(encoders: list[object], tmp_path: Path) -> None:
@@ -192,3 +192,15 @@ def test_an_encoder_of_another_house_stops_at_the_tiles(tmp_path: Path) -> None:
     assert not (out / "slide_features").exists()
     result = invoke(slide, "--output", out, "--tile-encoder", "uni2h")
     assert result.exit_code in (1, 2) and "did you mean uni2-h" in result.output
+
+
+def test_unknown_architectures_are_wrong_usage(tmp_path: Path) -> None:
+    slide = write_svs(tmp_path / "s.svs", tissue_pixels(300, 300), mpp=0.5)
+    arguments = (slide, "--output", tmp_path / "out", "--tile-encoder", "random")
+    result = invoke(*arguments, "--tile-arch", "vit_smal_patch16_224")
+    assert result.exit_code == 2 and "did you mean vit_small_patch16_224" in result.output
+    result = invoke(
+        *arguments, "--tile-arch", "resnet18", "--slide-encoder", "random", "--slide-arch", "tiny"
+    )
+    assert result.exit_code == 2 and "no architecture 'tiny'" in result.output
+    assert not (tmp_path / "out").exists()

@@ -88,10 +88,10 @@ def test_finetune_with_every_method(slides: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_finetune_refuses_what_there_is_not(slides: Path) -> None:
     for more, message in (
-        (("--recipe", "pando"), "neither a file nor one of"),
+        (("--recipe", "pando"), "pando: neither a file nor a known name; did you mean panda"),
         (("--task", "pando"), "task pando"),
         (("--recipe", "cohort_tiny"), "has no task"),
-        (("--option", "epoch=3"), "near: epochs"),
+        (("--option", "epoch=3"), "did you mean epochs"),
         (("--option", "epochs"), "NAME=VALUE"),
         (("--method", "forest"), "forest"),
         (("--splits", slides), "train_0.csv"),

@@ -27,7 +27,7 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_unknown_config_names_the_nearest() -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"'pallava_domain_aligment_tiny'.*Did you mean"
+        FileNotFoundError, match=r"'pallava_domain_aligment_tiny'.*did you mean"
     ) as e:
         paths.find_config("pallava_domain_aligment_tiny")
     assert "pallava_domain_alignment_tiny" in str(e.value)
@@ -35,7 +35,7 @@ def test_unknown_config_names_the_nearest() -> None:
 
 
 def test_a_path_is_never_taken_for_a_name() -> None:
-    with pytest.raises(FileNotFoundError, match="Did you mean pallava_domain_alignment_tiny"):
+    with pytest.raises(FileNotFoundError, match="did you mean pallava_domain_alignment_tiny"):
         paths.find_config("elsewhere/pallava_domain_alignment_tiny.py")
 
 

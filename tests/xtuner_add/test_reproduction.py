@@ -190,7 +190,7 @@ def test_seeds_are_averaged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quilt"], "no such card or file; expected one of"),
+        (["quilt"], "neither a file nor a known card"),
         (["{card}"], "data needed: data (questions); answers (folder of answers)"),
         (["{card}", "data=x", "answers=y", "model=z"], "no input model; expected data, answers"),
     ],

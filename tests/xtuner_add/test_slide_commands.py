@@ -229,3 +229,19 @@ def test_the_published_rows_stream_through(tmp_path: Path) -> None:
     manifest = [json.loads(line) for line in (out / "manifest.jsonl").open()]
     numbers = [number for row in manifest for number in row.get("rows", [row.get("row")])]
     assert sorted(numbers) == list(range(1, 5001))
+
+
+def test_a_setting_without_which_everything_is_skipped_is_given_in_the_next_run(
+    tmp_path: Path,
+) -> None:
+    Image.fromarray(tissue_pixels(600, 600)).save(tmp_path / "s.png")
+    arguments = ("tile", tmp_path / "s.png", "--output", tmp_path / "out", "--workers", 1)
+    result = invoke(*arguments)
+    assert result.exit_code == 3 and "1 slide was skipped" in result.output
+    assert "for instance s.png: the file does not say" in result.output
+    assert "--slide-mpp" in result.output
+    result = invoke(*arguments, "--slide-mpp", 0.5)
+    assert result.exit_code == 0 and "Wrote 1 slide to" in result.output, result.output
+    assert (tmp_path / "out/skipped.jsonl").read_text() == ""
+    result = invoke(*arguments, "--slide-mpp", 0.25)
+    assert result.exit_code == 1 and "begun with other settings" in result.output

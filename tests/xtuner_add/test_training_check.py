@@ -106,7 +106,7 @@ def test_wrong_options(option: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--deepspeed", "zero9"], "expected a file or one of .*deepspeed_zero2"),
+        (["--deepspeed", "zero9"], "neither a file nor one of XTuner's; known: .*deepspeed_zero2"),
         (["--resume", "iter_9.pth"], "--resume iter_9.pth: no such checkpoint"),
         (["--work-dir", "roles.jsonl"], "expected a folder, found a file"),
     ],

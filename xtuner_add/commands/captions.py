@@ -16,6 +16,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     OUT_FILE,
     add_options,
+    counted,
     example,
     user_errors,
     weight_values,
@@ -252,7 +253,7 @@ def filter_captions(
         counts = filters.filter_captions(rows, out, chosen, num_samples=samples)
     for count in counts:
         click.echo(f"{count.name:>10}: {count.dropped:,} of {count.seen:,} dropped")
-    click.echo(f"Wrote {out}: {counts[-1].seen - counts[-1].dropped:,} rows")
+    click.echo(f"Wrote {out}: {counted(counts[-1].seen - counts[-1].dropped, 'row')}")
     if counts[0].dropped:
         raise SystemExit(EXIT_SKIPPED)
 

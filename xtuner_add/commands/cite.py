@@ -23,6 +23,7 @@ from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import read_json, write_text
 from xtuner_add.commands.options import (
     ANY_PATH,
+    counted,
     device_option,
     example,
     name_values,
@@ -69,22 +70,22 @@ def _report(split: Split) -> None:
     if split.unknown:
         patches = sum(split.unknown.values())
         click.echo(
-            f"Skipped {patches} patches of {len(split.unknown)} slides without a class, for "
-            f"instance {next(iter(split.unknown))}"
+            f"Skipped {counted(patches, 'patch')} of {counted(len(split.unknown), 'slide')} "
+            f"without a class, for instance {next(iter(split.unknown))}"
         )
     if split.without_slide_id:
         click.echo(
-            f"Skipped {len(split.without_slide_id)} names without a slide id, for instance "
-            f"{split.without_slide_id[0]}"
+            f"Skipped {counted(len(split.without_slide_id), 'name')} without a slide id, for "
+            f"instance {split.without_slide_id[0]}"
         )
     if split.no_images:
         click.echo(
-            f"Skipped {len(split.no_images)} files that are not images, for instance "
+            f"Not an image: {counted(len(split.no_images), 'file')}, skipped, for instance "
             f"{split.no_images[0]}"
         )
     if split.without_patches:
         click.echo(
-            f"{len(split.without_patches)} slides have no patches, for instance "
+            f"Without patches: {counted(len(split.without_patches), 'slide')}, for instance "
             f"{split.without_patches[0]}"
         )
 
@@ -226,7 +227,8 @@ def texts(
         content = encode_texts(text_encoder, descriptions, template or ("{}",))
         write_text_embeddings(out, content)
     click.echo(
-        f"Wrote {out}: {len(content.texts)} texts of {len(descriptions)} classes, "
+        f"Wrote {out}: {counted(len(content.texts), 'text')} of "
+        f"{counted(len(descriptions), 'class')}, "
         f"width {content.width}"
     )
 

@@ -16,6 +16,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     OUT_FOLDER,
     add_options,
+    counted,
     device_option,
     example,
     name_values,
@@ -23,7 +24,7 @@ from xtuner_add.commands.options import (
     yaml_values,
 )
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
-from xtuner_add.paths import configs_dir
+from xtuner_add.paths import find_yaml
 
 _image_folder = click.option(
     "--image-folder",
@@ -121,7 +122,7 @@ def train_clip(
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.code)
     for result in results:
-        click.echo(f"{result.name}: {result.num_pairs} pairs -> {result.open_clip}")
+        click.echo(f"{result.name}: {counted(result.num_pairs, 'pair')} -> {result.open_clip}")
         click.echo(f"  for transformers: {result.hugging_face or result.note}")
     _end(ctx, {r.open_clip.parent / "skipped.jsonl": r.num_skipped for r in results})
 
@@ -243,12 +244,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         FileNotFoundError: If the name is neither.
     """
-    known = {path.stem: path for path in sorted((configs_dir() / "pathgen").glob("*clip*.yml"))}
-    if Path(name).is_file() or name not in known:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"recipe {name}: neither a file nor one of {sorted(known)}")
-        return Path(name)
-    return known[name]
+    return find_yaml("recipe", name, "pathgen", "*clip*.yml")
 
 
 def _start(arguments: Sequence[str]) -> int:

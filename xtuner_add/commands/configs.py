@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from xtuner_add.commands.options import example
+from xtuner_add.commands.options import counted, example
 from xtuner_add.paths import find_config, own_configs, xtuner_configs
 
 
@@ -26,7 +26,7 @@ def list_cfg(pattern: str) -> None:
         raise click.ClickException(str(error)) from error
     for title, configs in sections.items():
         names = [name for name in sorted(configs) if pattern.lower() in name.lower()]
-        click.echo(f"{title}: {len(names)} configs")
+        click.echo(f"{title}: {counted(len(names), 'config')}")
         for name in names:
             click.echo(f"  {name}")
 

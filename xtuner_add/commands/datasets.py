@@ -17,6 +17,7 @@ from xtuner_add.commands.options import (
     FILE_OR_FOLDER,
     FOLDER,
     OUT_FOLDER,
+    counted,
     end,
     example,
     keyword_values,
@@ -116,7 +117,7 @@ def convert_dataset(
 
 def _amount(report: dict[str, Any]) -> str:
     if "num_by_class" in report:
-        return f"{report['num_rows']:,} images of {len(report['num_by_class'])} classes"
+        return f"{counted(report['num_rows'], 'image')} of {len(report['num_by_class'])} classes"
     return f"{report['num_rows']:,} {report['kind']}"
 
 
@@ -252,7 +253,7 @@ def clean_pairs(
         click.echo(f"{step['name']:>12}: {step['dropped']:,} of {step['seen']:,} dropped")
     if missing := report.get("index", {}).get("num_missing"):
         click.echo(f"{missing:,} entries of {index} are not in {rows}")
-    click.echo(f"Wrote {out}: {report['num_kept']:,} rows; see {out / TABLES_NAME}")
+    click.echo(f"Wrote {out}: {counted(report['num_kept'], 'row')}; see {out / TABLES_NAME}")
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 

@@ -24,6 +24,7 @@ from xtuner_add.commands.options import (
     ANY_PATH,
     RelaunchedCommand,
     add_options,
+    counted,
     end,
     example,
     keyword_values,
@@ -438,7 +439,7 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
             "The judge did not score all answers; run the command again to continue.", err=True
         )
     if metrics["num_missing"]:
-        click.echo(f"{metrics['num_missing']} questions have no answer.", err=True)
+        click.echo(f"{counted(metrics['num_missing'], 'question')} without an answer.", err=True)
     if not complete or metrics["num_skipped"] or metrics["num_missing"]:
         ctx.exit(EXIT_SKIPPED)
 

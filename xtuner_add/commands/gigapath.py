@@ -33,7 +33,7 @@ from xtuner_add.commands.options import (
     user_errors,
     yaml_values,
 )
-from xtuner_add.paths import configs_dir
+from xtuner_add.paths import find_yaml
 
 if TYPE_CHECKING:
     from gigapath.embed.slide_encoders import NamedSlideEncoder
@@ -195,7 +195,7 @@ def embed(
             retry_skipped=retry_skipped,
             progress=progress,
         )
-    end_of_job(report, "slides", output)
+    end_of_job(report, "slide", output)
 
 
 def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:
@@ -385,7 +385,7 @@ def encode_slides(
         )
         stated = Origin(known, patch_px=patch_px, mpp=mpp)
         report = encode(features, output, encoder, stated=stated, **options)
-    end_of_job(report, "patients" if options["patients"] else "slides", output)
+    end_of_job(report, "patient" if options["patients"] else "slide", output)
 
 
 _OPTION = click.option(
@@ -582,7 +582,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         FileNotFoundError: If the name is neither.
     """
-    return _find("recipe", name, "gigapath")
+    return find_yaml("recipe", name, "gigapath")
 
 
 def find_task(name: str | None, recipe: Path) -> Path:
@@ -593,20 +593,11 @@ def find_task(name: str | None, recipe: Path) -> Path:
         ValueError: If neither names a task.
     """
     if name is not None:
-        return _find("task", name, "gigapath/tasks")
+        return find_yaml("task", name, "gigapath/tasks")
     own = read_yaml(recipe).get("task")
     if not own:
         raise ValueError(f"recipe {recipe}: has no task; give one with --task")
     return recipe.parent / str(own)
-
-
-def _find(what: str, name: str, folder: str) -> Path:
-    known = {path.stem: path for path in sorted((configs_dir() / folder).glob("*.yml"))}
-    if Path(name).is_file():
-        return Path(name)
-    if name not in known:
-        raise FileNotFoundError(f"{what} {name}: neither a file nor one of {sorted(known)}")
-    return known[name]
 
 
 def _end(output: Path, results: dict[str, Any], noun: str) -> None:

@@ -5,6 +5,7 @@ Imports nothing slow, because every command's `--help` loads this module.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.jobs import SKIPPED_NAME
+from pathcore.names import UnknownNameError
 from xtuner_add.launch import LaunchError, child_environ, run_child, torchrun_command
 
 if TYPE_CHECKING:
@@ -70,7 +73,9 @@ def add_options(
 
 @contextmanager
 def user_errors(*others: type[Exception]) -> Iterator[None]:
-    """Reports errors that the user can fix in one line, with exit code 1.
+    """Reports errors that the user can fix in one line.
+
+    The exit code is 2 for an `UnknownNameError`, and 1 for the others.
 
     Args:
         *others: Exceptions to report in addition to `ValueError` and `OSError`.
@@ -78,6 +83,8 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
+    except UnknownNameError as error:
+        raise click.UsageError(str(error)) from error
     except expected as error:
         raise click.ClickException(str(error)) from error
 
@@ -162,22 +169,35 @@ def end(num_skipped: int, log: Path, noun: str = "row") -> None:
         noun: Name of an item, in the singular.
     """
     if num_skipped:
-        items = f"{noun} was" if num_skipped == 1 else f"{noun}s were"
-        click.echo(f"Finished, but {num_skipped:,} {items} skipped: see {log}", err=True)
+        verb = "was" if num_skipped == 1 else "were"
+        click.echo(
+            f"Finished, but {counted(num_skipped, noun)} {verb} skipped: see {log}", err=True
+        )
         # Under torchrun the code stays 0, since torchrun treats every other code as a crash.
         if "RANK" not in os.environ:
             click.get_current_context().exit(EXIT_SKIPPED)
 
 
-def end_of_job(report: Report, things: str, output: Path) -> None:
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun.
+
+    Example:
+        >>> counted(1, "slide"), counted(1204, "patch")
+        ('1 slide', '1,204 patches')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def end_of_job(report: Report, noun: str, output: Path) -> None:
     """Prints the report of a job, and exits with code 3 if the job skipped anything.
 
     Args:
         report: Report of the job.
-        things: Name of the job's units, in the plural.
+        noun: Name of one of the job's units, in the singular.
         output: Output folder of the job, which contains skipped.jsonl.
     """
-    click.echo(f"Wrote {report.written:,} {things} to {output}")
+    click.echo(f"Wrote {counted(report.written, noun)} to {output}")
     for note, count in report.notes.items():
         click.echo(f"  of which {count:,}: {note}")
     for reason, count in report.incomplete.items():
@@ -189,9 +209,15 @@ def end_of_job(report: Report, things: str, output: Path) -> None:
     for reason, count in report.reasons.items():
         click.echo(f"Skipped {count:,}: {reason}", err=True)
     if report.skipped:
+        skipped = output / SKIPPED_NAME
+        with skipped.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        if "detail" in first:
+            click.echo(f"  for instance {first['detail']}", err=True)
+        verb = "was" if report.skipped == 1 else "were"
         click.echo(
-            f"{report.skipped:,} {things} were skipped; {output / 'skipped.jsonl'} says which and "
-            "why. Fix the cause and add --retry-skipped to try them again",
+            f"{counted(report.skipped, noun)} {verb} skipped; {skipped} says which and why. Fix "
+            "the cause and add --retry-skipped to try again",
             err=True,
         )
     if report.exit_code:

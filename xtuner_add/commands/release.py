@@ -14,6 +14,7 @@ from xtuner_add.commands.options import (
     FILE_OR_FOLDER,
     FOLDER,
     add_options,
+    counted,
     device_option,
     example,
     user_errors,
@@ -59,7 +60,7 @@ def merge(base: Path, adapters: tuple[Path, ...], out: Path, **options: Any) -> 
 
     with user_errors():
         digests = merge_folders(base, adapters, out, **options)
-    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+    click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
 
 
 @click.command("split", epilog=example("split", "model shards"))
@@ -71,7 +72,7 @@ def split(model: Path, out: Path) -> None:
 
     with user_errors():
         digests = merge_folders(model, [], out, device="cpu", one_tensor_per_shard=True)
-    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+    click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
 
 
 @click.command(
@@ -138,7 +139,7 @@ def pth_to_hf(config: str, pth: Path, out: Path, visual_encoder: Path | None, fp
         digests = convert_checkpoint(
             pth, recipe, out, save_tokenizer=save_tokenizer, config_file=file, fp32=fp32
         )
-    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+    click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
 
 
 @click.command("export", epilog=example("export", "Meta-Llama-3-8B-Instruct parts model"))
@@ -181,7 +182,7 @@ def export(
             audits=read_audits(scores),
             **options,
         )
-    click.echo(f"Wrote {out}: {len(digests)} files, digests verified")
+    click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
 
 
 @click.command("push", epilog=example("push", "model owner/name"))

@@ -18,6 +18,7 @@ from xtuner_add.commands.options import (
     FOLDER,
     add_options,
     address_option,
+    counted,
     end_of_job,
     engine_option,
     example,
@@ -136,7 +137,7 @@ def tile(
             style=coords_style,  # type: ignore[arg-type]
         )
         report = tile_slides(slides, output, settings, **job)
-    end_of_job(report, "slides", output)
+    end_of_job(report, "slide", output)
 
 
 @click.command(
@@ -215,7 +216,7 @@ def extract(
             mpp=slide_mpp,
             **job,
         )
-    end_of_job(report, "patches", output)
+    end_of_job(report, "patch", output)
 
 
 @click.command(
@@ -347,9 +348,9 @@ def select_patches(
             progress=progress,
         )
     click.echo(
-        f"Wrote {output}: {report.num_patches:,} patches of "
-        f"{report.num_slides - len(report.skipped):,} slides; features of {report.num_reused:,} "
-        "slides were cached"
+        f"Wrote {output}: {counted(report.num_patches, 'patch')} of "
+        f"{counted(report.num_slides - len(report.skipped), 'slide')}; features of "
+        f"{report.num_reused:,} were cached"
     )
     for found in report.passed_over[:3]:
         click.echo(f"Passed over {found.path}: {found.reason}", err=True)
@@ -453,10 +454,11 @@ def _tell_conformity(
         names = (
             described["encoder"] or " or ".join(described["encoders_of_this_width"]) or "unknown"
         )
-        verdict = "sound" if not problems else f"{len(problems)} defects"
+        verdict = "sound" if not problems else counted(len(problems), "defect")
         click.echo(
-            f"{described['file']}: {described['layout']}, {described['num_tiles']:,} tiles, "
-            f"{described['dim']} features ({names}): {verdict}{', converted' if written else ''}"
+            f"{described['file']}: {described['layout']}, "
+            f"{counted(described['num_tiles'], 'tile')}, {described['dim']} features ({names}): "
+            f"{verdict}{', converted' if written else ''}"
         )
     for problem in problems:
         click.echo(f"  {problem['defect']}: {problem['message']}")

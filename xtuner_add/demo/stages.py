@@ -37,6 +37,9 @@ _PROGRESS = re.compile(
     r"|Train Epoch: (\d+) \[\s*(\d+)/(\d+) \("
 )
 _TAIL_LINES = 30
+_LIVE_ROW = 2  # below the bars of two stages side by side
+_FINISHED_S = 1.0
+"""A round that took less time had been finished by an earlier run."""
 _COMMAND = (sys.executable, "-m", "xtuner_add.cli")
 _running: set[subprocess.Popen[str]] = set()
 _stop = threading.Event()
@@ -75,6 +78,7 @@ def run_demo(
     summarise: Callable[[Path], dict[str, Any]],
     table: Callable[[Mapping[str, Any]], str],
     write_report: Callable[[Path, Mapping[str, Any]], Path],
+    expected: Mapping[str, float] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Runs the stages that are not done yet, writes summary and report, and prints the results.
@@ -85,6 +89,8 @@ def run_demo(
         summarise: Returns the figures for `summary.json`.
         table: Returns the summary as text for a terminal.
         write_report: Writes `report.html` and returns its path.
+        expected: Seconds of each stage in an earlier run; their proportions and the pace of this
+            run give the time left. Without them it is not shown.
         facts: Further fields of the summary, such as the seed.
 
     Returns:
@@ -94,14 +100,14 @@ def run_demo(
         StageError: If a stage fails, or the folder holds something else.
     """
     with only_run_in(work_dir):
-        start = time.monotonic()
+        clock = Clock([[stage.name for stage in stages] for stages in rounds], expected or {})
         manifest = Manifest(work_dir)
         before: list[str] = []
         for stages in rounds:
-            names = [stage.name for stage in stages]
-            click.echo(f"{_clock(start)}  {' and '.join(names)}")
-            manifest.run_all(stages, before)
-            before += names
+            click.echo(clock.begin())
+            with _live(clock.line):
+                manifest.run_all(stages, before)
+            before += [stage.name for stage in stages]
         summary = summarise(work_dir)
         seconds = summary["stage_seconds"] = manifest.seconds()
         # Stages of one round run side by side; interrupted runs count too.
@@ -110,8 +116,85 @@ def run_demo(
         write_json(work_dir / "summary.json", summary)
         report = write_report(work_dir, summary)
         click.echo(table(summary))
-        click.echo(f"{_clock(start)}  {report}")
+        click.echo(f"{_minutes(clock.elapsed)}  {report}")
     return summary
+
+
+class Clock:
+    """Says which round of a demo runs, how long the demo has run, and how long it will.
+
+    Args:
+        rounds: Names of the stages of each round.
+        expected: Seconds of each stage on some machine.
+        now: Returns the time in seconds.
+    """
+
+    def __init__(
+        self,
+        rounds: Sequence[Sequence[str]],
+        expected: Mapping[str, float],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._names = [" and ".join(names) for names in rounds]
+        self._expected = [max(expected.get(name, 0.0) for name in names) for names in rounds]
+        self._now = now
+        self._begun: list[float] = []
+        self._start = now()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self._start
+
+    @property
+    def left(self) -> float | None:
+        """Expected seconds of what is left, as far as it is known; None without expectations."""
+        if not any(self._expected):
+            return None
+        ran = len(self._begun) - 1
+        spent = [end - begin for begin, end in zip(self._begun, self._begun[1:], strict=False)]
+        # Rounds that an earlier run has finished take no time, and say nothing about the pace.
+        rounds = zip(spent, self._expected, strict=False)
+        pairs = [(s, e) for s, e in rounds if s > _FINISHED_S and e]
+        pace = sum(s for s, _ in pairs) / sum(e for _, e in pairs) if pairs else 1.0
+        here = pace * self._expected[ran] - (self._now() - self._begun[-1])
+        return max(0.0, here) + pace * sum(self._expected[ran + 1 :])
+
+    def begin(self) -> str:
+        """Begins the next round; returns its line."""
+        self._begun.append(self._now())
+        return self.line()
+
+    def line(self) -> str:
+        """Returns number and names of the round, the time so far and the time left."""
+        number = len(self._begun)
+        text = f"{_minutes(self.elapsed)}  {number}/{len(self._names)} {self._names[number - 1]}"
+        if self.left is None:
+            return text
+        about = "about" if all(self._expected[number - 1 :]) else "more than"
+        return f"{text}; {about} {_minutes(self.left).strip()} left"
+
+
+@contextmanager
+def _live(line: Callable[[], str]) -> Iterator[None]:
+    """Shows a line under the progress bars, anew every second; nothing if there is no terminal."""
+    over = threading.Event()
+    # A descriptor of its own: `call_command` sends the others to its log.
+    with os.fdopen(os.dup(2), "w") as terminal, tqdm(
+        bar_format="{desc}", position=_LIVE_ROW, leave=False, disable=None, file=terminal
+    ) as bar:  # fmt: skip
+
+        def renew() -> None:
+            while not over.wait(1):
+                bar.set_description_str(line())
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def code_digests(*modules: ModuleType) -> dict[str, str]:
@@ -384,6 +467,6 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def _clock(start: float) -> str:
-    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+def _minutes(duration: float) -> str:
+    minutes, seconds = divmod(int(duration), 60)
     return f"{minutes:2d}:{seconds:02d}"

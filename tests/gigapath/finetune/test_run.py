@@ -528,7 +528,7 @@ class TestRecipes:
     def test_bad_recipes(self, tmp_path: Path) -> None:
         path = tmp_path / "recipe.yml"
         for text, message in {
-            "epoch: 3": "near: epochs",
+            "epoch: 3": "did you mean epochs",
             "epochs: many": "epochs: expected int",
             "blr: fast": "blr: expected a number",
             "- a": "mapping",

@@ -58,9 +58,21 @@ def data(tmp_path: Path) -> Path:
 
 def run(assistant: Assistant, data: Path, work_dir: Path, **changes: Any) -> dict[str, Any]:
     settings = {"batch_size": 4, "max_new_tokens": TOKENS} | changes
-    metrics = evaluate(pathvqa(data), assistant, work_dir, **settings)
+    metrics = evaluate("pathvqa", assistant, work_dir, data=data, **settings)
     assert metrics is not None
     return metrics
+
+
+def test_a_benchmark_by_name_needs_its_data_and_a_known_name(
+    assistant: Assistant, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="unknown evaluation 'pathvqua'; did you mean pathvqa"):
+        evaluate("pathvqua", assistant, tmp_path / "out", data=data)
+    with pytest.raises(ValueError, match="'pathvqa': expected its data"):
+        evaluate("pathvqa", assistant, tmp_path / "out")
+    with pytest.raises(ValueError, match="belong to a benchmark given by name"):
+        evaluate(pathvqa(data), assistant, tmp_path / "out", data=data)
+    assert not (tmp_path / "out").exists()
 
 
 def report(folder: Path) -> dict[str, bytes]:

@@ -184,7 +184,7 @@ def test_what_cannot_be_built_says_what_helps() -> None:
         create_encoder("hibou-l")
     with pytest.raises(EncoderError, match=r"library 'keras', expected one of timm, hf, open_clip"):
         create_encoder("keras:resnet")
-    with pytest.raises(EncoderError, match="timm has no such model; for example "):
+    with pytest.raises(EncoderError, match="timm has no such model; did you mean "):
         create_encoder("timm:vit_colossal")
     with pytest.raises(EncoderError, match="expected one of float32, float16, bfloat16"):
         create_encoder("uni", precision="int8")

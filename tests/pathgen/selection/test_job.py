@@ -122,7 +122,7 @@ def test_the_command(folder: Path, spec: str, tmp_path: Path) -> None:
     assert picture.width > 2 * 700 and picture.height > 500
     first = (tmp_path / "out" / "selection.jsonl").read_bytes()
     result = run(folder, spec, tmp_path / "out", *options)
-    assert "features of 2 slides were cached" in result.output
+    assert "features of 2 were cached" in result.output
     assert (tmp_path / "out" / "selection.jsonl").read_bytes() == first
 
 

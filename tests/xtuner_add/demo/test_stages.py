@@ -11,6 +11,7 @@ import pytest
 
 from xtuner_add.demo.stages import (
     MANIFEST,
+    Clock,
     Manifest,
     Stage,
     StageError,
@@ -138,3 +139,41 @@ def _wait_for(value: Callable[[], str]) -> str:
             return found
         time.sleep(0.1)
     raise AssertionError("waited a minute in vain")
+
+
+def test_the_clock_scales_the_expected_time_by_the_pace_so_far() -> None:
+    now = 100.0
+    rounds = [["data"], ["text", "images"], ["answers"]]
+    clock = Clock(rounds, {"data": 10, "text": 20, "images": 40, "answers": 5}, lambda: now)
+    assert clock.begin() == " 0:00  1/3 data; about 0:55 left"
+    now += 4
+    assert clock.line() == " 0:04  1/3 data; about 0:51 left"
+    now += 16  # twice as slow as expected
+    assert clock.begin() == " 0:20  2/3 text and images; about 1:30 left"
+    now += 200  # longer than expected: at least the last round is left
+    assert clock.line() == " 3:40  2/3 text and images; about 0:10 left"
+    assert clock.begin().startswith(" 3:40  3/3 answers; about 0:22 left")
+
+
+def test_the_clock_learns_nothing_from_rounds_of_an_earlier_run() -> None:
+    now = 0.0
+    clock = Clock([["a"], ["b"]], {"a": 10, "b": 20}, lambda: now)
+    clock.begin()
+    now += 0.1
+    assert clock.begin() == " 0:00  2/2 b; about 0:20 left"
+
+
+def test_the_clock_says_no_more_than_it_knows() -> None:
+    clock = Clock([["a"], ["b"]], {"a": 10}, lambda: 0.0)
+    assert clock.begin() == " 0:00  1/2 a; more than 0:10 left"
+    assert Clock([["a"], ["b"]], {}, lambda: 0.0).begin() == " 0:00  1/2 a"
+
+
+def test_expected_times_are_of_stages_that_there_are(tmp_path: Path) -> None:
+    from xtuner_add.demo.pallava import pipeline as pallava
+    from xtuner_add.demo.pathgen import pipeline as pathgen
+
+    for demo in (pallava, pathgen):
+        rounds = demo._Stages(tmp_path, demo.Plan(), 0).rounds()
+        names = {stage.name for stages in rounds for stage in stages}
+        assert demo.EXPECTED_SECONDS.keys() <= names

@@ -78,6 +78,13 @@ class Plan:
         )
 
 
+EXPECTED_SECONDS = {
+    "slides": 27, "patches": 38, "first CLIP": 83, "describer": 65, "selection": 16,
+    "captions": 164, "shards": 11, "clip": 497, "clip exchanged": 495, "scores": 158,
+}  # fmt: skip
+"""Of a run on two cores with other load."""
+
+
 @dataclass(frozen=True)
 class _Stages:
     """The stages, each inside the folder of the demo."""
@@ -344,5 +351,12 @@ def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]
     work_dir, plan = Path(work_dir).resolve(), Plan.quick() if quick else Plan()
     rounds = _Stages(work_dir, plan, seed).rounds()
     return run_demo(
-        work_dir, rounds, scores.summarise, scores.table, write_report, seed=seed, quick=quick
+        work_dir,
+        rounds,
+        scores.summarise,
+        scores.table,
+        write_report,
+        expected=None if quick else EXPECTED_SECONDS,
+        seed=seed,
+        quick=quick,
     )
