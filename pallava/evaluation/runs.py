@@ -61,7 +61,8 @@ def evaluate(
         make = EVALUATIONS.get(benchmark)
         if data is None:
             raise ValueError(f"benchmark {benchmark!r}: expected its data, as data=FOLDER_OR_FILE")
-        benchmark = make(data, image_folder, **(options or {}))
+        named: Benchmark = make(data, image_folder, **(options or {}))
+        benchmark = named
     elif data is not None or image_folder is not None or options:
         raise ValueError("data, image_folder and options belong to a benchmark given by name")
     work_dir = Path(work_dir)
