@@ -109,8 +109,10 @@ class Block:
             `(B, num_queries or T, D)`, in the dtype of `hidden_states`.
         """
         attended = self._attend(normalise(self.norm1, hidden_states), num_queries)
-        hidden_states = _add(hidden_states[:, :num_queries], attended, self.scale1)
-        return _add(hidden_states, self.mlp(normalise(self.norm2, hidden_states)), self.scale2)
+        hidden_states = _add_branch(hidden_states[:, :num_queries], attended, self.scale1)
+        return _add_branch(
+            hidden_states, self.mlp(normalise(self.norm2, hidden_states)), self.scale2
+        )
 
     def _attend(self, hidden_states: Tensor, num_queries: int | None) -> Tensor:
         query, key, value = (
@@ -127,7 +129,7 @@ class Block:
         return self.out(context)
 
 
-def _add(hidden_states: Tensor, branch: Tensor, scale: nn.Module | None) -> Tensor:
+def _add_branch(hidden_states: Tensor, branch: Tensor, scale: nn.Module | None) -> Tensor:
     if scale is not None:
         branch = scale(branch)
     # Autocast computes branches in half precision; addition then promotes to the residual stream's

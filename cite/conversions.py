@@ -66,10 +66,10 @@ class NameTable:
                 if (found := _match(fused.left, name)) is not None:
                     # Cloned, because chunks share memory, which safetensors refuses to write.
                     for target, part in zip(fused.right, tensor.chunk(3), strict=True):
-                        converted[_fill(target, found)] = part.clone()
+                        converted[_fill_pattern(target, found)] = part.clone()
                     break
             else:
-                other = _find(name, self.pairs, 0)
+                other = _find_name(name, self.pairs, 0)
                 if other is not None:
                     turn = name in self.transposed
                     converted[other] = tensor.t().contiguous() if turn else tensor
@@ -89,13 +89,15 @@ class NameTable:
                 matches = [_match(part, name) for part in fused.right]
                 found = next((match for match in matches if match is not None), None)
                 if found is not None:
-                    names = [_fill(part, found) for part in fused.right]
+                    names = [_fill_pattern(part, found) for part in fused.right]
                     if missing := [part for part in names if part not in state_dict]:
                         raise ConversionError(f"{self.right}: {name} is there, {missing} are not")
-                    converted[_fill(fused.left, found)] = torch.cat([state_dict[n] for n in names])
+                    converted[_fill_pattern(fused.left, found)] = torch.cat(
+                        [state_dict[n] for n in names]
+                    )
                     break
             else:
-                target = _find(name, self.pairs, 1)
+                target = _find_name(name, self.pairs, 1)
                 if target is not None:
                     turn = target in self.transposed
                     converted[target] = tensor.t().contiguous() if turn else tensor
@@ -116,17 +118,17 @@ def _match(pattern: str, name: str) -> tuple[str, ...] | None:
     return found.groups() if found else None
 
 
-def _fill(pattern: str, found: tuple[str, ...]) -> str:
+def _fill_pattern(pattern: str, found: tuple[str, ...]) -> str:
     for value in found:
         pattern = re.sub(r"\{\}|\*", value, pattern, count=1)
     return pattern
 
 
-def _find(name: str, pairs: tuple[tuple[str, str], ...], side: int) -> str | None:
+def _find_name(name: str, pairs: tuple[tuple[str, str], ...], side: int) -> str | None:
     for pair in pairs:
         found = _match(pair[side], name)
         if found is not None:
-            return _fill(pair[1 - side], found)
+            return _fill_pattern(pair[1 - side], found)
     return None
 
 

@@ -198,11 +198,11 @@ class PromptedEncoder(nn.Module):
             with torch.set_grad_enabled(wanted and index >= first_graph):
                 if prompts is not None:
                     hidden_states = prompts.enter(hidden_states, index, encoder.num_prefix)
-                hidden_states = self._run(block, hidden_states, num_queries)
+                hidden_states = self._run_block(block, hidden_states, num_queries)
         with torch.set_grad_enabled(wanted and first_graph <= last):
             return encoder.pool(self._without_prompts(hidden_states))
 
-    def _run(self, block: Block, hidden_states: Tensor, num_queries: int | None) -> Tensor:
+    def _run_block(self, block: Block, hidden_states: Tensor, num_queries: int | None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return recompute(block, hidden_states, num_queries, use_reentrant=False)
         return block(hidden_states, num_queries)

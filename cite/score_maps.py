@@ -73,7 +73,7 @@ def score_map(
             "expected equally many of both, and at least one"
         )
     offsets = coords_px - coords_px.min(axis=0)
-    step = _step(offsets, patch_px)
+    step = _grid_step(offsets, patch_px)
     places = offsets // step
     span = max(1, patch_px // step)
     columns, rows = (places.max(axis=0) + span).tolist()
@@ -226,7 +226,7 @@ def layouts_from_csv(
     return layouts
 
 
-def _step(offsets: NDArray[np.int64], patch_px: int) -> int:
+def _grid_step(offsets: NDArray[np.int64], patch_px: int) -> int:
     """Returns the step of the grid: the greatest common divisor of all offsets and the patch."""
     common = int(np.gcd.reduce(np.append(offsets.ravel(), 0)))
     common = math.gcd(common, patch_px) if common else patch_px

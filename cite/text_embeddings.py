@@ -142,7 +142,7 @@ def write_text_embeddings(path: StrPath, content: TextEmbeddings) -> None:
         "classes": content.classes,
         "texts": content.texts,
         "encoder": dict(content.encoder),
-        "digest": _digest(embeddings),
+        "digest": _digest_embeddings(embeddings),
     }
     tensors = {"text_embeddings": embeddings, "class_ids": content.class_ids}
     with atomic_file(path) as partial:
@@ -179,7 +179,7 @@ def read_text_embeddings(
         raise ValueError(
             f"text embeddings {path}: not a file of `xtuner-add cite-texts` ({error})"
         ) from error
-    if _digest(embeddings) != header.get("digest"):
+    if _digest_embeddings(embeddings) != header.get("digest"):
         raise ValueError(f"text embeddings {path}: damaged, the digest differs; write it again")
     content = TextEmbeddings(
         embeddings,
@@ -219,7 +219,7 @@ def check_text_embeddings(
         )
 
 
-def _digest(embeddings: Tensor) -> str:
+def _digest_embeddings(embeddings: Tensor) -> str:
     return sha256(embeddings.contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -147,7 +147,7 @@ def tile_one_slide(
             fsync_path(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        _draw(slide, thumbnails, slide_id, tissue, places, round(tile_size * scale))
+        _draw_thumbnails(slide, thumbnails, slide_id, tissue, places, round(tile_size * scale))
     return out
 
 
@@ -414,7 +414,7 @@ def _write_tiles(found: Any, folder: Path, slide_id: str) -> list[tuple[int, int
                 failed += 1
                 continue
             places.append((tile.x_level0, tile.y_level0))
-            rows.writerow(_row(tile, slide_id))
+            rows.writerow(_table_row(tile, slide_id))
             name = _descriptor(tile)
             (folder / f"{name}.png").write_bytes(encode_png(tile.pixels))
     if failed and not places:
@@ -424,7 +424,7 @@ def _write_tiles(found: Any, folder: Path, slide_id: str) -> list[tuple[int, int
     return places
 
 
-def _row(tile: GridTile, slide_id: str) -> list[Any]:
+def _table_row(tile: GridTile, slide_id: str) -> list[Any]:
     name, occupancy = _descriptor(tile), tile.occupancy
     shown = str(occupancy) if occupancy.dtype == np.float16 else f"{float(occupancy):.6f}"
     place = (tile.x_named, tile.y_named)
@@ -435,7 +435,7 @@ def _descriptor(tile: GridTile) -> str:
     return f"{tile.x_named:05d}x_{tile.y_named:05d}y"
 
 
-def _draw(
+def _draw_thumbnails(
     slide: Slide,
     folder: Path,
     slide_id: str,

@@ -181,7 +181,7 @@ def load_plugins() -> list[PluginFailure]:
         if not _plugins.loaded:
             _plugins.loaded = True  # first, because plug-ins may look up names
             for entry_point in sorted(entry_points(group=PLUGIN_GROUP), key=lambda ep: ep.name):
-                _load(entry_point)
+                _load_entry_point(entry_point)
     return plugin_failures()
 
 
@@ -190,7 +190,7 @@ def plugin_failures() -> list[PluginFailure]:
     return list(_plugins.failures)
 
 
-def _load(entry_point: EntryPoint) -> None:
+def _load_entry_point(entry_point: EntryPoint) -> None:
     try:
         target = entry_point.load()
         if callable(target) and not isinstance(target, ModuleType):

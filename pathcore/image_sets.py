@@ -214,7 +214,12 @@ def read_images(
     folder = Path(data_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of images of {image_set.name}")
-    readers = {"folders": _folders, "table": _table, "file_names": _file_names, "hdf5": _hdf5}
+    readers = {
+        "folders": _images_of_folders,
+        "table": _images_of_table,
+        "file_names": _file_names,
+        "hdf5": _hdf5,
+    }
     found = readers[image_set.layout["kind"]](image_set, folder)
     missing = [repr(n) for i, n in enumerate(image_set.names) if i not in set(found.labels)]
     if missing and all_classes:
@@ -226,7 +231,7 @@ def read_images(
     return found
 
 
-def _folders(image_set: ImageSet, folder: Path) -> LabelledImages:
+def _images_of_folders(image_set: ImageSet, folder: Path) -> LabelledImages:
     images, labels = [], []
     for index, item in enumerate(image_set.classes):
         paths: set[Path] = set()
@@ -240,7 +245,7 @@ def _folders(image_set: ImageSet, folder: Path) -> LabelledImages:
     return LabelledImages(tuple(images), tuple(labels))
 
 
-def _table(image_set: ImageSet, folder: Path) -> LabelledImages:
+def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
     layout, by_label = image_set.layout, image_set.by_label
     where, drop = layout.get("where", {}), {label.lower() for label in layout.get("drop", ())}
     root = folder / layout.get("folder", "")
@@ -272,8 +277,8 @@ def _table(image_set: ImageSet, folder: Path) -> LabelledImages:
             except ImageError:
                 path_inside(root, name)  # names that point outside stay refused
                 # Published tables spell some names otherwise than the files.
-                by_name = by_name or {_plain(p.stem): p for p in image_files(root)}
-                stem = _plain(re.sub(r"\.(jpe?g|png|tiff?)$", "", Path(name).name))
+                by_name = by_name or {_plain_name(p.stem): p for p in image_files(root)}
+                stem = _plain_name(re.sub(r"\.(jpe?g|png|tiff?)$", "", Path(name).name))
                 if stem not in by_name:
                     raise
                 path = by_name[stem]
@@ -351,7 +356,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 

@@ -145,7 +145,7 @@ def read_feature_file(path: StrPath) -> FeatureFile:
         if isinstance(error, FeatureFileError):
             raise
         raise FeatureFileError(f"features {path}: cannot be read: {error}") from error
-    attributes = {name: _plain(value) for name, value in attributes.items()}
+    attributes = {name: _plain_value(value) for name, value in attributes.items()}
     if features.ndim == 3 and len(features) == 1:  # a batch of one slide
         features = features[0]
     if features.ndim != 2 or features.dtype.kind not in "fiu":
@@ -292,7 +292,10 @@ def _stamp(
     path: Path, features: NDArray[Any], coords: Any, attributes: dict[str, Any]
 ) -> FeatureFile:
     """Interprets a file of STAMP: coordinates and tile sizes are in micrometres."""
-    um, pixels = _number(attributes, "tile_size_um"), _number(attributes, "tile_size_px")
+    um, pixels = (
+        _number_attribute(attributes, "tile_size_um"),
+        _number_attribute(attributes, "tile_size_px"),
+    )
     # The extractor's name carries a hash of its weights: `uni-1a2b3c4d`.
     extractor = re.sub(r"-[0-9a-f]{8,}$", "", str(attributes.get("extractor", "")))
     return FeatureFile(
@@ -307,7 +310,7 @@ def _stamp(
 def _trident_or_clam(
     path: Path, features: NDArray[Any], coords: Any, attributes: dict[str, Any]
 ) -> FeatureFile:
-    number = lambda name: _number(attributes, name)  # noqa: E731
+    number = lambda name: _number_attribute(attributes, name)  # noqa: E731
     patch, level0 = number("patch_size"), number("patch_size_level0")
     pixels = number("patch_px") or patch
     layout = "CLAM"
@@ -351,8 +354,8 @@ def _read_npz(path: Path) -> FeatureFile:
         str(attributes.get("encoder", attributes.get("encoder_name", ""))),
         features,
         None if coords is None else np.asarray(coords, np.float64)[:, :2],
-        patch_px=_number(attributes, "tile_size_px"),
-        mpp=_number(attributes, "spacing_um"),
+        patch_px=_number_attribute(attributes, "tile_size_px"),
+        mpp=_number_attribute(attributes, "spacing_um"),
         attributes=attributes,
     )
 
@@ -364,7 +367,7 @@ def _encoder_of_folder(path: Path) -> str:
     return path.parent.name if path.parent.parent.name == "features" else ""
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     array = np.asarray(value)
@@ -373,7 +376,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _number(attributes: Mapping[str, Any], name: str) -> float | None:
+def _number_attribute(attributes: Mapping[str, Any], name: str) -> float | None:
     value = attributes.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         return None
@@ -492,8 +495,8 @@ def _check_scale(file: FeatureFile) -> list[Finding]:
     if scale is None:
         return []
     attributes = file.attributes
-    magnified = _number(attributes, "level0_magnification")
-    target = _number(attributes, "target_magnification")
+    magnified = _number_attribute(attributes, "level0_magnification")
+    target = _number_attribute(attributes, "target_magnification")
     stated = {}
     if magnified and target:
         stated["magnifications"] = magnified / target

@@ -113,7 +113,7 @@ class SlideTiles:
         """See `Tiles`; covers name, size and modification time of the slide."""
         state = self.path.stat()
         head = f"{self.path.name} {state.st_size} {state.st_mtime_ns} "
-        return _digest(f"{head}{self.size_level0} {self.tile_px}", self.coords)
+        return _digest_coords(f"{head}{self.size_level0} {self.tile_px}", self.coords)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class FolderTiles:
         """See `Tiles`; covers name, size and modification time of the images."""
         states = ((self.folder / name).stat() for name in self.files)
         head = " ".join(f"{state.st_size}-{state.st_mtime_ns}" for state in states)
-        return _digest(head, self.coords)
+        return _digest_coords(head, self.coords)
 
 
 def fit(pixels: NDArray[np.uint8], resize: Resize) -> NDArray[np.uint8]:
@@ -382,7 +382,7 @@ def _side_of(path: Path) -> int:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
-def _digest(head: str, coords: NDArray[np.int64]) -> str:
+def _digest_coords(head: str, coords: NDArray[np.int64]) -> str:
     digest = hashlib.sha256(head.encode(errors="surrogateescape"))
     digest.update(coords.tobytes())
     return digest.hexdigest()

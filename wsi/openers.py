@@ -141,9 +141,9 @@ class OpenSlideBackend:
         self.vendor: str | None = properties.get("openslide.vendor")
         self.level_dimensions: Sequence[tuple[int, int]] = handle.level_dimensions
         self.level_downsamples: Sequence[float] = handle.level_downsamples
-        x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        x, y = (_parse_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
         self.mpp, self.mpp_fault = square_mpp(x, y)
-        self.magnification = _number(properties.get("openslide.objective-power"))
+        self.magnification = _parse_number(properties.get("openslide.objective-power"))
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         """See `Backend.read`."""
@@ -365,7 +365,7 @@ def _ome_mpp(tiff: tifffile.TiffFile) -> tuple[float | None, float | None] | Non
         return None
     sizes = []
     for axis in "XY":
-        value = _number(pixels.get(f"PhysicalSize{axis}"))
+        value = _parse_number(pixels.get(f"PhysicalSize{axis}"))
         factor = _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         sizes.append(value * factor if value and factor else None)
     return sizes[0], sizes[1]
@@ -454,7 +454,7 @@ def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.rint(weighted).astype(np.uint8)
 
 
-def _number(text: str | None) -> float | None:
+def _parse_number(text: str | None) -> float | None:
     try:
         value = float(text) if text else 0.0
     except ValueError:

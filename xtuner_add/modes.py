@@ -155,18 +155,18 @@ def read_arguments(mode: Mode) -> list[tuple[str, str]]:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "add_argument"
     ]
-    return [_describe(call) for call in sorted(calls, key=lambda call: call.lineno)]
+    return [_describe_argument(call) for call in sorted(calls, key=lambda call: call.lineno)]
 
 
-def _describe(call: ast.Call) -> tuple[str, str]:
-    flags = ", ".join(filter(None, map(_text, call.args)))
+def _describe_argument(call: ast.Call) -> tuple[str, str]:
+    flags = ", ".join(filter(None, map(_literal_text, call.args)))
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     choices = keywords.get("choices")
     if isinstance(choices, (ast.List, ast.Tuple)):
         flags += " [" + "|".join(str(ast.literal_eval(item)) for item in choices.elts) + "]"
-    return flags, " ".join(_text(keywords.get("help")).split())
+    return flags, " ".join(_literal_text(keywords.get("help")).split())
 
 
-def _text(node: ast.AST | None) -> str:
+def _literal_text(node: ast.AST | None) -> str:
     """Returns the value of a string literal; an empty string for any other node."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> None:
     with configs_fitted_to_machine() if mode.adapts_config else contextlib.nullcontext():
         if mode.name == "train" and not os.environ.get(DEBUG_VARIABLE):
             with _errors_in_one_line():
-                _run(mode)
+                _run_tool(mode)
         else:
-            _run(mode)
+            _run_tool(mode)
     if mode.name == "train":
         _write_outcome()
 
@@ -86,12 +86,12 @@ def _errors_in_one_line() -> Iterator[None]:
         code = EXIT_FAILED if _had_begun(error) else EXIT_USAGE
         named = isinstance(error, ValueError | OSError)
         text = str(error) if named else f"{type(error).__name__}: {error}"
-        _end(code, f"{text} (run again with --debug for the traceback)", error)
+        _end_process(code, f"{text} (run again with --debug for the traceback)", error)
     except DivergedError as error:
-        _end(EXIT_FAILED, str(error), error)
+        _end_process(EXIT_FAILED, str(error), error)
 
 
-def _end(code: int, text: str, error: BaseException) -> NoReturn:
+def _end_process(code: int, text: str, error: BaseException) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"Error: {text}", file=sys.stderr, flush=True)
     if target := os.environ.get(OUTCOME_VARIABLE):
@@ -111,7 +111,7 @@ def _announce_own_configs() -> None:
     cfgs_name_path.update({name: str(path) for name, path in own_configs().items()})
 
 
-def _run(mode: Mode) -> None:
+def _run_tool(mode: Mode) -> None:
     tool = importlib.import_module(mode.module)
     if hasattr(tool, "main"):
         tool.main()

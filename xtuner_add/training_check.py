@@ -62,8 +62,8 @@ def check_training(
         TrainingInputError: If something is wrong. The message is one line that names the option or
             field, what was found, what was expected and what to do.
     """
-    known = _parse(arguments)
-    cfg = _read(config, known.cfg_options or {})
+    known = _parse_arguments(arguments)
+    cfg = _read_config(config, known.cfg_options or {})
     _check_arguments(known)
     _check_numbers(cfg)
     for where, part in _typed_parts(cfg, ""):
@@ -78,7 +78,7 @@ def check_training(
         _check_schedule(cfg, rows, environ)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     from mmengine.config import DictAction
 
     parser = argparse.ArgumentParser(prog="xtuner-add train", add_help=False, allow_abbrev=False)
@@ -106,7 +106,7 @@ class _Options(argparse.Action):
         setattr(namespace, self.dest, options)
 
 
-def _read(config: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     from mmengine.config import Config
 
     try:

@@ -75,7 +75,7 @@ def extract_features(
     lock.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(lock, folder=out):
         identity = getattr(getattr(backbone, "encoder", None), "identity", {})
-        writer = FeatureWriter(out, _describe(cfg, split, dataset, checkpoint, identity))
+        writer = FeatureWriter(out, _describe_inputs(cfg, split, dataset, checkpoint, identity))
         rest = _Readable(dataset, writer.num_done)
         loader = DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=_keep)
         bar = tqdm(total=len(dataset), initial=writer.num_done, disable=not progress, unit="img")
@@ -83,10 +83,10 @@ def extract_features(
             rows = [torch.empty(0, backbone.embed_dim)]
             for batch in batches:
                 if good := [item for item in batch if "inputs" in item]:
-                    rows.append(_encode(backbone, preprocessor, good))
+                    rows.append(_encode_batch(backbone, preprocessor, good))
                 bar.update(len(batch))
             items = [item for batch in batches for item in batch]
-            _write(writer, items, torch.cat(rows))
+            _write_part(writer, items, torch.cat(rows))
         bar.close()
         return writer.finish()
 
@@ -173,33 +173,33 @@ def _build_model(cfg: Config, checkpoint: str | None, device: str) -> tuple[Any,
 
 
 @torch.no_grad()
-def _encode(backbone: Any, preprocessor: Any, items: list[dict[str, Any]]) -> torch.Tensor:
+def _encode_batch(backbone: Any, preprocessor: Any, items: list[dict[str, Any]]) -> torch.Tensor:
     batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
     features = backbone(preprocessor(batch, False)["inputs"])
     return features[-1].float().cpu()
 
 
-def _write(writer: FeatureWriter, items: list[dict[str, Any]], features: torch.Tensor) -> None:
+def _write_part(writer: FeatureWriter, items: list[dict[str, Any]], features: torch.Tensor) -> None:
     good = [item for item in items if "inputs" in item]
     labels = torch.tensor([item["label"] for item in good], dtype=torch.int64)
     skipped = [item["reason"] for item in items if "reason" in item]
     writer.write_part([item["name"] for item in good], features, labels, skipped)
 
 
-def _describe(
+def _describe_inputs(
     cfg: Config, split: str, dataset: Any, checkpoint: str | None, identity: dict[str, str]
 ) -> dict[str, Any]:
     return {
         "encoder": identity,
         "split": split,
         "classes": list(dataset.metainfo.get("classes", ())),
-        "backbone": _plain(cfg.model.backbone),
-        "preprocessing": _plain(cfg.model.get("data_preprocessor", {})),
-        "pipeline": _plain(cfg.test_dataloader.dataset.get("pipeline", [])),
+        "backbone": _plain_config(cfg.model.backbone),
+        "preprocessing": _plain_config(cfg.model.get("data_preprocessor", {})),
+        "pipeline": _plain_config(cfg.test_dataloader.dataset.get("pipeline", [])),
         "annotations": sha256_of(dataset.ann_file) if os.path.isfile(dataset.ann_file) else "",
         "checkpoint": sha256_of(checkpoint) if checkpoint else "",
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain_config(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))

@@ -55,7 +55,7 @@ class PortableCheckpointHook(Hook):
         info = checkpoint.get("message_hub", {}).get("runtime_info", {})
         checkpoint["message_hub"] = {
             "log_scalars": {},
-            "runtime_info": _plain(info),
+            "runtime_info": _plain_info(info),
             "resumed_keys": {},
         }
 
@@ -77,7 +77,7 @@ class PortableCheckpointHook(Hook):
             write_text(file, os.path.basename(path))
 
 
-def _plain(info: dict[str, Any]) -> dict[str, Any]:
+def _plain_info(info: dict[str, Any]) -> dict[str, Any]:
     # numpy.float64 is a subclass of float, but torch refuses it.
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items()}
     return {k: v for k, v in values.items() if type(v) in _PLAIN}

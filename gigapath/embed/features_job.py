@@ -104,7 +104,7 @@ def encode_slides(
         "patients": None if patients is None else members,
     }
     process = partial(
-        _encode,
+        _encode_unit,
         members=members,
         encoder=encoder,
         stated=stated,
@@ -234,7 +234,7 @@ def join_bags(bags: Sequence[Bag], *, side_by_side: bool) -> Bag:
     return Bag(np.concatenate([bag.features for bag in bags]), np.concatenate(coords), size, first)
 
 
-def _encode(
+def _encode_unit(
     unit: SlideUnit,
     members: Mapping[str, Sequence[str]],
     encoder: NamedSlideEncoder,
@@ -268,7 +268,7 @@ def _encode(
     side_by_side = preset.patients == "side by side"
     bag = join_bags(list(bags.values()), side_by_side=side_by_side)
     encoder.check(bag.coords, bag.size_level0, unit.slide_id)
-    network = _open(encoder, device)
+    network = _open_slide_encoder(encoder, device)
     vector = encoder.vector(network, bag.features, bag.coords, bag.size_level0, unit.slide_id)
     path_in_job = f"{noun}_features/{encoder.folder}/{unit.slide_id}.h5"
     origin = replace(bag.origin, stated=())
@@ -294,5 +294,5 @@ def _encode(
 
 
 @lru_cache(maxsize=1)
-def _open(encoder: NamedSlideEncoder, device: str) -> Any:
+def _open_slide_encoder(encoder: NamedSlideEncoder, device: str) -> Any:
     return encoder.open(torch.device(device))

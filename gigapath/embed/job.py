@@ -183,7 +183,7 @@ def embed_slides(
         tile_bar=progress and workers == 1 and engine == "process",
     )
     return process_slides(
-        partial(_embed, settings=settings, placement=placement),
+        partial(_embed_slide, settings=settings, placement=placement),
         slides,
         out,
         {"operation": "embed", **asdict(settings)},
@@ -200,7 +200,9 @@ def embed_slides(
     )
 
 
-def _embed(unit: SlideUnit, settings: EmbeddingSettings, placement: Placement) -> dict[str, Any]:
+def _embed_slide(
+    unit: SlideUnit, settings: EmbeddingSettings, placement: Placement
+) -> dict[str, Any]:
     name, out = unit.slide_id, unit.out
     if unit.path.is_dir():
         folder = FolderTiles.find(unit.path)

@@ -142,11 +142,11 @@ def get_slide_preset(name: str) -> SlidePreset:
     files = _files()
     if name not in files:
         raise SlideEncoderError(f"slide encoder {name!r}: not a preset{did_you_mean(name, files)}")
-    return _read(name)
+    return _read_slide_preset(name)
 
 
 @cache  # each slide of a job asks for its preset
-def _read(name: str) -> SlidePreset:
+def _read_slide_preset(name: str) -> SlidePreset:
     files = _files()
     content, origin = read_preset(name, files), files[name]
     check_fields(content, SlidePreset, origin, {"network"})

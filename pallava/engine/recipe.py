@@ -78,7 +78,7 @@ def read_recipe(
         sub_image_mask=str(model.get("sub_image_mask", "exact")),
         prompt_template=template.fields(),
         ties=str(dataset.get("grid_ties", "published")),
-        training=_training(cfg, dataset, Path(config_file)),
+        training=_training_settings(cfg, dataset, Path(config_file)),
         **statistics,
     )
 
@@ -134,7 +134,7 @@ def _image_statistics(cfg: Any, encoder: str) -> dict[str, Any]:
     return {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
 
 
-def _training(cfg: Any, dataset: Mapping[str, Any], config_file: Path) -> dict[str, Any]:
+def _training_settings(cfg: Any, dataset: Mapping[str, Any], config_file: Path) -> dict[str, Any]:
     optimizer = (cfg.get("optim_wrapper") or {}).get("optimizer") or {}
     loader = cfg.get("train_dataloader") or {}
     return {

@@ -164,13 +164,13 @@ def tokenise(
         raise FileNotFoundError(f"data_path {data_path}: no such file")
     inputs = {"data": file_identity(data_path), **settings.description}
     if out.exists():
-        return _finished(out, inputs)
+        return _finished_report(out, inputs)
     partial = out.with_name(f"{out.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock_file = out.with_name(f"{out.name}.lock")
     with folder_lock(lock_file, folder=out):
         if out.exists():  # another process finished it while we waited for the lock
-            return _finished(out, inputs)
+            return _finished_report(out, inputs)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         report = _write(data_path, partial, settings, num_proc)
@@ -183,7 +183,7 @@ def tokenise(
     return report
 
 
-def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _finished_report(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     path = out / TOKENISED_REPORT
     report = json.loads(path.read_bytes()) if path.is_file() else {}
     if report.pop("inputs", None) != json.loads(json.dumps(inputs)):

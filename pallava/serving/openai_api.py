@@ -69,7 +69,7 @@ async def _complete(
     answers: Answers | None = None
     try:
         service.check_free()
-        body = _parse(await request.body())
+        body = _parse_body(await request.body())
         async with decoding:
             chat = await run_in_threadpool(read_request, body, service.name, max_pixels)
         answers = service.ask(chat.turns, chat.sampling, chat.num_answers)
@@ -115,7 +115,7 @@ def _error(
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
-def _parse(body: bytes) -> Any:
+def _parse_body(body: bytes) -> Any:
     try:
         content = json.loads(body)
         if b"\\ud" in body.lower():
@@ -146,7 +146,7 @@ async def _collect(events: AsyncIterator[tuple[int, Any]]) -> list[Completion]:
     return [item async for _, item in events if isinstance(item, Completion)]
 
 
-def _identity(model: str, kind: str) -> dict[str, Any]:
+def _response_identity(model: str, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": kind,
@@ -175,14 +175,14 @@ def _whole(model: str, completions: list[Completion]) -> dict[str, Any]:
         }
         for index, completion in enumerate(completions)
     ]
-    identity = _identity(model, "chat.completion")
+    identity = _response_identity(model, "chat.completion")
     return {**identity, "choices": choices, "usage": _usage(completions)}
 
 
 async def _stream(
     model: str, chat: ChatRequest, first: Any, events: Any, answers: Answers
 ) -> AsyncIterator[str]:
-    identity = _identity(model, "chat.completion.chunk")
+    identity = _response_identity(model, "chat.completion.chunk")
     usage = {"usage": None} if chat.include_usage else {}
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> str:

@@ -29,8 +29,8 @@ def chat_template(template: Mapping[str, Any]) -> str:
         raise ValueError(
             f"prompt template: expected INSTRUCTION with one {{input}}: {instruction!r}"
         )
-    system = _fill(str(template.get("SYSTEM") or ""), {"{system}": "text.value"})
-    question = _fill(instruction, {"{input}": "text.value", "{round}": "state.round"})
+    system = _fill_template(str(template.get("SYSTEM") or ""), {"{system}": "text.value"})
+    question = _fill_template(instruction, {"{input}": "text.value", "{round}": "state.round"})
     suffix, sep = str(template.get("SUFFIX") or ""), str(template.get("SEP") or "")
     return (
         "{%- set state = namespace(round=0) -%}"
@@ -72,7 +72,7 @@ def known_template(jinja: str | None) -> PromptTemplate | None:
     return None
 
 
-def _fill(pattern: str, variables: Mapping[str, str]) -> str:
+def _fill_template(pattern: str, variables: Mapping[str, str]) -> str:
     """Converts `a{input}b` to a Jinja expression that concatenates literals and variables."""
     pieces = [pattern.replace("{bot_name}", "BOT")]
     for mark in variables:

@@ -122,7 +122,7 @@ def get_preset(name: str) -> Preset:
     if name not in files:
         hint = did_you_mean(name, files)
         raise UnknownEncoderError(f"encoder {name!r}: neither a preset nor a folder{hint}")
-    return _read(name)
+    return _read_encoder_preset(name)
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +171,7 @@ def preset_folders(own: Path, group: str) -> Iterator[Path]:
 
 
 @cache
-def _read(name: str) -> Preset:
+def _read_encoder_preset(name: str) -> Preset:
     content, origin = read_preset(name, _files()), _files()[name]
     check_fields(
         content, Preset, origin, {"library", "architecture", "transform", "feature", "embed_dim"}

@@ -52,10 +52,12 @@ def make_instructions(
     def choose(row: Mapping[str, Any]) -> Sequence[str]:
         if every_kind:
             return kinds
-        return _draw(seed, row["id"], "kind").choices(kinds, [weights[kind] for kind in kinds])
+        return _seeded_random(seed, row["id"], "kind").choices(
+            kinds, [weights[kind] for kind in kinds]
+        )
 
     def finish(row: dict[str, Any], kind: str, value: Any) -> dict[str, Any]:
-        turns = _turns(kind, value, _draw(seed, row["id"], kind))
+        turns = _turns(kind, value, _seeded_random(seed, row["id"], kind))
         if row.get("image"):
             turns[0] = (f"{IMAGE_MARK}\n{turns[0][0]}", turns[0][1])
         out = {key: row[key] for key in ("image", "wsi_id", "source", "licence") if row.get(key)}
@@ -132,7 +134,7 @@ def _detail_questions() -> list[str]:
     return questions
 
 
-def _draw(seed: int, *names: str) -> random.Random:
+def _seeded_random(seed: int, *names: str) -> random.Random:
     """Returns a generator that depends on seed and names only, not on the order of rows."""
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))

@@ -65,7 +65,7 @@ class LocalBackend:
         tokenizer.padding_side = "left"  # generation continues from the last position
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.model = _identity(self.model)
+        self.model = _model_identity(self.model)
         self._lock = threading.Lock()
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
@@ -144,7 +144,7 @@ class LocalBackend:
         return replies
 
 
-def _identity(model: str) -> str:
+def _model_identity(model: str) -> str:
     """Returns a name for provenance and cache keys that changes with the files of a folder."""
     folder = Path(model)
     if not folder.is_dir():

@@ -57,7 +57,9 @@ class Prompt:
         Raises:
             ValueError: If every paragraph names a field that the row lacks.
         """
-        kept = [text for text in (_fill(p, row) for p in self.paragraphs) if text is not None]
+        kept = [
+            text for text in (_fill_paragraph(p, row) for p in self.paragraphs) if text is not None
+        ]
         if not kept:
             raise ValueError(f"prompt {self.name!r}: the row has none of its fields")
         return "\n\n".join(kept)
@@ -83,7 +85,7 @@ def load_prompt(name_or_path: StrPath, *, reply_of: Prompt | None = None) -> Pro
             raise FileNotFoundError(
                 f"prompt {name_or_path}: neither a known name nor a .json or .txt file{hint}"
             )
-        return _parse(path.name, resource.read_text(encoding="utf-8"))
+        return _parse_prompt(path.name, resource.read_text(encoding="utf-8"))
     if not path.is_file():
         raise FileNotFoundError(f"prompt {path}: no such file")
     text = path.read_text(encoding="utf-8")
@@ -93,13 +95,13 @@ def load_prompt(name_or_path: StrPath, *, reply_of: Prompt | None = None) -> Pro
             raise ValueError(f"prompt {path}: empty")
         prompt = Prompt(path.stem, "", paragraphs)
         return replace(prompt, schema=reply_of.schema) if reply_of else prompt
-    prompt = _parse(path.stem, text)
+    prompt = _parse_prompt(path.stem, text)
     if reply_of is not None and prompt.schema is None:
         prompt = replace(prompt, schema=reply_of.schema)
     return prompt
 
 
-def _parse(name: str, text: str) -> Prompt:
+def _parse_prompt(name: str, text: str) -> Prompt:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -129,7 +131,7 @@ def _check_schema(name: str, schema: Any) -> None:
         raise ValueError(f"prompt {name}: reply is not a JSON schema: {error.message}") from error
 
 
-def _fill(paragraph: str, row: Mapping[str, Any]) -> str | None:
+def _fill_paragraph(paragraph: str, row: Mapping[str, Any]) -> str | None:
     """Fills a paragraph in one pass, so that braces in the row's own texts stay unchanged."""
     values = {}
     for field, _ in _FIELD.findall(paragraph):
@@ -137,10 +139,12 @@ def _fill(paragraph: str, row: Mapping[str, Any]) -> str | None:
         if value is None or value == "":
             return None
         values[field] = value
-    return _FIELD.sub(lambda found: _text(values[found[1]], as_json=bool(found[2])), paragraph)
+    return _FIELD.sub(
+        lambda found: _field_text(values[found[1]], as_json=bool(found[2])), paragraph
+    )
 
 
-def _text(value: Any, *, as_json: bool) -> str:
+def _field_text(value: Any, *, as_json: bool) -> str:
     if as_json or not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return value

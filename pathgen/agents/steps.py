@@ -142,7 +142,7 @@ def run_step(
     ):
         run = _Run(step, backend, folder, replies)
         asker = Asker(backend, replies, budget or Budget(), attempts, run.read)
-        for task in _in_order(run.tasks(source), asker, backend):
+        for task in _tasks_in_order(run.tasks(source), asker, backend):
             bar.update()
             counts["rows"] += 1
             if task.state == "done":
@@ -164,7 +164,7 @@ def run_step(
     return StepReport(counts, spent, skipped_path(out), examples)
 
 
-def _in_order(tasks: Iterator[Task], asker: Asker, backend: Backend) -> Iterator[Task]:
+def _tasks_in_order(tasks: Iterator[Task], asker: Asker, backend: Backend) -> Iterator[Task]:
     """Yields settled tasks in their original order while many are in flight."""
     window: deque[Task] = deque()
     most = _WINDOW * backend.concurrency * backend.batch_size

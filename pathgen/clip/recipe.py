@@ -122,7 +122,7 @@ def read_recipe(
     if not isinstance(named, str):
         raise ValueError(f"recipe {path}: model: expected a name or a JSON file, found {named!r}")
     start = content.get("pretrained") if pretrained is None else pretrained
-    return Recipe(_model(path, named), _start(path, start or ""), read)
+    return Recipe(_model(path, named), _initial_weights(path, start or ""), read)
 
 
 def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -151,11 +151,11 @@ def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
             arguments += map(str, value)
         elif value is not True:
             arguments.append(str(value))
-    _parse(arguments)
+    _parse_trainer_arguments(arguments)
     return arguments
 
 
-def _parse(arguments: list[str]) -> None:
+def _parse_trainer_arguments(arguments: list[str]) -> None:
     from open_clip_train.params import parse_args
 
     said = io.StringIO()
@@ -206,7 +206,7 @@ def _model(path: Path, model: str) -> str:
     raise FileNotFoundError(f"recipe {path}: model {model}: no such file here or beside the recipe")
 
 
-def _start(path: Path, pretrained: str) -> str:
+def _initial_weights(path: Path, pretrained: str) -> str:
     suffixes = (".pt", ".pth", ".bin", ".safetensors")
     if os.sep not in pretrained and not pretrained.endswith(suffixes):
         return pretrained

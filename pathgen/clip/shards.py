@@ -246,9 +246,9 @@ def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: l
             # Keys are numbers, because WebDataset cuts at dots and slide ids contain some.
             key = f"{number:06d}{num_pairs:06d}"
             about = {name: row[name] for name in row if name != "caption"}
-            _add(tar, f"{key}.{suffix}", image)
-            _add(tar, f"{key}.txt", caption.encode())
-            _add(tar, f"{key}.json", json.dumps(about, ensure_ascii=False).encode())
+            _add_member(tar, f"{key}.{suffix}", image)
+            _add_member(tar, f"{key}.txt", caption.encode())
+            _add_member(tar, f"{key}.json", json.dumps(about, ensure_ascii=False).encode())
             num_pairs += 1
     write_json(shards / f"{number:06d}.json", {"num_pairs": num_pairs, "skipped": skipped})
 
@@ -276,7 +276,7 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
         raise ValueError(f"image {path}: cannot be decoded: {error}") from error
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(
         name
     )  # constant time, owner and permissions: equal pairs give equal shards

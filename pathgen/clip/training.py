@@ -136,7 +136,7 @@ def _train_stages(
         options = {**stage.options, **({"device": device} if device else {})}
         preprocessing = _preprocessing(recipe.model, pretrained, options)
         inputs = _inputs(recipe.model, pretrained, stage, options)
-        result = _finished(folder, inputs)
+        result = _finished_stage(folder, inputs)
         if result is None:
             num_readers = num_processes * max(1, _parsed(options).workers)
             shards = prepare_shards(
@@ -150,7 +150,7 @@ def _train_stages(
             shards.check(_parsed(options).batch_size, num_readers)
             write_json(folder / "inputs.json", inputs)
             job = _job(recipe.model, pretrained, stage, options, preprocessing, shards, folder)
-            _run(stage, job, folder, start)
+            _run_stage(stage, job, folder, start)
             if is_first:
                 _export(recipe.model, stage, options, preprocessing, shards, folder, inputs)
             result = _await_result(folder, inputs)
@@ -190,7 +190,7 @@ def _job(
     }
 
 
-def _run(stage: Stage, job: Mapping[str, Any], folder: Path, start: Start) -> None:
+def _run_stage(stage: Stage, job: Mapping[str, Any], folder: Path, start: Start) -> None:
     write_json(folder / "job.json", job)
     code = start(["-m", "pathgen.clip.worker", str(folder.absolute() / "job.json")])
     if code:
@@ -237,14 +237,14 @@ def _export(
 def _await_result(folder: Path, inputs: Mapping[str, Any]) -> StageResult:
     """Waits until the first machine has exported the stage, and returns the result."""
     deadline = time.monotonic() + _EXPORT_PATIENCE_S
-    while (result := _finished(folder, inputs)) is None:
+    while (result := _finished_stage(folder, inputs)) is None:
         if time.monotonic() > deadline:
             raise TrainingError(f"{folder}: the first machine has not exported this stage", 1)
         time.sleep(1)
     return result
 
 
-def _finished(folder: Path, inputs: Mapping[str, Any]) -> StageResult | None:
+def _finished_stage(folder: Path, inputs: Mapping[str, Any]) -> StageResult | None:
     """Returns the stage's result, or None if the stage is not complete."""
     for name in ("stage.json", "inputs.json"):
         if not (folder / name).is_file():

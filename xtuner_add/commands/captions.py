@@ -120,7 +120,7 @@ def describe(prompt_file: Path | None, min_words: int, max_words: int, **options
 
     with user_errors():
         step = describe_step(prompt_file, min_words=min_words, max_words=max_words)
-    _run(step, **options)
+    _run_agent(step, **options)
 
 
 @click.command(
@@ -139,7 +139,7 @@ def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: 
 
     with user_errors():
         step = revise_step(prompt_file, min_words=min_words, max_words=max_words)
-    _run(step, **options)
+    _run_agent(step, **options)
 
 
 @click.command(
@@ -161,7 +161,7 @@ def summarise(
 
     with user_errors():
         step = summarise_step(prompt_file, max_tokens=max_clip_tokens, max_words=max_words)
-    _run(step, **options)
+    _run_agent(step, **options)
 
 
 @click.command(
@@ -195,7 +195,7 @@ def make_instructions(
             with_image=with_image,
             seed=draw_seed,
         )
-    _run(step, **options)
+    _run_agent(step, **options)
 
 
 @click.command(
@@ -258,7 +258,9 @@ def filter_captions(
         raise SystemExit(EXIT_SKIPPED)
 
 
-def _run(step: Step, *, rows: Path, out: Path, images: Path | None = None, **options: Any) -> None:
+def _run_agent(
+    step: Step, *, rows: Path, out: Path, images: Path | None = None, **options: Any
+) -> None:
     from pathgen.agents.steps import run_step
 
     with user_errors():

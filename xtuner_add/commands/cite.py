@@ -338,7 +338,7 @@ def score_maps(
                 layout = layout_from_h5(coords / f"{slide}.h5", names, patch_px)
             else:
                 layout = tables[slide]
-            _draw(model, patches, out, slide, layout)
+            _draw_slide(model, patches, out, slide, layout)
         except (ValueError, OSError) as error:
             failed.append(slide)
             click.echo(f"{slide}: {error}", err=True)
@@ -347,7 +347,7 @@ def score_maps(
         raise SystemExit(EXIT_SKIPPED)
 
 
-def _draw(model, patches: Path, out: Path, slide: str, layout) -> None:  # type: ignore[no-untyped-def]
+def _draw_slide(model, patches: Path, out: Path, slide: str, layout) -> None:  # type: ignore[no-untyped-def]
     from cite.score_maps import draw_score_maps
 
     scores = model.predict(patches / name for name in layout.names).numpy()

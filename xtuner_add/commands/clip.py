@@ -112,7 +112,7 @@ def train_clip(
             results = train(
                 read,
                 output,
-                start=_start,
+                start=_start_processes,
                 num_processes=processes.nnodes * processes.nproc_per_node,
                 num_packers=workers,
                 device=device,
@@ -124,7 +124,7 @@ def train_clip(
     for result in results:
         click.echo(f"{result.name}: {counted(result.num_pairs, 'pair')} -> {result.open_clip}")
         click.echo(f"  for transformers: {result.hugging_face or result.note}")
-    _end(ctx, {r.open_clip.parent / "skipped.jsonl": r.num_skipped for r in results})
+    _end_with_skipped(ctx, {r.open_clip.parent / "skipped.jsonl": r.num_skipped for r in results})
 
 
 _ENCODING = (
@@ -247,7 +247,7 @@ def find_recipe(name: str) -> Path:
     return find_yaml("recipe", name, "pathgen", "*clip*.yml")
 
 
-def _start(arguments: Sequence[str]) -> int:
+def _start_processes(arguments: Sequence[str]) -> int:
     command = torchrun_command(arguments, os.environ) or [sys.executable, *arguments]
     return run_child(command, child_environ(os.environ))
 
@@ -256,10 +256,10 @@ def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
     from pathgen.clip.zero_shot import SKIPPED_NAME, TABLES_NAME
 
     click.echo((output / TABLES_NAME).read_text(encoding="utf-8"))
-    _end(ctx, {output / SKIPPED_NAME: metrics["num_skipped"]})
+    _end_with_skipped(ctx, {output / SKIPPED_NAME: metrics["num_skipped"]})
 
 
-def _end(ctx: click.Context, skipped: dict[Path, int]) -> None:
+def _end_with_skipped(ctx: click.Context, skipped: dict[Path, int]) -> None:
     for path, count in skipped.items():
         if count:
             click.echo(f"{count} skipped: see {path}", err=True)

@@ -39,7 +39,7 @@ def demo(**options: Any) -> None:
     """
     from xtuner_add.demo.pallava.pipeline import run
 
-    _run(run, options)
+    _run_demo(run, options)
 
 
 @click.command("demo-pathgen", epilog=example("demo-pathgen", "--quick"))
@@ -56,10 +56,10 @@ def demo_pathgen(**options: Any) -> None:
     """
     from xtuner_add.demo.pathgen.pipeline import run
 
-    _run(run, options)
+    _run_demo(run, options)
 
 
-def _run(run: Callable[..., Any], options: dict[str, Any]) -> None:
+def _run_demo(run: Callable[..., Any], options: dict[str, Any]) -> None:
     from xtuner_add.demo.stages import StageError
 
     try:

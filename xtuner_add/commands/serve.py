@@ -140,9 +140,11 @@ def serve(
         max_upload_bytes=max_upload_mib << 20,
     )
     with _listen(host, port) as listening:
-        service, source = _load(options, name, max_waiting, slides)
+        service, source = _load_service(options, name, max_waiting, slides)
         address = f"http://{_bracketed(host)}:{listening.getsockname()[1]}"
-        _run(service, settings, source, max_megapixels * 1_000_000, listening, address)
+        _serve_until_stopped(
+            service, settings, source, max_megapixels * 1_000_000, listening, address
+        )
 
 
 def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ...]:
@@ -163,7 +165,7 @@ def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ..
     return ()
 
 
-def _load(
+def _load_service(
     options: dict[str, Any], name: str | None, max_waiting: int, slides: Path | None
 ) -> tuple[Any, Any]:
     from pallava.serving.service import ModelService
@@ -230,7 +232,7 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt  # so that the `finally` below deletes the uploads
 
 
-def _run(
+def _serve_until_stopped(
     service: Any,
     settings: Any,
     slides: Any,

@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     presets._files.cache_clear()
     yield tmp_path
     presets._files.cache_clear()
-    presets._read.cache_clear()
+    presets._read_encoder_preset.cache_clear()
 
 
 @pytest.mark.parametrize("name", list_encoders())

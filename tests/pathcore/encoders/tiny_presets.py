@@ -21,7 +21,7 @@ TINY_VIT: dict[str, Any] = dict(img_size=32, patch_size=16, embed_dim=24, depth=
 def preset_folder(folder: Path) -> Iterator[None]:
     """Adds a folder of presets within."""
     folders = list(presets._folders())
-    caches = (presets._files, presets._read)
+    caches = (presets._files, presets._read_encoder_preset)
     with mock.patch.object(presets, "_folders", lambda: iter([*folders, folder])):
         for cached in caches:
             cached.cache_clear()
