@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from pathcore.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from pathcore.chat_backends import OpenAIBackend as OpenAIBackend
+    from pathcore.chat_local import LocalBackend as LocalBackend
     from pathcore.image_sets import load_image_set as load_image_set
-    from pathgen.agents.backends import OpenAIBackend as OpenAIBackend
     from pathgen.agents.captions import describe as describe
     from pathgen.agents.captions import revise as revise
     from pathgen.agents.captions import summarise as summarise
-    from pathgen.agents.local_model import LocalBackend as LocalBackend
     from pathgen.agents.steps import run_step as run_step
     from pathgen.annotations import read_annotations as read_annotations
     from pathgen.clip.recipe import read_recipe as read_recipe
@@ -22,8 +22,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     "pathgen",
     {
-        "LocalBackend": "pathgen.agents.local_model",
-        "OpenAIBackend": "pathgen.agents.backends",
+        "LocalBackend": "pathcore.chat_local",
+        "OpenAIBackend": "pathcore.chat_backends",
         "describe": "pathgen.agents.captions",
         "load_image_set": "pathcore.image_sets",
         "read_annotations": "pathgen.annotations",

@@ -167,20 +167,12 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "push": (f"{_COMMANDS}.release:push", "Publish a folder on the Hugging Face hub."),
     },
     "Evaluation": {
-        "pathvqa": (
-            f"{_COMMANDS}.evaluate:pathvqa",
-            "Evaluate on PathVQA or other open and yes/no questions.",
-        ),
-        "pmcvqa": (
-            f"{_COMMANDS}.evaluate:pmcvqa",
-            "Evaluate on PMC-VQA or other multiple-choice questions.",
-        ),
-        "zero-shot": (
-            f"{_COMMANDS}.evaluate:zero_shot",
-            "Classify images by asking the model for the class.",
-        ),
-        "evaluate": (f"{_COMMANDS}.evaluate:evaluate", "Evaluate on any benchmark by name."),
+        "evaluate": (f"{_COMMANDS}.evaluate:evaluate", "Score any model on a benchmark by name."),
         "score": (f"{_COMMANDS}.evaluate:score", "Score existing answers."),
+        "compare-scores": (
+            f"{_COMMANDS}.evaluate:compare_scores",
+            "Compare models on the same questions, with paired intervals.",
+        ),
         "reproduce": (
             f"{_COMMANDS}.reproduce:reproduce",
             "Measure a published figure, and find out why it differs.",

@@ -1,4 +1,4 @@
-"""Writes classification datasets as one folder per class, as `xtuner-add zero-shot` reads them."""
+"""Writes classification datasets as one folder per class, as `evaluate zero-shot` reads them."""
 
 from __future__ import annotations
 

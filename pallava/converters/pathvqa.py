@@ -26,8 +26,8 @@ def pathvqa(
     """Converts PathVQA to conversations, one per question.
 
     Args:
-        data_path: Data file in any format that `xtuner-add pathvqa` reads, folder of the archive
-            with `qas/` and `images/`, or folder of parquet files.
+        data_path: Data file in any format that `xtuner-add evaluate pathvqa` reads, folder of the
+            archive with `qas/` and `images/`, or folder of parquet files.
         image_folder: Image folder. Defaults to that of the split in the archive. Not needed for
             parquet, whose images are written to `OUT/images`.
         split: `train`, `val` (in parquet: `validation`) or `test`.

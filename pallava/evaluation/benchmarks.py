@@ -186,7 +186,7 @@ def zero_shot(
     if Path(data_path).is_dir():
         if class_set is None:
             raise ValueError(
-                f"{data_path} is a folder: name the config of its classes with --classes"
+                f"{data_path} is a folder: name the config of its classes by --option classes=NAME"
             )
         questions = read_class_folders(data_path, class_set)
     else:

@@ -97,7 +97,7 @@ def generate_answers(
             total=len(own), initial=finished, desc=f"answers, process {rank}", unit="question"
         ) as progress:
             for batch, prepared in _prepared(model, batches, done):
-                replies = _answer(model, batch, prepared, max_new_tokens, outcome.skipped)
+                replies = _answer(model, batch, prepared, max_new_tokens, digests, outcome.skipped)
                 new = {key: reply for key, reply in replies.items() if key not in done}
                 if new:
                     log.append({key: (digests[key], reply) for key, reply in new.items()})
@@ -213,6 +213,7 @@ def _answer(
     batch: Batch,
     prepared: Sequence[Any],
     max_new_tokens: int,
+    digests: Mapping[str, str],
     skipped: list[SkippedSample],
 ) -> dict[str, str | NoAnswer]:
     """Returns answers and refusals by question id; questions with neither go to `skipped`."""
@@ -232,7 +233,8 @@ def _answer(
     if not asked:
         return {}
     texts = [question.text for question in asked]
-    replies = model.answer_prepared(texts, images, max_new_tokens=max_new_tokens)
+    keys = [digests[question.id] for question in asked]
+    replies = model.answer_prepared(texts, images, max_new_tokens=max_new_tokens, keys=keys)
     found: dict[str, str | NoAnswer] = {}
     for question, reply in zip(asked, replies, strict=True):
         if isinstance(reply, NoAnswer) and not reply.is_refusal:

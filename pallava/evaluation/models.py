@@ -41,6 +41,10 @@ class Model(Protocol):
         """Whether an answer can depend on the questions in its batch, as by padding in bf16."""
 
     @property
+    def reads_slides(self) -> bool:
+        """Whether the model takes tile features of whole slides instead of images."""
+
+    @property
     def tokenizer(self) -> Any:
         """Tokenizer of the language model for scores over tokens; None if there is none here."""
 
@@ -52,7 +56,12 @@ class Model(Protocol):
         """
 
     def answer_prepared(
-        self, questions: Sequence[str], images: Sequence[Any], *, max_new_tokens: int
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any],
+        *,
+        max_new_tokens: int,
+        keys: Sequence[str] = (),
     ) -> Sequence[str | NoAnswer]:
         """Answers a batch of questions.
 
@@ -60,4 +69,6 @@ class Model(Protocol):
             questions: Texts without image tokens.
             images: Results of `prepare`; None for a question without an image.
             max_new_tokens: Maximum length of each answer in tokens.
+            keys: Digests of all that the answers depend on, question ids included, for models that
+                cache replies.
         """

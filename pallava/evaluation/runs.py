@@ -12,7 +12,7 @@ from pallava.evaluation.generation import Outcome, generate_answers
 from pallava.evaluation.models import Model
 from pallava.evaluation.report import Compat, write_report
 from pallava.inference.assistant import MAX_NEW_TOKENS
-from pallava.records.questions import Question
+from pallava.records.questions import Question, SlideFeatures
 from pallava.registry import EVALUATIONS
 from pathcore.files import StrPath
 
@@ -55,7 +55,8 @@ def evaluate(
         The content of `metrics.json` on rank 0, None on other ranks.
 
     Raises:
-        ValueError: If the name is unknown, or given without data.
+        ValueError: If the name is unknown, or given without data, or if the questions are about
+            slides and the model reads images, or vice versa.
     """
     if isinstance(benchmark, str):
         make = EVALUATIONS.get(benchmark)
@@ -65,6 +66,7 @@ def evaluate(
         benchmark = named
     elif data is not None or image_folder is not None or options:
         raise ValueError("data, image_folder and options belong to a benchmark given by name")
+    _check_inputs(benchmark, model)
     work_dir = Path(work_dir)
 
     def ask(questions: Sequence[Question]) -> Outcome | None:
@@ -93,3 +95,18 @@ def evaluate(
     if audited:
         audit(benchmark, ask, work_dir, settings=settings)
     return metrics
+
+
+def _check_inputs(benchmark: Benchmark, model: Model) -> None:
+    images = [question.image for question in benchmark.questions.questions if question.image]
+    num_slides = sum(isinstance(image, SlideFeatures) for image in images)
+    if num_slides and not model.reads_slides:
+        raise ValueError(
+            f"{benchmark.name}: {num_slides} questions are about tile features of slides, and this "
+            "model reads images; name a folder of overview pictures (SLIDE.png) with --image-folder"
+        )
+    if images and model.reads_slides and not num_slides:
+        raise ValueError(
+            f"{benchmark.name}: the questions are about images, and this model reads tile features "
+            "of whole slides (SLIDE.h5)"
+        )

@@ -161,14 +161,25 @@ class Assistant:
         """Whether an answer can depend on the questions in its batch: in half precision it can."""
         return True
 
+    @property
+    def reads_slides(self) -> bool:
+        """Whether the model takes tile features of whole slides instead of images."""
+        return isinstance(self.anyres, SlidePreparation)
+
     def prepare(self, image: Any) -> Any:
         """Loads and preprocesses an image source of `pallava.records.questions`."""
         return self.pixel_values(image.path if isinstance(image, SlideFeatures) else image.load())
 
     def answer_prepared(
-        self, questions: Sequence[str], images: Sequence[Any], *, max_new_tokens: int
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any],
+        *,
+        max_new_tokens: int,
+        keys: Sequence[str] = (),
     ) -> list[str]:
         """Answers a batch of questions about images that `prepare` loaded; None for no image."""
+        del keys  # nothing is cached
         prompts = [
             self.encode(question, has_image=image is not None)
             for question, image in zip(questions, images, strict=True)

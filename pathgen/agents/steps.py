@@ -17,13 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pathcore.chat_asking import NO_REQUEST, Asker, Task
+from pathcore.chat_backends import Backend, Request
+from pathcore.chat_budget import Budget, Spent
+from pathcore.chat_cache import ReplyCache
 from pathcore.files import StrPath, check_name
 from pathcore.images import find_image, path_inside, relative_name
 from pathcore.rows import encode_row, read_rows_with_id, row_digest, row_files
-from pathgen.agents.asking import NO_REQUEST, Asker, Task
-from pathgen.agents.backends import Backend, Request
-from pathgen.agents.budget import Budget, Spent
-from pathgen.agents.cache import ReplyCache
 from pathgen.agents.prompts import Prompt
 from pathgen.agents.replies import read_reply
 
@@ -209,8 +209,8 @@ class _Run:
 
     def finish(self, task: Task) -> dict[str, Any]:
         """Returns the new row, including its provenance."""
-        image = task.request.image
-        named = {"image": relative_name(self.folder, image)} if image else {}
+        image: Any = task.request.image  # a path in these steps
+        named = {"image": relative_name(self.folder, Path(image))} if image else {}
         row = self.step.finish({**task.row, **named}, task.prompt, task.value)
         prompt = self.step.prompts[task.prompt]
         digest = {"image_sha256": task.request.image_sha256} if image else {}

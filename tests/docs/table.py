@@ -11,7 +11,7 @@ from __future__ import annotations
 NAMES: tuple[tuple[str, str], ...] = (
     # Several processes and machines: one process here. The tests marked multiproc start more.
     (r"^NPROC_PER_NODE=8 NNODES=2 NODE_RANK=0 ADDR=\S+ PORT=\S+ ", ""),
-    (r"^NPROC_PER_NODE=8 (?=xtuner-add pmcvqa)", ""),
+    (r"^NPROC_PER_NODE=8 (?=xtuner-add evaluate)", ""),
     (r"--deepspeed deepspeed_zero2 ", ""),
     # Configs and what training makes of them; `*` is the newest file that matches.
     (r"pallava_(domain_alignment|instruction_tuning)\b", r"pallava_\1_tiny"),
@@ -30,6 +30,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"\bopen_clip:ViT-L-14-336@pathclip\.pt\b", "open_clip:local-dir:open_clip"),
     (r"\bopen_clip:ViT-B-16-quickgelu@openai\b", "tiny_clip"),
     (r"(?<= )LLM\b", "llama"),
+    (r"(?<= )HF_MODEL\b", "hf_model"),
     (r"finetune-slides gigapath/features/ENCODER", "finetune-slides cohort/features"),
     (r"(?<= )MODEL(?= --image)|pallava_export", "model"),
     (r'"instruction_tuning_ft"', '"llava"'),
@@ -70,9 +71,7 @@ OPTIONS: dict[str, str] = {
     "chat": "--device cpu --max-new-tokens 4",
     "describe": "--concurrency 2",
     "revise": "--concurrency 2",
-    "pathvqa": _MODEL,
-    "pmcvqa": _MODEL,
-    "zero-shot": _MODEL,
+    "evaluate": _MODEL,
     "answer": _MODEL,
     "make-instructions": "--kinds detail",
     "score": "--judge-retries 0",

@@ -18,6 +18,7 @@ from tests.pallava.converters import published
 from tests.pallava.engine import tiny_run
 from tests.pallava.evaluation.tiny_benchmark import make_data
 from tests.pallava.tiny_folders import make_folders
+from tests.pallava.tiny_llava import write_llava
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.store import write_features
@@ -106,6 +107,7 @@ def evaluation(root: Path) -> None:
     """A model in its folders, and benchmarks."""
     make_folders(root)
     shutil.copytree(root / "llama", root / "data/tiny/llama")
+    write_llava(root / "hf_model")
     make_data(root / "pathvqa")
     shutil.copyfile(root / "pathvqa/test.json", root / "test.json")
     rows = json.loads((root / "test.json").read_text())

@@ -16,7 +16,7 @@ from pathlib import Path
 import openai  # noqa: F401 - once, and not in every child
 import PIL.Image  # noqa: F401
 
-from pathgen.agents.backends import OpenAIBackend
+from pathcore.chat_backends import OpenAIBackend
 from pathgen.agents.captions import describe
 from pathgen.agents.steps import run_step, skipped_path
 from tests.killing import finishes

@@ -160,7 +160,12 @@ def test_impossible_processes_start_nothing(
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("trian", "train"), ("zeroshot", "zero-shot"), ("shot", "zero-shot"), ("desribe", "describe")],
+    [
+        ("trian", "train"),
+        ("evalute", "evaluate"),
+        ("zero-shot", "clip-zero-shot"),
+        ("desribe", "describe"),
+    ],
 )
 def test_unknown_command_is_wrong_usage_and_the_nearest_is_named(typed: str, meant: str) -> None:
     code, output = invoke(typed)

@@ -44,7 +44,7 @@ def report(folder: Path) -> dict[str, bytes]:
 
 
 def pathvqa(work_dir: object) -> list[str]:
-    return ["pathvqa", *MODEL, "--data-path", "data/test.json", "--work-dir", str(work_dir)]
+    return ["evaluate", "pathvqa", *MODEL, "--data", "data/test.json", "--work-dir", str(work_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_skipped_question_ends_with_exit_code_3(
     data = make_data(tmp_path / "data")
     (tmp_path / "data" / "images" / "strip_8.png").write_bytes(b"no image")
     result = invoke(
-        folder, "pathvqa", *MODEL, "--data-path", data, "--work-dir", tmp_path / "run",
+        folder, "evaluate", "pathvqa", *MODEL, "--data", data, "--work-dir", tmp_path / "run",
         monkeypatch=monkeypatch,
     )  # fmt: skip
     assert result.exit_code == 3, result.output
@@ -144,7 +144,7 @@ def test_pmcvqa_reads_the_published_csv(
         writer.writeheader()
         writer.writerow(row)
     result = invoke(
-        folder, "pmcvqa", *MODEL, "--data-path", path, "--image-folder", "data/images",
+        folder, "evaluate", "pmc-vqa", *MODEL, "--data-path", path, "--image-folder", "data/images",
         "--work-dir", tmp_path / "run", "--audit", monkeypatch=monkeypatch,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -168,6 +168,7 @@ def test_zero_shot_reads_folders_of_classes(
         path.parent.mkdir(parents=True)
         path.write_bytes((goldens.GOLDEN / "anyres" / "sq_big.png").read_bytes())
     arguments = (
+        "evaluate",
         "zero-shot",
         *MODEL,
         "--data-path",
@@ -175,7 +176,7 @@ def test_zero_shot_reads_folders_of_classes(
         "--work-dir",
         tmp_path / "run",
     )
-    result = invoke(folder, *arguments, "--classes", "oscc", monkeypatch=monkeypatch)
+    result = invoke(folder, *arguments, "--option", "classes=oscc", monkeypatch=monkeypatch)
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["confusion"]["true"] == [
@@ -184,7 +185,7 @@ def test_zero_shot_reads_folders_of_classes(
     ]
     result = invoke(folder, *arguments, monkeypatch=monkeypatch)
     assert result.exit_code == 1
-    assert "--classes" in result.output
+    assert "classes=NAME" in result.output
 
 
 def test_evaluate_takes_any_benchmark_by_name(

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pathcore.exit_codes import EXIT_SKIPPED
-from pathgen.agents.budget import Budget
 from xtuner_add.commands.options import (
+    COST,
+    ENDPOINT,
     FILE,
     FOLDER,
     OUT_FILE,
+    REQUESTS,
     add_options,
+    budget,
     counted,
     example,
+    open_endpoint,
     user_errors,
     weight_values,
 )
@@ -37,9 +41,7 @@ class _Temperature(click.ParamType):
 _STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
 
 _WHOM = (
-    click.option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, with /v1; "
-                 "API key in the environment variable OPENAI_API_KEY."),
-    click.option("--model", help="Name of the model at the endpoint."),
+    *ENDPOINT,
     click.option("--local", metavar="MODEL", help="Run a Hugging Face image-text-to-text "
                  "model here instead: folder or name."),
     click.option("--trust-remote-code", is_flag=True,
@@ -48,18 +50,11 @@ _WHOM = (
     click.option("--batch-size", default=4, show_default=True, help="Batch size of --local."),
 )  # fmt: skip
 _HOW = (
-    click.option("--concurrency", default=8, show_default=True, help="Requests in flight."),
-    click.option("--timeout", default=120.0, show_default=True,
-                 help="Timeout of a request in seconds."),
-    click.option("--max-retries", default=5, show_default=True,
-                 help="Retries of a failed request, with exponential backoff."),
+    *REQUESTS,
     click.option("--attempts", default=2, show_default=True,
                  help="Maximum number of requests for one usable reply."),
     click.option("--structured", is_flag=True,
                  help="Send the JSON schema of the reply (vLLM, OpenAI)."),
-    click.option("--token-field", type=click.Choice(["max_tokens", "max_completion_tokens"]),
-                 default="max_tokens", show_default=True,
-                 help="Newer OpenAI models require max_completion_tokens."),
     click.option("--max-reply-tokens", default=700, show_default=True,
                  help="Maximum length of a reply."),
     click.option("--temperature", type=_Temperature(), default="0", show_default=True,
@@ -67,14 +62,6 @@ _HOW = (
     click.option("--seed", type=int, help="Sampling seed, for endpoints that support one."),
     click.option("--cache", type=OUT_FILE,
                  help="SQLite file of replies. [default: OUT.cache.sqlite]"),
-)  # fmt: skip
-_COST = (
-    click.option("--price-in", default=0.0, help="US dollars per million prompt tokens."),
-    click.option("--price-out", default=0.0, help="US dollars per million reply tokens."),
-    click.option("--max-cost", type=float, help="Budget in US dollars, earlier runs included."),
-    click.option("--max-tokens", type=int, help="Budget in tokens, earlier runs included."),
-    click.option("--image-tokens", default=3000, show_default=True,
-                 help="Upper bound of tokens per image, for the budget."),
 )  # fmt: skip
 _IMAGES = click.option(
     "--image-folder",
@@ -92,7 +79,7 @@ _LENGTH = (
 def asks_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the arguments and options of every command that asks a model."""
     rows, out = click.argument("rows", type=FILE), click.argument("out", type=OUT_FILE)
-    return add_options(command, (rows, out, *_WHOM, *_HOW, *_COST))
+    return add_options(command, (rows, out, *_WHOM, *_HOW, *COST))
 
 
 def writes_captions(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,25 +250,17 @@ def _run_agent(
 ) -> None:
     from pathgen.agents.steps import run_step
 
-    with user_errors():
-        budget = Budget(
-            options["price_in"],
-            options["price_out"],
-            options["max_cost"],
-            options["max_tokens"],
-            options["image_tokens"],
+    with user_errors(), closing(_backend(options)) as backend:
+        report = run_step(
+            step,
+            backend,
+            rows,
+            out,
+            images=images,
+            budget=budget(options),
+            cache=options["cache"],
+            attempts=options["attempts"],
         )
-        with closing(_backend(options)) as backend:
-            report = run_step(
-                step,
-                backend,
-                rows,
-                out,
-                images=images,
-                budget=budget,
-                cache=options["cache"],
-                attempts=options["attempts"],
-            )
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(report.counts.items()))
     click.echo(f"Wrote {out}: {counts}")
     click.echo(f"Spent so far: {report.spent.tokens:,} tokens, {report.spent.cost:.4f} US dollars")
@@ -293,13 +272,13 @@ def _run_agent(
 
 
 def _backend(options: dict[str, Any]) -> Any:
-    from pathgen.agents.backends import OpenAIBackend, Sampling
+    from pathcore.chat_backends import Sampling
 
     sampling = Sampling(options["max_reply_tokens"], options["temperature"], options["seed"])
     if (options["local"] is None) == (options["endpoint"] is None):
         raise click.UsageError("expected either --endpoint with --model, or --local")
     if options["local"] is not None:
-        from pathgen.agents.local_model import LocalBackend
+        from pathcore.chat_local import LocalBackend
 
         return LocalBackend(
             options["local"],
@@ -308,15 +287,4 @@ def _backend(options: dict[str, Any]) -> Any:
             device=options["device"],
             trust_remote_code=options["trust_remote_code"],
         )
-    if options["model"] is None:
-        raise click.UsageError("--endpoint requires --model")
-    return OpenAIBackend(
-        options["endpoint"],
-        options["model"],
-        sampling,
-        concurrency=options["concurrency"],
-        timeout_s=options["timeout"],
-        max_retries=options["max_retries"],
-        structured=options["structured"],
-        token_field=options["token_field"],
-    )
+    return open_endpoint(options, sampling, structured=options["structured"])

@@ -1,7 +1,7 @@
-"""`xtuner-add pathvqa`, `pmcvqa`, `zero-shot`, `evaluate`, `score` and `answer`.
+"""`xtuner-add evaluate`, `score`, `compare-scores` and `answer`.
 
-Options have the names of the original tools. Several processes are started as for training:
-`NPROC_PER_NODE=4 xtuner-add pathvqa ...`.
+Options of `evaluate` have the names of the original tools as well. Several processes are started as
+for training: `NPROC_PER_NODE=4 xtuner-add evaluate ...`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from pathcore.files import write_json
 from pathcore.rows import write_rows
 from xtuner_add.commands.options import (
     ANY_PATH,
+    COST,
+    ENDPOINT,
+    REQUESTS,
     RelaunchedCommand,
     add_options,
+    budget,
     counted,
     end,
     example,
     keyword_values,
+    open_endpoint,
     relaunch,
     shows_results,
     user_errors,
@@ -36,8 +41,11 @@ from xtuner_add.commands.options import (
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the argument and options that select the model."""
+    return click.argument("llm", metavar="LLM")(_part_options(function))
+
+
+def _part_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.argument("llm", metavar="LLM"),
         click.option("--llava", help="Folder that `pth-to-hf` wrote. [default: LLM]"),
         click.option(
             "--visual-encoder", help="PLIP folder, or encoder:NAME. [default: the one in --llava]"
@@ -77,7 +85,12 @@ def _batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option(
-            "--data-path", required=True, type=ANY_PATH, help="File or folder of questions."
+            "--data",
+            "--data-path",
+            "data_path",
+            required=True,
+            type=ANY_PATH,
+            help="File or folder of questions.",
         ),
         click.option("--image-folder", type=ANY_PATH, help="[default: images/ next to the data]"),
         click.option("--work-dir", type=ANY_PATH, help="[default: work_dirs/NAME_of_the_data]"),
@@ -113,6 +126,9 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="`pytorch`: use torchrun even for one process.",
         ),
         # Options of the original tools without effect: decoding is greedy, AnyRes always on.
+        *ENDPOINT,
+        *REQUESTS,
+        *COST,
         click.option("--seed", type=int, hidden=True, expose_value=False),
         click.option("--anyres-image", is_flag=True, hidden=True, expose_value=False),
     )
@@ -120,81 +136,109 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(
-    "pathvqa",
-    cls=RelaunchedCommand,
-    epilog=example("pathvqa", "model --data-path pathvqa_test.json --image-folder images/"),
-)
-@model_options
-@_batch_options
-@_run_options
-@click.option(
-    "--split", default="test", show_default=True, help="Split, for a folder of parquet files."
-)
-@click.pass_context
-def pathvqa(ctx: click.Context, **options: Any) -> None:
-    """Evaluate on PathVQA or other open and yes/no questions.
-
-    --data-path is the JSON of the original (`id -> {question, image, answer, ...}`), a list of
-    such records, JSON lines, PathVQA's pickle, or parquet files from the hub.
-    """
-    _run(ctx, "pathvqa", ("split",), options)
-
-
-@click.command(
-    "pmcvqa",
-    cls=RelaunchedCommand,
-    epilog=example("pmcvqa", "model --data-path test.csv --image-folder images/"),
-)
-@model_options
-@_batch_options
-@_run_options
-@click.option("--prompt", help="Prompt by name, or a template with {question} and {options}.")
-@click.pass_context
-def pmcvqa(ctx: click.Context, **options: Any) -> None:
-    """Evaluate on PMC-VQA or other multiple-choice questions.
-
-    --data-path is PMC-VQA's CSV, or records whose questions already contain the options.
-    """
-    _run(ctx, "pmc-vqa", ("prompt",), options)
-
-
-@click.command(
-    "zero-shot",
-    cls=RelaunchedCommand,
-    epilog=example("zero-shot", "model --data-path BACH/ --classes bach"),
-)
-@model_options
-@_batch_options
-@_run_options
-@click.option("--classes", help="Class config: a file, or bach, oscc, colonpath.")
-@click.option("--labels", type=ANY_PATH, help="JSON `id -> class`, for a file of questions.")
-@click.pass_context
-def zero_shot(ctx: click.Context, **options: Any) -> None:
-    """Classify images by asking the model for the class.
-
-    --data-path is a folder with one subfolder of images per class, or a file
-    `id -> {question, image}`.
-    """
-    _run(ctx, "zero-shot", ("classes", "labels"), options)
-
-
-@click.command(
     "evaluate",
     cls=RelaunchedCommand,
-    epilog=example("evaluate", "pathvqa model --data-path pathvqa_test.json"),
+    epilog=example(
+        "evaluate",
+        "pathvqa model --data pathvqa_test.json",
+        "pathmmu llava-hf/llava-1.5-7b-hf --data PathMMU --option split=test_tiny",
+        "quilt-vqa --endpoint http://localhost:8000/v1 --model NAME --data Quilt_VQA",
+    ),
 )
 @click.argument("benchmark")
-@model_options
-@_batch_options
+@click.argument("llm", metavar="[MODEL]", required=False)
 @_run_options
+@_batch_options
+@_part_options
 @click.option(
-    "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Option of the benchmark."
+    "--option",
+    "extra",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of the benchmark, such as prompt=NAME, split=NAME, or classes=NAME.",
 )
 @click.pass_context
 def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
-    """Evaluate on BENCHMARK, one of the names that `xtuner-add plugins` lists."""
+    """Ask a model the questions of BENCHMARK and score its answers.
+
+    BENCHMARK is one of the names that `xtuner-add plugins` lists: pathvqa, pmc-vqa, pathmmu,
+    quilt-vqa, quilt-vqa-red, slidebench-tcga, slidebench-bcnb, zero-shot, ... MODEL is an exported
+    folder, a language model with the other parts in --llava and --visual-encoder, or a Hugging Face
+    model that takes images. With --endpoint and --model, a model behind an OpenAI-compatible
+    endpoint answers.
+    """
+    if (options["llm"] is None) == (options["endpoint"] is None):
+        raise click.UsageError("expected either MODEL, or --endpoint with --model", ctx)
     extra = keyword_values(options.pop("extra"))
-    _run(ctx, benchmark, tuple(extra), {**options, **extra})
+    work_dir = options["work_dir"] or Path("work_dirs", f"{benchmark}_{options['data_path'].stem}")
+    if relaunch(ctx, always=options["launcher"] == "pytorch"):
+        metrics = json.loads((work_dir / "metrics.json").read_text(encoding="utf-8"))
+        _end(metrics["num_skipped"], work_dir, options["audit"])
+        return
+    from pallava.evaluation.benchmarks import resized
+    from pallava.evaluation.runs import evaluate as run_evaluation
+
+    try:
+        with user_errors(ImportError):
+            make = EVALUATIONS.get(benchmark)
+            made = make(options["data_path"], options["image_folder"], **extra)
+            if options["image_resize"] is not None:
+                made = resized(made, options["image_resize"])
+            metrics = run_evaluation(
+                made,
+                _open_model(options, work_dir),
+                work_dir,
+                batch_size=options["batch_size"],
+                max_new_tokens=options["max_new_tokens"],
+                compat=options["compat"],
+                audited=options["audit"],
+            )
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise click.ClickException(str(error)) from error
+    if metrics is None:
+        return
+    _write_run(work_dir, {**options, "benchmark": benchmark, "option": extra})
+    if shows_results():
+        _end(metrics["num_skipped"], work_dir, options["audit"])
+
+
+def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
+    """Opens an endpoint, a Hugging Face model or a PA-LLaVA, with the decoding of the options."""
+    from pallava.evaluation.chat_model import ChatModel, is_hugging_face_model
+    from pallava.inference.decoding import Decoding
+    from pathcore.chat_backends import Sampling
+
+    decoding = Decoding.parse(options["decoding"])
+    chats = options["endpoint"] is not None or (
+        options["llava"] is None and is_hugging_face_model(options["llm"])
+    )
+    if not chats:
+        model = load_from_options(options)
+        model.decoding = decoding
+        return model
+    if decoding.num_beams > 1 or decoding.top_p < 1:
+        raise ValueError("--decoding: endpoints and Hugging Face models take temperature and seed")
+    sampling = Sampling(
+        options["max_new_tokens"],
+        decoding.temperature,
+        decoding.seed if decoding.temperature else None,
+        cut_is_fault=False,
+    )
+    if options["endpoint"] is not None:
+        return ChatModel(
+            open_endpoint(options, sampling), work_dir / "replies.sqlite", budget(options)
+        )
+    from pathcore.chat_local import LocalBackend
+
+    dtypes = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    dtype = options["torch_dtype"] or "auto"
+    return ChatModel(
+        LocalBackend(
+            options["llm"], sampling, device=options["device"], dtype=dtypes.get(dtype, dtype)
+        )
+    )
 
 
 @click.command(
@@ -290,46 +334,6 @@ def load_from_options(options: dict[str, Any]) -> Any:
     )
 
 
-def _run(ctx: click.Context, name: str, extra: tuple[str, ...], options: dict[str, Any]) -> None:
-    work_dir = options["work_dir"] or Path("work_dirs", f"{name}_{options['data_path'].stem}")
-    if relaunch(ctx, always=options["launcher"] == "pytorch"):
-        metrics = json.loads((work_dir / "metrics.json").read_text(encoding="utf-8"))
-        _end(metrics["num_skipped"], work_dir, options["audit"])
-        return
-    from pallava.evaluation.benchmarks import resized
-    from pallava.evaluation.runs import evaluate as run_evaluation
-    from pallava.inference.decoding import Decoding
-
-    chosen = {key: options[key] for key in extra if options[key] is not None}
-    try:
-        with user_errors(ImportError):
-            make = EVALUATIONS.get(name)
-            benchmark = make(options["data_path"], options["image_folder"], **chosen)
-            if options["image_resize"] is not None:
-                benchmark = resized(benchmark, options["image_resize"])
-            decoding = Decoding.parse(options["decoding"])
-            model = load_from_options(options)
-            model.decoding = decoding
-            metrics = run_evaluation(
-                benchmark,
-                model,
-                work_dir,
-                batch_size=options["batch_size"],
-                max_new_tokens=options["max_new_tokens"],
-                compat=options["compat"],
-                audited=options["audit"],
-            )
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise click.ClickException(str(error)) from error
-    if metrics is None:
-        return
-    _write_run(work_dir, options)
-    if shows_results():
-        _end(metrics["num_skipped"], work_dir, options["audit"])
-
-
 def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
     import torch
     import transformers
@@ -364,11 +368,18 @@ def _end(num_skipped: int, work_dir: Path, audited: bool) -> None:
 @click.command(
     "score",
     epilog=example(
-        "score", "pathvqa --data-path pathvqa_test.json --answers answers.jsonl --work-dir scores/"
+        "score", "pathvqa --data pathvqa_test.json --answers answers.jsonl --work-dir scores/"
     ),
 )
 @click.argument("benchmark")
-@click.option("--data-path", required=True, type=ANY_PATH, help="Questions with reference answers.")
+@click.option(
+    "--data",
+    "--data-path",
+    "data_path",
+    required=True,
+    type=ANY_PATH,
+    help="Questions with reference answers.",
+)
 @click.option("--answers", required=True, type=ANY_PATH, help="`[{question_id, answer}]` or JSONL.")
 @click.option("--work-dir", required=True, type=ANY_PATH, help="Folder for the report.")
 @click.option("--compat", type=click.Choice(["none", "original"]), default="none")
@@ -397,7 +408,7 @@ def _end(num_skipped: int, work_dir: Path, audited: bool) -> None:
 @click.option("--max-cost", type=float, help="Budget in US dollars; requires the prices.")
 @click.pass_context
 def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
-    """Score existing answers to BENCHMARK (pathvqa, pmcvqa, zero-shot, ...) without a model.
+    """Score existing answers to BENCHMARK (pathvqa, pathmmu, ...) without a model.
 
     The exit code is 3 if questions have no answer, or if the judge did not score all answers; run
     the command again to continue.
@@ -442,6 +453,33 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
         click.echo(f"{counted(metrics['num_missing'], 'question')} without an answer.", err=True)
     if not complete or metrics["num_skipped"] or metrics["num_missing"]:
         ctx.exit(EXIT_SKIPPED)
+
+
+@click.command(
+    "compare-scores",
+    epilog=example("compare-scores", "ours=results/ours llava=results/llava gpt=results/gpt"),
+)
+@click.argument("runs", nargs=-1, required=True, metavar="[NAME=]WORK_DIR...")
+@click.option("--output", type=ANY_PATH, help="Also write the comparison to this JSON file.")
+def compare_scores(runs: tuple[str, ...], output: Path | None) -> None:
+    """Compare models on the questions that all of them were asked.
+
+    Each WORK_DIR is that of one `xtuner-add evaluate`; the others are compared with the first.
+    """
+    from pallava.evaluation.comparison import compare, markdown
+
+    folders: dict[str, Path] = {}
+    for text in runs:
+        name, equals, folder = text.partition("=")
+        key = name if equals else Path(text).name
+        if key in folders:
+            raise click.UsageError(f"two runs are called {key!r}; name them NAME=WORK_DIR")
+        folders[key] = Path(folder if equals else text)
+    with user_errors():
+        comparison = compare(folders)
+        click.echo(markdown(comparison))
+        if output is not None:
+            write_json(output, comparison)
 
 
 def _tokenizer(name: str | None) -> Any:

@@ -56,6 +56,67 @@ quiet_option = click.option(
 )
 
 
+ENDPOINT = (
+    click.option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, with /v1; "
+                 "API key in the environment variable OPENAI_API_KEY."),
+    click.option("--model", help="Name of the model at the endpoint."),
+)  # fmt: skip
+REQUESTS = (
+    click.option("--concurrency", default=8, show_default=True, help="Requests in flight."),
+    click.option("--timeout", default=120.0, show_default=True,
+                 help="Timeout of a request in seconds."),
+    click.option("--max-retries", default=5, show_default=True,
+                 help="Retries of a failed request, with exponential backoff."),
+    click.option("--token-field", type=click.Choice(["max_tokens", "max_completion_tokens"]),
+                 default="max_tokens", show_default=True,
+                 help="Newer OpenAI models require max_completion_tokens."),
+)  # fmt: skip
+COST = (
+    click.option("--price-in", default=0.0, help="US dollars per million prompt tokens."),
+    click.option("--price-out", default=0.0, help="US dollars per million reply tokens."),
+    click.option("--max-cost", type=float, help="Budget in US dollars, earlier runs included."),
+    click.option("--max-tokens", type=int, help="Budget in tokens, earlier runs included."),
+    click.option("--image-tokens", default=3000, show_default=True,
+                 help="Upper bound of tokens per image, for the budget."),
+)  # fmt: skip
+
+
+def budget(options: dict[str, Any]) -> Any:
+    """Returns the budget that the options of `COST` describe."""
+    from pathcore.chat_budget import Budget
+
+    return Budget(
+        options["price_in"],
+        options["price_out"],
+        options["max_cost"],
+        options["max_tokens"],
+        options["image_tokens"],
+    )
+
+
+def open_endpoint(options: dict[str, Any], sampling: Any, *, structured: bool = False) -> Any:
+    """Opens the endpoint that the options of `ENDPOINT` and `REQUESTS` describe.
+
+    Raises:
+        click.UsageError: If the model is not named.
+        ValueError: If there is no API key.
+    """
+    from pathcore.chat_backends import OpenAIBackend
+
+    if options["model"] is None:
+        raise click.UsageError("--endpoint requires --model")
+    return OpenAIBackend(
+        options["endpoint"],
+        options["model"],
+        sampling,
+        concurrency=options["concurrency"],
+        timeout_s=options["timeout"],
+        max_retries=options["max_retries"],
+        structured=structured,
+        token_field=options["token_field"],
+    )
+
+
 def example(command: str, *arguments: str) -> str:
     """Returns the epilog of a command's help, with one example line per entry of `arguments`."""
     lines = [f"  xtuner-add {command} {words}".rstrip() for words in arguments or ("",)]

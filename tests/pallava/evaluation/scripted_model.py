@@ -15,6 +15,7 @@ class ScriptedModel:
 
     settings = {"weights": "scripted"}
     batch_matters = False
+    reads_slides = False
     tokenizer = None
 
     def __init__(self, reply: Callable[[str, Any, int], str | NoAnswer]) -> None:
@@ -26,9 +27,14 @@ class ScriptedModel:
         return image.load()
 
     def answer_prepared(
-        self, questions: Sequence[str], images: Sequence[Any], *, max_new_tokens: int
+        self,
+        questions: Sequence[str],
+        images: Sequence[Any],
+        *,
+        max_new_tokens: int,
+        keys: Sequence[str] = (),
     ) -> list[str | NoAnswer]:
-        del max_new_tokens
+        del max_new_tokens, keys
         replies = []
         for text, image in zip(questions, images, strict=True):
             self.asked.append(text)

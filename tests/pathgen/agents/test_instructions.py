@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pathgen.agents.backends import OpenAIBackend
+from pathcore.chat_backends import OpenAIBackend
 from pathgen.agents.instructions import KINDS, make_instructions
 from pathgen.agents.steps import StepReport, run_step
 from tests.pathgen.conftest import patch_rows, read_rows, write_rows

@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from pathgen.agents.backends import Request, Sampling
+from pathcore.chat_backends import Request, Sampling
+from pathcore.chat_local import LocalBackend
 from pathgen.agents.captions import describe
-from pathgen.agents.local_model import LocalBackend
 from pathgen.agents.steps import run_step
 from tests.pallava.goldens import CROSSATTN_STATE, TINY_LLAMA, tokenizer
+from tests.pallava.tiny_llava import write_llava
 from tests.pathgen.conftest import patch_rows, read_rows, write_rows
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
-    "{{ c['text'] }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:"
-)
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +33,7 @@ def pallava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import (
-        AutoTokenizer,
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    folder = tmp_path_factory.mktemp("llava") / "model"
-    words = AutoTokenizer.from_pretrained(TINY_LLAMA)
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                              num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
-    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                       num_attention_heads=2, num_key_value_heads=2, vocab_size=len(words),
-                       max_position_embeddings=2048)  # fmt: skip
-    config = LlavaConfig(
-        vision, text, image_token_index=words.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    LlavaProcessor(
-        images, words, patch_size=16, vision_feature_select_strategy="default",
-        chat_template=TEMPLATE, num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return write_llava(tmp_path_factory.mktemp("llava") / "model")
 
 
 def requests(folder: Path) -> list[Request]:

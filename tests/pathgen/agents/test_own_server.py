@@ -10,7 +10,7 @@ from pallava import load_model
 from pallava.serving.app import create_app
 from pallava.serving.guard import GuardSettings
 from pallava.serving.service import ModelService
-from pathgen.agents.backends import OpenAIBackend, Sampling
+from pathcore.chat_backends import OpenAIBackend, Sampling
 from pathgen.agents.captions import describe
 from pathgen.agents.steps import run_step
 from tests.pallava import goldens

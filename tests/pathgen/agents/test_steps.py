@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pathgen.agents.backends import AgentError, OpenAIBackend, Sampling
-from pathgen.agents.budget import Budget, Spent
-from pathgen.agents.cache import ReplyCache
+from pathcore.chat_backends import AgentError, OpenAIBackend, Sampling
+from pathcore.chat_budget import Budget, Spent
+from pathcore.chat_cache import ReplyCache
 from pathgen.agents.captions import describe, revise, summarise
 from pathgen.agents.steps import StepReport, run_step, skipped_path
 from tests.fake_server import PROMPT_TOKENS, REPLY_TOKENS

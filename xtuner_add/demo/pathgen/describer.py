@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pathgen.agents.backends import Request
+from pathcore.chat_backends import Request
 from pathgen.agents.prompts import Prompt, load_prompt
 from xtuner_add.demo.language_model import (
     END_TURN,

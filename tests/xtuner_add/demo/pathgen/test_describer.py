@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pathgen.agents.backends import Request, Sampling
-from pathgen.agents.local_model import LocalBackend
+from pathcore.chat_backends import Request, Sampling
+from pathcore.chat_local import LocalBackend
 from xtuner_add.demo import language_model
 from xtuner_add.demo.pathgen import describer
 from xtuner_add.demo.pathgen.describer import DescriberSizes, Lesson, train_describer

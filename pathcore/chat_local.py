@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pathgen.agents.backends import Reply, Request, Sampling, open_image
+from pathcore.chat_backends import Reply, Request, Sampling, open_image
 
 
 @dataclass
@@ -137,7 +137,8 @@ class LocalBackend:
             stop = next((n for n, token in enumerate(row) if token in ends), None)
             text = self._processor.tokenizer.decode(row[:stop], skip_special_tokens=True)
             fault = None
-            if stop is None and len(row) >= self.sampling.max_tokens:
+            is_cut = stop is None and len(row) >= self.sampling.max_tokens
+            if is_cut and self.sampling.cut_is_fault:
                 fault = "the reply was cut off at the maximum number of tokens"
             length = len(row) if stop is None else stop + 1
             replies.append(Reply(text.strip(), int(mask.sum()), length, fault=fault))

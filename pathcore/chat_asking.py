@@ -8,10 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPo
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pathcore.chat_backends import AgentError, Backend, Reply, Request
+from pathcore.chat_budget import Budget, Spent
+from pathcore.chat_cache import ReplyCache
 from pathcore.chat_replies import ReplyError
-from pathgen.agents.backends import AgentError, Backend, Reply, Request
-from pathgen.agents.budget import Budget, Spent
-from pathgen.agents.cache import ReplyCache
 
 MOST_SILENT = 25
 """Number of consecutive requests without a reply after which the endpoint counts as down."""

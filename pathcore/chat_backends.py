@@ -1,13 +1,12 @@
-"""Backends of the agents: the protocol, and OpenAI-compatible vision endpoints.
+"""Models that reply to text and images: the protocol, and OpenAI-compatible vision endpoints.
 
-Local models are in `local_model`.
+Local models are in `chat_local`.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pathcore.chat_api import (
     refusal_of,
     shown_endpoint,
 )
+from pathcore.images import data_url
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -43,11 +43,13 @@ class Sampling:
         temperature: Temperature; 0 decodes greedily. With None the parameter is not sent, since
             some models reject it.
         seed: Seed, if the backend supports one.
+        cut_is_fault: Whether a reply that is cut off at `max_tokens` cannot be used.
     """
 
     max_tokens: int = 512
     temperature: float | None = 0.0
     seed: int | None = None
+    cut_is_fault: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not 0 <= (self.temperature or 0.0) <= 2:
@@ -66,15 +68,15 @@ class Request:
     Attributes:
         system: System message; may be empty.
         user: User message.
-        image: Path of the image.
-        image_sha256: SHA-256 of the image file.
+        image: Path of the image, or the decoded image.
+        image_sha256: SHA-256 of the image file, or another text that identifies its content.
         schema: JSON schema of the reply; None for plain text.
         earlier: Unusable replies to this request, each with the correction that was sent.
     """
 
     system: str
     user: str
-    image: Path | None = None
+    image: Path | Image | None = None
     image_sha256: str | None = None
     schema: Mapping[str, Any] | None = None
     earlier: tuple[tuple[str, str], ...] = ()
@@ -214,7 +216,7 @@ class OpenAIBackend:
 
         fatal = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
         try:
-            image = data_url(request.image) if request.image else None
+            image = image_url(request.image) if request.image else None
         except ValueError as error:
             return Reply("", 0, 0, fault=str(error), blame="image")
         options: dict[str, Any] = {} if self.sampling.seed is None else {"seed": self.sampling.seed}
@@ -244,10 +246,10 @@ class OpenAIBackend:
             return Reply("", 0, 0, fault=f"{type(error).__name__}: {error}", blame="endpoint")
         except ValueError as error:  # the body is not JSON
             return Reply(fault=f"no completion: {error}")
-        return _read_completion(completion)
+        return _read_completion(completion, self.sampling.cut_is_fault)
 
 
-def _read_completion(completion: Any) -> Reply:
+def _read_completion(completion: Any, cut_is_fault: bool) -> Reply:
     usage = getattr(completion, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     known = all(type(count) is int and count >= 0 for count in counts)
@@ -265,20 +267,22 @@ def _read_completion(completion: Any) -> Reply:
     if (refusal := refusal_of(message)) is not None:
         fault = f"the model refuses: {refusal:.200}"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
-    if reason == "length":
+    if reason == "length" and cut_is_fault:
         fault = "the reply was cut off at the maximum number of tokens; allow more of them"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="limit")
     return Reply(text, prompt_tokens, reply_tokens)
 
 
-def open_image(path: Path) -> Image:
-    """Opens and fully decodes an image.
+def open_image(path: Path | Image) -> Image:
+    """Opens and fully decodes an image; returns a decoded one unchanged.
 
     Raises:
         ValueError: If the file is no image, is truncated, or is too large for a patch.
     """
     from PIL import Image
 
+    if isinstance(path, Image.Image):
+        return path
     try:
         image = Image.open(path)
         image.load()
@@ -287,19 +291,17 @@ def open_image(path: Path) -> Image:
     return image
 
 
-def data_url(path: Path) -> str:
-    """Returns an image file as a data URL.
+def image_url(path: Path | Image) -> str:
+    """Returns an image as a data URL.
 
-    PNG, JPEG and WebP are sent unchanged; other formats, which endpoints may not support, as PNG.
+    Files in PNG, JPEG and WebP are sent unchanged; other formats, which endpoints may not support,
+    and decoded images as PNG.
 
     Raises:
         ValueError: If the image cannot be decoded completely.
     """
     image = open_image(path)
     mime = _SENT_AS_THEY_ARE.get(image.format or "")
-    content = path.read_bytes()
-    if mime is None:
-        stream, mime = io.BytesIO(), "image/png"
-        image.convert("RGB").save(stream, "PNG")
-        content = stream.getvalue()
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+    if mime is None or not isinstance(path, Path):
+        return data_url(image.convert("RGB"))
+    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"

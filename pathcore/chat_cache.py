@@ -6,8 +6,8 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathcore.chat_budget import Spent
 from pathcore.files import StrPath
-from pathgen.agents.budget import Spent
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
     digest TEXT PRIMARY KEY, reply TEXT, problem TEXT, endpoint TEXT NOT NULL,
