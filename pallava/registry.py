@@ -239,6 +239,7 @@ CONVERTERS = Registry(
         f"pallava.converters.{name}"
         for name in (
             "bach",
+            "caption_sets",
             "colonpath",
             "oscc",
             "pathvqa",
@@ -246,6 +247,7 @@ CONVERTERS = Registry(
             "pmcvqa",
             "pubmedvision",
             "quilt",
+            "slide_instruction",
         )
     ),
 )

@@ -79,6 +79,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             f"{_COMMANDS}.datasets:convert_dataset",
             "Convert a public dataset to pairs, conversations or class folders.",
         ),
+        "join-datasets": (
+            f"{_COMMANDS}.datasets:join_datasets",
+            "Join sets with image folders of their own to one.",
+        ),
         "dataformat": (
             f"{_COMMANDS}.datasets:dataformat",
             "Turn image-caption pairs into conversations.",

@@ -48,6 +48,8 @@ class Conversion:
             `ParquetImage`s, which are written to `OUT/images`.
         files: Data files; a change of one of them starts a new job.
         options: Further inputs that the rows depend on, as JSON values.
+        image_field: Field of the images; `slide` for conversations about whole slides, whose files
+            in the image folder are `SLIDE.h5`.
     """
 
     kind: Literal["pairs", "conversations"]
@@ -58,6 +60,7 @@ class Conversion:
     image_folder: Path | None
     files: Sequence[Path]
     options: Mapping[str, Any]
+    image_field: Literal["image", "slide"] = "image"
 
 
 def convert(
@@ -153,6 +156,29 @@ def conversation(question: str, answer: str, num_images: int = 1) -> list[dict[s
     ]
 
 
+def llava_turns(row: Mapping[str, Any], num_images: int) -> list[dict[str, str]]:
+    """Returns the turns of a LLaVA row with its image tokens in front of the first question.
+
+    Published sets have them in front, at the end, or not at all.
+
+    Raises:
+        RowError: If the row holds no turns.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
+    ):
+        raise RowError("conversations: expected a list of {from, value}")
+    marks = "".join(f"{IMAGE_TOKEN}\n" for _ in range(num_images))
+    found = []
+    for turn in turns:
+        role, text = str(turn.get("from")), str(turn["value"]).replace(IMAGE_TOKEN, "").strip()
+        if role == "human" and marks:
+            text, marks = marks + text, ""
+        found.append({"from": role, "value": text})
+    return found
+
+
 def question_row(question: Question, folder: Path | None, answer: str | None = None) -> Row:
     """Converts a benchmark question to a conversation row without an id.
 
@@ -200,16 +226,25 @@ class _RowMaker:
         row = dict(row)
         if isinstance(row.get("image"), ParquetImage):
             row["image"] = save_image(row["image"].content(), self.image_out)
+        elif row.get("slide") and self.check_images and self.conversion.image_field == "slide":
+            self._check_slides(image_names(row, "slide"))
         elif row.get("image"):
             names = [self._found(name) for name in image_names(row)]
             row["image"] = names[0] if isinstance(row["image"], str) else names
         row.setdefault("source", self.conversion.source)
         if self.conversion.licence:
             row.setdefault("licence", self.conversion.licence)
-        fault = pair_fault(row) if self.conversion.kind == "pairs" else check_row(row)
+        is_pair, field = self.conversion.kind == "pairs", self.conversion.image_field
+        fault = pair_fault(row) if is_pair else check_row(row, field)
         if fault:
             raise RowError(fault)
         return row
+
+    def _check_slides(self, names: Sequence[str]) -> None:
+        assert self.conversion.image_folder is not None
+        for name in names:
+            if not path_inside(self.conversion.image_folder, f"{name}.h5").is_file():
+                raise ImageError(f"slide {name}: no {name}.h5 in {self.conversion.image_folder}")
 
     def _found(self, name: str) -> str:
         folder = self.conversion.image_folder

@@ -1,17 +1,20 @@
-"""Quilt-1M (arXiv:2306.11207): frames of teaching videos and other sources with their captions.
+"""Quilt-1M (arXiv:2306.11207) and Quilt-Instruct (arXiv:2312.04746): frames of teaching videos.
 
-Published as `quilt_1M_lookup.csv` with `caption, image_path, subset, split, pathology, roi_text,
-noisy_text, corrected_text, med_umls_ids, magnification, height, width`, and archives of images.
+Quilt-Instruct is `quilt_instruct_107k.json` in LLaVA's schema; its images are those of Quilt-1M.
+Quilt-1M, which has further sources, is published as `quilt_1M_lookup.csv` with `caption,
+image_path, subset, split, pathology, roi_text, noisy_text, corrected_text, med_umls_ids,
+magnification, height, width`, and archives of images.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pallava.converters.conversion import Conversion, Row, chosen
-from pallava.records.containers import data_file, image_root, read_csv
+from pallava.converters.conversion import Conversion, Row, chosen, llava_turns
+from pallava.records.containers import data_file, image_root, read_csv, read_json_rows
 from pallava.records.questions import as_mapping, text_field
 from pallava.registry import CONVERTERS
+from pallava.text.encoding import image_files
 from pathcore.files import StrPath
 
 DATA_NAMES = ("quilt_1M_lookup.csv",)
@@ -62,4 +65,33 @@ def quilt_1m(
         image_root(image_folder, data, IMAGE_FOLDERS),
         [data],
         {key: sorted(names) for key, names in kept.items()},
+    )
+
+
+@CONVERTERS.register("quilt-instruct")
+def quilt_instruct(data_path: StrPath, image_folder: StrPath | None = None) -> Conversion:
+    """Converts Quilt-Instruct to conversations.
+
+    Args:
+        data_path: JSON file, or its folder.
+        image_folder: Folder of Quilt-1M's images. Searched beside the data by default.
+    """
+    data = data_file(data_path, ("quilt_instruct_107k.json",))
+
+    def make(where: str, record: Any) -> list[Row]:
+        row = as_mapping(record)
+        images = image_files(row)
+        named = {"image": images[0] if len(images) == 1 else images} if images else {}
+        row_id = f"quilt-instruct-{row.get('id', where)}"
+        return [{"id": row_id, **named, "conversations": llava_turns(row, len(images))}]
+
+    return Conversion(
+        "conversations",
+        "Quilt-Instruct",
+        "CC BY-NC-ND 3.0, gated",
+        read_json_rows(data),
+        make,
+        image_root(image_folder, data, ("quilt_instruct", *IMAGE_FOLDERS)),
+        [data],
+        {},
     )

@@ -122,6 +122,8 @@ def datasets(root: Path) -> None:
     """Public data sets as published."""
     published.pmc_oa(root / "PMC_OA")
     published.quilt(root / "quilt")
+    published.pathvqa(root / "PathVQA")
+    published.pmcvqa(root / "PMC_VQA")
     tiny_run.make_folder(root, num_images=2)
 
 

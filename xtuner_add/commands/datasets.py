@@ -1,4 +1,4 @@
-"""`xtuner-add convert-dataset`, `dataformat`, `clean-pairs` and `tokenise`."""
+"""`xtuner-add convert-dataset`, `join-datasets`, `dataformat`, `clean-pairs` and `tokenise`."""
 
 from __future__ import annotations
 
@@ -119,6 +119,53 @@ def _amount(report: dict[str, Any]) -> str:
     if "num_by_class" in report:
         return f"{counted(report['num_rows'], 'image')} of {len(report['num_by_class'])} classes"
     return f"{report['num_rows']:,} {report['kind']}"
+
+
+@click.command(
+    "join-datasets",
+    epilog=example("join-datasets", "out/stage2 out/pathvqa out/pmc_vqa"),
+)
+@click.argument("out", type=OUT_FOLDER)
+@click.argument("sets", nargs=-1, required=True, metavar="SET...")
+@click.option(
+    "--image-root",
+    type=FOLDER,
+    help="Folder that contains all image folders. [default: the deepest one that does]",
+)
+@click.option(
+    "--check-images/--no-check-images",
+    default=True,
+    show_default=True,
+    help="Skip rows whose image file is missing.",
+)
+@_MAX_SKIPPED
+def join_datasets(
+    out: Path,
+    sets: tuple[str, ...],
+    image_root: Path | None,
+    check_images: bool,
+    max_skipped_fraction: float,
+) -> None:
+    """Join converted datasets that have image folders of their own to one set in the folder OUT.
+
+    Each SET is a folder that convert-dataset wrote, or ROWS=IMAGE_FOLDER, such as the output of
+    clean-pairs with the images of its input. Image names in OUT are relative to the folder that
+    contains all of them, which is printed and recorded in OUT/conversion.json: name it as
+    `image_folder` in the training config.
+    """
+    from pallava.converters.conversion import convert
+    from pallava.converters.joining import join_sets
+
+    with user_errors(), progress_bar("joined") as advance:
+        report = convert(
+            join_sets(sets, image_root),
+            out,
+            check_images=check_images,
+            max_skipped_fraction=max_skipped_fraction,
+            progress=advance,
+        )
+    click.echo(f"Wrote {out}: {_amount(report)}; image folder: {report['image_folder']}")
+    end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
 @click.command(

@@ -154,3 +154,70 @@ def colonpath(root: Path) -> Path:
         rows.append([f"2019 {number}.png", f"study{number}", label])
     write_csv(root / "colon_train.csv", "img_id,study_id,tumor", rows)
     return root
+
+
+def pathcap(root: Path, form: str = "list") -> Path:
+    rows = []
+    for number in range(3):
+        save_image(root / "images" / f"{number}_fig.jpg")
+        rows.append({"img": f"{number}_fig.jpg", "caption": f"{CAPTION} Part {number}."})
+    content = {row["img"]: row["caption"] for row in rows} if form == "object" else rows
+    (root / "captions.json").write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
+def openpath(root: Path) -> Path:
+    rows = []
+    for number in range(3):
+        save_image(root / "images" / f"15{number}.jpg")
+        rows.append([f"https://example.org/a/status/15{number}?s=20", f"{CAPTION} #{number}"])
+    write_csv(root / "openpath.csv", "weblink,caption", rows)
+    return root
+
+
+def arch(root: Path) -> Path:
+    for name, suffix in (("books_set", ".png"), ("pubmed_set", ".jpg")):
+        content = {}
+        for number in range(11):
+            uuid = f"{name}-{number:04x}"
+            content[str(number)] = {"caption": f"{CAPTION} {number}.", "uuid": uuid}
+            if number:  # a few captions have lost their image
+                save_image(root / name / "images" / f"{uuid}{suffix}")
+        content["1"] |= {"figure_id": "00", "letter": "Single"}
+        (root / name / "captions.json").write_text(json.dumps(content))
+    return root
+
+
+def quilt_instruct(root: Path) -> Path:
+    def turns(*texts: str) -> list[dict[str, str]]:
+        return [
+            {"from": "gpt" if number % 2 else "human", "value": text}
+            for number, text in enumerate(texts)
+        ]
+
+    save_image(root / "quilt_1m" / "vid_image_1.jpg")
+    rows = [
+        {"id": "7", "image": "vid_image_1.jpg",
+         "conversations": turns("<image>\nWhat is it?", "A gland.", "Why?", "It has a lumen.")},
+        {"id": "8", "image": "vid_image_1.jpg",
+         "conversations": turns("Describe.\n<image>", "Pale.")},
+        {"id": "9", "conversations": turns("What is mitosis?", "Division.")},
+    ]  # fmt: skip
+    (root / "quilt_instruct_107k.json").write_text(json.dumps(rows))
+    return root
+
+
+def slide_instruction(root: Path) -> Path:
+    rows = []
+    for number in range(11):
+        slide = f"TCGA-XX-{number:04d}-01Z-00-DX1"
+        question = [{"from": "human", "value": "Name the organ.\n<image>"},
+                    {"from": "gpt", "value": "Kidney."}]  # fmt: skip
+        rows.append(
+            {"id": f"train::{number}", "image": [f"{slide}.csv"], "conversations": question}
+        )
+        if number:  # features of the first slide are missing
+            (root / "features").mkdir(parents=True, exist_ok=True)
+            (root / "features" / f"{slide}.h5").write_bytes(b"features")
+    (root / "SlideInstruct_train_stage2_vqa.json").write_text(json.dumps(rows))
+    return root

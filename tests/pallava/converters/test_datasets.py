@@ -7,6 +7,7 @@ import pytest
 
 from pallava.converters.class_sets import write_class_folders
 from pallava.converters.conversion import convert
+from pallava.converters.joining import join_sets
 from pallava.records.class_folders import read_class_folders
 from pallava.registry import CONVERTERS
 from pallava.text.encoding import check_row
@@ -176,3 +177,84 @@ def test_metadata_of_macos_is_no_image(tmp_path: Path) -> None:
         (folder / "._no001.tif").write_bytes(b"Mac OS X")
     report = write_class_folders(CONVERTERS.get("bach")(data), tmp_path / "out")
     assert tuple(report["num_by_class"].values()) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("form", ["list", "object"])
+def test_pathcap(tmp_path: Path, form: str) -> None:
+    _, rows = run("pathcap", published.pathcap(tmp_path / "data", form), tmp_path / "out")
+    assert [row["image"] for row in rows] == ["0_fig.jpg", "1_fig.jpg", "2_fig.jpg"]
+    assert rows[2]["caption"].endswith("Part 2.") and len({row["id"] for row in rows}) == 3
+
+
+def test_openpath_pictures_are_named_after_their_posts(tmp_path: Path) -> None:
+    _, rows = run("openpath", published.openpath(tmp_path / "data"), tmp_path / "out")
+    assert [row["image"] for row in rows] == ["150.jpg", "151.jpg", "152.jpg"]
+
+
+def test_arch_has_two_sets_and_captions_without_images(tmp_path: Path) -> None:
+    data = published.arch(tmp_path / "data")
+    report, rows = run("arch", data, tmp_path / "out")
+    assert report["num_rows"] == 20 and report["num_skipped"] == 2
+    assert rows[0]["image"] == "books_set/images/books_set-0001.png"
+    assert (rows[0]["letter"], rows[-1]["subset"]) == ("Single", "pubmed_set")
+    report, _ = run("arch", data / "pubmed_set", tmp_path / "one")
+    assert report["num_rows"] == 10
+    with pytest.raises(FileNotFoundError, match=r"no captions\.json in books_set, pubmed_set"):
+        CONVERTERS.get("arch")(tmp_path)
+
+
+def test_quilt_instruct_keeps_its_turns(tmp_path: Path) -> None:
+    data = published.quilt_instruct(tmp_path / "data")
+    report = convert(CONVERTERS.get("quilt-instruct")(data), tmp_path / "out")
+    rows = read_lines(tmp_path / "out" / "conversations.jsonl")
+    assert report["num_rows"] == 3 and [check_row(row) for row in rows] == [None] * 3
+    assert len(rows[0]["conversations"]) == 4
+    # The image token moves to the front, wherever the file has it.
+    assert rows[1]["conversations"][0]["value"] == "<image>\nDescribe."
+    assert "image" not in rows[2]
+
+
+def test_slide_instruction_rows_name_slides(tmp_path: Path) -> None:
+    data = published.slide_instruction(tmp_path / "data")
+    report = convert(CONVERTERS.get("slide-instruction")(data), tmp_path / "out")
+    rows = read_lines(tmp_path / "out" / "conversations.jsonl")
+    assert (report["num_rows"], report["num_skipped"]) == (10, 1)
+    assert [check_row(row, "slide") for row in rows] == [None] * 10
+    assert rows[0]["slide"] == "TCGA-XX-0001-01Z-00-DX1"
+    assert rows[0]["conversations"][0]["value"] == "<image>\nName the organ."
+    every = CONVERTERS.get("slide-instruction")(data)
+    unchecked = convert(every, tmp_path / "all", check_images=False)
+    assert unchecked["num_rows"] == 11
+    with pytest.raises(ValueError, match="stage=1"):
+        CONVERTERS.get("slide-instruction")(data, stage="3")
+
+
+def test_sets_with_their_own_image_folders_are_joined(tmp_path: Path) -> None:
+    """PathVQA and PMC-VQA, on which stage 2 trains."""
+    run("pathvqa", published.pathvqa(tmp_path / "pathvqa"), tmp_path / "out" / "pathvqa")
+    pmc = published.pmcvqa(tmp_path / "pmc_vqa")
+    run("pmc-vqa", pmc, tmp_path / "out" / "pmc")
+    sets = [tmp_path / "out" / "pathvqa", tmp_path / "out" / "pmc"]
+    report = convert(join_sets(sets), tmp_path / "out" / "stage2")
+    rows = read_lines(tmp_path / "out" / "stage2" / "conversations.jsonl")
+    assert report["image_folder"] == str(tmp_path)
+    assert [row["image"] for row in rows] == [
+        "pathvqa/images/train/train_0000.jpg", "pathvqa/images/train/train_0001.jpg",
+        "pmc_vqa/images/PMC7_Fig1.jpg",
+    ]  # fmt: skip
+    assert [row["source"] for row in rows] == ["PathVQA", "PathVQA", "PMC-VQA"]
+    assert all((tmp_path / row["image"]).is_file() for row in rows)
+    assert [check_row(row) for row in rows] == [None] * 3
+
+    named = f"{tmp_path / 'out' / 'pmc' / 'conversations.jsonl'}={pmc / 'images'}"
+    again = convert(join_sets([sets[0], named]), tmp_path / "again")
+    assert again["num_rows"] == 3
+    run("pmc-oa", published.pmc_oa(tmp_path / "oa"), tmp_path / "out" / "oa")
+    with pytest.raises(ValueError, match=r"found conversations, pairs"):
+        join_sets([sets[0], tmp_path / "out" / "oa"])
+    with pytest.raises(FileNotFoundError, match=r"no conversion\.json in it"):
+        join_sets([sets[0], tmp_path])
+    with pytest.raises(ValueError, match="not inside"):
+        join_sets(sets, pmc)
+    with pytest.raises(ValueError, match="only the root of the file system"):
+        join_sets(sets, "/")
