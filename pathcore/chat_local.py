@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class LocalBackend:
         batch_size: Number of requests per batch.
         device: `cpu`, `cuda`, ...; by default the GPU, if there is one.
         dtype: Data type of the weights: `auto`, `float32`, `bfloat16`, ...
+        generation: Keyword arguments of `generate` that override those of `sampling`, such as
+            `num_beams`.
         trust_remote_code: Whether to run code that comes with the model, as an exported PA-LLaVA
             requires.
 
@@ -37,6 +39,7 @@ class LocalBackend:
     batch_size: int = 4
     device: str | None = None
     dtype: str = "auto"
+    generation: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     kind: str = field(default="local", init=False)
     concurrency: int = field(default=1, init=False)
@@ -126,6 +129,7 @@ class LocalBackend:
         options: dict[str, Any] = {"max_new_tokens": self.sampling.max_tokens, "do_sample": False}
         if self.sampling.temperature:
             options |= {"do_sample": True, "temperature": self.sampling.temperature}
+        options |= self.generation
         return {**options, "pad_token_id": self._processor.tokenizer.pad_token_id}
 
     def _read(self, inputs: Any, ids: Any) -> list[Reply]:

@@ -49,7 +49,8 @@ class ChatModel:
         parameters = self.backend.sampling.parameters()
         del parameters["max_tokens"]  # an argument of every question
         model = {"model": self.backend.model, "endpoint": self.backend.endpoint}
-        return {**model, **parameters}
+        generation = getattr(self.backend, "generation", {})
+        return {**model, **parameters, **({"generation": dict(generation)} if generation else {})}
 
     @property
     def batch_matters(self) -> bool:

@@ -18,7 +18,7 @@ from tests.pallava.converters import published
 from tests.pallava.engine import tiny_run
 from tests.pallava.evaluation.tiny_benchmark import make_data
 from tests.pallava.tiny_folders import make_folders
-from tests.pallava.tiny_llava import write_llava
+from tests.pallava.tiny_vlms import write_llava
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.store import write_features

@@ -179,8 +179,8 @@ def test_unknown_command_of_a_mode_names_the_nearest() -> None:
 
 
 def test_underscores_of_the_originals_scripts_are_understood() -> None:
-    code, output = invoke("zero_shot", "--help")
-    assert code == 0 and "Classify images" in output
+    code, output = invoke("compare_scores", "--help")
+    assert code == 0 and "Compare models" in output
 
 
 def test_the_chat_of_xtuner_can_be_reached(launched: list) -> None:

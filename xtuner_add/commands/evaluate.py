@@ -218,8 +218,6 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
         model = load_from_options(options)
         model.decoding = decoding
         return model
-    if decoding.num_beams > 1 or decoding.top_p < 1:
-        raise ValueError("--decoding: endpoints and Hugging Face models take temperature and seed")
     sampling = Sampling(
         options["max_new_tokens"],
         decoding.temperature,
@@ -227,6 +225,8 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
         cut_is_fault=False,
     )
     if options["endpoint"] is not None:
+        if decoding.num_beams > 1 or decoding.top_p < 1:
+            raise ValueError("--decoding: an endpoint takes temperature and seed only")
         return ChatModel(
             open_endpoint(options, sampling), work_dir / "replies.sqlite", budget(options)
         )
@@ -236,7 +236,11 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
     dtype = options["torch_dtype"] or "auto"
     return ChatModel(
         LocalBackend(
-            options["llm"], sampling, device=options["device"], dtype=dtypes.get(dtype, dtype)
+            options["llm"],
+            sampling,
+            device=options["device"],
+            dtype=dtypes.get(dtype, dtype),
+            generation={} if decoding.is_greedy else decoding.generation_kwargs(),
         )
     )
 

@@ -19,7 +19,7 @@ from pathcore.chat_backends import AgentError, OpenAIBackend, Sampling
 from pathcore.chat_budget import Budget
 from tests.pallava.evaluation.tiny_benchmark import TEXTS, make_data
 from tests.pallava.tiny_folders import make_folders
-from tests.pallava.tiny_llava import write_llava
+from tests.pallava.tiny_vlms import write_llava, write_qwen2_vl
 from tests.pathgen.describer_server import DescriberServer, running_server
 from xtuner_add import cli
 
@@ -118,12 +118,13 @@ def test_a_refused_key_ends_the_run(server: DescriberServer, tmp_path: Path) -> 
 def test_models_of_every_kind_are_measured_in_one_way(
     server: DescriberServer, llava_folder: Path, tmp_path: Path
 ) -> None:
-    """A PA-LLaVA in parts, the stock LLaVA of transformers, an endpoint, and the comparison."""
+    """PA-LLaVA in parts, stock models of transformers, an endpoint, and the comparison."""
     path, folders = data(tmp_path), make_folders(tmp_path / "parts")
     parts = [folders / "llama", "--llava", folders / "llava", "--visual-encoder", folders / "plip"]
     models = {
         "ours": [*parts, "--device", "cpu"],
         "llava": [llava_folder, "--device", "cpu"],
+        "qwen": [write_qwen2_vl(tmp_path / "qwen2_vl"), "--device", "cpu"],
         "endpoint": ["--endpoint", server.url, "--model", "tiny-vlm"],
     }
     for name, arguments in models.items():
@@ -133,6 +134,10 @@ def test_models_of_every_kind_are_measured_in_one_way(
              "--work-dir", str(tmp_path / name), "--max-new-tokens", "4"],
         )  # fmt: skip
         assert result.exit_code == 0, (name, result.output)
+    beams = ["--decoding", "temperature=0.9,num_beams=2", "--work-dir", str(tmp_path / "beams")]
+    arguments = ["evaluate", "pathvqa", *map(str, models["llava"]), "--data", str(path), *beams]
+    result = CliRunner().invoke(cli.main, [*arguments, "--max-new-tokens", "4"])
+    assert result.exit_code == 0 and "'num_beams': 2" in result.output, result.output
     settings = json.loads((tmp_path / "llava" / "metrics.json").read_text())["settings"]
     assert settings["model"].startswith("model@") and settings["endpoint"] == "local"
     runs = [f"{name}={tmp_path / name}" for name in models]

@@ -12,7 +12,7 @@ from pathcore.chat_local import LocalBackend
 from pathgen.agents.captions import describe
 from pathgen.agents.steps import run_step
 from tests.pallava.goldens import CROSSATTN_STATE, TINY_LLAMA, tokenizer
-from tests.pallava.tiny_llava import write_llava
+from tests.pallava.tiny_vlms import write_llava
 from tests.pathgen.conftest import patch_rows, read_rows, write_rows
 
 
