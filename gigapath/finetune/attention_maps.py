@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MAX_SIDE_PX = 4096
 def draw_attention_maps(
     model: MILModel,
     weights: Path,
-    features: Path,
+    folder: SlideFolder,
     slides: Sequence[str],
     out: Path,
     device: torch.device,
@@ -36,8 +37,8 @@ def draw_attention_maps(
     Args:
         model: A model with attention; takes the weights.
         weights: Its `model.safetensors`.
-        features: Folder of tile embeddings with coordinates.
-        slides: Slide ids.
+        folder: Tile embeddings with coordinates.
+        slides: Ids; a sample of several slides has a picture of each.
         out: Output folder; pictures that are already there are kept.
         device: Device to run on.
     """
@@ -45,16 +46,19 @@ def draw_attention_maps(
     model.to(device).eval()
     out.mkdir(exist_ok=True)
     # Without a grid: the slide encoder's shift onto its grid would misplace the squares.
-    folder = SlideFolder(features)
+    folder = replace(folder, needs_coords=True, cell_px=None)
     for slide in slides:
-        file = folder.file(slide)
-        picture = out / f"{file.stem}.png"
-        if picture.is_file():
+        files = folder.files(slide)
+        if all((out / f"{file.stem}.png").is_file() for file in files):
             continue
-        bag = folder.read(slide)
-        attention = model.heat(model(bag.features.to(device))).cpu().numpy()
-        attributes = read_attributes(file) if file.suffix == ".h5" else {}
-        draw_attention(bag.coords.numpy(), attention, attributes, picture)
+        attention = model.heat(model(folder.read(slide).features.to(device))).cpu().numpy()
+        start = 0
+        for file in files:
+            coords = folder.read(file.stem).coords.numpy()
+            attributes = read_attributes(file) if file.suffix == ".h5" else {}
+            own = attention[start : start + len(coords)]
+            start += len(coords)
+            draw_attention(coords, own, attributes, out / f"{file.stem}.png")
 
 
 def draw_attention(

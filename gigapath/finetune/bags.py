@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,6 +62,8 @@ class SlideFolder:
     Attributes:
         path: The folder.
         needs_coords: Whether files without coordinates are refused.
+        slides_of: Slides of ids that stand for several, such as patients; their tiles become one
+            bag.
         cell_px: Side of a cell of the encoder's grid in level-0 pixels; slides whose tiles begin
             outside by less than a cell are shifted onto the grid. 0 for the tile size of each file,
             with coordinates scaled to cells of `CELL_PX`. None to keep coordinates as they are.
@@ -70,6 +72,7 @@ class SlideFolder:
     path: Path
     needs_coords: bool = True
     cell_px: int | None = None
+    slides_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def file(self, slide: str) -> Path:
         """Returns the file of a slide.
@@ -84,15 +87,26 @@ class SlideFolder:
                 return self.path / f"{stem}{suffix}"
         raise FileNotFoundError(f"{self.path}: no {stem}.h5 or {stem}.pt")
 
+    def files(self, sample: str) -> list[Path]:
+        """Returns the files of the slides of a sample; see `file`."""
+        return [self.file(slide) for slide in self.slides_of.get(sample, (sample,))]
+
     def read(self, slide: str) -> Bag:
-        """Reads a slide.
+        """Reads a slide, or all slides of a sample.
 
         Raises:
             FileNotFoundError: If there is no file.
             ValueError: If it is damaged, has no tiles or lacks coordinates, or if features are not
                 finite.
         """
-        file = self.file(slide)
+        bags = [self._read(slide, file) for file in self.files(slide)]
+        if len(widths := {bag.features.shape[1] for bag in bags}) > 1:
+            raise ValueError(f"{slide}: its slides have features of widths {sorted(widths)}")
+        return Bag(
+            slide, torch.cat([bag.features for bag in bags]), torch.cat([b.coords for b in bags])
+        )
+
+    def _read(self, slide: str, file: Path) -> Bag:
         features, coords = read_features(file) if file.suffix == ".h5" else self._read_pt(file)
         check_features(features, coords, str(file))
         values = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
@@ -103,8 +117,17 @@ class SlideFolder:
         return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
 
     def encoder(self, slide: str) -> str:
-        """Returns the name and weights' digest that the file of a slide gives; empty if none."""
-        file = self.file(slide)
+        """Returns the name and weights' digest that the file of a slide gives; empty if none.
+
+        Raises:
+            ValueError: If the slides of a sample give different ones.
+        """
+        found = {self._encoder(file) for file in self.files(slide)}
+        if len(found) > 1:
+            raise ValueError(f"{slide}: its slides have features of encoders {sorted(found)}")
+        return found.pop()
+
+    def _encoder(self, file: Path) -> str:
         if file.suffix != ".h5":
             return ""
         with h5py.File(file, "r") as opened:
@@ -194,6 +217,7 @@ class SlideScan(Dataset[dict[str, Any]]):
                 )
             if self.grid is not None:
                 check_coords(bag.coords, *self.grid)
+            encoder = self.folder.encoder(slide)
         except (ValueError, TypeError, OSError) as error:
             return {"id": slide, "reason": str(error)}
         count, width = bag.features.shape
@@ -201,7 +225,7 @@ class SlideScan(Dataset[dict[str, Any]]):
             "id": slide,
             "num_tiles": count,
             "in_chans": width,
-            "encoder": self.folder.encoder(slide),
+            "encoder": encoder,
         }
 
     def run(
@@ -256,10 +280,10 @@ class SlideScan(Dataset[dict[str, Any]]):
         folder = self.folder
         asked = [self.in_chans, list(self.grid or ()), folder.needs_coords, folder.cell_px]
         try:
-            status = os.stat(folder.file(slide))
+            found = [os.stat(file) for file in folder.files(slide)]
         except (OSError, ValueError):
             return asked
-        return [status.st_size, status.st_mtime_ns, *asked]
+        return [*(n for s in found for n in (s.st_size, s.st_mtime_ns)), *asked]
 
 
 def _most(values: Sequence[Value], default: Value) -> Value:
@@ -390,9 +414,13 @@ def pooled_vectors(
 
 
 def stored_vectors(
-    folder: StrPath, slides: Sequence[str]
+    folder: StrPath,
+    slides: Sequence[str],
+    slides_of: Mapping[str, tuple[str, ...]] | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, str]]]:
     """Reads slide embeddings, one `.h5` with `features` or one `.pt` with a tensor per slide.
+
+    A sample of several slides, see `SlideFolder`, has the mean of their embeddings.
 
     Returns:
         The embedding `(embed_dim,)` of each slide, and `id` and `reason` of slides without a usable
@@ -404,7 +432,8 @@ def stored_vectors(
     found, bad = {}, []
     for slide in slides:
         try:
-            found[slide] = _read_vector(SlideFolder(Path(folder)).file(slide))
+            files = SlideFolder(Path(folder), slides_of=slides_of or {}).files(slide)
+            found[slide] = np.mean([_read_vector(file) for file in files], axis=0)
         except (ValueError, OSError) as error:
             bad.append({"id": slide, "reason": str(error)})
     if not found:

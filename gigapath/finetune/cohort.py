@@ -9,6 +9,7 @@ from typing import Any
 
 from gigapath.embed.slide_vectors import NUM_GRIDS
 from gigapath.finetune.bags import CELL_PX, SlideFolder, SlideScan
+from gigapath.finetune.patho_bench import PathoBenchTask
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import (
     PARTS,
@@ -48,7 +49,7 @@ class Cohort:
 
 def read_cohort(
     folder: SlideFolder,
-    table: StrPath,
+    table: StrPath | PathoBenchTask,
     task: SlideTask,
     out: Path,
     splits: StrPath | None,
@@ -60,7 +61,7 @@ def read_cohort(
 
     Args:
         folder: Tile embeddings.
-        table: csv with `slide_id`, labels and, optionally, patients.
+        table: csv with `slide_id`, labels and, optionally, patients, or a task of Patho-Bench.
         task: What is predicted.
         out: Folder for the usable splits and the result of the check.
         splits: Folder of tables, or None to make splits.
@@ -72,8 +73,13 @@ def read_cohort(
         FileNotFoundError: If a table or fold does not exist.
         ValueError: If tables contradict themselves, or a fold has no usable slides.
     """
-    labelled = read_labels(table, task)
-    made, unknown = _splits(labelled, splits, settings)
+    unknown: list[dict[str, str]] = []
+    if isinstance(table, PathoBenchTask):
+        labelled = table.labelled
+        made = dict(list(table.splits.items())[: settings.folds or None])
+    else:
+        labelled = read_labels(table, task)
+        made, unknown = _splits(labelled, splits, settings)
     if missing := [fold for fold in only_folds if fold not in made]:
         raise FileNotFoundError(f"no folds {missing}, only {list(made)}")
     made = {fold: made[fold] for fold in only_folds or made}
@@ -92,7 +98,8 @@ def read_cohort(
         check_parts(split, fold, with_val=settings.needs_val)
     write_splits(out / "splits", usable)
     rows = {row["id"]: row for row in (*labelled.skipped, *unknown, *bad)}
-    named = {slide.removesuffix(".svs") for slide in (*labelled.labels, *rows)}
+    listed = [s for i in labelled.labels for s in folder.slides_of.get(i, (i,))]
+    named = {slide.removesuffix(".svs") for slide in (*listed, *rows)}
     labels = {slide: labelled.labels[slide] for slide in num_tiles}
     return Cohort(
         labels,

@@ -32,6 +32,7 @@ from gigapath.finetune.baselines import METHODS, SURVIVAL_METHODS, VectorSplit, 
 from gigapath.finetune.cohort import Cohort, read_cohort, slide_folder
 from gigapath.finetune.metrics import plain_values, score_names, score_predictions
 from gigapath.finetune.mil import MODELS, BagModel, MILModel
+from gigapath.finetune.patho_bench import PathoBenchTask
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
     SKIPPED_NAME,
@@ -61,8 +62,8 @@ _WEIGHTS = 3  # keeps the seed of the weights apart from the seeds of the traine
 
 def finetune_slides(
     features: StrPath,
-    table: StrPath,
-    task: SlideTask | StrPath,
+    table: StrPath | PathoBenchTask,
+    task: SlideTask | StrPath | None,
     out: StrPath,
     *,
     splits: StrPath | None = None,
@@ -82,8 +83,10 @@ def finetune_slides(
 
     Args:
         features: Folder with `SLIDE.h5` or `SLIDE.pt` per slide.
-        table: csv with `slide_id`, labels and, optionally, patients in `pat_id` or `case_id`.
-        task: The task, or its YAML file.
+        table: csv with `slide_id`, labels and, optionally, patients in `pat_id` or `case_id`; or a
+            task of Patho-Bench, which brings its own task and splits. Its folds without validation
+            samples keep the last epoch.
+        task: The task, or its YAML file; None with a task of Patho-Bench.
         out: Output folder; the same call continues a run that was stopped.
         splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` ... or CLAM's `splits_0.csv`
             ...; by default splits are made from the table.
@@ -110,6 +113,18 @@ def finetune_slides(
     """
     settings, out = settings or FinetuneSettings(), Path(out)
     models = {**MODELS, **(models or {})}
+    slides_of: Mapping[str, tuple[str, ...]] = {}
+    if isinstance(table, PathoBenchTask):
+        task, slides_of = table.task, table.slides
+        if not all(split.val for split in table.splits.values()):
+            settings = replace(settings, model_select="last_epoch", patience=0)
+        if SLIDE_ENCODER in methods and any(len(slides) > 1 for slides in slides_of.values()):
+            raise ValueError(
+                f"{SLIDE_ENCODER}: the samples of {task.name} have several slides, whose positions "
+                "are unrelated; use a bag model, or knn, logistic or cox"
+            )
+    elif task is None:
+        raise ValueError("task: expected a task or its file, found None")
     task = task if isinstance(task, SlideTask) else read_task(task)
     methods = check_methods(methods, (SLIDE_ENCODER, *models), survival=task.is_survival)
     if task.is_survival and settings.monitor == FinetuneSettings.monitor:
@@ -125,7 +140,10 @@ def finetune_slides(
             f"expected one of {', '.join(drawn)}"
         )
     on_grid = SLIDE_ENCODER in methods
-    folder = slide_folder(features, settings, on_grid=on_grid, needs_coords=on_grid or heat_maps)
+    folder = replace(
+        slide_folder(features, settings, on_grid=on_grid, needs_coords=on_grid or heat_maps),
+        slides_of=slides_of,
+    )
     with Ranks(device) as ranks, ExitStack() as stack:
         if on_grid and settings.input_dim:
             # Finds missing weights, or weights that do not fit, before hours of reading slides.
@@ -266,7 +284,7 @@ class Runs:
             draw_attention_maps(
                 model,
                 folder / WEIGHTS_NAME,
-                self.folder.path,
+                self.folder,
                 split.test,
                 folder / "attention",
                 self.ranks.device,
@@ -320,7 +338,7 @@ class Runs:
         slides = list(self.cohort.num_tiles)
         if self.vectors_folder is None:
             return pooled_vectors(self.folder, slides, progress=self.progress)
-        vectors, self.skipped = stored_vectors(self.vectors_folder, slides)
+        vectors, self.skipped = stored_vectors(self.vectors_folder, slides, self.folder.slides_of)
         return vectors
 
 

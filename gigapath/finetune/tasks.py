@@ -233,8 +233,15 @@ def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -
     return LabelledSlides(labels, patients, tuple(skipped))
 
 
-def read_table(path: StrPath, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Reads a csv as text, so that ids keep their leading zeros.
+def read_table(
+    path: StrPath, columns: Sequence[str], *, separator: str = ","
+) -> list[dict[str, str]]:
+    """Reads a table as text, so that ids keep their leading zeros.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have.
+        separator: Character between cells.
 
     Raises:
         FileNotFoundError: If the table does not exist.
@@ -245,7 +252,9 @@ def read_table(path: StrPath, columns: Sequence[str]) -> list[dict[str, str]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"table {path}: no such file")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
     except (ValueError, pd.errors.ParserError) as error:
         raise ValueError(f"table {path}: cannot be read: {error}") from error
     if absent := [name for name in columns if name not in frame.columns]:

@@ -197,6 +197,14 @@ def gigapath_features(root: Path) -> None:
     rows = [{**row, **own} for row, own in zip(rows, survival, strict=True)]
     slide_cohort.write_table(root / "labels.csv", rows)
     clam_splits(root / "splits")
+    task = root / "patho_bench/bcnb/er"
+    task.mkdir(parents=True)
+    (task / "config.yaml").write_text(
+        "task_col: er\nsample_col: slide_id\nlabel_dict: {0: negative, 1: positive}\n"
+    )
+    lines = ["case_id\tslide_id\ter\tfold_0"]
+    lines += [f"C{n}\tS{n:03d}\t{n % 2}\t{'train' if n < 8 else 'test'}" for n in range(12)]
+    (task / "k=all.tsv").write_text("\n".join(lines))
 
 
 def mil(root: Path) -> None:

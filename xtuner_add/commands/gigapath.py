@@ -407,6 +407,12 @@ _HEAT_MAPS = click.option(
     is_flag=True,
     help="Draw the attention of the bag models that have one over each test slide.",
 )
+_PATHO_BENCH = click.option(
+    "--patho-bench",
+    type=FILE_OR_FOLDER,
+    help="A task of Patho-Bench with its labels and folds, instead of --labels, --splits and the "
+    "task: the folder with k=all.tsv and config.yaml, or another of its tables.",
+)
 _MIL_NAMES = ("abmil", "acmil", "clam-sb", "clam-mb", "dsmil", "transmil", "mean", "max")
 """Keys of `gigapath.finetune.mil.MODELS`, which needs torch."""
 
@@ -496,9 +502,9 @@ def probe_tiles(
     ),
 )
 @click.argument("features", type=FOLDER)
+@_PATHO_BENCH
 @click.option(
     "--labels",
-    required=True,
     type=FILE,
     help="CSV with slide_id, label (or one column of 0 and 1 per class) and, optionally, patients "
     "in pat_id or case_id.",
@@ -547,7 +553,8 @@ def probe_tiles(
 def finetune_slides(
     ctx: click.Context,
     features: Path,
-    labels: Path,
+    patho_bench: Path | None,
+    labels: Path | None,
     output: Path,
     recipe: str,
     task: str | None,
@@ -563,17 +570,35 @@ def finetune_slides(
     if relaunch(ctx):
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
         return
+    from gigapath.finetune.patho_bench import read_patho_bench
     from gigapath.finetune.run import finetune_slides as finetune
     from gigapath.finetune.settings import FinetuneSettings
 
+    source = _source(patho_bench, labels, options["splits"] or task)
     with user_errors():
         file = find_recipe(recipe)
         chosen = read_settings(FinetuneSettings, file, yaml_values(settings), others=("task",))
         results = finetune(
-            features, labels, find_task(task, file), output, settings=chosen, **options
+            features,
+            read_patho_bench(source) if patho_bench else source,
+            None if patho_bench else find_task(task, file),
+            output,
+            settings=chosen,
+            **options,
         )
     if shows_results():
         _end(output, results, "slide")
+
+
+def _source(patho_bench: Path | None, labels: Path | None, others: Any) -> Path:
+    source = patho_bench or labels
+    if source is None:
+        raise click.UsageError("expected --labels or --patho-bench")
+    if patho_bench and (labels or others):
+        raise click.UsageError(
+            "--patho-bench brings labels, folds and task: omit --labels, --splits and the task"
+        )
+    return source
 
 
 def find_recipe(name: str) -> Path:
@@ -611,15 +636,14 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
     epilog=example("train-mil", "features/ --labels labels.csv --splits splits/ --output runs/mil"),
 )
 @click.argument("features", type=FOLDER)
+@_PATHO_BENCH
 @click.option(
     "--labels",
-    required=True,
     type=FILE,
     help="CSV with slide_id, a label and, optionally, patients in case_id or pat_id.",
 )
 @click.option(
     "--splits",
-    required=True,
     type=FOLDER,
     help="Folder of CLAM's splits_0.csv ... with columns train, val, test; or of train_0.csv, "
     "val_0.csv, test_0.csv ...",
@@ -661,7 +685,8 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 def train_mil(
     ctx: click.Context,
     features: Path,
-    labels: Path,
+    patho_bench: Path | None,
+    labels: Path | None,
     output: Path,
     label: str,
     time: str | None,
@@ -687,12 +712,16 @@ def train_mil(
         _end(output, json.loads((output / "results.json").read_text(encoding="utf-8")), "slide")
         return
     from gigapath.finetune.mil import MODELS
+    from gigapath.finetune.patho_bench import read_patho_bench
     from gigapath.finetune.run import finetune_slides as finetune
     from gigapath.finetune.settings import FinetuneSettings
     from gigapath.finetune.tasks import survival_task, task_of_table
 
     if (time is None) != (event is None):
         raise click.UsageError("--time and --event: give both or neither")
+    source = _source(patho_bench, labels, options["splits"] or time)
+    if labels is not None and options["splits"] is None:
+        raise click.UsageError("Missing option '--splits'.")
     with user_errors():
         chosen = MODELS[model]
         widths = {"embed_dim": embed_dim, "hidden_dim": hidden_dim}
@@ -702,17 +731,21 @@ def train_mil(
             raise click.UsageError(f"--{option}: {model} has no such width")
         chosen = replace(chosen, options={**chosen.options, **given})
         own = {"epochs": epochs, "lr": lr, "optim_wd": weight_decay}
-        if time and event:
+        bench = read_patho_bench(source) if patho_bench else None
+        if bench is not None:
+            task = bench.task
+        elif time and event:
             task = survival_task(event, time, event)
-            own |= chosen.survival_settings
         else:
-            task = task_of_table(labels, label)
+            task = task_of_table(source, label)
+        if task.is_survival:
+            own |= chosen.survival_settings
         if bag_size is not None:
             own["bag_size"] = bag_size
         own = {"input_dim": 0, **chosen.settings, **own, **yaml_values(settings)}
         results = finetune(
             features,
-            labels,
+            bench or source,
             task,
             output,
             settings=make_settings(FinetuneSettings, own, "settings"),
