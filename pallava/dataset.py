@@ -53,8 +53,6 @@ class LLaVADataset(ConversationDataset):
         max_pixels: Maximum number of pixels; larger images are skipped.
         skip_log: File that records skipped samples; beside the run's log by default.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
-        balance_answers: Whether rows of the rarer answers to a wording are repeated until all are
-            equally frequent (`pallava.text.balancing`), so that the text does not tell the answer.
 
     Raises:
         FileNotFoundError: If a folder or file does not exist.
@@ -79,7 +77,6 @@ class LLaVADataset(ConversationDataset):
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
-        balance_answers: bool = False,
     ) -> None:
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
@@ -100,7 +97,6 @@ class LLaVADataset(ConversationDataset):
             max_length,
             skip_log,
             map_num_proc,
-            balance_answers=balance_answers,
         )
         if check_images == "header":
             read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)

@@ -17,7 +17,6 @@ from xtuner.registry import BUILDER
 
 from pallava.engine.skipping import default_skip_log
 from pallava.skipping import SkipLog
-from pallava.text.balancing import balance_answers
 from pallava.text.encoding import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -49,8 +48,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: File that records skipped samples.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
         image_field: Field of the rows that names their images.
-        balance_answers: Whether rows of the rarer answers to a wording are repeated; see
-            `pallava.text.balancing`.
     """
 
     def __init__(
@@ -65,7 +62,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         image_field: str = "image",
-        balance_answers: bool = False,
     ) -> None:
         super().__init__()
         self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
@@ -82,11 +78,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 )
             self.text_data = load_processed_text(offline_processed_text_folder)
             self._num_skipped_at_start = len(self.skip_log.read())
-            if balance_answers:
-                raise ValueError(
-                    "balance_answers: expected data_path, found tokenized rows in "
-                    "offline_processed_text_folder"
-                )
             return
         if data_path is None or tokenizer is None:
             raise ValueError(
@@ -103,7 +94,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             num_proc=map_num_proc,
             skip_log=self.skip_log,
             image_field=image_field,
-            balanced=balance_answers,
         )
         self._num_skipped_at_start = len(self.skip_log.read())
 
@@ -263,7 +253,6 @@ def process_text(
     num_proc: int | None,
     skip_log: SkipLog,
     image_field: str = "image",
-    balanced: bool = False,
 ) -> Any:
     """Reads, checks, templates and tokenizes rows; unusable ones are recorded in the skip log.
 
@@ -277,7 +266,6 @@ def process_text(
         num_proc: Number of processes; None chooses by the number of rows.
         skip_log: Log of skipped rows.
         image_field: Field of the rows that names their images.
-        balanced: Whether rows of the rarer answers to a wording are repeated.
 
     Returns:
         A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
@@ -304,11 +292,6 @@ def process_text(
     check_fraction(len(faults), total, str(data_path), faults)
     if not rows:
         raise ValueError(f"data_path {data_path}: no rows")
-    if balanced:
-        number = len(rows)
-        rows = balance_answers(rows)
-        added = f"balance_answers: {len(rows) - number:,} rows added to {number:,}"
-        print_log(added, logger="current")
     if num_proc is None:
         num_proc = min(32, os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     num_proc = num_proc if num_proc > 1 else None

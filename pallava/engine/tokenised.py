@@ -43,7 +43,6 @@ class TextSettings:
         max_length: Maximum number of tokens; longer sequences are truncated.
         description: All settings as JSON values, by which runs are distinguished.
         image_field: Field of the rows that names their images.
-        balanced: Whether rows of the rarer answers to a wording are repeated.
     """
 
     tokenizer: Any
@@ -52,7 +51,6 @@ class TextSettings:
     max_length: int
     description: dict[str, Any]
     image_field: str = "image"
-    balanced: bool = False
 
 
 def settings_from_names(
@@ -120,11 +118,9 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
                     key: _described(dataset.get(key))
                     for key in ("tokenizer", "dataset_map_fn", "template_map_fn")
                 },
-                **({"balance_answers": True} if dataset.get("balance_answers") else {}),
             }
         },
         "slide" if "features_folder" in dataset else "image",
-        bool(dataset.get("balance_answers")),
     )
 
 
@@ -208,7 +204,6 @@ def _write(
         num_proc=num_proc,
         skip_log=log,
         image_field=settings.image_field,
-        balanced=settings.balanced,
     )
     images = data["image"]
     if all(len(files or ()) <= 1 for files in images):  # XTuner's own class supports only one name

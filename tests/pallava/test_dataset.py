@@ -352,31 +352,6 @@ def test_rows_are_taken_at_random_when_fewer_are_asked_for(folder: Folder) -> No
     assert ids[0] != sorted(ids[0])
 
 
-def test_rare_answers_are_repeated_on_request(folder: Folder) -> None:
-    rows = folder.add_images(20)
-    for number, each in enumerate(rows):
-        each["conversations"] = [
-            {"from": "human", "value": "<image>\nIs mucin shown?"},
-            {"from": "gpt", "value": "yes" if number % 5 else "no"},
-        ]
-    dataset = folder.dataset(rows, balance_answers=True)
-    labels = [
-        tuple(label for label in sample if label >= 0) for sample in dataset.text_data["labels"]
-    ]
-    assert sorted(map(labels.count, set(labels))) == [16, 16]
-    assert len(dataset.num_sub_images) == 32
-    added = dataset[20]["pixel_values"]
-    assert any(torch.equal(added[0], dataset[index]["pixel_values"][0]) for index in (0, 5, 10, 15))
-    with pytest.raises(ValueError, match="balance_answers: expected data_path"):
-        dataset.text_data.save_to_disk(str(folder.root / "offline"))
-        folder.dataset(
-            rows,
-            data_path=None,
-            offline_processed_text_folder=folder.root / "offline",
-            balance_answers=True,
-        )
-
-
 def test_many_processes_give_the_same(folder: Folder) -> None:
     rows = folder.add_images(6)
     alone, shared = (folder.dataset(rows, map_num_proc=number) for number in (1, 2))
