@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pathcore.files import StrPath, atomic_file
+from wsi.geojson import TISSUE_COLOUR
 from wsi.reader import Slide
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 
     from wsi.tissue import TissueMask
 
-_OUTLINE = (0, 110, 60)
 _PATCH = (20, 60, 220)
 _QUALITY = 88
 
@@ -43,7 +44,7 @@ def draw_patches(
     image = slide.thumbnail(max_side_px)
     if mask is not None:
         image = Image.composite(
-            Image.new("RGB", image.size, _OUTLINE), image, _outline(mask, image.size)
+            Image.new("RGB", image.size, TISSUE_COLOUR), image, _outline(mask, image.size)
         )
     draw = ImageDraw.Draw(image)
     scale = np.array(image.size) / np.array(slide.dimensions)
@@ -58,6 +59,15 @@ def save_jpeg(image: Image.Image, path: StrPath) -> None:
     """Writes a picture as JPEG, atomically."""
     with atomic_file(path) as partial:
         image.save(partial, "JPEG", quality=_QUALITY)
+
+
+def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+    """Returns colours of distinct hues, however many there are."""
+    # Steps of the golden ratio spread hues evenly.
+    golden = 0.618034
+    hues = [(index * golden) % 1 for index in range(count)]
+    rows = [colorsys.hsv_to_rgb(hue, 0.75, 0.95 - 0.3 * (i % 2)) for i, hue in enumerate(hues)]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in rows]
 
 
 def _outline(mask: TissueMask, size: tuple[int, int]) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pathcore.files import StrPath
 from pathcore.jobs import Report, UnitError
 from pathcore.pool import PoolOptions
+from wsi.geojson import GEOJSON_SUFFIXES, square_features, tissue_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER = "coords", "overlays", "thumbnails"
+TISSUE_FOLDER, PATCHES_FOLDER = "tissue_geojson", "patch_geojson"
 THUMBNAIL_PX = 1024
 DAMAGED = "tiles that cannot be read"
 
@@ -44,6 +46,7 @@ class TileSettings:
         style: Attributes of the coordinate files: `trident` or `clam`.
         level0: Whether lengths of `spec` are level-0 pixels of each slide; `spec.mpp` is ignored
             then.
+        geojson: Whether to write the outlines of tissue and patches as GeoJSON too.
     """
 
     spec: PatchSpec
@@ -52,6 +55,7 @@ class TileSettings:
     mpp: float | None = None
     style: CoordsStyle = "trident"
     level0: bool = False
+    geojson: bool = False
 
 
 def tile_slides(
@@ -81,12 +85,13 @@ def tile_slides(
         OutputExistsError: If `out` contains something else.
         FolderInUseError: If another run is writing to `out`.
     """
+    outlines = (TISSUE_FOLDER, PATCHES_FOLDER) if settings.geojson else ()
     return process_slides(
         partial(_tile, settings=settings),
         slides,
         out,
         {"operation": "tile", **asdict(settings)},
-        folders=(COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER),
+        folders=(COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER, *outlines),
         exclude=[settings.masks],
         retry_skipped=retry_skipped,
         progress=progress,
@@ -106,6 +111,8 @@ def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
         save_jpeg(slide.thumbnail(THUMBNAIL_PX), out / THUMBNAILS_FOLDER / f"{name}.jpg")
         coords_path = out / COORDS_FOLDER / f"{name}.h5"
         write_coordinates(coords_path, slide, tiling, name=name, style=settings.style)
+        if settings.geojson:
+            write_outlines(out, name, tiling, mask)
         return {
             "file": f"{COORDS_FOLDER}/{name}.h5",
             "patches": len(tiling.coords),
@@ -116,6 +123,16 @@ def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
             "incomplete": [DAMAGED] if tiling.damaged else [],
             "notes": [] if len(tiling.coords) else ["no patches"],
         }
+
+
+def write_outlines(out: Path, name: str, tiling: Tiling, mask: TissueMask | None) -> None:
+    """Writes the patches of a slide, and its tissue unless `mask` is None, as GeoJSON."""
+    measurements = {}
+    if mask is not None:
+        measurements["tissue"] = mask.fractions(tiling.coords, tiling.size_level0)
+        write_geojson(out / TISSUE_FOLDER / f"{name}.geojson", tissue_features(mask, name))
+    patches = square_features(tiling.coords, tiling.size_level0, name, measurements=measurements)
+    write_geojson(out / PATCHES_FOLDER / f"{name}.geojson", patches)
 
 
 def place_patches(
@@ -165,10 +182,12 @@ def slide_mask(slide: Slide, masks: str | None = None, *, name: str = "") -> Tis
     if masks is None:
         return otsu_mask(slide, max_side_px=MASK_SIDE_PX)
     folder, stem = Path(masks), name or slide.path.stem
-    for suffix in (".geojson", ".json"):
+    for suffix in GEOJSON_SUFFIXES:
         if (folder / f"{stem}{suffix}").is_file():
             return geojson_mask(folder / f"{stem}{suffix}", slide)
     for suffix in (".png", ".tif", ".tiff", ".jpg", ".bmp"):
         if (folder / f"{stem}{suffix}").is_file():
             return image_mask(folder / f"{stem}{suffix}", slide)
-    raise MaskMissingError(f"{folder}: no mask {stem}.geojson, .json, .png or .tif")
+    raise MaskMissingError(
+        f"{folder}: no mask {stem}.geojson, .json (or in .gz or .zip), .png or .tif"
+    )

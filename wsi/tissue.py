@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import shapely
-import shapely.geometry
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_closing, gaussian_filter
 from skimage.filters import threshold_otsu
 
 from pathcore.files import StrPath
+from wsi.geojson import read_areas
 from wsi.reader import Slide
 
 MIN_SATURATION = 8
@@ -152,7 +149,7 @@ def geojson_mask(path: StrPath, slide: Slide, *, max_side_px: int = MASK_SIDE_PX
     """Reads outlines of tissue in level-0 pixels, as QuPath exports them.
 
     Args:
-        path: A GeoJSON file with a FeatureCollection, a list of features, or a single geometry.
+        path: A file as `wsi.geojson.read_areas` takes it; without features there is no tissue.
         slide: The slide.
         max_side_px: Length of the longer side of the mask.
 
@@ -160,17 +157,7 @@ def geojson_mask(path: StrPath, slide: Slide, *, max_side_px: int = MASK_SIDE_PX
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not GeoJSON, or contains no polygon.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"outlines {path}: no such file")
-    try:
-        shapes = [shapely.make_valid(s) for s in _geometries(json.loads(path.read_bytes()))]
-    except (ValueError, TypeError, KeyError, AttributeError, shapely.errors.ShapelyError) as error:
-        raise ValueError(f"outlines {path}: no GeoJSON of polygons: {error!r}") from error
-    union = shapely.union_all(shapes)
-    polygons = [p for p in shapely.get_parts(union) if p.geom_type == "Polygon"]
-    if not polygons:
-        raise ValueError(f"outlines {path}: no polygon in it")
+    polygons = read_areas(path)
     width, height = slide.dimensions
     scale = min(1.0, max_side_px / max(width, height))
     image = Image.new("1", (max(1, round(width * scale)), max(1, round(height * scale))))
@@ -180,13 +167,3 @@ def geojson_mask(path: StrPath, slide: Slide, *, max_side_px: int = MASK_SIDE_PX
         for ring, value in ((polygon.exterior, 1), *((hole, 0) for hole in polygon.interiors)):
             draw.polygon([(x * scale, y * scale) for x, y, *_ in ring.coords], fill=value)
     return TissueMask(np.asarray(image), slide.dimensions)
-
-
-def _geometries(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return [shape for item in value for shape in _geometries(item)]
-    if value["type"] == "FeatureCollection":
-        return _geometries(value["features"])
-    if value["type"] == "Feature":
-        return [shapely.geometry.shape(value["geometry"])]
-    return [shapely.geometry.shape(value)]

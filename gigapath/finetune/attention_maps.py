@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from gigapath.finetune.bags import SlideFolder
 from gigapath.finetune.mil import MILModel
 from pathcore.files import StrPath, atomic_file
+from wsi.heat_map import MAP_SUFFIXES, MapFormat, PatchScores, paint_scores, write_score_map
 from wsi.store import read_attributes
 
 CELL_PX = 8
@@ -31,16 +32,20 @@ def draw_attention_maps(
     slides: Sequence[str],
     out: Path,
     device: torch.device,
+    formats: Sequence[MapFormat] = ("png",),
 ) -> None:
-    """Draws the attention of a trained model over each slide into `out/SLIDE.png`.
+    """Writes the attention of a trained model over each slide into `out/SLIDE.png`.
+
+    GeoJSON and OME-TIFF contain the attention and its rank from 0 to 1.
 
     Args:
         model: A model with attention; takes the weights.
         weights: Its `model.safetensors`.
         folder: Tile embeddings with coordinates.
-        slides: Ids; a sample of several slides has a picture of each.
-        out: Output folder; pictures that are already there are kept.
+        slides: Ids; a sample of several slides has maps of each.
+        out: Output folder; files that are already there are kept.
         device: Device to run on.
+        formats: Formats of the maps.
     """
     model.load_state_dict(load_file(weights))
     model.to(device).eval()
@@ -49,7 +54,11 @@ def draw_attention_maps(
     folder = replace(folder, needs_coords=True, cell_px=None)
     for slide in slides:
         files = folder.files(slide)
-        if all((out / f"{file.stem}.png").is_file() for file in files):
+        missing = {
+            file: [f for f in formats if not (out / f"{file.stem}{MAP_SUFFIXES[f]}").is_file()]
+            for file in files
+        }
+        if not any(missing.values()):
             continue
         attention = model.heat(model(folder.read(slide).features.to(device))).cpu().numpy()
         start = 0
@@ -58,7 +67,18 @@ def draw_attention_maps(
             attributes = read_attributes(file) if file.suffix == ".h5" else {}
             own = attention[start : start + len(coords)]
             start += len(coords)
-            draw_attention(coords, own, attributes, out / f"{file.stem}.png")
+            scores = PatchScores.with_attributes(
+                file.stem,
+                coords,
+                patch_size_level0(attributes, coords),
+                {"attention": own, "attention rank": ranks(own)},
+                attributes,
+            )
+            for map_format in missing[file]:
+                if map_format == "png":
+                    draw_attention(coords, own, attributes, out / f"{file.stem}.png")
+                else:
+                    write_score_map(out, scores, map_format)
 
 
 def draw_attention(
@@ -116,15 +136,10 @@ def attention_grid(
     origin = coords.min(axis=0)
     extent = (coords.max(axis=0) - origin) + size_level0
     scale = min(CELL_PX / size_level0, MAX_SIDE_PX / extent.max())
-    width, height = np.maximum(1, np.ceil(extent * scale).astype(int))
-    total, count = np.zeros((height, width)), np.zeros((height, width))
-    starts = np.floor((coords - origin) * scale).astype(int)
-    ends = np.maximum(starts + 1, np.floor((coords - origin + size_level0) * scale).astype(int))
-    for (left, top), (right, bottom), score in zip(starts, ends, scores, strict=True):
-        total[top:bottom, left:right] += score
-        count[top:bottom, left:right] += 1
-    covered = count > 0
-    return np.divide(total, count, where=covered, out=np.zeros_like(total)), covered
+    values, covered = paint_scores(
+        coords - origin, scores[:, None], size_level0, extent.tolist(), scale
+    )
+    return values[..., 0], covered
 
 
 def patch_size_level0(attributes: dict[str, Any], coords: NDArray[np.int64]) -> int:

@@ -52,6 +52,7 @@ from gigapath.finetune.trainer import WEIGHTS_NAME, Trainer, check_inputs
 from pathcore.files import StrPath, folder_lock, remove_partials, write_json, write_text
 from pathcore.ranks import Ranks
 from pathcore.rows import write_csv, write_rows
+from wsi.heat_map import MapFormat
 
 SLIDE_ENCODER = "slide_encoder"
 
@@ -74,6 +75,7 @@ def finetune_slides(
     only_folds: Sequence[int] = (),
     seeds: Sequence[int] = (),
     heat_maps: bool = False,
+    map_formats: Sequence[MapFormat] = ("png",),
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def finetune_slides(
         seeds: Seeds to train each fold with, each in its own `fold_K_seed_S`; the splits stay those
             of `settings.seed`. By default only `settings.seed`, in `fold_K`.
         heat_maps: Whether to draw the attention of bag models over each test slide.
+        map_formats: Formats of the heat maps.
         device: `cuda` or `cpu`; by default a GPU if there is one.
         progress: Whether to show progress bars.
 
@@ -156,8 +159,9 @@ def finetune_slides(
             partial(read_cohort, folder, table, task, out, splits, settings, progress, only_folds)
         )
         settings = replace(settings, input_dim=cohort.input_dim)
+        maps = map_formats if heat_maps else ()
         runs = Runs(
-            cohort, task, settings, folder, out, models, ranks, progress, vectors, seeds, heat_maps
+            cohort, task, settings, folder, out, models, ranks, progress, vectors, seeds, maps
         )
         found = {method: runs.finish(method) for method in methods}
         results = {
@@ -194,7 +198,7 @@ class Runs:
         progress: Whether to show progress bars.
         vectors: Folder of slide embeddings, or None for the mean over tiles.
         seeds: Seeds of the trained methods; empty for `settings.seed`.
-        heat_maps: Whether to draw attention maps.
+        heat_maps: Formats of the attention maps; empty for none.
 
     Attributes:
         skipped: `id` and `reason` of slides without a usable slide embedding.
@@ -212,7 +216,7 @@ class Runs:
         progress: bool,
         vectors: StrPath | None,
         seeds: Sequence[int] = (),
-        heat_maps: bool = False,
+        heat_maps: Sequence[MapFormat] = (),
     ) -> None:
         self.cohort, self.task, self.settings, self.folder = cohort, task, settings, folder
         self.out, self.models, self.ranks, self.progress = out, models, ranks, progress
@@ -288,6 +292,7 @@ class Runs:
                 split.test,
                 folder / "attention",
                 self.ranks.device,
+                self.heat_maps,
             )
         return scores
 

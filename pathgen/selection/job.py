@@ -5,6 +5,7 @@ Writes into one folder:
     features/<encoder>/<slide>.h5   features of all patches, reused by later runs
     coords/<slide>.h5               selected patches, for `xtuner-add extract`
     pictures/<slide>.jpg            clusters and selected patches on the slide
+    geojson/<slide>.geojson         selected patches for QuPath, on request
     selection.jsonl                 one row per selected patch, with the reason
     selection.skipped.jsonl         slides and patches that were skipped, and why
 """
@@ -24,7 +25,7 @@ from pathcore.encoders import Encoder
 from pathcore.files import StrPath, check_name
 from pathcore.rows import encode_row, row_files
 from pathgen.selection.features import slide_features
-from pathgen.selection.picture import draw_selection
+from pathgen.selection.picture import SOURCE_COLOURS, draw_selection
 from pathgen.selection.sampling import (
     FRACTIONS,
     Choice,
@@ -35,6 +36,7 @@ from pathgen.selection.sampling import (
     split_report,
 )
 from wsi.features import TileEmbeddings
+from wsi.geojson import square_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import save_jpeg
 from wsi.slide_listing import PassedOver, SlideListing
@@ -57,6 +59,7 @@ class SelectionSettings:
         cancer_type: Cancer type of slides that `cancer_types` does not name.
         batch_size: Number of patches per batch.
         pictures: Whether to draw pictures.
+        geojson: Whether to write the selected patches as GeoJSON.
     """
 
     quota: int = 256
@@ -68,6 +71,7 @@ class SelectionSettings:
     cancer_type: str | None = None
     batch_size: int = 64
     pictures: bool = True
+    geojson: bool = False
 
 
 @dataclass
@@ -222,6 +226,8 @@ class _Job:
         )
         indices = np.array([choice.index for choice in choices], np.int64)
         self._write_coords(name, coords_path, found, indices)
+        if settings.geojson:
+            self._write_geojson(name, coordinates.size_level0, found, choices)
         if settings.pictures:
             self._draw(name, slide_path, coordinates, found, labels, choices)
         rows = [self._row(name, choice, coordinates, found) for choice in choices]
@@ -252,6 +258,24 @@ class _Job:
             encoder=self._encoder.folder_name,
             attributes=read_attributes(source),
         )
+
+    def _write_geojson(
+        self, name: str, size_level0: int, found: TileEmbeddings, choices: list[Choice]
+    ) -> None:
+        patches = square_features(
+            found.coords[[choice.index for choice in choices]],
+            size_level0,
+            name,
+            object_type="annotation",
+            classes=[choice.source for choice in choices],
+            colours=SOURCE_COLOURS,
+            measurements={
+                "score": np.array([choice.score for choice in choices]),
+                "cluster": np.array([choice.cluster for choice in choices]),
+            },
+            labels=[choice.label or choice.text for choice in choices],
+        )
+        write_geojson(self._output / "geojson" / f"{name}.geojson", patches)
 
     def _draw(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from pathgen.selection.sampling import SOURCES, Choice
 from wsi.reader import Slide
+from wsi.report import distinct_colours
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -49,7 +49,7 @@ def draw_selection(
     )
     painted = image.copy()
     draw = ImageDraw.Draw(painted)
-    colours = cluster_colours(int(clusters.max()) + 1)
+    colours = distinct_colours(int(clusters.max()) + 1)
     for box, cluster in zip(boxes.tolist(), clusters.tolist(), strict=True):
         draw.rectangle(tuple(box), fill=colours[cluster])
     left = Image.blend(image, painted, _OPACITY)
@@ -66,15 +66,6 @@ def draw_selection(
     whole.paste(image, (image.width + _LEGEND_PX, 0))
     _write_legend(ImageDraw.Draw(whole), image.size, len(colours), choices)
     return whole
-
-
-def cluster_colours(count: int) -> list[tuple[int, int, int]]:
-    """Returns colours of distinct hues, for any number of clusters."""
-    # Steps of the golden ratio spread hues evenly, however many there are.
-    golden = 0.618034
-    hues = [(index * golden) % 1 for index in range(count)]
-    rows = [colorsys.hsv_to_rgb(hue, 0.75, 0.95 - 0.3 * (i % 2)) for i, hue in enumerate(hues)]
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in rows]
 
 
 def _write_legend(

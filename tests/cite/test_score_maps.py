@@ -23,6 +23,7 @@ from cite.score_maps import (
     score_map,
 )
 from tests.cite.test_classifier import make
+from tests.wsi.qupath import read_valid
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,12 +115,23 @@ def test_by_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xtuner_add.cli", "cite-score-maps"]
     command += [str(tmp_path / name) for name in ("classifier", "patches", "out")]
     result = subprocess.run(
-        [*command, "--patch-px", "40"], capture_output=True, text=True, check=False, cwd=ROOT
+        [*command, "--patch-px", "40", "--map-format", "png", "--map-format", "geojson"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert result.returncode == 3
     assert "t_1.png': not a readable image" in result.stderr
     assert "Drew 1 of 2 slides" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["s.csv", "s.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("s.csv", "s.geojson", "s.png")
+    ]
+    first, second = read_valid(tmp_path / "out" / "s.geojson")
+    assert second["geometry"]["coordinates"][0][0] == [40, 0]
+    found = first["properties"]["measurements"]
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert first["properties"]["classification"]["name"] == max(found, key=lambda c: found[c])
     lines = (tmp_path / "out" / "s.csv").read_text().splitlines()
     assert lines[0] == "name,x,y,score_0,score_1"
     name, x, _, *scores = lines[2].split(",")

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from tests.wsi.qupath import read_valid
 from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.store import read_coordinates
@@ -103,6 +104,30 @@ def test_tile_with_masks_and_styles(slides: Path, tmp_path: Path) -> None:
     assert result.exit_code == 3 and "Skipped 1: mask missing" in result.output
     result = invoke("tile", slides, "--masks", masks, "--whole-slide", "--output", tmp_path / "o3")
     assert result.exit_code == 2
+
+
+def test_outlines_for_qupath_and_back(slides: Path, tmp_path: Path) -> None:
+    """Tissue written as GeoJSON and given as --masks yields the same patches."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    options = ("--patch-px", 100, "--workers", 1, "--quiet")
+    result = invoke("tile", slides, "--output", out, "--geojson", *options)
+    assert result.exit_code == 0, result.output
+    for name in ("TCGA.A", "TCGA.B"):
+        tissue = read_valid(out / "tissue_geojson" / f"{name}.geojson")
+        assert {f["properties"]["classification"]["name"] for f in tissue} == {"Tissue"}
+        coords = read_coordinates(out / "coords" / f"{name}.h5").coords
+        patches = read_valid(out / "patch_geojson" / f"{name}.geojson")
+        assert [f["geometry"]["coordinates"][0][0] for f in patches] == coords.tolist()
+        assert all(f["properties"]["measurements"]["tissue"] >= 0.5 for f in patches)
+    masks = out / "tissue_geojson"
+    result = invoke("tile", slides, "--output", again, "--masks", masks, *options)
+    assert result.exit_code == 0, result.output
+    for name in ("TCGA.A", "TCGA.B"):
+        first, second = (
+            set(map(tuple, read_coordinates(folder / "coords" / f"{name}.h5").coords.tolist()))
+            for folder in (out, again)
+        )
+        assert len(first & second) > 0.95 * len(first | second)
 
 
 def test_patches_in_level0_pixels(slides: Path, tmp_path: Path) -> None:

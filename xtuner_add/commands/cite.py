@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,9 +28,13 @@ from xtuner_add.commands.options import (
     counted,
     device_option,
     example,
+    map_format_option,
     name_values,
     user_errors,
 )
+
+if TYPE_CHECKING:
+    from wsi.heat_map import MapFormat
 
 _LOOKED_AT = 20
 """Number of names to test for being folders. Testing all of some 10**5 is slow on network disks."""
@@ -298,6 +304,7 @@ def export(config: str, checkpoint: str, out: str) -> None:
 )
 @click.option("--patch-px", type=int, help="Side of a patch, in the pixels of the coordinates.")
 @click.option("--slide", "only", multiple=True, help="Draw only this slide; may be repeated.")
+@map_format_option
 @click.option("--device", default="cpu", show_default=True)
 def score_maps(
     classifier: Path,
@@ -306,16 +313,19 @@ def score_maps(
     coords: Path | None,
     patch_px: int | None,
     only: tuple[str, ...],
+    map_formats: tuple[MapFormat, ...],
     device: str,
 ) -> None:
     """Draw score maps of the exported CLASSIFIER over the slides of the folder PATCHES.
 
-    Writes one PNG and one table of scores per slide. Positions come from --coords, or else from
-    names SLIDE_X_Y; otherwise patches are arranged in rows. Existing maps are kept. Slides that
-    fail are listed, and the exit code is 3.
+    Writes a map in each format and a table of scores per slide. Positions come from --coords, or
+    else from names SLIDE_X_Y; otherwise patches are arranged in rows. Existing maps are kept.
+    Slides that fail are listed, and the exit code is 3.
     """
     from cite.classifier import load_classifier
     from cite.score_maps import find_patches, layout_from_h5, layout_from_names, layouts_from_csv
+    from wsi.heat_map import MAP_SUFFIXES
+    from wsi.store import read_attributes
 
     with user_errors():
         model = load_classifier(classifier, device)
@@ -329,16 +339,19 @@ def score_maps(
         tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
     failed = []
     for slide, names in slides.items():
-        if (out / f"{slide}.png").is_file():
+        missing = [f for f in map_formats if not (out / f"{slide}{MAP_SUFFIXES[f]}").is_file()]
+        if not missing:
             continue
+        attributes: dict[str, Any] = {}
         try:
             if coords is None:
                 layout = layout_from_names(names, side)
             elif coords.is_dir():
                 layout = layout_from_h5(coords / f"{slide}.h5", names, patch_px)
+                attributes = read_attributes(coords / f"{slide}.h5")
             else:
                 layout = tables[slide]
-            _draw_slide(model, patches, out, slide, layout)
+            _draw_slide(model, patches, out, slide, layout, attributes, missing)
         except (ValueError, OSError) as error:
             failed.append(slide)
             click.echo(f"{slide}: {error}", err=True)
@@ -347,15 +360,32 @@ def score_maps(
         raise SystemExit(EXIT_SKIPPED)
 
 
-def _draw_slide(model, patches: Path, out: Path, slide: str, layout) -> None:  # type: ignore[no-untyped-def]
+def _draw_slide(  # type: ignore[no-untyped-def]
+    model, patches: Path, out: Path, slide: str, layout, attributes, formats: Sequence[MapFormat]
+) -> None:
     from cite.score_maps import draw_score_maps
+    from wsi.heat_map import PatchScores, write_score_map
 
     scores = model.predict(patches / name for name in layout.names).numpy()
     rows = ["name,x,y," + ",".join(f"score_{i}" for i in range(len(model.classes)))]
     for name, (x, y), row in zip(layout.names, layout.coords_px, scores, strict=True):
         rows.append(f"{name},{x},{y}," + ",".join(f"{score:.6f}" for score in row))
     write_text(out / f"{slide}.csv", "\n".join(rows) + "\n")
-    draw_score_maps(out / f"{slide}.png", scores, layout, model.classes, title=slide)
+    named = PatchScores.with_attributes(
+        slide,
+        layout.coords_px,
+        layout.patch_px,
+        dict(zip(model.classes, scores.T, strict=True)),
+        attributes,
+    )
+    classes = [model.classes[index] for index in scores.argmax(axis=1)]
+    for map_format in formats:
+        if map_format == "png":
+            draw_score_maps(out / f"{slide}.png", scores, layout, model.classes, title=slide)
+        elif not layout.is_known:
+            raise ValueError(f"positions unknown: --map-format {map_format} needs --coords")
+        else:
+            write_score_map(out, replace(named, classes=classes), map_format)
 
 
 # Copied from cite.conversions, which imports torch; a test compares them.

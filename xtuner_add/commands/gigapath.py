@@ -23,6 +23,7 @@ from xtuner_add.commands.options import (
     end_of_job,
     engine_option,
     example,
+    map_format_option,
     num_cores,
     output_folder,
     pictures_option,
@@ -548,6 +549,7 @@ def probe_tiles(
     help="Seed to train each fold with; may be repeated. [default: the recipe's]",
 )
 @_HEAT_MAPS
+@map_format_option
 @device_option
 @click.pass_context
 def finetune_slides(
@@ -680,6 +682,7 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 )
 @_OPTION
 @_HEAT_MAPS
+@map_format_option
 @device_option
 @click.pass_context
 def train_mil(

@@ -56,6 +56,16 @@ quiet_option = click.option(
 )
 
 
+map_format_option = click.option(
+    "--map-format",
+    "map_formats",
+    type=click.Choice(["png", "geojson", "ome-tiff"]),
+    multiple=True,
+    default=("png",),
+    show_default=True,
+    help="Format of the maps; may be repeated. geojson and ome-tiff are for QuPath.",
+)
+
 ENDPOINT = (
     click.option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, with /v1; "
                  "API key in the environment variable OPENAI_API_KEY."),

@@ -60,6 +60,11 @@ def _job_options(function: _Function) -> _Function:
     return add_options(function, options)
 
 
+geojson_option = click.option(
+    "--geojson", is_flag=True, help="Also write the result as GeoJSON for QuPath."
+)
+
+
 @click.command("tile", epilog=example("tile", "slides/ --output tiles/ --patch-px 256 --mpp 0.5"))
 @click.argument("slides", type=ANY_PATH)
 @_job_options
@@ -101,6 +106,7 @@ def _job_options(function: _Function) -> _Function:
     show_default=True,
     help="Layout of the coordinate files.",
 )
+@geojson_option
 def tile(
     slides: Path,
     output: Path,
@@ -114,13 +120,15 @@ def tile(
     whole_slide: bool,
     level0: bool,
     coords_style: str,
+    geojson: bool,
     **job: Any,
 ) -> None:
     """Find the patches with tissue of SLIDES: a folder of slides, or one slide.
 
     Writes coords/SLIDE.h5, which TRIDENT and CLAM read, and overlays/ and thumbnails/ for
-    inspection. An interrupted run continues when the same command is run again. The exit code is 3
-    if a slide was skipped.
+    inspection. With --geojson also tissue_geojson/, which --masks reads back, and patch_geojson/.
+    An interrupted run continues when the same command is run again. The exit code is 3 if a slide
+    was skipped.
     """
     from wsi.tile_job import TileSettings, tile_slides
     from wsi.tiling import PatchSpec
@@ -135,6 +143,7 @@ def tile(
             level0=level0,
             mpp=slide_mpp,
             style=coords_style,  # type: ignore[arg-type]
+            geojson=geojson,
         )
         report = tile_slides(slides, output, settings, **job)
     end_of_job(report, "slide", output)
@@ -306,6 +315,7 @@ def gdc_manifest(
 @click.option("--classes", type=FILE, help="Custom prompts: JSON {type: {class: [texts]}}.")
 @click.option("--seed", default=0, show_default=True)
 @pictures_option
+@geojson_option
 @quiet_option
 def select_patches(
     coords: Path,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from click.testing import CliRunner
 from hypothesis import given
@@ -38,6 +39,7 @@ from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import read_splits
 from gigapath.finetune.tasks import SlideTask, read_labels, task_of_table
 from gigapath.finetune.trainer import Trainer
+from tests.wsi.qupath import read_valid
 from wsi.store import read_features, write_features
 from xtuner_add.cli import main
 
@@ -78,7 +80,8 @@ def slides(tmp_path: Path) -> Path:
 def train(
     folder: Path, out: str, model: str = "abmil", *, seeds: tuple[int, ...] = (0,), **changes: Any
 ) -> dict[str, Any]:
-    arguments = {n: changes.pop(n) for n in ("only_folds", "heat_maps") if n in changes}
+    names = ("only_folds", "heat_maps", "map_formats")
+    arguments = {name: changes.pop(name) for name in names if name in changes}
     results = finetune_slides(
         folder / "features",
         folder / "labels.csv",
@@ -503,6 +506,26 @@ def test_slides_of_another_encoder_are_skipped(slides: Path) -> None:
         write_features(path, features, coords, encoder="uni")
     with pytest.raises(ValueError, match="other encoder"):
         train(slides, "out", only_folds=(0,), epochs=1)
+
+
+def test_heat_maps_for_other_software(slides: Path) -> None:
+    """QuPath gets the attention itself, where the tiles are; more formats come by running again."""
+    options: dict[str, Any] = dict(only_folds=(0,), epochs=1, heat_maps=True)
+    train(slides, "out", **options)
+    folder = slides / "out/abmil/fold_0_seed_0/attention"
+    assert {path.suffix for path in folder.iterdir()} == {".png"}
+    train(slides, "out", **options, map_formats=("png", "geojson", "ome-tiff"))
+    slide = next(folder.glob("*.geojson")).stem
+    _, coords = read_features(slides / f"features/{slide}.h5")
+    squares = read_valid(folder / f"{slide}.geojson")
+    corners = [square["geometry"]["coordinates"][0][0] for square in squares]
+    assert corners == coords.tolist()
+    found = [square["properties"]["measurements"] for square in squares]
+    assert sum(row["attention"] for row in found) == pytest.approx(1, abs=1e-4)
+    assert max(row["attention rank"] for row in found) == 1
+    image = tifffile.imread(folder / f"{slide}.ome.tif")
+    for (x, y), row in zip(coords, found, strict=True):
+        assert image[0, y * 8 // 512, x * 8 // 512] == np.float32(row["attention"])
 
 
 def test_heat_maps_need_attention(slides: Path) -> None:

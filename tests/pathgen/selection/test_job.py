@@ -16,6 +16,7 @@ from pathgen.selection.features import slide_features
 from tests.pathgen.conftest import read_rows
 from tests.pathgen.describer_server import DescriberServer
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
+from tests.wsi.qupath import read_valid
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.reader import Slide
 from wsi.store import read_attributes, read_coordinates, read_features, write_coordinates
@@ -100,7 +101,7 @@ def test_the_command(folder: Path, spec: str, tmp_path: Path) -> None:
     reports = tmp_path / "reports.jsonl"
     reports.write_text(json.dumps({"wsi_id": "a", "report": "Invasive carcinoma of the breast."}))
     options = ("--quota", 8, "--cancer-type", "BRCA", "--reports", reports, "--similarity", 1)
-    result = run(folder, spec, tmp_path / "out", *options)
+    result = run(folder, spec, tmp_path / "out", *options, "--geojson")
     assert result.exit_code == 0, result.output
     rows = read_rows(tmp_path / "out" / "selection.jsonl")
     assert [row["wsi_id"] for row in rows] == ["a"] * 8 + ["b"] * 8
@@ -108,6 +109,12 @@ def test_the_command(folder: Path, spec: str, tmp_path: Path) -> None:
     assert sources[:8] == ["prompt"] * 2 + ["report"] * 2 + ["cluster"] * 4
     assert sources[8:] == ["prompt"] * 2 + ["cluster"] * 6, "no report: its share goes on"
     assert rows[0]["label"] and rows[0]["text"]
+    squares = read_valid(tmp_path / "out" / "geojson" / "a.geojson")
+    for row, square in zip(rows[:8], squares, strict=True):
+        found = square["properties"]
+        assert found["classification"]["name"] == row["chosen_for"]
+        assert found["measurements"]["cluster"] == row["cluster"]
+        assert square["geometry"]["coordinates"][0][0] == [int(p) for p in row["position"]]
     assert rows[2]["text"] == "Invasive carcinoma of the breast."
     chosen = read_coordinates(tmp_path / "out" / "coords" / "a.h5")
     assert chosen.size_level0 == read_coordinates(folder / "coords" / "a.h5").size_level0
