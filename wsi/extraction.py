@@ -87,7 +87,7 @@ class Part:
         slides: File of each slide that exists.
         out: The folder of the job.
         settings: Format of the output.
-        mpp: Micrometres per pixel of all slides, overriding the files.
+        mpp: Micrometres per pixel by slide, overriding the files.
         deadly: Reason and detail for each slide that killed a worker; these slides are skipped.
     """
 
@@ -96,7 +96,7 @@ class Part:
     slides: Mapping[str, Path]
     out: Path
     settings: OutputSettings
-    mpp: float | None = None
+    mpp: Mapping[str, float] = field(default_factory=dict)
     deadly: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -132,7 +132,7 @@ def extract(
     Args:
         requests: Folder of coordinate files, or a function that returns the requests and rejected
             rows in the order of their source. It is called again if slides are added later.
-        slides: Folder of the slides.
+        slides: Folder or table of the slides; see `SlideListing`.
         out: Output folder; a job that was stopped continues in it.
         settings: Layout, image format and size of the parts.
         source: Identifies the requests, for instance by a digest; a folder that was begun with
@@ -229,7 +229,8 @@ def _parts(
             slides = {
                 name: listing.find(name) for name in names if _why_missing(listing, name) is None
             }
-            yield Part(number, requests, slides, job.out, settings, mpp)
+            own = {name: found for name in slides if (found := listing.mpp.get(name, mpp))}
+            yield Part(number, requests, slides, job.out, settings, own)
 
 
 def _without_deadly_slide(part: Part, error: WorkerDiedError) -> list[Part]:
@@ -309,7 +310,7 @@ def _extract_slide(
     sink: FileSink | ShardSink,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with Slide(path, mpp=part.mpp) as slide:
+    with Slide(path, mpp=part.mpp.get(requests[0].slide_id)) as slide:
         regions = [Region(r.x_level0, r.y_level0, r.size_level0, r.size_px) for r in requests]
         places = [slide.overlap(region) for region in regions]
         wanted = [

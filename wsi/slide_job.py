@@ -37,11 +37,15 @@ class SlideUnit:
         slide_id: Id of the slide; checked to be safe as a file name before `process` is called.
         path: The slide, or a folder of tiles.
         out: The folder of the job.
+        mpp: Micrometres per pixel that a table of slides states.
+        mask: Tissue mask that a table of slides names.
     """
 
     slide_id: str
     path: Path
     out: Path
+    mpp: float | None = None
+    mask: Path | None = None
 
     @property
     def record(self) -> str:
@@ -144,7 +148,7 @@ def process_slides(
     Args:
         process: Function that processes one slide and returns the fields of its row in the
             manifest. It must be picklable, and raises `UnitError` for a slide to be skipped.
-        slides: The folder, or one slide.
+        slides: The folder, one slide, or a table of slides; see `SlideListing`.
         out: Output folder; a job that was stopped continues in it.
         inputs: Settings that determine the output; see `JobFolder`.
         folders: Names of the folders in `out` that `process` writes to.
@@ -179,7 +183,10 @@ def process_slides(
                 _SlideFunction(process).skip(unit, AmbiguousSlideError.reason, detail)
         process_units(
             process,
-            (SlideUnit(name, path, job.out) for name, path in listing.slides.items()),
+            (
+                SlideUnit(name, path, job.out, listing.mpp.get(name), listing.masks.get(name))
+                for name, path in listing.slides.items()
+            ),
             job,
             num_inputs=len(listing),
             progress=progress,

@@ -1,4 +1,4 @@
-"""Finds the slides in a folder.
+"""Finds the slides in a folder, or reads them from a table.
 
 All commands share these rules: a DICOM series is one slide; part files of a multi-file format and
 thumbnails beside a slide are not slides. Ids from data are looked up in the listing and never
@@ -16,6 +16,7 @@ from typing import Any
 
 from pathcore.files import StrPath
 from pathcore.jobs import UnitError, is_job_output
+from pathcore.rows import read_csv
 from wsi.openers import PLAIN_SUFFIXES, SLIDE_SUFFIXES
 
 TILE_NAME = re.compile(r"(-?\d+)x_(-?\d+)y\.(?:png|jpe?g|tiff?|bmp|webp)", re.IGNORECASE)
@@ -26,6 +27,15 @@ _MULTI_FILE_SUFFIXES = (".vms", ".vmu")
 """Formats of Hamamatsu in which the slide is a text file that names JPEG or NGR files."""
 
 _MAX_KEY_FILE_BYTES = 1 << 20
+
+_COLUMNS = {
+    "path": ("path", "image_path", "wsi"),
+    "id": ("slide_id", "sample_id"),
+    "mpp": ("mpp", "spacing_at_level_0"),
+    "mask": ("mask", "mask_path"),
+}
+"""Columns of a table of slides. The second names are those of slide2vec
+(https://github.com/clemsgrs/slide2vec), `wsi` and `mpp` those of TRIDENT."""
 
 
 class SlideNotFoundError(UnitError):
@@ -61,15 +71,20 @@ class PassedOver:
 
 
 class SlideListing:
-    """Slides under a folder, by id.
+    """Slides under a folder or in a table, by id.
 
     The id of a slide is its file name without suffix. The id of a DICOM series with several files
     is its SeriesInstanceUID, and the names of its files are aliases. Subfolders are searched, since
     the GDC's transfer tool creates one per slide, and links to folders are followed. The output of
     earlier jobs is not searched.
 
+    A table is a CSV file with a row per slide. `path` (or TRIDENT's `wsi`, slide2vec's
+    `image_path`) is absolute or relative to the folder of the table; `slide_id` (`sample_id`) is by
+    default the file name without suffix; `mpp` (`spacing_at_level_0`) and `mask` (`mask_path`) may
+    be empty. Other columns, such as labels and splits, are for other commands.
+
     Args:
-        folder: The folder, or a single slide.
+        folder: The folder, a single slide, or a table ending in `.csv`.
         exclude: Folders that are not searched, for instance masks or the output of this job.
         tile_folders: Whether folders of tiles named like `01581x_25327y.png` count as slides, with
             the name of the folder as id.
@@ -80,9 +95,12 @@ class SlideListing:
         paths: Paths of all slides, including those with ambiguous ids; sorted.
         ambiguous: Message for each id that several slides have.
         passed_over: Files and folders that were found but do not count as slides.
+        mpp: Micrometres per pixel by id, as far as the table states them.
+        masks: File of the tissue mask by id, as far as the table names one.
 
     Raises:
         FileNotFoundError: If `folder` does not exist.
+        ValueError: If the table has no column of paths, or a row cannot be used.
 
     Example:
         >>> import tempfile
@@ -111,7 +129,11 @@ class SlideListing:
         self._excluded = {os.path.realpath(path) for path in exclude}
         self._tile_folders = tile_folders
         self._inside_only = inside_only
-        if self.folder.is_dir():
+        self.mpp: dict[str, float] = {}
+        self.masks: dict[str, Path] = {}
+        if self.folder.suffix.lower() == ".csv":
+            self._read_table()
+        elif self.folder.is_dir():
             self._walk()
             self._pass_over_pictures()
         elif self.folder.exists():
@@ -147,6 +169,27 @@ class SlideListing:
         if slide_id in self.ambiguous:
             raise AmbiguousSlideError(self.ambiguous[slide_id])
         raise SlideNotFoundError(f"no slide of this name under {self.folder}: {slide_id!r:.80}")
+
+    def _read_table(self) -> None:
+        folder = self.folder.parent
+        for line, row in read_csv(self.folder, what="slides"):
+            found = {
+                key: next((text for name in names if (text := (row.get(name) or "").strip())), "")
+                for key, names in _COLUMNS.items()
+            }
+            where = f"slides {self.folder}:{line}"
+            if not found["path"]:
+                names = ", ".join(_COLUMNS["path"])
+                raise ValueError(f"{where}: expected a path in one of {names}; found columns "
+                                 f"{', '.join(map(str, row))}")  # fmt: skip
+            path = folder / found["path"]
+            slide_id = found["id"] or path.stem
+            # A row that is there twice is one slide; two files of one id are ambiguous.
+            self._found.setdefault(slide_id, []).append(path)
+            if found["mpp"]:
+                self.mpp[slide_id] = _mpp(found["mpp"], where)
+            if found["mask"]:
+                self.masks[slide_id] = folder / found["mask"]
 
     def _walk(self) -> None:
         """Lists all folders; follows links last, so that slides are found under their own paths."""
@@ -267,6 +310,16 @@ class SlideListing:
         if not self._found[path.stem]:
             del self._found[path.stem]
         self._pass(path, reason, detail)
+
+
+def _mpp(text: str, where: str) -> float:
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not 0 < mpp < 1000:
+        raise ValueError(f"{where}: mpp: expected micrometres per pixel, found {text!r:.40}")
+    return mpp
 
 
 def _distinct(paths: list[Path]) -> list[Path]:

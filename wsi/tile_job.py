@@ -70,7 +70,7 @@ def tile_slides(
     """Writes coordinates, a thumbnail and an overlay of the patches for every slide of a folder.
 
     Args:
-        slides: The folder, or one slide.
+        slides: The folder, one slide, or a table of slides; see `SlideListing`.
         out: Output folder; a job that was stopped continues in it.
         settings: Settings of the job.
         retry_skipped: Whether to process slides again that an earlier run skipped.
@@ -101,10 +101,10 @@ def tile_slides(
 
 def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
     name, out = unit.slide_id, unit.out
-    with Slide(unit.path, mpp=settings.mpp) as slide:
+    with Slide(unit.path, mpp=unit.mpp or settings.mpp) as slide:
         spec = replace(settings.spec, mpp=slide.mpp) if settings.level0 else settings.spec
         tiling, mask = place_patches(
-            slide, spec, settings.masks, name=name, whole_slide=settings.whole_slide
+            slide, spec, unit.mask or settings.masks, name=name, whole_slide=settings.whole_slide
         )
         picture = draw_patches(slide, tiling.coords, tiling.size_level0, mask=mask)
         save_jpeg(picture, out / OVERLAYS_FOLDER / f"{name}.jpg")
@@ -138,7 +138,7 @@ def write_outlines(out: Path, name: str, tiling: Tiling, mask: TissueMask | None
 def place_patches(
     slide: Slide,
     spec: PatchSpec,
-    masks: str | None = None,
+    masks: StrPath | None = None,
     *,
     name: str = "",
     whole_slide: bool = False,
@@ -148,7 +148,7 @@ def place_patches(
     Args:
         slide: The slide.
         spec: Size, resolution and selection of the patches.
-        masks: Folder of masks, see `slide_mask`.
+        masks: Mask or folder of masks, see `slide_mask`.
         name: Name of the slide, see `slide_mask`.
         whole_slide: Whether to keep patches without tissue.
 
@@ -166,13 +166,13 @@ def place_patches(
     return tile(slide, spec, mask, damaged=damaged), mask
 
 
-def slide_mask(slide: Slide, masks: str | None = None, *, name: str = "") -> TissueMask:
+def slide_mask(slide: Slide, masks: StrPath | None = None, *, name: str = "") -> TissueMask:
     """Returns the tissue of a slide.
 
     Args:
         slide: The slide.
-        masks: Folder with a mask per slide, an image or GeoJSON named after the slide; by default
-            tissue is found by Otsu's threshold.
+        masks: A mask, an image or GeoJSON, or a folder with a mask per slide, named after it; by
+            default tissue is found by Otsu's threshold.
         name: Name of the slide; by default its file name without suffix.
 
     Raises:
@@ -182,6 +182,11 @@ def slide_mask(slide: Slide, masks: str | None = None, *, name: str = "") -> Tis
     if masks is None:
         return otsu_mask(slide, max_side_px=MASK_SIDE_PX)
     folder, stem = Path(masks), name or slide.path.stem
+    if not folder.is_dir():
+        if not folder.is_file():
+            raise MaskMissingError(f"mask {folder}: no such file")
+        outlines = folder.name.lower().endswith(GEOJSON_SUFFIXES)
+        return geojson_mask(folder, slide) if outlines else image_mask(folder, slide)
     for suffix in GEOJSON_SUFFIXES:
         if (folder / f"{stem}{suffix}").is_file():
             return geojson_mask(folder / f"{stem}{suffix}", slide)

@@ -212,7 +212,7 @@ def _embed_slide(
             picture = draw_folder(folder, embedded.coords, colours)
             save_jpeg(picture, out / "pictures" / f"{name}.jpg")
     else:
-        with Slide(unit.path, mpp=settings.slide_mpp) as slide:
+        with Slide(unit.path, mpp=unit.mpp or settings.slide_mpp) as slide:
             tiles, attributes, lost = _place(slide, unit, settings)
             row, embedded = _embed_tiles(
                 tiles, attributes, unit, settings, placement, num_lost=lost
@@ -244,7 +244,7 @@ def _place(
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)
     else:
-        tiling, mask = place_patches(slide, settings.spec, settings.masks, name=name)
+        tiling, mask = place_patches(slide, settings.spec, unit.mask or settings.masks, name=name)
         coords, size, tile_px = tiling.coords, tiling.size_level0, settings.spec.patch_px
         num_lost = len(tiling.damaged)
         if num_lost and not len(coords):

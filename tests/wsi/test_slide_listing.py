@@ -174,3 +174,42 @@ def test_one_slide_and_none(tmp_path: Path) -> None:
         SlideListing(tmp_path).find("b")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         SlideListing(tmp_path / "none")
+
+
+def test_tables_of_trident_and_slide2vec(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.svs", "deep/b.tif", "deep/c.tif"):
+        (tmp_path / name).touch()
+    elsewhere = tmp_path / "deep/c.tif"
+    tables = {
+        "trident": "wsi,mpp\na.svs,0.25\ndeep/b.tif,\n",
+        "slide2vec": "sample_id,image_path,mask_path,spacing_at_level_0,patient_id\n"
+        f"a,a.svs,m/a.png,0.25,p\nb,deep/b.tif,,,p\nx.1,{elsewhere},/m/x.geojson,0.5,q\n",
+        "own": "\ufeffslide_id,path,mpp,mask,label,split\na,a.svs,0.25,,tumour,train\n",
+    }
+    for name, text in tables.items():
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+    trident, other, own = (SlideListing(tmp_path / f"{name}.csv") for name in tables)
+    assert trident.slides == {"a": tmp_path / "a.svs", "b": tmp_path / "deep/b.tif"}
+    assert (trident.mpp, trident.masks) == ({"a": 0.25}, {})
+    assert other.find("x.1") == elsewhere and list(other.slides) == ["a", "b", "x.1"]
+    assert other.masks == {"a": tmp_path / "m/a.png", "x.1": Path("/m/x.geojson")}
+    assert other.mpp == {"a": 0.25, "x.1": 0.5}
+    assert own.slides == {"a": tmp_path / "a.svs"}
+
+
+def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
+    table = tmp_path / "slides.csv"
+    for text, message in (
+        ("slide,mpp\na.svs,1\n", r"slides\.csv:2: expected a path in one of path, image_path, wsi"),
+        ("wsi,mpp\na.svs,quarter\n", r"slides\.csv:2: mpp: .* found 'quarter'"),
+        ("wsi,mpp\na.svs,0.5\nb.svs,-1\n", r"slides\.csv:3: mpp"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            SlideListing(table)
+    table.write_text("path\nx/a.svs\ny/a.svs\nb.svs\nb.svs\n")
+    listing = SlideListing(table)
+    assert list(listing.slides) == ["b"] and "2 slides have this name" in listing.ambiguous["a"]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        SlideListing(tmp_path / "absent.csv")

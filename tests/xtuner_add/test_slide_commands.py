@@ -130,6 +130,35 @@ def test_outlines_for_qupath_and_back(slides: Path, tmp_path: Path) -> None:
         assert len(first & second) > 0.95 * len(first | second)
 
 
+def test_slides_of_a_table(slides: Path, tmp_path: Path) -> None:
+    """Each row has its own resolution and mask; a missing file costs only its row."""
+    ring = [[0, 0], [820, 0], [820, 820], [0, 820], [0, 0]]
+    (tmp_path / "m.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    (tmp_path / "slides.csv").write_text(
+        "sample_id,image_path,mask_path,spacing_at_level_0,label\n"
+        f"first,{slides / 'TCGA.A.svs'},m.geojson,0.5,tumour\n"
+        f"second,{slides / 'TCGA.B.svs'},,,normal\n"
+        "third,absent.svs,,,normal\n"
+        f"fourth,{slides / 'TCGA.B.svs'},none.png,,normal\n"
+    )
+    tiles, patches = tmp_path / "tiles", tmp_path / "patches"
+    options = ("--workers", 1, "--quiet")
+    result = invoke("tile", tmp_path / "slides.csv", "--output", tiles, "--patch-px", 200,
+                    *options)  # fmt: skip
+    assert result.exit_code == 3, result.output
+    rows = {row["slide"]: row for row in map(json.loads, (tiles / "manifest.jsonl").open())}
+    assert rows["first"]["mpp_level0"] == 0.5 and rows["first"]["patches"] == 16
+    assert rows["second"]["mpp_level0"] == 0.5 and rows["second"]["patches"] > 0
+    assert rows["third"]["reason"] == "slide unreadable" and "absent.svs" in rows["third"]["detail"]
+    assert rows["fourth"]["reason"] == "mask missing"
+    result = invoke("extract", tiles / "coords", "--slides", tmp_path / "slides.csv", "--output",
+                    patches, *options)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in (patches / "manifest.jsonl").open()]
+    assert {row["wsi_id"] for row in found} == {"first", "second"}
+    assert {row["mpp"] for row in found} == {0.5}
+
+
 def test_patches_in_level0_pixels(slides: Path, tmp_path: Path) -> None:
     options = ("--level0", "--patch-px", 300, "--overlap-px", 100, "--whole-slide", "--workers", 1)
     result = invoke("tile", slides, "--output", tmp_path / "o", *options)

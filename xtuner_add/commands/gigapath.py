@@ -168,11 +168,12 @@ def embed(
 ) -> None:
     """Compute tile embeddings and slide embeddings of SLIDES.
 
-    SLIDES is a slide, a folder of slides, or a folder of tiles named like 01581x_25327y.png (or
-    with one such folder per slide). Writes coords/, features/ENCODER/SLIDE.h5, slide_features/,
-    slide_embeddings.npz, and for inspection thumbnails/, overlays/ and pictures/, in which similar
-    tile embeddings have similar colours. An interrupted run continues when the same command is run
-    again. If a slide or a tile was skipped, skipped.jsonl gives the reason, and the exit code is 3.
+    SLIDES is a slide, a folder or CSV file of slides, or a folder of tiles named like
+    01581x_25327y.png (or with one such folder per slide). Writes coords/,
+    features/ENCODER/SLIDE.h5, slide_features/, slide_embeddings.npz, and for inspection
+    thumbnails/, overlays/ and pictures/, in which similar tile embeddings have similar colours. An
+    interrupted run continues when the same command is run again. If a slide or a tile was skipped,
+    skipped.jsonl gives the reason, and the exit code is 3.
     """
     from gigapath.embed.job import embed_slides
 

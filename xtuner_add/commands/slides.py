@@ -123,7 +123,7 @@ def tile(
     geojson: bool,
     **job: Any,
 ) -> None:
-    """Find the patches with tissue of SLIDES: a folder of slides, or one slide.
+    """Find the patches with tissue of SLIDES: a folder, a CSV file of slides, or one slide.
 
     Writes coords/SLIDE.h5, which TRIDENT and CLAM read, and overlays/ and thumbnails/ for
     inspection. With --geojson also tissue_geojson/, which --masks reads back, and patch_geojson/.
@@ -159,7 +159,7 @@ def tile(
 )
 @click.argument("annotations", type=ANY_PATH)
 @_job_options
-@click.option("--slides", type=ANY_PATH, required=True, help="Folder of the slides.")
+@click.option("--slides", type=ANY_PATH, required=True, help="Folder or CSV file of the slides.")
 @click.option(
     "--patch-px",
     type=click.IntRange(1, 65536),
@@ -271,7 +271,7 @@ def gdc_manifest(
     ),
 )
 @click.argument("coords", type=FOLDER)
-@click.option("--slides", type=FOLDER, required=True, help="Folder of the slides.")
+@click.option("--slides", type=ANY_PATH, required=True, help="Folder or CSV file of the slides.")
 @output_folder
 @click.option(
     "--encoder",
