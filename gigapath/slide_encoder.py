@@ -532,7 +532,7 @@ def create_model(
     """
     if model_arch not in ARCHITECTURES:
         hint = did_you_mean(model_arch, ARCHITECTURES)
-        raise UnknownNameError(f"slide encoder {model_arch!r}: no such architecture{hint}")
+        raise UnknownNameError(f"model_arch {model_arch!r}: no such slide encoder{hint}")
     settings = {**ARCHITECTURES[model_arch], **kwargs}
     path = find_slide_weights(pretrained, local_dir) if os.fspath(pretrained) else None
     # On the meta device, because PyTorch's initialisation takes longer than reading the weights.

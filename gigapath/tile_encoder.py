@@ -319,7 +319,7 @@ def read_config(path: Path) -> TileArchitecture:
     try:
         known = _architecture(name)
     except UnknownNameError as error:
-        raise ValueError(f"{path}: architecture: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     defaults = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
     return TileArchitecture(known.timm_name, {**known.model_args, **defaults, **model_args})
 
@@ -356,7 +356,7 @@ def _architecture(name: str) -> TileArchitecture:
     if isinstance(name, str) and timm.is_model(name):
         return TileArchitecture(name, {"num_classes": 0})
     hint = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
-    raise UnknownNameError(f"tile encoder {name!r}: neither our architecture nor timm's{hint}")
+    raise UnknownNameError(f"architecture {name!r}: neither ours nor timm's{hint}")
 
 
 def _build(architecture: TileArchitecture, model_args: Mapping[str, Any]) -> nn.Module:

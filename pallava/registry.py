@@ -127,9 +127,10 @@ class Registry:
 
     def _unknown(self, name: str) -> str:
         known = sorted(self._entries)
+        hint = did_you_mean(name, known)
+        stop = "" if hint.endswith("?") else "."
         message = (
-            f"unknown {self.kind} {name!r}{did_you_mean(name, known)}. Registered: "
-            f"{', '.join(known) or 'none'}. "
+            f"unknown {self.kind} {name!r}{hint}{stop} Registered: {', '.join(known) or 'none'}. "
             f"Other packages add theirs through the entry-point group {PLUGIN_GROUP!r}."
         )
         failures = plugin_failures()

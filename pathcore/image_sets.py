@@ -37,7 +37,6 @@ from PIL import Image
 
 from pathcore.files import StrPath
 from pathcore.images import ImageError, find_image, image_files, load_image, path_inside
-from pathcore.names import did_you_mean
 from pathcore.rows import read_csv
 
 Use = Literal["question", "prompts"]
@@ -189,8 +188,9 @@ def load_image_set(name_or_file: StrPath, use: Use) -> ImageSet:
         text = (resources.files(_PACKAGE) / f"{name_or_file}.json").read_text(encoding="utf-8")
         path = Path(f"{name_or_file}.json")
     else:
-        hint = did_you_mean(name_or_file, known)
-        raise FileNotFoundError(f"image set {name_or_file}: neither a file nor a known name{hint}")
+        raise FileNotFoundError(
+            f"image set {name_or_file}: neither a file nor one of {', '.join(known)}"
+        )
     try:
         return _image_set(json.loads(text) if path.suffix == ".json" else _yaml(text), use)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

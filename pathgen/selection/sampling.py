@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore.files import StrPath
-from pathcore.names import did_you_mean
 
 Source = Literal["prompt", "report", "cluster"]
 SOURCES: tuple[Source, ...] = ("prompt", "report", "cluster")
@@ -93,8 +92,8 @@ def load_classes(
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"classes {source}: {{type: {{class: [texts]}}}}: {error}") from error
     if cancer_type is not None and cancer_type not in pairs:
-        hint = did_you_mean(cancer_type, pairs.keys() - {"any"})
-        raise ValueError(f"cancer type {cancer_type!r}: unknown{hint}")
+        known = ", ".join(kind for kind in pairs if kind != "any")
+        raise ValueError(f"cancer type {cancer_type!r}: expected one of {known}")
     return [*pairs.get("any", []), *(pairs[cancer_type] if cancer_type else [])]
 
 

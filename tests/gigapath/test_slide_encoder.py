@@ -324,7 +324,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 def test_a_size_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ARCHITECTURES, "small", raising=False)
     with pytest.raises(
-        ValueError, match="slide encoder 'small': no such architecture; known: gigapath_slide_enc12"
+        ValueError, match="model_arch 'small': no such slide encoder; known: gigapath_slide_enc12"
     ):
         create_model("", "small", 8)
     try:

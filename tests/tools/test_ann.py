@@ -48,7 +48,7 @@ def test_without_options_the_published_files_in_sorted_order(data: Path) -> None
     assert files(data / "data" / "gastric_cls3_ann") == expected
     assert "Slides by class: [62, 48, 63]" in result.stdout
     assert "[39, 26, 37] to train, [150, 124, 151] to validate" in result.stdout
-    assert "1 names without a slide id" in result.stdout
+    assert "1 name without a slide id" in result.stdout
     assert "2 slides have no patches" in result.stdout
 
 

@@ -86,12 +86,14 @@ def _report(split: Split) -> None:
         )
     if split.no_images:
         click.echo(
-            f"Not an image: {counted(len(split.no_images), 'file')}, skipped, for instance "
+            f"Skipped {counted(len(split.no_images), 'file')} that "
+            f"{'is not an image' if len(split.no_images) == 1 else 'are not images'}, for instance "
             f"{split.no_images[0]}"
         )
     if split.without_patches:
         click.echo(
-            f"Without patches: {counted(len(split.without_patches), 'slide')}, for instance "
+            f"{counted(len(split.without_patches), 'slide')} "
+            f"{'has' if len(split.without_patches) == 1 else 'have'} no patches, for instance "
             f"{split.without_patches[0]}"
         )
 
