@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from pathcore.encoders import create_encoder
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
+from tests.killing import finishes
 from tests.pathcore.encoders.tiny_presets import tiny_uni
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
@@ -152,20 +154,26 @@ def test_processes_and_pictures_change_nothing(
 @pytest.mark.slow
 @pytest.mark.multiproc
 def test_ray_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
     settings = EmbeddingSettings(
         describe_encoder(str(folder / "enc")), None, PatchSpec(32, 0.5), pictures=False
     )
-    for engine in ("process", "ray"):
+
+    def embed(engine: Any) -> None:
         embed_slides(
             folder / "slides",
             tmp_path / engine,
             settings,
             PLACEMENT,
             workers=1,
-            engine=engine,  # type: ignore[arg-type]
+            engine=engine,
             progress=False,
         )
+
+    embed("process")
+    # In a process of its own: see `test_ray_writes_the_same_bytes` of tests/wsi/test_extraction.py.
+    assert finishes(lambda: embed("ray"), kill_after_s=None)
     assert digests(tmp_path / "ray") == digests(tmp_path / "process")
 
 

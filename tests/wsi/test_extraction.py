@@ -9,6 +9,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pathcore import files
 from pathcore.files import FolderInUseError, folder_lock, sha256_of
 from pathcore.jobs import OutputExistsError, Report
 from pathcore.pool import WorkerDiedError, run_tasks
+from tests.killing import finishes
 from tests.wsi.real_data import real_file
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.extraction import OutputSettings, extract
@@ -129,7 +131,8 @@ def test_two_processes_write_the_same_bytes(slides: Path, tmp_path: Path, layout
 @pytest.mark.slow
 @pytest.mark.multiproc
 def test_ray_writes_the_same_bytes(slides: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
     rows: list[Any] = [*requests(), RejectedRow(61, "bad row", "x")]
 
     def compare(layout: Any) -> None:
@@ -139,17 +142,24 @@ def test_ray_writes_the_same_bytes(slides: Path, tmp_path: Path) -> None:
         run(rows, slides, out, settings=settings, engine="ray", workers=2)
         assert contents(out) == contents(tmp_path / f"one_{layout}")
 
-    compare("shards")
-    assert not ray.is_initialized()  # what was started here has ended
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        compare("files")
-        # An error reaches the caller as what it was.
-        with pytest.raises(json.JSONDecodeError):
-            list(run_tasks(json.loads, ["1", "no JSON"], workers=1, engine="ray"))
-        assert ray.is_initialized()  # it belongs to the caller
-    finally:
-        ray.shutdown()
+    def body() -> None:
+        import ray
+
+        compare("shards")
+        assert not ray.is_initialized()  # what was started here has ended
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        try:
+            compare("files")
+            # An error reaches the caller as what it was.
+            with pytest.raises(json.JSONDecodeError):
+                list(run_tasks(json.loads, ["1", "no JSON"], workers=1, engine="ray"))
+            assert ray.is_initialized()  # it belongs to the caller
+        finally:
+            ray.shutdown()
+
+    # Ray leaves threads and signal handlers behind, and workers that later tests forked off this
+    # process died of SIGSEGV.
+    assert finishes(body, kill_after_s=None)
 
 
 # Of the standard library: a spawned worker does not know the folder of the tests.
