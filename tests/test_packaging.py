@@ -38,13 +38,17 @@ def test_every_package_says_that_it_is_typed(members: set[str]) -> None:
     assert {f"{package}/py.typed" for package in OURS} <= members
 
 
-def test_the_version_is_said_once(wheel: Path) -> None:
+def test_version_and_date_of_the_release_are_the_same_everywhere(wheel: Path) -> None:
     from xtuner_add import __version__
 
     assert f"-{__version__}-" in wheel.name
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE) == [__version__]
     assert __version__ not in (ROOT / "setup.py").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = dict(re.findall(r"^(version|date-released): (.+)$", citation, flags=re.MULTILINE))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (.+)$", changes, flags=re.MULTILINE)
+    assert cited["version"] == __version__
+    assert sections[:2] == ["[Unreleased]", f"[{__version__}] - {cited['date-released']}"]
 
 
 def test_every_config_is_shipped_inside_xtuner_add(members: set[str]) -> None:
