@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -73,6 +74,26 @@ class _Outcome:
     spent: Spent = field(default_factory=Spent)
 
 
+def settle_from_cache(
+    tasks: Iterable[Task], cache: ReplyCache, read: Callable[[Task, str], Any]
+) -> None:
+    """Settles the tasks whose reply, or whose final refusal, is in the cache.
+
+    Args:
+        tasks: The tasks.
+        cache: Cache.
+        read: Maps `(task, text)` to a value, or raises `ValueError` for a reply that was usable
+            when it was cached, whose task then stays open.
+    """
+    for task in tasks:
+        if (verdict := cache.verdict(task.digest)) is not None:
+            task.state, task.reason = "failed", verdict.text
+            task.endpoint, task.from_cache = verdict.endpoint, True
+        elif (known := cache.get(task.digest)) is not None:
+            with suppress(ValueError):
+                task.settle(read(task, known.text), known.endpoint, from_cache=True)
+
+
 class Asker:
     """Sends tasks to a backend, several batches at a time.
 
@@ -82,9 +103,11 @@ class Asker:
         budget: Limits on cost and tokens.
         attempts: Maximum number of requests for one usable reply.
         read: Maps `(task, text)` to a value, or raises `ReplyError`.
+        patience: Number of requests without a reply at the very beginning after which the endpoint
+            counts as down; later it is `MOST_SILENT`.
 
     Raises:
-        AgentError: From `add`, `flush` and `wait`, if the backend cannot be used.
+        AgentError: From `add`, `flush`, `wait` and `finish`, if the backend cannot be used.
     """
 
     def __init__(
@@ -94,6 +117,7 @@ class Asker:
         budget: Budget,
         attempts: int,
         read: Callable[[Task, str], Any],
+        patience: int = MOST_SILENT,
     ) -> None:
         if attempts < 1:
             raise ValueError("attempts: expected at least one")
@@ -107,7 +131,7 @@ class Asker:
         self._queue: deque[Task] = deque()
         self._running: dict[Future[list[_Outcome]], list[Task]] = {}
         self._same: dict[str, list[Task]] = {}
-        self._silent = 0
+        self._silent, self._patience = 0, patience
         self._flushing = False
         self._pool = ThreadPoolExecutor(max_workers=backend.concurrency)
 
@@ -143,6 +167,18 @@ class Asker:
         """Sends incomplete batches too, because no more tasks will be added."""
         self._flushing = True
         self._send()
+
+    def finish(self, progress: Callable[[int], object] = lambda number: None) -> None:
+        """Waits until all tasks are settled.
+
+        Args:
+            progress: Called with numbers of requests as they are answered.
+        """
+        self.flush()
+        while self._running:
+            waiting = len(self._same)
+            self.wait()
+            progress(waiting - len(self._same))
 
     def wait(self) -> None:
         """Waits until at least one batch is answered."""
@@ -253,10 +289,10 @@ class Asker:
                 shown = f"; the reply began {outcome.text[:120]!r}" if outcome.text else ""
                 same.state, same.reason = "failed", f"{outcome.problem}{shown}"
         if outcome.text or outcome.blame in ("image", "limit", "content"):
-            self._silent = 0
+            self._silent, self._patience = 0, MOST_SILENT
             return
         self._silent += 1
-        if self._silent >= MOST_SILENT:
+        if self._silent >= self._patience:
             raise AgentError(
                 f"{self._backend.model} at {self._backend.endpoint}: {self._silent} requests in a "
                 f"row without a reply; the last: {outcome.problem}"

@@ -227,6 +227,8 @@ class OpenAIBackend:
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         part = {"type": "image_url", "image_url": {"url": image}} if image else None
         messages: Any = request.messages(part)
+        if part is None:  # some endpoints of text-only models reject lists of parts
+            next(m for m in messages if m["role"] == "user")["content"] = request.user
         try:
             completion: Any = self._client.chat.completions.create(
                 model=self.model,

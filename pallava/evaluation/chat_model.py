@@ -9,7 +9,7 @@ from typing import Any
 
 from pallava.evaluation.models import NoAnswer
 from pallava.records.questions import FileImage, ImageSource
-from pathcore.chat_asking import Asker, Task
+from pathcore.chat_asking import Asker, Task, settle_from_cache
 from pathcore.chat_backends import Backend, Request
 from pathcore.chat_budget import Budget
 from pathcore.chat_cache import ReplyCache
@@ -93,17 +93,14 @@ class ChatModel:
             return [self._outcome(task, cache) for task in tasks]
 
     def _ask(self, tasks: Sequence[Task], cache: ReplyCache) -> None:
-        for task in tasks:
-            if (kept := cache.get(task.digest)) is not None:
-                task.settle(kept.text, kept.endpoint, from_cache=True)
-            elif (verdict := cache.verdict(task.digest)) is not None:
-                task.state, task.reason = "failed", verdict.text
-        with Asker(self.backend, cache, self.budget, 1, lambda task, text: text) as asker:
+        def read(task: Task, text: str) -> str:
+            return text
+
+        settle_from_cache(tasks, cache, read)
+        with Asker(self.backend, cache, self.budget, 1, read) as asker:
             for task in tasks:
                 asker.add(task)
-            asker.flush()
-            while not all(task.settled for task in tasks):
-                asker.wait()
+            asker.finish()
 
     def _outcome(self, task: Task, cache: ReplyCache) -> str | NoAnswer:
         if task.state == "done":

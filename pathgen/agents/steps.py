@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pathcore.chat_asking import NO_REQUEST, Asker, Task
+from pathcore.chat_asking import NO_REQUEST, Asker, Task, settle_from_cache
 from pathcore.chat_backends import Backend, Request
 from pathcore.chat_budget import Budget, Spent
 from pathcore.chat_cache import ReplyCache
@@ -240,16 +240,7 @@ class _Run:
             return task
         digest = request.digest(self.backend.model, self.backend.sampling.parameters())
         task = Task(line, row["id"], row, name, request, digest)
-        if (verdict := self.cache.verdict(digest)) is not None:
-            task.state, task.reason = "failed", verdict.text
-            task.endpoint, task.from_cache = verdict.endpoint, True
-            return task
-        known = self.cache.get(digest)
-        if known is not None:
-            try:
-                task.settle(self.read(task, known.text), known.endpoint, from_cache=True)
-            except ValueError:
-                return task  # usable when cached, but the checks have changed since
+        settle_from_cache([task], self.cache, self.read)
         return task
 
     def _request(self, row: Mapping[str, Any], prompt: Prompt) -> Request:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,11 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
 
     if bool(options["judge"]) != bool(options["judge_model"]):
         raise click.UsageError("--judge and --judge-model require each other", ctx)
+    if (
+        options["max_cost"] is not None
+        and not options["judge_price_in"] + options["judge_price_out"]
+    ):
+        raise click.UsageError("--max-cost requires --judge-price-in or --judge-price-out", ctx)
     extra = keyword_values(options["extra"])
     try:
         made = EVALUATIONS.get(benchmark)(options["data_path"], NO_IMAGES, **extra)
@@ -497,22 +503,25 @@ def _tokenizer(name: str | None) -> Any:
 def _judge(
     benchmark: Any, answers: dict[str, str], options: dict[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-    from pallava.evaluation.judge import Judge, judge_answers, summarise
+    from pallava.evaluation.judge import SAMPLING, judge_answers, summarise
+    from pathcore.chat_backends import OpenAIBackend
+    from pathcore.chat_budget import Budget
 
-    judge = Judge(
-        base_url=options["judge"],
-        model=options["judge_model"],
+    limits = Budget(options["judge_price_in"], options["judge_price_out"], options["max_cost"])
+    judge = OpenAIBackend(
+        options["judge"],
+        options["judge_model"],
+        SAMPLING,
         concurrency=options["judge_concurrency"],
         timeout_s=options["judge_timeout"],
         max_retries=options["judge_retries"],
-        price_in=options["judge_price_in"],
-        price_out=options["judge_price_out"],
-        max_cost=options["max_cost"],
     )
     references = {
         question.id: question.answer
         for question in benchmark.questions.questions
         if question.answer is not None
     }
-    verdicts = judge_answers(judge, answers, references, options["work_dir"] / "judge.sqlite")
+    cache_path = options["work_dir"] / "judge.sqlite"
+    with closing(judge):
+        verdicts = judge_answers(judge, answers, references, cache_path, limits)
     return {"model": judge.model, **summarise(verdicts)}, verdicts.complete

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallava.evaluation.judge import Judge, JudgeError, judge_answers, parse_score, summarise
+from pallava.evaluation.judge import SAMPLING, judge_answers, parse_score, summarise
+from pathcore.chat_backends import AgentError, OpenAIBackend
+from pathcore.chat_budget import Budget
 from tests.pallava import goldens
 from tests.pallava.evaluation.judge_server import JudgeServer, running_server
 from xtuner_add import cli
+
+PRICES = Budget(price_in=10.0, price_out=30.0)
 
 
 @pytest.fixture
@@ -27,15 +33,18 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
         yield running
 
 
-def judge(server: JudgeServer, **changes: Any) -> Judge:
-    settings = {"base_url": server.url, "model": "judge", "timeout_s": 60.0, "max_retries": 3}
-    return Judge(**(settings | changes))
-
-
-def ask(server: JudgeServer, folder: Path, *candidates: str, **changes: Any) -> Any:
+def ask(
+    server: JudgeServer,
+    folder: Path,
+    *candidates: str,
+    budget: Budget | None = None,
+    **changes: Any,
+) -> Any:
+    settings = {"model": "judge", "timeout_s": 60.0, "max_retries": 3} | changes
     answers = {name: name for name in candidates}
     references = dict.fromkeys(candidates, "necrosis")
-    return judge_answers(judge(server, **changes), answers, references, folder / "judge.sqlite")
+    with closing(OpenAIBackend(server.url, sampling=SAMPLING, **settings)) as judge:
+        return judge_answers(judge, answers, references, folder / "judge.sqlite", budget)
 
 
 def test_scores_are_read_and_the_key_comes_from_the_environment(
@@ -103,15 +112,15 @@ def test_the_ceiling_is_never_exceeded_and_a_higher_one_continues(
     server: JudgeServer, tmp_path: Path
 ) -> None:
     names = [f"score {number / 10}" for number in range(20)]
-    prices = {"price_in": 10.0, "price_out": 30.0}
-    each = (100 * 10 + 10 * 30) / 1e6
-    highest = judge(server, **prices).highest_cost("x" * 700)
-    found = ask(server, tmp_path, *names, **prices, max_cost=highest + 5 * each)
+    each = PRICES.cost(100, 10)
+    highest = PRICES.cost(2 * 1300, 2 * SAMPLING.max_tokens)  # asked twice, with a correction
+    limited = replace(PRICES, max_cost=highest + 5 * each)
+    found = ask(server, tmp_path, *names, budget=limited)
     assert 0 < len(found.scores) < 20
     assert found.cost == pytest.approx(len(found.scores) * each)
     assert found.cost <= highest + 5 * each
     assert len(found.not_asked) == 20 - len(found.scores)
-    found = ask(server, tmp_path, *names, **prices, max_cost=1.0)
+    found = ask(server, tmp_path, *names, budget=replace(PRICES, max_cost=1.0))
     assert found.complete
     assert found.cost == pytest.approx(20 * each)
     assert set(server.requests.values()) == {1}
@@ -120,7 +129,7 @@ def test_the_ceiling_is_never_exceeded_and_a_higher_one_continues(
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refusal_ends_the_run(server: JudgeServer, tmp_path: Path, status: int) -> None:
     server.refuse = status
-    with pytest.raises(JudgeError, match="judge at http"):
+    with pytest.raises(AgentError, match="judge at http"):
         ask(server, tmp_path, *[f"score {n}" for n in range(10)], concurrency=1)
     assert sum(server.requests.values()) < 4
 
@@ -128,28 +137,27 @@ def test_a_refusal_ends_the_run(server: JudgeServer, tmp_path: Path, status: int
 def test_one_answer_that_is_always_refused_blocks_nothing(
     server: JudgeServer, tmp_path: Path
 ) -> None:
-    prices = {"price_in": 10.0, "price_out": 30.0}
     names = [*[f"score {n / 10}" for n in range(20)], "bad400", "filter400", "filtered"]
-    each = (100 * 10 + 10 * 30) / 1e6
-    found = ask(server, tmp_path, *names[10:], **prices, concurrency=2)
+    each = PRICES.cost(100, 10)
+    found = ask(server, tmp_path, *names[10:], budget=PRICES, concurrency=2)
     assert len(found.scores) == 10 and set(found.unreadable) == {*names[20:]}
     assert found.cost == pytest.approx(11 * each)  # what was filtered is paid for, too
-    again = ask(server, tmp_path, *names, **prices, concurrency=2)
+    again = ask(server, tmp_path, *names, budget=PRICES, concurrency=2)
     assert len(again.scores) == 20 and set(again.unreadable) == {*names[20:]}
     assert again.cost == pytest.approx(21 * each)
     assert server.requests["bad400"] == 2  # costs nothing, and may have been mended
     assert server.requests["filter400"] == server.requests["filtered"] == 1
     assert all(server.requests[name] == 1 for name in names[:20])
-    only = ask(server, tmp_path, *names, **prices)  # nothing is left to ask but this one
+    only = ask(server, tmp_path, *names, budget=PRICES)  # nothing is left to ask but this one
     assert set(only.unreadable) == {*names[20:]} and len(only.scores) == 20
 
 
 def test_replies_under_way_are_kept_when_the_run_ends(server: JudgeServer, tmp_path: Path) -> None:
     names = [*[f"bad400 {n}" for n in range(3)], *[f"slow {n}" for n in range(3)]]
-    with pytest.raises(JudgeError, match="what is that"):
-        ask(server, tmp_path, *names, price_in=10.0, price_out=30.0, concurrency=6)
+    with pytest.raises(AgentError, match="what is that"):
+        ask(server, tmp_path, *names, budget=PRICES, concurrency=6)
     before = dict(server.requests)
-    found = ask(server, tmp_path, *names[3:], price_in=10.0, price_out=30.0)
+    found = ask(server, tmp_path, *names[3:], budget=PRICES)
     assert len(found.scores) == 3 and found.cost == pytest.approx(3 * 1300 / 1e6)
     assert dict(server.requests) == before, "paid for already"
 
@@ -157,8 +165,10 @@ def test_replies_under_way_are_kept_when_the_run_ends(server: JudgeServer, tmp_p
 def test_settings_that_make_no_sense_are_refused(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="needs --judge-price-in"):
-        judge(server, max_cost=1.0)
+    prices = ["--judge", server.url, "--judge-model", "judge", "--max-cost", "1"]
+    result = CliRunner().invoke(cli.main, [*arguments(server, tmp_path), *prices])
+    assert result.exit_code == 2
+    assert "--max-cost requires --judge-price-in" in result.output
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
         ask(server, tmp_path, "score 1")

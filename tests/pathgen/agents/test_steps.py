@@ -361,7 +361,7 @@ def test_summarise_counts_clips_tokens(server: DescriberServer, tmp_path: Path) 
     assert [row["caption"] for row in rows] == ["Necrosis in fibrous stroma."]
     assert "tokens are too many" in read_rows(report.skipped)[0]["reason"]
     assert all(len(user_text(body)) for body in server.bodies)
-    assert all(len(body["messages"][1]["content"]) == 1 for body in server.bodies), "no image sent"
+    assert all(isinstance(body["messages"][1]["content"], str) for body in server.bodies)
 
 
 @pytest.mark.usefixtures("patches")
