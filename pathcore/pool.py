@@ -123,10 +123,11 @@ def _raise_death(task: object, error: WorkerDiedError) -> Iterable[Any]:
 def _context() -> BaseContext:
     # A forked worker starts immediately, with all modules imported. But locks of other threads stay
     # locked in it forever. This includes the thread pool of OpenMP, which `threading` does not see
-    # and which torch uses unless it is limited to one thread.
+    # and which torch uses unless it is limited to one thread. Ray leaves native threads and signal
+    # handlers behind when it ends; workers forked after that died of SIGSEGV.
     torch = sys.modules.get("torch")
     single = threading.active_count() == 1 and (torch is None or torch.get_num_threads() == 1)
-    can_fork = sys.platform == "linux" and single
+    can_fork = sys.platform == "linux" and single and "ray" not in sys.modules
     return multiprocessing.get_context("fork" if can_fork else "spawn")
 
 

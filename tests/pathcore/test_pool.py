@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,6 +101,16 @@ def test_a_process_with_threads_does_not_fork() -> None:
     finally:
         done.set()
         thread.join()
+
+
+def test_a_process_that_has_used_ray_does_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's native threads and signal handlers outlive it."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert CHOOSE_CONTEXT().get_start_method() == "spawn"
+    monkeypatch.delitem(sys.modules, "ray")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert CHOOSE_CONTEXT().get_start_method() == "fork"
 
 
 def test_without_a_handler_the_run_ends(module: Any) -> None:
