@@ -66,6 +66,7 @@ setup(
         "": ["*.css", "*.html", "*.j2", "*.json", "*.txt", "py.typed"],
         "pathcore.encoders": ["presets/*.json"],
         "gigapath.embed": ["slide_presets/*.json"],
+        "gigapath.finetune": ["protocol_presets/*.json"],
         "xtuner_add": ["reproduction_cards/*.yml"],
         "xtuner_add.scripts": ["*.sh"],
         "xtuner_add.configs": ["**/*.py", "**/*.json", "**/*.md", "**/*.yml"],

@@ -4,6 +4,7 @@ A config is JSON or YAML::
 
     name: crc100k
     layout: {kind: folders}
+    splits: {train: {where: {Partition: train}}}      # what differs in the layout; optional
     question: Which tissue does the image show?       # to ask a language model
     templates: ["an H&E image of {}"]                 # for a CLIP; optional
     classes:
@@ -28,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,8 @@ from pathcore.files import StrPath
 from pathcore.images import ImageError, find_image, image_files, load_image, path_inside
 from pathcore.rows import read_csv
 
-Use = Literal["question", "prompts"]
+Use = Literal["question", "prompts", "labels"]
+"""What a config is used for; `labels` needs neither a question nor prompts."""
 
 TEMPLATES = (
     "a histology image of {}.",
@@ -131,6 +133,8 @@ class ImageSet:
         layout: How the images and their labels are stored.
         question: Question asked about every image.
         templates: Sentences with `{}` for a prompt.
+        splits: Fields of the layout that differ in other splits, by split; the layout itself is
+            that of the test images.
     """
 
     name: str
@@ -138,6 +142,11 @@ class ImageSet:
     layout: Mapping[str, Any]
     question: str = ""
     templates: tuple[str, ...] = TEMPLATES
+    splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def split(self, name: str) -> ImageSet:
+        """Returns the set with the layout of another split."""
+        return replace(self, layout={**self.layout, **self.splits[name]})
 
     @property
     def names(self) -> list[str]:
@@ -160,12 +169,12 @@ class ImageSet:
 
 
 def image_set_names(use: Use) -> list[str]:
-    """Returns the names of the shipped configs that have a question, or prompts."""
+    """Returns the names of the shipped configs that have a question, or prompts, or all names."""
     names = []
     for file in resources.files(_PACKAGE).iterdir():
         if file.name.endswith(".json"):
             content = json.loads(file.read_text(encoding="utf-8"))
-            if use in content or use in content["classes"][0]:
+            if use == "labels" or use in content or use in content["classes"][0]:
                 names.append(file.name.removesuffix(".json"))
     return sorted(names)
 
@@ -394,4 +403,7 @@ def _image_set(content: Mapping[str, Any], use: Use) -> ImageSet:
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(f"classes: expected at least two, of different names; found {names}")
     question = content["question"] if use == "question" else content.get("question", "")
-    return ImageSet(str(content["name"]), tuple(classes), layout, str(question), templates)
+    splits = content.get("splits", {})
+    if not all(isinstance(changes, Mapping) for changes in splits.values()):
+        raise ValueError(f"splits: expected fields of the layout by split, found {splits}")
+    return ImageSet(str(content["name"]), tuple(classes), layout, str(question), templates, splits)

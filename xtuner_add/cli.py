@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "probe-tiles": (
             f"{_COMMANDS}.gigapath:probe_tiles",
-            "Train and test a linear probe on tile embeddings.",
+            "Evaluate an encoder by linear probe, nearest neighbours or few shots.",
         ),
         "finetune-slides": (
             f"{_COMMANDS}.gigapath:finetune_slides",

@@ -1,4 +1,4 @@
-"""Baselines on vectors: nearest neighbours, logistic regression and Cox regression.
+"""Baselines on vectors: nearest neighbours or prototypes, logistic and Cox regression.
 
 A vector is the embedding of a tile, the mean over the tiles of a slide, or a slide embedding.
 """
@@ -51,43 +51,135 @@ Predict = Callable[[Array], Array]
 `(num_cases, 1)`."""
 
 
-def fit_knn(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
-    """Fits distance-weighted nearest neighbours by cosine; ignores the validation cases."""
+def fit_knn(
+    train: VectorSplit,
+    val: VectorSplit | None,
+    num_classes: int,
+    *,
+    num_neighbours: int = NUM_NEIGHBOURS,
+    weights: str = "distance",
+    centre: bool = False,
+) -> Predict:
+    """Fits nearest neighbours by cosine; ignores the validation cases.
+
+    Args:
+        train: Training cases.
+        val: Ignored.
+        num_classes: Number of classes.
+        num_neighbours: Number of neighbours; all training cases if there are fewer.
+        weights: `distance` weights neighbours by their inverse distance, `uniform` equally.
+        centre: Whether to subtract the mean of the training vectors first.
+    """
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import normalize
+
+    prepare = _unit_vectors(train.vectors, centre)
 
     def fitted(labels: Array) -> Any:
-        count = min(NUM_NEIGHBOURS, len(train.vectors))
+        count = min(num_neighbours, len(train.vectors))
         # The Euclidean distance of unit vectors sorts like the cosine distance and is faster,
         # because scikit-learn computes it by BLAS.
-        model = KNeighborsClassifier(count, weights="distance", algorithm="brute")
-        return model.fit(normalize(train.vectors), labels)
+        model = KNeighborsClassifier(count, weights=weights, algorithm="brute")
+        return model.fit(prepare(train.vectors), labels)
 
     predict = _each(fitted, train.labels, num_classes)
-    return lambda vectors: predict(normalize(vectors))
+    return lambda vectors: predict(prepare(vectors))
 
 
-def fit_logistic(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
-    """Fits logistic regression on standardised vectors.
+def fit_logistic(
+    train: VectorSplit,
+    val: VectorSplit | None,
+    num_classes: int,
+    *,
+    cost: float | str = "search",
+    max_iter: int = 1000,
+    standardise: bool = True,
+    join_val: bool = False,
+) -> Predict:
+    """Fits scikit-learn's logistic regression.
 
-    The validation loss selects the penalty; without validation cases it is scikit-learn's default.
+    Args:
+        train: Training cases.
+        val: Validation cases; None or empty if there are none.
+        num_classes: Number of classes K.
+        cost: Inverse strength of the L2 penalty. `adaptive` is `embed_dim * K / 100` (Chen et al.
+            2024, doi:10.1038/s41591-024-02857-3). `search` selects among `C_GRID` by the
+            validation loss; without validation cases it is scikit-learn's default, 1.
+        max_iter: Maximum number of iterations of L-BFGS.
+        standardise: Whether to standardise each dimension first.
+        join_val: Whether to train on the validation cases too.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    vectors, labels = train.vectors, train.labels
+    has_val = val is not None and len(val.ids) > 0
+    if join_val and val is not None and has_val:
+        vectors = np.concatenate([vectors, val.vectors])
+        labels = np.concatenate([labels, val.labels])
+
     def fit(strength: float) -> Predict:
-        def fitted(labels: Array) -> Any:
-            model = LogisticRegression(C=strength, max_iter=1000)
-            return make_pipeline(StandardScaler(), model).fit(train.vectors, labels)
+        def fitted(own: Array) -> Any:
+            model = LogisticRegression(C=strength, max_iter=max_iter)
+            steps = (StandardScaler(), model) if standardise else (model,)
+            return make_pipeline(*steps).fit(vectors, own)
 
-        return _each(fitted, train.labels, num_classes)
+        return _each(fitted, labels, num_classes)
 
-    if val is None or not len(val.ids):
+    if cost == "adaptive":
+        return fit(vectors.shape[1] * num_classes / 100)
+    if cost != "search":
+        return fit(float(cost))
+    if val is None or not has_val:
         return fit(1.0)
     models = [fit(strength) for strength in C_GRID]
     losses = [_log_loss(val.labels, model(val.vectors)) for model in models]
     return models[int(np.argmin(losses))]
+
+
+def fit_simpleshot(
+    train: VectorSplit, val: VectorSplit | None, num_classes: int, *, centre: bool = True
+) -> Predict:
+    """Fits nearest prototypes; ignores the validation cases.
+
+    A prototype is the mean of the unit vectors of a class (Wang et al. 2019, SimpleShot,
+    https://arxiv.org/abs/1911.04623). Probabilities are the softmax of minus the squared distances
+    to the prototypes (Snell et al. 2017, equation 2, https://arxiv.org/abs/1703.05175); the class
+    with the nearest one has the highest.
+
+    Args:
+        train: Training cases; a class that has none gets probability 0.
+        val: Ignored.
+        num_classes: Number of classes.
+        centre: Whether to subtract the mean of the training vectors first.
+
+    Raises:
+        ValueError: If cases have several labels.
+    """
+    if train.labels.ndim != 1:
+        raise ValueError("simpleshot: expected one class per case, found a multi-label task")
+    from scipy.special import softmax
+
+    prepare = _unit_vectors(train.vectors, centre)
+    present = np.unique(train.labels)
+    unit = prepare(train.vectors)
+    prototypes = np.stack([unit[train.labels == index].mean(axis=0) for index in present])
+
+    def predict(vectors: Array) -> Array:
+        # The squared length of the vectors is left out: it is the same for every prototype.
+        nearness = 2 * prepare(vectors) @ prototypes.T - np.square(prototypes).sum(axis=1)
+        table = np.zeros((len(vectors), num_classes))
+        table[:, present] = softmax(nearness, axis=1)
+        return table
+
+    return predict
+
+
+def _unit_vectors(train: Array, centre: bool) -> Callable[[Array], Array]:
+    from sklearn.preprocessing import normalize
+
+    mean = train.mean(axis=0) if centre else 0.0
+    return lambda vectors: normalize(vectors - mean)
 
 
 def fit_cox(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Predict:
@@ -110,13 +202,14 @@ def fit_cox(train: VectorSplit, val: VectorSplit | None, num_classes: int) -> Pr
     ).to_numpy()[:, None]
 
 
-METHODS: dict[str, Callable[[VectorSplit, VectorSplit | None, int], Predict]] = {
+METHODS: dict[str, Callable[..., Predict]] = {
     "knn": fit_knn,
     "logistic": fit_logistic,
+    "simpleshot": fit_simpleshot,
 }
 """Classifiers."""
 
-SURVIVAL_METHODS: dict[str, Callable[[VectorSplit, VectorSplit | None, int], Predict]] = {
+SURVIVAL_METHODS: dict[str, Callable[..., Predict]] = {
     "cox": fit_cox,
 }
 

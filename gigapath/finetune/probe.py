@@ -1,4 +1,4 @@
-"""Classifiers of tile embeddings: the published linear probe, and baselines on the same tiles.
+"""Classifiers of vectors: the published linear probe, and other protocols on the same vectors.
 
 The probe is a single linear layer, trained by SGD with a cosine schedule; the weights with the best
 weighted F1 on the validation tiles are kept. The original draws the batches of one epoch and
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gigapath.finetune.baselines import METHODS, VectorSplit, check_methods
+from gigapath.finetune.baselines import VectorSplit, check_methods
+from gigapath.finetune.labelled_vectors import read_vectors
 from gigapath.finetune.metrics import NUM_RESAMPLES, score_predictions
+from gigapath.finetune.protocols import LINEAR_PROBE, SHOT_SCORES, Protocol, score_shots
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
     SKIPPED_NAME,
     TABLE_NAME,
     draw_curves,
     results_table,
+    shots_table,
+    spread,
     write_predictions,
 )
 from gigapath.finetune.trainer import check_inputs
-from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit, read_embeddings
+from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit
+from pathcore import stats
 from pathcore.files import (
     StrPath,
     atomic_file,
@@ -43,10 +48,13 @@ from pathcore.files import (
 )
 from pathcore.rows import write_rows
 
-LINEAR_PROBE = "linear_probe"
+MONITORS = ("weighted_f1", "balanced_accuracy")
 
 Order = Callable[[int], Tensor]
 """Maps an epoch to the indices of the training tiles in their order."""
+
+
+_AT_LEAST = {"batch_size": 1, "train_iters": 1, "eval_interval": 0, "patience": 0}
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,17 @@ class ProbeSettings:
             replacement for one epoch and repeats it.
         batch_size: Number of tiles per step.
         train_iters: Number of steps.
-        eval_interval: Number of steps between evaluations on the validation tiles.
-        optim: `sgd` or `adam`.
+        eval_interval: Number of steps between evaluations on the validation tiles; 0 for once per
+            pass over the training tiles.
+        optim: `sgd`, `adam` or `adamw`.
         lr: Initial learning rate.
         min_lr: Learning rate at the end of the cosine schedule.
         momentum: Momentum of SGD.
-        weight_decay: L2 penalty, added to the gradient.
-        model_select: `best` for the best weighted F1 on the validation tiles, or `last`.
+        weight_decay: L2 penalty, added to the gradient; decoupled from it for `adamw`.
+        model_select: `best` for the best `monitor` on the validation tiles, or `last`.
+        monitor: `weighted_f1` or `balanced_accuracy`.
+        patience: Number of steps without a better `monitor` after which training stops; 0 never
+            stops.
         z_score: Whether to standardise each embedding to mean 0 and standard deviation 1.
         seed: Seed of weights and order.
         num_resamples: Number of resamples of the bootstrap intervals.
@@ -80,6 +92,8 @@ class ProbeSettings:
     momentum: float = 0.0
     weight_decay: float = 0.01
     model_select: str = "best"
+    monitor: str = "weighted_f1"
+    patience: int = 0
     z_score: bool = False
     seed: int = 42
     num_resamples: int = NUM_RESAMPLES
@@ -87,17 +101,18 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         known = {
             "protocol": ("corrected", "published"),
-            "optim": ("sgd", "adam"),
+            "optim": ("sgd", "adam", "adamw"),
             "model_select": ("best", "last"),
+            "monitor": MONITORS,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected one of {', '.join(values)}"
                 )
-        for name in ("batch_size", "train_iters", "eval_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: expected {least} or more")
         if self.lr <= 0:
             raise ValueError(f"lr {self.lr}: expected more than 0")
 
@@ -129,6 +144,9 @@ class ProbeRun:
         device: `cuda` or `cpu`; by default a GPU if there is one.
         order: Order of the training tiles per epoch; by default that of `settings.protocol`.
         progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If the settings need validation tiles, and there are none.
     """
 
     def __init__(
@@ -141,6 +159,12 @@ class ProbeRun:
         order: Order | None = None,
         progress: bool = False,
     ) -> None:
+        if not data.splits["val"].ids and (settings.model_select == "best" or settings.patience):
+            raise ValueError(
+                f"{LINEAR_PROBE}: no validation tiles, but model_select is "
+                f"{settings.model_select} and patience {settings.patience}; name some as val, or "
+                "set model_select=last and patience=0"
+            )
         self.data, self.settings, self.folder = data, settings, folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.features = data.splits["train"].features.to(self.device)
@@ -152,6 +176,7 @@ class ProbeRun:
         kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
             "sgd": lambda p, **k: torch.optim.SGD(p, momentum=settings.momentum, **k),
             "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
         }
         self.optimizer = kinds[settings.optim](
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -174,6 +199,9 @@ class ProbeRun:
         from tqdm import trange
 
         start, losses = self._resume(), []
+        interval = self.settings.eval_interval or -(-len(self.labels) // self.settings.batch_size)
+        if self._out_of_patience():
+            return []
         for step in trange(
             start, self.settings.train_iters, initial=start, total=self.settings.train_iters,
             desc=LINEAR_PROBE, disable=not self.progress,
@@ -186,8 +214,10 @@ class ProbeRun:
             self.schedule.step()
             losses.append(loss.detach())  # not .item(), which would wait for the GPU in every step
             done = step + 1
-            if done % self.settings.eval_interval == 0 or done == self.settings.train_iters:
+            if done % interval == 0 or done == self.settings.train_iters:
                 self._evaluate(done, losses)
+                if self._out_of_patience():
+                    break
         return [float(loss) for loss in losses]
 
     def batch(self, step: int) -> Tensor:
@@ -208,7 +238,7 @@ class ProbeRun:
         write_json(self.folder / "history.json", self.history)
         chosen = None
         if kept == "best":
-            chosen = max(self.history, key=lambda row: row["weighted_f1"])["iteration"]
+            chosen = self._best()["iteration"]
         draw_curves(
             self.folder / "curves.png",
             self.history,
@@ -218,7 +248,7 @@ class ProbeRun:
             chosen=chosen,
         )
         found = {}
-        for name in ("val", "test"):
+        for name in _tested(self.data):
             split = self.data.splits[name]
             logits = self.predict(split.features)
             probabilities = logits.softmax(-1).numpy()
@@ -257,26 +287,22 @@ class ProbeRun:
     def _evaluate(self, done: int, losses: list[Tensor]) -> None:
         from safetensors.torch import save_file
 
-        split = self.data.splits["val"]
-        logits, labels = self.predict(split.features), torch.from_numpy(split.labels)
         since = done - (self.history[-1]["iteration"] if self.history else 0)
         recent = float(torch.stack(losses[-since:]).mean())
         if not np.isfinite(recent):
             raise ValueError(f"iteration {done}: the loss is {recent}; lower the learning rate")
-        scores = published_scores(split.labels, logits.numpy())
         self.history.append(
             {
                 "iteration": done,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "train_loss": recent,
-                "val_loss": float(F.cross_entropy(logits, labels)),
-                "weighted_f1": scores["f1_weighted"],
-                "accuracy": scores["accuracy"],
+                **self._validate(),
             }
         )
         weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        improved = scores["f1_weighted"] > self.best
-        self.best = max(self.best, scores["f1_weighted"])
+        score = self.history[-1].get(self.settings.monitor, -1.0)
+        improved = score > self.best
+        self.best = max(self.best, score)
         for name in ("best",) * improved + ("last",):
             with atomic_file(self.folder / f"{name}.safetensors") as partial:
                 save_file(weights, partial)
@@ -292,6 +318,30 @@ class ProbeRun:
                 },
                 partial,
             )
+
+    def _validate(self) -> dict[str, float]:
+        split = self.data.splits["val"]
+        if not split.ids:
+            return {}
+        logits, labels = self.predict(split.features), torch.from_numpy(split.labels)
+        scores = published_scores(split.labels, logits.numpy())
+        matrix = np.zeros((len(self.data.classes),) * 2)
+        np.add.at(matrix, (split.labels, logits.argmax(dim=1).numpy()), 1)
+        return {
+            "val_loss": float(F.cross_entropy(logits, labels)),
+            "weighted_f1": scores["f1_weighted"],
+            "accuracy": scores["accuracy"],
+            "balanced_accuracy": float(stats.balanced_accuracy(matrix)),
+        }
+
+    def _best(self) -> dict[str, Any]:
+        return max(self.history, key=lambda row: row[self.settings.monitor])
+
+    def _out_of_patience(self) -> bool:
+        if not self.settings.patience or not self.history:
+            return False
+        since = self.history[-1]["iteration"] - self._best()["iteration"]
+        return bool(since >= self.settings.patience)
 
     def _resume(self) -> int:
         file = self.folder / "state.pt"
@@ -381,12 +431,12 @@ def probe_tiles(
     """Trains and tests classifiers of tile embeddings.
 
     Args:
-        embeddings: Zip as published, or a folder of `.pt` files.
+        embeddings: Zip as published, a folder of `.pt` files, or a folder of `SLIDE.h5`.
         table: csv with columns `input`, `label` and `split`; by default the only csv among the
             embeddings.
         out: Output folder; the same call continues a run that was stopped.
         settings: Settings of the linear probe.
-        methods: `linear_probe`, `knn`, `logistic`.
+        methods: `linear_probe`, `knn`, `logistic`, `simpleshot`.
         embed_dim: Width of the embeddings; by default the width that most of them have.
         device: `cuda` or `cpu`; by default a GPU if there is one.
         progress: Whether to show progress bars.
@@ -398,9 +448,56 @@ def probe_tiles(
         FileNotFoundError: If embeddings or table do not exist.
         ValueError: If the table cannot be used, or `out` holds another run.
     """
+    protocols = plain_protocols(methods)
+    data = read_vectors(embeddings, table, embed_dim=embed_dim, progress=progress)
+    return probe_vectors(
+        data,
+        str(embeddings),
+        out,
+        protocols,
+        settings=settings,
+        device=device,
+        progress=progress,
+    )
+
+
+def plain_protocols(methods: Sequence[str]) -> list[Protocol]:
+    """Returns a protocol for each method, with the method's defaults.
+
+    Raises:
+        ValueError: If a method is unknown.
+    """
+    return [Protocol(name, name) for name in check_methods(methods, (LINEAR_PROBE,))]
+
+
+def probe_vectors(
+    data: EmbeddingData,
+    source: str,
+    out: StrPath,
+    protocols: Sequence[Protocol],
+    *,
+    settings: ProbeSettings | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluates labelled vectors by protocols.
+
+    Args:
+        data: The vectors; see `gigapath.finetune.labelled_vectors`.
+        source: Encoder or embeddings, for the report.
+        out: Output folder; the same call continues a run that was stopped.
+        protocols: The protocols, of different names.
+        settings: Settings of linear probes; a protocol overrides those that it states.
+        device: `cuda` or `cpu`, for linear probes; by default a GPU if there is one.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: If the vectors do not suffice for a protocol, or `out` holds another run.
+    """
     settings, out = settings or ProbeSettings(), Path(out)
-    methods = check_methods(methods, (LINEAR_PROBE,))
-    data = read_embeddings(embeddings, table, embed_dim=embed_dim, progress=progress)
     if settings.z_score:
         data = standardised(data)
     setting = "binary" if len(data.classes) == 2 else "multi_class"
@@ -408,17 +505,26 @@ def probe_tiles(
     with folder_lock(out / ".lock"):
         remove_partials(out)
         found = {}
-        for method in methods:
-            folder = out / method
+        for protocol in protocols:
+            folder = out / protocol.name
             folder.mkdir(exist_ok=True)
-            if method == LINEAR_PROBE:
-                run = ProbeRun(data, settings, folder, device=device, progress=progress)
-                found[method] = run.finish(setting)
+            if protocol.method == LINEAR_PROBE:
+                found[protocol.name] = _probe(
+                    protocol, data, settings, folder, setting, device, progress
+                )
+            elif protocol.shots:
+                parts = _vector_splits(data)
+                shots = score_shots(
+                    protocol, parts["train"], parts["test"], len(data.classes), seed=settings.seed
+                )
+                write_json(folder / "shots.json", shots)
+                found[protocol.name] = shots
             else:
-                found[method] = _compare(method, data, settings, folder, setting)
+                found[protocol.name] = _compare(protocol, data, settings, folder, setting)
         results = {
-            "embeddings": str(embeddings),
+            "embeddings": source,
             "settings": asdict(settings),
+            "protocols": {p.name: asdict(p) for p in protocols},
             "classes": list(data.classes),
             "setting": setting,
             "num_tiles": {name: len(split.ids) for name, split in data.splits.items()},
@@ -432,13 +538,42 @@ def probe_tiles(
     return results
 
 
-def _compare(
-    method: str, data: EmbeddingData, settings: ProbeSettings, folder: Path, setting: str
+def _probe(
+    protocol: Protocol,
+    data: EmbeddingData,
+    settings: ProbeSettings,
+    folder: Path,
+    setting: str,
+    device: str | None,
+    progress: bool,
 ) -> dict[str, Any]:
-    parts = {n: VectorSplit(s.ids, s.features.numpy(), s.labels) for n, s in data.splits.items()}
-    predict = METHODS[method](parts["train"], parts["val"], len(data.classes))
+    settings = replace(settings, **protocol.settings)
+    runs = []
+    for number in range(protocol.num_runs):
+        own = folder / f"seed_{settings.seed + number}" if protocol.num_runs > 1 else folder
+        own.mkdir(exist_ok=True)
+        seeded = replace(settings, seed=settings.seed + number)
+        runs.append(ProbeRun(data, seeded, own, device=device, progress=progress).finish(setting))
+    if len(runs) == 1:
+        return runs[0]
+    return {"runs": runs, "spread": spread([run["test"] for run in runs], setting)}
+
+
+def _vector_splits(data: EmbeddingData) -> dict[str, VectorSplit]:
+    return {n: VectorSplit(s.ids, s.features.numpy(), s.labels) for n, s in data.splits.items()}
+
+
+def _tested(data: EmbeddingData) -> list[str]:
+    return [name for name in ("val", "test") if data.splits[name].ids]
+
+
+def _compare(
+    protocol: Protocol, data: EmbeddingData, settings: ProbeSettings, folder: Path, setting: str
+) -> dict[str, Any]:
+    parts = _vector_splits(data)
+    predict = protocol.fit(parts["train"], parts["val"], len(data.classes))
     found = {}
-    for name in ("val", "test"):
+    for name in _tested(data):
         split, probabilities = data.splits[name], predict(parts[name].vectors)
         found[name] = score_split(split, probabilities, data.classes, settings, setting)
         write_predictions(
@@ -461,9 +596,25 @@ def standardised(data: EmbeddingData) -> EmbeddingData:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    rows = [((name,), found["test"]) for name, found in results["methods"].items()]
-    notes = []
+    rows: list[tuple[tuple[str], Mapping[str, Any]]] = []
+    shots, notes = [], []
+    for name, found in results["methods"].items():
+        if "shots" in found:
+            shots += [(name, number, scores) for number, scores in found["shots"].items()]
+            notes += [f"{name}: {n} shots left out: {why}." for n, why in found["left_out"].items()]
+        elif "spread" in found:
+            rows.append(((f"{name}, {len(found['runs'])} seeds",), found["spread"]))
+        else:
+            rows.append(((name,), found["test"]))
     if results["num_skipped"]:
         notes.append(f"{results['num_skipped']} rows skipped: see skipped.jsonl.")
-    title = f"Tiles of {results['embeddings']}"
-    return results_table(title, results["setting"], rows, ("method",), notes)
+    for name, protocol in results["protocols"].items():
+        if protocol["note"]:
+            notes.append(f"{name}: {protocol['note']} {protocol['source']}".strip())
+    title = f"Vectors of {results['embeddings']}"
+    if not rows:
+        return shots_table(title, shots, tuple(SHOT_SCORES), notes)
+    whole = results_table(title, results["setting"], rows, ("method",), () if shots else notes)
+    if not shots:
+        return whole
+    return whole + "\n" + shots_table("Few shots", shots, tuple(SHOT_SCORES), notes)

@@ -99,6 +99,34 @@ def results_table(
     return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
 
 
+def shots_table(
+    title: str,
+    rows: Sequence[tuple[str, str, Mapping[str, Any]]],
+    names: Sequence[str],
+    notes: Sequence[str] = (),
+) -> str:
+    """Formats scores of k-shot runs as a Markdown table.
+
+    Args:
+        title: Title above the table.
+        rows: Method, number of shots, and scores; see `gigapath.finetune.protocols.score_shots`.
+        names: Scores in the columns.
+        notes: Paragraphs below the table.
+    """
+    lines = [
+        f"# {title}",
+        "",
+        "Means over draws of training cases, with 95 % bootstrap intervals of the mean over draws.",
+        "",
+        f"| {' | '.join(('method', 'shots', 'draws', *names))} |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for method, number, scores in rows:
+        cells = (method, number, str(scores["num_repeats"]), *(_cell(scores[n]) for n in names))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
+
+
 def spread(runs: Sequence[Mapping[str, Any]], setting: str) -> dict[str, Any]:
     """Returns mean and standard deviation of each score over the runs that define it."""
     found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -188,7 +188,7 @@ class EmbeddingData:
 
     Attributes:
         classes: Labels that occur; numbers are sorted as numbers, other labels alphabetically.
-        splits: Embeddings of `train`, `val` and `test`.
+        splits: Embeddings of `train`, `val`, which may be empty, and `test`.
         skipped: `id`, `split` and `reason` of skipped rows.
         num_without_row: Number of embeddings that the table does not name.
     """
@@ -210,23 +210,23 @@ def read_embeddings(
 
     Args:
         path: Zip or folder of `.pt` files.
-        table: csv with columns `input` (name of a `.pt` file), `label`, and `split` (train, val or
-            test); by default the only csv in `path`.
+        table: csv with columns `input` (name of a `.pt` file), `label`, and `split` (train, test
+            and, optionally, val); by default the only csv in `path`.
         embed_dim: Width of the embeddings; by default the width that most of the first 101 have.
         progress: Whether to show a progress bar.
 
     Raises:
         FileNotFoundError: If embeddings or table do not exist.
         ValueError: If the table lacks a column, there are fewer than two classes, or a split has no
-            usable embeddings.
+            usable embeddings; `val` may be absent from the table.
     """
     from tqdm import tqdm
 
     with EmbeddingArchive(path) as archive:
-        rows = _read_table(archive, table)
+        rows = read_labels(archive.table() if table is None else table, archive.path)
         named = {PurePosixPath(row["input"]).name.removesuffix(".pt") for row in rows}
-        good, skipped = _sort_rows(rows)
-        classes = _classes(row["label"] for row in good)
+        good, skipped = sort_rows(rows)
+        classes = class_names(row["label"] for row in good)
         if len(classes) < 2:
             raise ValueError(f"table {table}: expected at least two labels, found {list(classes)}")
         width = embed_dim or _usual_width(archive, good)
@@ -237,7 +237,7 @@ def read_embeddings(
                 own = [row for row in good if row["split"] == split]
                 splits[split] = _read_split(archive, own, width, number, skipped, bar)
         for split, found in splits.items():
-            if not found.ids:
+            if not found.ids and (split != "val" or any(row["split"] == split for row in rows)):
                 raise ValueError(
                     f"embeddings {path}: none of split {split} can be used; the table has "
                     f"{sum(row['split'] == split for row in rows)} rows of it, first fault: "
@@ -246,35 +246,43 @@ def read_embeddings(
         return EmbeddingData(classes, splits, tuple(skipped), len(set(archive.entries) - named))
 
 
-def _read_table(archive: EmbeddingArchive, table: StrPath | None) -> list[dict[str, str]]:
+def read_labels(table: StrPath | bytes | None, embeddings: StrPath) -> list[dict[str, str]]:
+    """Reads the rows of a table of labels: `input`, `label` and `split`.
+
+    Args:
+        table: The csv, or its content; None if there is none.
+        embeddings: Path of what the rows name, for error messages.
+
+    Raises:
+        FileNotFoundError: If there is no table.
+        ValueError: If it cannot be read or lacks a column.
+    """
     import pandas as pd
 
     if table is None:
-        content = archive.table()
-        if content is None:
-            raise FileNotFoundError(
-                f"embeddings {archive.path}: hold no single csv with the labels; name one"
-            )
-        source: Any = io.BytesIO(content)
-    elif not Path(table).is_file():
+        raise FileNotFoundError(
+            f"embeddings {embeddings}: hold no single csv with the labels; name one"
+        )
+    name = embeddings if isinstance(table, bytes) else table
+    if not isinstance(table, bytes) and not Path(table).is_file():
         raise FileNotFoundError(f"table {table}: no such file")
-    else:
-        source = table
+    source: Any = io.BytesIO(table) if isinstance(table, bytes) else table
     try:
         frame = pd.read_csv(source, dtype=str, keep_default_na=False)
     except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"table {table}: cannot be read: {error}") from error
-    if absent := [name for name in _COLUMNS if name not in frame.columns]:
-        raise ValueError(f"table {table}: no columns {absent}, only {list(frame.columns)}")
+        raise ValueError(f"table {name}: cannot be read: {error}") from error
+    if absent := [column for column in _COLUMNS if column not in frame.columns]:
+        raise ValueError(f"table {name}: no columns {absent}, only {list(frame.columns)}")
     return [
         {key: str(value).strip() for key, value in zip(_COLUMNS, values, strict=True)}
         for values in frame[list(_COLUMNS)].itertuples(index=False)
     ]
 
 
-def _sort_rows(
+def sort_rows(
     rows: Sequence[dict[str, str]],
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Separates the rows that can be used from those that cannot, with the reason."""
     good, skipped, seen = [], [], set()
     for row in rows:
         key = (row["input"], row["split"])
@@ -293,8 +301,13 @@ def _sort_rows(
     return good, skipped
 
 
-def _classes(labels: Iterator[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(labels), key=lambda name: (not name.isdigit(), name.zfill(9))))
+def class_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Returns the different labels: numbers in their order, then the others alphabetically."""
+    return tuple(
+        sorted(
+            set(labels), key=lambda name: (not name.isdigit(), name.isdigit() and int(name), name)
+        )
+    )
 
 
 def _usual_width(archive: EmbeddingArchive, rows: Sequence[dict[str, str]]) -> int:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pathcore import stats
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath, write_json, write_text
+from pathcore.image_features import image_features
 from pathcore.image_sets import FileImage, ImageSet, read_images
 from pathcore.images import path_inside
 from pathcore.rows import BadRow, pair_fault, read_rows_with_id, write_csv, write_rows
-from pathgen.clip.image_features import image_features
 
 METRICS_NAME = "metrics.json"
 TABLES_NAME = "metrics.md"

@@ -29,6 +29,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     # Models.
     (r"\bopen_clip:ViT-L-14-336@pathclip\.pt\b", "open_clip:local-dir:open_clip"),
     (r"\bopen_clip:ViT-B-16-quickgelu@openai\b", "tiny_clip"),
+    (r"--encoder (uni2-h|virchow2)\b", "--encoder tiny_clip"),
     (r"(?<= )LLM\b", "llama"),
     (r"(?<= )HF_MODEL\b", "hf_model"),
     (r"finetune-slides gigapath/features/ENCODER", "finetune-slides cohort/features"),
@@ -64,7 +65,7 @@ OPTIONS: dict[str, str] = {
     "select-patches": f"{_CPU} --quota 4 --batch-size 16 --quiet --no-pictures --cancer-type BRCA",
     "embed": "--tile-encoder encoders --slide-encoder encoders --slide-arch tiny_slide_enc "
     "--patch-px 64 --batch-size 8 --device cpu --quiet",
-    "probe-tiles": f"{_CPU} --recipe pcam_tiny --option num_resamples=20",
+    "probe-tiles": f"{_CPU} --recipe pcam_tiny --option num_resamples=20 --option train_iters=20",
     "finetune-slides": f"{_CPU} --recipe cohort_tiny --option num_resamples=20 --option epochs=1 "
     "--fold 0",
     "train-mil": f"{_CPU} --epochs 1 --fold 0",

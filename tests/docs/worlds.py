@@ -159,6 +159,28 @@ def clip(root: Path) -> None:
     published.write_lines(root / "test/pairs.jsonl", rows)
 
 
+def labelled_images(root: Path) -> None:
+    """Images to train on, and tables of labels and splits."""
+    generator = np.random.default_rng(1)
+
+    def picture(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+
+    for name in ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"):
+        for number in range(2):
+            picture(root / f"NCT-CRC-HE-100K/{name}/{number}.png")
+    tiles, slides = [], []
+    for number in range(12):
+        picture(root / f"tiles/{number}.png")
+        label, split = "ab"[number % 2], ("train", "val", "test")[number // 2 % 3]
+        tiles.append({"input": f"{number}.png", "label": label, "split": split})
+        split = "train" if number < 8 else "test"
+        slides.append({"input": f"S{number:03d}", "label": label, "split": split})
+    slide_cohort.write_table(root / "tiles.csv", tiles)
+    slide_cohort.write_table(root / "slides.csv", slides)
+
+
 def features(root: Path) -> None:
     """Feature files of another tool."""
     coords = np.array([[256 * column, 0] for column in range(8)])
@@ -247,7 +269,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
         ("docs/gigapath.md", "docs/slide_questions.md"),
         (slides, encoders, labelled_tiles, gigapath_features),
     ),
-    "CLIP": (("docs/pathgen_clip.md",), (clip, mil)),
+    "CLIP": (("docs/pathgen_clip.md", "docs/encoder_scores.md"), (clip, mil, labelled_images)),
     "CITE": (("docs/cite.md", "docs/cite_runs.md", "configs/cite/gastric/README.md"), (gastric,)),
     "the rest": (
         (

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from gigapath.finetune import mil, run
 from tests.gigapath.slide_cohort import write_cohort, write_published_split
+from tests.pathgen.histology import KINDS, write_class_folders
+from tests.pathgen.tiny_encoders import save_open_clip
 from tests.xtuner_add.embedding_zip import write_tiles
 from xtuner_add.cli import main
 from xtuner_add.commands.gigapath import find_recipe, find_task
@@ -178,6 +180,39 @@ def test_probe(tiles: Path) -> None:
     assert sum(row["true"] == row["predicted"] for row in rows) > 16
     found = invoke(*arguments, "--output", tiles / "out", "--option", "lr=0.5")
     assert found.exit_code == 1 and "other settings" in found.output
+
+
+def test_encoder_by_protocols(tmp_path: Path) -> None:
+    encoder = save_open_clip(tmp_path / "clip")
+    write_class_folders(tmp_path / "train", 8)
+    write_class_folders(tmp_path / "test", 5, start=0)
+    (tmp_path / "test/fat/9.png").write_bytes(b"no image")
+    config = {"name": "kinds", "classes": [{"name": kind} for kind in KINDS]}
+    (tmp_path / "kinds.json").write_text(json.dumps(config))
+    arguments = ("probe-tiles", tmp_path / "test", "--output", tmp_path / "out", *SMALL,
+                 "--encoder", encoder)  # fmt: skip
+    chosen = (*arguments, "--image-set", tmp_path / "kinds.json", "--train", tmp_path / "train")
+    found = invoke(*chosen, "--protocol", "uni-knn", "--protocol", "uni-few-shot", "--repeats", "5")
+    assert found.exit_code == 3, found.output
+    assert "| uni-knn | 20 |" in found.output and "| uni-few-shot | 8 | 5 |" in found.output
+    assert "16 shots left out: the smallest class has 8 training cases" in found.output
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["methods"]["uni-knn"]["test"]["balanced_accuracy"]["low"] > 0.25
+    shots = results["methods"]["uni-few-shot"]["shots"]
+    assert shots["8"]["accuracy"]["value"] > 0.5
+    assert (tmp_path / "out/uni-knn/reliability.png").is_file()
+    for more, code, message in (
+        ((*arguments, "--method", "knn"), 2, "either --labels or --image-set"),
+        ((*arguments[:4], "--image-set", "bach"), 2, "require --encoder"),
+        ((*chosen, "--protocol", "uni-kn"), 2, "did you mean uni-knn"),
+        ((*chosen, "--method", "knn", "--repeats", "3"), 2, "--repeats requires --shots"),
+        ((*chosen, "--shots", "4"), 1, "k shots are for"),
+        ((*arguments, "--image-set", "bahc"), 1, "bahc"),
+    ):
+        found = invoke(*more)
+        assert found.exit_code == code and message in found.output, (more, found.output)
+    found = invoke("probe-tiles", "--list")
+    assert found.exit_code == 0 and "uni-knn: 20 neighbours" in found.output
 
 
 def test_script_of_pcam(tiles: Path) -> None:

@@ -447,52 +447,162 @@ def _published_settings() -> set[str]:
     return {*REPLACED, *(field.name for field in settings)}
 
 
+def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from gigapath.finetune.protocols import get_protocol, list_protocols
+
+    for name in list_protocols():
+        click.echo(f"{name}: {get_protocol(name).note}")
+    ctx.exit()
+
+
 @click.command(
     "probe-tiles",
     cls=SettingsCommand,
-    epilog=example("probe-tiles", "GigaPath_PCam_embeddings.zip --output runs/pcam --recipe pcam"),
+    epilog=example(
+        "probe-tiles",
+        "GigaPath_PCam_embeddings.zip --output runs/pcam --recipe pcam",
+        "CRC-VAL-HE-7K/ --encoder uni2-h --image-set crc100k --train NCT-CRC-HE-100K/ "
+        "--protocol uni-knn --protocol uni-few-shot --output runs/crc",
+    ),
 )
 @click.argument("embeddings", type=FILE_OR_FOLDER)
-@click.option("--output", required=True, type=OUT_FOLDER)
+@click.option("--output", required=True, type=OUT_FOLDER, help="Output folder.")
 @click.option(
     "--labels",
     type=FILE,
-    help="CSV with input, label, split. [default: the CSV file among the embeddings]",
+    help="CSV with input, label, split (train, test and, optionally, val). [default: the CSV file "
+    "among the embeddings]",
 )
-@click.option("--recipe", help="A YAML file, or one of our names: pcam.")
-@_OPTION
+@click.option(
+    "--encoder",
+    metavar="NAME",
+    help="Encoder of docs/encoders.md: EMBEDDINGS is then a folder of images, which it embeds.",
+)
+@click.option(
+    "--image-set",
+    metavar="NAME|FILE",
+    help="Set whose test images EMBEDDINGS holds, instead of --labels: bach, crc100k, mhist, ..., "
+    "or a config file.",
+)
+@click.option(
+    "--train", type=FOLDER, help="Its training images. [default: those that the set names]"
+)
+@click.option(
+    "--val", type=FOLDER, help="Its validation images. [default: those it names, or none]"
+)
+@click.option(
+    "--cache", "cache_dir", type=OUT_FOLDER, help="Folder of image features. [default: --output]"
+)
+@click.option("--batch-size", default=64, show_default=True, help="Images per batch.")
+@click.option(
+    "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+)
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    metavar="NAME",
+    help="A protocol that --list shows; may be repeated.",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_list_protocols,
+    help="List the protocols and exit.",
+)
 @click.option(
     "--method",
     "methods",
     multiple=True,
-    default=("linear_probe",),
-    show_default=True,
-    help="linear_probe, knn or logistic; may be repeated.",
+    help="linear_probe, knn, logistic or simpleshot; may be repeated. [default: linear_probe if "
+    "there is no --protocol]",
 )
+@click.option(
+    "--shots",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Train on so many cases of each class, in --repeats draws; may be repeated.",
+)
+@click.option("--repeats", type=click.IntRange(1), help="Draws. [default: the protocol's, or 100]")
+@click.option("--recipe", help="A YAML file, or one of our names: pcam.")
+@_OPTION
 @click.option("--embed-dim", type=int, help="Length of an embedding. [default: the most frequent]")
 @device_option
 def probe_tiles(
     embeddings: Path,
     output: Path,
-    labels: Path | None,
     recipe: str | None,
     settings: tuple[str, ...],
-    **options: Any,
+    protocols: tuple[str, ...],
+    methods: tuple[str, ...],
+    shots: tuple[int, ...],
+    repeats: int | None,
+    device: str | None,
+    **source: Any,
 ) -> None:
-    """Train a linear probe on EMBEDDINGS, a zip or folder of one .pt per tile, and test it.
+    """Train classifiers of EMBEDDINGS by a protocol, and test them.
 
-    A zip file is read without unpacking. The default recipe is the protocol published for PCam. An
-    interrupted run continues when the same command is run again. Unusable tiles are listed in
-    skipped.jsonl, and the exit code is 3.
+    EMBEDDINGS is a zip or folder of one .pt per tile; a folder of SLIDE.h5, whose means are taken;
+    or, with --encoder, a folder of images. A zip file is read without unpacking. The recipe by
+    default is the linear probe published for PCam. An interrupted run continues when the same
+    command is run again. What cannot be used is listed in skipped.jsonl, and the exit code is 3.
     """
-    from gigapath.finetune.probe import ProbeSettings
-    from gigapath.finetune.probe import probe_tiles as probe
+    from gigapath.finetune.probe import ProbeSettings, plain_protocols, probe_vectors
+    from gigapath.finetune.protocols import get_protocol
 
     with user_errors():
-        found = recipe and find_recipe(recipe)
-        chosen = read_settings(ProbeSettings, found, yaml_values(settings))
-        results = probe(embeddings, labels, output, settings=chosen, **options)
-    _end(output, results, "tile")
+        found, options = recipe and find_recipe(recipe), yaml_values(settings)
+        chosen = read_settings(ProbeSettings, found, options)
+        plain = methods or (() if protocols else ("linear_probe",))
+        wanted = [*map(get_protocol, dict.fromkeys(protocols)), *plain_protocols(plain)]
+        changes = {option: getattr(chosen, option) for option in options}
+        wanted = [protocol.changed(changes, shots, repeats) for protocol in wanted]
+        if repeats and not any(protocol.shots for protocol in wanted):
+            raise click.UsageError("--repeats requires --shots, or a protocol that has shots")
+        data, name = _labelled_vectors(embeddings, output, device, **source)
+        results = probe_vectors(data, name, output, wanted, settings=chosen, device=device)
+    _end(output, results, "row")
+
+
+def _labelled_vectors(
+    embeddings: Path,
+    output: Path,
+    device: str | None,
+    *,
+    labels: Path | None,
+    encoder: str | None,
+    image_set: str | None,
+    train: Path | None,
+    val: Path | None,
+    cache_dir: Path | None,
+    embed_dim: int | None,
+    **reading: int,
+) -> tuple[Any, str]:
+    """Returns the vectors that the options of probe-tiles describe, and a name for the report."""
+    from gigapath.finetune.labelled_vectors import embed_images, labelled_images, read_vectors
+    from pathcore.encoders import create_encoder
+    from pathcore.image_sets import load_image_set
+
+    if encoder is None:
+        if image_set or train or val:
+            raise click.UsageError("--image-set, --train and --val require --encoder")
+        return read_vectors(embeddings, labels, embed_dim=embed_dim), str(embeddings)
+    if (labels is None) == (image_set is None):
+        raise click.UsageError("--encoder requires either --labels or --image-set")
+    if labels and (train or val):
+        raise click.UsageError("--train and --val are for --image-set; the table has a split")
+    found = load_image_set(image_set, "labels") if image_set else None
+    classes, parts = labelled_images(
+        embeddings, table=labels, image_set=found, train=train, val=val
+    )
+    opened = create_encoder(encoder, device=device)
+    cache = cache_dir or output / "features"
+    data = embed_images(opened, classes, parts, cache, **reading)
+    return data, f"{opened.name} of {found.name if found else embeddings}"
 
 
 @click.command(

@@ -252,7 +252,7 @@ def test_a_folder_and_a_table_among_the_embeddings(tmp_path: Path) -> None:
     [
         ("input,label\na,1\n", "no columns"),
         ("input,label,split\ntile_0,1,train\n", "two labels"),
-        ("input,label,split\ntile_0,0,train\ntile_1,1,train\n", "none of split val"),
+        ("input,label,split\ntile_0,0,train\ntile_1,1,train\n", "none of split test"),
     ],
 )
 def test_tables_that_cannot_be_used(table: str, message: str, tmp_path: Path) -> None:

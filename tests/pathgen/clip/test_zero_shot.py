@@ -9,9 +9,9 @@ import open_clip
 import pytest
 import torch
 
+from pathcore import image_features as features_module
 from pathcore.encoders import Encoder, Network, Transform, create_encoder
 from pathcore.image_sets import load_image_set
-from pathgen.clip import image_features as features_module
 from pathgen.clip.export import export_hugging_face, export_open_clip, model_config
 from pathgen.clip.zero_shot import _ranks, class_features, retrieval, zero_shot
 from tests.pathgen.histology import KINDS, write_class_folders, write_pairs

@@ -38,7 +38,7 @@ class ImageFeatures:
     """Features of the images that could be read.
 
     Attributes:
-        features: float32 `(N, dim)`, L2-normalised.
+        features: float32 `(N, dim)`.
         kept: int64 `(N,)`, indices of the images that the features belong to.
         skipped: `id` and `reason` of each of the other images.
     """
@@ -67,6 +67,7 @@ def image_features(
     images: Sequence[ImageSource],
     cache_dir: Path,
     *,
+    joint: bool = True,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = True,
@@ -77,6 +78,8 @@ def image_features(
         encoder: Encoder that computes the features.
         images: All images of the data set, in a fixed order.
         cache_dir: Cache; gets one folder per encoder and list of images.
+        joint: Whether to compute L2-normalised features in the space of the texts, if the encoder
+            has one (`Encoder.encode_images`), instead of `Encoder.features`.
         batch_size: Number of images per batch.
         num_workers: Number of processes that read images; 0 reads them in this process.
         progress: Whether to show a progress bar.
@@ -87,7 +90,8 @@ def image_features(
     digest = hashlib.sha256()
     for image in images:
         digest.update(image.id.encode("utf-8", "surrogateescape") + b"\0")
-    folder = cache_dir / f"{encoder.folder_name}-{digest.hexdigest()[:16]}"
+    kind = "" if joint else "-features"
+    folder = cache_dir / f"{encoder.folder_name}{kind}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (
         folder_lock(folder / ".lock"),
@@ -99,7 +103,7 @@ def image_features(
             own = images[start : start + PART_SIZE]
             part = _read_part(file)
             if part is None:
-                part = _compute(encoder, own, batch_size, num_workers, bar)
+                part = _compute(encoder, own, joint, batch_size, num_workers, bar)
                 with atomic_file(file) as partial, partial.open("wb") as stream:
                     np.savez(stream, **part)
             else:
@@ -114,8 +118,14 @@ def image_features(
 
 
 def _compute(
-    encoder: Encoder, images: Sequence[ImageSource], batch_size: int, num_workers: int, bar: Any
+    encoder: Encoder,
+    images: Sequence[ImageSource],
+    joint: bool,
+    batch_size: int,
+    num_workers: int,
+    bar: Any,
 ) -> dict[str, Any]:
+    encode = encoder.encode_images if joint else encoder.features
     loader = torch.utils.data.DataLoader(
         _Images(images, encoder.transform),
         batch_size=batch_size,
@@ -132,7 +142,7 @@ def _compute(
                 kept.append(index)
                 good.append(found)
         if good:
-            features.append(encoder.encode_images(torch.stack(good)).numpy())
+            features.append(encode(torch.stack(good)).numpy())
         bar.update(len(rows))
     return {
         "features": np.concatenate(features) if features else np.zeros((0, 0), np.float32),
