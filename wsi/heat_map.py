@@ -30,6 +30,7 @@ MAP_SUFFIXES: dict[MapFormat, str] = {
 
 _CELLS_PER_PATCH = 8
 _MAX_SIDE_PX = 8192
+_MAX_PICTURE_PX = 2048
 _TILE_PX = 256
 _SMALLEST_LEVEL_PX = 512
 
@@ -65,6 +66,7 @@ class PatchScores:
         size_level0: int,
         scores: Mapping[str, NDArray[Any]],
         attributes: Mapping[str, Any],
+        classes: Sequence[str] | None = None,
     ) -> PatchScores:
         """Takes size and resolution of the slide from the attributes of a coordinates file."""
         size, mpp = None, None
@@ -72,11 +74,11 @@ class PatchScores:
             size = int(attributes["level0_width"]), int(attributes["level0_height"])
         if "mpp_level0" in attributes:
             mpp = float(attributes["mpp_level0"])
-        return cls(name, coords, size_level0, scores, slide_size=size, mpp_level0=mpp)
+        return cls(name, coords, size_level0, scores, classes, slide_size=size, mpp_level0=mpp)
 
 
 def write_score_map(folder: StrPath, scores: PatchScores, map_format: MapFormat) -> Path:
-    """Writes `FOLDER/NAME.geojson` or `FOLDER/NAME.ome.tif`, atomically; returns the path."""
+    """Writes `FOLDER/NAME.png`, `.geojson` or `.ome.tif`, atomically; returns the path."""
     path = Path(folder) / f"{scores.name}{MAP_SUFFIXES[map_format]}"
     if map_format == "geojson":
         kinds = sorted(set(scores.classes or ()))
@@ -92,8 +94,38 @@ def write_score_map(folder: StrPath, scores: PatchScores, map_format: MapFormat)
     elif map_format == "ome-tiff":
         write_ome_tiff(path, scores)
     else:
-        raise ValueError(f"map format: expected geojson or ome-tiff, found {map_format!r}")
+        write_picture(path, scores)
     return path
+
+
+def write_picture(path: StrPath, scores: PatchScores) -> None:
+    """Draws a PNG with a panel per score, all on one scale of colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    origin = scores.coords.min(axis=0)
+    extent = scores.coords.max(axis=0) - origin + scores.size_level0
+    columns = [np.asarray(column, np.float64) for column in scores.scores.values()]
+    values, covered = paint_scores(
+        scores.coords - origin,
+        np.stack(columns, axis=1),
+        scores.size_level0,
+        extent.tolist(),
+        min(_CELLS_PER_PATCH / scores.size_level0, _MAX_PICTURE_PX / extent.max()),
+    )
+    figure = Figure(figsize=(3.2 * len(columns) + 0.8, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    low, high = min(map(np.min, columns)), max(map(np.max, columns))
+    for index, (axes, name) in enumerate(zip(panels, scores.scores, strict=True)):
+        shown = np.where(covered, values[..., index], np.nan)
+        picture = axes.imshow(shown, vmin=low, vmax=high, cmap="inferno")
+        axes.set_title(name, fontsize=7)
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(picture, ax=panels.tolist(), shrink=0.7)
+    figure.suptitle(scores.name, fontsize=8)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def write_ome_tiff(path: StrPath, scores: PatchScores) -> None:

@@ -102,9 +102,13 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             f"{_COMMANDS}.clip:clip_zero_shot",
             "Classify public image sets with a CLIP and prompts.",
         ),
+        "clip-zero-shot-slides": (
+            f"{_COMMANDS}.clip:clip_zero_shot_slides",
+            "Classify slides by the top k patches for prompts (MI-Zero), and draw maps.",
+        ),
         "clip-retrieval": (
             f"{_COMMANDS}.clip:clip_retrieval",
-            "Retrieve captions for images and images for captions: recall@k.",
+            "Retrieve captions for images, images for captions, or images for images.",
         ),
     },
     "CITE": {

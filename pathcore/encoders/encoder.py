@@ -190,6 +190,11 @@ class Encoder:
         return self._built.texts is not None
 
     @property
+    def features_are_joint(self) -> bool:
+        """Whether `encode_images` returns `features`, normalised, and not another output."""
+        return self._built.joint is None
+
+    @property
     def folder_name(self) -> str:
         """Folder name made of name and digest, so that different weights use different folders."""
         last = re.split(r"[:/]", self.name)[-1]

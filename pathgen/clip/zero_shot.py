@@ -1,7 +1,8 @@
-"""Evaluates a CLIP: zero-shot classification and image-text retrieval, with confidence intervals.
+"""Evaluates a CLIP by zero-shot classification, with confidence intervals.
 
 The feature of a class is the L2-normalised mean of the features of its prompts: prompt ensembling
-in embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/2103.00020).
+in embedding space (Radford et al. 2021, section 3.1.4, https://arxiv.org/abs/2103.00020). How much
+a score depends on the wording is measured by each template, and each wording of the classes, alone.
 """
 
 from __future__ import annotations
@@ -16,17 +17,11 @@ from numpy.typing import NDArray
 
 from pathcore import stats
 from pathcore.encoders import Encoder
-from pathcore.files import StrPath, write_json, write_text
+from pathcore.files import StrPath
 from pathcore.image_features import image_features
-from pathcore.image_sets import FileImage, ImageSet, read_images
-from pathcore.images import path_inside
-from pathcore.rows import BadRow, pair_fault, read_rows_with_id, write_csv, write_rows
-
-METRICS_NAME = "metrics.json"
-TABLES_NAME = "metrics.md"
-SKIPPED_NAME = "skipped.jsonl"
-
-_QUERIES_AT_A_TIME = 1024
+from pathcore.image_sets import ImageSet, read_images
+from pathcore.rows import write_csv
+from pathgen.clip.reports import SCORE_HEAD, head, score_row, write_report
 
 
 def zero_shot(
@@ -71,11 +66,20 @@ def zero_shot(
         num_workers=num_workers,
         progress=progress,
     )
-    classifier = class_features(encoder, benchmark)
-    similarities = features.features @ classifier.numpy().T
+    prompts = prompt_features(encoder, benchmark)
+    similarities = features.features @ class_features(prompts).numpy().T
     predicted = similarities.argmax(axis=1)
     true = np.array(found.labels)[features.kept]
     scores = classification_scores(true, predicted, len(names), seed=seed)
+    spread = {
+        kind: score_spread(
+            true,
+            {n: (features.features @ v.numpy().T).argmax(axis=1) for n, v in variants.items()},
+            len(names),
+            seed=seed,
+        )
+        for kind, variants in prompt_variants(prompts, benchmark).items()
+    }
     skipped = [*found.skipped, *features.skipped]
     metrics = {
         "task": "zero-shot classification",
@@ -85,13 +89,14 @@ def zero_shot(
         "num_prompts": [len(benchmark.sentences(i)) for i in range(len(names))],
         "num_skipped": len(skipped),
         **scores,
+        "prompt_spread": spread,
     }
     rows = [
         [found.images[k].id, names[t], names[p], *map("{:.5f}".format, s)]
         for k, t, p, s in zip(features.kept, true, predicted, similarities, strict=True)
     ]
     write_csv(out / "predictions.csv", ["id", "true", "predicted", *names], rows)
-    _write_report(out, metrics, _classification_tables(metrics), skipped)
+    write_report(out, metrics, _classification_tables(metrics), skipped)
     return metrics
 
 
@@ -139,144 +144,113 @@ def classification_scores(
     }
 
 
-def class_features(encoder: Encoder, benchmark: ImageSet) -> torch.Tensor:
-    """Returns one L2-normalised feature per class, `(num_classes, dim)`."""
-    means = [
-        encoder.encode_texts(benchmark.sentences(index)).mean(dim=0)
+def prompt_features(encoder: Encoder, benchmark: ImageSet) -> list[torch.Tensor]:
+    """Returns the L2-normalised features of each class's sentences.
+
+    Returns:
+        Per class a tensor `(num_templates, num_prompts, dim)`.
+    """
+    return [
+        encoder.encode_texts(benchmark.sentences(index)).unflatten(
+            0, (len(benchmark.templates), -1)
+        )
         for index in range(len(benchmark.classes))
     ]
+
+
+def class_features(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns one L2-normalised feature per class, `(num_classes, dim)`.
+
+    Args:
+        prompts: Features of each class's sentences, see `prompt_features`.
+    """
+    means = [features.flatten(0, -2).mean(dim=0) for features in prompts]
     return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
 
-def retrieval(
-    encoder: Encoder,
-    pairs: StrPath,
-    out: StrPath,
-    *,
-    image_folder: StrPath | None = None,
-    ks: Sequence[int] = (1, 5, 10),
-    cache_dir: StrPath | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Finds captions for images and images for captions, and writes recall at k.
-
-    Equal captions count as one caption, for which several images are right.
+def prompt_variants(
+    prompts: Sequence[torch.Tensor], benchmark: ImageSet
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns class features of parts of the prompts.
 
     Args:
-        encoder: The CLIP.
-        pairs: `pairs.jsonl`.
-        out: Folder for `metrics.json`, `metrics.md`, `skipped.jsonl`.
-        image_folder: Folder of the images; by default the folder of `pairs`.
-        ks: Ranks k at which recall is computed.
-        cache_dir: Folder in which features are cached; by default `features/` in `out`.
-        batch_size: Number of images per batch.
-        num_workers: Number of processes that read images.
+        prompts: Features of each class's sentences, see `prompt_features`.
+        benchmark: The classes and templates.
+
+    Returns:
+        `templates`: by template, the class features `(num_classes, dim)` of that template alone.
+        `wordings`: those of one wording of each class in all templates; variant j takes the j-th
+        wording, and starts anew for classes that have fewer. A kind with a single variant is left
+        out.
+    """
+    templates = {
+        template: class_features([features[number] for features in prompts])
+        for number, template in enumerate(benchmark.templates)
+    }
+    wordings = {}
+    for number in range(max(features.shape[1] for features in prompts)):
+        chosen = [number % features.shape[1] for features in prompts]
+        name = ", ".join(c.prompts[j] for c, j in zip(benchmark.classes, chosen, strict=True))
+        own = [features[:, j] for features, j in zip(prompts, chosen, strict=True)]
+        wordings[name] = class_features(own)
+    found = {"templates": templates, "wordings": wordings}
+    return {kind: variants for kind, variants in found.items() if len(variants) > 1}
+
+
+def score_spread(
+    true: NDArray[Any], predicted: Mapping[str, NDArray[Any]], num_classes: int, *, seed: int = 0
+) -> dict[str, Any]:
+    """Compares the balanced accuracies of several predictions for the same images.
+
+    Args:
+        true: int `(N,)`, classes counted from 0.
+        predicted: int `(N,)` by name of the variant.
+        num_classes: Number of classes.
         seed: Seed of the bootstrap.
-        progress: Whether to show a progress bar.
 
-    Raises:
-        FileNotFoundError: If `pairs` does not exist.
-        ValueError: If no pair can be used.
+    Returns:
+        `mean` over the variants, `range` from the worst to the best, and `best` and `worst` with
+        their names, each with a 95 % interval over images, which all variants share. The best one
+        is chosen on the images that it is scored on, so that its score is optimistic. `each` has
+        the value of every variant.
     """
-    pairs, out = Path(pairs), Path(out)
-    folder = Path(image_folder) if image_folder else pairs.parent
-    images, captions, skipped = _read_pairs(pairs, folder)
-    out.mkdir(parents=True, exist_ok=True)
-    found = image_features(
-        encoder,
-        images,
-        Path(cache_dir) if cache_dir else out / "features",
-        batch_size=batch_size,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    kept = [captions[index] for index in found.kept]
-    texts = list(dict.fromkeys(kept))
-    number = {text: index for index, text in enumerate(texts)}
-    right = np.array([number[text] for text in kept])
-    text_features = encoder.encode_texts(texts).numpy()
-    ranks = {
-        "image_to_text": _ranks(found.features, text_features, [[caption] for caption in right]),
-        "text_to_image": _ranks(text_features, found.features, _groups(right, len(texts))),
-    }
-    skipped += found.skipped
-    metrics: dict[str, Any] = {
-        "task": "image-text retrieval",
-        "benchmark": pairs.stem,
-        "model": encoder.name,
-        "num_images": len(kept),
-        "num_captions": len(texts),
-        "num_skipped": len(skipped),
-        **{name: _recalls(values, ks, seed) for name, values in ranks.items()},
-    }
-    _write_report(out, metrics, _retrieval_tables(metrics, ks), skipped)
-    return metrics
+    names = list(predicted)
+    columns = np.stack([true, *predicted.values()], axis=1)
+    patterns, counts = np.unique(columns, axis=0, return_counts=True)
 
-
-def _read_pairs(
-    pairs: Path, folder: Path
-) -> tuple[list[FileImage], list[str], list[dict[str, str]]]:
-    images, captions, skipped = [], [], []
-    for number, row in read_rows_with_id(pairs):
-        reason = row if isinstance(row, BadRow) else pair_fault(row)
-        if isinstance(row, dict) and not reason:
-            try:
-                images.append(FileImage(row["id"], path_inside(folder, row["image"])))
-                captions.append(row["caption"])
-            except ValueError as error:
-                reason = str(error)
-        if reason is not None:
-            found = row["id"] if isinstance(row, dict) else f"line {number}"
-            skipped.append({"id": found, "reason": reason})
-    if not images:
-        raise ValueError(f"{pairs}: no pair that can be used; the first: {skipped[:1]}")
-    return images, captions, skipped
-
-
-def _groups(right: NDArray[np.int64], num_texts: int) -> list[list[int]]:
-    groups: list[list[int]] = [[] for _ in range(num_texts)]
-    for image, caption in enumerate(right):
-        groups[caption].append(image)
-    return groups
-
-
-def _ranks(
-    queries: NDArray[np.float32], candidates: NDArray[np.float32], right: Sequence[Sequence[int]]
-) -> NDArray[np.int64]:
-    """Counts, per query, the wrong candidates that are at least as near as the nearest right one.
-
-    Ties count against the model: one that maps everything to the same feature finds nothing.
-    """
-    ranks = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), _QUERIES_AT_A_TIME):
-        similarities = queries[start : start + _QUERIES_AT_A_TIME] @ candidates.T
-        for row, values in enumerate(similarities):
-            own = list(right[start + row])
-            best = values[own].max()
-            ranks[start + row] = (values >= best).sum() - (values[own] >= best).sum()
-    return ranks
-
-
-def _recalls(ranks: NDArray[np.int64], ks: Sequence[int], seed: int) -> dict[str, Any]:
-    recalls: dict[str, Any] = {"median_rank": float(np.median(ranks)) + 1}
-    for k in ks:
-        hits = int((ranks < k).sum())
-        counts = np.array([hits, len(ranks) - hits])
-        low, high = stats.count_interval(
-            counts, lambda draws: draws[:, 0] / draws.sum(1), seed=seed
+    def scores(draws: NDArray[Any]) -> NDArray[Any]:
+        """Balanced accuracies `(num_draws, num_variants)`."""
+        matrices = (
+            stats.confusions(patterns[:, 0], patterns[:, 1 + k], num_classes, draws)
+            for k in range(len(names))
         )
-        recalls[f"recall@{k}"] = {"value": hits / len(ranks), "low": low, "high": high}
-    return recalls
+        return np.stack([stats.balanced_accuracy(m) for m in matrices], axis=-1)
+
+    values = scores(counts[None])[0]
+    best, worst = int(values.argmax()), int(values.argmin())
+
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(len(true), counts / len(true), size=stats.NUM_RESAMPLES)
+    drawn = scores(draws)
+
+    def entry(value: float, own: NDArray[Any]) -> dict[str, Any]:
+        low, high = stats.percentile_interval(own)
+        return {"value": float(value), "low": low, "high": high}
+
+    return {
+        "mean": entry(values.mean(), drawn.mean(axis=1)),
+        "range": entry(np.ptp(values), np.ptp(drawn, axis=1)),
+        "best": {"name": names[best], **entry(values[best], drawn[:, best])},
+        "worst": {"name": names[worst], **entry(values[worst], drawn[:, worst])},
+        "each": dict(zip(names, values.tolist(), strict=True)),
+    }
 
 
 def _classification_tables(metrics: Mapping[str, Any]) -> str:
     names, matrix = metrics["classes"], metrics["confusion_matrix"]
-    head = _head(metrics, f"{metrics['num_images']} images, {len(names)} classes")
-    scores = ["| score | value | 95 % interval |", "|---|---|---|"]
-    scores += [_score_row(n, metrics[n]) for n in ("balanced_accuracy", "weighted_f1", "accuracy")]
+    lines = head(metrics, f"{metrics['num_images']} images, {len(names)} classes")
+    scores = [*SCORE_HEAD]
+    scores += [score_row(n, metrics[n]) for n in ("balanced_accuracy", "weighted_f1", "accuracy")]
     table = [
         f"| true \\ predicted | {' | '.join(names)} | recall |",
         "|---" * (len(names) + 2) + "|",
@@ -284,39 +258,22 @@ def _classification_tables(metrics: Mapping[str, Any]) -> str:
     for name, row, recall in zip(names, matrix, metrics["recall_per_class"], strict=True):
         shown = "-" if recall is None else f"{recall:.3f}"
         table.append(f"| {name} | {' | '.join(map(str, row))} | {shown} |")
-    return "\n".join([*head, *scores, "", *table, ""])
+    if metrics["prompt_spread"]:
+        table += ["", *_spread_table(metrics)]
+    return "\n".join([*lines, *scores, "", *table, ""])
 
 
-def _retrieval_tables(metrics: Mapping[str, Any], ks: Sequence[int]) -> str:
-    head = _head(metrics, f"{metrics['num_images']} images, {metrics['num_captions']} captions")
-    table = ["| score | value | 95 % interval |", "|---|---|---|"]
-    for name in ("image_to_text", "text_to_image"):
-        label = name.replace("_", " ")
-        table += [_score_row(f"{label}, recall@{k}", metrics[name][f"recall@{k}"]) for k in ks]
-        table.append(f"| {label}, median rank | {metrics[name]['median_rank']:g} | |")
-    return "\n".join([*head, *table, ""])
-
-
-def _head(metrics: Mapping[str, Any], what: str) -> list[str]:
-    skipped = metrics["num_skipped"]
-    lines = [
-        f"# {metrics['benchmark']}: {metrics['task']}",
-        "",
-        f"Model: `{metrics['model']}`; {what}.",
+def _spread_table(metrics: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| balanced accuracy by prompts | value | 95 % interval |",
+        "|---|---|---|",
+        score_row("all together", metrics["balanced_accuracy"]),
     ]
-    if skipped:
-        lines.append(f"{skipped} skipped: see {SKIPPED_NAME}.")
-    return [*lines, ""]
-
-
-def _score_row(name: str, score: Mapping[str, float]) -> str:
-    label = name.replace("_", " ")
-    return f"| {label} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} |"
-
-
-def _write_report(
-    out: Path, metrics: Mapping[str, Any], tables: str, skipped: Sequence[Mapping[str, Any]]
-) -> None:
-    write_rows(out / SKIPPED_NAME, skipped)
-    write_text(out / TABLES_NAME, tables)
-    write_json(out / METRICS_NAME, metrics)
+    singular = {"templates": "one template", "wordings": "one wording per class"}
+    for kind, spread in metrics["prompt_spread"].items():
+        rows.append(score_row(f"{singular[kind]}, mean of {len(spread['each'])}", spread["mean"]))
+        for name in ("best", "worst"):
+            wording = spread[name]["name"].replace("|", "\\|")
+            rows.append(score_row(f"{singular[kind]}, {name}: {wording}", spread[name]))
+        rows.append(score_row(f"{singular[kind]}, best minus worst", spread["range"]))
+    return rows

@@ -29,7 +29,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     # Models.
     (r"\bopen_clip:ViT-L-14-336@pathclip\.pt\b", "open_clip:local-dir:open_clip"),
     (r"\bopen_clip:ViT-B-16-quickgelu@openai\b", "tiny_clip"),
-    (r"--encoder (uni2-h|virchow2)\b", "--encoder tiny_clip"),
+    (r"(--encoder|clip-retrieval) (uni2-h|virchow2)\b", r"\1 tiny_clip"),
     (r"(?<= )LLM\b", "llama"),
     (r"(?<= )HF_MODEL\b", "hf_model"),
     (r"finetune-slides gigapath/features/ENCODER", "finetune-slides cohort/features"),
@@ -78,6 +78,7 @@ OPTIONS: dict[str, str] = {
     "score": "--judge-retries 0",
     "clip-zero-shot": _CPU,
     "clip-retrieval": f"{_CPU} --k 1",
+    "clip-zero-shot-slides": _CPU,
     "cite-features": f"{_CPU} --batch-size 8",
     "cite-score-maps": "--patch-px 40",
 }

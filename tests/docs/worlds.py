@@ -21,7 +21,9 @@ from tests.pallava.tiny_folders import make_folders
 from tests.pallava.tiny_vlms import write_llava
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
-from wsi.store import write_features
+from wsi.reader import Slide
+from wsi.store import write_coordinates, write_features
+from wsi.tiling import PatchSpec, tile
 
 TESTS = Path(__file__).parents[1]
 SLIDES = ("TCGA.A", "TCGA.B")
@@ -160,7 +162,7 @@ def clip(root: Path) -> None:
 
 
 def labelled_images(root: Path) -> None:
-    """Images to train on, and tables of labels and splits."""
+    """Images to train on, tables of labels and splits, and a slide with coordinates."""
     generator = np.random.default_rng(1)
 
     def picture(path: Path) -> None:
@@ -177,6 +179,13 @@ def labelled_images(root: Path) -> None:
         tiles.append({"input": f"{number}.png", "label": label, "split": split})
         split = "train" if number < 8 else "test"
         slides.append({"input": f"S{number:03d}", "label": label, "split": split})
+    (root / "coords").mkdir()
+    path = write_svs(root / "slides/A.svs", tissue_pixels(512, 512, seed=0))
+    with Slide(path) as slide:
+        write_coordinates(root / "coords/A.h5", slide, tile(slide, PatchSpec(64, 0.5)))
+    classes = [{"name": name, "prompts": [name]} for name in ("tumour", "normal")]
+    (root / "subtypes.json").write_text(json.dumps({"name": "subtypes", "classes": classes}))
+    slide_cohort.write_table(root / "subtypes.csv", [{"slide_id": "A", "label": "tumour"}])
     slide_cohort.write_table(root / "tiles.csv", tiles)
     slide_cohort.write_table(root / "slides.csv", slides)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from tests.wsi.qupath import read_valid
 from wsi.heat_map import PatchScores, write_score_map
@@ -64,5 +66,14 @@ def test_squares_carry_the_scores(scores: PatchScores, tmp_path: Path) -> None:
     assert [f["geometry"]["coordinates"][0][0] for f in features] == COORDS.tolist()
     found = [f["properties"]["measurements"]["attention"] for f in features]
     assert found == VALUES.tolist()
-    with pytest.raises(ValueError, match="expected geojson or ome-tiff, found 'png'"):
-        write_score_map(tmp_path, scores, "png")
+
+
+def test_picture_has_a_panel_for_each_score(scores: PatchScores, tmp_path: Path) -> None:
+    sizes = []
+    for names in (("a",), ("a", "b", "c")):
+        own = replace(scores, scores=dict.fromkeys(names, VALUES))
+        with Image.open(write_score_map(tmp_path, own, "png")) as image:
+            sizes.append(image.size)
+            colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert sizes[1][0] > 2 * sizes[0][0] and sizes[1][1] == sizes[0][1]
+    assert len(colours) > len(set(VALUES.tolist()))

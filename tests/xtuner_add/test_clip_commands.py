@@ -110,6 +110,26 @@ def test_zero_shot_and_retrieval_say_what_was_left_out(random_clip: Path, tmp_pa
     assert "image to text, recall@3" in found.output
 
 
+def test_retrieval_of_images_and_its_wrong_uses(random_clip: Path, tmp_path: Path) -> None:
+    data = write_class_folders(tmp_path / "data", 2)
+    content = {"name": "kinds", "classes": [{"name": kind} for kind in KINDS]}
+    (tmp_path / "kinds.json").write_text(json.dumps(content))
+    place = ["--data-path", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    chosen = ["--benchmark", str(tmp_path / "kinds.json")]
+    found = CliRunner().invoke(
+        main, ["clip-retrieval", str(random_clip), *chosen, *place, "--k", "1"]
+    )
+    assert found.exit_code == 0, found.output
+    assert "majority vote@1" in found.output and "8 queries among 8 images" in found.output
+    for arguments, message in (
+        ([str(random_clip), *place], "one of --pairs, --benchmark and --labels"),
+        ([str(random_clip), *chosen, "--output", "o"], "require --data-path"),
+        (["none", *chosen, *place], "the MODEL none is for --labels"),
+    ):
+        found = CliRunner().invoke(main, ["clip-retrieval", *arguments])
+        assert found.exit_code == 2 and message in found.output, found.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -379,15 +378,15 @@ def _draw_slide(  # type: ignore[no-untyped-def]
         layout.patch_px,
         dict(zip(model.classes, scores.T, strict=True)),
         attributes,
+        classes=[model.classes[index] for index in scores.argmax(axis=1)],
     )
-    classes = [model.classes[index] for index in scores.argmax(axis=1)]
     for map_format in formats:
         if map_format == "png":
             draw_score_maps(out / f"{slide}.png", scores, layout, model.classes, title=slide)
         elif not layout.is_known:
             raise ValueError(f"positions unknown: --map-format {map_format} needs --coords")
         else:
-            write_score_map(out, replace(named, classes=classes), map_format)
+            write_score_map(out, named, map_format)
 
 
 # Copied from cite.conversions, which imports torch; a test compares them.

@@ -1,4 +1,4 @@
-"""`xtuner-add train-clip`, `clip-zero-shot` and `clip-retrieval`."""
+"""`xtuner-add train-clip`, `clip-zero-shot`, `clip-zero-shot-slides` and `clip-retrieval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import click
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathgen.clip.recipe import read_recipe
 from xtuner_add.commands.options import (
+    FILE,
+    FILE_OR_FOLDER,
     FOLDER,
     OUT_FOLDER,
     add_options,
@@ -180,9 +182,10 @@ def clip_zero_shot(
     """Classify images with MODEL and prompts; report balanced accuracy, weighted F1 and accuracy.
 
     MODEL is a folder that train-clip wrote, a folder of open_clip or transformers, a preset, or
-    open_clip:ARCH@WEIGHTS. Scores come with confidence intervals. Features are cached, so that an
-    interrupted run continues. Images that cannot be read are listed in skipped.jsonl, and the exit
-    code is 3.
+    open_clip:ARCH@WEIGHTS. Scores come with confidence intervals, and with their mean, best and
+    worst over single templates and over single wordings of the classes. Features are cached, so
+    that an interrupted run continues. Images that cannot be read are listed in skipped.jsonl, and
+    the exit code is 3.
     """
     from pathcore.encoders import create_encoder
     from pathcore.image_sets import load_image_set
@@ -196,19 +199,111 @@ def clip_zero_shot(
 
 
 @click.command(
+    "clip-zero-shot-slides",
+    epilog=example(
+        "clip-zero-shot-slides",
+        "conch features/ --benchmark subtypes.json --labels labels.csv --output scores/",
+        "plip coords/ --slides slides/ --benchmark subtypes.json --map-format png --output scores/",
+    ),
+)
+@click.argument("model")
+@click.argument("features", type=FOLDER)
+@click.option("--output", required=True, type=OUT_FOLDER, help="Output folder for the scores.")
+@click.option(
+    "--benchmark",
+    required=True,
+    help="A config file with classes and prompts, or one of our names.",
+)
+@click.option("--labels", type=FILE, help="CSV with slide_id and label, the name of the class.")
+@click.option(
+    "--slides",
+    type=FILE_OR_FOLDER,
+    help="Slides, or a CSV of slides, whose features are computed first: FEATURES then holds "
+    "coordinates.",
+)
+@click.option(
+    "--k",
+    "ks",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1, 5, 10, 50, 100),
+    show_default=True,
+    help="Number of patches whose scores are averaged; may be repeated.",
+)
+@click.option(
+    "--map-format",
+    "map_formats",
+    type=click.Choice(["png", "geojson", "ome-tiff"]),
+    multiple=True,
+    help="Draw the scores over each slide; may be repeated. geojson and ome-tiff are for QuPath.",
+)
+@click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
+@device_option
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.pass_context
+def clip_zero_shot_slides(
+    ctx: click.Context,
+    model: str,
+    features: Path,
+    benchmark: str,
+    labels: Path | None,
+    output: Path,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Classify slides with MODEL and prompts, as MI-Zero does: the mean of the top k patches.
+
+    FEATURES holds SLIDE.h5 with features of MODEL's image tower in the space of its texts, as
+    select-patches writes them. Writes the score of every class for each slide and k, accuracies
+    with intervals over slides if there are labels, and maps. Slides that cannot be used are listed
+    in skipped.jsonl, and the exit code is 3.
+    """
+    from pathcore.encoders import create_encoder
+    from pathcore.image_sets import load_image_set
+    from pathcore.rows import read_csv
+    from pathgen.clip.slide_zero_shot import slide_zero_shot
+
+    with user_errors():
+        found = load_image_set(benchmark, "prompts")
+        table = read_csv(labels, columns=("slide_id", "label")) if labels else ()
+        names = {row["slide_id"].removesuffix(".svs"): row["label"] for _, row in table}
+        encoder = create_encoder(model, device=device)
+        metrics = slide_zero_shot(encoder, found, features, output, labels=names, **options)
+    _show(ctx, output, metrics)
+
+
+@click.command(
     "clip-retrieval",
     epilog=example(
-        "clip-retrieval", "runs/clip/pathgen/open_clip --pairs pairs.jsonl --output scores/ --k 10"
+        "clip-retrieval",
+        "runs/clip/pathgen/open_clip --pairs pairs.jsonl --output scores/ --k 10",
+        "uni2-h --benchmark crc100k --data-path CRC-VAL-HE-7K/ --output scores/",
+        "none --labels slides.csv --data-path slide_features/titan/ --output scores/",
     ),
 )
 @encodes_images
 @click.option(
     "--pairs",
-    required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="JSON lines with image and caption.",
+    help="JSON lines with image and caption: retrieves captions for images and the reverse.",
 )
 @_image_folder
+@click.option(
+    "--benchmark",
+    help="Labelled image set, a config file or one of our names: retrieves images of the same "
+    "class in --data-path.",
+)
+@click.option(
+    "--labels",
+    type=FILE,
+    help="CSV with input, label and, optionally, group (slide or patient): retrieves images, or "
+    "slides, of the same class but another group in --data-path.",
+)
+@click.option(
+    "--data-path",
+    type=FOLDER,
+    help="Folder of the images; or, with --labels and the MODEL none, of SLIDE.h5.",
+)
 @click.option(
     "--k",
     "ks",
@@ -216,25 +311,60 @@ def clip_zero_shot(
     type=click.IntRange(min=1),
     default=(1, 5, 10),
     show_default=True,
-    help="Ranks k of recall@k; may be repeated.",
+    help="Numbers k of nearest candidates; may be repeated.",
 )
 @click.pass_context
 def clip_retrieval(
     ctx: click.Context,
     model: str,
-    pairs: Path,
+    pairs: Path | None,
     images: Path | None,
+    benchmark: str | None,
+    labels: Path | None,
+    data_path: Path | None,
     output: Path,
     device: str | None,
-    **options: Any,
+    cache_dir: Path | None,
+    ks: tuple[int, ...],
+    seed: int,
+    **reading: Any,
 ) -> None:
-    """Retrieve captions for images and images for captions with MODEL: recall@k, with intervals."""
-    from pathcore.encoders import create_encoder
-    from pathgen.clip.zero_shot import retrieval
+    """Retrieve captions, images or slides with MODEL: recall and precision at k, with intervals.
 
+    With --pairs, captions for images and images for captions. With --benchmark or --labels, images
+    of the same class: recall, precision and majority vote at k, and mean average precision. MODEL
+    is any encoder; it needs a text tower only for captions.
+    """
+    from pathcore.encoders import create_encoder
+    from pathcore.image_sets import load_image_set
+    from pathgen.clip.retrieval import (
+        features_of_set,
+        features_of_table,
+        image_retrieval,
+        retrieval,
+    )
+
+    if sum(source is not None for source in (pairs, benchmark, labels)) != 1:
+        raise click.UsageError("expected one of --pairs, --benchmark and --labels")
+    if pairs is None and data_path is None:
+        raise click.UsageError("--benchmark and --labels require --data-path")
+    if model == "none" and labels is None:
+        raise click.UsageError("the MODEL none is for --labels with a folder of features")
+    cache = cache_dir or output / "features"
     with user_errors():
-        encoder = create_encoder(model, device=device)
-        metrics = retrieval(encoder, pairs, output, image_folder=images, **options)
+        encoder = None if model == "none" else create_encoder(model, device=device)
+        if pairs is not None and encoder is not None:
+            metrics = retrieval(
+                encoder, pairs, output, image_folder=images, ks=ks, cache_dir=cache, seed=seed,
+                **reading,
+            )  # fmt: skip
+        else:
+            if benchmark is not None and encoder is not None:
+                found = load_image_set(benchmark, "labels")
+                data = features_of_set(encoder, found, data_path, cache, **reading)
+            else:
+                data = features_of_table(encoder, labels, data_path, cache, **reading)
+            metrics = image_retrieval(data, output, ks=ks, seed=seed)
     _show(ctx, output, metrics)
 
 
@@ -253,7 +383,7 @@ def _start_processes(arguments: Sequence[str]) -> int:
 
 
 def _show(ctx: click.Context, output: Path, metrics: dict[str, Any]) -> None:
-    from pathgen.clip.zero_shot import SKIPPED_NAME, TABLES_NAME
+    from pathgen.clip.reports import SKIPPED_NAME, TABLES_NAME
 
     click.echo((output / TABLES_NAME).read_text(encoding="utf-8"))
     _end_with_skipped(ctx, {output / SKIPPED_NAME: metrics["num_skipped"]})

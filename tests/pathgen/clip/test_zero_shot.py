@@ -8,13 +8,20 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 
 from pathcore import image_features as features_module
-from pathcore.encoders import Encoder, Network, Transform, create_encoder
+from pathcore.encoders import create_encoder
 from pathcore.image_sets import load_image_set
 from pathgen.clip.export import export_hugging_face, export_open_clip, model_config
-from pathgen.clip.zero_shot import _ranks, class_features, retrieval, zero_shot
-from tests.pathgen.histology import KINDS, write_class_folders, write_pairs
+from pathgen.clip.zero_shot import (
+    class_features,
+    prompt_features,
+    prompt_variants,
+    score_spread,
+    zero_shot,
+)
+from tests.pathgen.histology import KINDS, knowing_encoder, write_class_folders
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs/pathgen/tiny_clip.json"
 
@@ -30,24 +37,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_open_clip(folder / "random.pt", folder / "open_clip", config=config, preprocessing=pre)
     export_hugging_face(folder / "open_clip", folder / "hf")
     return folder
-
-
-def knowing_encoder() -> Encoder:
-    """Sees the mean colour, and knows the colour of each kind: what training would bring."""
-
-    def encode_texts(texts: list[str], device: torch.device) -> torch.Tensor:
-        found = [next(c for kind, c in KINDS.items() if kind in text) for text in texts]
-        return torch.tensor(found, dtype=torch.float32) - 150
-
-    def encode_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-        return pixel_values.mean(dim=(2, 3))
-
-    centred = Transform(None, None, "bilinear", (150 / 255,) * 3, (1 / 255,) * 3)
-    network = Network(torch.nn.Identity(), encode_pixels, centred, 3, texts=encode_texts)
-    return Encoder(
-        "colours", network, feature="projected", patch_px=None, mpp=(), precision="float32",
-        device=torch.device("cpu"),
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -79,7 +68,10 @@ def test_a_model_that_knows_is_right_and_bad_images_are_recorded(
     assert skipped["id"] == "fat/0.png" and "cannot identify" in skipped["reason"]
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
     assert len(rows) == 24 and all(row["true"] == row["predicted"] for row in rows)
+    spread = metrics["prompt_spread"]["wordings"]
+    assert spread["mean"]["value"] == 1.0 and spread["range"]["value"] == 0.0
     report = (tmp_path / "out/metrics.md").read_text()
+    assert "| one template, mean of 2 | 1.0000 |" in report
     assert "balanced accuracy | 1.0000" in report and "1 skipped" in report
 
 
@@ -115,7 +107,7 @@ def test_features_are_kept_and_a_killed_run_continues(
 def test_classes_are_means_of_their_prompts(benchmark_file: Path, folders: Path) -> None:
     encoder = create_encoder(str(folders / "open_clip"), device="cpu")
     benchmark = load_image_set(benchmark_file, "prompts")
-    found = class_features(encoder, benchmark)
+    found = class_features(prompt_features(encoder, benchmark))
     theirs = open_clip.build_zero_shot_classifier(
         open_clip.create_model(f"local-dir:{folders / 'open_clip'}").eval(),
         open_clip.get_tokenizer(f"local-dir:{folders / 'open_clip'}"),
@@ -127,6 +119,43 @@ def test_classes_are_means_of_their_prompts(benchmark_file: Path, folders: Path)
     assert sorted(benchmark.sentences(2)) == sorted(
         ["an image of fat", "an image of much fat", "fat", "much fat"]
     )
+
+
+def test_variants_are_classifiers_of_their_own_prompts(tmp_path: Path, folders: Path) -> None:
+    encoder = create_encoder(str(folders / "open_clip"), device="cpu")
+    classes = [{"name": "fat", "prompts": ["fat", "adipose"]}, {"name": "blood", "prompts": ["b"]}]
+    content = {"name": "k", "templates": ["an image of {}", "{}"], "classes": classes}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    benchmark = load_image_set(tmp_path / "set.json", "prompts")
+    found = prompt_variants(prompt_features(encoder, benchmark), benchmark)
+    assert list(found["templates"]) == ["an image of {}", "{}"]
+    assert list(found["wordings"]) == ["fat, b", "adipose, b"]
+    for variants, sentences in (
+        ((found["templates"], "{}"), [["fat", "adipose"], ["b"]]),
+        ((found["wordings"], "adipose, b"), [["an image of adipose", "adipose"],
+                                             ["an image of b", "b"]]),
+    ):  # fmt: skip
+        means = torch.stack([encoder.encode_texts(own).mean(dim=0) for own in sentences])
+        expected = torch.nn.functional.normalize(means, dim=-1)
+        torch.testing.assert_close(variants[0][variants[1]], expected)
+
+
+def test_spread_of_predictions_equals_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    true = generator.integers(0, 3, 60)
+    predicted = {f"p{k}": np.where(generator.random(60) < 0.2 * k, true, 0) for k in range(1, 4)}
+    values = {n: balanced_accuracy_score(true, said) for n, said in predicted.items()}
+    found = score_spread(true, predicted, 3)
+    assert found["each"] == pytest.approx(values)
+    assert found["best"]["name"] == max(values, key=values.__getitem__)
+    assert found["mean"]["value"] == pytest.approx(np.mean(list(values.values())))
+    rows = generator.integers(0, 60, (500, 60))
+    drawn = [
+        [balanced_accuracy_score(true[r], said[r]) for said in predicted.values()] for r in rows
+    ]
+    for name, column in (("mean", np.mean(drawn, axis=1)), ("range", np.ptp(drawn, axis=1))):
+        low, high = np.percentile(column, [2.5, 97.5])
+        assert (found[name]["low"], found[name]["high"]) == pytest.approx((low, high), abs=0.03)
 
 
 def test_open_clip_and_transformers_give_the_same_scores(
@@ -144,32 +173,6 @@ def test_open_clip_and_transformers_give_the_same_scores(
     for left, right in zip(*rows, strict=True):
         for kind in KINDS:
             assert float(left[kind]) == pytest.approx(float(right[kind]), abs=2e-2)
-
-
-def test_retrieval_counts_equal_captions_once(tmp_path: Path) -> None:
-    pairs = write_pairs(tmp_path / "data", 5)
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    for row in rows:
-        row["caption"] = row["id"].split(".")[1].split("_")[0]
-    bad = [{"id": "out", "image": "../x.png", "caption": "fat"}, {"id": "gone", "image": "no.png"}]
-    gone = {"id": "lost", "image": "images/lost.png", "caption": "fat"}
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad, gone]))
-    metrics = retrieval(knowing_encoder(), pairs, tmp_path / "out", ks=(1, 2), progress=False)
-    assert (metrics["num_images"], metrics["num_captions"], metrics["num_skipped"]) == (20, 4, 3)
-    for direction in ("image_to_text", "text_to_image"):
-        assert metrics[direction]["recall@1"]["value"] == 1.0
-        assert metrics[direction]["median_rank"] == 1
-    assert "recall@2 | 1.0000" in (tmp_path / "out/metrics.md").read_text()
-
-
-def test_ranks_count_ties_against_the_model() -> None:
-    queries = np.eye(3, dtype=np.float32)
-    candidates = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0, 0], [0, 1, 0]], dtype=np.float32)
-    found = _ranks(queries, candidates, [[0], [3], [2]])
-    assert found.tolist() == [1, 0, 3]
-    assert _ranks(queries[:1], candidates, [[0, 1]]).tolist() == [0]
-    same = np.ones((4, 3), dtype=np.float32)
-    assert _ranks(same, same, [[0], [1], [2], [3]]).tolist() == [3] * 4
 
 
 @pytest.mark.parametrize(
