@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pathcore.encoders import EncoderError, create_encoder
@@ -47,6 +47,19 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Returns float32 embeddings `(num_texts, dim)`."""
+
+
+class GradientTextEncoder(TextEncoder, Protocol):
+    """Interface of text encoders through which gradients flow, for learned prompts.
+
+    Attributes:
+        module: Network with word embeddings, frozen.
+    """
+
+    module: nn.Module
+
+    def encode_with_gradients(self, texts: Sequence[str], like: Tensor | None = None) -> Tensor:
+        """Returns float32 embeddings `(num_texts, dim)`, on the device of `like`."""
 
 
 class BertTextEncoder:
@@ -104,14 +117,26 @@ class BertTextEncoder:
         self.description: dict[str, Any] = {"type": "bert", "model": model}
         self.description |= {"pooling": pooling, "normalize": normalize}
 
+    @property
+    def module(self) -> Any:
+        """See `GradientTextEncoder`."""
+        return self.model
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """See `TextEncoder`."""
         return torch.cat([self._encode_one(text) for text in texts])
 
+    def encode_with_gradients(self, texts: Sequence[str], like: Tensor | None = None) -> Tensor:
+        """See `GradientTextEncoder`."""
+        if like is not None:
+            self.model.to(like.device)
+        return torch.cat([self._encode_one(text) for text in texts])
+
     def _encode_one(self, text: str) -> Tensor:
         limit = self.max_length or min(self.tokenizer.model_max_length, 512)
         tokens = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)
+        tokens = tokens.to(self.model.device)
         output = self.model(**tokens)
         if self.pooling == "pooler":
             embedding = output.pooler_output
@@ -146,6 +171,18 @@ class NamedTextEncoder:
     def encode(self, texts: Sequence[str]) -> Tensor:
         """See `TextEncoder`; embeddings have length 1."""
         return self.encoder.encode_texts(texts)
+
+    @property
+    def module(self) -> nn.Module:
+        """See `GradientTextEncoder`; the image tower is part of it."""
+        return self.encoder.module
+
+    def encode_with_gradients(self, texts: Sequence[str], like: Tensor | None = None) -> Tensor:
+        """See `GradientTextEncoder`."""
+        if like is not None and like.device != self.encoder.device:
+            self.encoder.module.to(like.device)
+            self.encoder.device = like.device
+        return self.encoder.text_features(texts)
 
 
 def build_text_encoder(type: str, **arguments: Any) -> TextEncoder:

@@ -103,12 +103,23 @@ class TextScores(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps features `(B, D)` to float32 scores `(B, C)`.
+        """Maps features `(B, D)` to float32 scores `(B, C)`; see `compare`."""
+        return self.compare(features, self.text_embeddings)
+
+    def compare(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Compares features with text embeddings.
+
+        Args:
+            features: `(B, D)`.
+            embeddings: `(S, D)`, with the classes of the module's own.
+
+        Returns:
+            float32 scores `(B, C)`.
 
         Raises:
             ValueError: If features and text embeddings have different widths.
         """
-        width = self.text_embeddings.shape[1]
+        width = embeddings.shape[1]
         if features.shape[-1] != width:
             raise ValueError(
                 f"features of width {features.shape[-1]} meet text embeddings of width {width}; "
@@ -117,7 +128,7 @@ class TextScores(nn.Module):
         # In fp32, because the scale, usually 100, amplifies rounding errors of half precision.
         with torch.autocast(features.device.type, enabled=False):
             images = F.normalize(features.float(), dim=-1)
-            texts = F.normalize(self.text_embeddings, dim=-1)
+            texts = F.normalize(embeddings, dim=-1)
             scores = self.temperature.exp() * images @ texts.t()
         if self.several == "mean":
             return scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 from cite.mm import backbones as backbones
 from cite.mm import datasets as datasets
 from cite.mm import features as features
+from cite.mm import few_shot as few_shot
 from cite.mm import heads as heads
 from cite.mm import hooks as hooks
 from cite.mm import metrics as metrics

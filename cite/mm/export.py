@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS
 
 from cite.classifier import Classifier, LinearScores
 from cite.mm.feature_extraction import build_classifier
+from cite.mm.heads import TextEmbeddingHead
 from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder, merge_lora
@@ -98,7 +99,7 @@ def read_preprocessing(cfg: Config) -> Preprocessing | Transform:
 
 
 def _head_of(head: Any, config: StrPath) -> TextScores | LinearScores:
-    if isinstance(head, TextScores):
+    if type(head) in (TextScores, TextEmbeddingHead):  # subclasses have state of their own
         return head
     if type(head).__name__ != "LinearClsHead":
         raise ValueError(

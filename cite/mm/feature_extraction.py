@@ -83,7 +83,7 @@ def extract_features(
             rows = [torch.empty(0, backbone.embed_dim)]
             for batch in batches:
                 if good := [item for item in batch if "inputs" in item]:
-                    rows.append(_encode_batch(backbone, preprocessor, good))
+                    rows.append(encode_batch(backbone, preprocessor, good))
                 bar.update(len(batch))
             items = [item for batch in batches for item in batch]
             _write_part(writer, items, torch.cat(rows))
@@ -101,7 +101,8 @@ def build_dataset(cfg: Config, split: str) -> Any:
         raise ValueError(f"split {split!r}: expected one of {SPLITS} that the config has")
     prepare_registries(cfg)
     settings = copy.deepcopy(cfg[f"{split}_dataloader"].dataset)
-    settings.pipeline = cfg.test_dataloader.dataset.pipeline
+    if "pipeline" in cfg.test_dataloader.dataset:  # precomputed features have none
+        settings.pipeline = cfg.test_dataloader.dataset.pipeline
     return DATASETS.build(settings)
 
 
@@ -173,7 +174,8 @@ def _build_model(cfg: Config, checkpoint: str | None, device: str) -> tuple[Any,
 
 
 @torch.no_grad()
-def _encode_batch(backbone: Any, preprocessor: Any, items: list[dict[str, Any]]) -> torch.Tensor:
+def encode_batch(backbone: Any, preprocessor: Any, items: list[dict[str, Any]]) -> torch.Tensor:
+    """Returns the features `(len(items), embed_dim)` of items of a data set, on the CPU."""
     batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
     features = backbone(preprocessor(batch, False)["inputs"])
     return features[-1].float().cpu()

@@ -192,7 +192,7 @@ class Encoder:
     @property
     def features_are_joint(self) -> bool:
         """Whether `encode_images` returns `features`, normalised, and not another output."""
-        return self._built.joint is None
+        return self._built.joint is None or self.feature == "projected"
 
     @property
     def folder_name(self) -> str:
@@ -266,13 +266,23 @@ class Encoder:
         Raises:
             EncoderError: If the encoder has no text tower.
         """
+        return self.text_features(texts).cpu()
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Computes the embeddings of `encode_texts` on the device, for learned prompts.
+
+        Weights are frozen, but gradients flow to whatever a hook puts into the text tower.
+
+        Raises:
+            EncoderError: If the encoder has no text tower.
+        """
         if self._built.texts is None:
             raise EncoderError(f"encoder {self.name}: has no text tower")
         parts = [
             self._built.texts(list(texts[start : start + _TEXTS_AT_ONCE]), self.device)
             for start in range(0, len(texts), _TEXTS_AT_ONCE)
         ]
-        return nn.functional.normalize(torch.cat(parts).float(), dim=-1).cpu()
+        return nn.functional.normalize(torch.cat(parts).float(), dim=-1)
 
     @property
     def logit_scale(self) -> float:

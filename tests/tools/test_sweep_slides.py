@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.cite.mm.gastric import make_gastric
@@ -69,6 +70,35 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in files if f != files[3]} == {
         f: time for f, time in times.items() if f != files[3]
     }
+
+
+def test_few_shot_baselines_run_in_one_sweep(tmp_path: Path) -> None:
+    data = make_gastric(tmp_path)
+    names = {
+        "tip-adapter": "tip-adapter_clip-vit-b16_gastric_tiny",
+        "tip-adapter-f": "tip-adapter-f_clip-vit-b16_1xb128-1k_gastric_tiny",
+        "clip-adapter": "clip-adapter_clip-vit-b16_1xb128-1k_gastric_tiny",
+        "coop": "coop_clip-vit-b16_1xb128-1k_gastric_tiny",
+    }
+    result = run(
+        tmp_path,
+        *(f"{name}={CONFIGS / config}.py" for name, config in names.items()),
+        *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
+        *("--num-slides", "2", "--seeds", "1", "--metric", "accuracy", "--work-dir", "sweep"),
+        *("--cfg-options", "train_cfg.max_iters=2"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = (tmp_path / "sweep/table.md").read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(names)
+    folder = tmp_path / "sweep/tip-adapter/slides2_seed0"
+    cache = torch.load(folder / "iter_0.pth", weights_only=True)["state_dict"]
+    patches = (folder / "train.txt").read_text().splitlines()
+    assert cache["head.cache.labels"].tolist() == [int(line.split()[-1]) for line in patches]
+    tuned = torch.load(
+        tmp_path / "sweep/tip-adapter-f/slides2_seed0/iter_2.pth", weights_only=True
+    )["state_dict"]
+    assert tuned["head.cache.keys"].shape == cache["head.cache.keys"].shape
+    assert not torch.equal(tuned["head.cache.keys"], cache["head.cache.keys"])
 
 
 def test_arguments_that_cannot_be(tmp_path: Path) -> None:
