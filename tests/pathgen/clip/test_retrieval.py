@@ -76,7 +76,7 @@ def test_images_find_images_as_scikit_learn_scores_them(tmp_path: Path) -> None:
 
 
 def test_the_own_slide_is_no_candidate_and_ties_find_nothing(tmp_path: Path) -> None:
-    features = np.array([[1.0, 0], [1, 0.01], [0, 1], [0.02, 1], [1, 1]])
+    features = np.array([[1.0, 0], [1, 0.1], [0, 1], [0.02, 1], [1, 1]])
     labels, groups = np.array([0, 0, 1, 1, 1]), ("a", "a", "b", "b", "c")
     known = LabelledFeatures("s", "m", features, labels, groups)
     metrics = image_retrieval(known, tmp_path / "groups", ks=(1,))
