@@ -50,13 +50,11 @@ class TextEncoder(Protocol):
 
 
 class GradientTextEncoder(TextEncoder, Protocol):
-    """Interface of text encoders through which gradients flow, for learned prompts.
+    """Interface of text encoders through which gradients flow, for learned prompts."""
 
-    Attributes:
-        module: Network with word embeddings, frozen.
-    """
-
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Network with word embeddings, frozen."""
 
     def encode_with_gradients(self, texts: Sequence[str], like: Tensor | None = None) -> Tensor:
         """Returns float32 embeddings `(num_texts, dim)`, on the device of `like`."""

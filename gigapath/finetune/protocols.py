@@ -70,8 +70,8 @@ class Protocol:
                 )
             return
         if self.method not in METHODS:
-            known = (LINEAR_PROBE, *METHODS)
-            raise ValueError(f"method {self.method!r}: unknown{did_you_mean(self.method, known)}")
+            hint = did_you_mean(self.method, (LINEAR_PROBE, *METHODS))
+            raise ValueError(f"method {self.method!r}: unknown{hint}")
         if self.num_runs != 1:
             raise ValueError(f"{self.name}: num_runs {self.num_runs}: {self.method} has no seed")
         names = inspect.signature(METHODS[self.method]).parameters

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -359,11 +359,12 @@ def clip_retrieval(
                 **reading,
             )  # fmt: skip
         else:
+            folder = cast(Path, data_path)
             if benchmark is not None and encoder is not None:
                 found = load_image_set(benchmark, "labels")
-                data = features_of_set(encoder, found, data_path, cache, **reading)
+                data = features_of_set(encoder, found, folder, cache, **reading)
             else:
-                data = features_of_table(encoder, labels, data_path, cache, **reading)
+                data = features_of_table(encoder, cast(Path, labels), folder, cache, **reading)
             metrics = image_retrieval(data, output, ks=ks, seed=seed)
     _show(ctx, output, metrics)
 

@@ -580,7 +580,7 @@ def _labelled_vectors(
     val: Path | None,
     cache_dir: Path | None,
     embed_dim: int | None,
-    **reading: int,
+    **reading: Any,
 ) -> tuple[Any, str]:
     """Returns the vectors that the options of probe-tiles describe, and a name for the report."""
     from gigapath.finetune.labelled_vectors import embed_images, labelled_images, read_vectors
