@@ -136,20 +136,8 @@ class LearnedContext(nn.Module):
         super().__init__()
         self.texts = [" ".join(["x"] * num_context + [f"{name}."]) for name in names]
         self._encoder = (encoder,)  # in a tuple, modules are not registered
-        embeddings = [m for m in encoder.module.modules() if isinstance(m, nn.Embedding)]
-        words = max(embeddings, key=lambda module: module.num_embeddings)
-        self._seen: list[Tensor] = []
+        words = _word_embeddings(encoder, self.texts, num_context)
         words.register_forward_hook(self._replace)
-        self.context: nn.Parameter | None = None
-        with torch.no_grad():
-            encoder.encode_with_gradients(self.texts)
-        for ids in self._seen:
-            if (ids[:, 1 : num_context + 1] != ids[:, 1:2]).any():
-                raise ValueError(
-                    f"the tokenizer makes other than {num_context} equal tokens of as many "
-                    f"placeholders, or texts do not fit: {ids[0].tolist()}"
-                )
-        self._seen.clear()
         self.context = nn.Parameter(torch.empty(num_context, words.embedding_dim).normal_(std=std))
         self._active = False
 
@@ -162,11 +150,38 @@ class LearnedContext(nn.Module):
             self._active = False
 
     def _replace(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Any:
-        if self.context is None:
-            self._seen.append(arguments[0])
-            return None
         if not self._active:
             return None
         context = self.context.to(output.dtype).expand(len(output), -1, -1)
         rest = output[:, 1 + context.shape[1] :]
         return torch.cat([output[:, :1], context, rest], dim=1)
+
+
+def _word_embeddings(
+    encoder: GradientTextEncoder, texts: Sequence[str], num_context: int
+) -> nn.Embedding:
+    """Finds the embedding of words, which sees one token repeated behind the first token.
+
+    Embeddings of positions see different numbers there, and those of token types one number only.
+    """
+    seen: dict[nn.Embedding, Tensor] = {}
+    modules = [m for m in encoder.module.modules() if isinstance(m, nn.Embedding)]
+    hooks = [
+        module.register_forward_hook(lambda m, ids, _: seen.__setitem__(m, ids[0]))
+        for module in modules
+    ]
+    try:
+        with torch.no_grad():
+            encoder.encode_with_gradients(texts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, ids in seen.items():
+        placeholders = ids[:, 1 : num_context + 1]
+        fits = placeholders.shape[1] == num_context
+        if fits and bool((placeholders == ids[:, 1:2]).all() and (ids[:, 0] != ids[:, 1]).all()):
+            return module
+    raise ValueError(
+        f"the tokenizer makes other than {num_context} equal tokens of as many placeholders, or "
+        "they do not fit into the text encoder; use fewer context tokens"
+    )
