@@ -43,7 +43,8 @@ class LLaVADataset(ConversationDataset):
         dataset_map_fn: Maps a row to `{"conversation": [...]}`: XTuner's `llava_map_fn` (one image,
             moved to the front, as published) or `pallava.text.encoding.interleaved_map_fn` (the
             default).
-        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`, or
+            `tokenizer` for the tokenizer's own chat template, pinned to no thinking and one date.
         max_length: Maximum number of tokens; longer sequences are truncated.
         pad_image_to_square: Whether to pad with the mean colour before tiling.
         anyres_image: Whether to add sub-images; False yields the thumbnail alone.

@@ -11,7 +11,9 @@ from xtuner.dataset.utils import load_image as load_image_or_url
 from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
 from pallava.anyres import AnyRes, GridTies
+from pallava.text.chat_template import render_chat, template_of_tokenizer
 from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
+from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
 from pathcore.files import StrPath
 from pathcore.images import load_image
 
@@ -32,6 +34,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         projector_type: Unused; published configs pass it.
         grid_ties: See `pallava.anyres.choose_grid`.
         kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
+            `prompt_template="tokenizer"` is the tokenizer's own chat template.
 
     Raises:
         FileNotFoundError: If an evaluation image does not exist; raised before training starts.
@@ -52,12 +55,19 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         del projector_type
         # XTuner's hook appends to its mutable default, which all instances would then share.
         kwargs["stop_words"] = list(kwargs.get("stop_words") or ())
+        from_tokenizer = kwargs.get("prompt_template") == TOKENIZER_TEMPLATE
+        if from_tokenizer:
+            kwargs["prompt_template"] = None  # XTuner's hook knows only its own templates
         super().__init__(
             tokenizer=tokenizer,
             evaluation_inputs=evaluation_inputs,
             image_processor=image_processor,
             **kwargs,
         )
+        self._template: PromptTemplate | None = None
+        if from_tokenizer:
+            self._template = template_of_tokenizer(self.tokenizer)
+            self.gen_config.eos_token_id = _stop_ids(self.tokenizer, self._template)
         if evaluation_images is None:
             return
         if image_processor is None:
@@ -99,9 +109,10 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         outputs = []
         for question, images in asked:
             prompt = self._prompt(question)
-            ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=device)
+            rendered = self._template is not None and self._template.chat_template is not None
+            ids = encode_prompt(self.tokenizer, prompt, rendered=rendered)
             answer = model.generate_answer(
-                ids,
+                torch.tensor([ids], device=device),
                 [image.to(device) for image in images],
                 max_new_tokens=max_new_tokens,
                 generation_config=self.gen_config,
@@ -114,7 +125,18 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
             self._save_eval_output(runner, outputs)
 
     def _prompt(self, question: str) -> str:
-        return str((self.system + self.instruction).format(input=question, round=1))
+        if self._template is None:
+            return str((self.system + self.instruction).format(input=question, round=1))
+        if self._template.chat_template is None:
+            return self._template.render(question, self.system)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": question})
+        return render_chat(self.tokenizer, self._template, messages)
+
+
+def _stop_ids(tokenizer: Any, template: PromptTemplate) -> list[int]:
+    words = [tokenizer.eos_token, *template.stop_words]
+    return sorted({tokenizer.convert_tokens_to_ids(word) for word in words if word})
 
 
 def _load(name: StrPath) -> Any:

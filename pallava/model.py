@@ -13,6 +13,7 @@ import torch
 from mmengine import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from xtuner.registry import BUILDER
 
@@ -20,7 +21,7 @@ from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
 from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import connector_config_of, load_vision_encoder
-from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask
+from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask, use_softcap
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
 from pathcore.files import StrPath
@@ -54,7 +55,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             layers except the output layer.
         use_activation_checkpointing: Whether to recompute activations in the backward pass.
         max_position_embeddings: Context length to which the rotary position embeddings are
-            linearly scaled.
+            linearly scaled; for models that do not come with a scaling of their own.
 
     Raises:
         FileNotFoundError: If a folder or checkpoint does not exist.
@@ -92,6 +93,12 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         pretrained = read_state_dict(pretrained_pth) if pretrained_pth else None
         self.visual_encoder = build_encoder(visual_encoder)
         self.llm = _build_llm(llm, max_position_embeddings)
+        use_softcap(self.llm)
+        # Chat models ship settings that sample and penalise repetition, and transformers would mix
+        # them into those of the chat hook.
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        tokens = {name: getattr(self.llm.generation_config, name) for name in names}
+        self.llm.generation_config = GenerationConfig(**tokens)
         width = self.visual_encoder.config.hidden_size
         config = ConnectorConfig(
             **{
@@ -291,6 +298,14 @@ def _stretched_config(name: str, max_position_embeddings: int) -> Any:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if max_position_embeddings > config.max_position_embeddings:
         factor = -(-max_position_embeddings // config.max_position_embeddings)
+        own = getattr(config, "rope_scaling", None)
+        if own:
+            raise ValueError(
+                f"max_position_embeddings={max_position_embeddings}: {name} comes with the scaling "
+                f"{own.get('rope_type') or own.get('type')!r} up to "
+                f"{config.max_position_embeddings} positions, which linear scaling would replace; "
+                "omit max_position_embeddings"
+            )
         config.rope_scaling = {"rope_type": "linear", "factor": float(factor)}
     return config
 

@@ -17,6 +17,7 @@ from xtuner.registry import BUILDER
 
 from pallava.engine.skipping import default_skip_log
 from pallava.skipping import SkipLog
+from pallava.text.chat_template import render_pieces, template_of_tokenizer
 from pallava.text.encoding import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -26,6 +27,7 @@ from pallava.text.encoding import (
     image_files,
     interleaved_map_fn,
 )
+from pallava.text.templates import TOKENIZER_TEMPLATE
 from pathcore.files import StrPath
 from pathcore.images import ImageError
 from pathcore.rows import check_fraction, read_rows
@@ -43,7 +45,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         offline_processed_text_folder: Folder of tokenized rows; replaces `data_path`.
         max_dataset_length: Number of rows to sample at random; all rows by default.
         dataset_map_fn: Maps a row to `{"conversation": [...]}`.
-        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`, or
+            `tokenizer` for the tokenizer's own chat template.
         max_length: Maximum number of tokens; longer sequences are truncated.
         skip_log: File that records skipped samples.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
@@ -221,6 +224,62 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         print_log(f"sample skipped: {reason}", logger="current", level=logging.WARNING)
 
 
+class TokenizerTemplate:
+    """Maps question-answer pairs to the text of the tokenizer's own chat template.
+
+    A config names it as `template_map_fn="tokenizer"`.
+
+    Args:
+        tokenizer: Fast Hugging Face tokenizer with a chat template.
+
+    Raises:
+        ValueError: If the tokenizer carries no chat template, or is not a fast one.
+
+    Attributes:
+        template: The template, without thinking and with a fixed date; see `pinned`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = template_of_tokenizer(tokenizer)
+        if self.template.chat_template is not None and not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__}: a chat template needs a fast tokenizer, which knows "
+                "the characters of each token; install `tokenizers` and leave out use_fast=False"
+            )
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the row's `conversation` as rendered text, in pairs of prompt and answer."""
+        pairs = row["conversation"]
+        if not pairs:
+            return {"conversation": []}
+        if self.template.chat_template is None:
+            from xtuner.dataset.map_fns import template_map_fn
+
+            return dict(template_map_fn(dict(row), template=ConfigDict(self.template.fields())))
+        messages = [
+            {"role": role, "content": pair[key]}
+            for pair in pairs
+            for role, key in (("user", "input"), ("assistant", "output"))
+        ]
+        try:
+            *pieces, rest = render_pieces(self.tokenizer, self.template, messages)
+        except ValueError:  # such as an answer with </think>, which Qwen3's template cuts
+            return {"conversation": []}
+        rendered = [
+            {
+                "input": prompt,
+                "output": answer,
+                "output_with_loss": pair.get("output_with_loss", True),
+                "sep": "",
+                "rendered": True,
+            }
+            for pair, prompt, answer in zip(pairs, pieces[::2], pieces[1::2], strict=True)
+        ]
+        rendered[-1]["sep"] = rest
+        return {"conversation": rendered}
+
+
 def load_processed_text(folder: StrPath) -> Any:
     """Opens a folder of tokenized rows written by `datasets.save_to_disk`.
 
@@ -299,12 +358,14 @@ def process_text(
     if max_dataset_length is not None and max_dataset_length < len(data):
         data = data.shuffle(seed=0).select(range(max_dataset_length))
     data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
+    if template_map_fn == TOKENIZER_TEMPLATE:
+        template_map_fn = TokenizerTemplate(tokenizer)
     if template_map_fn is not None:
         mapped, data = data, add_template_to_dataset(data, template_map_fn, num_proc)
         if len(data) < len(mapped):  # XTuner drops rows silently
             for row in mapped:
                 if not row["conversation"]:
-                    reason = "dataset_map_fn left no question with an answer"
+                    reason = "dataset_map_fn or the template left no question with an answer"
                     skip_log.record(row["id"], data_path, reason)
     encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
     data = data.map(encode, num_proc=num_proc, remove_columns=["conversation", "conversations"])

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pallava.engine.conversations import build
-from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
+from pallava.engine.conversations import TokenizerTemplate, build
+from pallava.text.chat_template import template_of_tokenizer
+from pallava.text.templates import PROMPT_TEMPLATES, TOKENIZER_TEMPLATE, PromptTemplate
 
 NO_TEMPLATE = PromptTemplate("{input}")
 """Template of a dataset without `template_map_fn`: the bare question."""
@@ -37,9 +38,7 @@ def trained_template(cfg: Mapping[str, Any]) -> PromptTemplate:
         ValueError: If the datasets use different templates, or a `template_map_fn` cannot be
             expressed as a template.
     """
-    found = {
-        where: template for where, dataset in _datasets(cfg) for template in [_of_dataset(dataset)]
-    }
+    found = {where: template_of_dataset(dataset) for where, dataset in _datasets(cfg)}
     templates = list(found.values())
     if not templates:
         return NO_TEMPLATE
@@ -85,6 +84,8 @@ def template_of(map_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None) ->
     """
     if map_fn is None:
         return NO_TEMPLATE
+    if isinstance(map_fn, TokenizerTemplate):
+        return map_fn.template
     turns = [{"input": question, "output": _ANSWER} for question in _QUESTIONS]
     first, second = map_fn({"conversation": turns})["conversation"]
     before, question, after = first["input"].partition(_QUESTIONS[0])
@@ -123,13 +124,16 @@ def _system_of(map_fn: Callable[[dict[str, Any]], Any], question: str) -> str | 
     return str(text[: -len(question)].replace(_SYSTEM, "{system}"))
 
 
-def _of_dataset(dataset: Mapping[str, Any]) -> PromptTemplate:
+def template_of_dataset(dataset: Mapping[str, Any]) -> PromptTemplate:
+    """Returns the prompt template of one dataset, given as its config."""
     folder = dataset.get("offline_processed_text_folder")
     report = Path(folder) / TOKENISED_REPORT if folder else None
     if report is not None and report.is_file():
         recorded = json.loads(report.read_bytes()).get("prompt_template")
         if recorded is not None:
             return PromptTemplate.from_fields(recorded)
+    if dataset.get("template_map_fn") == TOKENIZER_TEMPLATE:
+        return template_of_tokenizer(build(dataset["tokenizer"]))
     return template_of(build(dataset.get("template_map_fn")))
 
 

@@ -17,10 +17,11 @@ from typing import Any
 from mmengine.config import Config
 from xtuner.registry import BUILDER, MAP_FUNC
 
-from pallava.engine.conversations import build, process_text
-from pallava.engine.prompts import TOKENISED_REPORT, template_of
+from pallava.engine.conversations import process_text
+from pallava.engine.prompts import TOKENISED_REPORT, template_of_dataset
 from pallava.engine.runtime import prepare_host
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
+from pallava.text.templates import TOKENIZER_TEMPLATE
 from pathcore.files import (
     OutputExistsError,
     StrPath,
@@ -39,7 +40,7 @@ class TextSettings:
     Attributes:
         tokenizer: Hugging Face tokenizer.
         dataset_map_fn: Row mapping of `LLaVADataset`; None for `interleaved_map_fn`.
-        template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`.
+        template_map_fn: See `pallava.dataset.LLaVADataset`.
         max_length: Maximum number of tokens; longer sequences are truncated.
         description: All settings as JSON values, by which runs are distinguished.
         image_field: Field of the rows that names their images.
@@ -60,7 +61,8 @@ def settings_from_names(
 
     Args:
         tokenizer: Folder or Hub name of the tokenizer.
-        prompt_template: XTuner's name of the prompt template, such as `llama3_chat`.
+        prompt_template: XTuner's name of the prompt template, such as `llama3_chat`, or
+            `tokenizer` for the tokenizer's own.
         map_fn: `llava` moves the image to the front, as published; `interleaved` keeps positions.
         max_length: Maximum number of tokens; longer sequences are truncated.
 
@@ -72,15 +74,17 @@ def settings_from_names(
     from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
     from xtuner.utils import PROMPT_TEMPLATE
 
-    if prompt_template not in PROMPT_TEMPLATE:
-        hint = did_you_mean(prompt_template, PROMPT_TEMPLATE)
+    if prompt_template not in (*PROMPT_TEMPLATE, TOKENIZER_TEMPLATE):
+        hint = did_you_mean(prompt_template, [*PROMPT_TEMPLATE, TOKENIZER_TEMPLATE])
         raise ValueError(f"prompt template {prompt_template!r}: unknown to XTuner{hint}")
     if map_fn not in ("llava", "interleaved"):
         raise ValueError(f"map_fn {map_fn}: expected llava or interleaved")
     return TextSettings(
         AutoTokenizer.from_pretrained(tokenizer, padding_side="right", trust_remote_code=False),
         llava_map_fn if map_fn == "llava" else None,
-        template_map_fn_factory(template=PROMPT_TEMPLATE[prompt_template]),
+        TOKENIZER_TEMPLATE
+        if prompt_template == TOKENIZER_TEMPLATE
+        else template_map_fn_factory(template=PROMPT_TEMPLATE[prompt_template]),
         max_length,
         {
             "tokenizer": tokenizer,
@@ -215,5 +219,5 @@ def _write(
         "num_tokens": sum(data["length"]),
         "num_skipped": len(log.read()),
         # The tokens alone do not reveal the template, which inference needs to know.
-        "prompt_template": template_of(build(settings.template_map_fn)).fields(),
+        "prompt_template": template_of_dataset(vars(settings)).fields(),
     }

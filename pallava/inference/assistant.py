@@ -14,6 +14,7 @@ from pallava.inference.decoding import Decoding
 from pallava.modeling.llava import PALLaVA
 from pallava.records.questions import SlideFeatures
 from pallava.slide_bags import SlideBag, SlidePreparation
+from pallava.text.chat_template import render_chat, template_of_tokenizer
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 from pallava.text.turns import Turn, encode_turns
@@ -67,21 +68,16 @@ class Assistant:
         self.bos = bos
         self.fingerprint = fingerprint
         self.decoding = decoding or Decoding()
-        template = None
         if isinstance(prompt_template, PromptTemplate):
             template = prompt_template
         elif prompt_template == TOKENIZER_TEMPLATE:
-            if not getattr(tokenizer, "chat_template", None):
-                raise ValueError(
-                    "prompt template 'tokenizer': this tokenizer carries no chat template; name "
-                    "one, such as llama3_chat"
-                )
+            template = template_of_tokenizer(tokenizer)
         else:
             template = find_template(prompt_template)
         self.prompt_template = (
             prompt_template if isinstance(prompt_template, str) else prompt_template.name
         )
-        self._template: PromptTemplate | None = template
+        self._template = template
         self.stop_ids, self.stop_strings = self._find_stops(template)
 
     @property
@@ -228,18 +224,18 @@ class Assistant:
                 f"the question holds {marks} {IMAGE_TOKEN} mark(s) for {int(has_image)} image(s)"
             )
         text = f"{IMAGE_TOKEN}\n{question}" if has_image and not marks else question
-        if self._template is not None:
+        if self._template.chat_template is None:
             return self._template.render(text)
-        rendered = str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        return rendered.removeprefix(self.tokenizer.bos_token or "")  # encode() adds the BOS
+        return render_chat(self.tokenizer, self._template, [{"role": "user", "content": text}])
 
     def encode(self, question: str, *, has_image: bool) -> list[int]:
         """Tokenizes a question in its prompt template."""
-        return encode_prompt(self.tokenizer, self.prompt(question, has_image=has_image), self.bos)
+        return encode_prompt(
+            self.tokenizer,
+            self.prompt(question, has_image=has_image),
+            self.bos,
+            rendered=self._template.chat_template is not None,
+        )
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """Tokenizes a conversation up to its next answer; see `pallava.text.turns`."""
@@ -287,7 +283,7 @@ class Assistant:
             kwargs |= {"stop_strings": list(self.stop_strings), "tokenizer": self.tokenizer}
         return kwargs
 
-    def _find_stops(self, template: PromptTemplate | None) -> tuple[set[int], tuple[str, ...]]:
+    def _find_stops(self, template: PromptTemplate) -> tuple[set[int], tuple[str, ...]]:
         config = getattr(self.model.llm, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)
         ids = set(ends if isinstance(ends, list | tuple) else [ends])
@@ -295,10 +291,10 @@ class Assistant:
         ids.discard(None)
         strings = []
         vocabulary = self.tokenizer.get_vocab()
-        for word in dict.fromkeys((_END_OF_TURN, *(template.stop_words if template else ()))):
+        for word in dict.fromkeys((_END_OF_TURN, *template.stop_words)):
             if word in vocabulary:
                 ids.add(vocabulary[word])
-            elif word != _END_OF_TURN or (template and word in template.stop_words):
+            elif word != _END_OF_TURN or word in template.stop_words:
                 strings.append(word)
         if not ids:
             raise ValueError("the tokenizer names no end of sequence (eos_token)")

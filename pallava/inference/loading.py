@@ -351,7 +351,7 @@ def _choose_template(
             )
         return recorded or _USUAL_TEMPLATE
     if asked == TOKENIZER_TEMPLATE:
-        if recorded is not None:
+        if recorded is not None and recorded.chat_template is None:
             _warn_of_other(folder, "the tokenizer's own chat template", recorded.name)
         return asked
     template = find_template(asked)

@@ -193,6 +193,8 @@ class MultimodalMixin:
         text_embeds = embed(input_ids.clamp(min=0))  # image tokens have negative ids
         if pixel_values is not None and len(pixel_values):
             image_tokens = self.encode_images(pixel_values).to(text_embeds.dtype)
+            if (scale := embedding_scale(self.llm)) != 1.0:
+                image_tokens = image_tokens / scale
         else:
             image_tokens = text_embeds.new_zeros(0, 0, text_embeds.shape[-1])
             if self.training and torch.is_grad_enabled():
@@ -272,6 +274,7 @@ class PALLaVA(MultimodalMixin, nn.Module):
         sub_image_mask: SubImageMask = "exact",
     ) -> None:
         super().__init__()
+        use_softcap(llm)
         self.llm = llm
         self.visual_encoder = visual_encoder
         self.projector = projector
@@ -305,6 +308,32 @@ class PALLaVA(MultimodalMixin, nn.Module):
     ) -> Tensor:
         """See `MultimodalMixin.generate_answer`."""
         return self.generate_answer(input_ids, pixel_values, attention_mask, **generation_kwargs)
+
+
+def embedding_scale(llm: Any) -> float:
+    """Returns the factor by which a language model multiplies the embeddings that it is passed.
+
+    Embeddings of its own table are meant to be multiplied; visual tokens must be divided first.
+    Gemma 1 and 2 multiply by the root of their width, Granite by a factor of its config. Gemma 3
+    multiplies inside the embedding layer, and later versions of transformers do so for Gemma 1 and
+    2 as well.
+    """
+    config = getattr(llm, "config", None)
+    if hasattr(llm.get_input_embeddings(), "embed_scale"):
+        return 1.0
+    if getattr(config, "model_type", None) in ("gemma", "gemma2"):
+        return float(config.hidden_size**0.5)
+    return float(getattr(config, "embedding_multiplier", None) or 1.0)
+
+
+def use_softcap(llm: Any) -> None:
+    """Selects the attention that caps its logits for models trained with a cap, such as Gemma 2.
+
+    transformers would take PyTorch's fused attention, which has no cap and silently leaves it out.
+    """
+    config = getattr(llm, "config", None)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        config._attn_implementation = "eager"
 
 
 def _accepts(llm: Any, argument: str) -> bool:

@@ -192,8 +192,13 @@ def _generation_config(base: Path, tokenizer: Any, stops: Sequence[int]) -> dict
     ids = [token for token in dict.fromkeys([*ids, *stops]) if token is not None]
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else tokenizer.eos_token_id
-    config |= {"eos_token_id": ids, "pad_token_id": config.get("pad_token_id", pad)}
-    return {name: value for name, value in config.items() if name != "_from_model_config"}
+    # Without the sampling and repetition penalty that chat models ship: answers are greedy, as they
+    # were evaluated.
+    return {
+        "bos_token_id": config.get("bos_token_id", tokenizer.bos_token_id),
+        "eos_token_id": ids,
+        "pad_token_id": config.get("pad_token_id", pad),
+    }
 
 
 def _write_small_files(

@@ -53,7 +53,7 @@ class Recipe:
         freeze_visual_encoder: Whether the encoder was frozen and the checkpoint thus lacks it.
         visual_select_layer: Index of the encoder's hidden state that the connector reads.
         sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
-        prompt_template: Prompt template as XTuner writes it.
+        prompt_template: Fields of `pallava.text.templates.PromptTemplate`.
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
         ties: See `pallava.anyres.choose_grid`.
@@ -139,6 +139,7 @@ def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -
         "sub_images": connector.cross_attention,
         "ties": recipe.ties,
         "image_token": "<image>",
+        "add_bos": not recipe.prompt_template.get("CHAT_TEMPLATE"),
     }
 
 
@@ -167,7 +168,7 @@ def with_chat_template(folder: Path, template: Mapping[str, Any]) -> None:
     """Writes the chat template to tokenizer_config.json, which all transformers versions read."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) if file.is_file() else {}
-    config["chat_template"] = chat_template(template)
+    config["chat_template"] = template.get("CHAT_TEMPLATE") or chat_template(template)
     file.write_text(_json(config))
     for other in folder.glob("chat_template.*"):  # would take precedence
         other.unlink()

@@ -1,13 +1,25 @@
-"""Converts XTuner's prompt templates to the Jinja chat templates of tokenizers."""
+"""Chat templates of tokenizers: converted from XTuner's prompt templates, or the tokenizer's own.
+
+A chat template may render today's date and, unless told otherwise, let the model think before it
+answers. `pinned` removes both, so that training, inference and export render the same text.
+"""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""Date in the prompts of models whose chat template writes one; the default of Llama 3.1's."""
+
+_NO_THINKING = "{%- set enable_thinking = false -%}"
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 def chat_template(template: Mapping[str, Any]) -> str:
@@ -70,6 +82,121 @@ def known_template(jinja: str | None) -> PromptTemplate | None:
         if chat_template(template.fields()) == jinja:
             return template
     return None
+
+
+def pinned(jinja: str) -> str:
+    """Fixes what a chat template would otherwise take from outside: the date, and thinking to off.
+
+    The result renders the same text on any day and without arguments. Applied twice, it changes
+    nothing.
+
+    Example:
+        >>> pinned("{{ strftime_now('%d %b %Y') }}").removeprefix(_NO_THINKING)
+        '{{ "26 Jul 2024" }}'
+    """
+    fixed = _CLOCK.sub(lambda call: _literal(TEMPLATE_DATE.strftime(call[2])), jinja)
+    mentions_thinking = "enable_thinking" in fixed and not fixed.startswith(_NO_THINKING)
+    return _NO_THINKING + fixed if mentions_thinking else fixed
+
+
+def template_of_tokenizer(tokenizer: Any) -> PromptTemplate:
+    """Returns the prompt template of a tokenizer's own chat template, which is pinned.
+
+    Raises:
+        ValueError: If the tokenizer has none, or it does not end answers with a token.
+    """
+    jinja = getattr(tokenizer, "chat_template", None)
+    if not isinstance(jinja, str) or not jinja:
+        raise ValueError(
+            f"tokenizer {getattr(tokenizer, 'name_or_path', '')}: carries no chat template; name "
+            "a prompt template, such as llama3_chat"
+        )
+    if (known := known_template(jinja)) is not None:
+        return known
+    template = PromptTemplate("", chat_template=pinned(jinja))
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    _, answer = render_pieces(tokenizer, template, turns)[:2]
+    return PromptTemplate(
+        "", stop_words=(answer.strip()[1:].strip(),), chat_template=template.chat_template
+    )
+
+
+def render_chat(
+    tokenizer: Any, template: PromptTemplate, messages: Sequence[Mapping[str, str]]
+) -> str:
+    """Renders a conversation with a chat template, up to where the next answer begins.
+
+    Args:
+        tokenizer: Tokenizer of the language model.
+        template: Template with `chat_template`.
+        messages: `{"role": ..., "content": ...}`; if the last is a question, the text that
+            introduces its answer is appended.
+
+    Raises:
+        ValueError: If the template cannot express the conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template.chat_template,
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] == "user",
+            )
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
+def render_pieces(
+    tokenizer: Any, template: PromptTemplate, messages: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """Renders a conversation for training, cut where answers begin and end; see `render_chat`.
+
+    Returns:
+        Pieces whose concatenation is the rendered conversation. Those with odd index are answers,
+        each with the token that ends it.
+
+    Raises:
+        ValueError: If the template cannot express the conversation, or changes its answers.
+    """
+    whole = render_chat(tokenizer, template, messages)
+    pieces, done = [], 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # Some templates render the prompt of an earlier answer differently afterwards: without the
+        # empty thoughts of Qwen3, for instance. The answer then begins where the texts part.
+        prompt = render_chat(tokenizer, template, messages[:number])
+        start = _common_length(prompt, whole)
+        text = message["content"].strip()
+        end = whole.find(text, max(start, done))
+        if end < 0 or whole[start:end].strip():
+            raise ValueError(f"the chat template changes the answer {text!r:.80}")
+        end = _end_of_turn(tokenizer, whole, end + len(text))
+        pieces += [whole[done:start], whole[start:end]]
+        done = end
+    return [*pieces, whole[done:]]
+
+
+def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
+    """Returns the position after the token that ends an answer whose text ends at `end`."""
+    rest = text[end:]
+    blank = len(rest) - len(rest.lstrip())
+    ends = [word for word in tokenizer.get_added_vocab() if rest[blank:].startswith(word)]
+    if not ends:
+        raise ValueError(
+            "the chat template ends answers without a token of the tokenizer's vocabulary, found "
+            f"{rest[:20]!r}, so that the model would not learn to stop; name a prompt template"
+        )
+    return end + blank + max(map(len, ends))
+
+
+def _common_length(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _fill_template(pattern: str, variables: Mapping[str, str]) -> str:

@@ -141,12 +141,15 @@ def encode_conversation(
     Args:
         tokenizer: Hugging Face tokenizer.
         conversation: Pairs as returned by XTuner's `template_map_fn`: `input`, `output`, and
-            optionally `need_eos_token`, `sep`, `output_with_loss`.
+            optionally `need_eos_token`, `sep`, `output_with_loss`. Pairs that are `rendered` are
+            the text of a chat template, which contains BOS and EOS.
         max_length: Maximum number of tokens; longer sequences are truncated.
 
     Returns:
         `input_ids` and `labels` of equal length; each image takes one id.
     """
+    if conversation and conversation[0].get("rendered"):
+        return _encode_rendered(tokenizer, conversation, max_length)
     input_ids: list[int] = []
     labels: list[int] = []
 
@@ -170,7 +173,43 @@ def encode_conversation(
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, bos: Bos = "single") -> list[int]:
+def _encode_rendered(
+    tokenizer: Any, conversation: Sequence[Mapping[str, Any]], max_length: int
+) -> dict[str, list[int]]:
+    """Encodes the text of a chat template as a whole, as `apply_chat_template` does.
+
+    Encoding it piece by piece would give other tokens where a tokenizer writes a space before the
+    first word of a text, as SentencePiece does.
+    """
+    text, answers = "", []
+    for pair in conversation:
+        start = len(text) + len(pair["input"])
+        text += pair["input"] + pair["output"]
+        if pair.get("output_with_loss", True):
+            answers.append((start, len(text)))
+        text += pair.get("sep") or ""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    offset = 0
+    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            input_ids.append(IMAGE_TOKEN_INDEX)
+            labels.append(IGNORE_INDEX)
+            offset += len(IMAGE_TOKEN)
+        encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (first, last) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            learned = any(a < offset + last and offset + first < b for a, b in answers)
+            input_ids.append(token)
+            labels.append(token if learned else IGNORE_INDEX)
+        offset += len(piece)
+    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, bos: Bos = "single", *, rendered: bool = False
+) -> list[int]:
     """Encodes a templated question for generation.
 
     Args:
@@ -178,8 +217,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str, bos: Bos = "single") -> list[
         text: Templated question, with `<image>` tokens.
         bos: `single`, as in training; `double` reproduces the published evaluation tools, which
             prepend a second BOS, and with it the published scores.
+        rendered: Whether the text comes from a chat template, which writes the BOS if there is one.
     """
     ids = encode_text(tokenizer, text)
     if tokenizer.bos_token_id is None:
         return ids
-    return [tokenizer.bos_token_id] * (2 if bos == "double" else 1) + ids
+    return [tokenizer.bos_token_id] * ((bos == "double") + (not rendered)) + ids

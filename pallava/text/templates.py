@@ -33,6 +33,8 @@ class PromptTemplate:
         sep: Text between an answer and the next question.
         ends_with_suffix: Whether the suffix ends the answer. Otherwise EOS follows it, and the next
             question begins with another BOS.
+        chat_template: Jinja chat template of a tokenizer, which then replaces all other fields but
+            the stop words; see `pallava.text.chat_template.template_of_tokenizer`.
     """
 
     instruction: str
@@ -41,6 +43,7 @@ class PromptTemplate:
     suffix: str = ""
     sep: str = ""
     ends_with_suffix: bool = False
+    chat_template: str | None = None
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> PromptTemplate:
@@ -52,6 +55,7 @@ class PromptTemplate:
             suffix=str(fields.get("SUFFIX") or ""),
             sep=str(fields.get("SEP") or ""),
             ends_with_suffix=bool(fields.get("SUFFIX_AS_EOS", False)),
+            chat_template=fields.get("CHAT_TEMPLATE"),
         )
 
     def fields(self) -> dict[str, Any]:
@@ -67,11 +71,15 @@ class PromptTemplate:
             fields["SEP"] = self.sep
         if self.stop_words:
             fields["STOP_WORDS"] = list(self.stop_words)
+        if self.chat_template is not None:
+            fields["CHAT_TEMPLATE"] = self.chat_template
         return fields
 
     @property
     def name(self) -> str:
-        """XTuner's name of this format, or `unnamed`."""
+        """XTuner's name of this format, `tokenizer` for a chat template, or `unnamed`."""
+        if self.chat_template is not None:
+            return TOKENIZER_TEMPLATE
         # Exact matches first: internlm2_chat and qwen_chat differ only in their stop words.
         exact = [name for name, other in PROMPT_TEMPLATES.items() if self == other]
         alike = [name for name, other in PROMPT_TEMPLATES.items() if self.same_text(other)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from pallava.text.chat_template import known_template
+from pallava.text.chat_template import render_chat, template_of_tokenizer
 from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
 from pallava.text.templates import PromptTemplate
 from pathcore.files import StrPath
@@ -93,9 +93,9 @@ def encode_turns(
         ValueError: If the template cannot express the conversation.
     """
     check_turns(turns)
-    template = template or known_template(tokenizer.chat_template)
-    if template is None:
-        return _encode_rendered(tokenizer, turns, bos)
+    template = template or template_of_tokenizer(tokenizer)
+    if template.chat_template is not None:
+        return _encode_rendered(tokenizer, template, turns, bos)
     system = turns[0].text if turns[0].role == "system" else ""
     spoken = turns[1:] if turns[0].role == "system" else turns
     questions = [
@@ -121,24 +121,12 @@ def encode_turns(
     return ids + encode_prompt(tokenizer, questions[-1])
 
 
-def _encode_rendered(tokenizer: Any, turns: Sequence[Turn], bos: Bos) -> list[int]:
-    """Encodes with an unknown chat template, split at answers where possible."""
+def _encode_rendered(
+    tokenizer: Any, template: PromptTemplate, turns: Sequence[Turn], bos: Bos
+) -> list[int]:
+    """Encodes with a chat template, which writes the BOS itself if it wants one."""
     messages = [
         {"role": turn.role, "content": question_text(turn) if turn.role == "user" else turn.text}
         for turn in turns
     ]
-    pieces: list[str] = []
-    for number, message in enumerate(messages, 1):
-        if message["role"] == "system":
-            continue
-        text = tokenizer.apply_chat_template(
-            messages[:number], tokenize=False, add_generation_prompt=message["role"] == "user"
-        )
-        done = "".join(pieces)
-        # Some templates render earlier turns differently; then the text cannot be split.
-        pieces = [*pieces, text[len(done) :]] if text.startswith(done) else [text]
-    first = pieces[0].removeprefix(tokenizer.bos_token or "")  # encode_prompt adds the BOS
-    ids = encode_prompt(tokenizer, first, bos)
-    for piece in pieces[1:]:
-        ids += encode_text(tokenizer, piece)
-    return ids
+    return encode_prompt(tokenizer, render_chat(tokenizer, template, messages), bos, rendered=True)

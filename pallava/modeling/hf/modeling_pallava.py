@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pallava.modeling.hf.configuration_pallava import PALLaVAConfig
-from pallava.modeling.llava import MultimodalMixin
+from pallava.modeling.llava import MultimodalMixin, use_softcap
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
 from pallava.text.encoding import IMAGE_TOKEN_INDEX
@@ -44,6 +44,7 @@ class PALLaVAForConditionalGeneration(MultimodalMixin, PreTrainedModel, Generati
         self.visual_encoder = PLIPVisionEncoder(config.vision_config)
         self.projector = ScaleInvariantConnector(ConnectorConfig(**config.connector_config))
         self.llm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)](config.text_config)
+        use_softcap(self.llm)
         self._no_split_modules = [*(getattr(self.llm, "_no_split_modules", None) or [])]
         self.post_init()
 

@@ -26,13 +26,14 @@ class PALLaVAProcessor(ProcessorMixin):
         ties: See `pallava.anyres.choose_grid`.
         image_token: Token that marks the position of an image in a prompt.
         chat_template: Chat template; the tokenizer's by default.
+        add_bos: Whether prompts get a BOS; False if the chat template writes it, or wants none.
     """
 
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
     valid_kwargs = [
         *("chat_template", "tile_px", "image_mean", "image_std", "sub_images", "ties"),
-        "image_token",
+        *("image_token", "add_bos"),
     ]
 
     def __init__(
@@ -45,6 +46,7 @@ class PALLaVAProcessor(ProcessorMixin):
         ties: GridTies = "published",
         image_token: str = IMAGE_TOKEN,
         chat_template: str | None = None,
+        add_bos: bool = True,
         **kwargs: Any,
     ) -> None:
         del kwargs
@@ -54,6 +56,7 @@ class PALLaVAProcessor(ProcessorMixin):
         self.sub_images = sub_images
         self.ties = ties
         self.image_token = image_token
+        self.add_bos = add_bos
         template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(tokenizer, chat_template=template)
 
@@ -122,13 +125,15 @@ class PALLaVAProcessor(ProcessorMixin):
 
     def _encode(self, texts: list[str]) -> dict[str, Any]:
         tokenizer = self.tokenizer
-        bos = getattr(tokenizer, "bos_token", None) or ""
+        # Some chat templates of older folders already render a BOS.
+        bos = (getattr(tokenizer, "bos_token", None) or "") if self.add_bos else ""
         image_id = tokenizer.convert_tokens_to_ids(self.image_token)
         rows = [
             [
                 image_id if token == IMAGE_TOKEN_INDEX else token
-                # Some chat templates already render a BOS.
-                for token in encode_prompt(tokenizer, prompt.removeprefix(bos))
+                for token in encode_prompt(
+                    tokenizer, prompt.removeprefix(bos), rendered=not self.add_bos
+                )
             ]
             for prompt in texts
         ]

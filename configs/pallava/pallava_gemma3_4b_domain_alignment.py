@@ -1,0 +1,20 @@
+"""PA-LLaVA stage 1 with the text model of Gemma 3 4B, in the tokenizer's own chat template.
+
+See docs/pallava_models.md for how to extract the text model.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .pallava_domain_alignment import *
+
+llm_name_or_path = "checkpoints/gemma-3-4b-text"
+tokenizer.update(pretrained_model_name_or_path=llm_name_or_path)
+model["llm"].update(pretrained_model_name_or_path=llm_name_or_path)
+model["llm_lora"].update(
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
+prompt_template = "tokenizer"
+train_dataloader["dataset"].update(tokenizer=tokenizer, template_map_fn=prompt_template)
+custom_hooks[2].update(tokenizer=tokenizer)
+custom_hooks[3].update(tokenizer=tokenizer, prompt_template=prompt_template)

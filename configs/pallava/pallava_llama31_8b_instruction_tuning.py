@@ -1,0 +1,12 @@
+"""PA-LLaVA stage 2 with Llama-3.1-8B-Instruct, continuing its stage 1."""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .pallava_llama31_8b_domain_alignment import *
+
+    # isort: split
+    # Last, because the schedule of stage 2 must replace that of stage 1.
+    from .pallava_instruction_tuning import optim_wrapper, param_scheduler, train_cfg
+
+model.update(pretrained_pth="work_dirs/pallava_llama31_8b_domain_alignment/iter_8100.pth")
