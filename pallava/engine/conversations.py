@@ -233,7 +233,8 @@ class TokenizerTemplate:
         tokenizer: Fast Hugging Face tokenizer with a chat template.
 
     Raises:
-        ValueError: If the tokenizer carries no chat template, or is not a fast one.
+        ValueError: If the tokenizer is not a fast one, or carries no chat template that ends
+            answers with a token.
 
     Attributes:
         template: The template, without thinking and with a fixed date; see `pinned`.
@@ -242,6 +243,12 @@ class TokenizerTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = template_of_tokenizer(tokenizer)
+        if self.template.chat_template is not None and not self.template.stop_words:
+            raise ValueError(
+                f"{type(tokenizer).__name__}: its chat template does not end answers with a token "
+                "of the vocabulary, so that the model would not learn to stop; name a prompt "
+                "template, such as PROMPT_TEMPLATE.llama3_chat"
+            )
         if self.template.chat_template is not None and not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__}: a chat template needs a fast tokenizer, which knows "

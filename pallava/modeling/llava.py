@@ -318,7 +318,7 @@ def embedding_scale(llm: Any) -> float:
     multiplies inside the embedding layer, and later versions of transformers do so for Gemma 1 and
     2 as well.
     """
-    config = getattr(llm, "config", None)
+    config: Any = getattr(llm, "config", None)
     if hasattr(llm.get_input_embeddings(), "embed_scale"):
         return 1.0
     if getattr(config, "model_type", None) in ("gemma", "gemma2"):
@@ -331,7 +331,7 @@ def use_softcap(llm: Any) -> None:
 
     transformers would take PyTorch's fused attention, which has no cap and silently leaves it out.
     """
-    config = getattr(llm, "config", None)
+    config: Any = getattr(llm, "config", None)
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         config._attn_implementation = "eager"
 

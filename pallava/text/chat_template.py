@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pallava.text.templates import PROMPT_TEMPLATES, PromptTemplate
@@ -102,8 +103,10 @@ def pinned(jinja: str) -> str:
 def template_of_tokenizer(tokenizer: Any) -> PromptTemplate:
     """Returns the prompt template of a tokenizer's own chat template, which is pinned.
 
+    It has no stop words if the template does not end answers with a token.
+
     Raises:
-        ValueError: If the tokenizer has none, or it does not end answers with a token.
+        ValueError: If the tokenizer carries no chat template.
     """
     jinja = getattr(tokenizer, "chat_template", None)
     if not isinstance(jinja, str) or not jinja:
@@ -115,10 +118,11 @@ def template_of_tokenizer(tokenizer: Any) -> PromptTemplate:
         return known
     template = PromptTemplate("", chat_template=pinned(jinja))
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    _, answer = render_pieces(tokenizer, template, turns)[:2]
-    return PromptTemplate(
-        "", stop_words=(answer.strip()[1:].strip(),), chat_template=template.chat_template
-    )
+    try:
+        answer = render_pieces(tokenizer, template, turns)[1]
+    except ValueError:
+        return template
+    return replace(template, stop_words=(answer.strip()[1:].strip(),))
 
 
 def render_chat(
@@ -187,10 +191,7 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
     blank = len(rest) - len(rest.lstrip())
     ends = [word for word in tokenizer.get_added_vocab() if rest[blank:].startswith(word)]
     if not ends:
-        raise ValueError(
-            "the chat template ends answers without a token of the tokenizer's vocabulary, found "
-            f"{rest[:20]!r}, so that the model would not learn to stop; name a prompt template"
-        )
+        raise ValueError(f"the chat template ends answers with {rest[:20]!r}, which is no token")
     return end + blank + max(map(len, ends))
 
 
