@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from pathcore.extras import says_extra
+
 if TYPE_CHECKING:
     from openai import OpenAI
 
@@ -60,6 +62,7 @@ def shown_endpoint(base_url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
 
 
+@says_extra("a client of an endpoint", "pathgen")
 def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
     """Opens a client that retries connection errors, timeouts, 429 and 5xx with growing pauses.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.chat_backends import Reply, Request, Sampling, open_image
+from pathcore.extras import says_extra
 
 
 @dataclass
@@ -47,6 +48,7 @@ class LocalBackend:
     _model: Any = field(default=None, init=False, repr=False)
     _processor: Any = field(default=None, init=False, repr=False)
 
+    @says_extra("a local model", "pathgen")
     def __post_init__(self) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -258,10 +258,11 @@ class JobFolder:
                     leftover.unlink()
             write_json(path, self.inputs)
             return
-        names = sorted(n for n in {*found, *self.inputs} if found.get(n) != self.inputs.get(n))
+        then, now = dict(_fields(found)), dict(_fields(self.inputs))
+        changed = [n for n in sorted({*then, *now}) if then.get(n) != now.get(n)]
+        listed = ", ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in changed)
         raise OutputExistsError(
-            f"{self.out}: was begun with other settings ({', '.join(names)}: "
-            f"{[found.get(n) for n in names]} then, {[self.inputs.get(n) for n in names]} now); "
+            f"{self.out}: was begun with other settings ({listed}); "
             "name a new folder, or use the settings it was begun with"
         )
 
@@ -273,6 +274,15 @@ class JobFolder:
         return not any(path.is_file() for path in output) and not any(
             head["written"] for head in self.done().values()
         )
+
+
+def _fields(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the settings, those of a group as `group.name`, so that only differences are shown."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def is_job_output(folder: Path) -> bool:

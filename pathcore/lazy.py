@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pathcore.extras import says_extra
+
 
 def lazy_exports(
     package: str, extra: str, exports: Mapping[str, str], modules: Iterable[str] = ()
@@ -33,16 +35,8 @@ def lazy_exports(
                 f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package]
             )
         module, _, attribute = exports.get(name, f"{package}.{name}").partition(":")
-        try:
+        with says_extra(f"{package}.{name}", extra):
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not extra or (error.name or "").startswith(package):
-                raise
-            raise ModuleNotFoundError(
-                f"{package}.{name} needs {error.name}, which is not installed: "
-                f'pip install "xtuner-add[{extra}]"',
-                name=error.name,
-            ) from error
-        return found if name in modules else getattr(found, attribute or name)
+            return found if name in modules else getattr(found, attribute or name)
 
     return get, lambda: names, names

@@ -25,6 +25,8 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from tqdm import tqdm
 
+from pathcore.extras import says_extra
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Engine = Literal["process", "ray"]
@@ -311,10 +313,8 @@ def _run_on_ray(
     on_death: Callable[[Task, WorkerDiedError], Iterable[Task]],
 ) -> Iterator[Result]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with says_extra("--engine ray", "ray"):
         import ray  # optional, and takes seconds
-    except ImportError as error:
-        raise ValueError("--engine ray: install it with `pip install xtuner-add[ray]`") from error
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address is None:
         options |= {"num_cpus": workers, "object_store_memory": _RAY_STORE_BYTES}

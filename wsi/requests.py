@@ -88,7 +88,9 @@ def read_coordinate_folder(folder: StrPath) -> Iterator[PatchRequest | RejectedR
     """
     paths = sorted(p for p in Path(folder).glob("*.h5") if not p.name.startswith("."))
     if not paths:
-        raise FileNotFoundError(f"coordinates {folder}: no folder with .h5 files")
+        inside = Path(folder) / "coords"  # of the output of `tile`
+        hint = f"; did you mean {inside}?" if any(inside.glob("*.h5")) else ""
+        raise FileNotFoundError(f"coordinates {folder}: no folder with .h5 files{hint}")
     number = 0
     for path in paths:
         try:

@@ -107,7 +107,8 @@ def read_coordinates(path: StrPath) -> Coordinates:
             dataset = file["coords"]
             coords, attributes = np.asarray(dataset[:]), dict(dataset.attrs)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"coordinates {path}: {error}") from error
+        kind = "" if h5py.is_hdf5(path) else "not an HDF5 file: "
+        raise ValueError(f"coordinates {path}: {kind}{error}") from error
     if coords.size == 0:  # TRIDENT writes shape (0,) if there are no patches
         coords = coords.reshape(0, 2)
     if coords.ndim != 2 or coords.shape[1] != 2 or not _are_whole(coords):
@@ -171,9 +172,13 @@ def read_features(path: StrPath) -> tuple[NDArray[Any], NDArray[np.int64]]:
         raise FileNotFoundError(f"features {path}: no such file")
     try:
         with h5py.File(path, "r") as file:
+            if missing := {"features", "coords"} - set(file):
+                names = " and ".join(map(repr, sorted(missing)))
+                raise ValueError(f"no dataset {names} in it, only {sorted(file)}")
             features, coords = np.asarray(file["features"]), np.asarray(file["coords"])
-    except (OSError, KeyError, TypeError) as error:  # TypeError: a group in place of a dataset
-        raise ValueError(f"features {path}: {error}") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a group in place of a dataset
+        kind = "" if h5py.is_hdf5(path) else "not an HDF5 file: "
+        raise ValueError(f"features {path}: {kind}{error}") from error
     if features.ndim == 3 and len(features) == 1:  # TRIDENT's slide-level writers keep a batch of 1
         features = features[0]
     if features.ndim != 2 or coords.shape != (len(features), 2):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import click
 
+from pathcore.extras import missing_package
 from pathcore.names import did_you_mean
 from xtuner_add import launch
 from xtuner_add.commands.options import example
@@ -16,7 +17,6 @@ from xtuner_add.modes import MODES, Mode, read_arguments
 from xtuner_add.plugins import distribution_name, load_command, load_target, plugin_commands
 
 _COMMANDS = "xtuner_add.commands"
-_PACKAGES = ("xtuner_add", "pallava", "cite", "wsi", "pathgen", "gigapath", "pathcore")
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Slides": {
@@ -330,17 +330,10 @@ class LazyGroup(SuggestingGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            name, module = ctx.invoked_subcommand or "", (error.name or "").partition(".")[0]
-            if not module or module in _PACKAGES:  # a fault of ours
-                raise
+            name = ctx.invoked_subcommand or ""
             title = next((title for title, commands in GROUPS.items() if name in commands), "")
-            extra = EXTRAS.get(name) or EXTRAS.get(title, "train")
-            remedy = f'pip install "xtuner-add[{extra}]"'
-            if module == "xtuner":
-                remedy = f"{remedy} && xtuner-add setup-host"
-            raise click.ClickException(
-                f"{name} needs {module}, which is not installed. Install it with: {remedy}"
-            ) from error
+            said = missing_package(error, name, EXTRAS.get(name) or EXTRAS.get(title, "train"))
+            raise click.ClickException(str(said)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the sub-commands by subject, without importing them."""

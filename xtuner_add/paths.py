@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from pathcore.extras import install_line
 from pathcore.names import did_you_mean
 
 
@@ -33,8 +34,8 @@ def xtuner_dir() -> Path:
     spec = importlib.util.find_spec("xtuner")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "XTuner is not installed in this environment. Install it with: pip install "
-            '"xtuner-add[train]" && xtuner-add setup-host'
+            f"XTuner is not installed in this environment. Install it with: "
+            f"{install_line('xtuner')}"
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -240,6 +240,9 @@ def _place(
         source = _find_coords(Path(settings.coords), name)
         given, attributes = read_coordinates(source), read_attributes(source)
         coords, size, tile_px = given.coords, given.size_level0, given.patch_px
+        if slide.known_mpp:  # TRIDENT's and CLAM's files do not say it
+            scale = slide.known_mpp * size / tile_px
+            attributes = {"mpp": scale, "mpp_level0": slide.known_mpp} | attributes
         # The order of the tiles affects the slide encoder, which was trained on rows.
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)

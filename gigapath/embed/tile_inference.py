@@ -211,12 +211,17 @@ class NamedEncoder:
         return self.encoder.features(self._normalise(pixels))
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a features file should say about the encoder."""
+        """Returns what a features file should say about the encoder.
+
+        `patch_px` and `mpp` are those of the tiles in such a file, so what the encoder was made for
+        is called `encoder_patch_px` and `encoder_mpp`.
+        """
         described = self.encoder.describe()
-        plain = {k: v for k, v in described.items() if isinstance(v, (str, int, float))}
+        described["encoder_name"] = described.pop("encoder")
+        for name in ("digest", "patch_px", "mpp"):
+            described[f"encoder_{name}"] = described.pop(name)
         nested = {k: json.dumps(v) for k, v in described.items() if isinstance(v, (dict, list))}
-        named = {"encoder_name": plain.pop("encoder"), "encoder_digest": plain.pop("digest")}
-        return {**named, **plain, **nested}
+        return {k: v for k, v in described.items() if v is not None} | nested
 
 
 class _Normalise:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pallava.text.chat_template import known_template
 from pallava.text.encoding import Bos
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
+from pathcore.extras import says_extra
 from pathcore.files import StrPath
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _SMALL = (".json", ".txt", ".model", ".jinja")
 _SAMPLES, _SAMPLE_BYTES = 32, 64 << 10
 
 
+@says_extra("pallava.load_model", "evaluate")
 def load_model(
     llm: StrPath,
     llava: StrPath | None = None,

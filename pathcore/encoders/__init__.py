@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathcore.encoders.presets import Preset, get_preset, list_encoders
 from pathcore.encoders.transform import Transform
+from pathcore.extras import says_extra
 
 if TYPE_CHECKING:
     from pathcore.encoders.encoder import (
@@ -45,7 +46,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from pathcore.encoders import encoder  # imports torch
+        with says_extra(f"pathcore.{name}", "gigapath"):
+            from pathcore.encoders import encoder  # imports torch
 
         return getattr(encoder, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 
 from pathcore.encoders.presets import get_preset
+from pathcore.extras import install_line
 
 _IMPORTS = {"timm": "timm", "own": "timm", "transformers": "transformers", "open_clip": "open_clip"}
-_EXTRA = "pip install 'xtuner-add[gigapath]'"
 _CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
 
 
@@ -36,8 +36,11 @@ def availability(name: str) -> Availability:
     """
     preset = get_preset(name)
     module = preset.package or _IMPORTS[preset.library]
+    extra = "pathgen" if module == "open_clip" else "gigapath"
     if importlib.util.find_spec(module) is None:
-        return Availability(name, False, f"{module} is missing: {preset.install or _EXTRA}")
+        return Availability(
+            name, False, f"{module} is missing: {preset.install or install_line(module, extra)}"
+        )
     if not preset.hub:
         return Availability(
             name, False, f"weights from {preset.source}: name them, {name}@/path/{preset.files[0]}"
@@ -45,7 +48,8 @@ def availability(name: str) -> Availability:
     try:
         from huggingface_hub import get_token, try_to_load_from_cache
     except ModuleNotFoundError:
-        return Availability(name, False, 'pip install "xtuner-add[gigapath]" fetches weights')
+        fetched = f"{install_line('huggingface_hub', extra)} fetches weights"
+        return Availability(name, False, fetched)
 
     for file in preset.files or (_CONFIGS[preset.library],):
         if isinstance(try_to_load_from_cache(preset.hub, file), (str, os.PathLike)):

@@ -511,7 +511,12 @@ def weights_file(preset: PublishedWeights, weights: str) -> Path:
 def _from_hub(repository: str, names: Sequence[str], *, name: str) -> Path:
     """Returns the first file that exists in a repository, downloaded unless it is cached."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     repository, _, revision = repository.partition("@")
     reason: Exception | None = None
@@ -523,10 +528,12 @@ def _from_hub(repository: str, names: Sequence[str], *, name: str) -> Path:
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = error
             break
+    unreached = isinstance(reason, LocalEntryNotFoundError)
+    cause = "the hub was not reached" if unreached else type(reason).__name__
     raise FileNotFoundError(
         f"encoder {name}: {names[0]} of {repository} is not in the hub's cache and cannot be "
-        f"fetched ({type(reason).__name__}). Accept the terms at "
-        f"https://huggingface.co/{repository} and set HF_TOKEN, or name a file: "
+        f"fetched ({cause}). If the weights are gated, accept the terms at "
+        f"https://huggingface.co/{repository} and set HF_TOKEN; or name a file: "
         f"{name}@/path/to/{names[0]}"
     ) from reason
 

@@ -30,9 +30,10 @@ from tests.killing import finishes
 from tests.pathcore.encoders.tiny_presets import tiny_uni
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.slides import tissue_pixels, write_svs
+from wsi.conform import read_feature_file
 from wsi.features import EmbeddingError
 from wsi.reader import Region, Slide
-from wsi.store import read_attributes, read_features
+from wsi.store import read_attributes, read_coordinates, read_features
 from wsi.tiling import PatchSpec
 
 ROOT = Path(__file__).parents[2]
@@ -301,6 +302,26 @@ def test_encoders_by_name_give_their_own_features(
     assert attributes["weights_sha256"] == attributes["encoder_digest"] == described["digest"]
     assert json.loads(attributes["transform"]) == described["transform"]
     assert attributes["precision"] == "float32" and attributes["feature"] == described["feature"]
+    assert json.loads(attributes["encoder_mpp"]) == described["mpp"]
+    # Those of the tiles, whatever the encoder was made for:
+    origin = Origin.of_file(read_feature_file(path))
+    assert (origin.patch_px, origin.mpp) == (40, 0.5)
+    assert read_coordinates(path).size_level0 == 40
+
+
+def test_features_of_tiles_placed_elsewhere_say_their_resolution(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "coords").mkdir()
+    with h5py.File(tmp_path / "coords" / "b_patches.h5", "w") as file:
+        file["coords"] = np.array([[0, 0], [64, 0]])
+        file["coords"].attrs.update({"patch_size": 32, "patch_size_level0": 64})  # TRIDENT's
+    settings = settings_of(folder, coords=str(tmp_path / "coords"))
+    slide = folder / "slides" / "b.svs"
+    assert embed_slides(slide, tmp_path / "out", settings, PLACEMENT, progress=False).written == 1
+    (path,) = (tmp_path / "out" / "features").rglob("b.h5")
+    found = read_feature_file(path)
+    assert (found.mpp, found.mpp_level0, found.patch_px) == (1.0, 0.5, 32)
 
 
 def test_the_name_of_an_encoder_stands_for_its_published_tiles(

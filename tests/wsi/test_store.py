@@ -148,6 +148,11 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     for name in ("text", "none", "bare", "level", "shape", "half", "zero"):
         with pytest.raises(ValueError, match=f"{name}.h5"):
             read_coordinates(tmp_path / f"{name}.h5")
+    for read in (read_coordinates, read_features):
+        with pytest.raises(ValueError, match=r"text\.h5: not an HDF5 file"):
+            read(tmp_path / "text.h5")
+    with pytest.raises(ValueError, match=r"bare\.h5: no dataset 'features' in it"):
+        read_features(tmp_path / "bare.h5")
     with pytest.raises(FileNotFoundError):
         read_coordinates(tmp_path / "absent.h5")
     rows = list(read_coordinate_folder(tmp_path))

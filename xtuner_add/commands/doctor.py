@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 
 from pathcore.exit_codes import EXIT_FAILED
+from pathcore.extras import DISTRIBUTION, NOT_FOR_USERS
 from xtuner_add.commands.options import example
 
-_DISTRIBUTION = "xtuner-add"
 _GIB = 1 << 30
 
 
@@ -57,7 +57,7 @@ def doctor(ctx: click.Context, names: tuple[str, ...], every: bool) -> None:
 
 
 def _facts() -> Iterator[str]:
-    yield f"xtuner-add {_version(_DISTRIBUTION)}, Python {platform.python_version()}"
+    yield f"xtuner-add {_version(DISTRIBUTION)}, Python {platform.python_version()}"
     yield from _extras()
     yield from _accelerators()
     yield f"memory: {_available_memory() / _GIB:.1f} GiB available, {os.cpu_count()} cores"
@@ -78,13 +78,13 @@ def _extras() -> Iterator[str]:
     from packaging.requirements import Requirement
 
     try:
-        metadata = importlib.metadata.metadata(_DISTRIBUTION)
-        lines = importlib.metadata.requires(_DISTRIBUTION) or []
+        metadata = importlib.metadata.metadata(DISTRIBUTION)
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return
     requirements = [Requirement(line) for line in lines]
     for extra in metadata.get_all("Provides-Extra") or []:
-        if extra in ("all", "dev"):
+        if extra in NOT_FOR_USERS:
             continue
         lacking = []
         for requirement in requirements:
@@ -103,7 +103,7 @@ def _extras() -> Iterator[str]:
             if not requirement.specifier.contains(version, prereleases=True):
                 lacking.append(f"{requirement.name} {version} (expected {requirement.specifier})")
         state = "complete" if not lacking else f"lacks {', '.join(lacking)}"
-        hint = "" if not lacking else f": pip install '{_DISTRIBUTION}[{extra}]'"
+        hint = "" if not lacking else f": pip install '{DISTRIBUTION}[{extra}]'"
         yield f"extra {extra}: {state}{hint}"
 
 
@@ -113,6 +113,7 @@ def _accelerators() -> Iterator[str]:
         return
     import torch  # takes two seconds, but only torch knows its accelerators
 
+    yield from _torchvision()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)
@@ -125,6 +126,20 @@ def _accelerators() -> Iterator[str]:
         yield f"torch {torch.__version__}: Apple GPU (not tested by this project)"
     else:
         yield f"torch {torch.__version__}: no GPU, {torch.get_num_threads()} CPU threads"
+
+
+def _torchvision() -> Iterator[str]:
+    """Yields a line if torch and torchvision come from different builds, which pip does not see."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, OSError, ImportError) as error:
+        versions = [f"{name} {_version(name)}" for name in ("torch", "torchvision")]
+        yield (
+            f"torchvision cannot be imported ({error}): {' and '.join(versions)} do not belong "
+            "together; install both in one command from one index, as docs/install.md says"
+        )
 
 
 def _available_memory() -> int:

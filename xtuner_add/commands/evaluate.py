@@ -429,7 +429,7 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     ):
         raise click.UsageError("--max-cost requires --judge-price-in or --judge-price-out", ctx)
     extra = keyword_values(options["extra"])
-    try:
+    with user_errors(ImportError):
         made = EVALUATIONS.get(benchmark)(options["data_path"], NO_IMAGES, **extra)
         answers, positions = read_answers(options["answers"])
         if positions:
@@ -449,8 +449,6 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
             judged=judged,
             missing=options["missing"],
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
     from pallava.evaluation.report import markdown
 
     click.echo(markdown(metrics))

@@ -156,6 +156,8 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
         yield
     except UnknownNameError as error:
         raise click.UsageError(str(error)) from error
+    except ModuleNotFoundError:
+        raise  # the group of all commands says what to install
     except expected as error:
         raise click.ClickException(str(error)) from error
 

@@ -216,6 +216,11 @@ def extract(
     with user_errors():
         if not annotations.exists():
             raise FileNotFoundError(f"annotations {annotations}: no such file or folder")
+        if annotations.suffix == ".h5":
+            raise ValueError(
+                f"annotations {annotations}: a file of coordinates; name its folder, "
+                f"{annotations.parent}"
+            )
         report = extract_patches(
             annotations if annotations.is_dir() else rows,
             slides,
