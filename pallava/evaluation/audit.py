@@ -7,7 +7,7 @@ Every question is asked again in several arms, which differ from the benchmark i
 | `true` | as in the benchmark |
 | `exchanged` | with the image of another question, of the same wording where there is one |
 | `none` | without an image: the prompt holds no image tokens |
-| `blank` | with an image of empty glass, as large as its own |
+| `blank` | with an image of empty glass, as large as its own (not for tile features of slides) |
 | `again` | as in the benchmark, a second time |
 | `reworded_1` ... | as in the benchmark, in another prompt |
 | `rotated_1` ... | with its options rotated by one position, two, ... (multiple choice) |
@@ -34,7 +34,7 @@ from PIL import Image
 
 from pallava.evaluation.benchmarks import Benchmark
 from pallava.records.prompts import Prompt
-from pallava.records.questions import ImageSource, Question
+from pallava.records.questions import ImageSource, Question, SlideFeatures
 from pallava.text.words import words
 from pathcore import stats
 from pathcore.files import write_json, write_text
@@ -199,7 +199,8 @@ def make_arms(questions: Sequence[Question], *, seed: int = 0) -> Arms:
             if question.id in donors:
                 add(EXCHANGED, question, image=by_id[donors[question.id]].image)
             add(NONE, question, image=None)
-            add(BLANK, question, image=BlankImage(question.image))
+            if not isinstance(question.image, SlideFeatures):
+                add(BLANK, question, image=BlankImage(question.image))
         is_choice = question.answer_type == "choice"
         if question.prompt is not None or not is_choice:
             for prompt in REWORDINGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -220,6 +221,7 @@ def test_trains_converts_and_answers_by_what_lies_where(tmp_path: Path) -> None:
         given == ("yes" if truth else "no") for given, truth in zip(answers, truths, strict=True)
     ]
     assert sum(right) >= 11
+    check_slidebench(tmp_path, asked, truths)
     # The same tiles mirrored: the answers must turn round.
     for path in asked.glob("*.h5"):
         with h5py.File(path, "r+") as file:
@@ -242,6 +244,41 @@ def ask(root: Path, folder: Path) -> list[str]:
     assert result.exit_code == 0, result.output
     lines = (root / "answers.jsonl").read_text().splitlines()
     return [json.loads(line)["answer"] for line in lines]
+
+
+def check_slidebench(root: Path, folder: Path, truths: list[bool]) -> None:
+    """The same slides as a table in SlideBench's format, through `evaluate`."""
+    from click.testing import CliRunner
+
+    from xtuner_add.cli import main
+
+    options = {"A": "no", "B": "yes", "C": "nan", "D": ""}  # as pandas writes absent options
+    rows = [
+        {"Slide": f"{number:02d}", "Task": "colour", "Question": "Is it red?", **options,
+         "Answer": ("B" if number % 2 else "yes") if truth else "A. no"}
+        for number, truth in enumerate(truths)
+    ]  # fmt: skip
+    rows.append({**rows[0], "Slide": "absent"})
+    with (root / "SlideBench-VQA-BCNB.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    out = root / "slidebench"
+    arguments = ["evaluate", "slidebench-bcnb", root / "data/tiny/llama", "--llava", root / "hf"]
+    arguments += ["--data", root, "--image-folder", folder, "--work-dir", out, "--audit"]
+    arguments += ["--option", "prompt={question} {options}", "--max-new-tokens", 4]
+    arguments += ["--device", "cpu"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == SKIPPED, result.output
+    skipped = (out / "skipped_samples.jsonl").read_text()
+    assert "slide absent: neither absent.h5 nor a picture" in skipped
+    assert json.loads((out / "metrics.json").read_text())["by_task"]["colour"]["count"] == 12
+    audit = json.loads((out / "audit.json").read_text())
+    assert audit["missing"] == {}
+    accuracy = audit["parts"]["choice"]["accuracy"]
+    assert "blank" not in accuracy  # there is no empty glass among tile features
+    # Without its options the question is worded as in training.
+    assert accuracy["no_options"]["value"] >= 100 * 11 / 12 - 1e-3
 
 
 @pytest.mark.slow
