@@ -85,7 +85,13 @@ def test_few_shot_baselines_run_in_one_sweep(tmp_path: Path) -> None:
         *(f"{name}={CONFIGS / config}.py" for name, config in names.items()),
         *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
         *("--num-slides", "2", "--seeds", "1", "--metric", "accuracy", "--work-dir", "sweep"),
-        *("--cfg-options", "train_cfg.max_iters=2"),
+        *(
+            "--cfg-options",
+            "train_cfg.max_iters=2",
+            "--cfg-options",
+            "test_evaluator.picture=False",
+        ),
+        *("--cfg-options", "test_evaluator.num_resamples=0"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = (tmp_path / "sweep/table.md").read_text().splitlines()

@@ -166,7 +166,7 @@ def test_a_killed_run_continues(
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     arguments = dict(batch_size=4, part_size=8, progress=False)
     extract_features(config, whole, **arguments)
-    encode, calls = module._encode_batch, []
+    encode, calls = module.encode_batch, []
 
     def dies(*args: Any) -> torch.Tensor:
         calls.append(None)
@@ -174,7 +174,7 @@ def test_a_killed_run_continues(
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(module, "_encode_batch", dies)
+    monkeypatch.setattr(module, "encode_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         extract_features(config, out, **arguments)
     assert not out.exists()
