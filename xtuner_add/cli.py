@@ -375,6 +375,11 @@ def _notes(mode: Mode) -> str:
             "To use several processes, set NPROC_PER_NODE; on several machines also NNODES, "
             "NODE_RANK, ADDR and PORT."
         )
+    if mode.name == "train":
+        notes.append(
+            f"--track {'|'.join(launch.TRACKERS)} chooses where losses go besides the log file. "
+            "--debug shows tracebacks and all that the libraries log."
+        )
     return " ".join(notes)
 
 

@@ -19,11 +19,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pallava.skipping import SkipLog
 from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE
+from pathcore.names import did_you_mean
 from xtuner_add.modes import Mode
 from xtuner_add.paths import find_config
 
@@ -33,6 +35,16 @@ its log of skipped samples, or its exit code."""
 
 DEBUG_VARIABLE = "XTUNER_ADD_DEBUG"
 """Environment variable that enables tracebacks in a training; set by `train --debug`."""
+
+TRACKER_VARIABLE = "XTUNER_ADD_TRACKER"
+"""Environment variable with the key of `TRACKERS`; set by `train --track`."""
+
+TRACKERS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "tensorboard": {"type": "Visualizer", "vis_backends": [{"type": "TensorboardVisBackend"}]},
+    "wandb": {"type": "Visualizer", "vis_backends": [{"type": "WandbVisBackend"}]},
+}
+"""Values of `visualizer` in a config, by the name that `train --track` takes."""
 
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -112,6 +124,13 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             arguments.remove("--debug")
             environ[DEBUG_VARIABLE] = "1"
+        if tracker := _take_option(arguments, "--track"):
+            if tracker not in TRACKERS:
+                raise LaunchError(
+                    f"--track {tracker}: expected {', '.join(TRACKERS)}"
+                    f"{did_you_mean(tracker, TRACKERS)}"
+                )
+            environ[TRACKER_VARIABLE] = tracker
         if arguments and Path(arguments[0]).is_file() and "-h" not in arguments:
             # Imported late, since help and the other modes need no config parser.
             from xtuner_add.training_check import TrainingInputError, check_training
@@ -241,6 +260,19 @@ def report_skipped_samples(outcome: Path) -> int:
     noun = "sample was" if count == 1 else "samples were"
     click.echo(f"Training finished, but {count} {noun} skipped: see {skip_log.path}", err=True)
     return EXIT_SKIPPED
+
+
+def _take_option(arguments: list[str], name: str) -> str | None:
+    """Removes an option, as `--name value` or `--name=value`, and returns its value."""
+    for index, word in enumerate(arguments):
+        if word.startswith(f"{name}="):
+            del arguments[index]
+            return word.partition("=")[2]
+        if word == name:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+            del arguments[index : index + 2]
+            return value or "(nothing)"
+    return None
 
 
 def _launcher(arguments: Sequence[str]) -> str | None:

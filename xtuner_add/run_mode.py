@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pathcore.exit_codes import EXIT_FAILED, EXIT_USAGE
-from xtuner_add.launch import DEBUG_VARIABLE, OUTCOME_VARIABLE
+from xtuner_add.launch import DEBUG_VARIABLE, OUTCOME_VARIABLE, TRACKER_VARIABLE, TRACKERS
 from xtuner_add.modes import MODES, Mode
 from xtuner_add.paths import own_configs
 
@@ -33,6 +33,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"the first argument must be one of {', '.join(MODES)}, not {argv[:1]}")
     mode = MODES[argv[0]]
 
+    if not os.environ.get(DEBUG_VARIABLE):
+        from xtuner_add.console import shorten_console
+
+        shorten_console()  # before the libraries that it quietens are imported
     from pallava.engine.runtime import prepare_host
 
     prepare_host()
@@ -62,7 +66,10 @@ def configs_fitted_to_machine() -> Iterator[None]:
     original = Config.fromfile
 
     def fromfile(*args: Any, **kwargs: Any) -> Any:
-        return adapt_config(original(*args, **kwargs))
+        cfg = adapt_config(original(*args, **kwargs))
+        if name := os.environ.get(TRACKER_VARIABLE):
+            cfg.visualizer = TRACKERS[name]
+        return cfg
 
     Config.fromfile = staticmethod(fromfile)
     try:

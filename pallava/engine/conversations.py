@@ -34,6 +34,7 @@ from pathcore.rows import check_fraction, read_rows
 
 _ROWS_PER_PROCESS = 2000
 _REPLACEMENTS = 16
+_SILENT_BELOW = 5000  # rows; fewer are tokenized in a moment
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -337,6 +338,7 @@ def process_text(
         A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
     """
     from datasets import Dataset as HFDataset
+    from datasets import disable_progress_bars
     from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
 
     rows, faults, total = [], {}, 0
@@ -361,6 +363,8 @@ def process_text(
     if num_proc is None:
         num_proc = min(32, os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     num_proc = num_proc if num_proc > 1 else None
+    if total < _SILENT_BELOW:
+        disable_progress_bars()
     data = HFDataset.from_list(rows)
     if max_dataset_length is not None and max_dataset_length < len(data):
         data = data.shuffle(seed=0).select(range(max_dataset_length))

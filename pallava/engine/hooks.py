@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 _ITERATION_STRIDE = 100_003
@@ -104,3 +106,69 @@ class StopOnDivergenceHook(Hook):
             "optim_wrapper.optimizer.lr, a longer warm-up or bfloat16; if iteration 1 is affected, "
             "check model.pretrained_pth and the data"
         )
+
+
+@HOOKS.register_module()
+class StartScreenHook(Hook):
+    """Logs at the start what trains, on what, and for how long.
+
+    `adapt_config` adds this hook to every config that `xtuner-add train` loads.
+    """
+
+    priority = "VERY_LOW"
+
+    def before_train(self, runner: Any) -> None:
+        """Logs the summary."""
+        if get_rank() == 0:
+            runner.logger.info("\n".join(("", *start_screen(runner), "")))
+
+
+def start_screen(runner: Any) -> list[str]:
+    """Returns the lines that describe a training which is about to start.
+
+    Args:
+        runner: MMEngine's runner, with model, data loader and training loop built.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    loader, loop, cfg = runner.train_dataloader, runner.train_loop, runner.cfg
+    parts = {}
+    for name, part in model.named_children():
+        parameters = list(part.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        parts[name] = (sum(p.numel() for p in parameters), trained)
+    lines = [
+        f"{'Model':<10}{type(model).__name__}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    ]
+    for name, (number, trained) in parts.items():
+        if number:
+            what = f"{trained:,} of {number:,} trained" if trained else f"{number:,}, frozen"
+            lines.append(f"{'':<10}{name}: {what}")
+    dataset = loader.dataset
+    images = ""
+    if getattr(dataset, "_index", None) is not None:
+        counts = dataset.num_sub_images
+        images = f", {sum(counts) / max(len(counts), 1):.1f} sub-images a sample"
+    lines.append(f"{'Data':<10}{len(dataset):,} samples{images}")
+    batch, world = cfg.train_dataloader.get("batch_size", 1), get_world_size()
+    counts = cfg.optim_wrapper.get("accumulative_counts", 1)
+    counts = (cfg.get("strategy") or {}).get("gradient_accumulation_steps", counts)
+    lines.append(
+        f"{'Batch':<10}{batch} x {world} process(es) x accumulation {counts} = "
+        f"{batch * world * counts} samples an update"
+    )
+    lines.append(
+        f"{'Steps':<10}{loop.max_iters:,} iterations, {len(loader):,} an epoch; "
+        f"{math.ceil(loop.max_iters / counts):,} updates"
+    )
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    state = sum(p.numel() * (p.element_size() + 8) for p in learned)
+    device = next(model.parameters()).device
+    lines.append(
+        f"{'Memory':<10}weights {held / 2**20:,.0f} MiB, gradients and AdamW {state / 2**20:,.0f} "
+        f"MiB on {device}, plus activations"
+    )
+    lines.append(f"{'Seed':<10}{runner.seed}")
+    lines.append(f"{'Log':<10}{runner.logger.log_file} (config and environment too)")
+    return lines

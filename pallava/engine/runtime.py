@@ -26,6 +26,7 @@ _SINGLE_PROCESS = {
     "MASTER_ADDR": "127.0.0.1",
 }
 _DIVERGENCE_HOOK = "StopOnDivergenceHook"
+_START_HOOK = "StartScreenHook"
 # MMEngine's default wrapper, but without the `device_ids=[LOCAL_RANK]` that it passes by default
 # and DDP rejects on a CPU.
 _CPU_WRAPPER = {
@@ -52,9 +53,9 @@ def adapt_config(cfg: Any) -> Any:
         _keep_learning_rates(optim_wrapper)
         hooks = list(cfg.get("custom_hooks") or ())
         if not any(_type_name(hook.get("type")).endswith(_DIVERGENCE_HOOK) for hook in hooks):
-            import pallava.engine.hooks  # noqa: F401  registers the hook
+            import pallava.engine.hooks  # noqa: F401  registers the hooks
 
-            cfg.custom_hooks = [*hooks, {"type": _DIVERGENCE_HOOK}]
+            cfg.custom_hooks = [*hooks, {"type": _DIVERGENCE_HOOK}, {"type": _START_HOOK}]
     mixed = optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper")
     if torch.cuda.is_available():
         if (

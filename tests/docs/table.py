@@ -108,6 +108,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
 PYTHON_NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^model = dict\(\n    data_preprocessor|^train_dataloader\[", "part of a config"),
     (r"hf_hub:prov-gigapath|load_tile_slide_encoder", "gated weights; tests/gigapath"),
+    (r"Gemma3ForCausalLM", "gated weights; tests/pallava/modeling/test_language_models.py"),
     (r"from openai import OpenAI", "needs a server; tests/xtuner_add/test_serve.py"),
 )
 """Patterns of Python blocks that are not run, with the reason."""

@@ -214,3 +214,32 @@ def test_skipped_samples_are_counted_once_and_change_the_exit_code(
     SkipLog(log).record("slide_8", "8.png", "missing")
     assert launch.report_skipped_samples(outcome) == 3
     assert "2 samples were skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--track", "wandb"], ["--track=wandb"]])
+def test_an_option_of_ours_is_not_passed_to_xtuner(words: list[str]) -> None:
+    arguments = ["a.py", *words, "--seed", "0"]
+    assert launch._take_option(arguments, "--track") == "wandb"
+    assert arguments == ["a.py", "--seed", "0"]
+    assert launch._take_option(arguments, "--track") is None
+
+
+def test_an_unknown_tracker_is_named() -> None:
+    with pytest.raises(launch.LaunchError, match="--track wand: expected none, tensorboard, wandb"):
+        launch.launch(MODES["train"], ["pallava_domain_alignment_tiny", "--track", "wand"])
+
+
+def test_the_tracker_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmengine.config import Config
+
+    from xtuner_add.paths import own_configs
+    from xtuner_add.run_mode import configs_fitted_to_machine
+
+    file = own_configs()["pallava_domain_alignment"]
+    monkeypatch.setenv(launch.TRACKER_VARIABLE, "wandb")
+    with configs_fitted_to_machine():
+        cfg = Config.fromfile(file)
+    assert cfg.visualizer.vis_backends[0].type == "WandbVisBackend"
+    monkeypatch.setenv(launch.TRACKER_VARIABLE, "none")
+    with configs_fitted_to_machine():
+        assert Config.fromfile(file).visualizer is None

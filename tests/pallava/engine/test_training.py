@@ -73,6 +73,27 @@ def test_learns_and_says_what_it_left_out(folder: Path, stage1: Path) -> None:
     assert "no such image file" in record["reason"] and str(log) in output
 
 
+def test_one_screen_says_what_trains_and_the_log_file_holds_the_rest(
+    folder: Path, stage1: Path
+) -> None:
+    output = (folder / "stage1.log").read_text()
+    head = output.partition("Iter(train)")[0]
+    assert len(head.splitlines()) <= 40
+    for text in (
+        "LLaVAModel, 421,952 parameters",
+        "visual_encoder: 150,208, frozen",
+        "llm: 16,384 of 133,952 trained",
+        "41 samples, 5.4 sub-images a sample",
+        "4 x 1 process(es) x accumulation 1 = 4",
+        "44 iterations, 11 an epoch",
+    ):
+        assert text in head
+    (log,) = stage1.glob("*/*.log")
+    text = log.read_text()
+    assert "System environment" in text and "Hooks will be executed" in text
+    assert text.count("\n") > 250
+
+
 def test_checkpoint_holds_what_was_trained(stage1: Path) -> None:
     names = set(read_state_dict(stage1 / "iter_40.pth"))
     assert "projector.model.bert.embeddings.position_ids" in names
