@@ -219,5 +219,5 @@ def test_every_recipe_has_a_tiny_twin() -> None:
     names = {path.stem for path in CONFIGS.glob("*.py")}
     full = {name for name in names if not name.endswith("_tiny") and not name.startswith("demo")}
     # Recipes that differ in the language model alone have their twins in test_llm_configs.py.
-    full -= {name for name in names if any(f"_{llm}_" in name for llm in TWINS)}
+    full -= {name for name in names if any(f"_{llm}_" in name for llm in (*TWINS, "qlora"))}
     assert full and {f"{name}_tiny" for name in full} <= names

@@ -25,6 +25,7 @@ from pallava.inference.loading import load_model
 from pallava.release.export import export
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN, encode_text
+from tests.pallava import goldens
 from tests.pallava.engine.tiny_run import CONFIGS, question, save_encoder, save_image
 from tests.pallava.release.test_model_matrix import save_base
 from tests.pallava.text.chat_tokenizers import chat_tokenizer
@@ -58,7 +59,7 @@ def config_file(name: str, stage: str = "domain_alignment") -> Path:
 
 def test_every_config_of_a_language_model_has_its_twin() -> None:
     stages = [path.stem for path in CONFIGS.glob("pallava_*_domain_alignment.py")]
-    assert {f"pallava_{name}_domain_alignment" for name in TWINS} == set(stages)
+    assert {f"pallava_{name}_domain_alignment" for name in (*TWINS, "qlora")} == set(stages)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -200,3 +201,24 @@ def test_a_twin_trains_resumes_converts_exports_and_answers(
     found = processor(text=rendered, images=Image.open(images[0]))
     expected = [image_id if token < 0 else token for token in prompt]
     assert found["input_ids"][0].tolist() == expected
+
+
+def test_one_gpu_in_4_bits_keeps_the_published_global_batch(data: Path, tmp_path: Path) -> None:
+    published = {"domain_alignment": 576, "instruction_tuning": 384}
+    for stage, samples in published.items():
+        cfg = Config.fromfile(config_file("qlora", stage))
+        counts = cfg.optim_wrapper.accumulative_counts
+        assert cfg.train_dataloader.batch_size * counts == samples
+        assert cfg.default_hooks.checkpoint.interval % counts == 0
+    base = save_base("llama", tmp_path / "base", vocab_size=340, hidden_size=64)
+    goldens.tokenizer().save_pretrained(base)
+    cfg = Config.fromfile(config_file("qlora"))
+    cfg.merge_from_dict(options(data, base))
+    dataset = BUILDER.build(cfg.train_dataloader.dataset)
+    model, optimizer = build(cfg)
+    kinds = {type(module).__name__ for module in model.llm.modules()}
+    assert "Linear4bit" in kinds and type(model.llm.get_output_embeddings()) is nn.Linear
+    batch = default_collate_fn([dataset[index] for index in range(3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [step(model, optimizer, batch) for _ in range(3)]
+    assert losses[2] < losses[0]
