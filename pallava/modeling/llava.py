@@ -214,7 +214,7 @@ class MultimodalMixin:
         learned = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
         if not len(learned):
             learned = learned.new_zeros(1)  # one position, so that the loss is a zero with a graph
-        keeps_logits = _accepts(self.llm, "logits_to_keep")
+        keeps_logits = accepts(self.llm, "logits_to_keep")
         logits = self.llm(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,
@@ -336,7 +336,7 @@ def use_softcap(llm: Any) -> None:
         config._attn_implementation = "eager"
 
 
-def _accepts(llm: Any, argument: str) -> bool:
+def accepts(llm: Any, argument: str) -> bool:
     """Whether the forward method of a language model, wrapped by PEFT or not, has an argument."""
     base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
     return argument in inspect.signature(base.forward).parameters

@@ -143,7 +143,8 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _collect(events: AsyncIterator[tuple[int, Any]]) -> list[Completion]:
-    return [item async for _, item in events if isinstance(item, Completion)]
+    found = {index: item async for index, item in events if isinstance(item, Completion)}
+    return [found[index] for index in sorted(found)]
 
 
 def _response_identity(model: str, kind: str) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class Page:
         answering: dict[str, Any] = {
             "inputs": [asked, chat, session, *settings],
             "outputs": [chat, session],
-            "concurrency_limit": self.service.max_waiting + 2,  # the service rejects the excess
+            "concurrency_limit": self.service.capacity + 1,  # the service rejects the excess
             **_QUIET,
         }
         running = [

@@ -1,4 +1,4 @@
-"""Runs one model, one generation at a time, behind a bounded queue."""
+"""Runs one model for many clients: answers are generated together, behind a bounded queue."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pallava.inference.assistant import Assistant
-from pallava.inference.streaming import Completion, Sampling, converse
+from pallava.inference.batching import CACHE_BYTES, BatchedAnswers, Request, prepare_images
+from pallava.inference.streaming import Completion, Sampling
 from pallava.text.turns import Turn
 
-MAX_WAITING = 8
-"""Default length of the queue; a further request would wait for minutes and is rejected."""
+MAX_RUNNING = 32
+"""Default number of answers that are generated together."""
+
+MAX_WAITING = 32
+"""Default length of the queue behind them."""
+
+_PAUSE_S = 0.5
+"""Running answers pause for so long, and for one more prompt, while new prompts are read."""
 
 _FIRST_GUESS_S = 5.0
 _SMOOTHING = 0.3
@@ -40,57 +48,97 @@ class Answers:
     """Answers that are being generated, as returned by `ModelService.ask`.
 
     Iteration yields `(index, text)` for every piece, and `(index, Completion)` at the end of an
-    answer.
+    answer. Answers to one question are generated at the same time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_answers: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._num_open = num_answers
         self._gone = threading.Event()
         self._withdraw: Callable[[], Any] = lambda: None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, str | Completion]]:
-        while (event := await self._events.get()) is not None:
+        while self._num_open:
+            index, event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
-            yield event
+            self._num_open -= isinstance(event, Completion)
+            yield index, event
 
     def cancel(self) -> None:
         """Cancels the request: stops after the next token, or drops it if it is still queued."""
         self._gone.set()
         self._withdraw()
 
-    def _post_text(self, index: int, text: str) -> None:
-        self._post((index, text))
-
-    def _post(self, event: Any) -> None:
+    def _post(self, index: int, event: str | Completion | Exception) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+
+@dataclass(eq=False)
+class _Job:
+    """A queued request, or a call of another function.
+
+    Attributes:
+        start: Reads the prompt, or calls the function.
+        fits: Whether it can start now.
+        is_ready: Whether its images are prepared.
+    """
+
+    start: Callable[[], Any]
+    fits: Callable[[], bool] = lambda: True
+    is_ready: bool = True
+    started_s: float = 0.0
 
 
 class ModelService:
-    """Owns a model and serialises all work on it.
+    """Owns a model; a single thread does all work on it.
 
     Args:
         assistant: Model to serve.
         name: Name of the model for clients.
-        max_waiting: Maximum number of queued jobs behind the running one.
+        max_waiting: Maximum number of queued answers behind the running ones.
+        max_running: Maximum number of answers that are generated together.
+        cache_bytes: See `BatchedAnswers`.
     """
 
-    def __init__(self, assistant: Assistant, name: str, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(
+        self,
+        assistant: Assistant,
+        name: str,
+        max_waiting: int = MAX_WAITING,
+        max_running: int = MAX_RUNNING,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.assistant = assistant
         self.name = name
         self.max_waiting = max_waiting
+        self.max_running = max_running
         self.started = int(time.time())
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._lock = threading.Lock()
-        self._jobs = 0
-        self._job_s = _FIRST_GUESS_S
+        self._batch = BatchedAnswers(assistant, cache_bytes)
+        self._changed = threading.Condition()
+        self._queue: list[_Job] = []
+        self._running: set[_Job] = set()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        self._preparing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="images")
+        self._answer_s = _FIRST_GUESS_S
 
     @property
     def waiting(self) -> int:
-        """Number of queued jobs behind the running one."""
-        return max(0, self._jobs - 1)
+        """Number of queued jobs."""
+        return len(self._queue)
+
+    @property
+    def capacity(self) -> int:
+        """Maximum number of queued and running jobs."""
+        return self.max_running + self.max_waiting
+
+    @property
+    def num_jobs(self) -> int:
+        """Number of queued and running jobs."""
+        return len(self._queue) + len(self._running)
 
     def check_free(self) -> None:
         """Rejects early what `ask` would reject.
@@ -98,8 +146,9 @@ class ModelService:
         Raises:
             BusyError: If the queue is full.
         """
-        if self._jobs > self.max_waiting:
-            raise BusyError(max(1, round(self._job_s * self._jobs)))
+        if self.num_jobs >= self.capacity:
+            rounds = max(1.0, self.max_waiting / self.max_running)
+            raise BusyError(max(1, round(self._answer_s * rounds)))
 
     def ask(self, turns: Sequence[Turn], sampling: Sampling, num_answers: int = 1) -> Answers:
         """Queues a conversation; the caller must `cancel` the result when it is done with it.
@@ -107,69 +156,142 @@ class ModelService:
         Args:
             turns: See `pallava.text.turns.check_turns`.
             sampling: Sampling parameters; each further answer adds its index to the seed.
-            num_answers: Number of answers, generated one after another.
+            num_answers: Number of answers, each with a place of its own in the batch.
 
         Raises:
             BusyError: If the queue is full.
         """
-        answers = Answers()
-
-        def work() -> None:
-            try:
-                for index in range(num_answers):
-                    if answers._gone.is_set():
-                        return
-                    completion = converse(
-                        self.assistant,
-                        turns,
-                        _with_seed(sampling, index),
-                        on_text=functools.partial(answers._post_text, index),
-                        cancelled=answers._gone.is_set,
-                    )
-                    answers._post((index, completion))
-                answers._post(None)
-            except Exception as error:  # passed to the caller, which runs in another thread
-                answers._post(error)
-
-        future = self._submit(work)
-        answers._withdraw = future.cancel
+        answers = Answers(num_answers)
+        jobs: list[_Job] = []
+        requests = []
+        for index in range(num_answers):
+            request = Request(
+                turns,
+                _with_seed(sampling, index),
+                on_end=functools.partial(self._end, jobs, answers, index),
+                on_text=functools.partial(answers._post, index),
+                cancelled=answers._gone.is_set,
+            )
+            requests.append(request)
+            jobs.append(
+                _Job(
+                    functools.partial(self._batch.start, request),
+                    functools.partial(self._batch.fits, request),
+                    is_ready=False,
+                )
+            )
+        self._enter(jobs)
+        answers._withdraw = functools.partial(self._withdraw, jobs)
+        self._preparing.submit(self._prepare, jobs, requests)
         return answers
 
     async def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs another function that needs the model.
+        """Runs another function that needs the model, between two tokens of the answers.
 
         Raises:
             BusyError: If the queue is full.
         """
-        return await asyncio.wrap_future(self._submit(functools.partial(function, *arguments)))
+        future: Future[Result] = Future()
+
+        def start() -> None:
+            is_wanted = future.set_running_or_notify_cancel()
+            result: Any = None
+            error: Exception | None = None
+            try:
+                if is_wanted:
+                    result = function(*arguments)
+            except Exception as raised:
+                error = raised
+            self._running.discard(job)
+            if error is not None:
+                future.set_exception(error)
+            elif is_wanted:
+                future.set_result(result)
+
+        job = _Job(start)
+        self._enter([job])
+        future.add_done_callback(lambda _: self._withdraw([job]))
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Finishes the running job and drops the queued ones."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Finishes the running answers and drops the queued jobs."""
+        with self._changed:
+            self._is_closed = True
+            self._queue.clear()
+            self._changed.notify()
+        self._preparing.shutdown(wait=True, cancel_futures=True)
+        if self._thread is not None:
+            self._thread.join()
 
-    def _submit(self, work: Callable[[], Any]) -> Any:
-        with self._lock:
+    def _enter(self, jobs: list[_Job]) -> None:
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("the server is stopping")
             self.check_free()
-            self._jobs += 1
+            self._queue += jobs
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+                self._thread.start()
+            self._changed.notify()
 
-        def timed() -> Any:
-            start = time.monotonic()
-            try:
-                return work()
-            finally:
-                self._job_s += _SMOOTHING * (time.monotonic() - start - self._job_s)
+    def _withdraw(self, jobs: list[_Job]) -> None:
+        with self._changed:
+            self._queue = [job for job in self._queue if job not in jobs]
 
+    def _prepare(self, jobs: list[_Job], requests: list[Request]) -> None:
+        """Preprocesses the images of a question, while the model works for others."""
+        if jobs[0] not in self._queue:
+            return
         try:
-            future = self._worker.submit(timed)
-        except RuntimeError:
-            self._leave()
-            raise
-        future.add_done_callback(lambda _: self._leave())  # also called for cancelled jobs
-        return future
+            turns = prepare_images(self.assistant, requests[0].turns)
+        except Exception as error:
+            for request in requests:
+                request.on_end(error)
+            return
+        for request, job in zip(requests, jobs, strict=True):
+            request.turns = turns
+            job.is_ready = True
+        with self._changed:
+            self._changed.notify()
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._jobs -= 1
+    def _end(
+        self, jobs: list[_Job], answers: Answers, index: int, end: Completion | Exception
+    ) -> None:
+        job = jobs[index]
+        if job.started_s:
+            self._answer_s += _SMOOTHING * (time.monotonic() - job.started_s - self._answer_s)
+        self._withdraw([job])
+        self._running.discard(job)
+        answers._post(index, end)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._batch.num_running or self._next() or self._is_closed):
+                    self._changed.wait()
+                if self._is_closed and not self._batch.num_running:
+                    return
+            paused_s = time.monotonic()
+            while (job := self._take()) is not None:
+                job.start()
+                if self._batch.num_running and time.monotonic() - paused_s > _PAUSE_S:
+                    break
+            self._batch.step()
+
+    def _next(self) -> _Job | None:
+        """Returns the first job of the queue that is ready."""
+        return next((job for job in self._queue if job.is_ready), None)
+
+    def _take(self) -> _Job | None:
+        """Takes the first job that is ready, if there is room for it."""
+        with self._changed:
+            job = self._next()
+            if job is None or self._batch.num_running >= self.max_running or not job.fits():
+                return None
+            self._queue.remove(job)
+            self._running.add(job)
+            job.started_s = time.monotonic()
+            return job
 
 
 def _with_seed(sampling: Sampling, index: int) -> Sampling:

@@ -95,7 +95,27 @@ def chat(
     type=click.IntRange(1, 400),
     help="Limit for all images of one request together.",
 )
-@click.option("--max-waiting", default=8, show_default=True, type=click.IntRange(0, 1000))
+@click.option(
+    "--max-running",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Limit for the answers that are generated together.",
+)
+@click.option(
+    "--max-waiting",
+    default=32,
+    show_default=True,
+    type=click.IntRange(0, 1000),
+    help="Limit for the answers queued behind them; further requests are refused.",
+)
+@click.option(
+    "--cache-mib",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(0, 1 << 20),
+    help="Limit for keys and values of running answers and kept conversations.",
+)
 @click.option(
     "--api-key-env",
     metavar="VARIABLE",
@@ -119,7 +139,9 @@ def serve(
     name: str | None,
     max_upload_mib: int,
     max_megapixels: int,
+    max_running: int,
     max_waiting: int,
+    cache_mib: int,
     api_key_env: str | None,
     allow_anonymous: bool,
     allowed_hosts: tuple[str, ...],
@@ -140,7 +162,16 @@ def serve(
         max_upload_bytes=max_upload_mib << 20,
     )
     with _listen(host, port) as listening:
-        service, source = _load_service(options, name, max_waiting, slides)
+        from pallava.serving.service import ModelService
+
+        assistant, source = _load(options, slides)
+        service = ModelService(
+            assistant,
+            name or Path(options["llm"]).resolve().name,
+            max_waiting,
+            max_running,
+            cache_mib << 20,
+        )
         address = f"http://{_bracketed(host)}:{listening.getsockname()[1]}"
         _serve_until_stopped(
             service, settings, source, max_megapixels * 1_000_000, listening, address
@@ -165,10 +196,8 @@ def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ..
     return ()
 
 
-def _load_service(
-    options: dict[str, Any], name: str | None, max_waiting: int, slides: Path | None
-) -> tuple[Any, Any]:
-    from pallava.serving.service import ModelService
+def _load(options: dict[str, Any], slides: Path | None) -> tuple[Any, Any]:
+    """Loads the model, and opens the folder of slides."""
     from pallava.serving.slide_folder import SlideFolder
     from pallava.slide_bags import SlidePreparation
 
@@ -182,8 +211,7 @@ def _load_service(
             )
     except _EXPECTED_ERRORS as error:
         raise click.ClickException(str(error)) from error
-    name = name or Path(options["llm"]).resolve().name
-    return ModelService(assistant, name, max_waiting), source
+    return assistant, source
 
 
 def _api_key(ctx: click.Context, variable: str | None) -> str | None:

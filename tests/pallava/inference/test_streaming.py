@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pallava import load_model
+from pallava.inference.answer_text import _settled
 from pallava.inference.assistant import Assistant
-from pallava.inference.streaming import Completion, ContextError, Sampling, _settled, converse
+from pallava.inference.streaming import Completion, ContextError, Sampling, converse
 from pallava.modeling.hf import (
     PALLaVAConfig,
     PALLaVAForConditionalGeneration,

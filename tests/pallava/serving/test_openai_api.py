@@ -229,7 +229,7 @@ def test_emoji_and_temperatures_close_to_zero_are_no_faults(port: int) -> None:
 
 
 def test_a_full_queue_is_refused_with_the_time_to_come_back(slow: SlowAssistant) -> None:
-    service = ModelService(slow, NAME, max_waiting=1)
+    service = ModelService(slow, NAME, max_waiting=1, max_running=1)
     with serving(create_app(service)) as port:
         answers: list[httpx.Response] = []
 
@@ -239,7 +239,7 @@ def test_a_full_queue_is_refused_with_the_time_to_come_back(slow: SlowAssistant)
         threads = [threading.Thread(target=one) for _ in range(2)]
         for number, thread in enumerate(threads):
             thread.start()
-            while service._jobs <= number:
+            while service.num_jobs <= number:
                 time.sleep(0.01)
         refused = post(port)
         assert refused.status_code == 503
@@ -251,6 +251,33 @@ def test_a_full_queue_is_refused_with_the_time_to_come_back(slow: SlowAssistant)
         assert answers[0].json()["choices"] == answers[1].json()["choices"]
         assert service.waiting == 0
         assert post(port, max_tokens=2).status_code == 200
+
+
+def test_many_clients_get_at_once_what_each_would_get_alone(slow: SlowAssistant) -> None:
+    slow.brake_s = 0.002
+    service = ModelService(slow, NAME, max_waiting=6, max_running=6)
+    questions = [(f"What is {number}?", IMAGES[number % 3]) for number in range(12)]
+    found: dict[int, Any] = {}
+    most_running = [0]
+
+    def ask_one(port: int, number: int) -> None:
+        text, image = questions[number]
+        answer = post(port, messages=[user(text, image)], max_tokens=6 + number)
+        most_running[0] = max(most_running[0], service.num_jobs - service.waiting)
+        found[number] = answer.json()
+
+    with serving(create_app(service)) as port:
+        threads = [threading.Thread(target=ask_one, args=(port, index)) for index in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, (text, image) in enumerate(questions):
+        turns = [Turn("user", text, (picture(image),))]
+        expected = converse(slow, turns, Sampling(max_new_tokens=6 + number))
+        assert found[number]["choices"][0]["message"]["content"] == expected.text
+        assert found[number]["usage"]["completion_tokens"] == expected.completion_tokens
+    assert 1 < most_running[0] <= 6
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -267,13 +294,13 @@ def test_generation_ends_when_the_client_goes_away(slow: SlowAssistant, stream: 
         ):
             for _ in response.iter_lines():
                 assert stream
-                assert service._jobs == 1
+                assert service.num_jobs == 1
                 raise httpx.ReadTimeout("enough")
-        assert service._jobs == 1
+        assert service.num_jobs == 1
         deadline = time.monotonic() + 10  # hundreds of tokens take minutes
-        while service._jobs and time.monotonic() < deadline:
+        while service.num_jobs and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert service._jobs == 0
+        assert service.num_jobs == 0
 
 
 def test_a_failing_model_is_an_error_and_not_the_end(
@@ -282,7 +309,7 @@ def test_a_failing_model_is_an_error_and_not_the_end(
     service = ModelService(assistant, NAME)
     with serving(create_app(service)) as port:
         with monkeypatch.context() as patch:
-            patch.setattr(assistant.model.llm, "generate", lambda **_: 1 / 0)
+            patch.setattr(assistant.model.llm, "forward", lambda **_: 1 / 0)
             response = post(port)
             assert response.status_code == 500
             assert response.json()["error"]["type"] == "server_error"
@@ -292,7 +319,7 @@ def test_a_failing_model_is_an_error_and_not_the_end(
 
 def test_a_withdrawn_question_frees_its_place(slow: SlowAssistant) -> None:
     async def run() -> list[str]:
-        service = ModelService(slow, NAME, max_waiting=1)
+        service = ModelService(slow, NAME, max_waiting=1, max_running=1)
         sampling = Sampling(max_new_tokens=10)
         first = service.ask([Turn("user", "What?")], sampling)
         second = service.ask([Turn("user", "Why?")], sampling)

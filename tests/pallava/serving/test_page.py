@@ -40,14 +40,14 @@ def test_stopping_and_leaving_end_the_answer(
         page.fill("#question textarea", "What?")
         page.click("#ask")
         page.locator("#chat [data-testid=bot]").first.wait_for()
-        assert service._jobs == 1
+        assert service.num_jobs == 1
         assert page.locator("#chat [data-testid=user] img").count() == 1
         page.click("#stop")
         wait_until_free(service)
         page.fill("#question textarea", "Why?")
         page.click("#ask")
         page.locator("#chat [data-testid=bot]").nth(1).wait_for()
-        assert service._jobs == 1
+        assert service.num_jobs == 1
         page.close()
         wait_until_free(service)
 
@@ -148,9 +148,9 @@ def test_the_size_of_a_region_stays_while_its_unit_does(assistant: Assistant) ->
 
 def wait_until_free(service: ModelService) -> None:
     deadline = time.monotonic() + 15
-    while service._jobs and time.monotonic() < deadline:
+    while service.num_jobs and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert service._jobs == 0
+    assert service.num_jobs == 0
 
 
 def test_old_files_are_deleted_and_new_ones_kept(tmp_path: Path) -> None:
