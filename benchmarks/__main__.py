@@ -15,6 +15,7 @@ QUICK = {
     "gigapath_position": ["--quick"],
     "gigapath_slide_encoder": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
+    "serving": ["--quick"],
 }
 """Arguments with which a benchmark takes seconds; a quick run skips the others."""
 
