@@ -163,6 +163,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "Merge LoRA adapters into a base model, shard by shard.",
         ),
         "export": (f"{_COMMANDS}.release:export", "Write one folder that transformers loads."),
+        "quantise": (
+            f"{_COMMANDS}.release:quantise",
+            "Write an exported model with a language model in 8 or 4 bits.",
+        ),
         "split": (f"{_COMMANDS}.release:split", "Write a model with one tensor per shard."),
         "check-merge": (
             f"{_COMMANDS}.release:check_merge",

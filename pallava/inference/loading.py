@@ -27,6 +27,7 @@ CONVERSION_NAME = "conversion.json"
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_QUANTISED = "quantization_config"
 _NAMED = "encoder:"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".txt", ".model", ".jinja")
@@ -298,12 +299,15 @@ def _load_exported(
     from pallava.modeling.hf import PALLaVAForConditionalGeneration
     from pathcore.weights import check_loading_report
 
+    # transformers does not move a quantised model after loading.
+    is_quantised = bool(json.loads((folder / "config.json").read_bytes()).get(_QUANTISED))
+    placement: dict[str, Any] = {"device_map": {"": device}} if is_quantised else {}
     try:
         model, report = PALLaVAForConditionalGeneration.from_pretrained(
-            str(folder), output_loading_info=True, **_dtype_argument(precision)
+            str(folder), output_loading_info=True, **placement, **_dtype_argument(precision)
         )
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the latter without bitsandbytes
         raise FileNotFoundError(f"exported model {folder}: cannot be loaded: {error}") from error
     check_loading_report(report, model, what="exported model", source=folder)
     tokenizer = processor.tokenizer
@@ -320,7 +324,9 @@ def _load_exported(
         sub_images=processor.sub_images,
         ties=processor.ties,
     )
-    model.requires_grad_(False).to(device)
+    model.requires_grad_(False)
+    if not is_quantised:
+        model.to(device)
     return Assistant(model, tokenizer, anyres, template, bos, fingerprint(folder))
 
 

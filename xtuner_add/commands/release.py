@@ -185,6 +185,24 @@ def export(
     click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
 
 
+@click.command("quantise", epilog=example("quantise", "model model-4bit --bits 4"))
+@click.argument("model", type=FOLDER)
+@click.argument("out", type=ANY_PATH)
+@click.option("--bits", type=click.Choice(["8", "4"]), required=True)
+@device_option
+def quantise(model: Path, out: Path, bits: str, device: str | None) -> None:
+    """Write the exported MODEL to OUT with its language model in 8 or 4 bits.
+
+    The linear layers are quantised by bitsandbytes: 8 bits by LLM.int8(), 4 bits by NF4. OUT is
+    loaded like MODEL, and needs bitsandbytes.
+    """
+    from pallava.release.quantise import quantise as quantise_folder
+
+    with user_errors(ImportError):
+        digests = quantise_folder(model, out, bits=8 if bits == "8" else 4, device=device)
+    click.echo(f"Wrote {out}: {counted(len(digests), 'file')}, digests verified")
+
+
 @click.command("push", epilog=example("push", "model owner/name"))
 @click.argument("folder", type=FOLDER)
 @click.argument("repository")
