@@ -12,7 +12,7 @@ TRANSFORMERS := 4.48 4 5
 ALONE := $(foreach version,$(TRANSFORMERS),$(VENV)/transformers-$(version))
 
 STAMP := $(VENV)/.setup-complete
-SETUP_INPUTS := requirements/lock.txt requirements/build.txt setup.py pyproject.toml
+SETUP_INPUTS := $(wildcard requirements/*.txt) setup.py pyproject.toml
 REQUIREMENTS := $(addprefix requirements/,$(addsuffix .txt,runtime models host train evaluate convert cite demo serve ray pathgen gigapath dev docs))
 
 # DeepSpeed looks for ninja on PATH; subprocesses of the tests look for xtuner-add.

@@ -79,12 +79,15 @@ def find_config(name: str) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such config; the message suggests similar names.
+            Also if it is none of ours, and XTuner is not installed.
     """
     path = Path(name)
     if path.is_file():
         return path
     stem = path.name.removesuffix(".py")
-    configs = {**xtuner_configs(), **own_configs()}
+    configs = own_configs()
+    if len(path.parts) == 1 and stem not in configs:
+        configs |= xtuner_configs()  # only now: CITE's configs need no XTuner
     if len(path.parts) == 1 and stem in configs:
         return configs[stem]
     raise FileNotFoundError(

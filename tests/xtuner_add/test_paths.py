@@ -59,3 +59,7 @@ def test_missing_xtuner_is_an_error_that_says_how_to_install_it(
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="xtuner-add setup-host"):
         paths.xtuner_dir()
+    with pytest.raises(FileNotFoundError, match="xtuner-add setup-host"):
+        paths.find_config("llava_of_xtuner")
+    # CITE's configs are found where only its extra is installed.
+    assert paths.find_config("cite_clip-vit-b16_biolinkbert-l_1xb128-1k_gastric_tiny").is_file()
