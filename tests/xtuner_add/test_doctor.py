@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_named_encoders_decide_the_exit_code(cache: Path) -> None:
     assert availability("uni2-h").ready
     result = run("uni2-h")
     assert result.exit_code == 0 and "weights in the hub's cache" in result.output
+
+
+def test_torch_and_torchvision_of_two_builds_are_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(failing)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert "torchvision cannot be imported (operator torchvision::nms does not" in result.output
+    assert "do not belong together; install both in one command" in result.output
 
 
 def test_an_unknown_encoder_is_wrong_use(cache: Path) -> None:

@@ -299,3 +299,11 @@ def test_a_setting_without_which_everything_is_skipped_is_given_in_the_next_run(
     assert (tmp_path / "out/skipped.jsonl").read_text() == ""
     result = invoke(*arguments, "--slide-mpp", 0.25)
     assert result.exit_code == 1 and "begun with other settings" in result.output
+    result = invoke(*arguments, "--slide-mpp", 0.5, "--mpp", 1.0)
+    assert "begun with other settings (spec.mpp: 0.5 then, 1.0 now)" in result.output
+    # Two ways to miss the folder of the coordinates:
+    cut = ("--slides", tmp_path, "--output", tmp_path / "patches")
+    result = invoke("extract", tmp_path / "out", *cut)
+    assert result.exit_code == 1 and f"did you mean {tmp_path}/out/coords?" in result.output
+    result = invoke("extract", tmp_path / "out/coords/s.h5", *cut)
+    assert result.exit_code == 1 and f"name its folder, {tmp_path}/out/coords" in result.output
