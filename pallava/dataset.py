@@ -54,6 +54,8 @@ class LLaVADataset(ConversationDataset):
         max_pixels: Maximum number of pixels; larger images are skipped.
         skip_log: File that records skipped samples; beside the run's log by default.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
+        balance_answers: Whether all answers to one wording count equally in the loss, however often
+            each occurs; see `pallava.text.balancing`.
 
     Raises:
         FileNotFoundError: If a folder or file does not exist.
@@ -78,6 +80,7 @@ class LLaVADataset(ConversationDataset):
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
+        balance_answers: bool = False,
     ) -> None:
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
@@ -98,6 +101,7 @@ class LLaVADataset(ConversationDataset):
             max_length,
             skip_log,
             map_num_proc,
+            balance_answers=balance_answers,
         )
         if check_images == "header":
             read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)

@@ -164,7 +164,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
 
         Args:
             data: Batch from `default_collate_fn`: `input_ids`, `attention_mask`, `labels` and, if
-                there are images, `pixel_values`.
+                there are any, `pixel_values` and `label_weights`.
             data_samples: Unused; MMEngine passes it.
             mode: `loss` returns `{"loss": ...}`, `tensor` the language model's output, `predict` a
                 list of logits.
@@ -178,6 +178,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             data.get("pixel_values"),
             data.get("attention_mask"),
             data.get("labels"),
+            label_weights=data.get("label_weights"),
         )
         if mode == "loss":
             return {"loss": self.language_model_loss(inputs)}

@@ -17,6 +17,7 @@ from xtuner.registry import BUILDER
 
 from pallava.engine.skipping import default_skip_log
 from pallava.skipping import SkipLog
+from pallava.text.balancing import answer_weights, spread_weights
 from pallava.text.chat_template import render_pieces, template_of_tokenizer
 from pallava.text.encoding import (
     IMAGE_TOKEN,
@@ -52,6 +53,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: File that records skipped samples.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
         image_field: Field of the rows that names their images.
+        balance_answers: Whether all answers to one wording count equally in the loss, however often
+            each occurs; see `pallava.text.balancing`.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         image_field: str = "image",
+        balance_answers: bool = False,
     ) -> None:
         super().__init__()
         self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
@@ -80,7 +84,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     logger="current",
                     level=logging.WARNING,
                 )
-            self.text_data = load_processed_text(offline_processed_text_folder)
+            self.text_data = load_processed_text(offline_processed_text_folder, balance_answers)
             self._num_skipped_at_start = len(self.skip_log.read())
             return
         if data_path is None or tokenizer is None:
@@ -98,6 +102,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             num_proc=map_num_proc,
             skip_log=self.skip_log,
             image_field=image_field,
+            balance_answers=balance_answers,
         )
         self._num_skipped_at_start = len(self.skip_log.read())
 
@@ -107,6 +112,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `input_ids`, `labels` and `pixel_values`, one stack of tiles per image.
+
+        With `balance_answers`, also `label_weights`, the weight of each label in the loss.
 
         If an image cannot be decoded, it is recorded in the skip log and the next row is returned
         instead.
@@ -129,11 +136,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 continue
             if error is not None:
                 self._check_undecodable(error)
-            return {
-                "input_ids": row["input_ids"],
-                "labels": row["labels"],
-                "pixel_values": images,
-            }
+            texts = ("input_ids", "labels", "label_weights")
+            return {name: row[name] for name in texts if name in row} | {"pixel_values": images}
         raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
 
     def _check_undecodable(self, error: ImageError) -> None:
@@ -288,12 +292,16 @@ class TokenizerTemplate:
         return {"conversation": rendered}
 
 
-def load_processed_text(folder: StrPath) -> Any:
+def load_processed_text(folder: StrPath, balance_answers: bool = False) -> Any:
     """Opens a folder of tokenized rows written by `datasets.save_to_disk`.
+
+    Args:
+        folder: The folder.
+        balance_answers: Whether to read the weights of labels, which are dropped otherwise.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it lacks `input_ids` or `labels`.
+        ValueError: If it lacks `input_ids`, `labels`, or the weights that are asked for.
     """
     from datasets import load_from_disk
 
@@ -306,6 +314,14 @@ def load_processed_text(folder: StrPath) -> Any:
             f"offline_processed_text_folder {folder}: columns {sorted(absent)} are missing, found "
             f"{data.column_names}"
         )
+    if balance_answers and "label_weights" not in data.column_names:
+        raise ValueError(
+            f"offline_processed_text_folder {folder}: balance_answers needs the column "
+            f"label_weights, found {data.column_names}; tokenise the data again by "
+            "`xtuner-add tokenise --config` with a config that sets balance_answers=True"
+        )
+    if not balance_answers and "label_weights" in data.column_names:
+        data = data.remove_columns("label_weights")
     return _add_counts(data, num_proc=None)
 
 
@@ -320,6 +336,7 @@ def process_text(
     num_proc: int | None,
     skip_log: SkipLog,
     image_field: str = "image",
+    balance_answers: bool = False,
 ) -> Any:
     """Reads, checks, templates and tokenizes rows; unusable ones are recorded in the skip log.
 
@@ -333,6 +350,7 @@ def process_text(
         num_proc: Number of processes; None chooses by the number of rows.
         skip_log: Log of skipped rows.
         image_field: Field of the rows that names their images.
+        balance_answers: Whether to add `label_weights`, see `pallava.text.balancing`.
 
     Returns:
         A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
@@ -369,6 +387,8 @@ def process_text(
     if max_dataset_length is not None and max_dataset_length < len(data):
         data = data.shuffle(seed=0).select(range(max_dataset_length))
     data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
+    if balance_answers:  # before the template changes the texts
+        data = data.add_column("weights", answer_weights(data["conversation"]))
     if template_map_fn == TOKENIZER_TEMPLATE:
         template_map_fn = TokenizerTemplate(tokenizer)
     if template_map_fn is not None:
@@ -379,13 +399,22 @@ def process_text(
                     reason = "dataset_map_fn or the template left no question with an answer"
                     skip_log.record(row["id"], data_path, reason)
     encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
-    data = data.map(encode, num_proc=num_proc, remove_columns=["conversation", "conversations"])
+    used = {"conversation", "conversations", "weights"} & set(data.column_names)
+    data = data.map(encode, num_proc=num_proc, remove_columns=sorted(used))
     return _skip_unusable(_add_counts(data, num_proc), skip_log, max_length)
 
 
 def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     marks = sum(pair["input"].count(IMAGE_TOKEN) for pair in row["conversation"])
-    return {"num_marks": marks, **encode_conversation(tokenizer, row["conversation"], max_length)}
+    encoded: dict[str, Any] = encode_conversation(tokenizer, row["conversation"], max_length)
+    if "weights" in row:
+        learned = [
+            weight
+            for weight, pair in zip(row["weights"], row["conversation"], strict=True)
+            if pair.get("output_with_loss", True)
+        ]
+        encoded["label_weights"] = spread_weights(encoded["labels"], learned)
+    return {"num_marks": marks, **encoded}
 
 
 def _add_counts(data: Any, num_proc: int | None) -> Any:

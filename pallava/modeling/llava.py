@@ -42,6 +42,7 @@ class SplicedInputs:
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor | None
+    label_weights: Tensor | None = None
 
 
 def splice(
@@ -51,6 +52,7 @@ def splice(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     padding_side: PaddingSide = "right",
+    label_weights: Tensor | None = None,
 ) -> SplicedInputs:
     """Replaces every image token of a batch by the visual tokens of the next image.
 
@@ -61,6 +63,7 @@ def splice(
         attention_mask: `(B, length)`, False for padding on either side.
         labels: `(B, length)`; image positions are excluded from the loss.
         padding_side: Side on which shorter samples are padded; `left` for batched generation.
+        label_weights: `(B, length)`, weights of the labels in the loss.
 
     Returns:
         Tensors padded to the longest sample after splicing.
@@ -106,15 +109,20 @@ def splice(
     padding = (max_length - lengths)[:, None]
     new_mask = steps >= padding if padding_side == "left" else steps < lengths[:, None]
     offset = padding if padding_side == "left" else 0
-    new_labels = None
-    if labels is not None:
-        new_labels = labels.new_full((batch, max_length), IGNORE_INDEX)
-        new_labels[rows, positions] = labels[rows, columns]
+
+    def place(values: Tensor | None, padding_value: int) -> Tensor | None:
+        if values is None:
+            return None
+        placed = values.new_full((batch, max_length), padding_value)
+        placed[rows, positions] = values[rows, columns]
+        return placed
+
     return SplicedInputs(
         inputs_embeds=embeds,
         attention_mask=new_mask,
         position_ids=((steps - offset) * new_mask),
-        labels=new_labels,
+        labels=place(labels, IGNORE_INDEX),
+        label_weights=place(label_weights, 0),
     )
 
 
@@ -178,6 +186,7 @@ class MultimodalMixin:
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide = "right",
+        label_weights: Tensor | None = None,
     ) -> SplicedInputs:
         """Embeds the text, encodes the images and splices them; see `splice`.
 
@@ -188,6 +197,7 @@ class MultimodalMixin:
             attention_mask: `(B, length)`.
             labels: `(B, length)`.
             padding_side: Side on which shorter samples are padded.
+            label_weights: `(B, length)`.
         """
         embed = self.llm.get_input_embeddings()
         text_embeds = embed(input_ids.clamp(min=0))  # image tokens have negative ids
@@ -201,10 +211,22 @@ class MultimodalMixin:
                 # DDP waits for a gradient of every parameter on every rank, and other ranks may
                 # have images in this step.
                 text_embeds = text_embeds + 0.0 * self._blank_image_tokens().sum()
-        return splice(input_ids, text_embeds, image_tokens, attention_mask, labels, padding_side)
+        return splice(
+            input_ids,
+            text_embeds,
+            image_tokens,
+            attention_mask,
+            labels,
+            padding_side,
+            label_weights,
+        )
 
     def language_model_loss(self, inputs: SplicedInputs) -> Tensor:
         """Computes the mean cross-entropy over tokens with labels.
+
+        With `label_weights`, each term is multiplied by its weight, and the sum is still divided by
+        the number of labels: the weights have a mean of 1 over the data set, and dividing by their
+        sum over a batch would cancel them in part, entirely in batches of one.
 
         Logits are computed only at positions where some sample has a label: with Llama-3's
         vocabulary of 128,256, the logits of all visual tokens would take gigabytes.
@@ -224,9 +246,15 @@ class MultimodalMixin:
         ).logits
         logits = (logits if keeps_logits else logits[:, learned]).float()
         targets = targets[:, learned].reshape(-1).to(logits.device)
+        weights = inputs.label_weights
         total = F.cross_entropy(
-            logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+            logits.flatten(0, 1),
+            targets,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum" if weights is None else "none",
         )
+        if weights is not None:
+            total = total @ weights[:, 1:][:, learned].reshape(-1).to(total)
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     @torch.no_grad()

@@ -352,6 +352,42 @@ def test_rows_are_taken_at_random_when_fewer_are_asked_for(folder: Folder) -> No
     assert ids[0] != sorted(ids[0])
 
 
+def test_rare_answers_weigh_more_on_request(folder: Folder) -> None:
+    rows = folder.add_images(20)
+    for number, each in enumerate(rows):
+        each["conversations"][0]["value"] = "<image>\nIs mucin shown?"
+        each["conversations"][1]["value"] = "yes" if number % 5 else "no"
+    plain, balanced = folder.dataset(rows), folder.dataset(rows, balance_answers=True)
+    assert "label_weights" not in plain[0]
+    assert len(balanced) == len(plain)
+    for index in range(20):
+        sample = balanced[index]
+        assert {**plain[index], "pixel_values": None} == {
+            name: value if name != "pixel_values" else None
+            for name, value in sample.items()
+            if name != "label_weights"
+        }
+        answer = 0.625 if index % 5 else 2.5
+        assert sample["label_weights"] == [
+            answer if label >= 0 else 1.0 for label in sample["labels"]
+        ]
+
+
+def test_weights_of_tokenised_rows_are_used_on_request(folder: Folder) -> None:
+    rows = [row(number, "yes" if number % 5 else "no", question="red?") for number in range(20)]
+    folder.add_images(20)
+    stored = folder.root / "stored"
+    folder.dataset(rows, balance_answers=True).text_data.save_to_disk(str(stored))
+    offline = {"data_path": None, "tokenizer": None, "offline_processed_text_folder": stored}
+    balanced = folder.dataset(rows, **offline, balance_answers=True)
+    assert set(balanced[0]["label_weights"]) == {1.0, 2.5}
+    assert "label_weights" not in folder.dataset(rows, **offline)[0]
+    balanced.text_data.remove_columns("label_weights").save_to_disk(str(folder.root / "without"))
+    offline["offline_processed_text_folder"] = folder.root / "without"
+    with pytest.raises(ValueError, match="needs the column label_weights, found"):
+        folder.dataset(rows, **offline, balance_answers=True)
+
+
 def test_many_processes_give_the_same(folder: Folder) -> None:
     rows = folder.add_images(6)
     alone, shared = (folder.dataset(rows, map_num_proc=number) for number in (1, 2))

@@ -190,6 +190,30 @@ def test_a_mixed_batch_gives_the_mean_over_its_tokens() -> None:
     )
 
 
+def weighted(one: dict[str, object], weight: float) -> dict[str, object]:
+    """A sample all of whose labels have one weight."""
+    return {**one, "label_weights": [weight] * len(one["labels"])}  # type: ignore[arg-type]
+
+
+def test_weights_multiply_the_terms_of_the_loss_whatever_the_batch() -> None:
+    model = goldens.model(goldens.CROSSATTN_STATE)
+    weights = (0.5, 1.0, 3.0, 1.0)
+    # A sample without weights, as from another data set, counts as it would in a plain batch.
+    samples = [weighted(one, weight) for one, weight in zip(MIXED[:3], weights, strict=False)]
+    batch = collated((*samples, MIXED[3]))
+    shares = torch.tensor(
+        [sum(label >= 0 for label in one["labels"][1:].tolist()) for one in MIXED]
+    )
+    with torch.no_grad():
+        together = model.language_model_loss(model.prepare_inputs(**batch))
+        alone = torch.stack([model(**collated((one,)))["loss"] for one in MIXED])
+        heavy = model.language_model_loss(model.prepare_inputs(**collated((samples[2],))))
+    expected = (alone * shares * torch.tensor(weights)).sum() / shares.sum()
+    torch.testing.assert_close(together, expected, atol=goldens.LOSS_ATOL, rtol=0)
+    # In a batch of one, a weight is not divided out.
+    torch.testing.assert_close(heavy, 3 * alone[2], atol=3 * goldens.LOSS_ATOL, rtol=0)
+
+
 def test_each_image_of_a_conversation_takes_its_own_place() -> None:
     model = goldens.model(goldens.CROSSATTN_STATE)
     data = collated(MIXED)
