@@ -158,6 +158,15 @@ class BatchedAnswers:
             if not going_on[row]:
                 self._leave(row)
 
+    def abort(self, error: Exception) -> None:
+        """Ends every answer in progress with an error, and forgets the kept conversations."""
+        answers = [*self._running, *self._interrupted]
+        self._running, self._batch = [], KeyValues()
+        self._interrupted.clear()
+        self._kept = KeptConversations()
+        for answer in answers:
+            answer.request.on_end(error)
+
     def _open(self, request: Request) -> _Answer:
         """Encodes a conversation."""
         assistant, sampling = self.assistant, request.sampling

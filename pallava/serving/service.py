@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,6 +29,8 @@ _PAUSE_S = 0.5
 
 _FIRST_GUESS_S = 5.0
 _SMOOTHING = 0.3
+
+_logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -271,12 +274,20 @@ class ModelService:
                     self._changed.wait()
                 if self._is_closed and not self._batch.num_running:
                     return
-            paused_s = time.monotonic()
-            while (job := self._take()) is not None:
-                job.start()
-                if self._batch.num_running and time.monotonic() - paused_s > _PAUSE_S:
-                    break
-            self._batch.step()
+            try:
+                self._advance()
+            except Exception as error:  # else the thread would end, and every client wait for ever
+                _logger.exception("the running answers are lost")
+                self._batch.abort(error)
+
+    def _advance(self) -> None:
+        """Reads the prompts for which there is room, then generates a token of every answer."""
+        paused_s = time.monotonic()
+        while (job := self._take()) is not None:
+            job.start()
+            if self._batch.num_running and time.monotonic() - paused_s > _PAUSE_S:
+                break
+        self._batch.step()
 
     def _next(self) -> _Job | None:
         """Returns the first job of the queue that is ready."""

@@ -314,6 +314,10 @@ def test_a_failing_model_is_an_error_and_not_the_end(
             assert response.status_code == 500
             assert response.json()["error"]["type"] == "server_error"
             assert "division" not in response.text
+        # The same where the batch expects no error, and would leave clients without an answer.
+        with monkeypatch.context() as patch:
+            patch.setattr("pallava.inference.batching.BatchedAnswers.step", lambda _: 1 / 0)
+            assert post(port, max_tokens=2).status_code == 500
         assert post(port, max_tokens=2).status_code == 200
 
 
