@@ -24,7 +24,7 @@ HIDDEN: tuple[tuple[str, str, str], ...] = (
     ("mmengine", "Set the random seed", "the start screen names the seed"),
     ("mmengine", "Num train samples", "the start screen counts the samples"),
     ("transformers.configuration_utils", "`torch_dtype` is deprecated",
-     "the published configs' name; transformers 4.48, which XTuner pins, knows no other"),
+     "the published configs' name, which transformers still takes"),
     ("transformers.modeling_utils", "`torch_dtype` is deprecated", "as above"),
     ("transformers.models.auto.auto_factory", "`torch_dtype` is deprecated", "as above"),
     ("DeepSpeed", "Setting accelerator to", "DeepSpeed is imported even if not used"),
