@@ -165,13 +165,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         ]
 
     @property
+    def knows_sub_images(self) -> bool:
+        """Whether headers were read, so that `num_sub_images` costs nothing."""
+        return self._index is not None
+
+    @property
     def num_sub_images(self) -> list[int]:
         """Number of sub-images per row, for `SubImageGroupedSampler`.
 
         Raises:
             ValueError: If the headers were not read, so that image sizes are unknown.
         """
-        if self._index is None:
+        if not self.knows_sub_images:
             raise ValueError("grouping by sub-images needs check_images='header'")
         return [
             sum(self.count_sub_images(name) for name in names) for names in self._files_of_rows()

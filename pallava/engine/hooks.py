@@ -13,6 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from pallava.engine.conversations import ConversationDataset
+
 _ITERATION_STRIDE = 100_003
 _RANK_STRIDE = 1_000_003
 
@@ -146,12 +148,12 @@ def start_screen(runner: Any) -> list[str]:
             lines.append(f"{'':<10}{name}: {what}")
     dataset = loader.dataset
     images = ""
-    if getattr(dataset, "_index", None) is not None:
+    if isinstance(dataset, ConversationDataset) and dataset.knows_sub_images:
         counts = dataset.num_sub_images
         images = f", {sum(counts) / max(len(counts), 1):.1f} sub-images a sample"
     lines.append(f"{'Data':<10}{len(dataset):,} samples{images}")
     batch, world = cfg.train_dataloader.get("batch_size", 1), get_world_size()
-    counts = cfg.optim_wrapper.get("accumulative_counts", 1)
+    counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     counts = (cfg.get("strategy") or {}).get("gradient_accumulation_steps", counts)
     lines.append(
         f"{'Batch':<10}{batch} x {world} process(es) x accumulation {counts} = "
