@@ -283,7 +283,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Path], None], ...]]] = 
     "the rest": (
         (
             *("CONTRIBUTING.md", "docs/index.md", "docs/install.md", "docs/benchmarks.md"),
-            *("docs/demo.md", "docs/reproduce.md"),
+            *("docs/demo.md", "docs/reproduce.md", "docs/pallava_models.md"),
             *("docs/demo_pathgen.md", "docs/plip_pretraining.md"),
         ),
         (),
