@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from pathcore.extras import says_extra
 from pathcore.files import StrPath, atomic_file
 from wsi.geojson import square_features, write_geojson
 from wsi.report import distinct_colours
@@ -100,8 +101,9 @@ def write_score_map(folder: StrPath, scores: PatchScores, map_format: MapFormat)
 
 def write_picture(path: StrPath, scores: PatchScores) -> None:
     """Draws a PNG with a panel per score, all on one scale of colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with says_extra("a picture of scores", "gigapath"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     origin = scores.coords.min(axis=0)
     extent = scores.coords.max(axis=0) - origin + scores.size_level0

@@ -150,7 +150,7 @@ def test_a_run_that_diverges_fails_and_leaves_no_checkpoint(workplace: Workplace
 def test_two_processes_train_and_count_a_skipped_sample_once(workplace: Workplace) -> None:
     code, output = workplace.train(NPROC_PER_NODE="2", BROKEN_SAMPLES="1")
     assert code == 3, output
-    assert "Distributed training: True" in output
+    assert " x 2 process(es) x " in output
     assert "but 1 sample was skipped" in output
     assert (workplace.folder / "work_dirs" / "line" / "iter_4.pth").is_file()
 
