@@ -171,6 +171,22 @@ def wilson_interval(hits: int, count: int) -> Interval:
 # --- scores of confusion matrices (R, K, K) -----------------------------------------------------
 
 
+def confusion(labels: Array, predicted: Array, num_classes: int) -> Array:
+    """Returns the confusion matrix `(K, K)`, true classes in rows.
+
+    Args:
+        labels: True classes, int `(N,)`.
+        predicted: Predicted classes, int `(N,)`.
+        num_classes: Number of classes K.
+
+    Example:
+        >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
+        [[1.0, 1.0], [0.0, 1.0]]
+    """
+    counts = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.astype(np.float64).reshape(num_classes, num_classes)
+
+
 def confusions(labels: Array, predicted: Array, num_classes: int, counts: Array) -> Array:
     """Returns the confusion matrices `(R, K, K)` of all draws.
 

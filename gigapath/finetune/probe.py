@@ -325,8 +325,8 @@ class ProbeRun:
             return {}
         logits, labels = self.predict(split.features), torch.from_numpy(split.labels)
         scores = published_scores(split.labels, logits.numpy())
-        matrix = np.zeros((len(self.data.classes),) * 2)
-        np.add.at(matrix, (split.labels, logits.argmax(dim=1).numpy()), 1)
+        predicted = logits.argmax(dim=1).numpy()
+        matrix = stats.confusion(split.labels, predicted, len(self.data.classes))
         return {
             "val_loss": float(F.cross_entropy(logits, labels)),
             "weighted_f1": scores["f1_weighted"],

@@ -159,7 +159,7 @@ def score_shots(
     reason = f"the smallest class has {fewest} training cases"
     if not numbers:
         raise ValueError(f"{protocol.name}: shots {list(protocol.shots)}: {reason}")
-    counts = {number: np.zeros((protocol.repeats, num_classes, num_classes)) for number in numbers}
+    counts: dict[int, list[Any]] = {number: [] for number in numbers}
     for repeat in range(protocol.repeats):
         generator = np.random.default_rng((seed, repeat))
         orders = [generator.permutation(own) for own in members]
@@ -169,12 +169,12 @@ def score_shots(
                 tuple(train.ids[row] for row in rows), train.vectors[rows], train.labels[rows]
             )
             predicted = protocol.fit(drawn, None, num_classes)(test.vectors).argmax(axis=1)
-            np.add.at(counts[number][repeat], (test.labels, predicted), 1)
+            counts[number].append(stats.confusion(test.labels, predicted, num_classes))
     found: dict[str, Any] = {}
     for number, matrices in counts.items():
         found[str(number)] = {"num_repeats": protocol.repeats}
         for name, score in SHOT_SCORES.items():
-            values = score(matrices)
+            values = score(np.stack(matrices))
             low, high = stats.mean_interval(values, seed=seed)
             found[str(number)][name] = {
                 "value": float(values.mean()),

@@ -3,13 +3,4 @@
 _base_ = "clip-adapter_clip-vit-b16_1xb128-1k_gastric.py"
 
 model = dict(neck=None, head=dict(type="TipAdapterHead", alpha=1.0, beta=5.5))
-custom_hooks = [
-    dict(type="PortableCheckpointHook"),
-    dict(type="ResumeDataHook"),
-    dict(type="MissingPatchesHook"),
-    dict(type="ZeroShotHook"),
-    dict(type="CheckpointFitsHook"),
-    dict(type="ClassesAgreeHook"),
-    dict(type="FeaturesAgreeHook"),
-    dict(type="TipAdapterHook"),
-]
+custom_hooks = [*_base_.custom_hooks, dict(type="TipAdapterHook")]
