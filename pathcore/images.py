@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-import numpy as np
 from PIL import Image
 
 from pathcore.files import StrPath
+from pathcore.rgb import ImageError, to_rgb
 
 MAX_IMAGE_PIXELS = 400_000_000
 """Maximum number of pixels of an image: 20,000 x 20,000, or 1.6 GB as Pillow stores RGB."""
@@ -24,10 +24,6 @@ NETWORK_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 """Suffixes of the files that folders of images are searched for."""
-
-
-class ImageError(ValueError):
-    """Raised if an image cannot be used; the message names file and reason."""
 
 
 def path_inside(folder: Path, name: object) -> Path:
@@ -152,44 +148,6 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise
     except Exception as error:  # decoders raise many types, and so do the libraries behind them
         raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
-
-
-def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
-    """Converts a decoded image of any Pillow mode to 8-bit RGB.
-
-    Args:
-        image: A loaded image.
-        name: Name of the image in error messages.
-
-    Raises:
-        ImageError: If the scale of the pixels is unknown, because floating-point values lie outside
-            0..1 or 32-bit integers outside 0..65535.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy() if image.readonly else image
-    if image.mode.startswith("I"):
-        # 16-bit greyscale, which Pillow's own conversion clips at 255, so that most images turn
-        # white.
-        grey = np.asarray(image, dtype=np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ImageError(
-                f"{name}: 32-bit pixels from {grey.min()} to {grey.max()} have no known scale; "
-                "save the image as 8-bit RGB"
-            )
-        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise ImageError(
-                f"{name}: floating-point pixels outside 0..1 have no known scale; "
-                "save the image as 8-bit RGB"
-            )
-        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:

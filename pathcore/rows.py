@@ -262,6 +262,21 @@ def write_rows(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(map(encode_row, rows))
 
 
+def source_and_target(source: StrPath, out: StrPath) -> tuple[Path, Path]:
+    """Returns the paths of a file to read and of a different one to write.
+
+    Raises:
+        FileNotFoundError: If `source` does not exist.
+        ValueError: If `out` is `source`.
+    """
+    source, out = Path(source), Path(out)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out}: would replace what is read; name another file")
+    return source, out
+
+
 @contextmanager
 def row_files(*paths: Path) -> Iterator[list[IO[bytes]]]:
     """Opens output files that are renamed to their final names together, the first one last.

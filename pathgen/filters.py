@@ -13,14 +13,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pathcore.chat_replies import find_markup
 from pathcore.files import StrPath, write_json
-from pathcore.rows import encode_row, read_rows_with_id, row_files
+from pathcore.rows import encode_row, read_rows_with_id, row_files, source_and_target
 
 _REFUSAL = re.compile(
     r"\b(?:i['\u2019]?m|i am|we are|we['\u2019]?re) (?:very |so |really |truly )?"
@@ -275,11 +274,7 @@ def filter_captions(
         FileNotFoundError: If `source` does not exist.
         ValueError: If `out` is `source`, or another run is writing it.
     """
-    source, out = Path(source), Path(out)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    if out.resolve() == source.resolve():
-        raise ValueError(f"{out}: would replace what is read; name another file")
+    source, out = source_and_target(source, out)
     counts = [StepCount("readable"), *(StepCount(step.name) for step in steps)]
     draw = random.Random(seed)
     with row_files(out, out.with_name(f"{out.stem}.dropped.jsonl")) as (kept_file, dropped_file):

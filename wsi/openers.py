@@ -71,6 +71,8 @@ class Backend(Protocol):
 
     def level_for(self, downsample: float) -> int:
         """Returns the coarsest level that is not coarser than `downsample`."""
+        fitting = [n for n, own in enumerate(self.level_downsamples) if own <= downsample]
+        return max(fitting, default=0)
 
     def close(self) -> None:
         """Closes the file."""
@@ -124,7 +126,7 @@ def _open_other_tiff(path: Path, because: SlideError) -> Backend:
     raise SlideError(f"{path}: {details}") from because
 
 
-class OpenSlideBackend:
+class OpenSlideBackend(Backend):
     """Reads a file by OpenSlide.
 
     The file is reopened after a failed read, because every later read of the old handle fails too.
@@ -158,11 +160,6 @@ class OpenSlideBackend:
             raise SlideError(f"{self.path.name}: {reason}") from error
         return _over_white(np.asarray(rgba))
 
-    def level_for(self, downsample: float) -> int:
-        """See `Backend.level_for`."""
-        fitting = [n for n, own in enumerate(self.level_downsamples) if own <= downsample]
-        return max(fitting, default=0)
-
     def close(self) -> None:
         """See `Backend.close`."""
         if self._handle is not None:
@@ -185,7 +182,7 @@ class UnreadableTiffError(SlideError):
     """Raised if `TiffBackend` cannot decode the pixels of a TIFF; another library may."""
 
 
-class TiffBackend:
+class TiffBackend(Backend):
     """Reads a TIFF by tifffile, with tiles or strips, with or without levels.
 
     Raises:
@@ -301,11 +298,6 @@ class TiffBackend:
                         place[:] = part
         return _to_rgb(result, page)
 
-    def level_for(self, downsample: float) -> int:
-        """See `Backend.level_for`."""
-        fitting = [n for n, own in enumerate(self.level_downsamples) if own <= downsample]
-        return max(fitting, default=0)
-
     def close(self) -> None:
         """See `Backend.close`."""
         self._tiff.close()
@@ -380,7 +372,7 @@ def _tag_mpp(page: Any) -> tuple[float | None, float | None]:
     return sizes[0], sizes[1]
 
 
-class PlainImageBackend:
+class PlainImageBackend(Backend):
     """Reads a plain image into memory as a slide with a single level.
 
     Raises:
@@ -415,10 +407,6 @@ class PlainImageBackend:
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         """See `Backend.read`."""
         return self._pixels[y : y + height, x : x + width].copy()
-
-    def level_for(self, downsample: float) -> int:
-        """See `Backend.level_for`."""
-        return 0
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -2,7 +2,8 @@
 
 `trust_remote_code=True` runs Python files of the model folder, which may import one another only by
 `from .name import ...`. Every module that the Hugging Face classes need is therefore copied with
-`from pallava.a.name import ...` rewritten; the code is otherwise unchanged.
+`from pallava.a.name import ...` and `from pathcore.name import ...` rewritten; the code is
+otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ AUTO_MAP = {
     "AutoModelForVision2Seq": "modeling_pallava.PALLaVAForConditionalGeneration",
     "AutoProcessor": "processing_pallava.PALLaVAProcessor",
 }
-_IMPORT = re.compile(r"^(?P<indent>\s*)from pallava\.(?:\w+\.)*(?P<name>\w+) import ", re.MULTILINE)
+_OURS = ("pallava", "pathcore")
+_IMPORT = re.compile(
+    r"^(?P<indent>\s*)from (?:pallava|pathcore)\.(?:\w+\.)*(?P<name>\w+) import ", re.MULTILINE
+)
 
 
 def travelling_files() -> dict[str, str]:
@@ -84,14 +88,18 @@ def _needed(module: str, source: str) -> list[str]:
     needed = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            if node.module.startswith("pallava."):
+            if node.module in _OURS:
+                raise ValueError(
+                    f"{module}: `from {node.module} import` cannot travel; name the module"
+                )
+            if node.module.split(".")[0] in _OURS:
                 needed.append(node.module)
-            elif node.module == "pallava":
-                raise ValueError(f"{module}: `from pallava import` cannot travel; name the module")
-        elif isinstance(node, ast.Import) and any(
-            alias.name.split(".")[0] == "pallava" for alias in node.names
-        ):
-            raise ValueError(f"{module}: `import pallava...` cannot travel; import the names")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in _OURS:
+                    raise ValueError(
+                        f"{module}: `import {alias.name}` cannot travel; import the names"
+                    )
     return needed
 
 

@@ -23,7 +23,13 @@ from pathcore.chat_budget import Budget, Spent
 from pathcore.chat_cache import ReplyCache
 from pathcore.files import StrPath, check_name
 from pathcore.images import find_image, path_inside, relative_name
-from pathcore.rows import encode_row, read_rows_with_id, row_digest, row_files
+from pathcore.rows import (
+    encode_row,
+    read_rows_with_id,
+    row_digest,
+    row_files,
+    source_and_target,
+)
 from pathgen.agents.prompts import Prompt
 from pathgen.agents.replies import read_reply
 
@@ -124,11 +130,7 @@ def run_step(
         FileNotFoundError: If `source` or the folder of images is missing.
         ValueError: If `out` is `source`, or another run is writing `out`.
     """
-    source, out = Path(source), Path(out)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    if out.resolve() == source.resolve():
-        raise ValueError(f"{out}: would replace what is read; name another file")
+    source, out = source_and_target(source, out)
     folder = Path(images) if images else source.parent
     if step.with_image and not folder.is_dir():
         raise FileNotFoundError(f"images {folder}: no such folder")

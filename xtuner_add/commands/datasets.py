@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 _IMAGES = click.option(
     "--image-folder", type=FOLDER, help="Folder that image names are relative to."
 )
+_CHECK_IMAGES = click.option(
+    "--check-images/--no-check-images",
+    default=True,
+    show_default=True,
+    help="Skip rows whose image file is missing.",
+)
 _MAX_SKIPPED = click.option(
     "--max-skipped",
     "max_skipped_fraction",
@@ -54,12 +60,7 @@ _MAX_SKIPPED = click.option(
     help="Option of the dataset, such as split=train; may be repeated.",
 )
 @click.option("--licence", help="Licence to write into the rows, instead of the one on record.")
-@click.option(
-    "--check-images/--no-check-images",
-    default=True,
-    show_default=True,
-    help="Skip rows whose image file is missing.",
-)
+@_CHECK_IMAGES
 @_MAX_SKIPPED
 @click.option(
     "--link",
@@ -132,12 +133,7 @@ def _amount(report: dict[str, Any]) -> str:
     type=FOLDER,
     help="Folder that contains all image folders. [default: the deepest one that does]",
 )
-@click.option(
-    "--check-images/--no-check-images",
-    default=True,
-    show_default=True,
-    help="Skip rows whose image file is missing.",
-)
+@_CHECK_IMAGES
 @_MAX_SKIPPED
 def join_datasets(
     out: Path,

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, GridTies
-from pallava.modeling.rgb import to_rgb
 from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
+from pathcore.rgb import to_rgb
 
 
 class PALLaVAProcessor(ProcessorMixin):

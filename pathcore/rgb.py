@@ -1,6 +1,7 @@
-"""Converts images of any Pillow mode to RGB, for the processor of exported models.
+"""Converts images of any Pillow mode to RGB.
 
-The conversion is that of `pathcore.images.to_rgb`, which an exported model cannot import.
+The file is exported with models as it stands (`pallava.release.remote_code`), so it must import
+nothing of this project.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import numpy as np
 from PIL import Image
 
 
+class ImageError(ValueError):
+    """Raised if an image cannot be used; the message names file and reason."""
+
+
 def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
     """Converts a decoded image of any Pillow mode to 8-bit RGB.
 
     Args:
-        image: Decoded image.
+        image: A loaded image.
         name: Name of the image in error messages.
 
     Raises:
-        ValueError: If floating-point pixels lie outside 0..1, or 32-bit integers outside 0..65535,
-            because their scale is then unknown.
+        ImageError: If the scale of the pixels is unknown, because floating-point values lie outside
+            0..1 or 32-bit integers outside 0..65535.
 
     Example:
         >>> to_rgb(Image.new("I;16", (2, 2), 65535)).getpixel((0, 0))
@@ -30,7 +35,7 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
         # 16-bit greyscale: Pillow's own conversion clips at 255, which turns the image white.
         grey = np.asarray(image, dtype=np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(
+            raise ImageError(
                 f"{name}: 32-bit pixels from {grey.min()} to {grey.max()} have no known scale; "
                 "save the image as 8-bit RGB"
             )
@@ -38,7 +43,7 @@ def to_rgb(image: Image.Image, *, name: str = "image") -> Image.Image:
     if image.mode == "F":
         values = np.asarray(image)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise ValueError(
+            raise ImageError(
                 f"{name}: floating-point pixels outside 0..1 have no known scale; "
                 "save the image as 8-bit RGB"
             )
