@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gigapath.finetune.baselines import VectorSplit, check_methods
 from gigapath.finetune.labelled_vectors import read_vectors
-from gigapath.finetune.metrics import NUM_RESAMPLES, score_predictions
+from gigapath.finetune.metrics import NUM_RESAMPLES
 from gigapath.finetune.protocols import LINEAR_PROBE, SHOT_SCORES, Protocol, score_shots
 from gigapath.finetune.result_files import (
     RESULTS_NAME,
@@ -31,10 +31,11 @@ from gigapath.finetune.result_files import (
     TABLE_NAME,
     draw_curves,
     results_table,
+    score_part,
     shots_table,
     spread,
-    write_predictions,
 )
+from gigapath.finetune.settings import check_settings
 from gigapath.finetune.trainer import check_inputs
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit
 from pathcore import stats
@@ -105,14 +106,7 @@ class ProbeSettings:
             "model_select": ("best", "last"),
             "monitor": MONITORS,
         }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(values)}"
-                )
-        for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected {least} or more")
+        check_settings(self, known, _AT_LEAST)
         if self.lr <= 0:
             raise ValueError(f"lr {self.lr}: expected more than 0")
 
@@ -251,20 +245,18 @@ class ProbeRun:
         for name in _tested(self.data):
             split = self.data.splits[name]
             logits = self.predict(split.features)
-            probabilities = logits.softmax(-1).numpy()
-            found[name] = score_split(
-                split, probabilities, self.data.classes, self.settings, setting
-            )
-            found[name]["published"] = published_scores(split.labels, logits.numpy())
-            write_predictions(
+            found[name] = score_part(
                 self.folder,
                 name,
                 split.ids,
                 split.labels,
-                probabilities,
+                logits.softmax(-1).numpy(),
                 self.data.classes,
                 setting,
+                num_resamples=self.settings.num_resamples,
+                seed=self.settings.seed,
             )
+            found[name]["published"] = published_scores(split.labels, logits.numpy())
         return found
 
     @torch.inference_mode()
@@ -397,24 +389,6 @@ def published_scores(labels: NDArray[np.int64], logits: NDArray[Any]) -> dict[st
             float(average_precision_score(table, logits, average="macro")) if whole else None
         ),
     }
-
-
-def score_split(
-    split: EmbeddingSplit,
-    probabilities: NDArray[Any],
-    classes: Sequence[str],
-    settings: ProbeSettings,
-    setting: str,
-) -> dict[str, Any]:
-    """Scores the predictions of a split; see `gigapath.finetune.metrics.score_predictions`."""
-    return score_predictions(
-        split.labels,
-        probabilities,
-        classes,
-        setting=setting,
-        num_resamples=settings.num_resamples,
-        seed=settings.seed,
-    )
 
 
 def probe_tiles(
@@ -574,10 +548,17 @@ def _compare(
     predict = protocol.fit(parts["train"], parts["val"], len(data.classes))
     found = {}
     for name in _tested(data):
-        split, probabilities = data.splits[name], predict(parts[name].vectors)
-        found[name] = score_split(split, probabilities, data.classes, settings, setting)
-        write_predictions(
-            folder, name, split.ids, split.labels, probabilities, data.classes, setting
+        split = data.splits[name]
+        found[name] = score_part(
+            folder,
+            name,
+            split.ids,
+            split.labels,
+            predict(parts[name].vectors),
+            data.classes,
+            setting,
+            num_resamples=settings.num_resamples,
+            seed=settings.seed,
         )
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigapath.finetune.metrics import SURVIVAL
+from gigapath.finetune.metrics import SURVIVAL, score_predictions
 from gigapath.finetune.survival import kaplan_meier_figure
 from pathcore.calibration import reliability_figure
 from pathcore.files import StrPath, atomic_file
@@ -33,6 +33,29 @@ SHOWN = {
     SURVIVAL: ("c_index",),
 }
 """Scores in the columns of the table, by setting."""
+
+
+def score_part(
+    folder: Path,
+    part: str,
+    ids: Sequence[str],
+    labels: NDArray[Any],
+    probabilities: NDArray[Any],
+    classes: Sequence[str],
+    setting: str,
+    *,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Scores the predictions of a part and writes them.
+
+    See `gigapath.finetune.metrics.score_predictions` for the scores and `write_predictions` for the
+    files.
+    """
+    write_predictions(folder, part, ids, labels, probabilities, classes, setting)
+    return score_predictions(
+        labels, probabilities, classes, setting=setting, num_resamples=num_resamples, seed=seed
+    )
 
 
 def write_predictions(

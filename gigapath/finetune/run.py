@@ -30,7 +30,7 @@ from gigapath.finetune.bags import (
 )
 from gigapath.finetune.baselines import METHODS, SURVIVAL_METHODS, VectorSplit, check_methods
 from gigapath.finetune.cohort import Cohort, read_cohort, slide_folder
-from gigapath.finetune.metrics import plain_values, score_names, score_predictions
+from gigapath.finetune.metrics import plain_values, score_names
 from gigapath.finetune.mil import MODELS, BagModel, MILModel
 from gigapath.finetune.patho_bench import PathoBenchTask
 from gigapath.finetune.result_files import (
@@ -38,8 +38,8 @@ from gigapath.finetune.result_files import (
     SKIPPED_NAME,
     TABLE_NAME,
     results_table,
+    score_part,
     spread,
-    write_predictions,
 )
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import (
@@ -114,34 +114,10 @@ def finetune_slides(
         ValueError: If tables contradict themselves, a fold has no usable slides, weights do not
             fit, or the folder holds another run.
     """
-    settings, out = settings or FinetuneSettings(), Path(out)
-    models = {**MODELS, **(models or {})}
-    slides_of: Mapping[str, tuple[str, ...]] = {}
-    if isinstance(table, PathoBenchTask):
-        task, slides_of = table.task, table.slides
-        if not all(split.val for split in table.splits.values()):
-            settings = replace(settings, model_select="last_epoch", patience=0)
-        if SLIDE_ENCODER in methods and any(len(slides) > 1 for slides in slides_of.values()):
-            raise ValueError(
-                f"{SLIDE_ENCODER}: the samples of {task.name} have several slides, whose positions "
-                "are unrelated; use a bag model, or knn, logistic or cox"
-            )
-    elif task is None:
-        raise ValueError("task: expected a task or its file, found None")
-    task = task if isinstance(task, SlideTask) else read_task(task)
+    out, models = Path(out), {**MODELS, **(models or {})}
+    task, settings, slides_of = _task_of(table, task, settings or FinetuneSettings(), methods)
     methods = check_methods(methods, (SLIDE_ENCODER, *models), survival=task.is_survival)
-    if task.is_survival and settings.monitor == FinetuneSettings.monitor:
-        settings = replace(settings, monitor="c_index")
-    for method in methods:
-        _settings_of(method, settings, models, task)
-    if settings.monitor not in (known := ("loss", *score_names(task.setting))):
-        raise ValueError(f"monitor {settings.monitor!r}: expected one of {', '.join(known)}")
-    drawn = [name for name, model in models.items() if model.draws_attention()]
-    if heat_maps and not set(methods) & set(drawn):
-        raise ValueError(
-            f"heat_maps: none of the methods {', '.join(methods)} has attention over tiles; "
-            f"expected one of {', '.join(drawn)}"
-        )
+    _check_methods_fit(methods, models, task, settings, heat_maps=heat_maps)
     on_grid = SLIDE_ENCODER in methods
     folder = replace(
         slide_folder(features, settings, on_grid=on_grid, needs_coords=on_grid or heat_maps),
@@ -182,6 +158,52 @@ def finetune_slides(
             write_json(out / RESULTS_NAME, results)
         ranks.barrier()
     return results
+
+
+def _task_of(
+    table: StrPath | PathoBenchTask,
+    task: SlideTask | StrPath | None,
+    settings: FinetuneSettings,
+    methods: Sequence[str],
+) -> tuple[SlideTask, FinetuneSettings, Mapping[str, tuple[str, ...]]]:
+    """Returns the task, the settings as it needs them, and the slides of each sample if several."""
+    slides_of: Mapping[str, tuple[str, ...]] = {}
+    if isinstance(table, PathoBenchTask):
+        task, slides_of = table.task, table.slides
+        if not all(split.val for split in table.splits.values()):
+            settings = replace(settings, model_select="last_epoch", patience=0)
+        if SLIDE_ENCODER in methods and any(len(slides) > 1 for slides in slides_of.values()):
+            raise ValueError(
+                f"{SLIDE_ENCODER}: the samples of {task.name} have several slides, whose positions "
+                "are unrelated; use a bag model, or knn, logistic or cox"
+            )
+    elif task is None:
+        raise ValueError("task: expected a task or its file, found None")
+    task = task if isinstance(task, SlideTask) else read_task(task)
+    if task.is_survival and settings.monitor == FinetuneSettings.monitor:
+        settings = replace(settings, monitor="c_index")
+    return task, settings, slides_of
+
+
+def _check_methods_fit(
+    methods: Sequence[str],
+    models: Mapping[str, BagModel],
+    task: SlideTask,
+    settings: FinetuneSettings,
+    *,
+    heat_maps: bool,
+) -> None:
+    """Raises ValueError if the settings do not fit the methods or the task."""
+    for method in methods:
+        _settings_of(method, settings, models, task)
+    if settings.monitor not in (known := ("loss", *score_names(task.setting))):
+        raise ValueError(f"monitor {settings.monitor!r}: expected one of {', '.join(known)}")
+    drawn = [name for name, model in models.items() if model.draws_attention()]
+    if heat_maps and not set(methods) & set(drawn):
+        raise ValueError(
+            f"heat_maps: none of the methods {', '.join(methods)} has attention over tiles; "
+            f"expected one of {', '.join(drawn)}"
+        )
 
 
 class Runs:
@@ -318,23 +340,16 @@ class Runs:
         for part in ("val", "test"):
             if part in parts:
                 own = parts[part]
-                probabilities = predict(own.vectors)
-                scores[part] = score_predictions(
-                    own.labels,
-                    probabilities,
-                    self.task.classes,
-                    setting=self.task.setting,
-                    num_resamples=self.settings.num_resamples,
-                    seed=self.settings.seed,
-                )
-                write_predictions(
+                scores[part] = score_part(
                     folder,
                     part,
                     own.ids,
                     own.labels,
-                    probabilities,
+                    predict(own.vectors),
                     self.task.classes,
                     self.task.setting,
+                    num_resamples=self.settings.num_resamples,
+                    seed=self.settings.seed,
                 )
         write_json(folder / "metrics.json", scores)
         return scores

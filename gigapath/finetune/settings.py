@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,6 +25,27 @@ _AT_LEAST = {
 }
 _LR_BATCH = 256
 """Number of slides per step for which `blr` is the learning rate."""
+
+
+def check_settings(
+    settings: object, choices: Mapping[str, Collection[str]], at_least: Mapping[str, float]
+) -> None:
+    """Checks the fields of a dataclass.
+
+    Args:
+        settings: The dataclass.
+        choices: Possible values by field.
+        at_least: Least values by field.
+
+    Raises:
+        ValueError: If a field has another value.
+    """
+    for name, values in choices.items():
+        if (value := getattr(settings, name)) not in values:
+            raise ValueError(f"{name} {value!r}: expected one of {', '.join(values)}")
+    for name, least in at_least.items():
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"{name} {value}: expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -125,14 +146,7 @@ class FinetuneSettings:
     num_resamples: int = NUM_RESAMPLES
 
     def __post_init__(self) -> None:
-        for name, values in _CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(values)}"
-                )
-        for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: expected {least} or more")
+        check_settings(self, _CHOICES, _AT_LEAST)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay {self.layer_decay}: expected above 0 and at most 1")
         if self.val_r < 0 or self.test_r <= 0 or self.val_r + self.test_r >= 1:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from gigapath.finetune.bags import Batch, SlideBags, derived_seed
 from gigapath.finetune.metrics import LOWER_IS_BETTER, plain_values, score_predictions
 from gigapath.finetune.mil import BagOutput, MILModel, classification_loss
-from gigapath.finetune.result_files import SHOWN, draw_curves, write_predictions
+from gigapath.finetune.result_files import SHOWN, draw_curves, score_part
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.survival import cox_loss
 from gigapath.finetune.tasks import SlideTask
@@ -220,16 +220,7 @@ class Trainer:
             bags = self.parts[part]
             probabilities, loss = self.predict(bags)
             if self.ranks.is_first:
-                scores[part] = score_predictions(
-                    bags.labels,
-                    probabilities,
-                    self.task.classes,
-                    setting=self.task.setting,
-                    num_resamples=self.settings.num_resamples,
-                    seed=self.settings.seed,
-                )
-                scores[part]["loss"] = loss
-                write_predictions(
+                scores[part] = score_part(
                     self.folder,
                     part,
                     bags.slides,
@@ -237,7 +228,10 @@ class Trainer:
                     probabilities,
                     self.task.classes,
                     self.task.setting,
+                    num_resamples=self.settings.num_resamples,
+                    seed=self.settings.seed,
                 )
+                scores[part]["loss"] = loss
         return self.ranks.first(lambda: self._write_scores(scores))
 
     def _accumulate(self, batch: Batch, number: int, num_slides: int) -> None:
