@@ -20,31 +20,43 @@ NO_ARGUMENTS = ("cite-splits", "demo", "demo-pathgen", "doctor", "list-cfg", "pl
 HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets", "numpy")
 
 
-def modules_loaded_by(*arguments: str) -> list[str]:
-    """Return which heavy packages are imported when a command line runs."""
-    code = (
-        "import json, sys\n"
-        "from xtuner_add.cli import main\n"
-        "try:\n    main(sys.argv[1:])\n"
-        f"except SystemExit as end:\n    heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
-        "    print(json.dumps([end.code, heavy]))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
-    exit_code, heavy = json.loads(result.stdout.splitlines()[-1])
-    assert exit_code == 0
-    return heavy
+LIGHT = [
+    ["--help"], ["--version"], ["list-cfg"],
+    *([name, "--help"] for name in cli.COMMANDS),
+    *([*name.split(), "--help"] for name in MODES),
+]  # fmt: skip
+# Forks one process per command line off one that has imported the command line only.
+RUN_EACH = f"""
+import json, os, sys
+from xtuner_add.cli import main
+assert not [m for m in {HEAVY!r} if m in sys.modules]
+for arguments in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    try:
+        main(arguments)
+    except SystemExit as end:
+        heavy = [m for m in {HEAVY!r} if m in sys.modules]
+        print("\\n" + json.dumps(["ran", arguments, end.code, heavy]), flush=True)
+    os._exit(0)
+"""
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["--version"], ["list-cfg"], *([name, "--help"] for name in cli.COMMANDS)]
-    + [[*name.split(), "--help"] for name in MODES],
-    ids=" ".join,
-)
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    assert modules_loaded_by(*arguments) == []
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, tuple[int, list[str]]]:
+    """Exit code, and which heavy packages were imported, by command line."""
+    command = [sys.executable, "-c", RUN_EACH, json.dumps(LIGHT)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('["ran", ')]
+    return {" ".join(arguments): (code, heavy) for _, arguments, code, heavy in rows}
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_help_imports_nothing_heavy(
+    arguments: list[str], loaded: dict[str, tuple[int, list[str]]]
+) -> None:
+    assert loaded[" ".join(arguments)] == (0, [])
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
