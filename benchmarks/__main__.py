@@ -14,6 +14,7 @@ QUICK = {
     "gigapath_embedding": ["--quick"],
     "gigapath_position": ["--quick"],
     "gigapath_slide_encoder": ["--quick"],
+    "image_input": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
     "serving": ["--quick"],
 }

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from pallava.anyres import AnyRes, GridTies
+from pallava.anyres import TRAINING_TIES, AnyRes, GridTies
 from pallava.engine.conversations import (
     ConversationDataset,
     build,
@@ -48,7 +48,7 @@ class LLaVADataset(ConversationDataset):
         max_length: Maximum number of tokens; longer sequences are truncated.
         pad_image_to_square: Whether to pad with the mean colour before tiling.
         anyres_image: Whether to add sub-images; False yields the thumbnail alone.
-        grid_ties: See `pallava.anyres.choose_grid`.
+        grid_ties: See `pallava.anyres.choose_grid`; exported with the model.
         check_images: `header` opens every image once at the start, which finds missing files before
             the first step and lets batches be grouped by cost; `none` skips the check.
         max_pixels: Maximum number of pixels; larger images are skipped.
@@ -75,7 +75,7 @@ class LLaVADataset(ConversationDataset):
         max_length: int = 2048,
         pad_image_to_square: bool = False,
         anyres_image: bool = True,
-        grid_ties: GridTies = "published",
+        grid_ties: GridTies = TRAINING_TIES,
         check_images: Literal["header", "none"] = "header",
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_log: StrPath | None = None,

@@ -10,7 +10,7 @@ import torch
 from xtuner.dataset.utils import load_image as load_image_or_url
 from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
-from pallava.anyres import AnyRes, GridTies
+from pallava.anyres import TRAINING_TIES, AnyRes, GridTies
 from pallava.text.chat_template import render_chat, template_of_tokenizer
 from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
@@ -32,7 +32,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         image_processor: Config of a Hugging Face image processor; required with images.
         anyres_image: Whether to add sub-images, as the dataset does.
         projector_type: Unused; published configs pass it.
-        grid_ties: See `pallava.anyres.choose_grid`.
+        grid_ties: The dataset's; see `pallava.anyres.choose_grid`.
         kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
             `prompt_template="tokenizer"` is the tokenizer's own chat template.
 
@@ -49,7 +49,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         image_processor: Any = None,
         anyres_image: bool = True,
         projector_type: str | None = None,
-        grid_ties: GridTies = "published",
+        grid_ties: GridTies = TRAINING_TIES,
         **kwargs: Any,
     ) -> None:
         del projector_type

@@ -10,6 +10,7 @@ from torch import Tensor
 from xtuner.registry import BUILDER
 
 from pallava.engine.prompts import trained_template
+from pallava.engine.recipe import trained_grid_ties
 from pallava.inference.loading import CONVERSION_NAME
 from pallava.modeling.folders import (
     connector_config_of,
@@ -42,7 +43,7 @@ def save_trained_parts(
     Args:
         model: `pallava.model.LLaVAModel` with the checkpoint's tensors loaded.
         cfg: Training config with `tokenizer` and `image_processor`. None if the model needs
-            neither; no prompt template is recorded then.
+            neither; nothing is recorded then.
         save_dir: Output folder for `llm_adapter/` (or the language model itself), `projector/` and
             `visual_encoder/`.
         fp32: Whether to save the language model's part in fp32 instead of fp16.
@@ -51,9 +52,10 @@ def save_trained_parts(
     if not fp32:
         model.llm.half()
     save_dir.mkdir(parents=True, exist_ok=True)
-    # Inference reads the prompt template from this file; see `pallava.inference.loading`.
+    # Inference prepares questions and images by this file; see `pallava.inference.loading`.
     if cfg is not None:
-        write_json(save_dir / CONVERSION_NAME, {"prompt_template": trained_template(cfg).fields()})
+        record = {"prompt_template": trained_template(cfg).fields(), "ties": trained_grid_ties(cfg)}
+        write_json(save_dir / CONVERSION_NAME, record)
     if model.use_llm_lora:
         _say("LLM adapter", save_dir / "llm_adapter")
         model.llm.save_pretrained(save_dir / "llm_adapter", **save_pretrained_kwargs)

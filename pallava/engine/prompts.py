@@ -38,7 +38,7 @@ def trained_template(cfg: Mapping[str, Any]) -> PromptTemplate:
         ValueError: If the datasets use different templates, or a `template_map_fn` cannot be
             expressed as a template.
     """
-    found = {where: template_of_dataset(dataset) for where, dataset in _datasets(cfg)}
+    found = {where: template_of_dataset(dataset) for where, dataset in training_datasets(cfg)}
     templates = list(found.values())
     if not templates:
         return NO_TEMPLATE
@@ -137,8 +137,8 @@ def template_of_dataset(dataset: Mapping[str, Any]) -> PromptTemplate:
     return template_of(build(dataset.get("template_map_fn")))
 
 
-def _datasets(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the datasets of `train_dataloader`, including those inside a ConcatDataset."""
+def training_datasets(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields place and config of each training dataset, also of those in a ConcatDataset."""
     waiting = [("train_dataloader.dataset", (cfg.get("train_dataloader") or {}).get("dataset"))]
     while waiting:
         where, dataset = waiting.pop(0)

@@ -12,8 +12,8 @@ from typing import Any
 from mmengine.config import Config
 from xtuner.registry import BUILDER
 
-from pallava.anyres import CLIP_MEAN, CLIP_STD
-from pallava.engine.prompts import disagreeing_templates, trained_template
+from pallava.anyres import CLIP_MEAN, CLIP_STD, TRAINING_TIES
+from pallava.engine.prompts import disagreeing_templates, trained_template, training_datasets
 from pallava.engine.runtime import prepare_host
 from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
@@ -77,7 +77,7 @@ def read_recipe(
         visual_select_layer=int(model.get("visual_select_layer", -2)),
         sub_image_mask=str(model.get("sub_image_mask", "exact")),
         prompt_template=template.fields(),
-        ties=str(dataset.get("grid_ties", "published")),
+        ties=trained_grid_ties(cfg),
         training=_training_settings(cfg, dataset, Path(config_file)),
         **statistics,
     )
@@ -86,6 +86,22 @@ def read_recipe(
         BUILDER.build(cfg.tokenizer).save_pretrained(folder)
 
     return recipe, save_tokenizer
+
+
+def trained_grid_ties(cfg: Mapping[str, Any]) -> str:
+    """Returns the rule by which the training images' grids were chosen.
+
+    Raises:
+        ValueError: If the datasets use different rules: one model is asked with one.
+    """
+    rules = {
+        where: str(dataset.get("grid_ties", TRAINING_TIES))
+        for where, dataset in training_datasets(cfg)
+    }
+    if len(set(rules.values())) > 1:
+        found = ", ".join(f"{where}: {rule!r}" for where, rule in rules.items())
+        raise ValueError(f"grid_ties: expected the same for all data sets, found {found}")
+    return next(iter(rules.values()), TRAINING_TIES)
 
 
 def _lora(lora: Any) -> dict[str, Any]:

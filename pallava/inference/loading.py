@@ -17,13 +17,15 @@ from pathcore.files import StrPath
 if TYPE_CHECKING:
     import torch
 
+    from pallava.anyres import GridTies
     from pallava.inference.assistant import Assistant
 
 _logger = logging.getLogger(__name__)
 
 _USUAL_TEMPLATE = "llama3_chat"
 CONVERSION_NAME = "conversion.json"
-"""File in a converted folder that records settings of the training config: the prompt template."""
+"""File in a converted folder that records settings of the training config: the prompt template and
+the rule for grids of sub-images."""
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -98,7 +100,8 @@ def load_model(
     folder = _llava_folder(llava if llava is not None else llm)
     encoder_folder = _encoder_folder(folder, visual_encoder)
     connector = load_connector(folder / "projector")
-    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images)
+    template, ties = _read_record(folder)
+    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, ties)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
             f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
@@ -126,7 +129,7 @@ def load_model(
         parts,
         tokenizer,
         prepare,
-        prompt_template=_choose_template(prompt_template, recorded_template(folder), folder),
+        prompt_template=_choose_template(prompt_template, template, folder),
         bos=bos,
         fingerprint=_fingerprint(llm, folder / "projector", encoder, encoder_folder, adapter),
     )
@@ -330,20 +333,24 @@ def _load_exported(
     return Assistant(model, tokenizer, anyres, template, bos, fingerprint(folder))
 
 
-def recorded_template(folder: Path) -> PromptTemplate | None:
-    """Reads the prompt template recorded beside trained weights; None without a record.
+def _read_record(folder: Path) -> tuple[PromptTemplate | None, GridTies]:
+    """Reads the prompt template and the rule for grids recorded beside trained weights.
+
+    Without a record, the template is None and the rule that of the released weights.
 
     Raises:
         ValueError: If the record is damaged.
     """
     file = folder / CONVERSION_NAME
     if not file.is_file():
-        return None
+        return None, "published"
     try:
-        fields = json.loads(file.read_bytes()).get("prompt_template")
-    except (ValueError, AttributeError) as error:
+        record = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: expected a JSON object: {error}") from error
-    return PromptTemplate.from_fields(fields) if fields else None
+    fields = record.get("prompt_template")
+    template = PromptTemplate.from_fields(fields) if fields else None
+    return template, record.get("ties", "published")
 
 
 def _choose_template(
@@ -477,7 +484,7 @@ def _add_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def _load_encoder(folder: Path | str, sub_images: bool) -> tuple[Any, Any]:
+def _load_encoder(folder: Path | str, sub_images: bool, ties: GridTies) -> tuple[Any, Any]:
     """Loads the encoder of a folder or a name and the preprocessing that belongs to it."""
     from pallava.anyres import AnyRes
     from pallava.named_encoder import NamedVisionEncoder, is_named_encoder, load_named_encoder
@@ -492,6 +499,7 @@ def _load_encoder(folder: Path | str, sub_images: bool) -> tuple[Any, Any]:
             image_mean=transform.mean,
             image_std=transform.std,
             sub_images=sub_images,
+            ties=ties,
         )
     from pallava.modeling.folders import (
         SLIDE_TOKENS_MODEL_TYPE,
@@ -509,10 +517,10 @@ def _load_encoder(folder: Path | str, sub_images: bool) -> tuple[Any, Any]:
         config = slides.config
         return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
     images: Any = load_vision_encoder(folder)
-    return images, _image_preparation(folder, images.config.image_size, sub_images)
+    return images, _image_preparation(folder, images.config.image_size, sub_images, ties)
 
 
-def _image_preparation(folder: Path, tile_px: int, sub_images: bool) -> Any:
+def _image_preparation(folder: Path, tile_px: int, sub_images: bool, ties: GridTies) -> Any:
     from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes
 
     file = folder / "preprocessor_config.json"
@@ -522,4 +530,5 @@ def _image_preparation(folder: Path, tile_px: int, sub_images: bool) -> Any:
         image_mean=tuple(stated.get("image_mean", CLIP_MEAN)),
         image_std=tuple(stated.get("image_std", CLIP_STD)),
         sub_images=sub_images,  # without cross-attention the connector ignores them
+        ties=ties,
     )

@@ -403,8 +403,17 @@ def test_squares_and_thumbnails_alone(folder: Folder) -> None:
     thumbnails = folder.dataset(rows, anyres_image=False)
     assert [thumbnails[index]["pixel_values"][0].shape[0] for index in range(3)] == [1, 1, 1]
     assert thumbnails.num_sub_images == [0, 0, 0]
-    largest = folder.dataset(rows, grid_ties="largest_scale")
-    assert largest.anyres.ties == "largest_scale"
+
+
+def test_small_squares_fill_their_grid_unless_the_published_rule_is_named(folder: Folder) -> None:
+    rows = folder.add_images(1)
+    Image.new("RGB", (20, 20), (255, 255, 255)).save(folder.images / "0.png")
+    rules: list[dict[str, Any]] = [{}, {"grid_ties": "published"}]
+    ours, strip = (folder.dataset(rows, **rule)[0]["pixel_values"][0] for rule in rules)
+    assert ours.shape == strip.shape == (5, 3, 32, 32)
+    assert torch.equal(ours[0], strip[0])
+    is_black = [float((tiles[1:] < 0).float().mean()) for tiles in (ours, strip)]
+    assert is_black == [0, 0.75]
 
 
 def test_a_square_that_would_be_too_large_is_recorded(folder: Folder) -> None:

@@ -168,6 +168,7 @@ def test_stage2_converts_merges_and_answers(folder: Path, stage1: Path) -> None:
         assert (out / "projector" / "config.json").is_file(), result.stdout[-3000:]
         record = json.loads((out / "conversion.json").read_bytes())
         assert "<|start_header_id|>user" in record["prompt_template"]["INSTRUCTION"]
+        assert record["ties"] == "largest_scale"
         arguments = ("data/tiny/llama", out / "llm_adapter", out / "merged", "--device", "cpu")
         if program == "xtuner":  # the script that `xtuner convert merge` starts
             script = "xtuner.tools.model_converters.merge"

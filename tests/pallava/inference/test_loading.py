@@ -85,6 +85,16 @@ def test_sub_images_are_prepared_only_for_a_connector_that_sees_them(
     assert len(load(crossing).pixel_values(image)) > 1
 
 
+def test_the_recorded_rule_for_grids_is_used(crossing: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(crossing, tmp_path / "recorded")
+    image = Image.new("RGB", (9, 9), (255, 255, 255))
+    published = load(root).pixel_values(image)
+    (root / "llava" / "conversion.json").write_text(json.dumps({"ties": "largest_scale"}))
+    largest = load(root).pixel_values(image)
+    assert (published[1:] < 0).float().mean() > 0.7
+    assert (largest[1:] > 0).all()
+
+
 def test_the_recorded_template_is_used_and_another_one_is_reported(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

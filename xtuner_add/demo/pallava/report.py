@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pallava.anyres import AnyRes, choose_grid, fit_to_canvas
+from pallava.anyres import TRAINING_TIES, AnyRes, choose_grid, fit_to_canvas
 from pathcore.images import data_url
 from xtuner_add.demo.pallava import answers, wording
 from xtuner_add.demo.report import (
@@ -138,7 +138,7 @@ def _slides(work_dir: Path) -> list[dict[str, Any]]:
 
 def _tiles(image: Image.Image, tile_px: int, attention: Sequence[Any] | None) -> Image.Image:
     """The sub-images as the model sees them, brighter where the connector looks."""
-    columns, rows = choose_grid(*image.size, tile_px)
+    columns, rows = choose_grid(*image.size, tile_px, TRAINING_TIES)
     canvas = fit_to_canvas(image, (columns * tile_px, rows * tile_px))
     scale = max(1, round(_SHOWN_WIDTH_PX / canvas.width))
     large = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.NEAREST)
