@@ -144,6 +144,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             f"{_COMMANDS}.configs:copy_cfg",
             "Copy a config and the files that it inherits from.",
         ),
+        "plan": (
+            f"{_COMMANDS}.configs:plan",
+            "Estimate the GPU memory of a training before it runs.",
+        ),
         "demo": (
             f"{_COMMANDS}.demos:demo",
             "Train a small PA-LLaVA on synthetic slides and evaluate it.",
@@ -225,6 +229,7 @@ EXTRAS = {
     "Use": "serve",
     # Commands that need another one than their subject:
     "select-patches": "pathgen",
+    "plan": "train",
     "tokenise": "train",
     "answer": "evaluate",
 }

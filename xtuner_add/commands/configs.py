@@ -1,4 +1,4 @@
-"""`xtuner-add list-cfg` and `copy-cfg`, for XTuner's configs and ours.
+"""`xtuner-add list-cfg`, `copy-cfg` and `plan`, for XTuner's configs and ours.
 
 XTuner's own commands only know its configs, which are single files. Ours inherit, so a copy needs
 the base files too.
@@ -9,11 +9,20 @@ from __future__ import annotations
 import ast
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from xtuner_add.commands.options import counted, example
+from xtuner_add.commands.options import counted, example, name_values, user_errors
 from xtuner_add.paths import find_config, own_configs, xtuner_configs
+
+if TYPE_CHECKING:
+    from pallava.engine.planning import MemoryPlan, TrainingPlan
+
+_GIB = 2**30
+_GPU_SIZES_GIB = (24, 40, 80)
+_RESERVED_GIB = 1
+"""Memory that CUDA and its libraries take before anything is computed."""
 
 
 @click.command("list-cfg", epilog=example("list-cfg", "--pattern pallava"))
@@ -79,3 +88,148 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
         names = ast.literal_eval(statement.value)
         return [config.parent / name for name in ([names] if isinstance(names, str) else names)]
     return []
+
+
+@click.command(
+    "plan",
+    epilog=example(
+        "plan",
+        "pallava_qlora_domain_alignment",
+        "pallava_domain_alignment --gpus 16 --zero 2 --text-tokens 300",
+    ),
+)
+@click.argument("config")
+@click.option(
+    "--gpus",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="GPUs over which DeepSpeed partitions.",
+)
+@click.option(
+    "--zero",
+    default="0",
+    show_default=True,
+    type=click.Choice(["0", "2", "3"]),
+    help="DeepSpeed's stage; 0 without DeepSpeed.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Samples per GPU and iteration. [default: the config's]",
+)
+@click.option(
+    "--images", default=1, show_default=True, type=click.IntRange(0), help="Images per sample."
+)
+@click.option(
+    "--sub-images",
+    type=click.IntRange(0),
+    help="Sub-images per image. [default: 8, the most; 0 for thumbnails alone]",
+)
+@click.option(
+    "--text-tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Text tokens per sample, all of them learned.",
+)
+@click.option(
+    "--llm",
+    help="Folder with the language model's config.json, or its name on the hub. "
+    "[default: the config's]",
+)
+@click.option("--visual-encoder", help="Vision encoder. [default: the config's]")
+@click.option(
+    "--cfg-options", multiple=True, metavar="KEY=VALUE", help="Override settings of the config."
+)
+def plan(
+    config: str,
+    llm: str | None,
+    visual_encoder: str | None,
+    cfg_options: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Estimate the GPU memory of the training CONFIG before it runs.
+
+    Needs neither a GPU nor weights: of the language model, only config.json is read. The model is
+    built without data, and a training step of the heaviest batch is traced: the given text, and the
+    longest that the config allows. Fused attention is assumed.
+    """
+    from pallava.engine.planning import TrainingPlan
+
+    try:
+        file = find_config(config)
+    except FileNotFoundError as error:
+        raise click.UsageError(str(error)) from error
+    with user_errors():
+        from mmengine.config import DictAction
+
+        changes = {
+            key: DictAction._parse_iterable(value)
+            for key, value in name_values("--cfg-options", cfg_options).items()
+        }
+        training = TrainingPlan(file, llm=llm, visual_encoder=visual_encoder, options=changes)
+        lines = _plan_lines(training, **options)
+    click.echo("\n".join(lines))
+
+
+def _plan_lines(
+    training: TrainingPlan,
+    gpus: int,
+    zero: str,
+    batch_size: int | None,
+    images: int,
+    sub_images: int | None,
+    text_tokens: int,
+) -> list[str]:
+    from tabulate import tabulate
+
+    from pallava.engine.planning import Batch
+
+    rows = [
+        (
+            part.name,
+            f"{part.parameters:,}",
+            f"{part.trained:,}",
+            ", ".join(part.dtypes),
+            f"{part.held_bytes / _GIB:.2f}",
+        )
+        for part in training.parts()
+        if part.parameters
+    ]
+    samples = batch_size or training.batch_size
+    tiles = training.max_sub_images if sub_images is None else sub_images
+    plans: dict[str, MemoryPlan] = {}
+    for tokens in dict.fromkeys((text_tokens, training.max_length)):
+        for checkpointing in (True, False):
+            name = f"{tokens:,} tokens" + ("" if checkpointing else ", all kept")
+            plans[name] = training.estimate(
+                Batch(samples, tiles, tokens, images),
+                gpus=gpus,
+                zero=int(zero),  # type: ignore[arg-type]
+                checkpointing=checkpointing,
+            )
+    names = ("weights", "gradients", "optimizer", "buffers", "activations", "total")
+    table = [
+        [name, *(f"{getattr(plan, name) / _GIB:.2f}" for plan in plans.values())] for name in names
+    ]
+    for size in _GPU_SIZES_GIB:
+        room = (size - _RESERVED_GIB) * _GIB
+        fits = ["fits" if plan.total <= room else "-" for plan in plans.values()]
+        table.append([f"{size} GiB", *fits])
+    engine = f"ZeRO-{zero}" if zero != "0" else "no DeepSpeed"
+    right = ("left", "right", "right", "left", "right")
+    numbers = ("left", *("right" for _ in plans))
+    return [
+        tabulate(rows, ("part", "parameters", "trained", "type", "GiB"), "simple", colalign=right,
+                 disable_numparse=True),
+        "",
+        f"GiB on each of {counted(gpus, 'GPU')}, {engine}, {counted(samples, 'sample')} with "
+        f"{counted(images, 'image')} of {counted(tiles, 'sub-image')}:",
+        "",
+        tabulate(table, ("", *plans), "simple", colalign=numbers, disable_numparse=True),
+        "",
+        *(f"Note: {note}" for note in training.notes),
+        '"all kept" is without activation checkpointing. A GPU fits with '
+        f"{_RESERVED_GIB} GiB to spare for CUDA; fragmentation may take more.",
+    ]  # fmt: skip
