@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from pathcore import stats
 from pathcore.calibration import confidences
-from pathcore.files import StrPath, atomic_file
 
 Voting = Literal["soft", "hard"]
 Array = NDArray[Any]
@@ -216,7 +215,7 @@ def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> 
     """Draws a confusion matrix with counts, coloured by the fraction of the true class.
 
     Returns:
-        A matplotlib figure, for `save_figure`.
+        A matplotlib figure.
     """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -233,12 +232,6 @@ def confusion_figure(counts: Array, classes: Sequence[str], title: str = "") -> 
     axes.set(title=title)
     figure.tight_layout()
     return figure
-
-
-def save_figure(figure: Any, path: StrPath) -> None:
-    """Writes a matplotlib figure as PNG atomically."""
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
 
 
 def _named(scores: dict[str, float], prefix: str) -> dict[str, float]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.files import StrPath, atomic_file
+from pathcore.figures import draw_maps, save_figure
+from pathcore.files import StrPath
 from pathcore.images import IMAGE_SUFFIXES
 from pathcore.rows import read_csv
 
@@ -108,36 +109,28 @@ def draw_score_maps(
         title: Title above all maps.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
     cells = score_map(scores, layout.coords_px, layout.patch_px)
-    width = 3.2 * (len(classes) + 1)
-    figure = Figure(figsize=(width, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(classes) + 1, squeeze=False)[0]
-    pictures = []
-    for index, name in enumerate(classes):
-        pictures.append(axes[index].imshow(cells[..., index], vmin=0, vmax=1, cmap="viridis"))
-        axes[index].set_title(_wrap(f"{index}: {name}"), fontsize=7)
-    figure.colorbar(pictures[0], ax=axes[: len(classes)].tolist(), shrink=0.7)
+    note = "" if layout.is_known else " (positions unknown: patches in the order of their numbers)"
+    figure, (axes,) = draw_maps(
+        {_wrap(f"{index}: {name}"): cells[..., index] for index, name in enumerate(classes)},
+        limits=(0, 1),
+        colours="viridis",
+        title=f"{title}{note}",
+        width=3.2 * (len(classes) + 1),
+        num_spare=1,
+    )
     empty = np.isnan(cells[..., 0])
     likeliest = np.where(empty, np.nan, np.argmax(np.nan_to_num(cells), axis=-1))
     palette = ListedColormap(
         [colormaps["tab10" if len(classes) <= 10 else "tab20"](i) for i in range(len(classes))]
     )
-    colours = axes[-1].imshow(likeliest, vmin=-0.5, vmax=len(classes) - 0.5, cmap=palette)
-    axes[-1].set_title("likeliest class", fontsize=7)
-    bar = figure.colorbar(colours, ax=axes[-1], shrink=0.7, ticks=range(len(classes)))
+    colours = axes.imshow(likeliest, vmin=-0.5, vmax=len(classes) - 0.5, cmap=palette)
+    axes.set_title("most probable class", fontsize=7)
+    bar = figure.colorbar(colours, ax=axes, shrink=0.7, ticks=range(len(classes)))
     bar.ax.set_yticklabels([str(index) for index in range(len(classes))], fontsize=6)
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    note = "" if layout.is_known else " (positions unknown: patches in the order of their numbers)"
-    figure.suptitle(f"{title}{note}", fontsize=8)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
+    save_figure(figure, path)
 
 
 def find_patches(folder: StrPath) -> dict[str, list[str]]:
@@ -230,7 +223,7 @@ def _grid_step(offsets: NDArray[np.int64], patch_px: int) -> int:
     """Returns the step of the grid: the greatest common divisor of all offsets and the patch."""
     common = int(np.gcd.reduce(np.append(offsets.ravel(), 0)))
     common = math.gcd(common, patch_px) if common else patch_px
-    # Positions that do not lie on a grid would give a step of a single pixel.
+    # Positions off a grid would give a step of a single pixel.
     return common if common >= max(1, patch_px // 16) else max(1, patch_px // 4)
 
 

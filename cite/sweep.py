@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cite.bag_metrics import save_figure
+from pathcore.figures import save_figure
 from pathcore.files import StrPath
 
 CONFIDENCE = 0.95

@@ -17,6 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pathcore.extras import says_extra
+from pathcore.figures import draw_maps, save_figure
 from pathcore.files import StrPath, atomic_file
 from wsi.geojson import square_features, write_geojson
 from wsi.report import distinct_colours
@@ -101,10 +102,6 @@ def write_score_map(folder: StrPath, scores: PatchScores, map_format: MapFormat)
 
 def write_picture(path: StrPath, scores: PatchScores) -> None:
     """Draws a PNG with a panel per score, all on one scale of colours."""
-    with says_extra("a picture of scores", "gigapath"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
     origin = scores.coords.min(axis=0)
     extent = scores.coords.max(axis=0) - origin + scores.size_level0
     columns = [np.asarray(column, np.float64) for column in scores.scores.values()]
@@ -115,19 +112,16 @@ def write_picture(path: StrPath, scores: PatchScores) -> None:
         extent.tolist(),
         min(_CELLS_PER_PATCH / scores.size_level0, _MAX_PICTURE_PX / extent.max()),
     )
-    figure = Figure(figsize=(3.2 * len(columns) + 0.8, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    low, high = min(map(np.min, columns)), max(map(np.max, columns))
-    for index, (axes, name) in enumerate(zip(panels, scores.scores, strict=True)):
-        shown = np.where(covered, values[..., index], np.nan)
-        picture = axes.imshow(shown, vmin=low, vmax=high, cmap="inferno")
-        axes.set_title(name, fontsize=7)
-        axes.set(xticks=[], yticks=[])
-    figure.colorbar(picture, ax=panels.tolist(), shrink=0.7)
-    figure.suptitle(scores.name, fontsize=8)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png")
+    shown = np.where(covered[..., None], values, np.nan)
+    with says_extra("a picture of scores", "gigapath"):
+        figure, _ = draw_maps(
+            {name: shown[..., index] for index, name in enumerate(scores.scores)},
+            limits=(min(map(np.min, columns)), max(map(np.max, columns))),
+            colours="inferno",
+            title=scores.name,
+            width=3.2 * len(columns) + 0.8,
+        )
+    save_figure(figure, path)
 
 
 def write_ome_tiff(path: StrPath, scores: PatchScores) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from gigapath.finetune.metrics import SURVIVAL, score_predictions
 from gigapath.finetune.survival import kaplan_meier_figure
 from pathcore.calibration import reliability_figure
-from pathcore.files import StrPath, atomic_file
+from pathcore.figures import save_figure
+from pathcore.files import StrPath
 from pathcore.rows import write_csv
 
 SKIPPED_NAME = "skipped.jsonl"
@@ -84,7 +85,8 @@ def write_predictions(
             ],
         )
         if part == "test":
-            _save(kaplan_meier_figure(labels, probabilities[:, 0]), folder / "kaplan_meier.png")
+            figure = kaplan_meier_figure(labels, probabilities[:, 0])
+            save_figure(figure, folder / "kaplan_meier.png", dpi=120)
         return
     several = labels.ndim == 2
     head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
@@ -96,7 +98,7 @@ def write_predictions(
     write_csv(table, head, rows)
     if part == "test":
         figure = reliability_figure(labels, probabilities, f"{len(ids)} test cases")
-        _save(figure, folder / "reliability.png")
+        save_figure(figure, folder / "reliability.png", dpi=120)
 
 
 def results_table(
@@ -180,11 +182,9 @@ def draw_curves(
         scores: Keys in the middle panel, from 0 to 1.
         chosen: Step of the selected model, marked by a line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = (("loss", losses), ("score on validation", scores), ("learning rate", ("lr",)))
     for axes, (label, names) in zip(figure.subplots(1, 3), panels, strict=True):
         drawn = False
@@ -202,12 +202,7 @@ def draw_curves(
             axes.axvline(chosen, color="grey", linestyle=":", label="model kept")
         if drawn:
             axes.legend(fontsize="small")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: StrPath) -> None:
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _cell(score: Mapping[str, float | None]) -> str:

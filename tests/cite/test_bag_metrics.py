@@ -23,10 +23,10 @@ from cite.bag_metrics import (
     compute_metrics,
     confusion_figure,
     confusion_matrix,
-    save_figure,
     vote,
 )
 from pathcore import stats
+from pathcore.figures import save_figure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cite"
 PUBLISHED = json.loads((GOLDEN / "metrics.json").read_text())
