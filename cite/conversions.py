@@ -1,6 +1,6 @@
 """Converts weights of vision transformers between the names of several libraries.
 
-A table lists pairs of names and is used in both directions. `{}` stands for the index of a block,
+A table lists pairs of names and is used in both directions. `{}` is the index of a block,
 `*` for `weight` or `bias`. Some libraries fuse queries, keys and values into one tensor.
 """
 

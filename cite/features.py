@@ -52,7 +52,7 @@ class Features:
         backbone, encoder = made_by["backbone"], made_by["encoder"] or {}
         if not backbone:
             return ""
-        if encoder.get("digest"):  # the same weights may lie elsewhere
+        if encoder.get("digest"):  # the same weights may be elsewhere
             made_by["backbone"] = {k: v for k, v in backbone.items() if k != "checkpoint"}
             made_by = _without_places(made_by) | {"digest": encoder["digest"]}
         text = json.dumps(made_by, sort_keys=True).encode()

@@ -131,7 +131,7 @@ def branch_calls(
         if not tokens:
             continue
         # The first `tokens % dilation` groups have one token more than the others, so they need
-        # calls of their own.
+        # separate calls.
         longer = tokens % dilation
         bounds = sorted({0, min(longer, whole), whole})
         runs = [(a, b - a, group_heads) for a, b in itertools.pairwise(bounds)]

@@ -82,8 +82,8 @@ def tile_one_slide(
             `output/SLIDE/dataset.csv`, `output/SLIDE/failed_tiles.csv` and `thumbnails/`.
         level: Level of the slide to cut tiles from. The encoders expect 0.5 micrometres per pixel.
         tile_size: Side of a tile in pixels of that level.
-        mpp: Resolution of the tiles in micrometres per pixel, in place of a level.
-        slide_mpp: Resolution of the slide, in place of what the file says.
+        mpp: Resolution of the tiles in micrometres per pixel, instead of a level.
+        slide_mpp: Resolution of the slide, overriding that of the file.
         occupancy_threshold: Fraction of tissue that a tile must exceed.
         coordinates: Coordinates in names and table: `level0`, or `published` with x and y of the
             tissue's corner swapped, as in the original.

@@ -242,7 +242,7 @@ class LongNetViT(nn.Module):
         *,
         tile_size: int | None = None,
     ) -> Tensor:
-        """Computes slide embeddings from a given layer; later layers are not run.
+        """Computes slide embeddings from a layer; later layers are not run.
 
         Args:
             x: Tile embeddings `(B, L, C)` or `(L, C)`.
@@ -272,7 +272,7 @@ class LongNetViT(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         with_cls: bool = False,
     ) -> Tensor:
-        """Computes contextualised tile embeddings: the state of each tile after a layer.
+        """Computes the hidden state of each tile after a layer.
 
         Args:
             x: Tile embeddings `(B, L, C)` or `(L, C)`.

@@ -25,7 +25,7 @@ from pathcore.weights import CheckpointError, check_names, read_state_dict
 HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath"
 FLASH_HUB_NAME = "hf_hub:prov-gigapath/prov-gigapath-flash"
 RANDOM = "random"
-"""Name that stands for random weights, like the empty string."""
+"""Name of random weights, as is the empty string."""
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)

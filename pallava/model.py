@@ -55,7 +55,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             layers except the output layer.
         use_activation_checkpointing: Whether to recompute activations in the backward pass.
         max_position_embeddings: Context length to which the rotary position embeddings are
-            linearly scaled; for models that do not come with a scaling of their own.
+            linearly scaled; for models without their own scaling.
 
     Raises:
         FileNotFoundError: If a folder or checkpoint does not exist.

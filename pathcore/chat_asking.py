@@ -153,7 +153,7 @@ class Asker:
         self._running.clear()
 
     def add(self, task: Task) -> None:
-        """Queues a task, unless it is settled; a task with an equal request shares its reply."""
+        """Queues a task, unless it is finished; tasks with equal requests share a reply."""
         if task.settled:
             return
         if task.digest in self._same:
@@ -169,7 +169,7 @@ class Asker:
         self._send()
 
     def finish(self, progress: Callable[[int], object] = lambda number: None) -> None:
-        """Waits until all tasks are settled.
+        """Waits until all tasks are finished.
 
         Args:
             progress: Called with numbers of requests as they are answered.

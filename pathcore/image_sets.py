@@ -84,7 +84,7 @@ class HDF5Image:
     row: int
 
     def open(self) -> Image.Image:
-        """Returns it in RGB; the file is opened anew, so that processes do not share it."""
+        """Returns it in RGB; the file is reopened each time, so that processes do not share it."""
         import h5py
 
         with h5py.File(self.path, "r") as file:
@@ -114,7 +114,7 @@ class ImageClass:
         name: Name in reports.
         keys: Globs of its folders, or its labels.
         wordings: Texts that denote the class in an answer, its name among them.
-        prompts: Texts that stand for the class in the templates.
+        prompts: Texts that fill in the class in the templates.
     """
 
     name: str

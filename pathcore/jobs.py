@@ -192,7 +192,7 @@ class JobFolder:
         """Joins the records of all units and writes manifest, list of skipped inputs and report.
 
         Args:
-            extra_rows: Rows of inputs that belong to no unit. A row with a `count` stands for that
+            extra_rows: Rows of inputs that belong to no unit. A row with a `count` counts as that
                 many inputs.
             passed_over: Rows of files that were found but are not inputs, with their `reason`.
         """

@@ -71,7 +71,7 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"\x89hdf", "an HDF5 file, as Keras writes; convert it to PyTorch first"),
     (b"\x93numpy", "a single NumPy array"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"{", "JSON text; the weights lie in another file"),
+    (b"{", "JSON text; the weights are in another file"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages generated from the code, and pages that lie outside `docs/`.
+"""Hooks of MkDocs: pages generated from the code, and pages outside `docs/`.
 
 The pages of commands come from `xtuner_add.cli`, those of the API from what the packages export, so
 that neither can miss an entry. CONTRIBUTING, CHANGELOG and the READMEs of `configs/` become pages

@@ -448,8 +448,8 @@ def _check_coordinates(file: FeatureFile) -> list[Finding]:
         findings.append(
             Finding(
                 "duplicate tiles",
-                f"{duplicates} of {len(coords)} tiles lie where another one lies; they count twice "
-                "in every mean. Converting keeps the first",
+                f"{duplicates} of {len(coords)} tiles repeat the position of another; they count "
+                "twice in every mean. Converting keeps the first",
                 convertible=True,
             )
         )

@@ -95,7 +95,7 @@ def square_features(
         object_type: QuPath's kind of object.
         classes: Class of each square; by default they have none.
         colours: Colour of every class.
-        measurements: Numbers `(N,)` by name; those that are not finite are left out.
+        measurements: Numbers `(N,)` by name; those that are not finite are skipped.
         labels: Name of each square, shown by QuPath.
 
     Example:

@@ -81,7 +81,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "join-datasets": (
             f"{_COMMANDS}.datasets:join_datasets",
-            "Join sets with image folders of their own to one.",
+            "Join sets with separate image folders to one.",
         ),
         "dataformat": (
             f"{_COMMANDS}.datasets:dataformat",

@@ -1,7 +1,7 @@
 """Keeps the terminal to what a user reads: one screen at the start, then the training.
 
 MMEngine logs its environment, the whole config and a table of hooks, and the libraries below it
-warn of their own affairs. Here those are named, each with the reason why nobody needs to see it.
+warn about their own internals. Those warnings are listed here, each with the reason to hide it.
 The log file of a run still holds all of MMEngine's.
 """
 

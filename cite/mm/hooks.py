@@ -46,7 +46,7 @@ class PortableCheckpointHook(Hook):
             if not os.path.isfile(checkpoint):
                 raise FileNotFoundError(
                     f"{file} names {name}, which is not beside it; resume from another by "
-                    "--resume FILE, or train anew without --resume"
+                    "--resume FILE, or start over without --resume"
                 )
             runner._load_from = checkpoint
 

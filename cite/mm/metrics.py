@@ -32,7 +32,7 @@ from pathcore.calibration import reliability_figure
 
 @METRICS.register_module()
 class SlideMetric(BaseMetric):
-    """Accuracy, mean accuracy, AUROC, Cohen's kappa and calibration of patches and slides.
+    """Computes accuracy, mean accuracy, AUROC, Cohen's kappa and calibration of patches and slides.
 
     Each patch counts once, even if the sampler repeats some to give all ranks equally many.
 

@@ -59,7 +59,7 @@ class DrawSampler(Sampler):
 
     @abstractmethod
     def draws(self) -> Iterator[int]:
-        """Yields indices endlessly, the same in each call and on each rank."""
+        """Yields indices endlessly, the same in every call and on every rank."""
 
     def __iter__(self) -> Iterator[int]:
         """Yields the draws of this rank from `start` on."""
@@ -84,7 +84,7 @@ class DrawSampler(Sampler):
 
 @DATA_SAMPLERS.register_module()
 class ShuffledPatchSampler(DrawSampler):
-    """Draws all patches in random order, then again in another order, as published baselines do."""
+    """Draws all patches in random order, reshuffled after each pass, as published baselines do."""
 
     def draws(self) -> Iterator[int]:
         """Yields dataset indices without end."""
@@ -97,7 +97,7 @@ class ShuffledPatchSampler(DrawSampler):
 
 @DATA_SAMPLERS.register_module()
 class PatchBalancedSampler(DrawSampler):
-    """Alternates between classes; within a class all patches in random order, then again.
+    """Alternates between classes; the patches of a class are reshuffled after each pass.
 
     For the same seed, draws are those of the published code with `patch_balance=True`.
 

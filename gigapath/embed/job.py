@@ -156,7 +156,7 @@ def embed_slides(
     Args:
         slides: A slide, a folder of tiles (`01581x_25327y.png`), or a folder of both.
         out: Output folder; a job that was stopped continues in it.
-        settings: Encoders, tiles and masks; or the name of a tile encoder, which stands for
+        settings: Encoders, tiles and masks; or the name of a tile encoder, which means
             `EmbeddingSettings.for_encoder`.
         placement: Device and reading processes.
         workers: Number of processes, each of which embeds one slide at a time.

@@ -196,7 +196,7 @@ class Origin:
 
     @classmethod
     def of_file(cls, file: FeatureFile) -> Origin:
-        """Returns what a features file says; a name that is no preset's says nothing."""
+        """Returns what a features file says; a name of no preset is taken as unknown."""
         says = file.attributes
         name = str(says.get("encoder_name", file.encoder)).partition("@")[0]
         if name == "prov-gigapath-flash":  # the folder of the published weights
@@ -214,7 +214,7 @@ class Origin:
         """Fills in what the user stated.
 
         Raises:
-            OriginError: If the file says something else.
+            OriginError: If the file contradicts a stated value.
         """
         values: dict[str, Any] = {}
         for name in ("encoder", "patch_px", "mpp"):
@@ -291,7 +291,7 @@ class NamedSlideEncoder:
         return build(preset, self.weights, device)
 
     def check(self, coords: NDArray[np.int64], size_level0: int, where: str) -> None:
-        """Checks that tiles lie where the encoder can place them.
+        """Checks that the encoder's position grid covers the tiles.
 
         Raises:
             EmbeddingError: If they do not.
@@ -334,7 +334,7 @@ class NamedSlideEncoder:
         return found
 
     def attributes(self, size_level0: int) -> dict[str, Any]:
-        """What the file of a vector says about its encoder."""
+        """Attributes that describe the encoder in the file of a vector."""
         if self.longnet is not None:
             named = {"slide_encoder": self.preset} if self.preset else {}
             return {**named, **self.longnet.attributes(size_level0)}

@@ -178,7 +178,7 @@ class SlideEncoderSpec:
         return size_level0 if tile_size == "patch" else tile_size
 
     def attributes(self, size_level0: int) -> dict[str, Any]:
-        """What the file of a vector says about its encoder."""
+        """Attributes that describe the encoder in the file of a vector."""
         return {
             "encoder": self.name,
             "model_arch": self.model_arch,

@@ -62,7 +62,7 @@ class SlideFolder:
     Attributes:
         path: The folder.
         needs_coords: Whether files without coordinates are refused.
-        slides_of: Slides of ids that stand for several, such as patients; their tiles become one
+        slides_of: Slides of ids that cover several, such as patients; their tiles become one
             bag.
         cell_px: Side of a cell of the encoder's grid in level-0 pixels; slides whose tiles begin
             outside by less than a cell are shifted onto the grid. 0 for the tile size of each file,

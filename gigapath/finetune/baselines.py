@@ -166,10 +166,10 @@ def fit_simpleshot(
     prototypes = np.stack([unit[train.labels == index].mean(axis=0) for index in present])
 
     def predict(vectors: Array) -> Array:
-        # The squared length of the vectors is left out: it is the same for every prototype.
-        nearness = 2 * prepare(vectors) @ prototypes.T - np.square(prototypes).sum(axis=1)
+        # The squared length of the vectors is omitted: it is the same for every prototype.
+        similarity = 2 * prepare(vectors) @ prototypes.T - np.square(prototypes).sum(axis=1)
         table = np.zeros((len(vectors), num_classes))
-        table[:, present] = softmax(nearness, axis=1)
+        table[:, present] = softmax(similarity, axis=1)
         return table
 
     return predict

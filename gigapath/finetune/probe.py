@@ -582,7 +582,7 @@ def _table(results: Mapping[str, Any]) -> str:
     for name, found in results["methods"].items():
         if "shots" in found:
             shots += [(name, number, scores) for number, scores in found["shots"].items()]
-            notes += [f"{name}: {n} shots left out: {why}." for n, why in found["left_out"].items()]
+            notes += [f"{name}: {n} shots skipped: {why}." for n, why in found["left_out"].items()]
         elif "spread" in found:
             rows.append(((f"{name}, {len(found['runs'])} seeds",), found["spread"]))
         else:

@@ -1,7 +1,7 @@
 """Protocols by name that evaluate frozen features: linear probes, nearest neighbours, k shots.
 
 A preset is one JSON file in `protocol_presets/`, with the published values and where they were
-read. Differences from what was published stand in its `note`.
+read. Differences from what was published are in its `note`.
 
 Example:
     >>> protocol = get_protocol("uni-knn")
@@ -147,7 +147,7 @@ def score_shots(
     Returns:
         `shots`: for each number, `num_repeats` and, of each of `SHOT_SCORES`, the mean over draws
         as `value`, its 95 % bootstrap interval over draws `low` and `high`, and `std`. The interval
-        says how well the mean over draws is known; the test cases are the same in all draws.
+        is the uncertainty of the mean over draws; the test cases are the same in all draws.
         `left_out`: numbers that are larger than the smallest class, with the reason.
 
     Raises:

@@ -94,7 +94,7 @@ class FinetuneSettings:
         val_r: Fraction of validation slides.
         test_r: Fraction of test slides, for `split_method="published"`.
         max_tiles: Maximum number of tiles per slide; 0 uses the task's.
-        bag_size: Maximum number of tiles per training slide, drawn anew in each epoch; validation
+        bag_size: Maximum number of tiles per training slide, redrawn in each epoch; validation
             and test slides keep all tiles. 0 for no limit.
         precision: `fp32`, or `bf16` for autocast to bfloat16.
         num_workers: Number of processes that read slides ahead.

@@ -1,4 +1,4 @@
-"""Joins converted sets with image folders of their own, for recipes that train on several."""
+"""Joins converted sets with separate image folders, for recipes that train on several."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _find(text: str) -> tuple[Path, Path]:
     report = folder / REPORT_NAME
     if not report.is_file():
         raise FileNotFoundError(
-            f"{folder}: no {REPORT_NAME} in it, which says where its images are; expected a folder "
+            f"{folder}: no {REPORT_NAME} in it, which names its image folder; expected a folder "
             "that convert-dataset wrote, or ROWS=IMAGE_FOLDER"
         )
     written = json.loads(report.read_bytes())

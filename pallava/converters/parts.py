@@ -186,7 +186,7 @@ def _accept(parts: Path, inputs: Mapping[str, Any], shard: Shard | None) -> None
         return
     if found is not None and shard is not None:
         raise OutputExistsError(
-            f"{parts}: parts of other data or options lie here, perhaps of another shard; give all "
+            f"{parts}: holds parts of other data or options, perhaps of another shard; give all "
             "shards the same options, or remove the folder"
         )
     if found is not None:

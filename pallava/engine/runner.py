@@ -19,5 +19,5 @@ class AdaptedRunner(Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> Runner:
-        """Builds the runner from a config, which it leaves as it was."""
+        """Builds the runner from a config, which it does not change."""
         return super().from_cfg(adapt_config(cfg.copy()))

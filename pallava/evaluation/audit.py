@@ -180,7 +180,7 @@ def make_arms(questions: Sequence[Question], *, seed: int = 0) -> Arms:
     Options can be rotated or removed only where the data keeps them apart from the question's text.
 
     Args:
-        questions: Questions of a benchmark; those without a reference are left out.
+        questions: Questions of a benchmark; those without a reference are skipped.
         seed: Seed of the exchange of images.
     """
     asked = [question for question in questions if question.answer is not None]
@@ -221,7 +221,7 @@ def make_arms(questions: Sequence[Question], *, seed: int = 0) -> Arms:
 def exchange_images(
     wordings: Sequence[Hashable], images: Sequence[Hashable], rng: np.random.Generator
 ) -> list[int | None]:
-    """Deals the images anew among the questions of each wording, so that none keeps its own.
+    """Permutes the images among the questions of each wording, so that none keeps its own.
 
     The right answers to a wording stay as frequent as they were. A model that answers from the text
     alone is therefore as accurate as before, and one that answers from the image falls to the
@@ -304,7 +304,7 @@ def read_rows(
     Args:
         benchmark: Benchmark with a scorer.
         arms: Questions by arm.
-        answers: Answers by arm and question id; questions without an answer are left out.
+        answers: Answers by arm and question id; questions without an answer are skipped.
     """
     assert benchmark.score is not None
     num_classes = len({q.answer for q in arms.questions[TRUE] if q.answer_type == "class"})
@@ -346,7 +346,7 @@ def read_rows(
 def summarise(
     rows: Iterable[AuditRow], *, seed: int = 0, num_resamples: int = stats.NUM_RESAMPLES
 ) -> dict[str, Any]:
-    """Computes what each arm says about the score, with 95 % intervals, in percent.
+    """Computes the scores of each arm with 95 % intervals, in percent.
 
     Args:
         rows: Rows of all arms, those of the arm `true` included.
@@ -356,7 +356,7 @@ def summarise(
     Returns:
         Sections `accuracy`, `image`, `text`, `position`, `wording` and `repeat`. A score has
         `value`, `low`, `high` and `count`, the number of questions that it compares; scores for
-        which no question has the arms are left out.
+        which no question has the arms are skipped.
 
     Raises:
         ValueError: If no row belongs to the arm `true`.
@@ -948,7 +948,7 @@ def _thumbnail(image: ImageSource | None) -> str:
     try:
         picture = None if image is None else image.load()
     except ImageError:
-        return ""  # features of a slide, or a file that has gone since it was answered
+        return ""  # features of a slide, or a file that was removed since
     if picture is None:
         return ""
     picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))

@@ -121,5 +121,5 @@ def is_hugging_face_model(name: str) -> bool:
             return False
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
-        return False  # load_model says what is wrong with it
+        return False  # load_model reports what is wrong with it
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -44,7 +44,7 @@ class Outcome:
 
     Attributes:
         answers: Answers by question id, in the order of the questions; empty for a refusal.
-        refusals: What the model said instead of an answer, by question id.
+        refusals: Refusals of the model, by question id.
         skipped: Questions whose image could not be read, or that got neither answer nor refusal.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ def write_report(
         skipped: Questions that could not be asked.
         work_dir: Output folder for the answers (under the benchmark's file name), `metrics.json`,
             `metrics.md`, `details.jsonl` and, if anything was skipped, `skipped_samples.jsonl`.
-        refusals: What the model said instead of an answer, by question id; scored as empty answers.
+        refusals: Refusals of the model, by question id; scored as empty answers.
         tokenizer: Tokenizer for the published token recall.
         compat: `original` lists the published scores first.
         settings: Settings with which the answers were generated.
@@ -82,26 +82,36 @@ def write_report(
     if benchmark.score is not None and scored:
         tables = benchmark.score(benchmark.questions.questions, scored, tokenizer)
         details = tables.pop("details")
-        rows = (
-            {
-                "question_id": question.id,
-                "cluster": question.cluster,
-                "question": question.text,
-                "reference": question.answer,
-                "answer": scored[question.id],
-                **details[question.id],
-                **({"refusal": refusals[question.id]} if question.id in refusals else {}),
-            }
-            for question in benchmark.questions.questions
-            if question.id in details
-        )
-        write_rows(work_dir / DETAILS_NAME, rows)
+        write_rows(work_dir / DETAILS_NAME, _detail_rows(benchmark, scored, details, refusals))
         metrics |= tables
     if judged:
         metrics["judged"] = dict(judged)
     write_json(work_dir / METRICS_NAME, metrics)
     write_text(work_dir / TABLES_NAME, markdown(metrics))
     return metrics
+
+
+def _detail_rows(
+    benchmark: Benchmark,
+    answers: Mapping[str, str],
+    details: Mapping[str, Mapping[str, Any]],
+    refusals: Mapping[str, str],
+) -> Iterator[dict[str, Any]]:
+    """Yields a row with the score of every question that has one."""
+    for question in benchmark.questions.questions:
+        if question.id not in details:
+            continue
+        row = {
+            "question_id": question.id,
+            "cluster": question.cluster,
+            "question": question.text,
+            "reference": question.answer,
+            "answer": answers[question.id],
+            **details[question.id],
+        }
+        if question.id in refusals:
+            row["refusal"] = refusals[question.id]
+        yield row
 
 
 def _coverage(benchmark: Benchmark, skipped: Sequence[SkippedSample]) -> dict[str, dict[str, int]]:

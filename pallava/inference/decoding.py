@@ -1,4 +1,4 @@
-"""How answers are decoded in an evaluation; greedy unless a published protocol says otherwise."""
+"""How answers are decoded in an evaluation; greedy unless a published protocol differs."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def _adapter_folder(llm: StrPath, folder: Path, use_adapter: bool | None) -> Pat
     merged_here = Path(llm).is_dir() and Path(llm).resolve().is_relative_to(folder.resolve())
     if use_adapter is None and merged_here:
         _logger.warning(
-            "%s lies inside %s and is taken as merged already: llm_adapter/ is not added",
+            "%s lies inside %s and is assumed to be merged: llm_adapter/ is not added",
             llm,
             folder,
         )

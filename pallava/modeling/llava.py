@@ -341,7 +341,7 @@ class PALLaVA(MultimodalMixin, nn.Module):
 def embedding_scale(llm: Any) -> float:
     """Returns the factor by which a language model multiplies the embeddings that it is passed.
 
-    Embeddings of its own table are meant to be multiplied; visual tokens must be divided first.
+    The model multiplies its own embeddings by this factor; visual tokens must be divided first.
     Gemma 1 and 2 multiply by the root of their width, Granite by a factor of its config. Gemma 3
     multiplies inside the embedding layer, and later versions of transformers do so for Gemma 1 and
     2 as well.

@@ -4,7 +4,7 @@ Shapes: B texts, T tokens, D hidden size, H heads, I images, P image tokens, V i
 
 Parameter names follow the text encoders of ALBEF and BLIP, and thus `BlipTextModel` of
 `transformers`. That model computes the same values, but has no fused attention and projects an
-image anew for every text that it is paired with.
+image again for every text that it is paired with.
 """
 
 from __future__ import annotations

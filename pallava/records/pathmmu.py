@@ -2,7 +2,7 @@
 
 Published as `data.json`, `subset -> split -> rows`, beside `images/`. `PathCLS` has one more level,
 `PathCLS -> source data set -> split -> rows`. Only the images of two subsets come with the
-questions; the others have to be collected from their sources, and some are gone.
+questions; the others have to be collected from their sources, and some are no longer available.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def write_card(
         *_audits(audits or {}),
         "## Licence",
         "",
-        "The weights contain the base model's and are bound by its licence, which lies beside this "
+        "The weights contain the base model's and are bound by its licence, which is beside this "
         "file where the base model's folder had one, and by the terms of the training data.",
         "",
         "## Use",

@@ -83,7 +83,7 @@ def merge(
         adapters: Folders written by PEFT, merged in this order; empty to rewrite the base model.
         out: Output folder; an interrupted merge resumes in `OUT.partial`.
         device: `cpu` or `cuda`. Defaults to a GPU if there is one.
-        one_tensor_per_shard: Whether to write every tensor to a shard of its own.
+        one_tensor_per_shard: Whether to write every tensor to a separate shard.
         force_base: Whether to skip the check that the adapters were trained on `base`.
         probe: Whether to compare the result with PEFT's model on a few tokens; see
             `pallava.release.verify`.
@@ -192,7 +192,7 @@ class Merger:
 
         Args:
             untie: Whether to write the output layer even if it equals the input embeddings.
-            one_tensor_per_shard: Whether to write every tensor to a shard of its own.
+            one_tensor_per_shard: Whether to write every tensor to a separate shard.
         """
         shards = [[self._output(name) for name in names] for names in self.base.shards()]
         is_tied = self.base.is_tied and not untie and not self._is_one_side_changed()

@@ -48,7 +48,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAPPED_BYTES = 256 << 20
-"""Bytes read from a `.bin` file before it is mapped anew, which releases the pages in memory."""
+"""Bytes read from a `.bin` file before it is mapped again, which releases the pages in memory."""
 
 _WRITES_AHEAD = 8
 
@@ -197,7 +197,7 @@ class WeightFolder:
         for file in self.files:
             for name in file.tensors:
                 if name in self.owner:
-                    raise CheckpointError(f"{self.folder}: {name} lies in two shards")
+                    raise CheckpointError(f"{self.folder}: {name} is in two shards")
                 self.owner[name] = file
         absent = sorted(self._indexed - set(self.owner))
         if absent:

@@ -58,7 +58,7 @@ def load_checkpoint(path: StrPath) -> StateDict:
         if models[0].name == ZERO_MODEL_FILE:
             return read_state_dict(folder)
         raise CheckpointError(
-            f"{folder}: a ZeRO-3 folder without *_optim_states.pt; its parameters lie there"
+            f"{folder}: a ZeRO-3 folder without *_optim_states.pt; its parameters are there"
         )
     return _gather(folder, models, optimizers)
 

@@ -217,7 +217,7 @@ class Page:
                 1, 2048, 512, step=1, label="Longest answer (tokens)", elem_id="length"
             )
             temperature = gr.Slider(
-                0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word each time"
+                0, 2, 0, step=0.05, label="Temperature", info="0: always the most probable word"
             )
             seed = gr.Number(0, precision=0, minimum=0, label="Seed, when temperature is above 0")
         fresh = gr.Button("New conversation", size="sm", elem_id="fresh")

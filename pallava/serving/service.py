@@ -159,7 +159,7 @@ class ModelService:
         Args:
             turns: See `pallava.text.turns.check_turns`.
             sampling: Sampling parameters; each further answer adds its index to the seed.
-            num_answers: Number of answers, each with a place of its own in the batch.
+            num_answers: Number of answers, each in its own row of the batch.
 
         Raises:
             BusyError: If the queue is full.
@@ -281,7 +281,7 @@ class ModelService:
                 self._batch.abort(error)
 
     def _advance(self) -> None:
-        """Reads the prompts for which there is room, then generates a token of every answer."""
+        """Reads the prompts that fit, then generates a token of every answer."""
         paused_s = time.monotonic()
         while (job := self._take()) is not None:
             job.start()
@@ -294,7 +294,7 @@ class ModelService:
         return next((job for job in self._queue if job.is_ready), None)
 
     def _take(self) -> _Job | None:
-        """Takes the first job that is ready, if there is room for it."""
+        """Takes the first job that is ready, if it fits."""
         with self._changed:
             job = self._next()
             if job is None or self._batch.num_running >= self.max_running or not job.fits():

@@ -167,7 +167,7 @@ def run_step(
 
 
 def _tasks_in_order(tasks: Iterator[Task], asker: Asker, backend: Backend) -> Iterator[Task]:
-    """Yields settled tasks in their original order while many are in flight."""
+    """Yields finished tasks in their original order while many are in flight."""
     window: deque[Task] = deque()
     most = _WINDOW * backend.concurrency * backend.batch_size
     with asker:
@@ -186,7 +186,7 @@ def _tasks_in_order(tasks: Iterator[Task], asker: Asker, backend: Backend) -> It
 
 
 class _Run:
-    """Turns rows into tasks and settled tasks into rows."""
+    """Turns rows into tasks and finished tasks into rows."""
 
     def __init__(self, step: Step, backend: Backend, folder: Path, cache: ReplyCache) -> None:
         self.step = step
@@ -196,7 +196,7 @@ class _Run:
         self.parameters = {**backend.sampling.parameters(), **step.settings}
 
     def tasks(self, source: Path) -> Iterator[Task]:
-        """Yields one task per row and prompt; tasks with a cached reply are settled."""
+        """Yields one task per row and prompt; tasks with a cached reply are finished."""
         for line, row in read_rows_with_id(source):
             if isinstance(row, str):
                 yield Task(line, "", {}, "", NO_REQUEST, "", state="failed", reason=row)

@@ -105,13 +105,13 @@ def export_open_clip(
     """Writes the folder that `open_clip.create_model("local-dir:OUT")` loads.
 
     Args:
-        checkpoint: Of open_clip's trainer.
-        out: The folder; what lies there is replaced.
-        config: Of the architecture, as `model_config` gives it.
+        checkpoint: Checkpoint of open_clip's trainer.
+        out: Output folder; an existing one is replaced.
+        config: Config of the architecture, as returned by `model_config`.
         preprocessing: `mean`, `std`, and `interpolation`, `resize_mode` where set.
 
     Raises:
-        ValueError: The checkpoint is not of this architecture, or holds NaN.
+        ValueError: If the checkpoint is not of this architecture, or contains NaN.
     """
     import open_clip
     import torch
@@ -138,7 +138,7 @@ def export_hugging_face(open_clip_folder: StrPath, out: StrPath) -> Path:
     """Writes the folder that transformers' `CLIPModel` and `CLIPProcessor` load.
 
     Raises:
-        ExportError: The architecture has no class there; says what stands in the way.
+        ExportError: If transformers has no class for the architecture; the message says why.
     """
     from safetensors.torch import load_file
     from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -243,7 +243,7 @@ def _block(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _tokenizer(folder: Path, context_length: int) -> Any:
-    """Transformers' tokenizer from the byte pairs that lie in open_clip's package."""
+    """Builds transformers' tokenizer from the byte pairs in open_clip's package."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizerFast
 
@@ -273,7 +273,7 @@ def _tokenizer(folder: Path, context_length: int) -> Any:
 
 @contextmanager
 def whole_folder(out: StrPath) -> Iterator[Path]:
-    """Gives a folder to write into, which takes the place of `out` when the body ends."""
+    """Yields a temporary folder, then fsyncs its files and renames it over `out`."""
     out = Path(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")

@@ -92,8 +92,7 @@ def slide_zero_shot(
     files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
     if not files:
         raise FileNotFoundError(f"{folder}: no files SLIDE.h5")
-    wrong = sorted(set(labels.values()) - set(names)) if labels else []
-    if wrong:
+    if wrong := sorted(set((labels or {}).values()) - set(names)):
         raise ValueError(
             f"label {wrong[0]!r}: no class of {benchmark.name}, which has {', '.join(names)}"
         )
@@ -129,21 +128,29 @@ def slide_zero_shot(
         "num_skipped": len(skipped),
         "top_k": {},
     }
-    for number, k in enumerate(ks):
-        if not labels or not known:
-            continue
+    for number, k in enumerate(ks if labels and known else ()):
         true = np.array([names.index(labels[slide]) for slide in known])
         predicted = np.array([pooled[slide][number].argmax() for slide in known])
         metrics["top_k"][str(k)] = classification_scores(true, predicted, len(names), seed=seed)
-    rows = [
-        [slide, (labels or {}).get(slide, ""), k, names[scores.argmax()],
-         *map("{:.5f}".format, scores)]
-        for slide, found in pooled.items()
-        for k, scores in zip(ks, found, strict=True)
-    ]  # fmt: skip
-    write_csv(out / "predictions.csv", ["id", "true", "k", "predicted", *names], rows)
+    _write_predictions(out / "predictions.csv", pooled, labels or {}, ks, names)
     write_report(out, metrics, _tables(metrics), skipped)
     return metrics
+
+
+def _write_predictions(
+    path: Path,
+    pooled: Mapping[str, NDArray[np.float64]],
+    labels: Mapping[str, str],
+    ks: Sequence[int],
+    names: Sequence[str],
+) -> None:
+    """Writes a row per slide and k; `pooled` has similarities `(num_ks, num_classes)` by slide."""
+    rows = [
+        [slide, labels.get(slide, ""), k, names[scores.argmax()], *map("{:.5f}".format, scores)]
+        for slide, found in pooled.items()
+        for k, scores in zip(ks, found, strict=True)
+    ]
+    write_csv(path, ["id", "true", "k", "predicted", *names], rows)
 
 
 _Features = tuple[NDArray[Any], NDArray[np.int64], Mapping[str, Any]]

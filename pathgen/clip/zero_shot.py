@@ -180,7 +180,7 @@ def prompt_variants(
     Returns:
         `templates`: by template, the class features `(num_classes, dim)` of that template alone.
         `wordings`: those of one wording of each class in all templates; variant j takes the j-th
-        wording, and starts anew for classes that have fewer. A kind with a single variant is left
+        wording, and starts over for classes that have fewer. A kind with a single variant is left
         out.
     """
     templates = {

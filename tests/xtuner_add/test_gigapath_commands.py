@@ -195,7 +195,7 @@ def test_encoder_by_protocols(tmp_path: Path) -> None:
     found = invoke(*chosen, "--protocol", "uni-knn", "--protocol", "uni-few-shot", "--repeats", "5")
     assert found.exit_code == 3, found.output
     assert "| uni-knn | 20 |" in found.output and "| uni-few-shot | 8 | 5 |" in found.output
-    assert "16 shots left out: the smallest class has 8 training cases" in found.output
+    assert "16 shots skipped: the smallest class has 8 training cases" in found.output
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["methods"]["uni-knn"]["test"]["balanced_accuracy"]["low"] > 0.25
     shots = results["methods"]["uni-few-shot"]["shots"]

@@ -142,7 +142,7 @@ def join_datasets(
     check_images: bool,
     max_skipped_fraction: float,
 ) -> None:
-    """Join converted datasets that have image folders of their own to one set in the folder OUT.
+    """Join converted datasets with separate image folders to one set in the folder OUT.
 
     Each SET is a folder that convert-dataset wrote, or ROWS=IMAGE_FOLDER, such as the output of
     clean-pairs with the images of its input. Image names in OUT are relative to the folder that

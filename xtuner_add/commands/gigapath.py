@@ -236,7 +236,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
 
 
 def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
-    """The preset of the tile encoder, and what the command line says about tiles."""
+    """The preset of the tile encoder, and the options of the command line about tiles."""
     from gigapath.embed.slide_encoders import Origin
     from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, slide_encoder_of
 
@@ -788,7 +788,7 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 @click.option(
     "--bag-size",
     type=int,
-    help="Maximum number of tiles per training slide, drawn anew in each epoch; 0 for all. "
+    help="Maximum number of tiles per training slide, redrawn in each epoch; 0 for all. "
     "[default: 0; 8192 for survival, whose loss needs 32 slides at once]",
 )
 @_OPTION

@@ -60,7 +60,7 @@ _JOINT = re.compile(
     re.IGNORECASE,
 )
 
-# Words that may stand between "is" and the letter.
+# Words that may come between "is" and the letter.
 _FILL = (
     r"(?:\s*\b(?:most|more|likely|probably|clearly|definitely|certainly|obviously|therefore|thus|"
     r"then|indeed|actually|simply|just|only|still|the|correct|right|best|answer|option|choice|"

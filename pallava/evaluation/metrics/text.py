@@ -84,7 +84,7 @@ def corpus_bleu(
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Reads `yes` or `no` from an answer; None if it says neither or both.
+    """Reads `yes` or `no` from an answer; None if it contains neither or both.
 
     The first word after any reasoning decides; otherwise the answer must contain exactly one of the
     two.
