@@ -1,12 +1,16 @@
-"""Loads an exported folder and prints the answers: run by tests in environments of any kind.
+"""Loads exported folders and prints the answers of each: run by tests in environments of any kind.
 
-Usage: python exported.py FOLDER IMAGES_JSON {package,remote}
+Usage: python exported.py IMAGES_JSON FOLDER...
+
+Each folder is loaded in a fork of its own, off a process that has imported torch and transformers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from importlib import import_module
 
 QUESTIONS = ["Is it red?", "What is shown in this image of tissue?", "Why?"]
 
@@ -18,7 +22,8 @@ def answer(folder: str, images: list[str], mode: str) -> list[list[int]]:
 
     trust = {}
     if mode == "remote":
-        sys.modules["pallava"] = None  # type: ignore[assignment]
+        for package in ("pallava", "pathcore"):
+            sys.modules[package] = None  # type: ignore[assignment]
         trust = {"trust_remote_code": True}
     else:
         import pallava.modeling.hf  # noqa: F401
@@ -38,4 +43,13 @@ def answer(folder: str, images: list[str], mode: str) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    print("ANSWERS", json.dumps(answer(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])))
+    for package in ("torch", "transformers.models.llama.modeling_llama"):
+        import_module(package)
+    images, *folders = json.loads(sys.argv[1]), *sys.argv[2:]
+    for folder in folders:
+        sys.stdout.flush()
+        if not (child := os.fork()):
+            print("ANSWERS", json.dumps([folder, answer(folder, images, "remote")]), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{folder}: failed")

@@ -93,11 +93,13 @@ def test_batched_answers_equal_the_training_codes(
     assert answer(str(folders[kind]), images, "package") == expected
 
 
-def in_environment(python: str, folder: Path, images: list[str], cache: Path) -> list[list[int]]:
+def in_environment(
+    python: str, folders: dict[str, Path], images: list[str], cache: Path
+) -> dict[str, list[list[int]]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
     result = subprocess.run(
-        [python, str(SCRIPT), str(folder), json.dumps(images), "remote"],
+        [python, str(SCRIPT), json.dumps(images), *map(str, folders.values())],
         env=environment,
         cwd=cache,
         capture_output=True,
@@ -105,17 +107,23 @@ def in_environment(python: str, folder: Path, images: list[str], cache: Path) ->
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("ANSWERS ")]
-    answers: list[list[int]] = json.loads(line.removeprefix("ANSWERS "))
-    return answers
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWERS ")]
+    answers = dict(json.loads(line.removeprefix("ANSWERS ")) for line in lines)
+    return {kind: answers[str(folder)] for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def answers_without_this_package(
+    folders: dict[str, Path], images: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[list[int]]]:
+    return in_environment(sys.executable, folders, images, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_without_this_package(
-    kind: str, folders: dict[str, Path], images: list[str], tmp_path: Path
+    kind: str, images: list[str], answers_without_this_package: dict[str, list[list[int]]]
 ) -> None:
-    answers = in_environment(sys.executable, folders[kind], images, tmp_path)
-    assert answers == training_answers(kind, images)
+    assert answers_without_this_package[kind] == training_answers(kind, images)
 
 
 @pytest.mark.slow
@@ -123,11 +131,11 @@ def test_without_this_package(
 def test_with_transformers_alone(
     folders: dict[str, Path], images: list[str], tmp_path: Path
 ) -> None:
+    expected = {kind: training_answers(kind, images) for kind in folders}
     for index, python in enumerate(os.environ[PYTHONS].split(os.pathsep)):
-        for kind, folder in folders.items():
-            cache = tmp_path / f"{index}_{kind}"
-            cache.mkdir()
-            assert in_environment(python, folder, images, cache) == training_answers(kind, images)
+        cache = tmp_path / str(index)
+        cache.mkdir()
+        assert in_environment(python, folders, images, cache) == expected
 
 
 def test_travelling_code_imports_itself_alone() -> None:
