@@ -525,7 +525,7 @@ def table(report: Mapping[str, Any]) -> str:
         measured += f" ({low:.2f} to {high:.2f}, {report['num_items']:,} items)"
     if len(report["by_seed"]) > 1:
         measured += f"; by seed {', '.join(f'{value:.2f}' for value in report['by_seed'])}"
-    lines += ["| | |", "|---|---|", f"| published | {_shown(report['published'])} |"]
+    lines += ["| | |", "|---|---|", f"| published | {_figure_text(report['published'])} |"]
     lines += [f"| source | {report['source']} |", f"| measured | {measured} |"]
     lines += [f"| protocol | {', '.join(f'{k}: {v}' for k, v in report['protocol'].items())} |"]
     lines += [f"| command | `{report['command']}` |", ""]
@@ -563,5 +563,5 @@ def verdict(report: Mapping[str, Any]) -> str:
     )
 
 
-def _shown(value: float | None) -> str:
+def _figure_text(value: float | None) -> str:
     return "not given" if value is None else f"{value:g}"

@@ -221,8 +221,8 @@ def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -
             continue
         if slide in labels and not np.array_equal(labels[slide], label):
             raise ValueError(
-                f"table {path}: slide {slide} has two labels, {_shown(task, labels[slide])} and "
-                f"{_shown(task, label)}"
+                f"table {path}: slide {slide} has two labels, "
+                f"{_label_text(task, labels[slide])} and {_label_text(task, label)}"
             )
         labels[slide] = label
         if patient := row.get(PATIENT_KEY) or row.get(CLAM_PATIENT_KEY):
@@ -263,7 +263,7 @@ def read_table(
     return [{str(k): str(v).strip() for k, v in row.items()} for row in records]
 
 
-def _shown(task: SlideTask, label: NDArray[Any]) -> str:
+def _label_text(task: SlideTask, label: NDArray[Any]) -> str:
     return str(label.tolist()) if label.ndim else task.classes[int(label)]
 
 

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pallava.evaluation.benchmarks import Benchmark
+from pallava.evaluation.scoring import percent
 from pallava.records.prompts import Prompt
 from pallava.records.questions import ImageSource, Question, SlideFeatures
 from pallava.text.words import words
@@ -421,7 +422,7 @@ class _Table:
             unseen = stats.wilson_interval(0, len(set(clusters)))[1]
             low = mean - unseen * (mean - value[2])
             high = mean + unseen * (1 - mean)
-        return {**_percent(mean, low, high), "count": len(column)}
+        return {**percent(mean, (low, high)), "count": len(column)}
 
 
 def _accuracy(arm: str) -> Value:
@@ -583,20 +584,13 @@ def _wording_section(table: _Table, reworded: Sequence[str]) -> dict[str, Any]:
     for name, of_means in statistics.items():
         value = float(of_means(columns.mean(axis=0)[None])[0])
         interval = stats.cluster_interval(cases, clusters, of_sums(of_means), **table.bootstrap)
-        section[name] = {**_percent(value, *interval), "count": len(columns)}
+        section[name] = {**percent(value, interval), "count": len(columns)}
     return section
 
 
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return float(np.mean(found)) if found else float("nan")
-
-
-def _percent(value: float, low: float, high: float) -> Score:
-    return {
-        name: round(100 * number, 4)
-        for name, number in (("value", value), ("low", low), ("high", high))
-    }
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -797,13 +791,13 @@ def audit(
     }
     texts = {question.id: question for part in arms.questions.values() for question in part}
     work_dir.mkdir(parents=True, exist_ok=True)
-    write_rows(work_dir / ROWS_NAME, (_record(row, texts, arms) for row in rows))
+    write_rows(work_dir / ROWS_NAME, (_record(row, texts) for row in rows))
     write_json(work_dir / AUDIT_NAME, content)
     write_text(work_dir / PAGE_NAME, page(content, rows, arms))
     return content
 
 
-def _record(row: AuditRow, questions: Mapping[str, Question], arms: Arms) -> dict[str, Any]:
+def _record(row: AuditRow, questions: Mapping[str, Question]) -> dict[str, Any]:
     question = questions[row.item if row.arm == TRUE else f"{row.item} [{row.arm}]"]
     image = None if question.image is None else question.image.name
     return {**asdict(row), "prompt": question.text, "image": image}
@@ -898,12 +892,14 @@ def page(content: Mapping[str, Any], rows: Sequence[AuditRow], arms: Arms) -> st
     parts = []
     for form, part in content["parts"].items():
         own = [found for found in items.values() if TRUE in found and found[TRUE].form == form]
-        parts.append({"form": form, **part, "figures": figures(part), "shown": _shown(own, arms)})
+        parts.append(
+            {"form": form, **part, "figures": figures(part), "shown": _examples(own, arms)}
+        )
     template = environment.from_string(source.read_text(encoding="utf-8"))
     return template.render(audit=content, parts=parts, true_arm=TRUE) + "\n"
 
 
-def _shown(items: Sequence[Mapping[str, AuditRow]], arms: Arms) -> dict[str, Any]:
+def _examples(items: Sequence[Mapping[str, AuditRow]], arms: Arms) -> dict[str, Any]:
     """Selects questions for the page, evenly over the benchmark."""
     paired = [found for found in items if EXCHANGED in found]
     images = (EXCHANGED, BLANK, NONE)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallava.evaluation.report import DETAILS_NAME, METRICS_NAME
+from pallava.evaluation.report import DETAILS_NAME, METRICS_NAME, score_text
 from pathcore.files import StrPath
 from pathcore.rows import read_lines
 from pathcore.stats import mean_interval
@@ -89,7 +89,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in comparison["models"].items():
-        cells = [_shown(row["correct"]), *(_shown(row.get(key)) for key in
+        cells = [score_text(row["correct"]), *(score_text(row.get(key, "")) for key in
                  ("difference", "gains", "loses"))]  # fmt: skip
         unshared = comparison["not_shared"][name]
         lines.append(f"| {name} | {' | '.join(cells)} | {unshared} |")
@@ -109,9 +109,3 @@ def _percent(values: Sequence[float], clusters: Sequence[str]) -> dict[str, floa
     low, high = mean_interval(values, clusters)
     value = sum(values) / len(values)
     return {"value": 100 * value, "low": 100 * low, "high": 100 * high}
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return "" if value is None else str(value)
-    return f"{value['value']:.2f} ({value['low']:.2f} to {value['high']:.2f})"

@@ -167,7 +167,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         lines += ["", "## Confusion", "", *_confusion_table(metrics["confusion"])]
     if "judged" in metrics:
         lines += ["", "## Judged similarity", ""]
-        lines += [f"- {name}: {_shown(value)}" for name, value in metrics["judged"].items()]
+        lines += [f"- {name}: {score_text(value)}" for name, value in metrics["judged"].items()]
     if metrics["settings"]:
         lines += ["", "## Settings", ""]
         lines += [f"- {name}: {value}" for name, value in metrics["settings"].items()]
@@ -194,7 +194,7 @@ def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 rows = content.get("scores", {}).items()
                 content = {
                     content["benchmark"]: {
-                        f"{group}, {name}": _shown(value)
+                        f"{group}, {name}": score_text(value)
                         for group, values in rows
                         for name, value in values.items()
                     }
@@ -214,7 +214,7 @@ def _score_tables(metrics: Mapping[str, Any]) -> list[str]:
         return ["", "The data holds no references: nothing was scored."]
     lines = ["", "## Scores", "", "| group | score | |", "|---|---|---|"]
     for group, scores in metrics["scores"].items():
-        lines += [f"| {group} | {name} | {_shown(value)} |" for name, value in scores.items()]
+        lines += [f"| {group} | {name} | {score_text(value)} |" for name, value in scores.items()]
     return lines
 
 
@@ -234,7 +234,7 @@ def _group_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     columns = list(next(iter(groups.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in groups.items():
-        cells = " | ".join(_shown(row[column]) for column in columns)
+        cells = " | ".join(score_text(row[column]) for column in columns)
         lines.append(f"| {_cell(name)} | {cells} |")
     return lines
 
@@ -248,7 +248,8 @@ def _confusion_table(confusion: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(value: Any) -> str:
+def score_text(value: Any) -> str:
+    """Formats a score with its interval, if it has one; other values as they are."""
     if isinstance(value, Mapping) and "value" in value:
         text = f"{value['value']:.2f}"
         return f"{text} ({value['low']:.2f} to {value['high']:.2f})" if "low" in value else text

@@ -199,18 +199,19 @@ def _bleu(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
     given = [answers[question.id] for question in questions]
     references = [str(question.answer) for question in questions]
     return {
-        "BLEU-1": _percent(text.corpus_bleu(given, references, max_ngram_order=1)),
-        "BLEU-4": _percent(text.corpus_bleu(given, references)),
+        "BLEU-1": percent(text.corpus_bleu(given, references, max_ngram_order=1)),
+        "BLEU-4": percent(text.corpus_bleu(given, references)),
     }
 
 
 def _mean(details: Mapping[str, Any], questions: Sequence[Question], name: str) -> Score:
     values = [details[question.id][name] for question in questions]
     clusters = [question.cluster for question in questions]
-    return _percent(sum(values) / len(values), stats.mean_interval(values, clusters))
+    return percent(sum(values) / len(values), stats.mean_interval(values, clusters))
 
 
-def _percent(value: float, interval: stats.Interval | None = None) -> Score:
+def percent(value: float, interval: stats.Interval | None = None) -> Score:
+    """Returns a fraction and its interval in percent, as scores are written."""
     score = {"value": round(100 * float(value), 4)}
     if interval is not None:
         score |= {"low": round(100 * interval[0], 4), "high": round(100 * interval[1], 4)}
@@ -257,13 +258,13 @@ def _class_table(
     cells[np.arange(len(true)), rows, [columns[name] for name in predicted]] = 1
     for name in _CLASS_SCORES:
         interval = stats.cluster_interval(cells, clusters, partial(_class_score, name))
-        scores[name.replace("_", " ")] = _percent(float(values[name]), interval)
+        scores[name.replace("_", " ")] = percent(float(values[name]), interval)
     return {
         "scores": scores,
         "by_class": {
             name: {
                 "count": int(counts[index].sum()),
-                **{key: _percent(values[key][index]) for key in ("precision", "recall", "f1")},
+                **{key: percent(values[key][index]) for key in ("precision", "recall", "f1")},
             }
             for index, name in enumerate(names)
         },

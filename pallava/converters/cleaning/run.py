@@ -173,14 +173,14 @@ def _row_id(row: Any, where: str) -> str:
 def _draw(gone: Sequence[Mapping[str, Any]], count: int) -> list[list[Any]]:
     """Samples rows by a digest of their ids, so that the sample does not depend on the parts."""
     ranked = ((_rank(row), number) for number, row in enumerate(gone))
-    return [[rank, _shown(gone[number])] for rank, number in heapq.nsmallest(count, ranked)]
+    return [[rank, _sample(gone[number])] for rank, number in heapq.nsmallest(count, ranked)]
 
 
 def _rank(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(f"{row['id']}\n{row.get('image')}".encode(), digest_size=8).hexdigest()
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     text = Candidate(row, ()).text[:_SHOWN_CHARACTERS].encode(errors="replace").decode()
     return {"id": str(row["id"]), "images": image_files(row), "text": text, "reason": row["reason"]}
 

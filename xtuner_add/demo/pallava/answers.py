@@ -42,7 +42,7 @@ def answer_all(work_dir: Path, seed: int) -> None:
     everything = range(len(rows))
     given = _ask(model, work_dir, rows, everything, [row["image"] for row in rows], "questions")
     shuffled = _ask(model, work_dir, rows, closed, exchanged, "images exchanged")
-    shown = _shown(model, work_dir, rows)
+    shown = _slides_shown(model, work_dir, rows)
     released = load_model(work_dir / "released" / "model")
     without = _ask(released, work_dir, rows, detail, [row["image"] for row in rows], "released")
 
@@ -163,7 +163,9 @@ def _ask(
     return given
 
 
-def _shown(model: Any, work_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _slides_shown(
+    model: Any, work_dir: Path, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Returns evenly spaced held-out slides for the report, with attention per sub-image."""
     from pallava.modeling.attention_maps import sub_image_attention
 
