@@ -177,6 +177,16 @@ class _DilatedAttention(torch.autograd.Function):
         branches: tuple[tuple[Call, ...], ...],
         name: str,
     ) -> Tensor:
+        """Mixes the outputs of the branches, weighted by the softmax of their log-sum-exps.
+
+        Args:
+            ctx: Context of autograd.
+            query: `(B, L, H, D)`, as are `key` and `value`.
+            key: Keys.
+            value: Values.
+            branches: Calls of each branch; see `branch_calls`.
+            name: Name of the attention backend.
+        """
         backend = get_backend(name)
         sums_dtype = torch.promote_types(query.dtype, torch.float32)
         sums = torch.full(
@@ -208,6 +218,7 @@ class _DilatedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Sums the gradients of all calls, given the log-sum-exps of the mixture."""
         query, key, value, sums, *outputs = ctx.saved_tensors
         weights = sums.softmax(0)
         gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]

@@ -13,7 +13,7 @@ from pathcore.files import StrPath
 from pathcore.images import MAX_IMAGE_PIXELS, ImageError, image_size, path_inside
 
 _THREADS = 32  # reading headers is bound by disk or network latency
-_SILENT_BELOW = 5000
+_SILENT_BELOW = 5000  # files; fewer are read in a moment
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathcore.files import StrPath
 from pathcore.images import ImageError, load_image, path_inside
 from pathcore.rows import check_fraction, line_offsets, pair_fault, parse_line
 
-_MAX_TRIES = 100
+_MAX_TRIES = 100  # pairs tried instead of one whose image is unreadable
 
 
 class PairError(ValueError):

@@ -32,7 +32,7 @@ MAX_TILES = 1_000_000
 
 SUFFIX = ".h5"
 
-_THREADS = 16
+_THREADS = 16  # opening files is bound by the latency of disk or network
 _MOST_OVERLAPPING = 64  # tiles per grid cell: a stride of an eighth of the tile side
 
 

@@ -34,7 +34,7 @@ Engine = Literal["process", "ray"]
 _RAY_WAITING_PER_WORKER = 2
 """Number of tasks per worker that are submitted in advance, to hide Ray's scheduling latency."""
 
-_RAY_STORE_BYTES = 128 << 20
+_RAY_STORE_BYTES = 128 << 20  # Ray would take 30 % of the memory; results are small
 _READY = "ready"
 
 

@@ -19,9 +19,9 @@ MAX_SKIPPED_FRACTION = 0.1
 """Maximum fraction of unusable rows; more indicate a wrong folder or file."""
 
 _FEW_ROWS = 10
-_CSV_FIELD_BYTES = 10 << 20
+_CSV_FIELD_BYTES = 10 << 20  # the csv module's default is 128 KiB
 _CHUNK_CHARS = 1 << 20
-_MAX_ELEMENT_CHARS = 64 << 20
+_MAX_ELEMENT_CHARS = 64 << 20  # a damaged array must not be read into memory whole
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 

@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
-CALIBRATION_BINS = 15
+CALIBRATION_BINS = 15  # as in Guo et al. 2017 (arXiv:1706.04599)
 
 
 # --- intervals ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ GDC_URL = "https://api.gdc.cancer.gov"
 COLUMNS = ("id", "filename", "md5", "size", "state")
 """Columns of a manifest: https://docs.gdc.cancer.gov/Data_Transfer_Tool/Users_Guide/Preparing_for_Data_Download_and_Upload/"""
 
-_BATCH = 200
+_BATCH = 200  # slides per query
 _TIMEOUT_S = 60
 _SUFFIX = ".svs"
 _LISTING = "manifest of the GDC portal"

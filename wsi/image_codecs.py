@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 FORMATS = ("png", "jpg", "webp")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_UP_FILTER = 2
+_UP_FILTER = 2  # PNG filter type: each row minus the one above
 _ISAL_LEVEL = 1
 _DEFAULT_QUALITY = {"jpg": 90, "webp": 90}
 

@@ -33,7 +33,7 @@ _ASPECT_TOLERANCE = 0.02
 """Relative difference of aspect ratios up to which a reduced page counts as a level."""
 
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_MAX_SEGMENT_PX = 1 << 28
+_MAX_SEGMENT_PX = 1 << 28  # 768 MiB as RGB
 _SEGMENT_CACHE_BYTES = 256 << 20
 
 # Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and Compression.

@@ -15,8 +15,8 @@ from wsi.store import read_coordinates
 NAME_ROOM_BYTES = len("_-2147483648_-2147483648.webp")
 """Maximum number of bytes that file names of patches add to the id of their slide."""
 
-_BATCH = 1000
-_CACHE_KIB = 8192
+_BATCH = 1000  # rows per transaction
+_CACHE_KIB = 8192  # of SQLite's pages
 
 
 @dataclass(frozen=True)

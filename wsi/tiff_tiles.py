@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 _JPEG = 7
 _RGB, _YCBCR = 2, 6
-_CACHE_BYTES = 256 << 20
+_CACHE_BYTES = 256 << 20  # of decoded tiles, for patches that share them
 
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels of a level; must lie inside the level."""

@@ -45,7 +45,7 @@ from wsi.features import EmbeddingError, check_features
 ENTRY_POINTS = "gigapath.slide_encoders"
 """Group of entry points, each a function without arguments that returns a folder of presets."""
 
-_MPP_TOLERANCE = 0.02
+_MPP_TOLERANCE = 0.02  # relative
 _DIGEST_CHARS = 12
 
 Network = Callable[[Tensor, Tensor, int], Tensor]

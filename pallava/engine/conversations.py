@@ -34,7 +34,7 @@ from pathcore.images import ImageError
 from pathcore.rows import check_fraction, read_rows
 
 _ROWS_PER_PROCESS = 2000
-_REPLACEMENTS = 16
+_REPLACEMENTS = 16  # rows tried instead of one whose image is unreadable
 _SILENT_BELOW = 5000  # rows; fewer are tokenized in a moment
 
 

@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 
 from pallava.engine.conversations import ConversationDataset
 
+# Primes: two pairs of iteration and rank have the same sum only if there are 100,003 ranks.
 _ITERATION_STRIDE = 100_003
 _RANK_STRIDE = 1_000_003
 

@@ -44,7 +44,7 @@ def sub_image_attention(model: Any, pixel_values: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def tile_attention(model: Any, bag: SlideBag) -> Tensor | None:
-    """Returns the mean attention of a slide's map to its tiles; see `sub_image_attention`.
+    """Returns the mean attention of the slide tokens to the tiles; see `sub_image_attention`.
 
     Args:
         model: Model with a `SlideTokenEncoder`.
@@ -89,7 +89,7 @@ def _collect(outputs: list[Tensor]) -> Any:
 
 
 def _average(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Mean attention to each key `(n * t,)`, for query `(1, T, D)` and key `(n, t, D)`."""
+    """Averages the attention of query `(1, T, D)` to key `(n, t, D)`; returns `(n * t,)`."""
     query, key = (
         tensor.flatten(0, 1).float().unflatten(-1, (heads, -1)).transpose(0, 1)
         for tensor in (query, key)

@@ -37,7 +37,7 @@ SLIDE_TOKENS_MODEL_TYPE = "slide_tokens"
 """`model_type` in `visual_encoder/config.json` of a slide token encoder."""
 
 _CONNECTOR_LAYER = "model.bert.encoder.layer."
-_BERT_HEAD_WIDTH = 64
+_BERT_HEAD_WIDTH = 64  # of all published sizes; weights do not tell the number of heads
 
 _Encoder = TypeVar("_Encoder", bound=PLIPVisionEncoder)
 

@@ -181,7 +181,7 @@ def _check_memo(file: BinaryIO, num_bytes: int) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in _MEMO_OPCODES and int(argument or 0) > num_bytes:
             raise pickle.UnpicklingError(
-                f"it stores an object at place {argument} of its memo, though the file has "
+                f"it stores an object at index {argument} of its memo, though the file has "
                 f"{num_bytes} bytes"
             )
     file.seek(0)

@@ -29,7 +29,7 @@ from pathcore.weights import CheckpointError
 
 _NUM_LAYERS = 2
 _NUM_TOKENS = 32
-_NUM_POSITIONS = 8
+_NUM_POSITIONS = 8  # per sequence
 _MAX_PROBE_BYTES = 6 << 30
 """Memory above which one layer is probed instead of two, as in large mixtures of experts."""
 

@@ -50,7 +50,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAPPED_BYTES = 256 << 20
 """Bytes read from a `.bin` file before it is mapped again, which releases the pages in memory."""
 
-_WRITES_AHEAD = 8
+_WRITES_AHEAD = 8  # pieces that may wait for the disk
 
 _FLUSH_BYTES = 64 << 20
 """Bytes written between two calls of fdatasync, so that closing the file does not wait long."""

@@ -20,7 +20,7 @@ from pathcore.rows import BadRow, pair_fault, read_csv, read_rows_with_id
 from pathgen.clip.reports import SCORE_HEAD, head, score_row, write_report
 from wsi.store import read_features
 
-_QUERIES_AT_A_TIME = 1024
+_QUERIES_AT_A_TIME = 1024  # bounds the memory of the similarity matrix
 
 
 def retrieval(

@@ -38,7 +38,7 @@ SKIPPED_NAME = "skipped.jsonl"
 Start = Callable[[Sequence[str]], int]
 """Runs arguments of the interpreter in as many processes as are wanted; returns the exit code."""
 
-_EXPORT_PATIENCE_S = 1800.0
+_EXPORT_PATIENCE_S = 1800.0  # for the export on the first machine
 _CHANGEABLE = {"workers", "log_every_n_steps", "report_to", "device", "save_frequency"}
 
 logger = logging.getLogger(__name__)
