@@ -128,10 +128,11 @@ def slide_zero_shot(
         "num_skipped": len(skipped),
         "top_k": {},
     }
-    for number, k in enumerate(ks if labels and known else ()):
+    if labels and known:
         true = np.array([names.index(labels[slide]) for slide in known])
-        predicted = np.array([pooled[slide][number].argmax() for slide in known])
-        metrics["top_k"][str(k)] = classification_scores(true, predicted, len(names), seed=seed)
+        for number, k in enumerate(ks):
+            predicted = np.array([pooled[slide][number].argmax() for slide in known])
+            metrics["top_k"][str(k)] = classification_scores(true, predicted, len(names), seed=seed)
     _write_predictions(out / "predictions.csv", pooled, labels or {}, ks, names)
     write_report(out, metrics, _tables(metrics), skipped)
     return metrics
