@@ -22,6 +22,7 @@ from pallava.engine.conversations import (
     load_processed_text,
     process_text,
 )
+from pallava.feature_cache import CachedImage, FeatureCache
 from pallava.image_index import index_images
 from pathcore.files import StrPath
 from pathcore.images import MAX_IMAGE_PIXELS, ImageError, load_image, path_inside
@@ -56,6 +57,8 @@ class LLaVADataset(ConversationDataset):
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
         balance_answers: Whether all answers to one wording count equally in the loss, however often
             each occurs; see `pallava.text.balancing`.
+        feature_cache: Folder in which the features of a frozen encoder are stored, so that each
+            image is decoded and encoded once; see `pallava.feature_cache`.
 
     Raises:
         FileNotFoundError: If a folder or file does not exist.
@@ -81,6 +84,7 @@ class LLaVADataset(ConversationDataset):
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         balance_answers: bool = False,
+        feature_cache: StrPath | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)
         if not self.image_folder.is_dir():
@@ -91,6 +95,10 @@ class LLaVADataset(ConversationDataset):
         )
         self.pad_image_to_square = pad_image_to_square
         self.max_pixels = max_pixels
+        self.feature_cache: FeatureCache | None = None
+        if feature_cache is not None:
+            self._refuse_changed_images()
+            self.feature_cache = FeatureCache(feature_cache, self.anyres, pad_image_to_square)
         super().__init__(
             data_path,
             tokenizer,
@@ -107,13 +115,37 @@ class LLaVADataset(ConversationDataset):
             read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)
             self.skip_unreadable(read_headers, self.image_folder)
 
-    def read_image(self, name: str) -> torch.Tensor:
+    def read_image(self, name: str) -> torch.Tensor | CachedImage:
         """Reads an image as a stack of tiles `(1 + num_sub_images, 3, S, S)`.
+
+        With `feature_cache`, the result is a `CachedImage` of these tiles, or of their features if
+        they are stored.
 
         Raises:
             ImageError: If the image cannot be read or is too large.
         """
-        return self.anyres(self.load_image(name))
+        if self.feature_cache is None:
+            return self.anyres(self.load_image(name))
+        path = path_inside(self.image_folder, name)
+        try:
+            file = self.feature_cache.file_of(path)
+            cached = self.feature_cache.read(path)
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read: {error}") from error
+        return cached or CachedImage(self.anyres(self.load_image(name)), str(file))
+
+    def cached_images(self) -> list[tuple[str, int]]:
+        """Returns every image once, with its number of tiles."""
+        names = sorted({name for files in self._files_of_rows() for name in files})
+        return [(name, 1 + self.count_sub_images(name)) for name in names]
+
+    def _refuse_changed_images(self) -> None:
+        for method in ("load_image", "read_image"):
+            if getattr(type(self), method) is not getattr(LLaVADataset, method):
+                raise ValueError(
+                    f"{type(self).__name__} has its own {method}, which may change images from "
+                    "epoch to epoch; feature_cache stores the features of unchanged ones"
+                )
 
     def load_image(self, name: str) -> Any:
         """Decodes an image to RGB and pads it if `pad_image_to_square` is set.

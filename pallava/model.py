@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from xtuner.registry import BUILDER
 
 from pallava.engine.optim import PARTS, tag_parameters
 from pallava.engine.runtime import prepare_host
+from pallava.feature_cache import CachedImage, check_encoder, visual_tokens
 from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask, use_softcap
@@ -90,6 +91,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         self.use_llm_lora = llm_lora is not None
         self.visual_select_layer = visual_select_layer
         self.sub_image_mask = sub_image_mask
+        self._checked_caches: set[str] = set()
         pretrained = read_state_dict(pretrained_pth) if pretrained_pth else None
         self.visual_encoder = build_encoder(visual_encoder)
         self.llm = _build_llm(llm, max_position_embeddings)
@@ -223,6 +225,15 @@ class LLaVAModel(MultimodalMixin, BaseModel):
                 "have no place for the scale-invariant connector; use --save-format xtuner"
             )
         save_trained_parts(self, cfg, Path(save_dir), fp32, dict(save_pretrained_kwargs or {}))
+
+    def _visual_tokens(self, pixel_values: Sequence[Any]) -> tuple[Tensor, Tensor, list[int]]:
+        if not isinstance(pixel_values[0], CachedImage):
+            return super()._visual_tokens(pixel_values)
+        folder = str(Path(pixel_values[0].file).parents[1])
+        if folder not in self._checked_caches:
+            check_encoder(self, folder)
+            self._checked_caches.add(folder)
+        return visual_tokens(self, pixel_values)
 
     def _freeze(self) -> None:
         if self.freeze_llm or self.use_llm_lora:

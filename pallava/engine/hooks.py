@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from pallava.engine.conversations import ConversationDataset
+from pallava.feature_cache import describe
 
 # Primes: two pairs of iteration and rank have the same sum only if there are 100,003 ranks.
 _ITERATION_STRIDE = 100_003
@@ -121,9 +122,14 @@ class StartScreenHook(Hook):
     priority = "VERY_LOW"
 
     def before_train(self, runner: Any) -> None:
-        """Logs the summary."""
+        """Logs the summary.
+
+        Raises:
+            ValueError: If `feature_cache` is set and does not suit the encoder or the disk.
+        """
+        lines = start_screen(runner)  # on every rank, for its checks
         if get_rank() == 0:
-            runner.logger.info("\n".join(("", *start_screen(runner), "")))
+            runner.logger.info("\n".join(("", *lines, "")))
 
 
 def start_screen(runner: Any) -> list[str]:
@@ -153,6 +159,8 @@ def start_screen(runner: Any) -> list[str]:
         counts = dataset.num_sub_images
         images = f", {sum(counts) / max(len(counts), 1):.1f} sub-images a sample"
     lines.append(f"{'Data':<10}{len(dataset):,} samples{images}")
+    if getattr(dataset, "feature_cache", None) is not None:
+        lines.append(f"{'Features':<10}{describe(model, dataset)}")
     batch, world = cfg.train_dataloader.get("batch_size", 1), get_world_size()
     counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     counts = (cfg.get("strategy") or {}).get("gradient_accumulation_steps", counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,13 +15,17 @@ from mmengine.config import Config
 from torch.profiler import ProfilerActivity, profile
 from xtuner.registry import BUILDER
 
-from pallava.engine.planning import Batch, TrainingPlan, four_bit_bytes
+from pallava.engine.planning import Batch, TrainingPlan, ZeroStage, four_bit_bytes
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tests.pallava.engine.llm_sizes import save_config
 from tests.pallava.engine.tiny_run import CONFIGS, STAGE1, make_folder
 from xtuner_add import cli
 
 TOLERANCE = 0.1
 """Relative difference of estimated and measured activations."""
+
+SETTINGS: tuple[tuple[int, int, ZeroStage], ...] = ((1, 1, 0), (6, 16, 2))
+"""Samples per GPU, GPUs and ZeRO stage of the documented table."""
 
 CPU = {"optim_wrapper.type": "OptimWrapper", "model.num_hidden_layers": 2}
 
@@ -170,3 +175,19 @@ def test_missing_language_model_is_named(tmp_path: Path) -> None:
     assert invoke("pallava_domain_alinment")[0] == 2
     code, output = invoke("plip_pretraining")
     assert code == 1 and "model.llm" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm3_3b", "mistral_7b"])
+def test_documented_memory_is_what_is_computed(name: str, tmp_path: Path) -> None:
+    plan = TrainingPlan(
+        CONFIGS / f"pallava_{name}_domain_alignment.py", llm=str(save_config(name, tmp_path))
+    )
+    found = [
+        plan.estimate(Batch(samples, 8, tokens), gpus=gpus, zero=zero).total / 2**30
+        for samples, gpus, zero in SETTINGS
+        for tokens in (256, 1852)
+    ]
+    text = (CONFIGS.parents[1] / "docs/pallava_models.md").read_text()
+    row = re.search(rf"^\| `{name}` ((?:\| \d+ )+)\|$", text, re.MULTILINE)
+    assert row and [int(value) for value in row[1].split("|")[1:]] == [round(v) for v in found]
