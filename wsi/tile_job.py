@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pathcore.files import StrPath
 from pathcore.jobs import Report, UnitError
 from pathcore.pool import PoolOptions
+from wsi.artefacts import clean_mask
 from wsi.geojson import GEOJSON_SUFFIXES, square_features, tissue_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
@@ -47,6 +52,7 @@ class TileSettings:
         level0: Whether lengths of `spec` are level-0 pixels of each slide; `spec.mpp` is ignored
             then.
         geojson: Whether to write the outlines of tissue and patches as GeoJSON too.
+        clean: Steps that remove pen, blur and the like from the tissue; see `wsi.artefacts.STEPS`.
     """
 
     spec: PatchSpec
@@ -56,6 +62,7 @@ class TileSettings:
     style: CoordsStyle = "trident"
     level0: bool = False
     geojson: bool = False
+    clean: tuple[str, ...] = ()
 
 
 def tile_slides(
@@ -90,7 +97,7 @@ def tile_slides(
         partial(_tile, settings=settings),
         slides,
         out,
-        {"operation": "tile", **asdict(settings)},
+        {"operation": "tile", **asdict(settings), "clean": list(settings.clean)},
         folders=(COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER, *outlines),
         exclude=[settings.masks],
         retry_skipped=retry_skipped,
@@ -103,10 +110,17 @@ def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
     name, out = unit.slide_id, unit.out
     with Slide(unit.path, mpp=unit.mpp or settings.mpp) as slide:
         spec = replace(settings.spec, mpp=slide.mpp) if settings.level0 else settings.spec
-        tiling, mask = place_patches(
-            slide, spec, unit.mask or settings.masks, name=name, whole_slide=settings.whole_slide
+        tiling, mask, changes = place_patches(
+            slide,
+            spec,
+            unit.mask or settings.masks,
+            name=name,
+            whole_slide=settings.whole_slide,
+            clean=settings.clean,
         )
-        picture = draw_patches(slide, tiling.coords, tiling.size_level0, mask=mask)
+        picture = draw_patches(
+            slide, tiling.coords, tiling.size_level0, mask=mask, changes=changes or None
+        )
         save_jpeg(picture, out / OVERLAYS_FOLDER / f"{name}.jpg")
         save_jpeg(slide.thumbnail(THUMBNAIL_PX), out / THUMBNAILS_FOLDER / f"{name}.jpg")
         coords_path = out / COORDS_FOLDER / f"{name}.h5"
@@ -119,6 +133,7 @@ def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
             "size_level0": tiling.size_level0,
             "mpp_level0": slide.mpp,
             "tissue": None if mask is None else round(mask.fraction, 4),
+            **_cleaning(changes, slide),
             "damaged": [{"position": [x, y], "detail": why} for x, y, why in tiling.damaged],
             "incomplete": [DAMAGED] if tiling.damaged else [],
             "notes": [] if len(tiling.coords) else ["no patches"],
@@ -142,7 +157,8 @@ def place_patches(
     *,
     name: str = "",
     whole_slide: bool = False,
-) -> tuple[Tiling, TissueMask | None]:
+    clean: Iterable[str] = (),
+) -> tuple[Tiling, TissueMask | None, dict[str, NDArray[np.bool_]]]:
     """Places patches on the tissue of a slide and drops those that cannot be read.
 
     Args:
@@ -151,19 +167,34 @@ def place_patches(
         masks: Mask or folder of masks, see `slide_mask`.
         name: Name of the slide, see `slide_mask`.
         whole_slide: Whether to keep patches without tissue.
+        clean: Steps that clean the tissue, see `wsi.artefacts.clean_mask`.
 
     Returns:
-        The patches, and the tissue or, with `whole_slide`, None.
+        The patches; the tissue or, with `whole_slide`, None; what each step changed.
 
     Raises:
         SlideError: If nothing of the slide can be read.
         ValueError: If a mask cannot be used, or the slide is coarser than the patches.
     """
     mask = None if whole_slide else slide_mask(slide, masks, name=name)
+    changes: dict[str, NDArray[np.bool_]] = {}
+    if mask is not None and clean:
+        mask, changes = clean_mask(slide, mask, clean)
     # Otsu's mask comes from an overview, which found the damage already.
     known = mask is not None and mask.damaged is not None
     damaged = None if known else slide.overview(MASK_SIDE_PX).damaged
-    return tile(slide, spec, mask, damaged=damaged), mask
+    return tile(slide, spec, mask, damaged=damaged), mask, changes
+
+
+def _cleaning(changes: Mapping[str, NDArray[np.bool_]], slide: Slide) -> dict[str, Any]:
+    """Returns the square millimetres that each step removed, or added, for the manifest."""
+    if not changes:
+        return {}
+    width, height = slide.dimensions
+    area = width * height * slide.mpp**2 / 1e6
+    sizes = {step: round(float(change.mean()) * area, 4) for step, change in changes.items()}
+    added = {"added_mm2": sizes.pop("holes")} if "holes" in sizes else {}
+    return {"removed_mm2": sizes, **added}
 
 
 def slide_mask(slide: Slide, masks: StrPath | None = None, *, name: str = "") -> TissueMask:

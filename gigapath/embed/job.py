@@ -247,7 +247,9 @@ def _place(
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
         _check_inside(coords, size, slide, source)
     else:
-        tiling, mask = place_patches(slide, settings.spec, unit.mask or settings.masks, name=name)
+        tiling, mask, _ = place_patches(
+            slide, settings.spec, unit.mask or settings.masks, name=name
+        )
         coords, size, tile_px = tiling.coords, tiling.size_level0, settings.spec.patch_px
         num_lost = len(tiling.damaged)
         if num_lost and not len(coords):

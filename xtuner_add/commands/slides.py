@@ -60,6 +60,21 @@ def _job_options(function: _Function) -> _Function:
     return add_options(function, options)
 
 
+def _clean_steps(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...]:
+    """Reads `--clean`; steps in the order in which they are applied."""
+    if value is None:
+        return ()
+    from wsi.artefacts import STEPS
+
+    given = list(STEPS) if value == "all" else [step.strip() for step in value.split(",")]
+    for step in given:
+        if step not in STEPS:
+            raise click.BadParameter(f"{step!r} is no step; known are all, {', '.join(STEPS)}")
+    return tuple(step for step in STEPS if step in given)
+
+
 geojson_option = click.option(
     "--geojson", is_flag=True, help="Also write the result as GeoJSON for QuPath."
 )
@@ -94,6 +109,12 @@ geojson_option = click.option(
 )
 @click.option("--whole-slide", is_flag=True, help="Keep every patch, with or without tissue.")
 @click.option(
+    "--clean",
+    metavar="STEPS",
+    callback=_clean_steps,
+    help="Clean the tissue: all, or some of pen,edge,fold,blur,specks,holes.",
+)
+@click.option(
     "--level0",
     is_flag=True,
     help="Cut patches at the resolution of each slide instead of --mpp: --patch-px is in level-0 "
@@ -118,6 +139,7 @@ def tile(
     over_edge: bool,
     masks: Path | None,
     whole_slide: bool,
+    clean: tuple[str, ...],
     level0: bool,
     coords_style: str,
     geojson: bool,
@@ -135,6 +157,8 @@ def tile(
 
     if masks and whole_slide:
         raise click.UsageError("--masks and --whole-slide exclude each other")
+    if clean and whole_slide:
+        raise click.UsageError("--clean and --whole-slide exclude each other")
     with user_errors():
         settings = TileSettings(
             PatchSpec(patch_px, mpp, overlap_px, min_tissue, over_edge),
@@ -144,6 +168,7 @@ def tile(
             mpp=slide_mpp,
             style=coords_style,  # type: ignore[arg-type]
             geojson=geojson,
+            clean=clean,
         )
         report = tile_slides(slides, output, settings, **job)
     end_of_job(report, "slide", output)
