@@ -72,26 +72,48 @@ class Stage:
     owned: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class DemoStages:
+    """The stages of a demo.
+
+    Attributes:
+        work_dir: Absolute path of the demo's folder.
+        plan: Amounts of everything.
+        seed: Seed of the data, the trainings and the draws.
+    """
+
+    work_dir: Path
+    plan: Any
+    seed: int
+
+    def rounds(self) -> list[list[Stage]]:
+        """Returns the stages in order; those of one round run side by side."""
+        raise NotImplementedError
+
+    def log(self, name: str) -> Path:
+        """Returns the file of the commands' output of that name."""
+        return self.work_dir / "logs" / f"{name}.log"
+
+
 def run_demo(
-    work_dir: Path,
-    rounds: Sequence[Sequence[Stage]],
+    demo: DemoStages,
     summarise: Callable[[Path], dict[str, Any]],
     table: Callable[[Mapping[str, Any]], str],
     write_report: Callable[[Path, Mapping[str, Any]], Path],
-    expected: Mapping[str, float] | None = None,
-    **facts: Any,
+    expected: Mapping[str, float],
+    *,
+    quick: bool,
 ) -> dict[str, Any]:
     """Runs the stages that are not done yet, writes summary and report, and prints the results.
 
     Args:
-        work_dir: Absolute path of the demo's folder.
-        rounds: Stages in order; those of one round run side by side.
+        demo: The stages.
         summarise: Returns the figures for `summary.json`.
         table: Returns the summary as text for a terminal.
         write_report: Writes `report.html` and returns its path.
         expected: Seconds of each stage in an earlier run; their proportions and the pace of this
-            run give the time left. Without them it is not shown.
-        facts: Further fields of the summary, such as the seed.
+            run give the time left.
+        quick: Whether the plan is tiny, to see that every stage works; the time left is unknown.
 
     Returns:
         The content of `summary.json`.
@@ -99,8 +121,10 @@ def run_demo(
     Raises:
         StageError: If a stage fails, or the folder holds something else.
     """
+    work_dir, rounds = demo.work_dir, demo.rounds()
     with only_run_in(work_dir):
-        clock = Clock([[stage.name for stage in stages] for stages in rounds], expected or {})
+        names = [[stage.name for stage in stages] for stages in rounds]
+        clock = Clock(names, {} if quick else expected)
         manifest = Manifest(work_dir)
         before: list[str] = []
         for stages in rounds:
@@ -112,7 +136,7 @@ def run_demo(
         seconds = summary["stage_seconds"] = manifest.seconds()
         # Stages of one round run side by side; interrupted runs count too.
         longest = [max(seconds[stage.name] for stage in stages) for stages in rounds]
-        summary |= {"seconds": round(sum(longest), 1), **facts}
+        summary |= {"seconds": round(sum(longest), 1), "seed": demo.seed, "quick": quick}
         write_json(work_dir / "summary.json", summary)
         report = write_report(work_dir, summary)
         click.echo(table(summary))

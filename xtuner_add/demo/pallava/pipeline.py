@@ -19,7 +19,15 @@ from xtuner_add.demo import histology, language_model, tissue
 from xtuner_add.demo import wording as shared_wording
 from xtuner_add.demo.pallava import answers, dataset, slides, wording
 from xtuner_add.demo.pallava.report import write_report
-from xtuner_add.demo.stages import Stage, code_digests, run_command, run_demo, stopped, threads
+from xtuner_add.demo.stages import (
+    DemoStages,
+    Stage,
+    code_digests,
+    run_command,
+    run_demo,
+    stopped,
+    threads,
+)
 
 MODES = ("scale_invariant", "released")
 STEPS = ("domain_alignment", "instruction_tuning")
@@ -66,15 +74,10 @@ EXPECTED_SECONDS = {
 
 
 @dataclass(frozen=True)
-class _Stages:
-    """The stages, each inside the folder of the demo."""
-
-    work_dir: Path
+class _Stages(DemoStages):
     plan: Plan
-    seed: int
 
     def rounds(self) -> list[list[Stage]]:
-        """Returns the stages in order; those of one round run side by side."""
         modes = list(enumerate(MODES))
         return [
             [self._data()],
@@ -162,7 +165,7 @@ class _Stages:
                 settings.append(f"model.pretrained_pth={_last_checkpoint(self.work_dir / after)}")
             if settings:
                 arguments += ["--cfg-options", *settings]
-            run_command(arguments, self.work_dir, self._log(title), title.replace("_", " "), row)
+            run_command(arguments, self.work_dir, self.log(title), title.replace("_", " "), row)
             (folder / "done").touch()
 
         from xtuner_add.paths import find_config
@@ -191,7 +194,7 @@ class _Stages:
                 ["pth-to-hf", f"demo_{STEPS[1]}", checkpoint, parts, "--fp32"],
                 ["export", "llm", parts, whole, "--device", "cpu"],
             ):
-                run_command(arguments, self.work_dir, self._log(f"{mode}_export"), mode, row)
+                run_command(arguments, self.work_dir, self.log(f"{mode}_export"), mode, row)
 
         return Stage(
             f"{mode} export",
@@ -215,37 +218,15 @@ class _Stages:
             settings={"seed": self.seed},
         )
 
-    def _log(self, name: str) -> Path:
-        return self.work_dir / "logs" / f"{name}.log"
-
 
 def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]:
-    """Runs the parts of the demo that are not done yet, and prints the results.
-
-    Args:
-        work_dir: Folder for everything; `summary.json` and `report.html` come last.
-        seed: Seed of the data and the trainings.
-        quick: Whether to use tiny amounts, to see that every stage works.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        StageError: If a stage fails, or the folder holds something else.
-    """
-    work_dir, plan = Path(work_dir).resolve(), Plan.quick() if quick else Plan()
-    rounds = _Stages(work_dir, plan, seed).rounds()
+    """Runs the demo; see `xtuner_add.demo.stages.run_demo`."""
+    stages = _Stages(Path(work_dir).resolve(), Plan.quick() if quick else Plan(), seed)
     summary = run_demo(
-        work_dir,
-        rounds,
-        answers.summarise,
-        answers.table,
-        write_report,
-        expected=None if quick else EXPECTED_SECONDS,
-        seed=seed,
-        quick=quick,
+        stages, answers.summarise, answers.table, write_report, EXPECTED_SECONDS, quick=quick
     )
-    click.echo(f"Ask it: xtuner-add answer {work_dir / MODES[0] / 'model'} IMAGE --question ...")
+    model = stages.work_dir / MODES[0] / "model"
+    click.echo(f"Ask it: xtuner-add answer {model} IMAGE --question ...")
     return summary
 
 

@@ -18,6 +18,7 @@ from xtuner_add.demo import wording as shared_wording
 from xtuner_add.demo.pathgen import dataset, describer, painting, scores, wording
 from xtuner_add.demo.pathgen.report import write_report
 from xtuner_add.demo.stages import (
+    DemoStages,
     Stage,
     call_command,
     code_digests,
@@ -86,15 +87,10 @@ EXPECTED_SECONDS = {
 
 
 @dataclass(frozen=True)
-class _Stages:
-    """The stages, each inside the folder of the demo."""
-
-    work_dir: Path
+class _Stages(DemoStages):
     plan: Plan
-    seed: int
 
     def rounds(self) -> list[list[Stage]]:
-        """Returns the stages in order; those of one round run side by side."""
         pair = [self._train(name, row) for row, name in enumerate(("clip", "clip_exchanged"))]
         trainings = [pair] if self.plan.side_by_side else [[stage] for stage in pair]
         return [
@@ -261,7 +257,7 @@ class _Stages:
 
         def run() -> None:
             if self.plan.side_by_side:
-                run_command(arguments, self.work_dir, self._log(name), title, row)
+                run_command(arguments, self.work_dir, self.log(name), title, row)
             else:
                 self._call(name, *arguments)
 
@@ -306,7 +302,7 @@ class _Stages:
         )
 
     def _call(self, log: str, *arguments: object, may_skip: bool = False) -> None:
-        call_command(arguments, self.work_dir, self._log(log), may_skip=may_skip)
+        call_command(arguments, self.work_dir, self.log(log), may_skip=may_skip)
 
     def _training(self, name: str, data: str, epochs: int) -> list[object]:
         settings = self._lengths(epochs) | {"seed": self.seed}
@@ -330,33 +326,10 @@ class _Stages:
             "recipe": {name: sha256_of(folder / name) for name in names},
         }
 
-    def _log(self, name: str) -> Path:
-        return self.work_dir / "logs" / f"{name}.log"
-
 
 def run(work_dir: Path, seed: int = 1024, quick: bool = False) -> dict[str, Any]:
-    """Runs the parts of the demo that are not done yet, and prints the results.
-
-    Args:
-        work_dir: Folder for everything; `summary.json` and `report.html` come last.
-        seed: Seed of the slides, the trainings and the draws.
-        quick: Whether to use tiny amounts, to see that every stage works.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        StageError: If a stage fails, or the folder holds something else.
-    """
-    work_dir, plan = Path(work_dir).resolve(), Plan.quick() if quick else Plan()
-    rounds = _Stages(work_dir, plan, seed).rounds()
+    """Runs the demo; see `xtuner_add.demo.stages.run_demo`."""
+    stages = _Stages(Path(work_dir).resolve(), Plan.quick() if quick else Plan(), seed)
     return run_demo(
-        work_dir,
-        rounds,
-        scores.summarise,
-        scores.table,
-        write_report,
-        expected=None if quick else EXPECTED_SECONDS,
-        seed=seed,
-        quick=quick,
+        stages, scores.summarise, scores.table, write_report, EXPECTED_SECONDS, quick=quick
     )
