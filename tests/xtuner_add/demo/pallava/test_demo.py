@@ -7,11 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
+from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
+from tests.warm_python import run_module
 from tests.xtuner_add.demo.pallava.exported_answers import differences
+from xtuner_add.cli import main
+from xtuner_add.demo import stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -29,12 +36,29 @@ def demo(work_dir: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_warm(arguments: Sequence[object], folder: Path, log: Path, title: str, row: int) -> None:
+    """Replaces `stages.run_command`, whose nine processes would each import XTuner anew."""
+    environ = os.environ | {"OMP_NUM_THREADS": str(stages.threads()), "HF_HUB_OFFLINE": "1"}
+    done = run_module("xtuner_add.cli", list(map(str, arguments)), cwd=folder, environ=environ)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream:
+        stream.write(done.stdout)
+    if done.returncode not in (EXIT_OK, EXIT_SKIPPED):
+        raise stages.StageError(f"{title}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo; later tests run it again, with real processes."""
     work_dir = tmp_path_factory.mktemp("demo")
-    result = demo(work_dir)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "report.html" in result.stdout
+    threads = torch.get_num_threads()
+    command = ["demo", "--quick", "--seed", "5", "--work-dir", str(work_dir)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xtuner_add.demo.pallava.pipeline.run_command", run_warm)
+        result = CliRunner().invoke(main, command)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output[-3000:]
+    assert "report.html" in result.output
     return work_dir
 
 
