@@ -17,6 +17,7 @@ QUICK = {
     "image_input": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
     "serving": ["--quick"],
+    "startup": ["--quick"],
 }
 """Arguments with which a benchmark takes seconds; a quick run skips the others."""
 

@@ -1,12 +1,13 @@
 """Answering many clients: together, and one at a time.
 
-    python -m benchmarks.serving [--clients 1,4,20] [--rounds 3] [--turns 1] [--json FILE]
+    python -m benchmarks.serving [--clients 1,4,20] [--images 4] [--rounds 3] [--json FILE]
 
-Every client shows an image of its own and asks; when it has the whole answer, it asks the next
-question of its conversation (`--turns`). *Together* is `ModelService`, behind the page and the
-endpoint. *One at a time* is what it was before: a queue, and `generate` of transformers for one
-conversation, from its first token to its last. Both sides are measured in turn in one process, on
-the same conversations, and their answers are compared.
+Every client shows an image and asks; when it has the whole answer, it asks the next question of its
+conversation (`--turns`). Each has an image of its own, or one of `--images` that they share, as the
+readers of a cohort do. *Together* is `ModelService`, behind the page and the endpoint. *One at a
+time* is what it was before: a queue, and `generate` of transformers for one conversation, from its
+first token to its last. Both sides are measured in turn in one process, on the same conversations,
+and their answers are compared.
 
 The language model is a Llama with random weights whose decoding is bound by memory: 1,024 wide,
 8 layers, 32,000 words, fp32. The encoder is small in the same proportion as PA-LLaVA's is beside
@@ -164,13 +165,19 @@ class _Listener(StoppingCriteria):
 
 
 async def run_clients(
-    ask: Callable[..., Awaitable[Completion]], clients: int, turns: int, tokens: int, words: int
+    ask: Callable[..., Awaitable[Completion]],
+    clients: int,
+    turns: int,
+    tokens: int,
+    words: int,
+    images: int,
 ) -> list[Asked]:
     """Lets clients ask at the same time; answers are 3/4 to 5/4 of `tokens` long."""
 
     async def client(number: int) -> list[Asked]:
         random = np.random.default_rng(number)
-        image = Image.fromarray(random.integers(0, 255, (448, 448, 3), np.uint8))
+        pixels = np.random.default_rng(number % images if images else number)
+        image = Image.fromarray(pixels.integers(0, 255, (448, 448, 3), np.uint8))
         conversation: list[Turn] = []
         found = []
         for turn in range(turns):
@@ -194,13 +201,13 @@ async def run_clients(
 
 
 def measure(
-    assistant: Assistant, side: str, clients: int, turns: int, tokens: int, words: int
+    assistant: Assistant, side: str, clients: int, turns: int, tokens: int, words: int, images: int
 ) -> Run:
     """Measures one side; nothing is kept from earlier runs."""
     service = ModelService(assistant, "bench")
     ask = ask_together(service) if side == "together" else ask_one_at_a_time(assistant)
     cpu_s, wall_s = time.process_time(), time.perf_counter()
-    asked = asyncio.run(run_clients(ask, clients, turns, tokens, words))
+    asked = asyncio.run(run_clients(ask, clients, turns, tokens, words, images))
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     service.close()
     return Run(side, clients, wall_s, cpu_s, asked)
@@ -243,6 +250,9 @@ def table(runs: Sequence[Run]) -> str:
 @click.option("--clients", default="1,4,20", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--turns", default=1, show_default=True, help="Questions of each client.")
+@click.option(
+    "--images", default=0, help="Number of images that clients share. [default: one each]"
+)
 @click.option("--tokens", default=96, show_default=True, help="Mean length of an answer.")
 @click.option("--width", default=1024, show_default=True)
 @click.option("--layers", default=8, show_default=True)
@@ -253,6 +263,7 @@ def main(
     clients: str,
     rounds: int,
     turns: int,
+    images: int,
     tokens: int,
     width: int,
     layers: int,
@@ -264,7 +275,9 @@ def main(
     if quick:
         clients, rounds, turns, tokens, width, layers, words = "1,3", 1, 2, 8, 256, 2, 300
     assistant = make_assistant(width, layers, words)
-    run = functools.partial(measure, assistant, turns=turns, tokens=tokens, words=words)
+    run = functools.partial(
+        measure, assistant, turns=turns, tokens=tokens, words=words, images=images
+    )
     run("together", 1)
     runs: list[Run] = []
     for _ in range(rounds):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import click
 
+from pathcore.deferred_imports import defer_imports
 from pathcore.extras import missing_package
 from pathcore.names import did_you_mean
 from xtuner_add import launch
@@ -373,6 +374,7 @@ def main() -> None:
     Exit codes: 0 success; 1 failure; 2 wrong usage; 3 finished, but something was skipped (the
     output says what and why). A mode of XTuner that fails returns its own code.
     """
+    defer_imports()
 
 
 def _notes(mode: Mode) -> str:

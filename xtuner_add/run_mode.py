@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pathcore.deferred_imports import defer_imports
 from pathcore.exit_codes import EXIT_FAILED, EXIT_USAGE
 from xtuner_add.launch import DEBUG_VARIABLE, OUTCOME_VARIABLE, TRACKER_VARIABLE, TRACKERS
 from xtuner_add.modes import MODES, Mode
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"the first argument must be one of {', '.join(MODES)}, not {argv[:1]}")
     mode = MODES[argv[0]]
 
+    defer_imports()  # before anything that imports a host
     if not os.environ.get(DEBUG_VARIABLE):
         from xtuner_add.console import shorten_console
 

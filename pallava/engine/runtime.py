@@ -16,6 +16,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from pathcore.deferred_imports import after_import
+
 _logger = logging.getLogger(__name__)
 
 _ONEBIT = "deepspeed.runtime.fp16.onebit"
@@ -117,9 +119,7 @@ def prepare_host() -> None:
 
     _allow_training_checkpoints()
     if importlib.util.find_spec("deepspeed") is not None:
-        _provide_onebit()
-        if not torch.cuda.is_available():
-            _skip_shared_memory_extension()
+        after_import("deepspeed", _fit_deepspeed)
     if "--deepspeed" in sys.argv and "RANK" not in os.environ:
         # Without a launcher's environment variables, DeepSpeed requires mpi4py.
         for name, value in (_SINGLE_PROCESS | {"MASTER_PORT": str(_free_port())}).items():
@@ -139,6 +139,14 @@ def _allow_training_checkpoints() -> None:
     from pathcore.weights import safe_types
 
     torch.serialization.add_safe_globals(safe_types(HistoryBuffer))
+
+
+def _fit_deepspeed() -> None:
+    import torch
+
+    _provide_onebit()
+    if not torch.cuda.is_available():
+        _skip_shared_memory_extension()
 
 
 def _provide_onebit() -> None:

@@ -1,0 +1,285 @@
+"""Defers imports of host libraries that most runs never use.
+
+XTuner, MMEngine, PEFT and transformers import what only some of their functions need: the compiler
+of torch, DeepSpeed, scikit-learn, matplotlib. Together that is nearly half of the CPU time before
+the first step of a training. A deferred module is the real one, whose code runs at the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+EAGER_VARIABLE = "XTUNER_ADD_EAGER_IMPORTS"
+"""Environment variable that switches deferred imports off."""
+
+_WAITING: dict[str, list[Callable[[], Any]]] = {}
+"""What `after_import` was given, by module."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a module is imported.
+
+    Attributes:
+        deferred: Whether its code runs at the first use instead of at the import.
+        submodules_alone: Whether submodules can be imported before that.
+        alone: Submodules that can, if the others cannot.
+        presets: Attributes that can be used before that; the code replaces them.
+        during: Context in which the code runs.
+        after: Called with the module when its code has run.
+    """
+
+    deferred: bool = True
+    submodules_alone: bool = False
+    alone: tuple[str, ...] = ()
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    during: Callable[[], AbstractContextManager[None]] = nullcontext
+    after: Callable[[ModuleType], None] = lambda module: None
+
+
+class _DeferredModule(ModuleType):
+    """Module whose code runs when an attribute is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        loader = object.__getattribute__(self, "__loader__")
+        loader.run(self, name)
+        return object.__getattribute__(self, name)
+
+
+class _Loader(Loader):
+    def __init__(self, rule: _Rule, loader: Loader, path: Sequence[str] | None) -> None:
+        self._rule = rule
+        self._loader = loader
+        self._path = path
+        self._lock = threading.RLock()
+        self._is_running = False
+
+    def __getattr__(self, name: str) -> Any:  # resources and sources, `get_source` for instance
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if not self._rule.deferred:
+            self._execute(module)
+            return
+        vars(module).update(self._rule.presets)
+        if self._path is not None and not self._rule.submodules_alone:
+            del module.__path__  # the import of a submodule asks for it
+        module.__class__ = _DeferredModule
+
+    def run(self, module: ModuleType, wanted: str) -> None:
+        """Runs the code of a deferred module, once, or imports a submodule that suffices."""
+        with self._lock:
+            if self._is_running:  # the code itself, or what it imports, asks for what is not there
+                raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
+            if not isinstance(module, _DeferredModule):
+                return  # another thread was faster
+            if wanted in self._rule.alone:
+                module.__path__ = self._path  # type: ignore[assignment]
+                importlib.import_module(f"{module.__name__}.{wanted}")
+                del module.__path__
+                return
+            self._is_running = True
+            if self._path is not None:
+                module.__path__ = self._path  # type: ignore[assignment]
+            try:
+                self._execute(module)
+                module.__class__ = ModuleType  # type: ignore[assignment]
+            finally:
+                self._is_running = False
+        for function in _WAITING.pop(module.__name__, ()):
+            function()
+
+    def _execute(self, module: ModuleType) -> None:
+        with self._rule.during():
+            self._loader.exec_module(module)
+        self._rule.after(module)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, rules: Mapping[str, _Rule]) -> None:
+        self.rules = rules
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.rules:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(self.rules[name], spec.loader, spec.submodule_search_locations)
+        return spec
+
+
+def defer_imports() -> None:
+    """Defers the imports of `RULES` in this process, unless `EAGER_VARIABLE` is set.
+
+    Repeated calls do nothing, and so does a call after the modules have been imported.
+    """
+    if _finder() is None and not os.environ.get(EAGER_VARIABLE):
+        sys.meta_path.insert(0, _Finder(RULES))
+
+
+def after_import(name: str, function: Callable[[], Any]) -> None:
+    """Calls a function when a module has been imported: now, unless the module is deferred."""
+    module = sys.modules.get(name)
+    if isinstance(module, _DeferredModule) or (module is None and _finder() is not None):
+        _WAITING.setdefault(name, []).append(function)
+    else:
+        function()
+
+
+def _finder() -> _Finder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+
+
+def _graph_break(msg: str = "") -> None:
+    """`torch._dynamo.graph_break` where nothing is being compiled; optimizers call it."""
+    del msg
+
+
+def _disable(function: Any = None, *arguments: Any, **options: Any) -> Any:
+    """`torch._dynamo.disable`, which acts once the compiler is there."""
+    if function is None:  # as a decorator with options
+        return lambda decorated: _disable(decorated, *arguments, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        module = sys.modules["torch._dynamo"]
+        if isinstance(module, _DeferredModule):
+            return function(*args, **kwargs)
+        return module.disable(function, *arguments, **options)(*args, **kwargs)
+
+    return call
+
+
+def _allow_in_graph(function: Any) -> Any:
+    after_import("torch._dynamo", lambda: sys.modules["torch._dynamo"].allow_in_graph(function))
+    return function
+
+
+@contextmanager
+def _compiling_at_first_call() -> Iterator[None]:
+    """Makes `torch.compile` as a decorator wait for the first call of the function."""
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Any, **options: Any) -> Any:
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+@contextmanager
+def _imported_alone(package: str, submodule: str) -> Iterator[None]:
+    """Imports a submodule, which the code then finds without importing its package."""
+    getattr(importlib.import_module(package), submodule)
+    yield
+
+
+@contextmanager
+def _postponed(module: str, function: str) -> Iterator[None]:
+    """Lets `from module import function` import the module when the function is called."""
+    if module in sys.modules:
+        yield
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    sys.modules[module] = ModuleType(module)
+    setattr(sys.modules[module], function, call)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def _without_sklearn(module: ModuleType) -> None:
+    """Hides scikit-learn, with which assisted decoding, unused here, would tune a threshold."""
+    module._sklearn_available = False  # type: ignore[attr-defined]
+
+
+def _figure_when_drawn(module: ModuleType) -> None:
+    """Makes the figure of MMEngine's visualizer when something is drawn rather than logged."""
+    visualizer = module.Visualizer
+    make = visualizer._initialize_fig
+
+    def make_later(self: Any, fig_cfg: Any) -> tuple[_LazyPart, ...]:
+        parts = functools.cache(lambda: make(self, fig_cfg))
+        return tuple(_LazyPart(parts, index) for index in range(3))
+
+    visualizer._initialize_fig = make_later
+    # The constructor asks for it, which would make the figure.
+    visualizer.dpi = property(lambda self: self.fig_save.dpi, lambda self, value: None)
+
+
+class _LazyPart:
+    """Canvas, figure or axes of a visualizer."""
+
+    def __init__(self, parts: Callable[[], Sequence[Any]], index: int) -> None:
+        self._parts = parts
+        self._index = index
+
+    def get_dpi(self) -> float | None:
+        return None  # see `_figure_when_drawn`
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parts()[self._index], name)
+
+
+RULES: Mapping[str, _Rule] = {
+    # 4 s of CPU time. A training that compiles nothing touches these names, at each step.
+    "torch._dynamo": _Rule(
+        alone=("config", "_trace_wrapped_higher_order_op"),  # of checkpointing, and of masks
+        presets={
+            "graph_break": _graph_break,
+            "disable": _disable,
+            "allow_in_graph": _allow_in_graph,
+        },
+    ),
+    # These three would import the compiler all the same. PEFT and MMEngine import bitsandbytes,
+    # which compiles two functions, although nothing is quantised.
+    "bitsandbytes.backends.default.ops": _Rule(deferred=False, during=_compiling_at_first_call),
+    "transformers.masking_utils": _Rule(
+        deferred=False,
+        during=lambda: _imported_alone("torch._dynamo", "_trace_wrapped_higher_order_op"),
+    ),
+    "torchvision.ops.roi_align": _Rule(
+        deferred=False, during=lambda: _postponed("torch._dynamo.utils", "is_compile_supported")
+    ),
+    # 1.5 s, with scipy and pandas.
+    "transformers.utils.import_utils": _Rule(deferred=False, after=_without_sklearn),
+    # 1 s. MMEngine imports it for its DeepSpeed strategy.
+    "deepspeed": _Rule(),
+    # 1.5 s. The package imports all of XTuner's datasets, one of which draws with the next two.
+    "xtuner.dataset": _Rule(submodules_alone=True),
+    "matplotlib.pyplot": _Rule(),
+    "skimage.io": _Rule(),
+    # 0.7 s, with matplotlib.
+    "mmengine.visualization.visualizer": _Rule(deferred=False, after=_figure_when_drawn),
+    "mmcv": _Rule(submodules_alone=True),  # MMEngine asks whether there is mmcv._ext
+    # transformers imports torchvision for the names of interpolations.
+    "torchvision.models": _Rule(),
+    "torchvision.datasets": _Rule(),
+}
+"""Modules that are imported differently; the times are those of a processor of 2023."""

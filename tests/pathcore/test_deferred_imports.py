@@ -1,0 +1,115 @@
+"""Imports of host libraries that are deferred: what they save, and that nothing else changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pathcore.deferred_imports import EAGER_VARIABLE
+
+
+def run(code: str, **variables: str) -> str:
+    """Runs Python code in a process in which imports are deferred; returns what it prints."""
+    start = "from pathcore.deferred_imports import defer_imports\ndefer_imports()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code],
+        capture_output=True, text=True, env={**os.environ, **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+STEP = """
+import sys, torch, bitsandbytes
+from torch.utils.checkpoint import checkpoint
+torch.manual_seed(0)
+layer = torch.nn.Linear(3, 3)
+optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+for _ in range(2):
+    checkpoint(layer, torch.ones(2, 3), use_reentrant=False).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+has_compiler = "torch._dynamo.convert_frame" in sys.modules
+print(has_compiler, layer.weight.flatten().tolist())
+"""
+
+
+def test_a_training_step_needs_no_compiler_and_gives_the_same_weights() -> None:
+    deferred, eager = run(STEP), run(STEP, **{EAGER_VARIABLE: "1"})
+    assert (deferred.split()[0], eager.split()[0]) == ("False", "True")
+    assert deferred.split()[1:] == eager.split()[1:]
+
+
+def test_the_compiler_is_the_real_one_once_it_is_used() -> None:
+    printed = run(
+        "import torch\n"
+        "layer = torch.nn.Linear(2, 2)\n"
+        "torch.optim.SGD(layer.parameters(), lr=0.1).step()\n"
+        "before = 'torch._dynamo.convert_frame' in __import__('sys').modules\n"
+        "double = torch.compile(lambda x: x * 2, backend='eager')\n"
+        "import torch._dynamo, torch._dynamo.utils\n"
+        "print(before, double(torch.ones(2)).tolist(), type(torch._dynamo).__name__,\n"
+        "      torch._dynamo.graph_break.__module__, len(torch._dynamo.__path__),\n"
+        "      torch._dynamo.utils.counters['stats']['unique_graphs'])\n"
+    )
+    assert printed == "False [2.0, 2.0] module torch._dynamo.decorators 1 1"
+
+
+def test_functions_kept_out_of_the_compiler_stay_out() -> None:
+    printed = run(
+        "import sys, torch, torch._dynamo\n"
+        "@torch._dynamo.disable\n"
+        "def inner(x):\n"
+        "    return x + (2 if torch.compiler.is_compiling() else 1)\n"
+        "first = inner(1)\n"
+        "compiled = torch.compile(lambda x: inner(x) * 1, backend='eager')\n"
+        "print(first, compiled(torch.zeros(1)).item())\n"
+    )
+    assert printed == "2 1.0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_deepspeed_is_fitted_when_it_is_used() -> None:
+    pytest.importorskip("deepspeed")
+    printed = run(
+        "import sys\n"
+        "from pallava.engine.runtime import prepare_host\n"
+        "prepare_host()\n"
+        "import deepspeed\n"
+        "before = 'deepspeed.ops' in sys.modules\n"
+        "from deepspeed.runtime.fp16.onebit import OnebitAdam\n"
+        "print(before, deepspeed.ops.__compatible_ops__.get('deepspeed_shm_comm'))\n"
+    )
+    assert printed.splitlines()[-1] == "False False"
+
+
+def test_a_package_of_xtuner_gives_its_parts_alone_and_whole() -> None:
+    pytest.importorskip("xtuner")
+    printed = run(
+        "import sys\n"
+        "from xtuner.dataset.map_fns import llava_map_fn\n"
+        "before = 'xtuner.dataset.refcoco_json' in sys.modules\n"
+        "from xtuner.dataset import LLaVADataset\n"
+        "import xtuner.dataset\n"
+        "print(before, LLaVADataset.__name__, hasattr(xtuner.dataset, 'nothing'))\n"
+    )
+    assert printed.splitlines()[-1] == "False LLaVADataset False"
+
+
+def test_a_visualizer_draws_although_it_starts_without_a_figure() -> None:
+    pytest.importorskip("mmengine")
+    printed = run(
+        "import sys, numpy as np\n"
+        "from mmengine.visualization import Visualizer\n"
+        "board = Visualizer()\n"
+        "before = 'matplotlib.figure' in sys.modules\n"
+        "board.set_image(np.full((20, 30, 3), 200, np.uint8))\n"
+        "board.draw_bboxes(np.array([2, 2, 9, 9]), edge_colors='r')\n"
+        "image = board.get_image()\n"
+        "print(before, image.shape, len(np.unique(image.reshape(-1, 3), axis=0)) > 1)\n"
+    )
+    assert printed.splitlines()[-1] == "False (20, 30, 3) True"
