@@ -8,8 +8,9 @@ size in TRIDENT's or CLAM's form. A slide encoder's `<slide>.h5` holds `features
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathcore.encoders.presets import known_encoder
 from pathcore.files import StrPath
 from pathcore.images import ImageError, path_inside
 
@@ -32,8 +34,11 @@ MAX_TILES = 1_000_000
 
 SUFFIX = ".h5"
 
+_logger = logging.getLogger(__name__)
+
 _THREADS = 16  # opening files is bound by the latency of disk or network
 _MOST_OVERLAPPING = 64  # tiles per grid cell: a stride of an eighth of the tile side
+_MPP_TOLERANCE = 0.02  # as for slide encoders in `gigapath.embed.slide_encoders`
 
 
 class SlideBagError(ImageError):
@@ -50,16 +55,91 @@ class SlideBag(NamedTuple):
         positions: float32 `(N, 2)`: left and top in units of the tile side, from the slide's
             corner.
         slide_embedding: `(E,)` slide-level embedding, or None.
+        frame: float32 `(2, 2)`: lowest and highest position of the slide's tiles, of which this bag
+            holds a part; None if it holds all.
     """
 
     features: Tensor
     positions: Tensor
     slide_embedding: Tensor | None = None
+    frame: Tensor | None = None
 
     def to(self, device: torch.device | str) -> SlideBag:
         """Returns the bag on another device."""
         parts = (None if part is None else part.to(device) for part in self)
         return SlideBag(*parts)  # type: ignore[arg-type]
+
+    def part(self, kept: Tensor) -> SlideBag:
+        """Returns the bag of some of its tiles, which keep their places in the tissue.
+
+        Args:
+            kept: Boolean `(N,)`, or indices.
+        """
+        return self._replace(
+            features=self.features[kept], positions=self.positions[kept], frame=self.extent()
+        )
+
+    def extent(self) -> Tensor:
+        """Returns `frame`, or the lowest and highest position of the tiles, `(2, 2)`."""
+        if self.frame is not None:
+            return self.frame
+        return torch.stack([self.positions.amin(dim=0), self.positions.amax(dim=0)])
+
+
+@dataclass(frozen=True)
+class TileOrigin:
+    """Tiles that features were computed from, and the encoder that computed them.
+
+    Attributes:
+        tile_encoder: Name for `pathcore.encoders`; empty if not stated.
+        patch_px: Side of a tile in pixels, as the encoder receives it; 0 if not stated.
+        mpp: Micrometres per pixel of a tile; 0 if not stated.
+    """
+
+    tile_encoder: str = ""
+    patch_px: int = 0
+    mpp: float = 0.0
+
+    def __str__(self) -> str:
+        encoder = self.tile_encoder or "an unknown encoder"
+        px, mpp = self.patch_px or "an unknown number of", self.mpp or "an unknown number of"
+        return f"{encoder}, {px} px at {mpp} µm per pixel"
+
+    def check(self, attributes: Mapping[str, Any], where: object) -> None:
+        """Checks that a file of features has this origin, as far as both state it.
+
+        Names of encoders that are no preset's and that this package did not write, such as those of
+        a folder of weights, cannot be compared; they are logged.
+
+        Args:
+            attributes: Attributes of the file and its datasets.
+            where: The file, for messages.
+
+        Raises:
+            SlideBagError: If the features come from another encoder or from other tiles.
+        """
+        stated = {name: _plain(value) for name, value in attributes.items()}
+        written = str(stated.get("encoder_name", ""))
+        name = (written or str(stated.get("encoder", ""))).partition("@")[0]
+        mpp, magnification = stated.get("mpp"), stated.get("target_magnification")
+        if mpp is None and magnification:
+            mpp = 10 / float(magnification)
+        # CLAM's patch_size counts pixels of a level, before scaling.
+        is_scaled = "patch_size_level0" in stated or "target_magnification" in stated
+        patch_px = int(stated.get("patch_size", 0)) if is_scaled else 0
+        found = TileOrigin(known_encoder(name) or name, patch_px, float(mpp or 0))
+        expected = known_encoder(self.tile_encoder) or self.tile_encoder
+        other_encoder = bool(expected and name and expected != found.tile_encoder)
+        if other_encoder and not (written or known_encoder(name)):
+            _logger.warning("%s: features of %s, taken as those of %s", where, name, expected)
+            other_encoder = False
+        other_px = bool(self.patch_px and patch_px and self.patch_px != patch_px)
+        other_mpp = bool(self.mpp and found.mpp) and abs(found.mpp / self.mpp - 1) > _MPP_TOLERANCE
+        if other_encoder or other_px or other_mpp:
+            raise SlideBagError(
+                f"slide features {where}: of {found}; the model was trained on {self}; compute "
+                "them again with `xtuner-add embed --tile-encoder NAME --patch-px N --mpp X`"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,6 +165,7 @@ class BagFolder:
         slide_embeddings: Folder with the slide encoder's files under the same names, or None.
         tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
         max_tiles: Maximum number of tiles; larger bags are rejected.
+        origin: Encoder and tiles that the features must come from.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
@@ -95,6 +176,7 @@ class BagFolder:
     slide_embeddings: Path | None = None
     tile_size_level0: int | None = None
     max_tiles: int = MAX_TILES
+    origin: TileOrigin = field(default_factory=TileOrigin)
 
     def __post_init__(self) -> None:
         for folder in (self.folder, self.slide_embeddings):
@@ -112,6 +194,7 @@ class BagFolder:
             in_features=self.in_features,
             tile_size_level0=self.tile_size_level0,
             max_tiles=self.max_tiles,
+            origin=self.origin,
         )
         if self.slide_embeddings is None:
             return bag
@@ -127,7 +210,9 @@ class BagFolder:
                 if self.slide_embeddings is not None:
                     read_slide_embedding(self._path(self.slide_embeddings, name))
                 with _opened(self._path(self.folder, name)) as file:
-                    return name, _check_shapes(file, self.in_features, self.max_tiles)[0], ""
+                    num_tiles, _ = _check_shapes(file, self.in_features, self.max_tiles)
+                    self.origin.check(_attributes(file), file.filename)
+                    return name, num_tiles, ""
             except SlideBagError as error:
                 return name, 0, str(error)
 
@@ -156,13 +241,34 @@ class SlidePreparation:
     Args:
         in_features: Width of the tile features that the model expects.
         slide_embedding_features: Width of the slide embedding that the model expects; 0 for none.
+        origin: Encoder and tiles that the features must come from.
+        embed: Function that computes the features of a slide and returns their file; without it,
+            only files of features can be read.
     """
 
     in_features: int
     slide_embedding_features: int = 0
+    origin: TileOrigin = field(default_factory=TileOrigin)
+    embed: Callable[[Path], Path] | None = None
+
+    def features_file(self, path: StrPath) -> Path:
+        """Returns the features file of a slide, computed if need be, or `path` if it is one.
+
+        Raises:
+            SlideBagError: If the slide cannot be embedded.
+        """
+        path = Path(path)
+        if path.suffix == SUFFIX:
+            return path
+        if self.embed is None:
+            raise SlideBagError(
+                f"{path}: this model reads tile features ({SUFFIX}); compute those of a slide with "
+                "`xtuner-add embed`"
+            )
+        return self.embed(path)
 
     def __call__(self, path: Any) -> SlideBag:
-        """Reads a file of tile features.
+        """Reads a file of tile features, or a slide if `embed` is given.
 
         If the model takes slide embeddings, `<slide>.embedding.h5` beside the file is read as well.
 
@@ -174,7 +280,8 @@ class SlidePreparation:
                 f"{type(path).__name__}: this model reads whole slides; expected a file of tile "
                 "features (features, coords) in HDF5"
             )
-        bag = read_bag(path, in_features=self.in_features)
+        path = self.features_file(path)
+        bag = read_bag(path, in_features=self.in_features, origin=self.origin)
         if not self.slide_embedding_features:
             return bag
         return bag._replace(slide_embedding=read_slide_embedding(embedding_beside(path)))
@@ -191,6 +298,7 @@ def read_bag(
     in_features: int | None = None,
     tile_size_level0: int | None = None,
     max_tiles: int = MAX_TILES,
+    origin: TileOrigin | None = None,
 ) -> SlideBag:
     """Reads tile features and their positions.
 
@@ -199,6 +307,7 @@ def read_bag(
         in_features: Expected width of the features; None accepts any.
         tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
         max_tiles: Maximum number of tiles; larger bags are rejected.
+        origin: Encoder and tiles that the features must come from.
 
     Raises:
         SlideBagError: If the file does not exist, is not HDF5 or is truncated, holds no tiles,
@@ -208,8 +317,8 @@ def read_bag(
     with _opened(Path(path)) as file:
         num_tiles, _ = _check_shapes(file, in_features, max_tiles)
         features = np.asarray(file["features"]).reshape(num_tiles, -1)
-        coords, attributes = np.asarray(file["coords"]), dict(file["coords"].attrs)
-        attributes = {**dict(file.attrs), **attributes}
+        coords, attributes = np.asarray(file["coords"]), _attributes(file)
+        (origin or TileOrigin()).check(attributes, path)
     if features.dtype not in (np.float16, np.float32):
         features = features.astype(np.float32)
     bad = ~np.isfinite(features).all(axis=1)
@@ -223,6 +332,19 @@ def read_bag(
     coords = coords.astype(np.int64)
     side = tile_size_level0 or _tile_size(Path(path), coords, attributes)
     return SlideBag(torch.from_numpy(features), _positions(Path(path), coords, side))
+
+
+def read_squares(path: StrPath) -> tuple[NDArray[np.int64], int]:
+    """Returns left and top `(N, 2)` of the tiles of a features file, and their side.
+
+    Both are in level-0 pixels.
+
+    Raises:
+        SlideBagError: If the file cannot be read or does not tell the side of a tile.
+    """
+    with _opened(Path(path)) as file:
+        coords, attributes = np.asarray(file["coords"]).astype(np.int64), _attributes(file)
+    return coords, _tile_size(Path(path), coords, attributes)
 
 
 def read_slide_embedding(path: StrPath) -> Tensor:
@@ -342,10 +464,23 @@ def _positions(path: Path, coords: NDArray[np.int64], side: int) -> Tensor:
     return torch.from_numpy(positions.astype(np.float32))
 
 
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    """Returns the attributes of a file and its datasets; those of `coords` take precedence."""
+    return {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+
+
+def _plain(value: Any) -> Any:
+    """Returns an attribute as a Python value; h5py gives arrays and bytes."""
+    value = (
+        value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    )
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _listed(file: h5py.File) -> str:
     return f"found {', '.join(sorted(file)[:8]) or 'nothing'}"
 
 
 def _encoder(file: h5py.File) -> str:
-    name = file.attrs.get("encoder", file["features"].attrs.get("encoder"))
-    return "" if name is None else f" ({name.decode() if isinstance(name, bytes) else name})"
+    name = _attributes(file).get("encoder")
+    return "" if name is None else f" ({_plain(name)})"

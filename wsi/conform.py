@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pathcore.encoders.presets import UnknownEncoderError, get_preset, list_encoders
+from pathcore.encoders.presets import get_preset, known_encoder, list_encoders
 from pathcore.files import StrPath
 from wsi.store import write_features
 
@@ -585,18 +585,6 @@ def _grid_step(coords: NDArray[np.float64]) -> float | None:
         steps.append(distances[distances > 0])
     found = np.concatenate(steps)
     return float(np.median(np.sort(found)[: max(1, len(found) // 2)])) if len(found) >= 4 else None
-
-
-def known_encoder(name: str) -> str:
-    """Returns the preset for an encoder name of another tool, or an empty string."""
-    aliases = {"uni_v1": "uni", "uni_v2": "uni2-h", "uni2": "uni2-h", "gigapath": "prov-gigapath",
-               "conch_v1": "conch", "conch_v15": "conch-v1.5", "hoptimus0": "h-optimus-0",
-               "hoptimus1": "h-optimus-1", "phikon_v2": "phikon-v2"}  # fmt: skip
-    plain = aliases.get(name, name)
-    try:
-        return get_preset(plain).name
-    except UnknownEncoderError:
-        return ""
 
 
 def _encoders_of_width(width: int) -> list[str]:

@@ -17,8 +17,11 @@ from pallava.modeling.slide_tokens import SlideTokenEncoder
 
 # Model: 1 + 14 x 14 tokens per slide for the language model, for any number of tiles
 in_features = 1536
+# Features of other encoders or tiles are refused; slides are embedded so for answers.
+tiles = dict(tile_encoder="prov-gigapath", patch_px=256, mpp=0.5)
 visual_encoder = dict(
     type=SlideTokenEncoder,
+    **tiles,
     in_features=in_features,
     hidden_size=768,  # the width of PLIP, so that the connector of stage 2 fits
     num_attention_heads=12,
@@ -45,6 +48,7 @@ train_dataloader["dataset"] = dict(
     dataset_map_fn=llava_map_fn,
     template_map_fn=dict(type=template_map_fn_factory, template=prompt_template),
     max_length=2048 - 197,
+    **tiles,
 )
 train_dataloader["sampler"].update(per_device_batch_size=4)
 

@@ -13,11 +13,12 @@ with read_base():
     from .pallava_slide_questions import *
 
 in_features = 32
+tiles = dict(tile_encoder="", patch_px=0, mpp=0.0)  # any features of this width
 tokenizer.update(pretrained_model_name_or_path="data/tiny/llama")
 model["llm"].update(pretrained_model_name_or_path="data/tiny/llama")
 model["llm_lora"].update(r=8, lora_alpha=16)
 model["visual_encoder"].update(
-    in_features=in_features, hidden_size=64, num_attention_heads=4, map_size=4
+    in_features=in_features, hidden_size=64, num_attention_heads=4, map_size=4, **tiles
 )
 model.update(num_hidden_layers=2, pretrained_pth=None)
 train_dataloader.update(batch_size=4, num_workers=0, persistent_workers=False)
@@ -27,6 +28,7 @@ train_dataloader["dataset"].update(
     features_folder="data/tiny/features",
     in_features=in_features,
     tokenizer=tokenizer,
+    **tiles,
 )
 optim_wrapper.update(accumulative_counts=1)
 optim_wrapper["optimizer"].update(lr=2e-3, lr_mult=dict(projector=0.5))

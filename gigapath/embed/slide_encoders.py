@@ -32,6 +32,7 @@ from pathcore.encoders.presets import (
     PresetError,
     check_fields,
     find_presets,
+    known_encoder,
     preset_folders,
     read_preset,
 )
@@ -39,7 +40,7 @@ from pathcore.files import sha256_of
 from pathcore.jobs import UnitError
 from pathcore.names import did_you_mean
 from pathcore.weights import load_strict, read_state_dict, strip_prefix_to_fit
-from wsi.conform import FeatureFile, known_encoder
+from wsi.conform import FeatureFile
 from wsi.features import EmbeddingError, check_features
 
 ENTRY_POINTS = "gigapath.slide_encoders"

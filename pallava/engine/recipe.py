@@ -15,6 +15,7 @@ from xtuner.registry import BUILDER
 from pallava.anyres import CLIP_MEAN, CLIP_STD, TRAINING_TIES
 from pallava.engine.prompts import disagreeing_templates, trained_template, training_datasets
 from pallava.engine.runtime import prepare_host
+from pallava.modeling.slide_tokens import SlideTokenConfig
 from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
 from pathcore.files import StrPath
@@ -56,16 +57,19 @@ def read_recipe(
         raise ValueError(
             f"{config_file}: expected a config with model.llm and model.visual_encoder"
         )
-    if "features_folder" in ((cfg.get("train_dataloader") or {}).get("dataset") or {}):
-        raise ValueError(
-            f"{config_file}: a model of slide features; write its parts with `xtuner-add convert "
-            "pth_to_hf`, which `xtuner-add answer --llava` reads. One folder for transformers "
-            "holds models of images alone"
-        )
-    _refuse_names(model["visual_encoder"], config_file)
-    encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
-    statistics = _image_statistics(cfg, encoder)
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
+    slide_tokens = _slide_tokens(model["visual_encoder"], dataset)
+    if slide_tokens:
+        if visual_encoder:
+            raise ValueError(
+                f"{config_file}: a model of slides, whose encoder is in the checkpoint; leave "
+                "--visual-encoder out"
+            )
+        encoder, statistics = slide_tokens["tile_encoder"], {}
+    else:
+        _refuse_names(model["visual_encoder"], config_file)
+        encoder = visual_encoder or _encoder_folder(model["visual_encoder"])
+        statistics = _image_statistics(cfg, encoder)
     template = trained_template(cfg)
     for difference in disagreeing_templates(cfg, template):
         _logger.warning("%s: %s, which is the one recorded", config_file, difference)
@@ -79,6 +83,7 @@ def read_recipe(
         prompt_template=template.fields(),
         ties=trained_grid_ties(cfg),
         training=_training_settings(cfg, dataset, Path(config_file)),
+        slide_tokens=slide_tokens,
         **statistics,
     )
 
@@ -116,6 +121,13 @@ def _lora(lora: Any) -> dict[str, Any]:
     values = asdict(config)
     kept = {name: values[name] for name in _LORA_FIELDS if name in values}
     return {name: sorted(v) if isinstance(v, set) else v for name, v in kept.items()}
+
+
+def _slide_tokens(encoder: Any, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all fields of the slide token encoder's config; empty for a model of images."""
+    if "features_folder" not in dataset or not isinstance(encoder, Mapping):
+        return {}
+    return asdict(SlideTokenConfig(**{k: v for k, v in encoder.items() if k != "type"}))
 
 
 def _refuse_names(value: Any, config_file: object) -> None:

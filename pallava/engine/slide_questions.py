@@ -8,7 +8,7 @@ from typing import Any
 
 from pallava.engine.conversations import ConversationDataset
 from pallava.evaluate_chat_hook import EvaluateChatHook
-from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, read_bag
+from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, TileOrigin, read_bag
 from pathcore.files import StrPath
 
 
@@ -26,6 +26,10 @@ class SlideQuestionDataset(ConversationDataset):
         slide_embedding_folder: Folder of the slide encoder's files, for a model that takes them.
         tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
         max_tiles: Maximum number of tiles; larger slides are skipped.
+        tile_encoder: As for `SlideTokenConfig`, as are the next two; features of another encoder or
+            of other tiles are skipped.
+        patch_px: Side of a tile in pixels.
+        mpp: Micrometres per pixel of a tile.
         conversations: Arguments of `pallava.dataset.LLaVADataset`: `data_path`, `tokenizer`,
             `offline_processed_text_folder`, `max_dataset_length`, `dataset_map_fn`,
             `template_map_fn`, `max_length`, `skip_log`, `map_num_proc`, `balance_answers`.
@@ -42,11 +46,18 @@ class SlideQuestionDataset(ConversationDataset):
         slide_embedding_folder: StrPath | None = None,
         tile_size_level0: int | None = None,
         max_tiles: int = MAX_TILES,
+        tile_encoder: str = "",
+        patch_px: int = 0,
+        mpp: float = 0.0,
         **conversations: Any,
     ) -> None:
-        embeddings = Path(slide_embedding_folder) if slide_embedding_folder else None
         self.bags = BagFolder(
-            Path(features_folder), in_features, embeddings, tile_size_level0, max_tiles
+            Path(features_folder),
+            in_features,
+            Path(slide_embedding_folder) if slide_embedding_folder else None,
+            tile_size_level0,
+            max_tiles,
+            TileOrigin(tile_encoder, patch_px, mpp),
         )
         super().__init__(**conversations, image_field="slide")
         self.skip_unreadable(self.bags.index, self.bags.folder)

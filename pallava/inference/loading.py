@@ -515,7 +515,9 @@ def _load_encoder(folder: Path | str, sub_images: bool, ties: GridTies) -> tuple
     ):
         slides = load_slide_encoder(folder)
         config = slides.config
-        return slides, SlidePreparation(config.in_features, config.slide_embedding_features)
+        return slides, SlidePreparation(
+            config.in_features, config.slide_embedding_features, config.origin
+        )
     images: Any = load_vision_encoder(folder)
     return images, _image_preparation(folder, images.config.image_size, sub_images, ties)
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pallava.slide_bags import SlideBag
+from pallava.slide_bags import SlideBag, TileOrigin
 
 _LONGEST_WAVE = 10_000.0  # Vaswani et al. 2017, arXiv:1706.03762, section 3.5
 
@@ -34,6 +35,10 @@ class SlideTokenConfig:
         num_attention_heads: Number of attention heads of the connector.
         map_size: Number of cells G per side of the map.
         slide_embedding_features: Width of the slide encoder's embedding; 0 for none.
+        tile_encoder: Encoder of the tile features, by its name in `pathcore.encoders`; empty to
+            accept any of this width.
+        patch_px: Side of a tile in pixels, as the tile encoder receives it; 0 to accept any.
+        mpp: Micrometres per pixel of a tile; 0 to accept any.
 
     Raises:
         ValueError: If a size is below 1, or `hidden_size` is not a multiple of four.
@@ -44,6 +49,14 @@ class SlideTokenConfig:
     num_attention_heads: int = 12
     map_size: int = 14
     slide_embedding_features: int = 0
+    tile_encoder: str = ""
+    patch_px: int = 0
+    mpp: float = 0.0
+
+    @property
+    def origin(self) -> TileOrigin:
+        """Encoder and tiles that the features come from."""
+        return TileOrigin(self.tile_encoder, self.patch_px, self.mpp)
 
     def __post_init__(self) -> None:
         for name in ("in_features", "hidden_size", "num_attention_heads", "map_size"):
@@ -71,7 +84,7 @@ class SlideTokenEncoder(nn.Module):
     if there is one.
 
     Args:
-        sizes: Fields of `SlideTokenConfig`.
+        fields: Fields of `SlideTokenConfig`.
 
     Example:
         >>> encoder = SlideTokenEncoder(in_features=6, hidden_size=8, map_size=2)
@@ -81,9 +94,9 @@ class SlideTokenEncoder(nn.Module):
         (torch.Size([2, 5, 8]), torch.Size([53, 1, 8]), [3, 50])
     """
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = SlideTokenConfig(**sizes)
+        self.config = SlideTokenConfig(**fields)
         width = self.config.hidden_size
         self.projection = _linear(self.config.in_features, width)
         self.slide_token = nn.Parameter(torch.randn(width) * 0.02)
@@ -121,8 +134,8 @@ class SlideTokenEncoder(nn.Module):
         counts = [len(bag.features) for bag in bags]
         content = self._project(torch.cat([bag.features.to(device) for bag in bags]))
         places = [bag.positions.to(device, torch.float32) for bag in bags]
-        origins = torch.stack([place.amin(dim=0) for place in places])
-        extents = torch.stack([place.amax(dim=0) for place in places]) - origins + 1
+        frames = torch.stack([bag.extent().to(device, torch.float32) for bag in bags])
+        origins, extents = frames[:, 0], frames[:, 1] - frames[:, 0] + 1
         bag_of_tile = torch.repeat_interleave(
             torch.arange(len(bags), device=device), torch.tensor(counts, device=device)
         )

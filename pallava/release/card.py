@@ -6,9 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from pallava.modeling.qformer import ConnectorConfig
+from pallava.modeling.slide_tokens import SlideTokenConfig
 from pallava.release.pth_to_hf import Recipe
 
 _PAPER = "https://doi.org/10.1109/BIBM62325.2024.10821785"
+
+_IMAGE_USE = (
+    "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    "",
+    "model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)",
+    "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
+    'content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]',
+    'messages = [{"role": "user", "content": content}]',
+    "prompt = processor.apply_chat_template(messages, tokenize=False)",
+    "inputs = processor(images=[image], text=[prompt])",
+    "ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)",
+    'print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:],',
+    "                             skip_special_tokens=True))",
+)
+_SLIDE_USE = (
+    "from pallava import load_model",
+    "",
+    "model = load_model(folder)",
+    'print(model.answer("features/slide.h5", "Is there necrosis?"))',
+)
 
 
 def write_card(
@@ -29,13 +50,14 @@ def write_card(
         audits: Verdicts of audits, by benchmark and form of questions.
     """
     mode = (
-        "scale-invariant: thumbnail and sub-images"
+        f"scale-invariant: {'map and tiles' if recipe.slide_tokens else 'thumbnail and sub-images'}"
         if connector.cross_attention
         else "released mode: the thumbnail alone"
     )
+    subject = "slides" if recipe.slide_tokens else "images"
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'pallava' if recipe.slide_tokens else 'transformers'}",
         "pipeline_tag: image-text-to-text",
         "license: other",
         "license_name: base-model-licence-research-only",
@@ -45,7 +67,7 @@ def write_card(
         "",
         "# PA-LLaVA",
         "",
-        f"A vision-language model for human pathology images ([paper]({_PAPER})).",
+        f"A vision-language model for human pathology {subject} ([paper]({_PAPER})).",
         "",
         "## Intended use",
         "",
@@ -56,7 +78,7 @@ def write_card(
         "",
         f"- Language model: {recipe.base_model}, LoRA "
         f"(rank {recipe.lora.get('r')}, alpha {recipe.lora.get('lora_alpha')}) merged in",
-        f"- Vision encoder: {recipe.visual_encoder}, hidden state {recipe.visual_select_layer}",
+        f"- {_encoder(recipe)}",
         f"- Connector: {connector.num_hidden_layers} layers, {mode}",
         "",
         "## Data and recipe",
@@ -76,21 +98,18 @@ def write_card(
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        "model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)",
-        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
-        'content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]',
-        'messages = [{"role": "user", "content": content}]',
-        "prompt = processor.apply_chat_template(messages, tokenize=False)",
-        "inputs = processor(images=[image], text=[prompt])",
-        "ids = model.generate(**inputs, max_new_tokens=256, do_sample=False)",
-        'print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:],',
-        "                             skip_special_tokens=True))",
+        *(_SLIDE_USE if recipe.slide_tokens else _IMAGE_USE),
         "```",
         "",
     ]
     file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _encoder(recipe: Recipe) -> str:
+    if not recipe.slide_tokens:
+        return f"Vision encoder: {recipe.visual_encoder}, hidden state {recipe.visual_select_layer}"
+    slides = SlideTokenConfig(**recipe.slide_tokens)
+    return f"Tile features: {slides.in_features} wide, of {slides.origin}"
 
 
 def _is_path(recipe: Recipe) -> bool:

@@ -1,8 +1,13 @@
-"""Exports encoder, connector and merged language model as one Hugging Face folder."""
+"""Exports encoder, connector and merged language model as one folder.
+
+A model of images becomes a folder that transformers loads; a model of slides the merged language
+model with `projector/` and `visual_encoder/` in its folder, which `pallava.load_model` loads.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pallava.folder_build import FolderBuild
-from pallava.modeling.folders import load_connector, load_vision_encoder
+from pallava.inference.loading import CONVERSION_NAME
+from pallava.modeling.folders import load_connector, load_slide_encoder, load_vision_encoder
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
 from pallava.release.card import write_card
@@ -48,8 +54,9 @@ def export(
     probe: bool = True,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Writes one folder that `AutoModelForImageTextToText` and `AutoProcessor` can load.
+    """Writes one folder that `pallava.load_model` loads.
 
+    `AutoModelForImageTextToText` and `AutoProcessor` load it too, unless it is a model of slides.
     The language model is merged during the export, tensor by tensor; every part keeps its dtype.
 
     Args:
@@ -85,14 +92,20 @@ def export(
             "an exported model could not load it"
         )
     connector = load_connector(converted / "projector")
-    encoder: PLIPVisionEncoder = load_vision_encoder(converted / "visual_encoder")
+    encoder: Any = (load_slide_encoder if recipe.slide_tokens else load_vision_encoder)(
+        converted / "visual_encoder"
+    )
     _check_widths(merger, connector, encoder)
     parts = [converted, converted / "projector", converted / "visual_encoder"]
     inputs = {"operation": "export", "scores": scores, "audits": audits, **merger.identity()}
     inputs["parts"] = [folder_identity(part) for part in parts]
     inputs["code"] = sorted(travelling_files().items())
     with FolderBuild(out, inputs) as build:
-        if not build.complete:
+        if not build.complete and recipe.slide_tokens:
+            _write_slide_model(build, merger, converted, recipe, probe=probe, progress=progress)
+            with build.file("README.md") as partial:
+                write_card(partial, recipe, connector.config, scores or {}, audits)
+        elif not build.complete:
             plan = merger.plan(untie=True)
             extra = _prefixed("visual_encoder.", encoder.state_dict())
             extra |= _prefixed("projector.", connector.state_dict())
@@ -112,6 +125,31 @@ def export(
                 prefix="llm.",
             )
         return build.finish()
+
+
+def _write_slide_model(
+    build: FolderBuild,
+    merger: Merger,
+    converted: Path,
+    recipe: Recipe,
+    *,
+    probe: bool,
+    progress: bool,
+) -> None:
+    """Writes the merged language model with its tokenizer, and the other parts in sub-folders."""
+    plan = merger.plan()
+    write_shards(merger, plan, build, progress=progress)
+    has_own = (converted / "tokenizer_config.json").is_file()
+    copy_files(converted if has_own else merger.base.folder, build, TOKENIZER_FILES)
+    copy_files(merger.base.folder, build, ("generation_config.json", *LICENCE_FILES))
+    for part in ("projector", "visual_encoder"):
+        for name in ("config.json", "model.safetensors"):
+            with build.file(f"{part}/{name}") as partial:
+                shutil.copyfile(converted / part / name, partial)
+    with build.file(CONVERSION_NAME) as partial:
+        partial.write_text(_json({"prompt_template": recipe.prompt_template}))
+    write_config(build, merger.base.config | plan.config_changes)
+    verify_model(merger.base, merger.adapters, build.folder, tied=plan.is_tied, probe=probe)
 
 
 def refuse_llava(projector: Path) -> None:
@@ -233,9 +271,7 @@ def _load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _check_widths(
-    merger: Merger, connector: ScaleInvariantConnector, encoder: PLIPVisionEncoder
-) -> None:
+def _check_widths(merger: Merger, connector: ScaleInvariantConnector, encoder: Any) -> None:
     # `hidden_size` would not do: OPT's embeddings may be narrower, and GPT-2 calls it `n_embd`.
     width = merger.base.info(str(merger.base.input_embeddings)).shape[1]
     pairs = (

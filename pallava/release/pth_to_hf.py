@@ -2,8 +2,9 @@
 
 OUT/llm_adapter/     LoRA adapter in PEFT's format
 OUT/projector/       connector
-OUT/visual_encoder/  vision encoder and its image processor
-OUT/                 tokenizer with its chat template, processor_config.json, conversion.json
+OUT/visual_encoder/  vision encoder and its image processor, or slide token encoder
+OUT/                 tokenizer with its chat template, conversion.json, and for images
+                     processor_config.json
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from pallava.modeling.folders import (
     load_vision_encoder,
     read_vision_config,
     save_connector,
+    save_slide_encoder,
     save_vision_encoder,
 )
 from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector, connector_state_dict
+from pallava.modeling.slide_tokens import SlideTokenConfig, SlideTokenEncoder
 from pallava.release.adapters import CONFIG_NAME, Adapter, AdapterError
 from pallava.release.base_match import BASE_NAME, describe_base, find_model
 from pallava.release.zero import load_checkpoint
@@ -49,7 +52,7 @@ class Recipe:
     Args:
         base_model: Folder or Hub name of the language model used in training.
         lora: Fields of PEFT's LoraConfig; empty if the language model was not adapted.
-        visual_encoder: Folder of the vision encoder.
+        visual_encoder: Folder of the vision encoder; for slides, name of the tile encoder.
         freeze_visual_encoder: Whether the encoder was frozen and the checkpoint thus lacks it.
         visual_select_layer: Index of the encoder's hidden state that the connector reads.
         sub_image_mask: See `pallava.modeling.llava.MultimodalMixin`.
@@ -58,6 +61,8 @@ class Recipe:
         image_std: Channel standard deviations in 0..1.
         ties: See `pallava.anyres.choose_grid`.
         training: Details of the run for the model card: data, schedule, config file.
+        slide_tokens: Fields of `SlideTokenConfig` of a model of slides, whose checkpoint holds the
+            encoder; empty for a model of images.
     """
 
     base_model: str
@@ -71,6 +76,7 @@ class Recipe:
     image_std: Sequence[float] = CLIP_STD
     ties: str = "published"
     training: dict[str, Any] = field(default_factory=dict)
+    slide_tokens: dict[str, Any] = field(default_factory=dict)
 
 
 def convert_checkpoint(
@@ -118,9 +124,10 @@ def convert_checkpoint(
         _adopt(build, "projector", lambda folder: save_connector(connector, folder))
         if save_tokenizer is not None:
             _adopt(build, "", lambda folder: _save_tokenizer(save_tokenizer, recipe, folder))
-        tile_px = read_vision_config(build.folder / "visual_encoder").image_size
-        with build.file("processor_config.json") as partial:
-            partial.write_text(_json(processor_config(recipe, connector.config, tile_px)))
+        if not recipe.slide_tokens:
+            tile_px = read_vision_config(build.folder / "visual_encoder").image_size
+            with build.file("processor_config.json") as partial:
+                partial.write_text(_json(processor_config(recipe, connector.config, tile_px)))
         if config_file is not None:
             with build.file("xtuner_config.py") as partial:
                 shutil.copyfile(config_file, partial)
@@ -234,7 +241,10 @@ def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector
     tensors = connector_state_dict(state_dict)
     if not tensors:
         raise CheckpointError("the checkpoint contains no connector (no projector.*)")
-    heads = read_vision_config(recipe.visual_encoder).num_attention_heads
+    if recipe.slide_tokens:
+        heads = SlideTokenConfig(**recipe.slide_tokens).num_attention_heads
+    else:
+        heads = read_vision_config(recipe.visual_encoder).num_attention_heads
     config = connector_config_of(tensors, num_attention_heads=heads)
     with torch.device("meta"):
         connector = ScaleInvariantConnector(config)
@@ -243,6 +253,13 @@ def _connector(state_dict: StateDict, recipe: Recipe) -> ScaleInvariantConnector
 
 
 def _save_encoder(state_dict: StateDict, recipe: Recipe, folder: Path) -> None:
+    if recipe.slide_tokens:
+        slides = SlideTokenEncoder(**recipe.slide_tokens)
+        prefix = "visual_encoder."
+        tensors = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        load_strict(slides, tensors, what="slide token encoder", source="checkpoint")
+        save_slide_encoder(slides, folder)
+        return
     trained = published_names(
         {n: t for n, t in state_dict.items() if n.startswith("visual_encoder.")}
     )

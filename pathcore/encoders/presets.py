@@ -125,6 +125,18 @@ def get_preset(name: str) -> Preset:
     return _read_encoder_preset(name)
 
 
+def known_encoder(name: str) -> str:
+    """Returns the preset for an encoder name of another tool, or an empty string."""
+    aliases = {"uni_v1": "uni", "uni_v2": "uni2-h", "uni2": "uni2-h", "gigapath": "prov-gigapath",
+               "conch_v1": "conch", "conch_v15": "conch-v1.5", "hoptimus0": "h-optimus-0",
+               "hoptimus1": "h-optimus-1", "phikon_v2": "phikon-v2"}  # fmt: skip
+    plain = aliases.get(name, name)
+    try:
+        return get_preset(plain).name
+    except UnknownEncoderError:
+        return ""
+
+
 @lru_cache(maxsize=1)
 def _files() -> dict[str, Path]:
     return find_presets(_folders())

@@ -15,6 +15,7 @@ from pallava.slide_bags import (
     SlideBag,
     SlideBagError,
     SlidePreparation,
+    TileOrigin,
     read_bag,
     read_slide_embedding,
 )
@@ -197,3 +198,37 @@ def test_a_bag_travels_as_a_tuple_of_tensors(tmp_path: Path) -> None:
     bag = read_bag(write_bag(tmp_path / "a.h5")).to("meta")
     assert isinstance(bag, SlideBag)
     assert bag.features.is_meta and bag.positions.is_meta and bag.slide_embedding is None
+
+
+UNI = TileOrigin("uni", 256, 0.5)
+TRIDENT = {"patch_size": 256, "level0_magnification": 40, "target_magnification": 20}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "attributes", "fault"),
+    [
+        ("uni_v1", TRIDENT, ""),  # TRIDENT's name of it
+        ("uni_0123456789ab", {**TRIDENT, "encoder_name": "uni@class", "mpp": 0.503}, ""),
+        ("weights-0123abcd", TRIDENT, ""),  # a folder of weights: cannot be compared
+        ("some-encoder", {}, ""),
+        ("uni_v2", TRIDENT, "of uni2-h, 256 px at 0.5"),
+        ("x", {"encoder_name": "hf:owner/other"}, "of hf:owner/other"),
+        ("uni_v1", {**TRIDENT, "target_magnification": 10}, "of uni, 256 px at 1.0 µm"),
+        ("uni_v1", {**TRIDENT, "patch_size": 512}, "of uni, 512 px"),
+    ],
+)
+def test_features_of_other_tiles_are_refused(
+    tmp_path: Path, encoder: str, attributes: dict[str, Any], fault: str
+) -> None:
+    path = write_bag(tmp_path / "a.h5", attributes=attributes)
+    with h5py.File(path, "r+") as file:
+        file.attrs["encoder"] = encoder
+    prepare = SlidePreparation(32, origin=UNI)
+    index = BagFolder(tmp_path, 32, origin=UNI).index(["a"])
+    if not fault:
+        assert len(prepare(path).features) == 12 and index.errors == {}
+        return
+    with pytest.raises(SlideBagError, match=fault) as caught:
+        prepare(path)
+    assert "the model was trained on uni, 256 px at 0.5 µm per pixel" in str(caught.value)
+    assert fault in index.errors["a"]

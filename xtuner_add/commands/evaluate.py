@@ -74,6 +74,14 @@ def _part_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["single", "double"]),
             help="[default: single, as in training; with --compat original double]",
         ),
+        click.option(
+            "--features",
+            "features_folder",
+            type=ANY_PATH,
+            default=Path("work_dirs", "slide_features"),
+            show_default=True,
+            help="For models of slides: folder of SLIDE.h5, and of features computed here.",
+        ),
     )
     return add_options(function, options)
 
@@ -254,27 +262,38 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
 @click.argument("images", nargs=-1, required=True, type=ANY_PATH)
 @click.option("--question", "-q", required=True, multiple=True, help="May be repeated.")
 @click.option("--output", type=ANY_PATH, help="Also write JSON lines to this file.")
+@click.option(
+    "--evidence",
+    type=ANY_PATH,
+    help="For a model of slides: GeoJSON of the tiles that each answer depends on, for QuPath; a "
+    "file.geojson for one slide, otherwise a folder.",
+)
 @click.pass_context
 def answer(
     ctx: click.Context,
     images: tuple[Path, ...],
     question: tuple[str, ...],
     output: Path | None,
+    evidence: Path | None,
     **options: Any,
 ) -> None:
     """Ask questions about images, given as files or folders.
 
-    A model of whole slides takes files of tile features, or folders of them, instead of images.
+    A model of whole slides takes slides or files of tile features instead of images.
 
     LLM is an exported folder, or the language model with the other parts in --llava and
     --visual-encoder.
     """
     from pathcore.images import ImageError
+    from xtuner_add.slide_evidence import EvidenceFiles
 
     batch_size, max_new_tokens = options.pop("batch_size"), options.pop("max_new_tokens")
     with user_errors(ImportError):
         files = list(_image_files(images))
+        evidence_files = None if evidence is None else EvidenceFiles(evidence, files)
         model = load_from_options(options)
+        if evidence is not None and not model.reads_slides:
+            raise ValueError(f"{options['llm']}: reads images; --evidence is for models of slides")
     asked: list[tuple[Path, Any, str]] = []
     rows, num_skipped = [], 0
 
@@ -294,6 +313,9 @@ def answer(
             num_skipped += 1
             click.echo(f"skipped: {error}", err=True)
             continue
+        if evidence_files is not None:
+            rows += evidence_files.answer(model, path, pixels, question, max_new_tokens)
+            continue
         for text in question:
             asked.append((path, pixels, text))
             if len(asked) >= batch_size:
@@ -307,12 +329,14 @@ def answer(
 
 def _image_files(images: Iterable[Path]) -> Iterable[Path]:
     from pathcore.images import image_files
+    from wsi.slide_listing import SlideListing
 
     for path in images:
         found = image_files(path) if path.is_dir() else [path]
         found = found or sorted(set(path.glob("*.h5")) - set(path.glob("*.embedding.h5")))
+        found = found or list(SlideListing(path).paths)
         if not found:
-            raise FileNotFoundError(f"{path}: no images and no tile features in this folder")
+            raise FileNotFoundError(f"{path}: no image, slide or tile features in this folder")
         yield from found
 
 
@@ -320,13 +344,14 @@ def load_from_options(options: dict[str, Any]) -> Any:
     """Loads the model that the options of `model_options`, and optionally `compat`, select."""
     from pallava import load_model
     from pallava.evaluation.generation import default_device
+    from xtuner_add.slide_features import reads_slide_files
 
     original = options.get("compat") == "original"
     device = options["device"] or default_device()
     dtype = options["torch_dtype"]
     if dtype is None and original and str(device).startswith("cuda"):
         dtype = "fp16"
-    return load_model(
+    model = load_model(
         options["llm"],
         options["llava"],
         options["visual_encoder"],
@@ -337,6 +362,7 @@ def load_from_options(options: dict[str, Any]) -> Any:
         use_adapter=options["use_adapter"],
         visual_select_layer=options["visual_select_layer"],
     )
+    return reads_slide_files(model, options["features_folder"], device=options["device"])
 
 
 def _write_run(work_dir: Path, options: dict[str, Any]) -> None:

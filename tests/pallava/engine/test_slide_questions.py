@@ -222,6 +222,8 @@ def test_trains_converts_and_answers_by_what_lies_where(tmp_path: Path) -> None:
     ]
     assert sum(right) >= 11
     check_slidebench(tmp_path, asked, truths)
+    check_one_folder(tmp_path, checkpoint, asked)
+    check_evidence(tmp_path, asked)
     # The same tiles mirrored: the answers must turn round.
     for path in asked.glob("*.h5"):
         with h5py.File(path, "r+") as file:
@@ -244,6 +246,78 @@ def ask(root: Path, folder: Path) -> list[str]:
     assert result.exit_code == 0, result.output
     lines = (root / "answers.jsonl").read_text().splitlines()
     return [json.loads(line)["answer"] for line in lines]
+
+
+def check_one_folder(root: Path, checkpoint: Path, asked: Path) -> None:
+    """The exported folder computes what the trained parts compute, and names its tiles."""
+    from click.testing import CliRunner
+
+    from pallava import load_model
+    from pallava.modeling.folders import load_slide_encoder
+    from pallava.modeling.slide_tokens import SlideTokenEncoder
+    from xtuner_add.cli import main
+
+    done = run(root, "pth-to-hf", CONFIG, checkpoint, "parts", "--fp32")
+    assert done.returncode == 0, done.stdout
+    done = run(root, "export", "data/tiny/llama", "parts", "model", "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+    assert "model = load_model(folder)" in (root / "model/README.md").read_text()
+    trained = load_model(root / "data/tiny/llama", root / "hf", device="cpu")
+    exported = load_model(root / "model", device="cpu")
+    assert exported.prompt_template == trained.prompt_template
+    ids = torch.tensor([trained.encode("Is it red?", has_image=True)])
+    for path in sorted(asked.glob("*.h5")):
+        bag = [trained.pixel_values(path)]
+        logits = [model.model(ids, bag)["logits"] for model in (trained, exported)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        replies = [m.answer(path, "Is it red?", max_new_tokens=4) for m in (trained, exported)]
+        assert replies[0] == replies[1]
+    result = CliRunner().invoke(
+        main, ["pth-to-hf", str(CONFIG), str(checkpoint), str(root / "x"), "--visual-encoder", "."]
+    )
+    assert result.exit_code == 1 and "encoder is in the checkpoint" in result.output
+    encoder: SlideTokenEncoder = load_slide_encoder(root / "model/visual_encoder")
+    assert encoder.config.tile_encoder == ""
+
+
+def check_evidence(root: Path, asked: Path) -> None:
+    """Without the squares of the file, the model itself answers otherwise."""
+    from click.testing import CliRunner
+
+    from pallava import load_model
+    from pallava.slide_bags import read_squares
+    from xtuner_add.cli import main
+
+    arguments = ["answer", root / "model", asked, "-q", "Is it red?", "--evidence", root / "shown"]
+    arguments += ["--max-new-tokens", 4, "--output", root / "rows.jsonl", "--device", "cpu"]
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = load_model(root / "model", device="cpu")
+    prompt = model.encode("Is it red?", has_image=True)
+    num_told = 0
+    for line in (root / "rows.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        path, told = Path(found["image"]), found["evidence"]["told"]
+        assert found["answer"] == model.answer(path, "Is it red?", max_new_tokens=4)
+        file = root / "shown" / f"{path.stem}.geojson"
+        features = json.loads(file.read_text())["features"]
+        assert len(features) == found["evidence"]["tiles"]
+        assert ("evidence: cannot be told" in result.output) or told
+        if not told:
+            continue
+        num_told += 1
+        coords, side = read_squares(path)
+        rings = [feature["geometry"]["coordinates"][0] for feature in features]
+        cited = {(*min(ring), *max(ring)) for ring in rings}
+        rest = torch.tensor([(x, y, x + side, y + side) not in cited for x, y in coords.tolist()])
+        assert int((~rest).sum()) == len(features) <= len(coords) // 2
+        bag = model.pixel_values(path).part(rest)
+        assert model.answer_encoded([prompt], [bag], max_new_tokens=4) != [found["answer"]]
+    assert num_told >= 2
+    several = [*map(str, arguments)]
+    several[several.index(str(root / "shown"))] = str(root / "one.geojson")
+    result = CliRunner().invoke(main, several)
+    assert result.exit_code == 1 and "one file for 12 slides; name a folder" in result.output
 
 
 def check_slidebench(root: Path, folder: Path, truths: list[bool]) -> None:
@@ -279,11 +353,3 @@ def check_slidebench(root: Path, folder: Path, truths: list[bool]) -> None:
     assert "blank" not in accuracy  # there is no empty glass among tile features
     # Without its options the question is worded as in training.
     assert accuracy["no_options"]["value"] >= 100 * 11 / 12 - 1e-3
-
-
-@pytest.mark.slow
-def test_the_release_in_one_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    from pallava.engine.recipe import read_recipe
-
-    with pytest.raises(ValueError, match="a model of slide features; write its parts with"):
-        read_recipe(CONFIG)

@@ -51,6 +51,18 @@ def outputs(bags: list[SlideBag], **changes: int) -> Tensor:
         return connector()(*encoder(**changes).visual_tokens(bags))
 
 
+def test_tiles_of_a_part_keep_their_places() -> None:
+    whole, kept = bag(40), torch.arange(40) % 3 == 0
+    with torch.no_grad():
+        all_tiles = encoder().visual_tokens([whole])[1]
+        slide_map, tiles, counts = encoder().visual_tokens([whole.part(kept)])
+        again = encoder().visual_tokens([whole.part(kept).part(torch.arange(13))])[0]
+    assert counts == [14] and torch.equal(tiles, all_tiles[kept])
+    empty = bag(40).part(torch.tensor([0]))
+    assert torch.equal(empty.extent(), whole.extent())
+    assert slide_map.shape == again.shape and not torch.equal(slide_map, again)
+
+
 def test_bags_in_a_batch_do_not_see_each_other() -> None:
     bags = [bag(n, seed=n) for n in (7, 1, 60, 7, 23)]
     together = outputs(bags)
