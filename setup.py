@@ -65,6 +65,7 @@ setup(
     package_data={
         "": ["*.css", "*.html", "*.j2", "*.json", "*.txt", "py.typed"],
         "pathcore.encoders": ["presets/*.json"],
+        "pallava.serving": ["viewer/*"],
         "gigapath.embed": ["slide_presets/*.json"],
         "gigapath.finetune": ["protocol_presets/*.json"],
         "xtuner_add": ["reproduction_cards/*.yml"],

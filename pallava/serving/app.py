@@ -19,6 +19,7 @@ from pallava.serving.guard import Guard, GuardSettings
 from pallava.serving.openai_api import make_router
 from pallava.serving.openai_messages import MAX_PIXELS
 from pallava.serving.service import ModelService
+from pallava.serving.slide_folder import SlideFolder
 from pallava.serving.slides import SlideSource
 
 MAX_FOLDER_BYTES = 1 << 30
@@ -43,11 +44,19 @@ def create_app(
         settings: Access rules and request limits.
         upload_folder: Folder for uploads to the page, which `xtuner-add serve` deletes on exit;
             None serves the endpoint without a page.
-        slides: Slides from which regions can be chosen.
+        slides: Slides from which regions can be chosen; for a model of slides, those that it can be
+            asked about.
         max_pixels: Maximum number of pixels of all images in a request.
     """
     page: FastAPI | None = None
-    if upload_folder is not None:
+    bags = None
+    if service.assistant.reads_slides:
+        from pallava.serving.slide_page import SlideBags, mount_slide_page
+
+        if isinstance(slides, SlideFolder):
+            bags = SlideBags(service, slides)
+            page = mount_slide_page(service, bags)
+    elif upload_folder is not None:
         page = _make_page(service, upload_folder, slides, max_pixels)
 
     @contextlib.asynccontextmanager
@@ -73,8 +82,10 @@ def create_app(
         content = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         return JSONResponse({"error": content}, error.status_code)
 
-    app.include_router(make_router(service, max_pixels))
-    if page is not None and upload_folder is not None:
+    app.include_router(make_router(service, max_pixels, bags.read if bags else None))
+    if page is not None and bags is not None:
+        app.mount("/", page)
+    elif page is not None and upload_folder is not None:
         app.mount("/", FileGuard(page, upload_folder, MAX_FOLDER_BYTES))
     return Guard(app, settings or GuardSettings())
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from pallava.inference.streaming import Completion, ContextError
-from pallava.serving.openai_messages import MAX_PIXELS, ChatRequest, RequestError, read_request
+from pallava.serving.openai_messages import (
+    MAX_PIXELS,
+    ChatRequest,
+    ReadSlide,
+    RequestError,
+    read_request,
+)
 from pallava.serving.service import Answers, BusyError, ModelService
 
 _logger = logging.getLogger(__name__)
@@ -25,12 +32,15 @@ _POLL_S = 0.2
 _FAILED = RuntimeError("the model failed; the server's log says why")
 
 
-def make_router(service: ModelService, max_pixels: int = MAX_PIXELS) -> APIRouter:
+def make_router(
+    service: ModelService, max_pixels: int = MAX_PIXELS, read_slide: ReadSlide | None = None
+) -> APIRouter:
     """Creates the routes of the endpoint.
 
     Args:
         service: Model to serve.
         max_pixels: Maximum number of pixels of all images in a request.
+        read_slide: See `read_request`.
     """
     router = APIRouter()
     decoding = asyncio.Semaphore(2)  # a decoded image can be a hundred times larger than its file
@@ -58,20 +68,26 @@ def make_router(service: ModelService, max_pixels: int = MAX_PIXELS) -> APIRoute
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _complete(service, request, decoding, max_pixels)
+        read = functools.partial(
+            read_request, model=service.name, max_pixels=max_pixels, read_slide=read_slide
+        )
+        return await _complete(service, request, decoding, read)
 
     return router
 
 
 async def _complete(
-    service: ModelService, request: Request, decoding: asyncio.Semaphore, max_pixels: int
+    service: ModelService,
+    request: Request,
+    decoding: asyncio.Semaphore,
+    read: Callable[[Any], ChatRequest],
 ) -> Response:
     answers: Answers | None = None
     try:
         service.check_free()
         body = _parse_body(await request.body())
         async with decoding:
-            chat = await run_in_threadpool(read_request, body, service.name, max_pixels)
+            chat = await run_in_threadpool(read, body)
         answers = service.ask(chat.turns, chat.sampling, chat.num_answers)
         events = answers.__aiter__()
         if chat.stream:

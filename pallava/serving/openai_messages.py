@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from pallava.inference.streaming import Sampling
+from pallava.slide_bags import SlideBag
 from pallava.text.turns import Role, Turn, check_turns
 from pathcore.images import ImageError, decode_image
 
@@ -30,6 +31,10 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
 }
+
+ReadSlide = Callable[[str], SlideBag]
+
+_SLIDE = "slide:"
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -81,13 +86,17 @@ class ChatRequest:
     include_usage: bool
 
 
-def read_request(body: Any, model: str, max_pixels: int = MAX_PIXELS) -> ChatRequest:
+def read_request(
+    body: Any, model: str, max_pixels: int = MAX_PIXELS, read_slide: ReadSlide | None = None
+) -> ChatRequest:
     """Parses the JSON of a request and decodes its images.
 
     Args:
         body: Parsed JSON.
         model: Name of the served model.
         max_pixels: Maximum number of pixels of all images together.
+        read_slide: For a model of slides, function that returns the tiles of a slide by its name,
+            which messages give as `slide:NAME` in place of the URL of an image.
 
     Raises:
         RequestError: If the request is invalid or uses an unsupported option.
@@ -113,7 +122,7 @@ def read_request(body: Any, model: str, max_pixels: int = MAX_PIXELS) -> ChatReq
     if not 1 <= num_answers <= MAX_ANSWERS:
         raise RequestError(f"n: expected 1 to {MAX_ANSWERS}, found {num_answers}", "n")
     sampling = _sampling(fields)
-    turns = _read_turns(fields.get("messages"), max_pixels)
+    turns = _read_turns(fields.get("messages"), max_pixels, read_slide)
     return ChatRequest(
         turns, sampling, num_answers, stream, _typed(options, "include_usage", bool, False)
     )
@@ -173,7 +182,7 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
         raise RequestError(str(error).replace("max_new_tokens", param), param) from error
 
 
-def _read_turns(messages: Any, max_pixels: int) -> tuple[Turn, ...]:
+def _read_turns(messages: Any, max_pixels: int, read_slide: ReadSlide | None) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages: expected a list of messages", "messages")
     turns: list[Turn] = []
@@ -194,8 +203,11 @@ def _read_turns(messages: Any, max_pixels: int) -> tuple[Turn, ...]:
         text, urls = _content(message.get("content"), param)
         if len(urls) + sum(len(turn.images) for turn in turns) > MAX_IMAGES:
             raise RequestError(f"{param}: more than {MAX_IMAGES} images in a request", param)
-        images: list[Image.Image] = []
+        images: list[Any] = []
         for url in urls:
+            if read_slide is not None:
+                images.append(_slide(url, param, read_slide))
+                continue
             images.append(_image(url, param, pixels_left))
             pixels_left -= images[-1].width * images[-1].height
         turns.append(Turn(role, text, tuple(images)))
@@ -229,6 +241,20 @@ def _content(content: Any, param: str) -> tuple[str, list[str]]:
                 f"{where}: expected a part of type text or image_url, found {kind!r:.80}", where
             )
     return "\n".join(texts), urls
+
+
+def _slide(url: str, param: str, read_slide: ReadSlide) -> SlideBag:
+    if not url.startswith(_SLIDE):
+        raise RequestError(
+            f"{param}: this model reads slides; expected {_SLIDE}NAME with a name of this server's "
+            f"listing, got {url!r:.40}",
+            param,
+            "invalid_image_url",
+        )
+    try:
+        return read_slide(url.removeprefix(_SLIDE))
+    except (ValueError, FileNotFoundError) as error:
+        raise RequestError(f"{param}: {error}", param, "invalid_image") from error
 
 
 def _image(url: str, param: str, max_pixels: int) -> Image.Image:

@@ -17,7 +17,11 @@ from wsi.slide_listing import SlideListing
 
 _Result = TypeVar("_Result")
 
+TILE_PX = 256
+"""Side of a tile of the viewer in pixels."""
+
 _KEPT_OPEN = 4
+_THUMBNAIL_PX = 1024
 _MAX_READ_PX = 8192
 """Side of the largest square read from a level; it takes 200 MB as RGB."""
 
@@ -59,6 +63,49 @@ class SlideFolder:
         listing = SlideListing(self.folder, inside_only=True)
         self._paths = {path.relative_to(self.folder).as_posix(): path for path in listing.paths}
         return sorted(self._paths)
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a slide.
+
+        Raises:
+            FileNotFoundError: If the slide is not in the listing.
+        """
+        if name not in self._paths:
+            self.names()
+        if name not in self._paths:
+            raise FileNotFoundError(f"slide {name!r:.80}: not in the listing of this server")
+        return self._paths[name]
+
+    def tile(self, name: str, level: int, column: int, row: int) -> Image.Image:
+        """Returns a tile of the slide's image pyramid, as viewers of deep zoom images ask for.
+
+        Levels halve the slide's size, down to one pixel at level 0; tiles are `TILE_PX` wide, and
+        narrower at the right and lower edge.
+
+        Raises:
+            FileNotFoundError: If the slide or the tile does not exist.
+            ValueError: If it cannot be read.
+        """
+        info = self.info(name)
+        longer = max(info.width_px, info.height_px)
+        scale = 2.0 ** ((longer - 1).bit_length() - level)
+        side = TILE_PX * scale
+        left, top = column * side, row * side
+        if level < 0 or scale < 1 or not (0 <= left < info.width_px and 0 <= top < info.height_px):
+            raise FileNotFoundError(f"{name}: no tile {column}, {row} at level {level}")
+        width, height = (
+            max(1, min(TILE_PX, round((length - start) / scale)))
+            for start, length in ((left, info.width_px), (top, info.height_px))
+        )
+        if longer / scale <= _THUMBNAIL_PX:
+            # Cached, and read from slides that hold no smaller copy of themselves.
+            whole = self.thumbnail(name, _THUMBNAIL_PX)
+            ratio = whole.width / info.width_px
+            box = (left, top, left + width * scale, top + height * scale)
+            corners = tuple(edge * ratio for edge in box)
+            return whole.resize((width, height), box=_inside(corners, whole.size), reducing_gap=2)
+        tile = self.region(name, round(left), round(top), round(side), TILE_PX)
+        return tile.crop((0, 0, width, height))
 
     def info(self, name: str) -> SlideInfo:
         """Returns size and resolution of a slide."""
@@ -125,11 +172,7 @@ class SlideFolder:
 
     def _use(self, name: str, read: Callable[[Slide, dict[int, Image.Image]], _Result]) -> _Result:
         """Reads from a slide while no other thread does."""
-        if name not in self._paths:
-            self.names()
-        path = self._paths.get(name)
-        if path is None:
-            raise FileNotFoundError(f"slide {name!r:.80}: not in the listing of this server")
+        path = self.path(name)
         try:
             with self._lock:
                 if path not in self._open:
@@ -146,3 +189,10 @@ class SlideFolder:
                     self._close_unused()
         except SlideError as error:  # hides the path of the folder from clients
             raise ValueError(str(error).replace(str(path), name)) from error
+
+
+def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Clips a box to an image, since the thumbnail's sides are rounded."""
+    left, top = (min(start, length - 1e-3) for start, length in zip(box[:2], size, strict=True))
+    right, bottom = (min(end, length) for end, length in zip(box[2:], size, strict=True))
+    return left, top, right, bottom

@@ -84,7 +84,8 @@ def chat(
 @click.option(
     "--slides",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of slides whose regions the page can show.",
+    help="Folder of slides whose regions the page can show; for a model of slides, those that it "
+    "may be asked about.",
 )
 @click.option("--name", help="Name of the model for clients. [default: name of the folder]")
 @click.option("--max-upload-mib", default=64, show_default=True, type=click.IntRange(1, 4096))
@@ -199,15 +200,14 @@ def _own_names(ctx: click.Context, host: str, is_guarded: bool) -> tuple[str, ..
 def _load(options: dict[str, Any], slides: Path | None) -> tuple[Any, Any]:
     """Loads the model, and opens the folder of slides."""
     from pallava.serving.slide_folder import SlideFolder
-    from pallava.slide_bags import SlidePreparation
 
     try:
         source = SlideFolder(slides) if slides is not None else None
         assistant = load_from_options(options)
-        if isinstance(assistant.anyres, SlidePreparation):
+        if assistant.reads_slides and source is None:
             raise ValueError(
-                f"{options['llm']}: reads slide features, and the page shows images; use "
-                "`xtuner-add answer` or `xtuner-add chat`"
+                f"{options['llm']}: reads slides; name the folder of those that it may be asked "
+                "about with --slides"
             )
     except _EXPECTED_ERRORS as error:
         raise click.ClickException(str(error)) from error
