@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,8 +19,8 @@ from cite.encoders import build_encoder
 from cite.prompted import PromptedEncoder
 from pathcore.weights import read_state_dict
 from tests.cite.goldens import CLIP, FP32, VIT_ARCH
+from xtuner_add.cli import main
 
-ROOT = Path(__file__).parents[2]
 SIZES = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, num_classes=0)
 HF_SIZES = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=3)
 HF_SIZES |= dict(num_attention_heads=2, intermediate_size=256)
@@ -199,16 +198,16 @@ def moco_checkpoint() -> dict[str, Tensor]:
 def test_moco_by_command(suffix: str, tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": moco_checkpoint()}, tmp_path / "moco.pth")
     out = tmp_path / f"mm.{suffix}"
-    command = [sys.executable, "-m", "xtuner_add.cli", "cite-convert", str(tmp_path / "moco.pth")]
-    command += [str(out), "--from", "moco-v3", "--to", "mm"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
+    command = ["cite-convert", str(tmp_path / "moco.pth"), str(out)]
+    command += ["--from", "moco-v3", "--to", "mm"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
     mm = load_file(out) if suffix != "pth" else torch.load(out, weights_only=True)["state_dict"]
     found = encode("mm", mm, arch=VIT_ARCH, img_size=32, patch_size=8)
     torch.testing.assert_close(found, timm_vit()(images()).detach(), **FP32)
     command[-1] = "clip"
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 1
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
     assert "no conversion from 'moco-v3' to 'clip'" in result.stderr
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,8 +23,7 @@ from cite.score_maps import (
 )
 from tests.cite.test_classifier import make
 from tests.wsi.qupath import read_valid
-
-ROOT = Path(__file__).parents[2]
+from xtuner_add.cli import main
 
 
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1), st.integers(1, 50))
@@ -112,16 +110,10 @@ def test_by_command(tmp_path: Path) -> None:
         pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(patches / f"{name}.png")
     (patches / "t_1.png").write_bytes(b"broken")
-    command = [sys.executable, "-m", "xtuner_add.cli", "cite-score-maps"]
-    command += [str(tmp_path / name) for name in ("classifier", "patches", "out")]
-    result = subprocess.run(
-        [*command, "--patch-px", "40", "--map-format", "png", "--map-format", "geojson"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert result.returncode == 3
+    words = [str(tmp_path / name) for name in ("classifier", "patches", "out")]
+    options = ["--patch-px", "40", "--map-format", "png", "--map-format", "geojson"]
+    result = CliRunner().invoke(main, ["cite-score-maps", *words, *options])
+    assert result.exit_code == 3
     assert "t_1.png': not a readable image" in result.stderr
     assert "Drew 1 of 2 slides" in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mmengine.config import Config
 
 import cite.mm  # noqa: F401
@@ -18,6 +19,7 @@ from cite.mm.feature_extraction import build_classifier, build_dataset
 from cite.text_embeddings import TextEmbeddings, write_text_embeddings
 from tests.cite.mm.gastric import make_gastric
 from tests.cite.mm.test_features import make_config
+from xtuner_add.cli import main
 
 ROOT = Path(__file__).parents[3]
 PREDICT = """
@@ -97,8 +99,7 @@ def test_what_cannot_be_exported(data: Path, tmp_path: Path) -> None:
     cfg.dump(tmp_path / "config.py")
     model: Any = build_classifier(cfg, None)
     torch.save(model.state_dict(), tmp_path / "c.pth")
-    command = [sys.executable, "-m", "xtuner_add.cli", "cite-export"]
-    command += [str(tmp_path / name) for name in ("config.py", "c.pth", "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 1
+    words = [str(tmp_path / name) for name in ("config.py", "c.pth", "out")]
+    result = CliRunner().invoke(main, ["cite-export", *words])
+    assert result.exit_code == 1
     assert "expected a backbone of cite.mm, found PrecomputedFeatures" in result.stderr

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -21,8 +20,7 @@ from cite.mm.features import CachedFeatureDataset, PrecomputedFeatures
 from tests.cite.goldens import CLIP, CLIP_WEIGHTS, GOLDEN
 from tests.cite.mm.gastric import make_gastric
 from tests.pathgen.tiny_encoders import save_open_clip
-
-ROOT = Path(__file__).parents[3]
+from xtuner_add.cli import main
 
 
 def make_config(data: Path, scope: str = "mmcls") -> dict[str, Any]:
@@ -207,17 +205,10 @@ def test_images_that_cannot_be_read_are_left_out(data: Path, tmp_path: Path) -> 
     settings["test_dataloader"]["dataset"]["ann_file"] = str(ann_file)
     Config(settings).dump(tmp_path / "config.py")
     out = tmp_path / "out.safetensors"
-    command = [sys.executable, "-m", "xtuner_add.cli", "cite-features", tmp_path / "config.py", out]
-    options = ["--split", "test", "--device", "cpu"]
-    options += ["--cfg-options", "model.backbone.precision=bf16"]
-    result = subprocess.run(
-        [*map(str, command), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert result.returncode == 3, result.stderr
+    words = ["cite-features", str(tmp_path / "config.py"), str(out), "--split", "test"]
+    options = ["--device", "cpu", "--cfg-options", "model.backbone.precision=bf16"]
+    result = CliRunner().invoke(main, [*words, *options])
+    assert result.exit_code == 3, result.output
     assert "1 image(s) skipped, for instance 0000_99.jpg" in result.stderr
     found = read_features(out)
     assert found.header["backbone"]["precision"] == "bf16"
@@ -265,21 +256,19 @@ def test_text_embeddings_by_command(tmp_path: Path) -> None:
 
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps({"well": "Well differentiated", "poor": ["Poorly", "bad"]}))
-    command = [sys.executable, "-m", "xtuner_add.cli", "cite-texts"]
-    command += [str(tmp_path / "t.safetensors"), "--classes", str(classes), "--template", "{} x"]
+    command = ["cite-texts", str(tmp_path / "t.safetensors"), "--classes", str(classes)]
+    command += ["--template", "{} x"]
     bert = ["--encoder", "bert", "--model", str(GOLDEN / "tiny_bert")]
-    result = subprocess.run([*command, *bert], capture_output=True, text=True, check=False)
+    result = CliRunner().invoke(main, [*command, *bert])
     assert "3 texts of 2 classes, width 32" in result.stdout, result.stderr
     content = read_text_embeddings(tmp_path / "t.safetensors", classes=["well", "poor"])
     assert content.texts == ("Well differentiated x", "Poorly x", "bad x")
     assert content.encoder["pooling"] == "pooler"
     clip = save_open_clip(tmp_path / "clip")
-    named = subprocess.run(
-        [*command, "--encoder", clip], capture_output=True, text=True, check=False
-    )
+    named = CliRunner().invoke(main, [*command, "--encoder", clip])
     assert "3 texts of 2 classes, width 16" in named.stdout, named.stderr
     content = read_text_embeddings(tmp_path / "t.safetensors", classes=["well", "poor"])
     assert content.encoder["encoder"] == clip and len(content.encoder["digest"]) == 64
-    missing = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert missing.returncode == 2
+    missing = CliRunner().invoke(main, command)
+    assert missing.exit_code == 2
     assert "--encoder bert requires --model" in missing.stderr
