@@ -1,10 +1,11 @@
-"""Measures what `balance_answers` does to a model whose training texts tell the answers.
+"""Measures what `contrast_answers` does to a model whose training texts tell the answers.
 
 Run by ``python -m benchmarks.text_prior --demo work_dirs/demo``. Stage 2 of the demo is trained
 again on yes/no questions of which the text alone answers 80 %: every wording has four times as many
 of one answer as of the other, in training and among the held-out slides. Both trainings start from
 the same weights, take as many steps, and differ in nothing else. The held-out questions are then
-asked as the audit does: with their own image, with exchanged images and without an image.
+asked as the audit does: with their own image, with exchanged images and without an image. The
+encoder is frozen, so that its features are computed once for all trainings of a process.
 
 A model that answers from the text alone is right in 80 % of all cases, whatever the image. One that
 reports its image without fail is right in 100 % with its own image, and with an exchanged one where
@@ -13,10 +14,11 @@ both images have the same answer: 0.8^2 + 0.2^2 = 68 %.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from xtuner_add.demo.stages import read_jsonl
 from xtuner_add.demo.tissue import PATTERNS
 
 CONFIG = "demo_instruction_tuning"
-MODES = {"plain": False, "balanced": True}
+MODES = {"plain": False, "contrasted": True}
 REFERENCES = ("image alone", "text alone")
 """A model that reports its image without fail, and one that gives each wording its most frequent
 answer."""
@@ -43,7 +45,7 @@ TITLES = {
     "none": "no image",
 }
 
-_PARTS = ("llm", "plip", "scale_invariant/domain_alignment")
+_ALIGNED = "scale_invariant/domain_alignment"
 _TRAIN_BATCH = 12
 _BATCH = 64
 
@@ -96,54 +98,99 @@ def _question(tissue: str | None, plan: Mapping[str, Any]) -> wording.Question:
     return wording.tissue_question(tissue, plan["tissues"])
 
 
-def train(demo: Path, folder: Path, mode: str, seed: int, steps: int) -> Path:
-    """Trains stage 2 and converts it; returns the folder of its parts."""
+def remember_features() -> None:
+    """Makes the frozen encoder, in this process, compute the features of each image once."""
+    import torch
+
+    from pallava.modeling.llava import MultimodalMixin
+
+    compute = MultimodalMixin._visual_tokens
+    found: dict[bytes, tuple[Any, Any, list[int]]] = {}
+
+    def visual_tokens(self: Any, pixel_values: Sequence[Any]) -> tuple[Any, Any, list[int]]:
+        keys = [hashlib.blake2b(image.numpy().tobytes()).digest() for image in pixel_values]
+        for key, image in zip(keys, pixel_values, strict=True):
+            if key not in found:
+                with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                    found[key] = compute(self, [image])
+        thumbnails, sub_images, counts = zip(*(found[key] for key in keys), strict=True)
+        return torch.cat(thumbnails), torch.cat(sub_images), list(chain.from_iterable(counts))
+
+    MultimodalMixin._visual_tokens = visual_tokens  # type: ignore[method-assign]
+
+
+def measure(demo: Path, folder: Path, mode: str, seed: int, steps: int) -> list[dict[str, Any]]:
+    """Trains stage 2 and audits it, or reads the rows that an earlier run has written."""
+    done = folder / f"{mode}_{seed}.jsonl"
+    if not done.is_file():
+        write_rows(done, audit(demo, folder, train(demo, folder, mode, seed, steps), seed))
+    return read_jsonl(done)
+
+
+def train(demo: Path, folder: Path, mode: str, seed: int, steps: int) -> Any:
+    """Trains stage 2; returns the model, ready to answer."""
+    from mmengine.config import Config
+    from xtuner.registry import BUILDER
+
+    from pallava.anyres import AnyRes
+    from pallava.engine.runner import AdaptedRunner
+    from pallava.inference.assistant import Assistant
+    from xtuner_add.paths import find_config
+
     work = folder / f"{mode}_{seed}"
-    parts = work / "parts"
-    if (parts / "projector" / "model.safetensors").is_file():
-        return parts
-    start = (demo / _PARTS[2] / "last_checkpoint").read_text(encoding="utf-8").strip()
-    changes = {
-        "model.pretrained_pth": demo / _PARTS[2] / Path(start).name,
-        "train_dataloader.dataset.data_path": folder / f"data_{seed}" / "conversations.jsonl",
-        "train_dataloader.dataset.balance_answers": MODES[mode],
-        "train_dataloader.batch_size": _TRAIN_BATCH,
-        "train_dataloader.sampler.per_device_batch_size": _TRAIN_BATCH,
-        "train_cfg.max_iters": steps,
-        "param_scheduler.1.end": steps,
-    }
-    options = [f"{name}={value}" for name, value in changes.items()]
-    arguments = ["train", CONFIG, "--work-dir", work, "--seed", seed, "--cfg-options", *options]
-    _run(demo, arguments)
-    last = Path((work / "last_checkpoint").read_text(encoding="utf-8").strip())
-    _run(demo, ["pth-to-hf", CONFIG, last, parts, "--fp32"])
-    return parts
+    start = (demo / _ALIGNED / "last_checkpoint").read_text(encoding="utf-8").strip()
+    cfg = Config.fromfile(find_config(CONFIG))
+    cfg.merge_from_dict(
+        {
+            "model.pretrained_pth": str(demo / _ALIGNED / Path(start).name),
+            "train_dataloader.dataset.data_path": str(
+                folder / f"data_{seed}" / "conversations.jsonl"
+            ),
+            "train_dataloader.dataset.contrast_answers": MODES[mode],
+            "train_dataloader.batch_size": _TRAIN_BATCH,
+            "train_dataloader.sampler.per_device_batch_size": _TRAIN_BATCH,
+            "train_cfg.max_iters": steps,
+            "param_scheduler.1.end": steps,
+            "default_hooks.checkpoint.interval": steps,
+            "default_hooks.logger.interval": 50,
+            "custom_hooks": cfg.custom_hooks[:-1],  # no example of the data on the screen
+            "randomness.seed": seed,
+            "work_dir": str(work),
+            "experiment_name": work.name,
+            "launcher": "none",
+        }
+    )
+    with contextlib.chdir(demo):  # the config's paths are relative
+        runner = AdaptedRunner.from_cfg(cfg)
+        runner.train()
+        return Assistant(
+            runner.model,
+            BUILDER.build(cfg.tokenizer),
+            AnyRes.from_image_processor(BUILDER.build(cfg.image_processor)),
+            fingerprint=work.name,
+        )
 
 
-def audit(demo: Path, folder: Path, parts: Path, seed: int) -> list[dict[str, Any]]:
+def audit(demo: Path, folder: Path, model: Any, seed: int) -> list[dict[str, Any]]:
     """Asks the held-out questions in three arms; returns the rows of the audit.
 
     A row has two more fields: `image alone` and `text alone`, what those would score.
     """
     from dataclasses import asdict
+    from tempfile import TemporaryDirectory
 
-    from pallava import load_model
     from pallava.evaluation.audit import EXCHANGED, NONE, TRUE, make_arms, read_rows
     from pallava.evaluation.benchmarks import pathvqa
     from pallava.evaluation.generation import generate_answers
 
     benchmark = pathvqa(folder / f"data_{seed}" / "held_out.jsonl", demo / "data")
-    model = load_model(demo / "llm", parts, demo / "plip" / "plip_encoder")
     arms = make_arms(benchmark.questions.questions, seed=seed)
     answers = {}
     for arm in (TRUE, EXCHANGED, NONE):
-        outcome = generate_answers(
-            model,
-            arms.questions[arm],
-            parts.parent / "answers",
-            batch_size=_BATCH,
-            max_new_tokens=8,
-        )
+        with TemporaryDirectory() as log:
+            outcome = generate_answers(
+                model, arms.questions[arm], log, batch_size=_BATCH, max_new_tokens=8
+            )
         assert outcome is not None  # a single process
         answers[arm] = outcome.answers
     asked = {question.id: question for question in arms.questions[TRUE]}
@@ -168,7 +215,7 @@ def summarise(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
         rows: Rows of the audit by `MODE_SEED`; the same questions for both modes of a seed.
 
     Returns:
-        By arm: accuracy of both modes and of the references, `balanced - plain`, and each mode
+        By arm: accuracy of both modes and of the references, `contrasted - plain`, and each mode
         minus `image alone`, as value, lower and upper bound; and each mode's accuracy by seed.
         Intervals resample slides, which seeds share.
     """
@@ -207,7 +254,7 @@ def summarise(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
     for arm in TITLES:
         summary[arm] = {
             **{name: score(right[arm, name]) for name in (*MODES, *REFERENCES)},
-            "balanced - plain": minus(arm, "balanced", "plain"),
+            "contrasted - plain": minus(arm, "contrasted", "plain"),
             **{f"{mode} - image alone": minus(arm, mode, REFERENCES[0]) for mode in MODES},
             "by seed": {mode: by_seed(arm, mode) for mode in MODES},
         }
@@ -223,14 +270,6 @@ def table(summary: Mapping[str, Any]) -> str:
         cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in scores]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _run(folder: Path, arguments: Sequence[object]) -> None:
-    command = [sys.executable, "-m", "xtuner_add.cli", *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if result.returncode:
-        output = result.stdout + result.stderr
-        raise click.ClickException(f"{' '.join(command)}: {output[-3000:]}")
 
 
 @click.command()
@@ -251,14 +290,17 @@ def _run(folder: Path, arguments: Sequence[object]) -> None:
 @click.option("--first-seed", default=0, show_default=True, help="To share seeds among processes.")
 @click.option("--steps", default=200, show_default=True, help="Steps of each training.")
 def main(demo: Path, work_dir: Path, seeds: int, first_seed: int, steps: int) -> None:
-    """Train with and without `balance_answers` and audit both; finished trainings are reused."""
+    """Train with and without `contrast_answers` and audit both; finished ones are reused."""
+    from pallava.engine.runtime import prepare_host
+
+    prepare_host()
+    remember_features()
     demo, work_dir = demo.resolve(), work_dir.resolve()
     rows = {}
     for seed in range(first_seed, first_seed + seeds):
         make_data(demo, work_dir / f"data_{seed}", seed)
         for mode in MODES:
-            parts = train(demo, work_dir, mode, seed, steps)
-            rows[f"{mode}_{seed}"] = audit(demo, work_dir, parts, seed)
+            rows[f"{mode}_{seed}"] = measure(demo, work_dir, mode, seed, steps)
         summary = summarise(rows)
         click.echo(f"seeds {', '.join(summary['seeds'])}\n{table(summary)}")
         write_json(work_dir / "summary.json", summary)

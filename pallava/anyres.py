@@ -168,8 +168,8 @@ class AnyRes:
         else:
             tiles = [image.resize((self.tile_px, self.tile_px), Image.Resampling.BICUBIC)]
         pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
-        # In place and on whole rows, with the statistics repeated for each pixel: four times as fast
-        # as with three values along the last dimension, and the same bits.
+        # In place and on whole rows, with the statistics repeated for each pixel: four times as
+        # fast as with three values along the last dimension, and the same bits.
         rows = pixels.view(-1, 3 * self.tile_px).to(torch.float32).div_(255)
         for statistic, apply in ((self.image_mean, rows.sub_), (self.image_std, rows.div_)):
             apply(torch.tensor(statistic, dtype=torch.float32).repeat(self.tile_px))

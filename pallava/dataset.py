@@ -55,8 +55,8 @@ class LLaVADataset(ConversationDataset):
         max_pixels: Maximum number of pixels; larger images are skipped.
         skip_log: File that records skipped samples; beside the run's log by default.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
-        balance_answers: Whether all answers to one wording count equally in the loss, however often
-            each occurs; see `pallava.text.balancing`.
+        contrast_answers: Whether the loss also contrasts different answers to one wording; see
+            `pallava.modeling.contrast`.
         feature_cache: Folder in which the features of a frozen encoder are stored, so that each
             image is decoded and encoded once; see `pallava.feature_cache`.
 
@@ -83,7 +83,7 @@ class LLaVADataset(ConversationDataset):
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
-        balance_answers: bool = False,
+        contrast_answers: bool = False,
         feature_cache: StrPath | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)
@@ -109,7 +109,7 @@ class LLaVADataset(ConversationDataset):
             max_length,
             skip_log,
             map_num_proc,
-            balance_answers=balance_answers,
+            contrast_answers=contrast_answers,
         )
         if check_images == "header":
             read_headers = partial(index_images, self.image_folder, max_pixels=max_pixels)

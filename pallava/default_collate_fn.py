@@ -27,7 +27,7 @@ def default_collate_fn(
     Args:
         instances: Samples with `input_ids`, `labels` and, for samples with images, `pixel_values`:
             one stack `(1 + num_sub_images, 3, S, S)` or a list of stacks. Some may have
-            `label_weights`.
+            `label_marks`.
         pad_index: Token id used for padding.
         return_hf_format: Whether to return the bare dictionary instead of MMEngine's
             `data`/`data_samples`.
@@ -38,7 +38,7 @@ def default_collate_fn(
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `attention_mask`, each `(B, longest)`;
-        `label_weights` of the same shape if a sample has them; and `pixel_values`, a list of all
+        `label_marks` of the same shape if a sample has them; and `pixel_values`, a list of all
         images in reading order, which is absent if there are none.
 
     Raises:
@@ -70,12 +70,12 @@ def default_collate_fn(
         "position_ids": steps.expand(len(ids), -1).clone(),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
-    if any("label_weights" in instance for instance in instances):
-        weights = [
-            torch.as_tensor(instance.get("label_weights", [1.0] * len(sequence)))
+    if any("label_marks" in instance for instance in instances):
+        marks = [
+            torch.as_tensor(instance.get("label_marks", [0] * len(sequence)))
             for instance, sequence in zip(instances, ids, strict=True)
         ]
-        data["label_weights"] = pad_sequence(weights, batch_first=True)
+        data["label_marks"] = pad_sequence(marks, batch_first=True)
     images = [image for instance in instances for image in _images(instance)]
     if images:
         data["pixel_values"] = images

@@ -166,7 +166,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
 
         Args:
             data: Batch from `default_collate_fn`: `input_ids`, `attention_mask`, `labels` and, if
-                there are any, `pixel_values` and `label_weights`.
+                there are any, `pixel_values` and `label_marks`.
             data_samples: Unused; MMEngine passes it.
             mode: `loss` returns `{"loss": ...}`, `tensor` the language model's output, `predict` a
                 list of logits.
@@ -180,7 +180,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             data.get("pixel_values"),
             data.get("attention_mask"),
             data.get("labels"),
-            label_weights=data.get("label_weights"),
+            label_marks=data.get("label_marks"),
         )
         if mode == "loss":
             return {"loss": self.language_model_loss(inputs)}

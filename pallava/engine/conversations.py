@@ -17,8 +17,8 @@ from xtuner.registry import BUILDER
 
 from pallava.engine.skipping import default_skip_log
 from pallava.skipping import SkipLog
-from pallava.text.balancing import answer_weights, spread_weights
 from pallava.text.chat_template import render_pieces, template_of_tokenizer
+from pallava.text.contrasts import answer_marks, spread_marks
 from pallava.text.encoding import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
@@ -53,8 +53,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: File that records skipped samples.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
         image_field: Field of the rows that names their images.
-        balance_answers: Whether all answers to one wording count equally in the loss, however often
-            each occurs; see `pallava.text.balancing`.
+        contrast_answers: Whether the loss also contrasts different answers to one wording; see
+            `pallava.modeling.contrast`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         image_field: str = "image",
-        balance_answers: bool = False,
+        contrast_answers: bool = False,
     ) -> None:
         super().__init__()
         self.skip_log = SkipLog(skip_log) if skip_log else default_skip_log()
@@ -84,7 +84,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     logger="current",
                     level=logging.WARNING,
                 )
-            self.text_data = load_processed_text(offline_processed_text_folder, balance_answers)
+            self.text_data = load_processed_text(offline_processed_text_folder, contrast_answers)
             self._num_skipped_at_start = len(self.skip_log.read())
             return
         if data_path is None or tokenizer is None:
@@ -102,7 +102,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             num_proc=map_num_proc,
             skip_log=self.skip_log,
             image_field=image_field,
-            balance_answers=balance_answers,
+            contrast_answers=contrast_answers,
         )
         self._num_skipped_at_start = len(self.skip_log.read())
 
@@ -113,7 +113,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `input_ids`, `labels` and `pixel_values`, one stack of tiles per image.
 
-        With `balance_answers`, also `label_weights`, the weight of each label in the loss.
+        With `contrast_answers`, also `label_marks`; see `pallava.text.contrasts`.
 
         If an image cannot be decoded, it is recorded in the skip log and the next row is returned
         instead.
@@ -136,7 +136,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 continue
             if error is not None:
                 self._check_undecodable(error)
-            texts = ("input_ids", "labels", "label_weights")
+            texts = ("input_ids", "labels", "label_marks")
             return {name: row[name] for name in texts if name in row} | {"pixel_values": images}
         raise ImageError(f"{_REPLACEMENTS} rows one after the other are unreadable; last: {error}")
 
@@ -297,16 +297,16 @@ class TokenizerTemplate:
         return {"conversation": rendered}
 
 
-def load_processed_text(folder: StrPath, balance_answers: bool = False) -> Any:
+def load_processed_text(folder: StrPath, contrast_answers: bool = False) -> Any:
     """Opens a folder of tokenized rows written by `datasets.save_to_disk`.
 
     Args:
         folder: The folder.
-        balance_answers: Whether to read the weights of labels, which are dropped otherwise.
+        contrast_answers: Whether to read the marks of labels, which are dropped otherwise.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If it lacks `input_ids`, `labels`, or the weights that are asked for.
+        ValueError: If it lacks `input_ids`, `labels`, or the marks that are asked for.
     """
     from datasets import load_from_disk
 
@@ -319,14 +319,14 @@ def load_processed_text(folder: StrPath, balance_answers: bool = False) -> Any:
             f"offline_processed_text_folder {folder}: columns {sorted(absent)} are missing, found "
             f"{data.column_names}"
         )
-    if balance_answers and "label_weights" not in data.column_names:
+    if contrast_answers and "label_marks" not in data.column_names:
         raise ValueError(
-            f"offline_processed_text_folder {folder}: balance_answers needs the column "
-            f"label_weights, found {data.column_names}; tokenise the data again by "
-            "`xtuner-add tokenise --config` with a config that sets balance_answers=True"
+            f"offline_processed_text_folder {folder}: contrast_answers needs the column "
+            f"label_marks, found {data.column_names}; tokenise the data again by "
+            "`xtuner-add tokenise --config` with a config that sets contrast_answers=True"
         )
-    if not balance_answers and "label_weights" in data.column_names:
-        data = data.remove_columns("label_weights")
+    if not contrast_answers and "label_marks" in data.column_names:
+        data = data.remove_columns("label_marks")
     return _add_counts(data, num_proc=None)
 
 
@@ -341,7 +341,7 @@ def process_text(
     num_proc: int | None,
     skip_log: SkipLog,
     image_field: str = "image",
-    balance_answers: bool = False,
+    contrast_answers: bool = False,
 ) -> Any:
     """Reads, checks, templates and tokenizes rows; unusable ones are recorded in the skip log.
 
@@ -355,7 +355,7 @@ def process_text(
         num_proc: Number of processes; None chooses by the number of rows.
         skip_log: Log of skipped rows.
         image_field: Field of the rows that names their images.
-        balance_answers: Whether to add `label_weights`, see `pallava.text.balancing`.
+        contrast_answers: Whether to add `label_marks`, see `pallava.text.contrasts`.
 
     Returns:
         A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
@@ -392,8 +392,8 @@ def process_text(
     if max_dataset_length is not None and max_dataset_length < len(data):
         data = data.shuffle(seed=0).select(range(max_dataset_length))
     data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
-    if balance_answers:  # before the template changes the texts
-        data = data.add_column("weights", answer_weights(data["conversation"]))
+    if contrast_answers:  # before the template changes the texts
+        data = data.add_column("marks", _marks(data["conversation"], data_path))
     if template_map_fn == TOKENIZER_TEMPLATE:
         template_map_fn = TokenizerTemplate(tokenizer)
     if template_map_fn is not None:
@@ -404,21 +404,31 @@ def process_text(
                     reason = "dataset_map_fn or the template left no question with an answer"
                     skip_log.record(row["id"], data_path, reason)
     encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
-    used = {"conversation", "conversations", "weights"} & set(data.column_names)
+    used = {"conversation", "conversations", "marks"} & set(data.column_names)
     data = data.map(encode, num_proc=num_proc, remove_columns=sorted(used))
     return _skip_unusable(_add_counts(data, num_proc), skip_log, max_length)
+
+
+def _marks(conversations: Any, data_path: StrPath) -> list[list[int]]:
+    marks = answer_marks(conversations)
+    marked, total = sum(mark != 0 for row in marks for mark in row), sum(map(len, marks))
+    message = f"contrast_answers: {marked} of {total} answers in {data_path} can be contrasted"
+    if not marked:
+        message += ": no wording is asked often enough with few enough different answers"
+    print_log(message, logger="current", level=logging.INFO if marked else logging.WARNING)
+    return marks
 
 
 def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     marks = sum(pair["input"].count(IMAGE_TOKEN) for pair in row["conversation"])
     encoded: dict[str, Any] = encode_conversation(tokenizer, row["conversation"], max_length)
-    if "weights" in row:
+    if "marks" in row:
         learned = [
-            weight
-            for weight, pair in zip(row["weights"], row["conversation"], strict=True)
+            mark
+            for mark, pair in zip(row["marks"], row["conversation"], strict=True)
             if pair.get("output_with_loss", True)
         ]
-        encoded["label_weights"] = spread_weights(encoded["labels"], learned)
+        encoded["label_marks"] = spread_marks(encoded["labels"], learned)
     return {"num_marks": marks, **encoded}
 
 

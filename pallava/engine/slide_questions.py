@@ -32,7 +32,7 @@ class SlideQuestionDataset(ConversationDataset):
         mpp: Micrometres per pixel of a tile.
         conversations: Arguments of `pallava.dataset.LLaVADataset`: `data_path`, `tokenizer`,
             `offline_processed_text_folder`, `max_dataset_length`, `dataset_map_fn`,
-            `template_map_fn`, `max_length`, `skip_log`, `map_num_proc`, `balance_answers`.
+            `template_map_fn`, `max_length`, `skip_log`, `map_num_proc`, `contrast_answers`.
 
     Raises:
         FileNotFoundError: If a folder or file does not exist.

@@ -44,7 +44,7 @@ class TextSettings:
         max_length: Maximum number of tokens; longer sequences are truncated.
         description: All settings as JSON values, by which runs are distinguished.
         image_field: Field of the rows that names their images.
-        balance_answers: Whether the rows get `label_weights`.
+        contrast_answers: Whether the rows get `label_marks`.
     """
 
     tokenizer: Any
@@ -53,7 +53,7 @@ class TextSettings:
     max_length: int
     description: dict[str, Any]
     image_field: str = "image"
-    balance_answers: bool = False
+    contrast_answers: bool = False
 
 
 def settings_from_names(
@@ -124,11 +124,11 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
                     key: _described(dataset.get(key))
                     for key in ("tokenizer", "dataset_map_fn", "template_map_fn")
                 },
-                **({"balance_answers": True} if dataset.get("balance_answers") else {}),
+                **({"contrast_answers": True} if dataset.get("contrast_answers") else {}),
             }
         },
         "slide" if "features_folder" in dataset else "image",
-        bool(dataset.get("balance_answers")),
+        bool(dataset.get("contrast_answers")),
     )
 
 
@@ -212,7 +212,7 @@ def _write(
         num_proc=num_proc,
         skip_log=log,
         image_field=settings.image_field,
-        balance_answers=settings.balance_answers,
+        contrast_answers=settings.contrast_answers,
     )
     images = data["image"]
     if all(len(files or ()) <= 1 for files in images):  # XTuner's own class supports only one name

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pallava.modeling.contrast import contrast_loss
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 SubImageMask = Literal["exact", "published"]
@@ -42,7 +43,7 @@ class SplicedInputs:
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor | None
-    label_weights: Tensor | None = None
+    label_marks: Tensor | None = None
 
 
 def splice(
@@ -52,7 +53,7 @@ def splice(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     padding_side: PaddingSide = "right",
-    label_weights: Tensor | None = None,
+    label_marks: Tensor | None = None,
 ) -> SplicedInputs:
     """Replaces every image token of a batch by the visual tokens of the next image.
 
@@ -63,7 +64,7 @@ def splice(
         attention_mask: `(B, length)`, False for padding on either side.
         labels: `(B, length)`; image positions are excluded from the loss.
         padding_side: Side on which shorter samples are padded; `left` for batched generation.
-        label_weights: `(B, length)`, weights of the labels in the loss.
+        label_marks: `(B, length)`, marks of answers that the loss contrasts.
 
     Returns:
         Tensors padded to the longest sample after splicing.
@@ -122,7 +123,7 @@ def splice(
         attention_mask=new_mask,
         position_ids=((steps - offset) * new_mask),
         labels=place(labels, IGNORE_INDEX),
-        label_weights=place(label_weights, 0),
+        label_marks=place(label_marks, 0),
     )
 
 
@@ -186,7 +187,7 @@ class MultimodalMixin:
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide = "right",
-        label_weights: Tensor | None = None,
+        label_marks: Tensor | None = None,
     ) -> SplicedInputs:
         """Embeds the text, encodes the images and splices them; see `splice`.
 
@@ -197,7 +198,7 @@ class MultimodalMixin:
             attention_mask: `(B, length)`.
             labels: `(B, length)`.
             padding_side: Side on which shorter samples are padded.
-            label_weights: `(B, length)`.
+            label_marks: `(B, length)`.
         """
         embed = self.llm.get_input_embeddings()
         text_embeds = embed(input_ids.clamp(min=0))  # image tokens have negative ids
@@ -218,15 +219,13 @@ class MultimodalMixin:
             attention_mask,
             labels,
             padding_side,
-            label_weights,
+            label_marks,
         )
 
     def language_model_loss(self, inputs: SplicedInputs) -> Tensor:
         """Computes the mean cross-entropy over tokens with labels.
 
-        With `label_weights`, each term is multiplied by its weight, and the sum is still divided by
-        the number of labels: the weights have a mean of 1 over the data set, and dividing by their
-        sum over a batch would cancel them in part, entirely in batches of one.
+        With `label_marks`, `pallava.modeling.contrast.contrast_loss` is added.
 
         Logits are computed only at positions where some sample has a label: with Llama-3's
         vocabulary of 128,256, the logits of all visual tokens would take gigabytes.
@@ -246,16 +245,14 @@ class MultimodalMixin:
         ).logits
         logits = (logits if keeps_logits else logits[:, learned]).float()
         targets = targets[:, learned].reshape(-1).to(logits.device)
-        weights = inputs.label_weights
         total = F.cross_entropy(
-            logits.flatten(0, 1),
-            targets,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum" if weights is None else "none",
+            logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        if weights is not None:
-            total = total @ weights[:, 1:][:, learned].reshape(-1).to(total)
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        loss = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        if inputs.label_marks is not None:
+            marks = inputs.label_marks[:, 1:][:, learned].reshape(-1).to(logits.device)
+            loss = loss + contrast_loss(logits.flatten(0, 1), targets, marks)
+        return loss
 
     @torch.no_grad()
     def generate_answer(

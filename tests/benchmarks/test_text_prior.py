@@ -47,7 +47,7 @@ def test_the_text_alone_answers_four_fifths(tmp_path: Path) -> None:
 
 def test_figures_are_paired_over_seeds() -> None:
     right = {"plain": {"true": 1, "exchanged": 1, "none": 1},
-             "balanced": {"true": 1, "exchanged": 0, "none": 1}}  # fmt: skip
+             "contrasted": {"true": 1, "exchanged": 0, "none": 1}}  # fmt: skip
     rows = {
         f"{mode}_{seed}": [
             {"item": str(item), "arm": arm, "cluster": str(item), "correct": float(value),
@@ -58,14 +58,14 @@ def test_figures_are_paired_over_seeds() -> None:
         for mode in MODES
         for seed in range(3)
     }  # fmt: skip
-    rows["balanced_2"][0]["correct"] = 0.0
+    rows["contrasted_2"][0]["correct"] = 0.0
     found = summarise(rows)
     assert found["seeds"] == ["0", "1", "2"]
-    assert found["true"]["balanced - plain"][0] == pytest.approx(-1 / 12, abs=1e-4)
-    assert found["true"]["by seed"] == {"plain": [1, 1, 1], "balanced": [1, 1, 0.75]}
+    assert found["true"]["contrasted - plain"][0] == pytest.approx(-1 / 12, abs=1e-4)
+    assert found["true"]["by seed"] == {"plain": [1, 1, 1], "contrasted": [1, 1, 0.75]}
     assert found["true"]["text alone"][0] == 0.75
-    assert found["rare"]["balanced"][0] == pytest.approx(2 / 3, abs=1e-4)  # item 0 of each seed
-    assert found["exchanged"]["balanced - plain"] == [-1, -1, -1]
-    assert found["exchanged"]["balanced - image alone"][0] == -0.75
+    assert found["rare"]["contrasted"][0] == pytest.approx(2 / 3, abs=1e-4)  # item 0 of each seed
+    assert found["exchanged"]["contrasted - plain"] == [-1, -1, -1]
+    assert found["exchanged"]["contrasted - image alone"][0] == -0.75
     assert "| exchanged images | 1.000 (1.000 to 1.000) | 0.000" in table(found)
     json.dumps(found)

@@ -21,6 +21,7 @@ from pallava.anyres import AnyRes
 from pallava.dataset import LLaVADataset, process_text
 from pallava.default_collate_fn import default_collate_fn
 from pallava.skipping import SkipLog
+from pallava.text.contrasts import ANSWER_BITS
 from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from pathcore.images import ImageError, load_image
 from tests.pallava import goldens
@@ -352,40 +353,56 @@ def test_rows_are_taken_at_random_when_fewer_are_asked_for(folder: Folder) -> No
     assert ids[0] != sorted(ids[0])
 
 
-def test_rare_answers_weigh_more_on_request(folder: Folder) -> None:
+def test_answers_are_marked_on_request(folder: Folder) -> None:
     rows = folder.add_images(20)
     for number, each in enumerate(rows):
         each["conversations"][0]["value"] = "<image>\nIs mucin shown?"
         each["conversations"][1]["value"] = "yes" if number % 5 else "no"
-    plain, balanced = folder.dataset(rows), folder.dataset(rows, balance_answers=True)
-    assert "label_weights" not in plain[0]
-    assert len(balanced) == len(plain)
+    plain, marked = folder.dataset(rows), folder.dataset(rows, contrast_answers=True)
+    assert "label_marks" not in plain[0]
+    assert len(marked) == len(plain)
+    found: dict[str, set[int]] = {"yes": set(), "no": set()}
     for index in range(20):
-        sample = balanced[index]
+        sample = marked[index]
         assert {**plain[index], "pixel_values": None} == {
             name: value if name != "pixel_values" else None
             for name, value in sample.items()
-            if name != "label_weights"
+            if name != "label_marks"
         }
-        answer = 0.625 if index % 5 else 2.5
-        assert sample["label_weights"] == [
-            answer if label >= 0 else 1.0 for label in sample["labels"]
-        ]
+        start = next(place for place, label in enumerate(sample["labels"]) if label >= 0)
+        found["yes" if index % 5 else "no"].add(sample["label_marks"].pop(start))
+        assert set(sample["label_marks"]) == {0}
+    (yes,), (no,) = found["yes"], found["no"]
+    assert yes != no
+    assert yes >> ANSWER_BITS == no >> ANSWER_BITS != 0
 
 
-def test_weights_of_tokenised_rows_are_used_on_request(folder: Folder) -> None:
+def test_answers_without_counterparts_are_reported(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(
+        "pallava.engine.conversations.print_log", lambda message, **_: shown.append(message)
+    )
+    data = folder.dataset(folder.add_images(3), contrast_answers=True)
+    assert set(data[0]["label_marks"]) == {0}
+    assert any("0 of 3 answers in" in text and "often enough" in text for text in shown)
+
+
+def test_marks_of_tokenised_rows_are_used_on_request(folder: Folder) -> None:
     rows = [row(number, "yes" if number % 5 else "no", question="red?") for number in range(20)]
     folder.add_images(20)
     stored = folder.root / "stored"
-    folder.dataset(rows, balance_answers=True).text_data.save_to_disk(str(stored))
+    folder.dataset(rows, contrast_answers=True).text_data.save_to_disk(str(stored))
     offline = {"data_path": None, "tokenizer": None, "offline_processed_text_folder": stored}
-    balanced = folder.dataset(rows, **offline, balance_answers=True)
-    assert set(balanced[0]["label_weights"]) == {1.0, 2.5}
-    assert "label_weights" not in folder.dataset(rows, **offline)[0]
-    balanced.text_data.remove_columns("label_weights").save_to_disk(str(folder.root / "without"))
+    marked = folder.dataset(rows, **offline, contrast_answers=True)
+    assert len(set(marked[0]["label_marks"])) == 2
+    assert marked[0]["label_marks"] == folder.dataset(rows, contrast_answers=True)[0]["label_marks"]
+    assert "label_marks" not in folder.dataset(rows, **offline)[0]
+    marked.text_data.remove_columns("label_marks").save_to_disk(str(folder.root / "without"))
     offline["offline_processed_text_folder"] = folder.root / "without"
-    with pytest.raises(ValueError, match="needs the column label_weights, found"):
-        folder.dataset(rows, **offline, balance_answers=True)
+    with pytest.raises(ValueError, match="needs the column label_marks, found"):
+        folder.dataset(rows, **offline, contrast_answers=True)
 
 
 def test_many_processes_give_the_same(folder: Folder) -> None:

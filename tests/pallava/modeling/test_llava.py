@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pallava.modeling.contrast import CONTRAST_WEIGHT, contrast_loss
 from pallava.modeling.llava import PALLaVA, SubImageMask, splice
+from pallava.text.contrasts import ANSWER_BITS
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.pallava import goldens
 
@@ -190,28 +192,65 @@ def test_a_mixed_batch_gives_the_mean_over_its_tokens() -> None:
     )
 
 
-def weighted(one: dict[str, object], weight: float) -> dict[str, object]:
-    """A sample all of whose labels have one weight."""
-    return {**one, "label_weights": [weight] * len(one["labels"])}  # type: ignore[arg-type]
-
-
-def test_weights_multiply_the_terms_of_the_loss_whatever_the_batch() -> None:
+def test_a_pair_of_answers_to_one_wording_adds_the_odds_of_its_exchange() -> None:
     model = goldens.model(goldens.CROSSATTN_STATE)
-    weights = (0.5, 1.0, 3.0, 1.0)
-    # A sample without weights, as from another data set, counts as it would in a plain batch.
-    samples = [weighted(one, weight) for one, weight in zip(MIXED[:3], weights, strict=False)]
-    batch = collated((*samples, MIXED[3]))
-    shares = torch.tensor(
-        [sum(label >= 0 for label in one["labels"][1:].tolist()) for one in MIXED]
-    )
+    image = IMAGE_TOKEN_INDEX
+    wording = 7 << ANSWER_BITS
+    marks = {6: wording | 1, 11: wording | 2}
+    asked = [
+        sample(0, image, 5, answer, image_sizes=(3,), seed=seed)
+        for seed, answer in ((1, 6), (2, 11), (3, 6))
+    ]
+    for one in asked:
+        one["labels"] = torch.where(torch.arange(4) == 3, one["labels"], IGNORE_INDEX)  # type: ignore[call-overload]
+    marked = [
+        {**one, "label_marks": [0, 0, 0, marks[int(one["labels"][-1])]]}  # type: ignore[index]
+        for one in asked
+    ]
+    unmarked = {**sample(0, image, 9, 12, image_sizes=(3,), seed=4)}  # as from another data set
+
+    def loss(*samples: dict[str, object]) -> torch.Tensor:
+        return model.language_model_loss(model.prepare_inputs(**collated(samples)))
+
+    def negative_log(one: dict[str, object], answer: int) -> torch.Tensor:
+        """Minus the logarithm of the probability of the answer."""
+        labels = torch.tensor([IGNORE_INDEX] * 3 + [answer])
+        return loss({**one, "labels": labels})
+
     with torch.no_grad():
-        together = model.language_model_loss(model.prepare_inputs(**batch))
-        alone = torch.stack([model(**collated((one,)))["loss"] for one in MIXED])
-        heavy = model.language_model_loss(model.prepare_inputs(**collated((samples[2],))))
-    expected = (alone * shares * torch.tensor(weights)).sum() / shares.sum()
-    torch.testing.assert_close(together, expected, atol=goldens.LOSS_ATOL, rtol=0)
-    # In a batch of one, a weight is not divided out.
-    torch.testing.assert_close(heavy, 3 * alone[2], atol=3 * goldens.LOSS_ATOL, rtol=0)
+        exchanges = [
+            torch.nn.functional.softplus(
+                negative_log(one, 6)
+                + negative_log(asked[1], 11)
+                - negative_log(one, 11)
+                - negative_log(asked[1], 6)
+            )
+            for one in (asked[0], asked[2])
+        ]
+        expected = loss(*asked, unmarked) + CONTRAST_WEIGHT * sum(exchanges) / 2
+        torch.testing.assert_close(
+            loss(*marked, unmarked), expected, atol=goldens.LOSS_ATOL, rtol=0
+        )
+        # Neither the same answer twice nor two wordings make a pair.
+        alike = (marked[0], marked[2])
+        assert torch.equal(loss(*alike), loss(asked[0], asked[2]))
+        marked[1]["label_marks"] = [0, 0, 0, (8 << ANSWER_BITS) | 2]
+        assert torch.equal(loss(*marked), loss(*asked))
+
+
+def test_the_contrast_does_not_depend_on_how_frequent_answers_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 20, generator=generator)
+    targets = torch.tensor([3, 4, 3, 3, 4, 5])
+    wording = 7 << ANSWER_BITS
+    marks = torch.tensor([wording | 3, wording | 4, wording | 3, wording | 3, wording | 4, 0])
+    prior = torch.zeros(20)
+    prior[3] = 5.0
+    plain, shifted = (contrast_loss(values, targets, marks) for values in (logits, logits + prior))
+    torch.testing.assert_close(plain, shifted)
+    # Images that say nothing leave even odds.
+    nothing = contrast_loss(prior.expand(6, 20), targets, marks)
+    torch.testing.assert_close(nothing, CONTRAST_WEIGHT * torch.tensor(2.0).log())
 
 
 def test_each_image_of_a_conversation_takes_its_own_place() -> None:
