@@ -5,9 +5,14 @@ Evidence of a trained model: `tests/pallava/engine/test_slide_questions.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import pytest
 import torch
+from torch import Tensor
 
+import pallava.inference.evidence as evidence_module
 from pallava.inference.assistant import Assistant
 from pallava.inference.evidence import (
     Evidence,
@@ -71,6 +76,24 @@ def test_nothing_is_cited_if_tiles_do_nothing(assistant: Assistant) -> None:
     assert not len(evidence.cited) and not evidence.is_told
     assert str(evidence) == "cannot be told: without up to 50% of 30 tiles the answer is the same"
     assert evidence.fields()["told"] is False
+
+
+@pytest.mark.parametrize("needed", [1, 2, 7, 8, 31, 50])
+def test_as_few_tiles_are_cited_as_change_the_answer(
+    needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that changes once the first `needed` of a hundred tiles are missing."""
+
+    class Planted:
+        def keep(self, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            same = torch.tensor([bool(mask[:needed].any()) for mask in masks])
+            return same.float(), same
+
+    monkeypatch.setattr(evidence_module, "integrated_gradients", lambda _: -torch.arange(100.0))
+    evidence = find_evidence(cast(Any, Planted()))
+    assert evidence.cited.tolist() == list(range(needed))
+    assert (evidence.probability, evidence.probability_without) == (1, 0)
+    assert evidence.is_told
 
 
 def test_an_answer_that_any_removal_changes_has_no_evidence() -> None:
