@@ -31,12 +31,7 @@ _SHOWN_WIDTH_PX = 320
 
 
 def write_report(work_dir: Path, summary: Mapping[str, Any]) -> Path:
-    """Writes `report.html`.
-
-    Args:
-        work_dir: Folder of the demo, all stages done.
-        summary: Content of `summary.json`.
-    """
+    """Writes `report.html` of a finished demo, whose `summary.json` has the content `summary`."""
     return write_page(
         work_dir,
         "pallava/report.html.j2",

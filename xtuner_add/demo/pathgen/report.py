@@ -39,12 +39,7 @@ _COLOURS = {"clip": BLUE, "clip_exchanged": GREY, "first_clip": GREEN}
 
 
 def write_report(work_dir: Path, summary: Mapping[str, Any]) -> Path:
-    """Writes `report.html`.
-
-    Args:
-        work_dir: Folder of the demo, all stages done.
-        summary: Content of `summary.json`.
-    """
+    """Writes `report.html` of a finished demo, whose `summary.json` has the content `summary`."""
     return write_page(
         work_dir,
         "pathgen/report.html.j2",
