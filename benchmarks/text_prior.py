@@ -14,8 +14,8 @@ both images have the same answer: 0.8^2 + 0.2^2 = 68 %.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -160,15 +160,14 @@ def train(demo: Path, folder: Path, mode: str, seed: int, steps: int) -> Any:
             "launcher": "none",
         }
     )
-    with contextlib.chdir(demo):  # the config's paths are relative
-        runner = AdaptedRunner.from_cfg(cfg)
-        runner.train()
-        return Assistant(
-            runner.model,
-            BUILDER.build(cfg.tokenizer),
-            AnyRes.from_image_processor(BUILDER.build(cfg.image_processor)),
-            fingerprint=work.name,
-        )
+    runner = AdaptedRunner.from_cfg(cfg)
+    runner.train()
+    return Assistant(
+        runner.model,
+        BUILDER.build(cfg.tokenizer),
+        AnyRes.from_image_processor(BUILDER.build(cfg.image_processor)),
+        fingerprint=work.name,
+    )
 
 
 def audit(demo: Path, folder: Path, model: Any, seed: int) -> list[dict[str, Any]]:
@@ -296,6 +295,7 @@ def main(demo: Path, work_dir: Path, seeds: int, first_seed: int, steps: int) ->
     prepare_host()
     remember_features()
     demo, work_dir = demo.resolve(), work_dir.resolve()
+    os.chdir(demo)  # the config's paths are relative
     rows = {}
     for seed in range(first_seed, first_seed + seeds):
         make_data(demo, work_dir / f"data_{seed}", seed)

@@ -92,4 +92,4 @@ def _key(text: str) -> str:
 
 def _hash(text: str, bits: int) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 64 - bits
+    return int.from_bytes(digest, "big") >> 64 - bits
