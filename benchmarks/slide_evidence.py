@@ -205,7 +205,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> str:
     default="work_dirs/slide_questions",
     show_default=True,
 )
-@click.option("--slides", default=100, show_default=True, help="Held-out slides.")
+@click.option("--slides", default=30, show_default=True, help="Held-out slides.")
 @click.option("--scores/--no-scores", default=True, help="Compare the scores of tiles too.")
 def main(work_dir: Path, slides: int, scores: bool) -> None:
     """Measure, and print the tables; existing results are kept."""
