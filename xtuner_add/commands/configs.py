@@ -119,7 +119,12 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
     help="Samples per GPU and iteration. [default: the config's]",
 )
 @click.option(
-    "--images", default=1, show_default=True, type=click.IntRange(0), help="Images per sample."
+    "--num-images",
+    "images",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Images per sample.",
 )
 @click.option(
     "--sub-images",
