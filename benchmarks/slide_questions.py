@@ -24,8 +24,10 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import slide_map
 from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
 from pathcore.stats import wilson_interval
+from xtuner_add.demo.language_model import Turns
 from xtuner_add.demo.pallava.answers import exchanged_images
 
 CONFIG = "demo_slide_questions"
@@ -66,20 +68,26 @@ def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> Non
     write_text(folder / "conversations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_language_model(folder: Path, seed: int, steps: int) -> None:
-    """Trains a small Llama on reports and questions about them, without slides."""
+def train_language_model(
+    folder: Path, seed: int, steps: int, corpus: Sequence[Turns] | None = None
+) -> None:
+    """Trains a small Llama on chats, by default on reports of synthetic slides and questions."""
     from xtuner_add.demo.language_model import LanguageModelSizes, train
 
+    sizes = LanguageModelSizes(hidden_size=96, intermediate_size=192, num_layers=3, steps=steps)
+    train(corpus or _reports(seed), folder, sizes, seed)
+
+
+def _reports(seed: int) -> list[Turns]:
     rng = np.random.default_rng([seed, 8])
-    corpus = []
+    corpus: list[Turns] = []
     for _ in range(6000):
         answers = Answers.draw(rng)
         asked = answers.questions()
         turns = [("Describe the slide.", answers.report())]
         turns += [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))[:_ASKED]]
         corpus.append(turns)
-    sizes = LanguageModelSizes(hidden_size=96, intermediate_size=192, num_layers=3, steps=steps)
-    train(corpus, folder, sizes, seed)
+    return corpus
 
 
 def train(folder: Path, steps: int | None) -> str:
@@ -251,6 +259,11 @@ def _run(folder: Path, arguments: Sequence[str]) -> str:
 @click.option("--held-out", default=400, show_default=True, help="Slides for questions.")
 @click.option("--steps", type=int, help="Of training.  [default: the config's]")
 @click.option("--words", default=400, show_default=True, help="Steps of the language model.")
+@click.option(
+    "--real",
+    is_flag=True,
+    help="Regions of a real slide's map (`slide_map.py`) instead; draws no examples.",
+)
 @click.option("--sizes", is_flag=True, help="Measure time and memory by number of tiles instead.")
 @click.option("--one-size", type=int, hidden=True)
 @click.option("--learning", is_flag=True, hidden=True)
@@ -261,6 +274,7 @@ def main(
     held_out: int,
     steps: int | None,
     words: int,
+    real: bool,
     sizes: bool,
     one_size: int | None,
     learning: bool,
@@ -276,9 +290,11 @@ def main(
 
     work_dir = work_dir.resolve()
     if not (work_dir / "data" / "conversations.jsonl").is_file():
-        make_data(work_dir / "data", seed, slides, held_out)
+        write = slide_map.make_data if real else make_data
+        write(work_dir / "data", seed, slides, held_out)
     if not (work_dir / "llm" / "config.json").is_file():
-        train_language_model(work_dir / "llm", seed, words)
+        corpus = slide_map.corpus(seed) if real else None
+        train_language_model(work_dir / "llm", seed, words, corpus)
     if not (work_dir / "model" / "projector").is_dir():
         start = time.perf_counter()
         train(work_dir, steps)
@@ -287,7 +303,8 @@ def main(
     summary = summarise(rows)
     write_text(work_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(work_dir / "summary.json", summary)
-    draw_examples(work_dir, rows, seed)
+    if not real:
+        draw_examples(work_dir, rows, seed)
     click.echo(table(summary))
 
 
