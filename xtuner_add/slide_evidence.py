@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-
-from wsi.geojson import Colour, square_features, write_geojson
 
 if TYPE_CHECKING:
     from pallava.inference.assistant import Assistant
     from pallava.inference.evidence import Evidence
     from pallava.slide_bags import SlideBag
+    from wsi.geojson import Colour
 
 SUFFIX = ".geojson"
 
@@ -58,6 +56,7 @@ class EvidenceFiles:
     ) -> list[dict[str, Any]]:
         """Answers the questions about a slide, prints and writes; returns the rows of answers."""
         from pallava.inference.evidence import SlideAnswer, find_evidence
+        from wsi.geojson import write_geojson
 
         rows: list[dict[str, Any]] = []
         squares: list[dict[str, Any]] = []
@@ -95,7 +94,10 @@ def evidence_squares(
         label: Question and answer, shown by QuPath.
         number: Number of the question, which decides class and colour.
     """
+    import numpy as np
+
     from pallava.slide_bags import read_squares
+    from wsi.geojson import square_features
 
     if not evidence.is_told:
         return

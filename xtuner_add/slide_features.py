@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pallava.slide_bags import SUFFIX, SlideBagError, SlidePreparation, TileOrigin
 from pathcore.files import FolderInUseError, OutputExistsError, StrPath
 from pathcore.jobs import MANIFEST_NAME, WRITTEN
 
 if TYPE_CHECKING:
     from gigapath.embed.job import EmbeddingSettings
     from pallava.inference.assistant import Assistant
+    from pallava.slide_bags import SlidePreparation
 
 _DIGEST_CHARS = 16
 
@@ -36,10 +36,9 @@ def reads_slide_files(
         model = reads_slide_files(load_model("slide_model"), "features")
         model.answer("case1.svs", "Is there necrosis?")
     """
-    preparation = assistant.anyres
-    if isinstance(preparation, SlidePreparation):
-        embed = SlideEmbedder(preparation, Path(folder), device)
-        assistant.anyres = replace(preparation, embed=embed)
+    if assistant.reads_slides:
+        embed = SlideEmbedder(assistant.anyres, Path(folder), device)
+        assistant.anyres = replace(assistant.anyres, embed=embed)
     return assistant
 
 
@@ -71,6 +70,8 @@ class SlideEmbedder:
             SlideBagError: If the slide does not exist or cannot be embedded, or if the model does
                 not say how.
         """
+        from pallava.slide_bags import SUFFIX, SlideBagError
+
         own = self.folder / f"{slide.stem}{SUFFIX}"
         if own.is_file():
             return own
@@ -81,6 +82,8 @@ class SlideEmbedder:
             return self._embed(slide)
 
     def _check(self, slide: Path) -> None:
+        from pallava.slide_bags import SUFFIX, SlideBagError
+
         origin = self.preparation.origin
         missing = [name for name, value in asdict(origin).items() if not value]
         if missing:
@@ -101,12 +104,13 @@ class SlideEmbedder:
         from gigapath.embed.job import MIN_TISSUE, EmbeddingSettings
         from wsi.tiling import PatchSpec
 
-        origin: TileOrigin = self.preparation.origin
+        origin = self.preparation.origin
         spec = PatchSpec(origin.patch_px, origin.mpp, min_tissue=MIN_TISSUE)
         return EmbeddingSettings.for_encoder(origin.tile_encoder, spec=spec, pictures=False)
 
     def _embed(self, slide: Path) -> Path:
         from gigapath.embed.job import Placement, embed_slides
+        from pallava.slide_bags import SlideBagError
 
         slide = slide.resolve()
         try:
