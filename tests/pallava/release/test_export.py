@@ -143,8 +143,8 @@ def test_travelling_code_imports_itself_alone() -> None:
     # Each of these is read by whoever runs `trust_remote_code=True`: no file handling, no
     # registry, no checkpoint reader.
     assert [name.removesuffix(".py") for name in files] == [
-        *("anyres", "configuration_pallava", "encoding", "linear", "llava"),
-        *("modeling_pallava", "plip", "processing_pallava", "qformer", "rgb"),
+        *("anyres", "configuration_pallava", "contrast", "contrasts", "encoding", "linear"),
+        *("llava", "modeling_pallava", "plip", "processing_pallava", "qformer", "rgb", "words"),
     ]
     ours = ("pallava", "pathcore")
     for name, source in files.items():
