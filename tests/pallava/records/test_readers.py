@@ -272,5 +272,5 @@ def test_a_pickle_that_asks_for_memory_it_cannot_fill_is_refused(
     index = (1 << 30).to_bytes(4, "little") if opcode == pickle.LONG_BINPUT else b"1073741824\n"
     path = tmp_path / "test.pkl"
     path.write_bytes(b"\x80\x02]" + opcode + index + b".")
-    with pytest.raises(ValueError, match="place 1073741824 of its memo"):
+    with pytest.raises(ValueError, match="at index 1073741824 of its memo"):
         read_plain_pickle(path)
