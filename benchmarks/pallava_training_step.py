@@ -138,8 +138,9 @@ class Case:
 
         if self.cache is None:
             return self.anyres(load_image(file))
-        stored = self.cache.read(file)
-        return stored or CachedImage(self.anyres(load_image(file)), str(self.cache.file_of(file)))
+        features = self.cache.file_of(file)
+        stored = self.cache.read(features)
+        return stored or CachedImage(self.anyres(load_image(file)), str(features))
 
     def _llm(self) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM

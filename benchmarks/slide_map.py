@@ -25,6 +25,7 @@ import shapely
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.slide_cohort import Question
 from pathcore.files import atomic_file, write_json, write_text
 
 STROMA, TUMOUR, NECROSIS, FAT, HAEMORRHAGE, SERUM = range(6)
@@ -75,15 +76,6 @@ _MIN_NUCLEI = 100
 _INFLAMMATORY_SHARE = (0.015, 0.035)
 """Share of inflammatory among the nuclei in the tumour: sparse up to the first, dense from the
 second."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, its answer, and what one must see to answer it."""
-
-    kind: str
-    text: str
-    answer: str
 
 
 @dataclass(frozen=True)

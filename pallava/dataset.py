@@ -129,7 +129,7 @@ class LLaVADataset(ConversationDataset):
         path = path_inside(self.image_folder, name)
         try:
             file = self.feature_cache.file_of(path)
-            cached = self.feature_cache.read(path)
+            cached = self.feature_cache.read(file)
         except OSError as error:
             raise ImageError(f"{path}: cannot be read: {error}") from error
         return cached or CachedImage(self.anyres(self.load_image(name)), str(file))

@@ -78,13 +78,13 @@ class FeatureCache:
         digest = known[1]
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
-    def read(self, image: Path) -> CachedImage | None:
-        """Returns the features of an image, or None if they are not stored.
+    @staticmethod
+    def read(file: Path) -> CachedImage | None:
+        """Returns the features in a file that `file_of` named, or None if they are not stored.
 
         Raises:
-            OSError: If the image cannot be read.
+            OSError: If the file cannot be read.
         """
-        file = self.file_of(image)
         with suppress(FileNotFoundError, SafetensorError, KeyError):
             # Not `load_file`, which maps the file: a disk that fails would kill the process.
             return CachedImage(load(file.read_bytes())[_TILES], str(file))
@@ -166,10 +166,10 @@ def visual_tokens(model: Any, images: Sequence[CachedImage]) -> tuple[Tensor, Te
     parameter = next(model.visual_encoder.parameters())
     device = parameter.device
     whole = model.projector.uses_sub_images
+    _check_precision(Path(images[0].file).parents[1], parameter)
     new = [image for image in images if not image.is_stored]
     encoded: list[Tensor] = []
     if new:
-        _check_precision(Path(new[0].file).parents[1], parameter)
         stacks = [image.tiles if whole else image.tiles[:1] for image in new]
         tiles = [stack[:1] for stack in stacks] + [stack[1:] for stack in stacks]
         pixels = torch.cat(tiles).to(device, parameter.dtype)
@@ -180,8 +180,6 @@ def visual_tokens(model: Any, images: Sequence[CachedImage]) -> tuple[Tensor, Te
         for image, stored in zip(new, encoded, strict=True):
             with atomic_file(image.file) as partial:
                 save_file({_TILES: stored.detach().cpu().contiguous()}, partial)
-    else:
-        _check_precision(Path(images[0].file).parents[1], parameter)
     fresh = iter(encoded)
     found = [image.tiles.to(device) if image.is_stored else next(fresh) for image in images]
     counts = [len(tiles) - 1 for tiles in found]
