@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.slide_cohort import NAMES, STROMA, TUMOUR, Cohort
+from benchmarks import slide_cohort, slide_map
+from benchmarks.slide_questions import share_interval
 from pallava import load_model
 from pallava.inference.evidence import (
     SlideAnswer,
@@ -30,13 +31,14 @@ from pallava.inference.evidence import (
     without,
 )
 from pallava.modeling.attention_maps import tile_attention
-from pallava.slide_bags import read_bag
-from pathcore.stats import wilson_interval
+from pallava.slide_bags import SlideBag, read_bag
+from pathcore.stats import mean_interval
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the tiles that are removed, or shown alone."""
 
 SHOWN = (0.05, 0.1, 0.2)
+_COVERED = 0.1  # of a tile of the real slide by the tissue asked about
 
 
 def attention(answer: SlideAnswer) -> Tensor:
@@ -94,19 +96,52 @@ def curves(answer: SlideAnswer, scores: Tensor) -> dict[str, list[bool]]:
     }
 
 
-def asked_kind(row: Mapping[str, Any]) -> int:
-    """Returns the kind of tissue that a question is about."""
+def asked_kinds(row: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    """Returns the kinds of tissue that a question names."""
     text = row["question"].lower()
-    if row["kind"] in ("which", "where"):
-        return next(kind for kind in range(STROMA + 1, len(NAMES)) if NAMES[kind] in text)
-    return TUMOUR
+    return [kind for kind, name in enumerate(names) if name in text]
+
+
+TilesOfKinds = Callable[[Mapping[str, Any], SlideBag], Tensor]
+"""Returns which tiles of a bag are of the tissue that a question is about, bool `(N,)`."""
+
+
+def cohort_tiles() -> TilesOfKinds:
+    """For synthetic slides, whose tiles are of one kind each."""
+    cohort = slide_cohort.Cohort(0)
+
+    def tiles(row: Mapping[str, Any], bag: SlideBag) -> Tensor:
+        kinds = cohort.slide(1, int(row["slide"].rpartition("_")[2]))[1]
+        columns, rows = (bag.positions - bag.positions.amin(dim=0)).long().T.numpy()
+        asked = asked_kinds(row, slide_cohort.NAMES)
+        return torch.from_numpy(np.isin(kinds[rows, columns], asked))
+
+    return tiles
+
+
+def map_tiles(data: Path, region_map: slide_map.RegionMap) -> TilesOfKinds:
+    """For regions of the real slide, by what covers at least a tenth of the tile."""
+    regions = json.loads((data / "regions.json").read_text())
+
+    def tiles(row: Mapping[str, Any], bag: SlideBag) -> Tensor:
+        areas = slide_map.Region(**regions[row["slide"]]).seen(region_map.areas)
+        columns, rows = bag.positions.long().T.numpy()
+        asked = areas[rows, columns][:, asked_kinds(row, slide_map.NAMES)]
+        return torch.from_numpy(asked.sum(axis=1) >= _COVERED)
+
+    return tiles
 
 
 def measure(work_dir: Path, num_slides: int, *, scores: bool) -> list[dict[str, Any]]:
     """Returns a row per right answer about the held-out slides."""
     model = load_model(work_dir / "llm", work_dir / "model", device="cpu")
-    cohort = Cohort(0)
-    lines = (work_dir / "data" / "held_out.jsonl").read_text().splitlines()
+    data = work_dir / "data"
+    if (data / "regions.json").exists():
+        region_map = slide_map.RegionMap.read(slide_map.download(data))
+        tiles_of_kinds = map_tiles(data, region_map)
+    else:
+        tiles_of_kinds = cohort_tiles()
+    lines = (data / "held_out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     names = set(list(dict.fromkeys(row["slide"] for row in rows))[:num_slides])
     file = work_dir / ("evidence_scores.jsonl" if scores else "evidence.jsonl")
@@ -114,16 +149,14 @@ def measure(work_dir: Path, num_slides: int, *, scores: bool) -> list[dict[str, 
     asked = {(row["slide"], row["question"]) for row in found}
     due = [row for row in rows if row["slide"] in names]
     for row in tqdm([row for row in due if (row["slide"], row["question"]) not in asked]):
-        bag = read_bag(work_dir / "data" / "features" / f"{row['slide']}.h5")
+        bag = read_bag(data / "features" / f"{row['slide']}.h5")
         answer = SlideAnswer(model, bag, row["question"], max_new_tokens=8)
         if answer.text.strip().lower() != row["answer"]:
             continue  # right answers alone
         start = time.process_time()
         evidence = find_evidence(answer)
         seconds = time.process_time() - start
-        low = bag.positions.long() - bag.positions.long().amin(dim=0)
-        kinds = cohort.slide(1, int(row["slide"].rpartition("_")[2]))[1]
-        kind = torch.from_numpy(kinds)[low[:, 1], low[:, 0]] == asked_kind(row)
+        kind = tiles_of_kinds(row, bag)
         compared = {}
         if scores:
             compared = {name: curves(answer, score(answer)) for name, score in SCORES.items()}
@@ -148,13 +181,24 @@ def group(row: Mapping[str, Any]) -> str:
     """Answers in groups of one dependence on tissue."""
     if row["kind"] == "how much":
         return f"how much: {row['answer']}"
-    return row["kind"] if row["kind"] == "where" else f"{row['kind']}: {row['answer']}"
+    places = ("where", "which side")
+    return row["kind"] if row["kind"] in places else f"{row['kind']}: {row['answer']}"
 
 
-def interval(successes: int, total: int) -> str:
-    """Formats a share with its 95 % Wilson interval."""
-    low, high = wilson_interval(successes, total)
-    return f"{successes / total:.2f} ({low:.2f} to {high:.2f})"
+def interval(rows: Sequence[Mapping[str, Any]], hits: Sequence[bool]) -> str:
+    """Formats a share of the answers with its 95 % interval."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*share_interval(rows, hits))
+
+
+def removals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Formats how many answers change without the cited tiles, and without as many random ones."""
+    cited = [row for row in rows if row["cited"]]
+    changed = interval(rows, [row["cited"] > 0 for row in rows])
+    if not cited:
+        return [changed, ""]
+    changes = [row["random_changes"] / row["trials"] for row in cited]
+    low, high = mean_interval(changes, [row.get("block", row["slide"]) for row in cited])
+    return [changed, f"{np.mean(changes):.3f} ({low:.3f} to {high:.3f})"]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -169,12 +213,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         groups[group(row)].append(row)
     for name, part in sorted(groups.items()):
         cited = [row for row in part if row["cited"]]
-        trials = sum(row["trials"] for row in cited)
-        changes = sum(row["random_changes"] for row in cited)
-        told = sum(row["told"] for row in part)
-        cells = [interval(len(cited), len(part))]
-        cells.append(f"{changes / trials:.3f}" if trials else "")
-        cells.append(interval(told, len(part)))
+        cells = [*removals(part), interval(part, [row["told"] for row in part])]
         cells.append(f"{np.median([r['cited'] / r['of'] for r in cited]):.1%}" if cited else "")
         shares = [np.mean([row[key] for row in cited]) if cited else np.nan
                   for key in ("of_the_kind", "share_of_the_kind")]  # fmt: skip
@@ -189,11 +228,11 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> str:
     head = [f"{way}, {share:.0%}" for way in ("deletion", "insertion") for share in SHOWN]
     lines = [f"| score | {' | '.join(head)} |", f"|{'---|' * (len(head) + 1)}"]
     for name in (CHOSEN, *SCORES):
-        cells = []
-        for way in ("deletion", "insertion"):
-            for place in shown:
-                count = Counter(row[name][way][place] for row in rows)[True]
-                cells.append(interval(count, len(rows)))
+        cells = [
+            interval(rows, [row[name][way][place] for row in rows])
+            for way in ("deletion", "insertion")
+            for place in shown
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -211,9 +250,14 @@ def main(work_dir: Path, slides: int, scores: bool) -> None:
     """Measure, and print the tables; existing results are kept."""
     rows = measure(work_dir, slides, scores=scores)
     click.echo(table(rows))
+    depending = [row for row in rows if row["answer"] not in ("no", "little")]
+    changed, changed_at_random = removals(depending)
+    click.echo(
+        f"\nOf {len(depending)} answers other than no and little, {changed} change without the "
+        f"cited tiles; without as many random ones {changed_at_random}."
+    )
     if scores:
-        depending = [row for row in rows if row["answer"] not in ("no", "little")]
-        click.echo(f"\n{len(depending)} answers other than no and little:\n{compare(depending)}")
+        click.echo(compare(depending))
     seconds = [row["seconds"] for row in rows]
     click.echo(f"\n{np.median(seconds):.1f} CPU s per answer, at most {max(seconds):.1f}")
 

@@ -98,6 +98,11 @@ class Region:
     turns: int = 0
     mirrored: bool = False
 
+    @property
+    def block(self) -> str:
+        """Block of the slide that holds the region; regions of one block may overlap."""
+        return f"{self.top // BLOCK_TILES}-{self.left // BLOCK_TILES}"
+
     def seen(self, tiles: NDArray[Any]) -> NDArray[Any]:
         """Returns the region of `(rows, columns, ...)` as it is shown."""
         part = tiles[self.top : self.top + self.rows, self.left : self.left + self.columns]
@@ -337,6 +342,8 @@ def make_data(
     rng = np.random.default_rng([seed, 9])
     conversations = _conversations({n: q for n, q in asked.items() if n.startswith("train")}, rng)
     held_out = _balanced({n: q for n, q in asked.items() if n.startswith("held_out")}, rng)
+    for row in held_out:
+        row["block"] = regions[row["slide"]].block
     write_json(folder / "regions.json", {name: asdict(r) for name, r in regions.items()})
     write_text(folder / "held_out.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
     lines = "".join(json.dumps(row) + "\n" for row in conversations)

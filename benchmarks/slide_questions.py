@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import slide_map
 from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
-from pathcore.stats import wilson_interval
+from pathcore.stats import mean_interval, wilson_interval
 from xtuner_add.demo.language_model import Turns
 from xtuner_add.demo.pallava.answers import exchanged_images
 
@@ -178,8 +178,23 @@ def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) ->
     figure.savefig(folder / "examples.png", dpi=100, bbox_inches="tight")
 
 
+def share_interval(
+    rows: Sequence[Mapping[str, Any]], hits: Sequence[bool]
+) -> tuple[float, float, float]:
+    """Returns the share of the rows that are hits, with its 95 % interval.
+
+    Regions in one block of the real slide overlap, so blocks are resampled; synthetic slides are
+    independent, and have Wilson intervals.
+    """
+    if all("block" in row for row in rows):
+        interval = mean_interval(hits, [row["block"] for row in rows])
+    else:
+        interval = wilson_interval(sum(hits), len(hits))
+    return (sum(hits) / len(hits), *interval)
+
+
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns accuracy with 95 % Wilson interval for every kind of question and condition."""
+    """Returns accuracy with its 95 % interval for every kind of question and condition."""
     summary: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         part = [row for row in rows if row["kind"] == kind]
@@ -189,8 +204,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         most = sum(counts.most_common(1)[0][1] for counts in by_text.values())
         summary[kind] = {"questions": len(part), "majority": most / len(part)}
         for way in WAYS:
-            right = sum(row[way].strip().lower() == row["answer"] for row in part)
-            summary[kind][way] = [right / len(part), *wilson_interval(right, len(part))]
+            right = [row[way].strip().lower() == row["answer"] for row in part]
+            summary[kind][way] = share_interval(part, right)
     return summary
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import shapely
 
+from benchmarks.slide_evidence import map_tiles
 from benchmarks.slide_map import (
     _CLASSES,
     _PAIRS,
@@ -152,6 +153,11 @@ def test_files(wheel: Path, region_map: RegionMap, tmp_path: Path) -> None:
     assert counts and all(row["slide"].startswith("held_out") for row in held_out)
     for text in {row["question"] for row in held_out}:
         assert len({counts[text, answer] for answer in vocabulary()[text]}) == 1
+    assert {row["block"] for row in held_out} <= {f"{r}-{c}" for r in (0, 1) for c in (0, 1)}
+    fat = {"slide": name, "question": "In which quarter is the fat?"}
+    columns, lines = bag.positions.long().T.numpy()
+    expected = areas[lines, columns, NAMES.index("fat")] >= 0.1
+    assert (map_tiles(tmp_path, region_map)(fat, bag).numpy() == expected).all()
     rows = list(map(json.loads, (tmp_path / "conversations.jsonl").open()))
     assert rows and all(row["slide"].startswith("train") for row in rows)
     assert all(row["conversations"][0]["value"].startswith("<image>\n") for row in rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.slide_cohort import AMOUNTS, IN_FEATURES, NECROSIS, TUMOUR, Cohort
-from benchmarks.slide_questions import make_data, summarise, table
+from benchmarks.slide_questions import make_data, share_interval, summarise, table
 from pallava.slide_bags import read_bag
 from xtuner_add.demo.pallava.answers import exchanged_images
 
@@ -61,4 +61,7 @@ def test_scores() -> None:
     assert [found[way][0] for way in ("itself", "exchanged", "displaced")] == [0.75, 0.25, 1.0]
     # Wilson 1927: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
     assert found["itself"][1:] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    # Two of one block are right together, or wrong: of its draws, all, none or half are right.
+    blocks = [{**row, "block": row["answer"]} for row in rows]
+    assert share_interval(blocks, [True, True, True, False]) == (0.75, 0.0, 1.0)
     assert "| which | 4 | 0.750 (0.301 to 0.954) |" in table({"which": found})
