@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathcore.encoders.origin import TileOrigin
 from pathcore.encoders.presets import known_encoder
 from pathcore.files import StrPath
 from pathcore.images import ImageError, path_inside
@@ -38,7 +39,6 @@ _logger = logging.getLogger(__name__)
 
 _THREADS = 16  # opening files is bound by the latency of disk or network
 _MOST_OVERLAPPING = 64  # tiles per grid cell: a stride of an eighth of the tile side
-_MPP_TOLERANCE = 0.02  # as for slide encoders in `gigapath.embed.slide_encoders`
 
 
 class SlideBagError(ImageError):
@@ -84,62 +84,6 @@ class SlideBag(NamedTuple):
         if self.frame is not None:
             return self.frame
         return torch.stack([self.positions.amin(dim=0), self.positions.amax(dim=0)])
-
-
-@dataclass(frozen=True)
-class TileOrigin:
-    """Tiles that features were computed from, and the encoder that computed them.
-
-    Attributes:
-        tile_encoder: Name for `pathcore.encoders`; empty if not stated.
-        patch_px: Side of a tile in pixels, as the encoder receives it; 0 if not stated.
-        mpp: Micrometres per pixel of a tile; 0 if not stated.
-    """
-
-    tile_encoder: str = ""
-    patch_px: int = 0
-    mpp: float = 0.0
-
-    def __str__(self) -> str:
-        encoder = self.tile_encoder or "an unknown encoder"
-        px, mpp = self.patch_px or "an unknown number of", self.mpp or "an unknown number of"
-        return f"{encoder}, {px} px at {mpp} µm per pixel"
-
-    def check(self, attributes: Mapping[str, Any], where: object) -> None:
-        """Checks that a file of features has this origin, as far as both state it.
-
-        Names of encoders that are no preset's and that this package did not write, such as those of
-        a folder of weights, cannot be compared; they are logged.
-
-        Args:
-            attributes: Attributes of the file and its datasets.
-            where: The file, for messages.
-
-        Raises:
-            SlideBagError: If the features come from another encoder or from other tiles.
-        """
-        stated = {name: _plain(value) for name, value in attributes.items()}
-        written = str(stated.get("encoder_name", ""))
-        name = (written or str(stated.get("encoder", ""))).partition("@")[0]
-        mpp, magnification = stated.get("mpp"), stated.get("target_magnification")
-        if mpp is None and magnification:
-            mpp = 10 / float(magnification)
-        # CLAM's patch_size counts pixels of a level, before scaling.
-        is_scaled = "patch_size_level0" in stated or "target_magnification" in stated
-        patch_px = int(stated.get("patch_size", 0)) if is_scaled else 0
-        found = TileOrigin(known_encoder(name) or name, patch_px, float(mpp or 0))
-        expected = known_encoder(self.tile_encoder) or self.tile_encoder
-        other_encoder = bool(expected and name and expected != found.tile_encoder)
-        if other_encoder and not (written or known_encoder(name)):
-            _logger.warning("%s: features of %s, taken as those of %s", where, name, expected)
-            other_encoder = False
-        other_px = bool(self.patch_px and patch_px and self.patch_px != patch_px)
-        other_mpp = bool(self.mpp and found.mpp) and abs(found.mpp / self.mpp - 1) > _MPP_TOLERANCE
-        if other_encoder or other_px or other_mpp:
-            raise SlideBagError(
-                f"slide features {where}: of {found}; the model was trained on {self}; compute "
-                "them again with `xtuner-add embed --tile-encoder NAME --patch-px N --mpp X`"
-            )
 
 
 @dataclass(frozen=True)
@@ -211,7 +155,7 @@ class BagFolder:
                     read_slide_embedding(self._path(self.slide_embeddings, name))
                 with _opened(self._path(self.folder, name)) as file:
                     num_tiles, _ = _check_shapes(file, self.in_features, self.max_tiles)
-                    self.origin.check(_attributes(file), file.filename)
+                    _check_origin(self.origin, _attributes(file), file.filename)
                     return name, num_tiles, ""
             except SlideBagError as error:
                 return name, 0, str(error)
@@ -318,7 +262,7 @@ def read_bag(
         num_tiles, _ = _check_shapes(file, in_features, max_tiles)
         features = np.asarray(file["features"]).reshape(num_tiles, -1)
         coords, attributes = np.asarray(file["coords"]), _attributes(file)
-        (origin or TileOrigin()).check(attributes, path)
+        _check_origin(origin or TileOrigin(), attributes, path)
     if features.dtype not in (np.float16, np.float32):
         features = features.astype(np.float32)
     bad = ~np.isfinite(features).all(axis=1)
@@ -411,9 +355,32 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
     if in_features is not None and shape[1] != in_features:
         raise SlideBagError(
             f"slide features {path}: {shape[1]} wide, the model takes {in_features}; they are of "
-            f"another encoder{_encoder(file)}"
+            f"another encoder ({_attributes(file).get('encoder', 'not named')})"
         )
     return shape[0], shape[1]
+
+
+def _check_origin(expected: TileOrigin, attributes: Mapping[str, Any], where: object) -> None:
+    """Checks that a file of features has the expected origin, as far as both state it.
+
+    Names of encoders that are no preset's and that this package did not write, such as those of a
+    folder of weights, cannot be compared; they are logged.
+
+    Raises:
+        SlideBagError: If the features come from another encoder or from other tiles.
+    """
+    found = TileOrigin.read(attributes)
+    encoder = known_encoder(expected.encoder) or expected.encoder
+    other_encoder = bool(encoder and found.encoder and encoder != found.encoder)
+    if other_encoder and not (attributes.get("encoder_name") or known_encoder(found.encoder)):
+        _logger.warning("%s: features of %s, taken as those of %s", where, found.encoder, encoder)
+        other_encoder = False
+    other_px = found.patch_px not in (0, expected.patch_px) and expected.patch_px
+    if other_encoder or other_px or not found.fits_mpp(expected.mpp):
+        raise SlideBagError(
+            f"slide features {where}: of {found}; the model was trained on {expected}; compute "
+            "them again with `xtuner-add embed --tile-encoder NAME --patch-px N --mpp X`"
+        )
 
 
 def _tile_size(path: Path, coords: NDArray[np.int64], attributes: Mapping[str, Any]) -> int:
@@ -466,7 +433,8 @@ def _positions(path: Path, coords: NDArray[np.int64], side: int) -> Tensor:
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
     """Returns the attributes of a file and its datasets; those of `coords` take precedence."""
-    return {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+    attributes = {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+    return {name: _plain(value) for name, value in attributes.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -479,8 +447,3 @@ def _plain(value: Any) -> Any:
 
 def _listed(file: h5py.File) -> str:
     return f"found {', '.join(sorted(file)[:8]) or 'nothing'}"
-
-
-def _encoder(file: h5py.File) -> str:
-    name = _attributes(file).get("encoder")
-    return "" if name is None else f" ({_plain(name)})"

@@ -85,10 +85,10 @@ class SlideEmbedder:
         from pallava.slide_bags import SUFFIX, SlideBagError
 
         origin = self.preparation.origin
-        missing = [name for name, value in asdict(origin).items() if not value]
-        if missing:
+        if origin.unknown:
+            missing = ", ".join(origin.unknown).replace("encoder", "tile_encoder")  # their keys
             raise SlideBagError(
-                f"slide {slide}: the model does not name its {', '.join(missing)} (config.json of "
+                f"slide {slide}: the model does not name its {missing} (config.json of "
                 f"its slide token encoder); compute {self.folder / (slide.stem + SUFFIX)} by "
                 "`xtuner-add embed`"
             )
@@ -106,7 +106,7 @@ class SlideEmbedder:
 
         origin = self.preparation.origin
         spec = PatchSpec(origin.patch_px, origin.mpp, min_tissue=MIN_TISSUE)
-        return EmbeddingSettings.for_encoder(origin.tile_encoder, spec=spec, pictures=False)
+        return EmbeddingSettings.for_encoder(origin.encoder, spec=spec, pictures=False)
 
     def _embed(self, slide: Path) -> Path:
         from gigapath.embed.job import Placement, embed_slides

@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from gigapath.embed.job import write_table
 from gigapath.embed.slide_encoders import (
     NamedSlideEncoder,
-    Origin,
     OriginError,
     check_origin,
+    complete_origin,
     get_slide_preset,
+    origin_of_file,
 )
 from gigapath.embed.slide_vectors import write_slide_vector
 from gigapath.embed.tile_inference import choose_device
 from gigapath.finetune.bags import SlideFolder
+from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 from pathcore.jobs import JobFolder, Report, UnitError
 from wsi.conform import read_feature_file
@@ -54,7 +56,7 @@ class Bag:
     features: NDArray[Any]
     coords: NDArray[np.int64]
     size_level0: int
-    origin: Origin
+    origin: TileOrigin
 
 
 def encode_slides(
@@ -62,7 +64,7 @@ def encode_slides(
     out: StrPath,
     encoder: NamedSlideEncoder,
     *,
-    stated: Origin | None = None,
+    stated: TileOrigin | None = None,
     patients: StrPath | None = None,
     device: str | None = None,
     retry_skipped: bool = False,
@@ -95,7 +97,7 @@ def encode_slides(
         raise FileNotFoundError(f"features {features}: no .h5 in this folder")
     noun = "slide" if patients is None else "patient"
     members = {name: [name] for name in names} if patients is None else read_patients(patients)
-    stated, common = stated or Origin(), _most_common_encoder(folder, names)
+    stated, common = stated or TileOrigin(), _most_common_encoder(folder, names)
     inputs = {
         "operation": "encode",
         "features": str(folder.path.resolve()),
@@ -176,7 +178,7 @@ def _most_common_encoder(folder: SlideFolder, names: Sequence[str]) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def read_bag(path: Path, encoder: NamedSlideEncoder, stated: Origin) -> Bag:
+def read_bag(path: Path, encoder: NamedSlideEncoder, stated: TileOrigin) -> Bag:
     """Reads the features of a slide and checks that the encoder was trained on such.
 
     Raises:
@@ -185,7 +187,7 @@ def read_bag(path: Path, encoder: NamedSlideEncoder, stated: Origin) -> Bag:
         EmbeddingError: If they are not finite, or their coordinates are missing but needed.
     """
     file, preset = read_feature_file(path), get_slide_preset(encoder.preset)
-    origin = Origin.of_file(file).completed(stated, str(path))
+    origin = complete_origin(origin_of_file(file), stated, str(path))
     check_origin(preset, origin, str(path))
     coords = file.coords
     if preset.patients == "side by side":  # positions matter
@@ -238,7 +240,7 @@ def _encode_unit(
     unit: SlideUnit,
     members: Mapping[str, Sequence[str]],
     encoder: NamedSlideEncoder,
-    stated: Origin,
+    stated: TileOrigin,
     common: str,
     noun: str,
     device: str,

@@ -19,12 +19,7 @@ from numpy.typing import NDArray
 
 from gigapath.embed.device_claims import claim
 from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
-from gigapath.embed.slide_encoders import (
-    NamedSlideEncoder,
-    Origin,
-    check_origin,
-    get_slide_preset,
-)
+from gigapath.embed.slide_encoders import NamedSlideEncoder, check_origin, get_slide_preset
 from gigapath.embed.slide_vectors import SlideEncoderSpec, write_slide_vector
 from gigapath.embed.tile_inference import (
     TileEncoderSpec,
@@ -33,6 +28,7 @@ from gigapath.embed.tile_inference import (
     describe_encoder,
     open_tile_encoder,
 )
+from pathcore.encoders.origin import TileOrigin, stated_mpp
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine
@@ -89,7 +85,7 @@ class EmbeddingSettings:
     coords: str | None = None
     batch_size: int = 64
     pictures: bool = True
-    origin: Origin = field(default_factory=Origin)
+    origin: TileOrigin = field(default_factory=TileOrigin)
 
     @classmethod
     def for_encoder(cls, name: str, **changes: Any) -> EmbeddingSettings:
@@ -109,7 +105,9 @@ class EmbeddingSettings:
         defaults = {
             "slide_encoder": None,
             "spec": PatchSpec(encoder.patch_px, encoder.mpp, min_tissue=MIN_TISSUE),
-            "origin": Origin(name.partition("@")[0] if encoder.named else "", encoder.digest),
+            "origin": TileOrigin(
+                name.partition("@")[0] if encoder.named else "", digest=encoder.digest
+            ),
         }
         return cls(encoder, **{**defaults, **changes})
 
@@ -340,10 +338,7 @@ def _check_tiles(
         return
     origin = settings.origin
     if isinstance(tiles, SlideTiles):
-        mpp, magnification = attributes.get("mpp"), attributes.get("target_magnification")
-        if mpp is None and magnification:
-            mpp = 10 / float(magnification)
-        origin = replace(origin, patch_px=tiles.tile_px, mpp=None if mpp is None else float(mpp))
+        origin = replace(origin, patch_px=tiles.tile_px, mpp=stated_mpp(attributes))
     check_origin(get_slide_preset(encoder.preset), origin, tiles.name)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from gigapath.embed.slide_vectors import (
 )
 from gigapath.finetune.mil import GatedAttention
 from pathcore.encoders.encoder import weights_file
+from pathcore.encoders.origin import TileOrigin
 from pathcore.encoders.presets import (
     PresetError,
     check_fields,
@@ -46,7 +47,6 @@ from wsi.features import EmbeddingError, check_features
 ENTRY_POINTS = "gigapath.slide_encoders"
 """Group of entry points, each a function without arguments that returns a folder of presets."""
 
-_MPP_TOLERANCE = 0.02  # relative
 _DIGEST_CHARS = 12
 
 Network = Callable[[Tensor, Tensor, int], Tensor]
@@ -172,62 +172,28 @@ def _folders() -> Iterator[Path]:
 # --- where features come from -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Which patches features were computed from, and by which encoder.
+def origin_of_file(file: FeatureFile) -> TileOrigin:
+    """Returns what a features file says; a name of no preset is taken as unknown."""
+    stated = {"encoder": file.encoder, "patch_px": file.patch_px, "mpp": file.mpp}
+    origin = TileOrigin.read({**file.attributes, **stated})
+    return origin if known_encoder(origin.encoder) else replace(origin, encoder="")
 
-    Attributes:
-        encoder: Preset of the patch encoder; empty if unknown.
-        digest: SHA-256 of its weights; empty if unknown.
-        patch_px: Side of a patch in pixels; None if unknown.
-        mpp: Micrometres per pixel of a patch; None if unknown.
-        stated: Names of the fields that the user stated because the file does not say them.
+
+def complete_origin(origin: TileOrigin, stated: TileOrigin, where: str) -> TileOrigin:
+    """Fills in what the file does not say and the user stated.
+
+    Raises:
+        OriginError: If the file contradicts a stated value.
     """
-
-    encoder: str = ""
-    digest: str = ""
-    patch_px: int | None = None
-    mpp: float | None = None
-    stated: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        px = "an unknown number of" if self.patch_px is None else str(self.patch_px)
-        mpp = "an unknown number of" if self.mpp is None else f"{self.mpp:g}"
-        return f"{self.encoder or 'an unknown encoder'}, {px} px at {mpp} µm per pixel"
-
-    @classmethod
-    def of_file(cls, file: FeatureFile) -> Origin:
-        """Returns what a features file says; a name of no preset is taken as unknown."""
-        says = file.attributes
-        name = str(says.get("encoder_name", file.encoder)).partition("@")[0]
-        if name == "prov-gigapath-flash":  # the folder of the published weights
-            name = "gigapath-flash"
-        encoder = known_encoder(name)
-        if file.layout == "TRIDENT" and encoder == "ctranspath":
-            encoder = "chief-ctp"  # TRIDENT loads CHIEF's weights under this name
-        mpp, magnification = file.mpp, says.get("target_magnification")
-        if mpp is None and isinstance(magnification, (int, float)) and magnification > 0:
-            mpp = 10 / magnification
-        digest = str(says.get("encoder_digest", says.get("weights_sha256", "")))
-        return cls(encoder, digest, round(file.patch_px) if file.patch_px else None, mpp)
-
-    def completed(self, stated: Origin, where: str) -> Origin:
-        """Fills in what the user stated.
-
-        Raises:
-            OriginError: If the file contradicts a stated value.
-        """
-        values: dict[str, Any] = {}
-        for name in ("encoder", "patch_px", "mpp"):
-            said, given = getattr(self, name), getattr(stated, name)
-            if said and given and said != given:
-                raise OriginError(f"{where}: says {name} {said}, but {given} was stated")
-            values[name] = said or given
-        added = tuple(n for n in values if not getattr(self, n) and values[n])
-        return Origin(digest=self.digest, stated=added, **values)
+    for name in ("encoder", "patch_px", "mpp"):
+        said, given = getattr(origin, name), getattr(stated, name)
+        if said and given and said != given:
+            raise OriginError(f"{where}: says {name} {said}, but {given} was stated")
+    added = tuple(name for name in origin.unknown if getattr(stated, name))
+    return replace(origin, stated=added, **{name: getattr(stated, name) for name in added})
 
 
-def check_origin(preset: SlidePreset, origin: Origin, where: str) -> None:
+def check_origin(preset: SlidePreset, origin: TileOrigin, where: str) -> None:
     """Checks that a slide encoder was trained on such features.
 
     Raises:
@@ -235,16 +201,15 @@ def check_origin(preset: SlidePreset, origin: Origin, where: str) -> None:
     """
     if not preset.patch_encoders:
         return
-    unknown = [n for n in ("encoder", "patch_px", "mpp") if not getattr(origin, n)]
     fits = (
         origin.encoder in ("", *preset.patch_encoders)
-        and origin.patch_px in (None, preset.patch_px)
-        and abs((origin.mpp or preset.mpp) / preset.mpp - 1) <= _MPP_TOLERANCE
+        and origin.patch_px in (0, preset.patch_px)
+        and origin.fits_mpp(preset.mpp)
     )
-    if fits and not unknown:
+    if fits and not origin.unknown:
         return
     remedy = (
-        f"the file does not say its {', '.join(unknown)}: state it if you know it"
+        f"the file does not say its {', '.join(origin.unknown)}: state it if you know it"
         if fits
         else "compute features that it was trained on, or choose another slide encoder"
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from pallava.engine.conversations import ConversationDataset
 from pallava.evaluate_chat_hook import EvaluateChatHook
-from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, TileOrigin, read_bag
+from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, read_bag
+from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pallava.slide_bags import SlideBag, TileOrigin
+from pallava.slide_bags import SlideBag
+from pathcore.encoders.origin import TileOrigin
 
 _LONGEST_WAVE = 10_000.0  # Vaswani et al. 2017, arXiv:1706.03762, section 3.5
 

@@ -19,11 +19,12 @@ from PIL import Image
 
 from gigapath.embed.device_claims import claim
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
-from gigapath.embed.slide_encoders import NamedSlideEncoder, Origin
+from gigapath.embed.slide_encoders import NamedSlideEncoder, origin_of_file
 from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
 from gigapath.embed.tile_inference import describe_encoder
 from gigapath.slide_encoder import ARCHITECTURES, register_architecture
 from pathcore.encoders import create_encoder
+from pathcore.encoders.origin import TileOrigin
 from pathcore.files import sha256_of
 from tests.gigapath.tiny_encoders import write_tile_encoder
 from tests.killing import finishes
@@ -304,7 +305,7 @@ def test_encoders_by_name_give_their_own_features(
     assert attributes["precision"] == "float32" and attributes["feature"] == described["feature"]
     assert json.loads(attributes["encoder_mpp"]) == described["mpp"]
     # Those of the tiles, whatever the encoder was made for:
-    origin = Origin.of_file(read_feature_file(path))
+    origin = origin_of_file(read_feature_file(path))
     assert (origin.patch_px, origin.mpp) == (40, 0.5)
     assert read_coordinates(path).size_level0 == 40
 
@@ -348,7 +349,7 @@ def test_slide_encoders_by_name_check_the_tiles(folder: Path, tmp_path: Path) ->
             spec,
             batch_size=8,
             pictures=False,
-            origin=Origin("chief-ctp"),
+            origin=TileOrigin("chief-ctp"),
         )
         embed_slides(slide, tmp_path / name, settings, PLACEMENT, progress=False)
         return tmp_path / name

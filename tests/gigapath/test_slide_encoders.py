@@ -19,17 +19,19 @@ from gigapath.embed.features_job import Bag, encode_slides, join_bags, read_pati
 from gigapath.embed.slide_encoders import (
     AttentionPool,
     NamedSlideEncoder,
-    Origin,
     OriginError,
     SlideEncoderError,
     check_origin,
+    complete_origin,
     describe_named_slide_encoder,
     get_slide_preset,
     list_slide_encoders,
+    origin_of_file,
 )
 from gigapath.embed.slide_vectors import describe_slide_encoder
 from gigapath.slide_encoder import create_model
 from pathcore.encoders import get_preset
+from pathcore.encoders.origin import TileOrigin
 from pathcore.encoders.presets import PresetError
 from pathcore.weights import CheckpointError
 from wsi.conform import read_feature_file
@@ -280,24 +282,24 @@ def test_authors_code_runs_only_on_request(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-RIGHT = Origin("chief-ctp", "", 256, 1.0)
+RIGHT = TileOrigin("chief-ctp", 256, 1.0)
 
 
 @pytest.mark.parametrize(
     ("origin", "message"),
     [
         (
-            Origin("uni", "", 256, 1.0),
+            TileOrigin("uni", 256, 1.0),
             "features of uni, 256 px at 1 µm .* chief-ctp, 256 px at 1 µm",
         ),
-        (Origin("chief-ctp", "", 512, 1.0), "chief-ctp, 512 px .* trained on chief-ctp, 256 px"),
-        (Origin("chief-ctp", "", 256, 0.5), "256 px at 0.5 µm .* 256 px at 1 µm"),
-        (Origin("", "", 256, 1.0), "does not say its encoder: state it"),
-        (Origin("chief-ctp"), "does not say its patch_px, mpp: state it"),
-        (Origin("", "", 256, 0.5), "an unknown encoder, 256 px at 0.5 .* compute features"),
+        (TileOrigin("chief-ctp", 512, 1.0), "chief-ctp, 512 px .* trained on chief-ctp, 256 px"),
+        (TileOrigin("chief-ctp", 256, 0.5), "256 px at 0.5 µm .* 256 px at 1 µm"),
+        (TileOrigin("", 256, 1.0), "does not say its encoder: state it"),
+        (TileOrigin("chief-ctp"), "does not say its patch_px, mpp: state it"),
+        (TileOrigin("", 256, 0.5), "an unknown encoder, 256 px at 0.5 .* compute features"),
     ],
 )
-def test_features_of_another_origin_are_refused(origin: Origin, message: str) -> None:
+def test_features_of_another_origin_are_refused(origin: TileOrigin, message: str) -> None:
     check_origin(get_slide_preset("chief"), RIGHT, "s")
     check_origin(get_slide_preset("mean"), origin, "s")
     with pytest.raises(OriginError, match=message):
@@ -320,18 +322,18 @@ def write_trident(path: Path, features: np.ndarray, coords: np.ndarray, encoder:
 def test_what_files_say(tmp_path: Path) -> None:
     features, coords = bag_of(768)
     write_trident(tmp_path / "t.h5", features, coords, "ctranspath")
-    assert Origin.of_file(read_feature_file(tmp_path / "t.h5")) == RIGHT  # CHIEF's weights
+    assert origin_of_file(read_feature_file(tmp_path / "t.h5")) == RIGHT  # CHIEF's weights
     ours = {"encoder_name": "uni2-h@/w.bin", "encoder_digest": "ab", "mpp": 0.5, "patch_size": 256,
             "patch_size_level0": 256, "mpp_level0": 0.5}  # fmt: skip
     write_features(tmp_path / "o.h5", features, coords, encoder="uni2-h_ab", attributes=ours)
-    origin = Origin.of_file(read_feature_file(tmp_path / "o.h5"))
-    assert origin == Origin("uni2-h", "ab", 256, 0.5)
+    origin = origin_of_file(read_feature_file(tmp_path / "o.h5"))
+    assert origin == TileOrigin("uni2-h", 256, 0.5, "ab")
     write_features(tmp_path / "n.h5", features, coords, encoder="weights-1234", attributes={})
-    assert Origin.of_file(read_feature_file(tmp_path / "n.h5")) == Origin()
-    completed = Origin(patch_px=256).completed(Origin("uni", "", 256, 0.5), "s")
-    assert completed == Origin("uni", "", 256, 0.5, ("encoder", "mpp"))
+    assert origin_of_file(read_feature_file(tmp_path / "n.h5")) == TileOrigin()
+    completed = complete_origin(TileOrigin(patch_px=256), TileOrigin("uni", 256, 0.5), "s")
+    assert completed == TileOrigin("uni", 256, 0.5, stated=("encoder", "mpp"))
     with pytest.raises(OriginError, match="says encoder uni2-h, but uni was stated"):
-        origin.completed(Origin("uni"), "o.h5")
+        complete_origin(origin, TileOrigin("uni"), "o.h5")
 
 
 def run(*arguments: object) -> Any:
@@ -419,7 +421,7 @@ def test_patients_side_by_side(tmp_path: Path) -> None:
     assert joined.size_level0 == 512
     assert joined.coords.tolist() == [[0, 0], [512, 512], [1536, 0], [2048, 512]]
     assert join_bags([coarse], side_by_side=True).coords.tolist() == coarse.coords.tolist()
-    other = Bag(features, fine.coords, 512, Origin("uni"))
+    other = Bag(features, fine.coords, 512, TileOrigin("uni"))
     with pytest.raises(OriginError, match="of chief-ctp  and of uni"):
         join_bags([coarse, other], side_by_side=False)
     table = tmp_path / "patients.csv"

@@ -15,10 +15,10 @@ from pallava.slide_bags import (
     SlideBag,
     SlideBagError,
     SlidePreparation,
-    TileOrigin,
     read_bag,
     read_slide_embedding,
 )
+from pathcore.encoders.origin import TileOrigin
 from pathcore.images import ImageError
 from tests.pallava.bags import TILE_PX, write_bag
 
@@ -213,7 +213,7 @@ TRIDENT = {"patch_size": 256, "level0_magnification": 40, "target_magnification"
         ("some-encoder", {}, ""),
         ("uni_v2", TRIDENT, "of uni2-h, 256 px at 0.5"),
         ("x", {"encoder_name": "hf:owner/other"}, "of hf:owner/other"),
-        ("uni_v1", {**TRIDENT, "target_magnification": 10}, "of uni, 256 px at 1.0 µm"),
+        ("uni_v1", {**TRIDENT, "target_magnification": 10}, "of uni, 256 px at 1 µm"),
         ("uni_v1", {**TRIDENT, "patch_size": 512}, "of uni, 512 px"),
     ],
 )

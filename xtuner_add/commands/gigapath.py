@@ -237,8 +237,8 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
 
 def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
     """The preset of the tile encoder, and the options of the command line about tiles."""
-    from gigapath.embed.slide_encoders import Origin
     from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, slide_encoder_of
+    from pathcore.encoders.origin import TileOrigin
 
     if tile_encoder.named:
         name = tile_encoder.pretrained.partition("@")[0]
@@ -247,7 +247,7 @@ def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
         name = {HUB_NAME: "prov-gigapath", FLASH_HUB_NAME: "gigapath-flash"}.get(
             published or "", ""
         )
-    return Origin(name, tile_encoder.digest, options["patch_px"], options["mpp"])
+    return TileOrigin(name, options["patch_px"] or 0, options["mpp"] or 0.0, tile_encoder.digest)
 
 
 def _slide_encoder(
@@ -377,15 +377,16 @@ def encode_slides(
     code 3 if a slide was skipped; skipped.jsonl and manifest.jsonl say why.
     """
     from gigapath.embed.features_job import encode_slides as encode
-    from gigapath.embed.slide_encoders import Origin, describe_named_slide_encoder
+    from gigapath.embed.slide_encoders import describe_named_slide_encoder
     from pathcore.encoders import get_preset
+    from pathcore.encoders.origin import TileOrigin
 
     with user_errors():
         known = get_preset(patch_encoder).name if patch_encoder else ""
         encoder = describe_named_slide_encoder(
             slide_encoder, trust_remote_code=trust_remote_code, preset=preset
         )
-        stated = Origin(known, patch_px=patch_px, mpp=mpp)
+        stated = TileOrigin(known, patch_px or 0, mpp or 0.0)
         report = encode(features, output, encoder, stated=stated, **options)
     end_of_job(report, "patient" if options["patients"] else "slide", output)
 
