@@ -25,8 +25,9 @@ from pallava.modeling.folders import connector_config_of, load_vision_encoder
 from pallava.modeling.llava import BagEncoder, MultimodalMixin, SubImageMask, use_softcap
 from pallava.modeling.qformer import ConnectorConfig, connector_state_dict
 from pallava.registry import CONNECTORS, ENCODERS
+from pallava.release.zero import load_checkpoint
 from pathcore.files import StrPath
-from pathcore.weights import CheckpointError, check_names, read_state_dict
+from pathcore.weights import CheckpointError, check_names
 
 
 class LLaVAModel(MultimodalMixin, BaseModel):
@@ -92,7 +93,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         self.visual_select_layer = visual_select_layer
         self.sub_image_mask = sub_image_mask
         self._checked_caches: set[str] = set()
-        pretrained = read_state_dict(pretrained_pth) if pretrained_pth else None
+        pretrained = load_checkpoint(pretrained_pth) if pretrained_pth else None
         self.visual_encoder = build_encoder(visual_encoder)
         self.llm = _build_llm(llm, max_position_embeddings)
         use_softcap(self.llm)
@@ -106,7 +107,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
             **{
                 "visual_hidden_size": width,
                 # Not `hidden_size`: the embeddings of some OPT models are narrower.
-                "llm_hidden_size": self.llm.get_input_embeddings().weight.shape[1],
+                "llm_hidden_size": self.llm.get_input_embeddings().embedding_dim,
                 "num_attention_heads": self.visual_encoder.config.num_attention_heads,
                 "num_hidden_layers": num_hidden_layers,
                 "cross_attention_freq": cross_attention_freq,

@@ -271,10 +271,11 @@ def _check_checkpoint(
 ) -> None:
     if not Path(path).exists():
         raise TrainingInputError(f"model.pretrained_pth: {path}: no such checkpoint")
-    from pathcore.weights import CheckpointError, check_finite, read_state_dict
+    from pallava.release.zero import load_checkpoint
+    from pathcore.weights import CheckpointError, check_finite
 
     try:
-        tensors = read_state_dict(path, mmap=Path(path).is_file())
+        tensors = load_checkpoint(path, mmap=Path(path).is_file())
         check_finite(tensors, path)
     except CheckpointError as error:
         raise TrainingInputError(f"model.pretrained_pth: {error}") from error

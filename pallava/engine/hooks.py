@@ -143,11 +143,10 @@ def start_screen(runner: Any) -> list[str]:
     parts = {}
     for name, part in model.named_children():
         parameters = list(part.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        parts[name] = (sum(p.numel() for p in parameters), trained)
+        trained = sum(_size(p) for p in parameters if p.requires_grad)
+        parts[name] = (sum(map(_size, parameters)), trained)
     lines = [
-        f"{'Model':<10}{type(model).__name__}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{'Model':<10}{type(model).__name__}, {sum(map(_size, model.parameters())):,} parameters"
     ]
     for name, (number, trained) in parts.items():
         if number:
@@ -172,9 +171,11 @@ def start_screen(runner: Any) -> list[str]:
         f"{'Steps':<10}{loop.max_iters:,} iterations, {len(loader):,} an epoch; "
         f"{math.ceil(loop.max_iters / counts):,} updates"
     )
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = sum(_size(p) * p.element_size() for p in model.parameters())
     learned = [p for p in model.parameters() if p.requires_grad]
-    state = sum(p.numel() * (p.element_size() + 8) for p in learned)
+    state = sum(_size(p) * (p.element_size() + 8) for p in learned)
+    if any(hasattr(p, "ds_numel") for p in learned):
+        held, state = held / world, state / world
     device = next(model.parameters()).device
     lines.append(
         f"{'Memory':<10}weights {held / 2**20:,.0f} MiB, gradients and AdamW {state / 2**20:,.0f} "
@@ -183,3 +184,8 @@ def start_screen(runner: Any) -> list[str]:
     lines.append(f"{'Seed':<10}{runner.seed}")
     lines.append(f"{'Log':<10}{runner.logger.log_file} (config and environment too)")
     return lines
+
+
+def _size(parameter: torch.Tensor) -> int:
+    """Number of values, also of a parameter that ZeRO-3 has spread over the processes."""
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -207,7 +207,9 @@ class PLIPVisionEncoder(nn.Module):
         layers = self.vision_model.encoder.layers[: select_layer % num_states]
         frozen = not any(parameter.requires_grad for parameter in self.parameters())
         at_once = len(pixel_values)
-        if frozen and pixel_values.device.type == "cpu":
+        # Under ZeRO-3, processes gather each layer together, so all need the same number of calls.
+        gathered = hasattr(next(self.parameters()), "ds_id")
+        if frozen and not gathered and pixel_values.device.type == "cpu":
             at_once = min(at_once, _CPU_BATCH)
         with torch.no_grad() if frozen else nullcontext():
             parts = []

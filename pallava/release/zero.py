@@ -30,7 +30,7 @@ _OPTIMIZER_FILES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_stat
 _ZERO3_MODEL_FILES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
 
 
-def load_checkpoint(path: StrPath) -> StateDict:
+def load_checkpoint(path: StrPath, *, mmap: bool = False) -> StateDict:
     """Reads the trained tensors of a `.pth` file or of a DeepSpeed folder of any ZeRO stage.
 
     Parameters come from the optimizer's fp32 master weights if they are present, otherwise from the
@@ -38,6 +38,7 @@ def load_checkpoint(path: StrPath) -> StateDict:
 
     Args:
         path: `.pth` file, or folder `iter_N.pth` of a DeepSpeed run.
+        mmap: Whether to map a file rather than to read it.
 
     Raises:
         FileNotFoundError: If `path` does not exist.
@@ -45,7 +46,7 @@ def load_checkpoint(path: StrPath) -> StateDict:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return read_state_dict(folder)
+        return read_state_dict(folder, mmap=mmap)
     tag_file = folder / "latest"
     if tag_file.is_file() and not _model_files(folder):
         tag = tag_file.read_text().strip()
