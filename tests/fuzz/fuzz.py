@@ -365,15 +365,14 @@ def run_area(name: str, seconds: float, seed: int) -> Counter[str]:
             )  # fmt: skip
             child.start()
             send.close()
-            outcome, detail = "crash", ""
             try:
                 if receive.poll(LIMIT_S):
                     outcome, detail = receive.recv()
                 else:
-                    outcome = "hang"
+                    outcome, detail = "hang", ""
                     child.kill()
-            except EOFError:
-                pass
+            except EOFError:  # the child died before it could report
+                outcome, detail = "crash", ""
             child.join()
             if outcome == "crash" and child.exitcode:
                 detail = signal.Signals(-child.exitcode).name if child.exitcode < 0 else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pallava.serving.file_guard import folder_bytes
 from pallava.text.turns import Turn
 from tests.pallava import goldens
 from tests.pallava.browser import chromium
+from tests.pallava.serving.conftest import send_raw
 from tests.pallava.tiny_folders import make_folders
 from tests.xtuner_add.served_model import Server, make_slides, served
 from xtuner_add import cli
@@ -168,29 +168,12 @@ def test_routes_that_the_page_does_not_need_are_absent(
     assert answer.status_code in (403, 404, 405)
 
 
-def push(port: int, path: str, framing: str, chunked: bool) -> tuple[bytes, int]:
-    """Sends as much of two gigabytes as the server takes."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{framing}\r\n"
-        "Content-Type: multipart/form-data; boundary=xx\r\n\r\n"
-    )
+def huge_file(chunked: bool) -> Iterator[bytes]:
+    """Yields a file of two gigabytes as the body of a request."""
     opening = b'--xx\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    piece, sent, answer = bytes(1 << 18), 0, b""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(head.encode())
-        try:
-            for part in (opening, *[piece] * (HUGE // len(piece))):
-                frame = f"{len(part):x}\r\n".encode() + part + b"\r\n" if chunked else part
-                connection.sendall(frame)
-                sent += len(part)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        try:
-            while received := connection.recv(65536):
-                answer += received
-        except ConnectionResetError:
-            pass
-    return answer, sent
+    piece = bytes(1 << 18)
+    for part in (opening, *[piece] * (HUGE // len(piece))):
+        yield f"{len(part):x}\r\n".encode() + part + b"\r\n" if chunked else part
 
 
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/v1/chat/completions"])
@@ -200,7 +183,11 @@ def test_two_gigabytes_fill_neither_memory_nor_disk(
 ) -> None:
     limit = 64 << 20
     peak, stored = server.peak_kib(), folder_bytes(server.temporary)
-    answer, sent = push(server.port, path, framing, "chunked" in framing)
+    head = (
+        f"POST {path} HTTP/1.1\nHost: 127.0.0.1\n{framing}\n"
+        "Content-Type: multipart/form-data; boundary=xx\n\n"
+    )
+    answer, sent = send_raw(server.port, head, huge_file("chunked" in framing))
     assert sent < 2 * limit
     if answer:  # a reset may overtake it
         assert answer.split(b" ")[1] == b"413"

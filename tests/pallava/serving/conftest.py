@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,25 @@ def serving(app: Any, **settings: Any) -> Iterator[int]:
         finally:
             server.should_exit = True
             thread.join(timeout=20)
+
+
+def send_raw(port: int, head: str, body: Iterable[bytes]) -> tuple[bytes, int]:
+    """Sends a request as it is; gives the answer and how many bytes of the body got out.
+
+    A server that refuses a request closes the connection, which the client sees while it sends, or
+    as a reset that overtakes the answer.
+    """
+    sent, answer = 0, b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode())
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for piece in body:
+                connection.sendall(piece)
+                sent += len(piece)
+        with suppress(ConnectionResetError):
+            while received := connection.recv(65536):
+                answer += received
+    return answer, sent
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from pallava.inference.assistant import Assistant
 from pallava.serving.app import create_app
 from pallava.serving.guard import SECURITY_HEADERS, GuardSettings
 from pallava.serving.service import ModelService
-from tests.pallava.serving.conftest import NAME, serving
+from tests.pallava.serving.conftest import NAME, send_raw, serving
 
 CHAT = "/v1/chat/completions"
 KEY = "a key with ümlauts"
@@ -31,26 +31,6 @@ def locked(assistant: Assistant) -> Iterator[int]:
     settings = GuardSettings(hosts=("127.0.0.1",), api_key=KEY)
     with serving(create_app(ModelService(assistant, NAME), settings)) as number:
         yield number
-
-
-def raw(port: int, head: str, body: Iterator[bytes]) -> tuple[bytes, int]:
-    """Sends a request as it is; gives the answer and how many bytes of the body got out."""
-    sent = 0
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(head.replace("\n", "\r\n").encode())
-        try:
-            for piece in body:
-                connection.sendall(piece)
-                sent += len(piece)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        answer = b""
-        try:
-            while piece := connection.recv(65536):
-                answer += piece
-        except ConnectionResetError:
-            pass
-    return answer, sent
 
 
 def status(port: int, method: str = "GET", path: str = "/v1/models", **headers: str) -> int:
@@ -141,7 +121,7 @@ HUGE = 2 << 30
 def test_two_gigabytes_are_refused_early(port: int, path: str, framing: str) -> None:
     head = f"POST {path} HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n{framing}\n\n"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer, sent = raw(port, head, zeros(HUGE, chunked="chunked" in framing))
+    answer, sent = send_raw(port, head, zeros(HUGE, chunked="chunked" in framing))
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert sent < 64 << 20, "what fits into socket buffers, and no more"
     if answer:  # a reset may overtake the answer
@@ -163,7 +143,7 @@ def test_the_length_that_is_counted_is_the_real_one(port: int) -> None:
             f"{size - 5:x}\r\n".encode() + bytes(size - 5) + b"\r\n",
             b"5\r\n12345\r\n0\r\n\r\n",
         ]
-        answer, _ = raw(port, head, iter(body))
+        answer, _ = send_raw(port, head, iter(body))
         assert expected in answer.split(b"\r\n")[0]
 
 
@@ -178,7 +158,7 @@ def test_the_length_that_is_counted_is_the_real_one(port: int) -> None:
 )
 def test_lying_lengths_do_no_harm(port: int, framing: str) -> None:
     head = f"POST {CHAT} HTTP/1.1\nHost: 127.0.0.1\nConnection: close\n{framing}\n\n"
-    answer, _ = raw(port, head, iter([b"5\r\n12345\r\n0\r\n\r\n"]))
+    answer, _ = send_raw(port, head, iter([b"5\r\n12345\r\n0\r\n\r\n"]))
     assert answer.split(b" ")[1] in {b"400", b"413"}
     assert status(port) == 200
 
