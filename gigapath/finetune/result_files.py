@@ -48,57 +48,36 @@ def score_part(
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores the predictions of a part and writes them.
+    """Scores the predictions of a part and writes them to `predictions_PART.csv`.
 
-    See `gigapath.finetune.metrics.score_predictions` for the scores and `write_predictions` for the
-    files.
+    The csv has ids, true and predicted classes (multi-label: 0 or 1) and probabilities; for
+    survival, ids, times, events and risks. The part `test` also gets a picture, `reliability.png`
+    or `kaplan_meier.png`. See `gigapath.finetune.metrics.score_predictions` for the scores.
     """
-    write_predictions(folder, part, ids, labels, probabilities, classes, setting)
+    rows: list[list[Any]] = []
+    if setting == SURVIVAL:
+        head = ["time", "event", "risk"]
+        for name, (time, event), risk in zip(ids, labels, probabilities[:, 0], strict=True):
+            rows.append([name, f"{time:g}", int(event), f"{risk:.6f}"])
+    else:
+        several = labels.ndim == 2
+        head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
+        head += [f"probability_{name}" for name in classes]
+        for name, label, row in zip(ids, labels, probabilities, strict=True):
+            shown = (
+                label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
+            )
+            rows.append([name, *shown, *map("{:.6f}".format, row)])
+    write_csv(folder / f"predictions_{part}.csv", ["id", *head], rows)
+    if part == "test" and setting == SURVIVAL:
+        figure = kaplan_meier_figure(labels, probabilities[:, 0])
+        save_figure(figure, folder / "kaplan_meier.png", dpi=120)
+    elif part == "test":
+        figure = reliability_figure(labels, probabilities, f"{len(ids)} test cases")
+        save_figure(figure, folder / "reliability.png", dpi=120)
     return score_predictions(
         labels, probabilities, classes, setting=setting, num_resamples=num_resamples, seed=seed
     )
-
-
-def write_predictions(
-    folder: Path,
-    part: str,
-    ids: Sequence[str],
-    labels: NDArray[Any],
-    probabilities: NDArray[Any],
-    classes: Sequence[str],
-    setting: str,
-) -> None:
-    """Writes the predictions of a part to `predictions_PART.csv`, and a picture if it is `test`.
-
-    The csv has ids, true and predicted classes (multi-label: 0 or 1) and probabilities, and the
-    picture is `reliability.png`; for survival, ids, times, events and risks, and
-    `kaplan_meier.png`.
-    """
-    table = folder / f"predictions_{part}.csv"
-    if setting == SURVIVAL:
-        write_csv(
-            table,
-            ["id", "time", "event", "risk"],
-            [
-                [name, f"{time:g}", int(event), f"{risk:.6f}"]
-                for name, (time, event), risk in zip(ids, labels, probabilities[:, 0], strict=True)
-            ],
-        )
-        if part == "test":
-            figure = kaplan_meier_figure(labels, probabilities[:, 0])
-            save_figure(figure, folder / "kaplan_meier.png", dpi=120)
-        return
-    several = labels.ndim == 2
-    head = [f"true_{name}" for name in classes] if several else ["true", "predicted"]
-    rows = []
-    for name, label, row in zip(ids, labels, probabilities, strict=True):
-        said = label.astype(int).tolist() if several else [classes[label], classes[row.argmax()]]
-        rows.append([name, *said, *map("{:.6f}".format, row)])
-    head = ["id", *head, *(f"probability_{name}" for name in classes)]
-    write_csv(table, head, rows)
-    if part == "test":
-        figure = reliability_figure(labels, probabilities, f"{len(ids)} test cases")
-        save_figure(figure, folder / "reliability.png", dpi=120)
 
 
 def results_table(

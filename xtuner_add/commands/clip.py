@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ from xtuner_add.commands.options import (
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
 from xtuner_add.paths import find_yaml
 
+_k_option = partial(
+    click.option, "--k", "ks", multiple=True, type=click.IntRange(min=1), show_default=True
+)
 _image_folder = click.option(
     "--image-folder",
     "images",
@@ -221,13 +225,8 @@ def clip_zero_shot(
     help="Slides, or a CSV of slides, whose features are computed first: FEATURES then holds "
     "coordinates.",
 )
-@click.option(
-    "--k",
-    "ks",
-    multiple=True,
-    type=click.IntRange(min=1),
+@_k_option(
     default=(1, 5, 10, 50, 100),
-    show_default=True,
     help="Number of patches whose scores are averaged; may be repeated.",
 )
 @click.option(
@@ -304,15 +303,7 @@ def clip_zero_shot_slides(
     type=FOLDER,
     help="Folder of the images; or, with --labels and the MODEL none, of SLIDE.h5.",
 )
-@click.option(
-    "--k",
-    "ks",
-    multiple=True,
-    type=click.IntRange(min=1),
-    default=(1, 5, 10),
-    show_default=True,
-    help="Numbers k of nearest candidates; may be repeated.",
-)
+@_k_option(default=(1, 5, 10), help="Numbers k of nearest candidates; may be repeated.")
 @click.pass_context
 def clip_retrieval(
     ctx: click.Context,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 _HUB = "hf_hub:prov-gigapath/prov-gigapath"
 _PRESETS = ("mean", "pipeline", "trident", "lazyslide")
 """Keys of `gigapath.embed.slide_vectors.PRESETS`, which needs torch."""
+
+_preset_option = partial(
+    click.option, "--preset", type=click.Choice(_PRESETS), default="mean", show_default=True
+)
+_list_option = partial(click.option, "--list", is_flag=True, expose_value=False, is_eager=True)
 
 
 class _GridSize(click.ParamType):
@@ -87,11 +93,7 @@ class _GridSize(click.ParamType):
     metavar="NAME",
     help="Architecture of the slide encoder. [default: the one that matches the tile embeddings]",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(_PRESETS),
-    default="mean",
-    show_default=True,
+@_preset_option(
     help="Slide embedding: the mean over the tiles, or as in the original pipeline, TRIDENT or "
     "LazySlide.",
 )
@@ -320,11 +322,7 @@ def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool
     metavar="NAME[@FILE]",
     help="A name that --list shows, with @FILE_OR_FOLDER for weights on disk.",
 )
-@click.option(
-    "--list",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
+@_list_option(
     callback=_list_slide_encoders,
     help="List the slide encoders, with what each was trained on, and exit.",
 )
@@ -346,13 +344,7 @@ def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool
     type=click.FloatRange(0, min_open=True),
     help="Micrometres per pixel of their patches, if the files do not say it; recorded.",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(_PRESETS),
-    default="mean",
-    show_default=True,
-    help="Which vector of prov-gigapath and gigapath-flash; see `xtuner-add embed`.",
-)
+@_preset_option(help="Which vector of prov-gigapath and gigapath-flash; see `xtuner-add embed`.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the code of the encoder's authors.")
 @device_option
 @retry_option
@@ -398,6 +390,8 @@ _OPTION = click.option(
     metavar="NAME=VALUE",
     help="Override a setting of the recipe, such as lr=0.01; may be repeated.",
 )
+_SEED_HELP = "Seed to train each fold with; may be repeated."
+_seed_option = partial(click.option, "--seed", "seeds", type=int, multiple=True)
 _FOLD = click.option(
     "--fold",
     "only_folds",
@@ -507,14 +501,7 @@ def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> 
     metavar="NAME",
     help="A protocol that --list shows; may be repeated.",
 )
-@click.option(
-    "--list",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_list_protocols,
-    help="List the protocols and exit.",
-)
+@_list_option(callback=_list_protocols, help="List the protocols and exit.")
 @click.option(
     "--method",
     "methods",
@@ -653,13 +640,7 @@ def _labelled_vectors(
     help="Folder of SLIDE.h5 or .pt, for knn, logistic and cox. [default: the mean over the tiles]",
 )
 @_FOLD
-@click.option(
-    "--seed",
-    "seeds",
-    type=int,
-    multiple=True,
-    help="Seed to train each fold with; may be repeated. [default: the recipe's]",
-)
+@_seed_option(help=f"{_SEED_HELP} [default: the recipe's]")
 @_HEAT_MAPS
 @map_format_option
 @device_option
@@ -768,15 +749,7 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 @click.option("--event", help="Column of 1 for an observed event and 0 for a censored slide.")
 @click.option("--model", type=click.Choice(_MIL_NAMES), default="abmil", show_default=True)
 @_FOLD
-@click.option(
-    "--seed",
-    "seeds",
-    type=int,
-    multiple=True,
-    default=(0,),
-    show_default=True,
-    help="Seed to train each fold with; may be repeated.",
-)
+@_seed_option(default=(0,), show_default=True, help=_SEED_HELP)
 @click.option("--epochs", default=50, show_default=True)
 @click.option("--lr", default=2e-4, show_default=True, help="Peak learning rate of AdamW.")
 @click.option("--weight-decay", default=1e-5, show_default=True)
