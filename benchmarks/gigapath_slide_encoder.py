@@ -6,8 +6,8 @@ The *straightforward* side reimplements what the published code computes without
 sequence padded to whole segments, groups of heads gathered into dense copies, a softmax over
 materialised scores, and the results of each branch scattered into zeros. The *floor* is the time of
 the matrix products only: the linear layers, and the operations of the attention at the speed
-measured for those layers. The cases run in turn in one process; memory is measured in separate
-processes.
+measured for those layers, in the precision of the case; *training* is a forward and a backward
+pass. The cases run in turn in one process; memory is measured in separate processes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +36,17 @@ from gigapath.longnet import DilatedSelfAttention, EncoderLayer
 from gigapath.slide_encoder import LongNetViT
 
 STRAIGHTFORWARD, OURS, BF16, FLOOR = "straightforward", "ours", "ours, bf16", "floor"
+TRAINING, STRAIGHTFORWARD_TRAINING = "ours, training", "straightforward, training"
+FLOORS = {
+    BF16: "floor, bf16",
+    TRAINING: "floor, training",
+    STRAIGHTFORWARD_TRAINING: "floor, training",
+}
+"""Floors of the cases other than those in fp32 without gradients."""
+
+_ATTENTION_BACKWARD = 2.5
+"""Operations of the backward pass of attention relative to the forward pass, if the scores are
+computed again instead of kept (Dao 2023, arXiv:2307.08691, section 4.1)."""
 
 
 def dense_branch(
@@ -164,26 +176,58 @@ class Bench:
         """Computes the slide embedding of the straightforward side."""
         return straightforward(self.model, self.table, x, coords)
 
-    def floor(self, x: Tensor, coords: Tensor) -> float:
-        """Returns the seconds of the matrix products only, on one processor."""
+    def training(self, x: Tensor, coords: Tensor) -> None:
+        """Computes the gradients of all weights."""
+        self._backward(self.ours, x, coords)
+
+    def straightforward_training(self, x: Tensor, coords: Tensor) -> None:
+        """Computes the gradients of all weights by the straightforward side."""
+        self._backward(self.straightforward, x, coords)
+
+    def _backward(
+        self, forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, coords: Tensor
+    ) -> None:
+        self.model.requires_grad_(True)
+        with torch.enable_grad():
+            forward(x, coords).sum().backward()
+        self.model.zero_grad(set_to_none=True)
+        self.model.requires_grad_(False)
+
+    def floor(self, x: Tensor, name: str) -> float:
+        """Returns the seconds of the matrix products only, on one processor.
+
+        Args:
+            x: Tiles `(1, L, C)`.
+            name: `FLOOR` or one of `FLOORS`.
+        """
+        training = name == FLOORS[TRAINING]
+        dtype = torch.bfloat16 if name == FLOORS[BF16] else torch.float32
         config, layer = self.model.encoder.config, self.model.encoder.layers[0]
         assert isinstance(layer, EncoderLayer)
-        tokens = torch.randn(x.shape[1] + 1, config.embed_dim)
-        start = time.process_time()
-        self.model.patch_embed(x)
-        embedding = time.process_time() - start
-        start = time.process_time()
-        for _ in range(4):
-            layer.self_attn.out_proj(tokens)
-        layer.ffn.fc2(layer.ffn.fc1(tokens))
-        linear = time.process_time() - start
+        layer = deepcopy(layer).to(dtype).requires_grad_(training)
+        embed = deepcopy(self.model.patch_embed).to(dtype).requires_grad_(training)
+        tokens = torch.randn(x.shape[1] + 1, config.embed_dim, dtype=dtype, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            start = time.process_time()
+            tiles = embed(x.to(dtype))
+            if training:
+                tiles.sum().backward()
+            embedding = time.process_time() - start
+            start = time.process_time()
+            outputs = [layer.self_attn.out_proj(tokens) for _ in range(4)]
+            outputs.append(layer.ffn.fc2(layer.ffn.fc1(tokens)))
+            if training:
+                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            linear = time.process_time() - start
         flops = 2 * len(tokens) * config.embed_dim**2 * (4 + 2 * config.mlp_ratio)
         attention = attention_flops(self.model, len(tokens)) * linear / flops
+        if training:  # the backward pass of linear layers has twice the operations of the forward
+            attention *= (1 + _ATTENTION_BACKWARD) / 3
         return embedding + config.depth * (linear + attention)
 
 
 def peak_of(case: str, num_tiles: int, layers: int, quick: bool) -> float:
-    """Returns peak MiB of a forward pass minus model and inputs, in a separate process."""
+    """Returns peak MiB of a case minus model and inputs, in a separate process."""
     command = [sys.executable, "-m", "benchmarks.gigapath_slide_encoder", "--peak", case]
     command += ["--tiles", str(num_tiles), "--layers", str(layers), *["--quick"] * quick]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -197,9 +241,10 @@ class Result:
     Attributes:
         num_tiles: Number of tiles of the slide.
         name: The case.
-        cpu_s: Median processor time of a forward pass.
+        cpu_s: Median processor time.
         ratio: Median over the rounds of the straightforward side's time by this one's.
-        over_floor: Median over the rounds of this one's time by the floor's.
+        over_floor: Median over the rounds of this one's time by its floor's.
+        over_floor_range: Least and largest of these.
         peak_kib: Peak memory per tile, without model and inputs.
     """
 
@@ -208,46 +253,57 @@ class Result:
     cpu_s: float
     ratio: float | None
     over_floor: float | None
+    over_floor_range: tuple[float, float] | None
     peak_kib: float | None = None
 
 
 def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list[Result]:
     """Runs the cases in turn, and returns medians."""
     x, coords = bench.inputs(num_tiles)
-    cases: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    cases: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
         STRAIGHTFORWARD: bench.straightforward,
         OURS: bench.ours,
         BF16: bench.bf16,
+        TRAINING: bench.training,
+        STRAIGHTFORWARD_TRAINING: bench.straightforward_training,
     }
     if STRAIGHTFORWARD in names:
         ours, theirs = bench.ours(x, coords), bench.straightforward(x, coords)
         difference = float((ours - theirs).abs().max())
         if not difference < 1e-4:
             raise RuntimeError(f"{num_tiles} tiles: the two sides differ by {difference}")
-    seconds: dict[str, list[float]] = {name: [] for name in (*names, FLOOR)}
+    floor_of = {name: FLOORS.get(name, FLOOR) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in (*names, *floor_of.values())}
     for _ in range(rounds):
         for name in names:
             start = time.process_time()
             cases[name](x, coords)
             seconds[name].append(time.process_time() - start)
-        seconds[FLOOR].append(bench.floor(x, coords))
+        for name in dict.fromkeys(floor_of.values()):
+            seconds[name].append(bench.floor(x, name))
 
-    def ratio(above: str, below: str) -> float | None:
-        if above == below or not seconds.get(above):
-            return None
-        pairs = zip(seconds[above], seconds[below], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+    def ratios(above: str, below: str | None) -> list[float]:
+        if below is None or above == below or not seconds.get(above):
+            return []
+        return [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
 
-    return [
-        Result(
-            num_tiles,
-            name,
-            statistics.median(seconds[name]),
-            ratio(STRAIGHTFORWARD, name) if name != FLOOR else None,
-            ratio(name, FLOOR),
+    results = []
+    for name, times in seconds.items():
+        is_training = name in (TRAINING, STRAIGHTFORWARD_TRAINING)
+        alternative = STRAIGHTFORWARD_TRAINING if is_training else STRAIGHTFORWARD
+        ratio = ratios(alternative, name) if name in floor_of else []
+        over_floor = ratios(name, floor_of.get(name))
+        results.append(
+            Result(
+                num_tiles,
+                name,
+                statistics.median(times),
+                statistics.median(ratio) if ratio else None,
+                statistics.median(over_floor) if over_floor else None,
+                (min(over_floor), max(over_floor)) if over_floor else None,
+            )
         )
-        for name in seconds
-    ]
+    return results
 
 
 @click.command()
@@ -255,16 +311,18 @@ def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list
 @click.option("--layers", default=12, show_default=True)
 @click.option("--tiles", multiple=True, type=int, default=[256, 1024, 4096, 16384])
 @click.option("--curve", multiple=True, type=int, default=[16384, 32768, 65536, 131072])
+@click.option("--training", is_flag=True, help="Measure gradients as well.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--quick", is_flag=True, help="Tiny sizes: shows that it runs, measures nothing.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
-@click.option("--peak", type=click.Choice([STRAIGHTFORWARD, OURS]), hidden=True)
-@torch.inference_mode()
+@click.option("--peak", type=click.Choice([STRAIGHTFORWARD, OURS, TRAINING]), hidden=True)
+@torch.no_grad()
 def main(
     rounds: int,
     layers: int,
     tiles: tuple[int, ...],
     curve: tuple[int, ...],
+    training: bool,
     threads: int,
     quick: bool,
     json_file: Path | None,
@@ -275,24 +333,30 @@ def main(
     if peak:
         bench = Bench(layers, quick, with_table=peak == STRAIGHTFORWARD)
         x, coords = bench.inputs(tiles[0])
-        case = bench.ours if peak == OURS else bench.straightforward
+        case = {
+            OURS: bench.ours,
+            TRAINING: bench.training,
+            STRAIGHTFORWARD: bench.straightforward,
+        }[peak]
         case(x[:, :64], coords[:, :64])
         with peak_resident_mib() as mib:
             case(x, coords)
         click.echo(mib[0])
         return
     if quick:
-        rounds, layers, tiles, curve = 1, 2, (300,), (500,)
+        rounds, layers, tiles, curve, training = 1, 2, (300,), (500,), True
     click.echo(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     bench = Bench(layers, quick)
+    names = [STRAIGHTFORWARD, OURS, BF16]
+    names += [STRAIGHTFORWARD_TRAINING, TRAINING] if training else []
     results = []
     for num_tiles in tiles:
-        results += measure(bench, num_tiles, rounds, [STRAIGHTFORWARD, OURS, BF16])
+        results += measure(bench, num_tiles, rounds, names)
     for result in results:
-        if result.name in (STRAIGHTFORWARD, OURS):
+        if result.name in (STRAIGHTFORWARD, OURS, TRAINING):
             mib = peak_of(result.name, result.num_tiles, min(layers, 2), quick)
             result.peak_kib = mib * 1024 / result.num_tiles
-    header = ["tiles", "case", "cpu s", "speed-up", "over floor", "peak KiB/tile"]
+    header = ["tiles", "case", "cpu s", "speed-up", "over floor", "range", "peak KiB/tile"]
     rows = [list(asdict(result).values()) for result in results]
     click.echo(tabulate(rows, header, floatfmt=".4g"))
     single, lines = Bench(1, quick, with_table=False), []

@@ -11,9 +11,12 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import QUICK, names
 from benchmarks.gigapath_slide_encoder import (
+    BF16,
     FLOOR,
+    FLOORS,
     OURS,
     STRAIGHTFORWARD,
+    TRAINING,
     Bench,
     attention_flops,
     main,
@@ -31,8 +34,28 @@ def test_every_case_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = json.loads(path.read_text())
     assert {row["num_tiles"] for row in rows} == {300, 500}
     assert all(row["cpu_s"] > 0 for row in rows)
-    assert all((row["ratio"] is None) == (row["name"] in (STRAIGHTFORWARD, FLOOR))
-               for row in rows if row["num_tiles"] < 500)  # fmt: skip
+    compared = {row["name"] for row in rows if row["ratio"] is not None}
+    assert compared == {OURS, BF16, TRAINING}
+    floors = {FLOOR, *FLOORS.values()}
+    assert {row["name"] for row in rows if row["over_floor"] is None} == floors
+
+
+@torch.no_grad()
+def test_training_computes_the_gradients_of_the_other_side() -> None:
+    bench, found = Bench(2, quick=True), []
+    x, coords = bench.inputs(150)
+    bench.model.zero_grad = lambda set_to_none: found.append(  # type: ignore[method-assign]
+        [parameter.grad for parameter in bench.model.parameters()]
+    )
+    for case in (bench.training, bench.straightforward_training):
+        case(x, coords)
+        for parameter in bench.model.parameters():
+            parameter.grad = None
+    ours, theirs = found
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None]
+    assert len(pairs) > 30
+    for a, b in pairs:
+        assert (a - b).norm() <= 1e-4 * max(b.norm(), 1e-3)
 
 
 @torch.no_grad()
