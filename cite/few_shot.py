@@ -26,10 +26,10 @@ class FeatureAdapter(nn.Module):
     Args:
         width: Width of the features D.
         reduction: Factor by which the hidden layer is narrower; 4 in the paper.
-        ratio: Share of the adapter's output.
+        ratio: Fraction of the adapter's output in the mixture.
 
     Raises:
-        ValueError: If the ratio is not between 0 and 1, or nothing remains of the hidden layer.
+        ValueError: If the ratio is not between 0 and 1, or the hidden layer would be empty.
 
     Example:
         >>> FeatureAdapter(512)(torch.ones(4, 512)).shape
@@ -56,14 +56,14 @@ class FeatureCache(nn.Module):
     """Tip-Adapter's cache: classes of training images, weighted by their similarity.
 
     `alpha * exp(-beta * (1 - f K^T)) V` for features f and keys K of length 1 and one-hot labels V.
-    The scores are added to those of the texts. Keys are a parameter,
-    which Tip-Adapter-F trains; they are empty until `fill`.
+    The scores are added to those of the texts. Keys are a parameter, which Tip-Adapter-F trains;
+    they are empty until `fill`.
 
     Args:
         width: Width of the features D.
         num_classes: Number of classes C.
         alpha: Weight of the cache.
-        beta: Sharpness: the higher, the more only the nearest images count.
+        beta: Sharpness: the higher, the more the nearest images dominate.
     """
 
     labels: Tensor
@@ -112,15 +112,15 @@ class LearnedContext(nn.Module):
     """CoOp's prompts: learned word embeddings before the name of each class.
 
     The text encoder reads `[V]_1 ... [V]_M name.` with its weights frozen; all classes share the
-    context, and the class token is at the end. Placeholder words stand in the text,
-    and a hook replaces their word embeddings, so that any text encoder with word embeddings works.
+    context, and the class name comes last. The text contains placeholder words, whose word
+    embeddings a hook replaces, so that any text encoder with word embeddings works.
     The encoder is not part of the state dict.
 
     Args:
         encoder: The text encoder.
         names: Names of the classes.
         num_context: Number of context tokens M; 16 in the paper.
-        std: Standard deviation of their random start; 0.02 in the paper.
+        std: Standard deviation of their initial values; 0.02 in the paper.
 
     Raises:
         ValueError: If the tokenizer does not make one token of each placeholder.
@@ -160,9 +160,9 @@ class LearnedContext(nn.Module):
 def _word_embeddings(
     encoder: GradientTextEncoder, texts: Sequence[str], num_context: int
 ) -> nn.Embedding:
-    """Finds the embedding of words, which sees one token repeated behind the first token.
+    """Finds the word embedding: the one whose input repeats one token after the first token.
 
-    Embeddings of positions see different numbers there, and those of token types one number only.
+    Position embeddings get different numbers there, and token type embeddings a single number.
     """
     seen: dict[nn.Embedding, Tensor] = {}
     modules = [m for m in encoder.module.modules() if isinstance(m, nn.Embedding)]

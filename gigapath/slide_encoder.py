@@ -180,7 +180,7 @@ class LongNetViT(nn.Module):
         return self.encoder.config.depth
 
     def init_weights(self) -> None:
-        """Initialises weights with Xavier's uniform distribution and biases with zeros."""
+        """Initialises weights by Xavier uniform and biases with zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -242,13 +242,14 @@ class LongNetViT(nn.Module):
         *,
         tile_size: int | None = None,
     ) -> Tensor:
-        """Computes slide embeddings from a layer; later layers are not run.
+        """Computes slide embeddings from the output of a layer, without running later ones.
 
         Args:
             x: Tile embeddings `(B, L, C)` or `(L, C)`.
             coords: `(B, L, 2)` or `(L, 2)`, x and y in level-0 pixels.
-            layer: 0 is the input embedding, i the state after layer i, without the encoder's final
-                norm; `"final"` is the last state with it. A norm follows the pooling in any case.
+            layer: 0 for the input embedding or i for the state after layer i, both without the
+                encoder's final norm; `"final"` for the last state, with that norm. The pooled
+                vector is always normalised.
             pooling: `"cls"` for the class token, `"mean"` for the mean of the tiles.
             padding_mask: See `forward`.
             lengths: See `forward`.
@@ -258,7 +259,7 @@ class LongNetViT(nn.Module):
             `(B, D)`.
 
         Raises:
-            ValueError: If layer or pooling do not exist, or `forward` would reject the inputs.
+            ValueError: If the layer or pooling is unknown, or `forward` would reject the inputs.
         """
         state, sizes = self._state(x, coords, layer, padding_mask, lengths, tile_size)
         return self._pooled(layer, state, sizes, pooling)
@@ -283,8 +284,8 @@ class LongNetViT(nn.Module):
             with_cls: Whether to prepend the class token.
 
         Returns:
-            `(B, L, D)`, or `(B, 1 + L, D)` with the class token; zeros for padding. Only
-            `"final"` is normalised, by the encoder's final norm.
+            `(B, L, D)`, or `(B, 1 + L, D)` with the class token. Padding tokens are zero. Only the
+            layer `"final"` is normalised, by the encoder's final norm.
 
         Raises:
             ValueError: If the layer does not exist, or `forward` would reject the inputs.
@@ -559,7 +560,7 @@ def create_model(
 
 
 def _hint(state: Mapping[str, Tensor], model_arch: str, in_chans: int) -> str:
-    """Returns a hint which architecture the weights belong to, for an error message."""
+    """Returns a hint for an error message: the architecture that the weights belong to."""
     projection = state.get("patch_embed.proj.weight")
     if projection is None or projection.dim() != 2:
         return ""

@@ -1,8 +1,9 @@
 """Features of a frozen vision encoder, stored on disk so that each image is encoded once.
 
-A folder holds the features of one encoder for one way of tiling images. `<digest>.safetensors`, by
-the digest of the image file, holds `tiles` `(1 + num_sub_images, T, D)`. Three small files record
-the encoder's digest and layer, the tiling and the precision; other settings need another folder.
+A folder holds the features of one encoder for one tiling of the images. `<digest>.safetensors`,
+named by the digest of the image file, holds `tiles` `(1 + num_sub_images, T, D)`. Three small files
+record the encoder's digest and layer, the tiling and the precision; other settings need another
+folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class CachedImage(NamedTuple):
 
 
 class FeatureCache:
-    """Folder of features, seen from the data set.
+    """Folder of features, as a dataset uses it.
 
     Args:
         folder: The folder; created if needed.
@@ -125,14 +126,14 @@ def check_encoder(model: Any, folder: StrPath) -> None:
 
 
 def describe(model: Any, dataset: Any) -> str:
-    """Says how much a data set's features will take, before any are written.
+    """Logs how much disk space a dataset's features will need, before any are written.
 
     Args:
         model: `LLaVAModel`.
         dataset: `pallava.dataset.LLaVADataset` with a `feature_cache`.
 
     Raises:
-        ValueError: If the features do not fit on the disk, or see `check_encoder`.
+        ValueError: If the features do not fit on the disk, or `check_encoder` raises.
     """
     folder = dataset.feature_cache.folder
     check_encoder(model, folder)

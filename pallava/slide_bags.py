@@ -55,8 +55,8 @@ class SlideBag(NamedTuple):
         positions: float32 `(N, 2)`: left and top in units of the tile side, from the slide's
             corner.
         slide_embedding: `(E,)` slide-level embedding, or None.
-        frame: float32 `(2, 2)`: lowest and highest position of the slide's tiles, of which this bag
-            holds a part; None if it holds all.
+        frame: float32 `(2, 2)`: lowest and highest position of all tiles of the slide; None if the
+            bag holds them all.
     """
 
     features: Tensor
@@ -70,7 +70,7 @@ class SlideBag(NamedTuple):
         return SlideBag(*parts)  # type: ignore[arg-type]
 
     def part(self, kept: Tensor) -> SlideBag:
-        """Returns the bag of some of its tiles, which keep their places in the tissue.
+        """Returns a bag with some of the tiles, which keep their positions in the tissue.
 
         Args:
             kept: Boolean `(N,)`, or indices.
@@ -196,7 +196,7 @@ class SlidePreparation:
     embed: Callable[[Path], Path] | None = None
 
     def features_file(self, path: StrPath) -> Path:
-        """Returns the features file of a slide, computed if need be, or `path` if it is one.
+        """Returns the features file of a slide, computed if necessary, or `path` if it is one.
 
         Raises:
             SlideBagError: If the slide cannot be embedded.
@@ -284,7 +284,7 @@ def read_squares(path: StrPath) -> tuple[NDArray[np.int64], int]:
     Both are in level-0 pixels.
 
     Raises:
-        SlideBagError: If the file cannot be read or does not tell the side of a tile.
+        SlideBagError: If the file cannot be read or does not state the side of a tile.
     """
     with _opened(Path(path)) as file:
         coords, attributes = np.asarray(file["coords"]).astype(np.int64), _attributes(file)
@@ -363,8 +363,8 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
 def _check_origin(expected: TileOrigin, attributes: Mapping[str, Any], where: object) -> None:
     """Checks that a file of features has the expected origin, as far as both state it.
 
-    Names of encoders that are no preset's and that this package did not write, such as those of a
-    folder of weights, cannot be compared; they are logged.
+    Other tools' names of unknown encoders, such as a folder of weights, cannot be compared and are
+    only logged.
 
     Raises:
         SlideBagError: If the features come from another encoder or from other tiles.

@@ -103,7 +103,7 @@ def open_client(base_url: str, *, timeout_s: float, max_retries: int) -> OpenAI:
 def _limit_body(timeout_s: float) -> Callable[[Any], None]:
     """Returns a hook that limits the total time for the body of a response.
 
-    httpx only limits the time between two chunks, so a server that sends a blank now and then could
+    httpx only limits the time between two chunks, so a server that sends a space now and then could
     keep a request open forever.
     """
     from openai import DefaultHttpxClient  # takes a second

@@ -226,7 +226,7 @@ def converted(
 
     Args:
         file: The file.
-        findings: What `check` returned for it.
+        findings: Findings of `check` for this file.
         out: The file to write.
         mpp_level0: Micrometres per pixel of the slide; required if coordinates are micrometres.
 

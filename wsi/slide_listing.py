@@ -184,7 +184,7 @@ class SlideListing:
                                  f"{', '.join(map(str, row))}")  # fmt: skip
             path = folder / found["path"]
             slide_id = found["id"] or path.stem
-            # A row that is there twice is one slide; two files of one id are ambiguous.
+            # A repeated row is one slide; two files with the same id are ambiguous.
             self._found.setdefault(slide_id, []).append(path)
             if found["mpp"]:
                 self.mpp[slide_id] = _mpp(found["mpp"], where)

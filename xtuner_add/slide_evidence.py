@@ -85,10 +85,10 @@ class EvidenceFiles:
 def evidence_squares(
     features_file: Path, name: str, evidence: Evidence, label: str, number: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yields the cited tiles as GeoJSON squares, with rank and score; none if it cannot be told.
+    """Yields the cited tiles as GeoJSON squares, with rank and score.
 
     Args:
-        features_file: Features of the slide, which say where the tiles lie.
+        features_file: Features of the slide, with the positions of the tiles.
         name: Id of the slide.
         evidence: Evidence of one answer.
         label: Question and answer, shown by QuPath.

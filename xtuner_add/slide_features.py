@@ -24,10 +24,10 @@ _DIGEST_CHARS = 16
 def reads_slide_files(
     assistant: Assistant, folder: StrPath, *, device: str | None = None
 ) -> Assistant:
-    """Lets a whole-slide model take slides wherever it takes files of tile features.
+    """Lets a whole-slide model read slides as well as files of tile features.
 
     Args:
-        assistant: Model; one of images is returned as it is.
+        assistant: Model; a model of images is returned unchanged.
         folder: Folder of the features; see `SlideEmbedder`.
         device: Device of the tile encoder; by default a GPU if there is one.
 
@@ -68,7 +68,7 @@ class SlideEmbedder:
 
         Raises:
             SlideBagError: If the slide does not exist or cannot be embedded, or if the model does
-                not say how.
+                not name its tile encoder and tiles.
         """
         from pallava.slide_bags import SUFFIX, SlideBagError
 

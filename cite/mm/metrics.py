@@ -34,7 +34,7 @@ from pathcore.calibration import reliability_figure
 class SlideMetric(BaseMetric):
     """Computes accuracy, mean accuracy, AUROC, Cohen's kappa and calibration of patches and slides.
 
-    Each patch counts once, even if the sampler repeats some to give all ranks equally many.
+    Each patch counts once, even if the sampler repeats some so that all ranks get equally many.
 
     Args:
         items: Names from `cite.bag_metrics.PATCH_METRICS` and `SLIDE_METRICS`, or `all`; by default
@@ -82,7 +82,7 @@ class SlideMetric(BaseMetric):
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Gathers predictions from all ranks and computes scores, with each patch once."""
-        # By key, since samplers repeat patches to give all ranks equally many.
+        # By key, since samplers repeat patches so that all ranks get the same number.
         found = {row[0]: row[1:] for part in all_gather_object(self.results) for row in part}
         self.results.clear()
         metrics: list[dict[str, float] | None] = [None]

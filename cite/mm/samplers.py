@@ -99,7 +99,7 @@ class ShuffledPatchSampler(DrawSampler):
 class PatchBalancedSampler(DrawSampler):
     """Alternates between classes; the patches of a class are reshuffled after each pass.
 
-    For the same seed, draws are those of the published code with `patch_balance=True`.
+    With the same seed, it draws the same patches as the published code with `patch_balance=True`.
 
     Args:
         dataset: Data set with `gt_label` and `slide` of each patch.
@@ -135,8 +135,8 @@ class SlideBalancedSampler(DrawSampler):
         dataset: Data set with `gt_label` and `slide` of each patch.
         seed: Seed of the sequence.
         infinite: See `DrawSampler`.
-        order: `shuffled`, or `published` for the draws of the published code with
-            `slide_balance=True`: the first round uses the order of the annotation file.
+        order: `shuffled`, or `published` to draw the same patches as the published code with
+            `slide_balance=True`, whose first round follows the order of the annotation file.
 
     Raises:
         ValueError: If `order` is unknown.

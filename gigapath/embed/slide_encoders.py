@@ -1,4 +1,4 @@
-"""Slide encoders by name: what belongs to each, as data, and the networks that pool patch features.
+"""Slide encoders by name: a preset describes each; networks here pool patch features.
 
 A preset is one JSON file in `slide_presets/`. Other packages add folders of such files through the
 entry point group `gigapath.slide_encoders`, whose entries return the path of a folder.
@@ -55,24 +55,24 @@ the vector of the slide, `(dim,)`."""
 
 
 class OriginError(UnitError):
-    """Features that a slide encoder was not trained on, or that do not say where they come from."""
+    """Raised for features of the wrong origin for a slide encoder, or of an unknown one."""
 
     reason = "features of another patch encoder or scale"
 
 
 class SlideEncoderError(ValueError):
-    """A slide encoder that cannot be opened here."""
+    """Raised if a slide encoder cannot be opened."""
 
 
 @dataclass(frozen=True)
 class SlidePreset:
-    """What the field means by the name of a slide encoder.
+    """Definition of a published slide encoder.
 
     Attributes:
         name: Name of the preset, which is the name of its file.
         network: A key of `NETWORKS`, or `module:function` of another package; the function is
             called like those.
-        patch_encoders: Patch encoders that it was trained on, by preset; empty if any will do.
+        patch_encoders: Presets of the patch encoders that it was trained on; empty if it takes any.
         patch_px: Side of the patches that it was trained on.
         mpp: Micrometres per pixel of those patches.
         arguments: Arguments of the network.
@@ -116,7 +116,7 @@ class SlidePreset:
 
     @property
     def trained_on(self) -> str:
-        """The patch features that it takes, in words."""
+        """Description of the patch features that it was trained on."""
         if not self.patch_encoders:
             return "any patch encoder"
         names = " or ".join(self.patch_encoders)
@@ -173,14 +173,14 @@ def _folders() -> Iterator[Path]:
 
 
 def origin_of_file(file: FeatureFile) -> TileOrigin:
-    """Returns what a features file says; a name of no preset is taken as unknown."""
+    """Returns the origin that a features file states; an encoder that is no preset is unknown."""
     stated = {"encoder": file.encoder, "patch_px": file.patch_px, "mpp": file.mpp}
     origin = TileOrigin.read({**file.attributes, **stated})
     return origin if known_encoder(origin.encoder) else replace(origin, encoder="")
 
 
 def complete_origin(origin: TileOrigin, stated: TileOrigin, where: str) -> TileOrigin:
-    """Fills in what the file does not say and the user stated.
+    """Fills in what the user stated and the file does not.
 
     Raises:
         OriginError: If the file contradicts a stated value.
@@ -197,7 +197,8 @@ def check_origin(preset: SlidePreset, origin: TileOrigin, where: str) -> None:
     """Checks that a slide encoder was trained on such features.
 
     Raises:
-        OriginError: If it was not, or if they do not say what they are; names both sides.
+        OriginError: If it was trained on other features, or these do not state their origin; the
+            message describes both.
     """
     if not preset.patch_encoders:
         return
@@ -224,7 +225,7 @@ def check_origin(preset: SlidePreset, origin: TileOrigin, where: str) -> None:
 
 @dataclass(frozen=True)
 class NamedSlideEncoder:
-    """A slide encoder by name; a plain value that other processes understand.
+    """A slide encoder by name, as a plain value that can be sent to other processes.
 
     Attributes:
         preset: Name of the preset; empty for weights of Prov-GigaPath's network without a name.
@@ -246,7 +247,7 @@ class NamedSlideEncoder:
         return f"{self.preset}_{self.digest[:_DIGEST_CHARS]}" if self.digest else self.preset
 
     def open(self, device: torch.device) -> Any:
-        """Builds the network and loads its weights, all of them or none."""
+        """Builds the network and loads its weights strictly."""
         if self.longnet is not None:
             return open_slide_encoder(self.longnet, device)
         preset = get_slide_preset(self.preset)
@@ -277,7 +278,7 @@ class NamedSlideEncoder:
         """Embeds a slide.
 
         Args:
-            network: What `open` returned.
+            network: Network from `open`.
             features: `(N, D)`.
             coords: `(N, 2)`: left and top in level-0 pixels.
             size_level0: Side of a patch in level-0 pixels.
@@ -330,9 +331,9 @@ def describe_named_slide_encoder(
         precision: fp32, bf16 or fp16, for Prov-GigaPath's encoders; others compute in fp32.
 
     Raises:
-        SlideEncoderError: If there is no such encoder, or it is its authors' code and that may not
-            run or is not installed.
-        FileNotFoundError: If its weights are not there.
+        SlideEncoderError: If the encoder is unknown, or requires its authors' code and that is not
+            allowed to run or not installed.
+        FileNotFoundError: If its weights are missing.
     """
     name, _, weights = name.partition("@")
     known = get_slide_preset(name)
@@ -411,7 +412,7 @@ def _attention(preset: SlidePreset, weights: str, device: torch.device) -> Netwo
 def _renamed(
     state_dict: Mapping[str, Tensor], preset: SlidePreset, expected: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Gives published tensors the names of the network, and drops those that it does not need."""
+    """Renames published tensors to the names of the network, and drops unused ones."""
     back = {own: theirs for theirs, own in preset.names.items()}
     published = [
         next((theirs + n.removeprefix(own) for own, theirs in back.items() if n.startswith(own)), n)
@@ -446,7 +447,7 @@ def _titan(preset: SlidePreset, weights: str, device: torch.device) -> Network:
     model = _authors_model(preset, weights, device)
 
     def embed(features: Tensor, coords: Tensor, size_level0: int) -> Tensor:
-        # It indexes a grid by coordinates, which therefore must be int64.
+        # TITAN indexes a grid by the coordinates, so they must be int64.
         vector: Tensor = model.encode_slide_from_patch_features(
             features[None].to(device), coords[None].to(device, torch.int64), size_level0
         )
@@ -503,4 +504,4 @@ NETWORKS: dict[str, Callable[[SlidePreset, str, torch.device], Network]] = {
     "madeleine": _madeleine,
     "cobra": _cobra,
 }
-"""Networks that presets name, besides `longnet`, Prov-GigaPath's."""
+"""Networks by their name in presets, which may also name `longnet` (Prov-GigaPath)."""

@@ -206,7 +206,7 @@ def describe_slide_encoder(
     Args:
         pretrained: `hf_hub:OWNER/NAME`, a file or folder of weights, or `random`.
         in_chans: Width of the tile embeddings.
-        model_arch: Architecture; by default the released one for `in_chans`.
+        model_arch: Architecture; by default that of the encoder released for this `in_chans`.
         preset: A key of `PRESETS`.
         grid_px: See `SlideEncoderSpec`.
         precision: `fp32`, `bf16` or `fp16`.
@@ -214,7 +214,7 @@ def describe_slide_encoder(
 
     Raises:
         FileNotFoundError: If the weights do not exist.
-        ValueError: If preset or architecture are unknown, or no encoder is released for
+        ValueError: If the preset or architecture is unknown, or no encoder was released for this
             `in_chans`.
     """
     arch = model_arch or _ARCHITECTURE_OF.get(in_chans)

@@ -64,9 +64,9 @@ class SlideFolder:
         needs_coords: Whether files without coordinates are refused.
         slides_of: Slides of ids that cover several, such as patients; their tiles become one
             bag.
-        cell_px: Side of a cell of the encoder's grid in level-0 pixels; slides whose tiles begin
-            outside by less than a cell are shifted onto the grid. 0 for the tile size of each file,
-            with coordinates scaled to cells of `CELL_PX`. None to keep coordinates as they are.
+        cell_px: Side of a cell of the encoder's grid in level-0 pixels; slides with tiles that
+            start less than a cell outside the grid are shifted onto it. 0 for the tile size of each
+            file, with coordinates scaled to cells of `CELL_PX`. None to keep the coordinates.
     """
 
     path: Path
@@ -117,7 +117,7 @@ class SlideFolder:
         return sorted({p.stem for p in self.path.iterdir() if p.suffix in SUFFIXES})
 
     def encoder(self, slide: str) -> str:
-        """Returns the name and weights' digest that the file of a slide gives; empty if none.
+        """Returns the encoder's name and digest that a slide's file states; empty if it does not.
 
         Raises:
             ValueError: If the slides of a sample give different ones.
@@ -233,9 +233,9 @@ class SlideScan(Dataset[dict[str, Any]]):
     ) -> ScanResult:
         """Scans the slides.
 
-        All slides must come from one tile encoder: embeddings of different encoders mean nothing to
-        each other, even if they have the same width. Slides of another encoder than most are
-        skipped.
+        All slides must come from one tile encoder, because embeddings of different encoders cannot
+        be compared, even if they have the same width. Slides whose encoder is not that of most
+        slides are skipped.
 
         Args:
             cache: JSON file that keeps the result of each file until the file changes.
@@ -287,7 +287,7 @@ class SlideScan(Dataset[dict[str, Any]]):
 
 
 def _most(values: Sequence[Value], default: Value) -> Value:
-    """Returns the most frequent value; of ties, the first."""
+    """Returns the most frequent value; in a tie, the one that occurs first."""
     return Counter(values).most_common(1)[0][0] if values else default
 
 
@@ -302,7 +302,7 @@ def choose_tiles(
         tile_order: `row_major`: a random subset, sorted by row and column as in the pretraining of
             the slide encoder. `published`: the first tiles of the file, or of a random order with
             `shuffle`.
-        shuffle: Whether the task asks for `shuffle_tiles`.
+        shuffle: Whether the order `published` is random, as tasks with `shuffle_tiles` ask.
         seed: Seed of subset and order.
     """
     count = len(bag.features)
@@ -354,9 +354,9 @@ class SlideBags(Dataset[Batch]):
         folder: The embeddings.
         slides: Slide ids.
         labels: Label of each slide.
-        max_tiles: See `choose_tiles`.
-        tile_order: See `choose_tiles`.
-        shuffle: See `choose_tiles`.
+        max_tiles: Maximum number of tiles per slide; 0 for all.
+        tile_order: `row_major` or `published`, see `choose_tiles`.
+        shuffle: Whether the order `published` is random.
     """
 
     def __init__(
@@ -420,7 +420,7 @@ def stored_vectors(
 ) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, str]]]:
     """Reads slide embeddings, one `.h5` with `features` or one `.pt` with a tensor per slide.
 
-    A sample of several slides, see `SlideFolder`, has the mean of their embeddings.
+    The embedding of a sample of several slides (see `SlideFolder`) is the mean of theirs.
 
     Returns:
         The embedding `(embed_dim,)` of each slide, and `id` and `reason` of slides without a usable

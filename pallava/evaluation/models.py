@@ -1,4 +1,4 @@
-"""What an evaluation needs of a model, whether it runs here or behind an endpoint."""
+"""Interface between evaluations and models, which run locally or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Model(Protocol):
     """A model that answers questions about images or slides.
 
     `pallava.inference.assistant.Assistant` is one; `pallava.evaluation.generation.generate_answers`
-    asks them in batches, resumes, and reuses the answers that a folder holds.
+    asks them in batches, resumes interrupted runs, and reuses answers in the output folder.
     """
 
     @property
@@ -38,7 +38,7 @@ class Model(Protocol):
 
     @property
     def batch_matters(self) -> bool:
-        """Whether an answer can depend on the questions in its batch, as by padding in bf16."""
+        """Whether an answer can depend on the rest of its batch, for example through padding."""
 
     @property
     def reads_slides(self) -> bool:
@@ -46,7 +46,7 @@ class Model(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Tokenizer of the language model for scores over tokens; None if there is none here."""
+        """Tokenizer of the language model for scores over tokens; None if it has none locally."""
 
     def prepare(self, image: ImageSource) -> Any:
         """Loads and preprocesses an image; called from several threads.
@@ -69,6 +69,6 @@ class Model(Protocol):
             questions: Texts without image tokens.
             images: Results of `prepare`; None for a question without an image.
             max_new_tokens: Maximum length of each answer in tokens.
-            keys: Digests of all that the answers depend on, question ids included, for models that
-                cache replies.
+            keys: Digests of everything that the answers depend on, including the question ids, for
+                models that cache replies.
         """

@@ -1,8 +1,9 @@
-"""Finds the tiles of a slide that an answer depends on, and measures whether it does.
+"""Finds the tiles of a slide that an answer depends on, and tests whether it really does.
 
-A score ranks the tiles, and the first are removed until the answer changes. The model itself says
-what a removal does: tiles of a `SlideBag` can be left out, and the others keep their places. As
-many random tiles are removed for comparison. `benchmarks/slide_evidence.py` compares scores.
+A score ranks the tiles, and the highest are removed until the answer changes. The effect of a
+removal is measured on the model itself: tiles can be dropped from a `SlideBag` without moving the
+others. The same number of random tiles is removed for comparison. `benchmarks/slide_evidence.py`
+compares scores.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ TRIALS = 20
 """Number of random removals that the cited tiles are compared with."""
 
 MAX_SHARE = 0.5
-"""Largest share of the tiles that may be cited."""
+"""Largest fraction of the tiles that may be cited."""
 
 MAX_RANDOM = 0.1
-"""Share of random removals that may change the answer; above it, the evidence cannot be told."""
+"""Largest fraction of random removals that may change the answer for evidence to count."""
 
 _BATCH_TILES = 32_768
 _BATCH = 32
@@ -42,7 +43,7 @@ class SlideAnswer:
 
     Attributes:
         bag: Tiles, on the model's device.
-        ids: Token ids of the answer, with the one that ends it.
+        ids: Token ids of the answer, including the end token.
         text: The answer.
     """
 
@@ -65,11 +66,11 @@ class SlideAnswer:
         """Asks the question about parts of the slide.
 
         Args:
-            masks: Boolean `(N,)` each: tiles that are kept. A slide without tiles has no answer.
+            masks: Boolean `(N,)` each, True for kept tiles. A slide without tiles has no answer.
 
         Returns:
-            Probability of the answer as a whole `(len(masks),)`, and whether it is still the one
-            that the model gives.
+            Probability of the whole answer `(len(masks),)`, and whether the model still gives this
+            answer.
         """
         size = max(1, min(_BATCH, _BATCH_TILES // len(self.bag.features)))
         probabilities, same = [], []
@@ -120,12 +121,12 @@ class Evidence:
 
     Attributes:
         scores: `(N,)` scores of the tiles; see `integrated_gradients`.
-        cited: Indices `(k,)` of the cited tiles, highest score first: as few as their removal takes
-            to change the answer; empty if no part of up to `MAX_SHARE` of the tiles changes it.
+        cited: Indices `(k,)` of the cited tiles, highest score first: the fewest whose removal
+            changes the answer; empty if removing up to `MAX_SHARE` of the tiles does not change it.
         probability: Probability of the answer on the whole slide.
         probability_without: The same without the cited tiles.
-        random_changes: Number of removals of as many random tiles that change the answer.
-        trials: Number of such removals.
+        random_changes: Number of trials in which removing `k` random tiles changes the answer.
+        trials: Number of trials.
     """
 
     scores: Tensor
@@ -137,7 +138,7 @@ class Evidence:
 
     @property
     def is_told(self) -> bool:
-        """Whether tiles were found whose removal changes the answer, unlike that of random ones."""
+        """Whether removing the cited tiles changes the answer and removing random ones does not."""
         return bool(len(self.cited)) and self.random_changes <= MAX_RANDOM * self.trials
 
     def __str__(self) -> str:
@@ -200,8 +201,8 @@ def without(count: int, removed: Tensor) -> Tensor:
 def integrated_gradients(answer: SlideAnswer) -> Tensor:
     """Scores tiles by integrated gradients of the answer's log-odds (arXiv:1703.01365, eq. 3).
 
-    The path starts at tiles that all equal the slide's mean tile. It is chosen among the scores of
-    `benchmarks/slide_evidence.py` by deletion and insertion.
+    The path starts from the slide's mean tile in every position. This score did best in the
+    deletion and insertion tests of `benchmarks/slide_evidence.py`.
 
     Returns:
         `(N,)`, on the CPU.
@@ -215,7 +216,7 @@ def integrated_gradients(answer: SlideAnswer) -> Tensor:
 
 
 def _fewest(answer: SlideAnswer, order: Tensor) -> int:
-    """Returns how many of the first tiles must be removed to change the answer; 0 if no number."""
+    """Returns the number of first tiles whose removal changes the answer; 0 if there is none."""
     count = len(order)
     most = min(count - 1, int(count * MAX_SHARE))
     sizes = sorted({min(most, 2**power) for power in range(most.bit_length() + 1)} - {0})

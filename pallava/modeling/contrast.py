@@ -1,4 +1,4 @@
-"""A loss between images: which of two answers belongs to which of two images.
+"""Contrastive loss between images: which of two answers belongs to which of two images.
 
 Let two samples of a batch be asked the same question, with the right answers a and b. With
 own = p(a | image 1) p(b | image 2) and exchanged = p(b | image 1) p(a | image 2), the loss is
@@ -8,8 +8,8 @@ own = p(a | image 1) p(b | image 2) and exchanged = p(b | image 1) p(a | image 2
 the negative logarithm of the probability that the answers belong to their own images rather than
 to the exchanged ones, given that one of them is a and one is b. It is the likelihood of matched
 case-control studies (Breslow and Day 1980, IARC Scientific Publications 32, chapter 7), in which
-whatever the pair has in common cancels: how frequent each answer to this wording is changes
-nothing. The mean cross-entropy beside it learns that frequency.
+everything that the pair shares cancels, including how frequent each answer to this wording is. The
+mean cross-entropy, to which this loss is added, learns that frequency.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from pallava.text.contrasts import ANSWER_BITS
 
 CONTRAST_WEIGHT = 0.5
-"""Weight beside the mean cross-entropy, chosen by `benchmarks/text_prior.py`."""
+"""Weight relative to the mean cross-entropy, chosen by `benchmarks/text_prior.py`."""
 
 
 def contrast_loss(logits: Tensor, targets: Tensor, marks: Tensor) -> Tensor:
     """Computes the weighted mean over all pairs of different answers to one wording in the batch.
 
-    Answers are compared by their first token; a pair whose first tokens agree is left out.
+    Answers are compared by their first token; pairs with the same first token are skipped.
 
     Args:
         logits: `(N, vocabulary)` at the positions that predict a label of some sample.

@@ -25,7 +25,7 @@ MAX_WAITING = 32
 """Default length of the queue behind them."""
 
 _PAUSE_S = 0.5
-"""Running answers pause for so long, and for one more prompt, while new prompts are read."""
+"""Time for which new prompts are read, up to the end of the last, before answers continue."""
 
 _FIRST_GUESS_S = 5.0
 _SMOOTHING = 0.3
@@ -144,7 +144,7 @@ class ModelService:
         return len(self._queue) + len(self._running)
 
     def check_free(self) -> None:
-        """Rejects early what `ask` would reject.
+        """Raises early the error that `ask` would raise.
 
         Raises:
             BusyError: If the queue is full.
@@ -276,7 +276,7 @@ class ModelService:
                     return
             try:
                 self._advance()
-            except Exception as error:  # else the thread would end, and every client wait for ever
+            except Exception as error:  # or all clients would wait forever
                 _logger.exception("the running answers are lost")
                 self._batch.abort(error)
 

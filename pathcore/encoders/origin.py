@@ -36,7 +36,7 @@ class TileOrigin:
 
     @classmethod
     def read(cls, attributes: Mapping[str, Any]) -> TileOrigin:
-        """Reads the attributes of a features file; an encoder that is no preset keeps its name."""
+        """Reads the attributes of a features file; names of unknown encoders are kept."""
         written = attributes.get("encoder_name") or attributes.get("encoder", "")
         name = str(written).partition("@")[0]
         if name == "prov-gigapath-flash":  # the folder of the published weights
@@ -56,7 +56,7 @@ class TileOrigin:
         return [name for name in ("encoder", "patch_px", "mpp") if not getattr(self, name)]
 
     def fits_mpp(self, mpp: float) -> bool:
-        """Returns whether the tiles have this resolution, as far as both are known."""
+        """Returns whether the tiles have this resolution; True if one of them is unknown."""
         return not (self.mpp and mpp) or abs(self.mpp / mpp - 1) <= _MPP_TOLERANCE
 
 

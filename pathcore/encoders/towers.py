@@ -7,7 +7,7 @@ The architecture of a tower is described by JSON values:
     {"library": "transformers", "config": {"model_type": "dinov2", ...}, "feature": "class"}
     {"library": "open_clip", "config": {"embed_dim": 512, "vision_cfg": {...}, "quick_gelu": true}}
 
-`build_tower` builds a tower with random weights, `open_tower` loads published weights strictly.
+`build_tower` builds a tower with random weights; `open_tower` also loads published ones, strictly.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def build_tower(description: Mapping[str, Any]) -> Tower:
         description: Description of the tower; the module docstring gives examples.
 
     Raises:
-        EncoderError: If library, architecture or feature are unknown.
+        EncoderError: If the library, architecture or feature is unknown.
 
     Example:
         >>> tower = build_tower({"library": "timm", "architecture": "resnet18"})
@@ -159,7 +159,7 @@ def open_tower(
         source: Source of the weights, for error messages.
 
     Raises:
-        EncoderError: If library, architecture or feature are unknown.
+        EncoderError: If the library, architecture or feature is unknown.
         CheckpointError: If a tensor is missing, unexpected or of a different shape.
     """
     description = dict(description)
@@ -189,7 +189,7 @@ def open_tower(
 
 
 def _whose_weights(state_dict: Mapping[str, Tensor]) -> str:
-    """Says whose weights these are, where the names tell and another encoder would take them."""
+    """Returns a hint which encoder the weights belong to, or an empty string."""
     if "patch_embed.proj.3.weight" in state_dict or "patch_embed.proj.0.weight" in state_dict:
         return "These are weights of CTransPath: encoder='ctranspath'."
     if any("relative_position_bias_table" in name for name in state_dict):
@@ -410,7 +410,7 @@ def vision_config(config: Mapping[str, Any], source: str = "config") -> dict[str
 
 
 def fit_transformers(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:
-    """Extracts the vision tower from a checkpoint with names of Hugging Face or PA-LLaVA."""
+    """Extracts the vision tower from a checkpoint with Hugging Face's or PA-LLaVA's names."""
     own = module.state_dict()
     adapted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -473,7 +473,7 @@ def open_clip_tower(module: Any, config: Mapping[str, Any], feature: str) -> Tow
         if not isinstance(getattr(module, "proj", None), nn.Parameter):
             raise EncoderError(
                 f"feature 'class': {type(module).__name__} of open_clip has no projection to leave "
-                "away; use feature='projected'"
+                "out; use feature='projected'"
             )
         embed_dim = len(module.proj)
         module.proj = None

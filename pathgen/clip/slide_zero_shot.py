@@ -28,7 +28,7 @@ from wsi.slide_listing import SlideListing
 from wsi.store import read_attributes, read_coordinates, read_features
 
 _UNIT_TOLERANCE = 1e-2
-"""Rounding of half precision in the length of a unit vector."""
+"""Tolerance for the length of unit vectors that were stored in half precision."""
 
 KS = (1, 5, 10, 50, 100)
 """Numbers of patches of MI-Zero's experiments."""
@@ -193,7 +193,7 @@ def _similarities(
 ) -> NDArray[np.float32]:
     if not len(vectors):
         raise ValueError(f"features {file}: no patches")
-    # Features before the projection may be as wide as those behind it, but are not normalised.
+    # Features before the projection may be as wide as those after it, but are not normalised.
     lengths = np.linalg.norm(vectors.astype(np.float32), axis=1)
     projected = encoder.features_are_joint or np.allclose(lengths, 1, atol=_UNIT_TOLERANCE)
     if vectors.shape[1] != classes.shape[1] or not projected:

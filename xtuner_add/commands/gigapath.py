@@ -238,7 +238,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
 
 
 def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
-    """The preset of the tile encoder, and the options of the command line about tiles."""
+    """Returns the origin of tiles, from the tile encoder and the options."""
     from gigapath.tile_encoder import FLASH_HUB_NAME, HUB_NAME, slide_encoder_of
     from pathcore.encoders.origin import TileOrigin
 
@@ -402,7 +402,7 @@ _FOLD = click.option(
 _HEAT_MAPS = click.option(
     "--heat-maps",
     is_flag=True,
-    help="Draw the attention of the bag models that have one over each test slide.",
+    help="For bag models with attention, draw it over each test slide.",
 )
 _PATHO_BENCH = click.option(
     "--patho-bench",

@@ -1,4 +1,4 @@
-"""Cleaning steps. Each returns why a row is dropped, or None, independently of other rows."""
+"""Cleaning steps, each of which judges a row independently of the others."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Step(Protocol):
         """JSON values that the verdicts depend on."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Verdict | None]:
-        """Returns for each candidate why it is dropped, or None."""
+        """Returns the reason why each candidate is dropped, or None to keep it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RowStep:
 
     Attributes:
         name: Name in reports.
-        fault: Returns why a candidate is dropped, or None; raises `ImageError` for a bad image.
+        fault: Returns the reason to drop a candidate, or None; raises `ImageError` for a bad image.
         settings: JSON values that the verdicts depend on.
     """
 
