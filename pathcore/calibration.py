@@ -1,4 +1,4 @@
-"""Reliability diagrams: how often a classifier is right, by how sure it is."""
+"""Reliability diagrams: accuracy of a classifier as a function of its confidence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def confidences(labels: Array, probabilities: Array) -> tuple[Array, Array]:
-    """Returns the probability of each prediction and whether it came true.
+    """Returns the probability of each prediction and whether it is correct.
 
     Args:
         labels: Class indices `(N,)`, or zeros and ones `(N, K)` if multi-label.
@@ -30,11 +30,11 @@ def confidences(labels: Array, probabilities: Array) -> tuple[Array, Array]:
 
 
 def reliability_figure(labels: Array, probabilities: Array, title: str = "") -> Any:
-    """Draws a reliability diagram with 95 % intervals, and how many predictions each bin has.
+    """Draws a reliability diagram with 95 % intervals and the number of predictions per bin.
 
     Args:
-        labels: Class indices `(N,)`, or zeros and ones `(N, K)` if multi-label, whose labels are
-            drawn together.
+        labels: Class indices `(N,)`, or zeros and ones `(N, K)` if multi-label; all labels share
+            one curve.
         probabilities: `(N, K)`.
         title: Title of the figure.
 

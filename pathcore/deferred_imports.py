@@ -1,8 +1,9 @@
 """Defers imports of host libraries that most runs never use.
 
-XTuner, MMEngine, PEFT and transformers import what only some of their functions need: the compiler
-of torch, DeepSpeed, scikit-learn, matplotlib. Together that is nearly half of the CPU time before
-the first step of a training. A deferred module is the real one, whose code runs at the first use.
+XTuner, MMEngine, PEFT and transformers import libraries that only some of their functions need: the
+compiler of torch, DeepSpeed, scikit-learn, matplotlib. Together these take nearly half of the CPU
+time before the first training step. A deferred module is the real module, but its code runs only at
+the first use.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ EAGER_VARIABLE = "XTUNER_ADD_EAGER_IMPORTS"
 """Environment variable that switches deferred imports off."""
 
 _WAITING: dict[str, list[Callable[[], Any]]] = {}
-"""What `after_import` was given, by module."""
+"""Functions passed to `after_import`, by module."""
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a module is imported.
+    """Rule by which the import of a module is deferred.
 
     Attributes:
         deferred: Whether its code runs at the first use instead of at the import.
-        submodules_alone: Whether submodules can be imported before that.
-        alone: Submodules that can, if the others cannot.
-        presets: Attributes that can be used before that; the code replaces them.
-        during: Context in which the code runs.
-        after: Called with the module when its code has run.
+        submodules_alone: Whether all submodules can be imported before that.
+        alone: Submodules that can be imported before that, if not all of them can.
+        presets: Attributes that can be used before that; running the code replaces them.
+        during: Context manager around the execution of the code.
+        after: Function that is called with the module after its code has run.
     """
 
     deferred: bool = True
@@ -77,13 +78,13 @@ class _Loader(Loader):
             return
         vars(module).update(self._rule.presets)
         if self._path is not None and not self._rule.submodules_alone:
-            del module.__path__  # the import of a submodule asks for it
+            del module.__path__  # needed to import submodules
         module.__class__ = _DeferredModule
 
     def run(self, module: ModuleType, wanted: str) -> None:
-        """Runs the code of a deferred module, once, or imports a submodule that suffices."""
+        """Runs the code of a deferred module once, or only imports a submodule if that suffices."""
         with self._lock:
-            if self._is_running:  # the code itself, or what it imports, asks for what is not there
+            if self._is_running:  # accessed before the code defines it
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
             if not isinstance(module, _DeferredModule):
                 return  # another thread was faster
@@ -127,14 +128,14 @@ class _Finder(MetaPathFinder):
 def defer_imports() -> None:
     """Defers the imports of `RULES` in this process, unless `EAGER_VARIABLE` is set.
 
-    Repeated calls do nothing, and so does a call after the modules have been imported.
+    Repeated calls have no effect, nor does a call after the modules have been imported.
     """
     if _finder() is None and not os.environ.get(EAGER_VARIABLE):
         sys.meta_path.insert(0, _Finder(RULES))
 
 
 def after_import(name: str, function: Callable[[], Any]) -> None:
-    """Calls a function when a module has been imported: now, unless the module is deferred."""
+    """Calls a function once a module has been imported: at once, unless it is deferred."""
     module = sys.modules.get(name)
     if isinstance(module, _DeferredModule) or (module is None and _finder() is not None):
         _WAITING.setdefault(name, []).append(function)
@@ -147,12 +148,12 @@ def _finder() -> _Finder | None:
 
 
 def _graph_break(msg: str = "") -> None:
-    """`torch._dynamo.graph_break` where nothing is being compiled; optimizers call it."""
+    """Stands in for `torch._dynamo.graph_break`, which optimizers call, if nothing is compiled."""
     del msg
 
 
 def _disable(function: Any = None, *arguments: Any, **options: Any) -> Any:
-    """`torch._dynamo.disable`, which acts once the compiler is there."""
+    """Stands in for `torch._dynamo.disable`; takes effect once the compiler is imported."""
     if function is None:  # as a decorator with options
         return lambda decorated: _disable(decorated, *arguments, **options)
 
@@ -173,7 +174,7 @@ def _allow_in_graph(function: Any) -> Any:
 
 @contextmanager
 def _compiling_at_first_call() -> Iterator[None]:
-    """Makes `torch.compile` as a decorator wait for the first call of the function."""
+    """Delays `torch.compile`, used as a decorator, until the first call of the function."""
     import torch
 
     compile_now = torch.compile
@@ -191,14 +192,14 @@ def _compiling_at_first_call() -> Iterator[None]:
 
 @contextmanager
 def _imported_alone(package: str, submodule: str) -> Iterator[None]:
-    """Imports a submodule, which the code then finds without importing its package."""
+    """Imports a submodule first, so that the code finds it without importing its package."""
     getattr(importlib.import_module(package), submodule)
     yield
 
 
 @contextmanager
 def _postponed(module: str, function: str) -> Iterator[None]:
-    """Lets `from module import function` import the module when the function is called."""
+    """Makes `from module import function` import the module only when the function is called."""
     if module in sys.modules:
         yield
         return
@@ -215,12 +216,12 @@ def _postponed(module: str, function: str) -> Iterator[None]:
 
 
 def _without_sklearn(module: ModuleType) -> None:
-    """Hides scikit-learn, with which assisted decoding, unused here, would tune a threshold."""
+    """Hides scikit-learn, which transformers only uses for assisted decoding, unused here."""
     module._sklearn_available = False  # type: ignore[attr-defined]
 
 
 def _figure_when_drawn(module: ModuleType) -> None:
-    """Makes the figure of MMEngine's visualizer when something is drawn rather than logged."""
+    """Creates the figure of MMEngine's visualizer only when something is drawn, not logged."""
     visualizer = module.Visualizer
     make = visualizer._initialize_fig
 
@@ -229,7 +230,7 @@ def _figure_when_drawn(module: ModuleType) -> None:
         return tuple(_LazyPart(parts, index) for index in range(3))
 
     visualizer._initialize_fig = make_later
-    # The constructor asks for it, which would make the figure.
+    # The constructor accesses it, which would create the figure.
     visualizer.dpi = property(lambda self: self.fig_save.dpi, lambda self, value: None)
 
 
@@ -248,16 +249,16 @@ class _LazyPart:
 
 
 RULES: Mapping[str, _Rule] = {
-    # 4 s of CPU time. A training that compiles nothing touches these names, at each step.
+    # 4 s of CPU time. A training that compiles nothing still accesses these names in each step.
     "torch._dynamo": _Rule(
-        alone=("config", "_trace_wrapped_higher_order_op"),  # of checkpointing, and of masks
+        alone=("config", "_trace_wrapped_higher_order_op"),  # used by checkpointing and by masks
         presets={
             "graph_break": _graph_break,
             "disable": _disable,
             "allow_in_graph": _allow_in_graph,
         },
     ),
-    # These three would import the compiler all the same. PEFT and MMEngine import bitsandbytes,
+    # These three would import the compiler anyway. PEFT and MMEngine import bitsandbytes,
     # which compiles two functions, although nothing is quantised.
     "bitsandbytes.backends.default.ops": _Rule(deferred=False, during=_compiling_at_first_call),
     "transformers.masking_utils": _Rule(
@@ -282,4 +283,4 @@ RULES: Mapping[str, _Rule] = {
     "torchvision.models": _Rule(),
     "torchvision.datasets": _Rule(),
 }
-"""Modules that are imported differently; the times are those of a processor of 2023."""
+"""Rules by module; the times were measured on a processor of 2023."""

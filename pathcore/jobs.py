@@ -65,7 +65,7 @@ class Report:
         written: Number of inputs whose output was written.
         skipped: Number of inputs without output; `skipped.jsonl` lists them.
         reasons: Number of skipped inputs by reason.
-        notes: Further counts, for instance of patches that extend beyond the edge of their slide.
+        notes: Further counts, for example of patches that extend beyond the edge of their slide.
         incomplete: Number of written inputs of which a part was skipped, by reason.
         passed_over: Number of files that were found but are not inputs, by reason;
             `passed_over.jsonl` lists them.
@@ -248,7 +248,7 @@ class JobFolder:
         if found == self.inputs:
             return
         # A run that wrote nothing must not bind the folder to its settings: if every input was
-        # skipped for want of a setting, the next run gives it.
+        # skipped because a setting was missing, the next run supplies it.
         if self._is_untouched():
             shutil.rmtree(_records_folder(self.out), ignore_errors=True)
             for name in _SUMMARIES:

@@ -74,8 +74,8 @@ class FilterStep:
     """One reason to drop captions.
 
     Attributes:
-        name: For reports and the command line.
-        fault: Row -> why it is dropped, or None.
+        name: Name in reports and on the command line.
+        fault: Function from a row to the reason why it is dropped, or None.
     """
 
     name: str
@@ -84,7 +84,7 @@ class FilterStep:
 
 @dataclass
 class StepCount:
-    """Number of captions a step saw and dropped, with samples of the latter."""
+    """Number of captions that a step saw and dropped, with samples of the dropped ones."""
 
     name: str
     seen: int = 0
@@ -106,7 +106,7 @@ def find_refusal(text: str) -> str | None:
 
 
 def find_leak(text: str) -> str | None:
-    """Returns the words that show that the caption's writer was given a text, or None.
+    """Returns the words which reveal that the caption's writer was given a text, or None.
 
     Example:
         >>> find_leak("Based on the given description, this is a carcinoma.")
@@ -119,10 +119,10 @@ def find_leak(text: str) -> str | None:
 
 
 def find_loop(text: str) -> str | None:
-    """Returns what a text repeats over and over, as a generation that got stuck does, or None.
+    """Returns what a text repeats in a loop, as stuck generations do, or None.
 
-    That is one word four times in a row, two to sixteen words three times in a row, one character
-    eight times in a row, or a long text of very few different words.
+    A loop is one word four times in a row, two to sixteen words three times in a row, one character
+    eight times in a row, or a long text with very few different words.
 
     Example:
         >>> find_loop("Pink stroma stroma stroma stroma"), find_loop("A very, very large cell.")

@@ -1,8 +1,8 @@
-"""Removes from a tissue mask what is not usable tissue: pen, dark edges, folds, blur.
+"""Removes unusable parts from a tissue mask: pen, dark edges, folds, blur.
 
-Each step is one heuristic of quality-control tools such as HistoQC (Janowczyk et al. 2019,
-doi:10.1200/CCI.18.00157), on an overview of the slide except for blur. Thresholds on colour assume
-haematoxylin and eosin. `STEPS` names the steps in the order in which they are applied.
+Each step is a heuristic of quality-control tools such as HistoQC (Janowczyk et al. 2019,
+doi:10.1200/CCI.18.00157). All except blur work on an overview of the slide. Thresholds on colour
+assume haematoxylin and eosin. `STEPS` names the steps in the order in which they are applied.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _BLUR_CELL_PX = 128
 _BLUR_MPP = 1.0
 _BLUR_MAX_MPP = 1.2
 _BLUR_RATIO = 0.06
-"""Variance of the Laplacian relative to that of the grey values, up to which a cell is blurred.
+"""Largest variance of the Laplacian, relative to that of the grey values, of a blurred cell.
 
-Measured at 1 um/px on fields of four real slides: sharp cells have 0.19 to 4. Blurred by a Gaussian
-of 1.5 um they have 0.01 to 0.1, of 2 um at most 0.05."""
+Measured at 1 um/px on fields of four real slides: sharp cells have 0.19 to 4, cells blurred by a
+Gaussian of 1.5 um have 0.01 to 0.1, and of 2 um at most 0.05."""
 
-_MIN_CONTRAST = 6.0  # standard deviation of grey values below which sharpness cannot be told
+_MIN_CONTRAST = 6.0  # standard deviation of grey values below which sharpness cannot be measured
 _SPECK_UM2 = 20_000
 _HOLE_UM2 = 40_000
 
@@ -133,15 +133,15 @@ def clean_mask(
 def _pen(view: _Overview) -> Mask:
     """Finds ink by its hue, which stains do not have, and black ink by being dark and grey.
 
-    Haematoxylin has a hue of 245 degrees, eosin of 300 to 350. Red ink differs from blood only by
-    being brighter and purer.
+    Haematoxylin has a hue of 245 degrees, eosin one of 300 to 350. Red ink differs from blood only
+    in being brighter and more saturated.
     """
     smooth = gaussian_filter(view.rgb, (*[_INK_SMOOTH_UM / view.um] * 2, 0))
     value, chroma = smooth.max(axis=2), np.ptp(smooth, axis=2)
     saturation = chroma / np.maximum(value, 1)
     hue = _hue(smooth)
     seeds = (hue > 60) & (hue < 200) & (saturation > 0.2) & (chroma > _GREY_CHROMA)
-    # The nearer to haematoxylin, the purer the blue must be.
+    # The closer the hue is to haematoxylin, the more saturated blue ink must be.
     purer = 0.35 + np.maximum(hue - 230, 0) / 60
     seeds |= (hue >= 200) & (hue < 248) & (saturation > purer) & (chroma > 50) & (value > 110)
     seeds |= _dark(view, _PEN_BLACK) & ~_edge(view)
@@ -177,7 +177,7 @@ def _edge(view: _Overview) -> Mask:
 def _fold(view: _Overview) -> Mask:
     """Finds stripes of doubled tissue, which is darker and more saturated than the rest.
 
-    The difference of saturation and intensity (Bautista and Yagi 2009, doi:10.1117/12.823293)
+    The difference between saturation and intensity (Bautista and Yagi 2009, doi:10.1117/12.823293)
     exceeds the median of the tissue by two deviations along a line of 0.3 mm. Areas wider than
     0.2 mm do not count, as they are dense tissue.
     """
@@ -315,7 +315,7 @@ def _line(length: float, angle: float) -> Mask:
 
 
 def _resized(values: NDArray[np.float32], size: Sequence[int]) -> NDArray[np.float32]:
-    """Returns `(height, width, ...)` in another size, by means of areas."""
+    """Resizes `(height, width, ...)` by averaging over areas."""
     channels = values.reshape(*values.shape[:2], -1)
     resized = [
         np.asarray(Image.fromarray(channel).resize((size[1], size[0]), Image.Resampling.BOX))

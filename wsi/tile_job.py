@@ -33,7 +33,7 @@ DAMAGED = "tiles that cannot be read"
 
 
 class MaskMissingError(UnitError):
-    """Raised if the folder of masks has none for a slide."""
+    """Raised if a folder of masks has no mask for a slide."""
 
     reason = "mask missing"
 
@@ -51,8 +51,9 @@ class TileSettings:
         style: Attributes of the coordinate files: `trident` or `clam`.
         level0: Whether lengths of `spec` are level-0 pixels of each slide; `spec.mpp` is ignored
             then.
-        geojson: Whether to write the outlines of tissue and patches as GeoJSON too.
-        clean: Steps that remove pen, blur and the like from the tissue; see `wsi.artefacts.STEPS`.
+        geojson: Whether to also write the outlines of tissue and patches as GeoJSON.
+        clean: Steps that remove pen, blur and other artefacts from the tissue; see
+            `wsi.artefacts.STEPS`.
     """
 
     spec: PatchSpec
@@ -180,7 +181,7 @@ def place_patches(
     changes: dict[str, NDArray[np.bool_]] = {}
     if mask is not None and clean:
         mask, changes = clean_mask(slide, mask, clean)
-    # Otsu's mask comes from an overview, which found the damage already.
+    # Otsu's mask comes from an overview, in which damage was already detected.
     known = mask is not None and mask.damaged is not None
     damaged = None if known else slide.overview(MASK_SIDE_PX).damaged
     return tile(slide, spec, mask, damaged=damaged), mask, changes

@@ -16,7 +16,7 @@ from wsi.geojson import read_areas
 from wsi.reader import Slide
 
 MIN_SATURATION = 8
-"""Lower bound of Otsu's threshold, because a slide may be bare glass. CLAM
+"""Lower bound of Otsu's threshold, in case a slide is bare glass. CLAM
 (https://github.com/mahmoodlab/CLAM) uses the same constant for the same channel."""
 
 MASK_SIDE_PX = 2048

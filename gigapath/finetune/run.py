@@ -1,4 +1,4 @@
-"""Slide classes or risks from tile embeddings: slide encoder, bag models and baselines.
+"""Predicts slide classes or risks from tile embeddings: slide encoder, bag models, baselines.
 
 Each method and fold has a folder `METHOD/fold_K/` with weights, predictions, scores and curves;
 `results.json`, `results.md` and `summary.csv` cover all of them. All methods see the same slides in
@@ -86,8 +86,8 @@ def finetune_slides(
     Args:
         features: Folder with `SLIDE.h5` or `SLIDE.pt` per slide.
         table: csv with `slide_id`, labels and, optionally, patients in `pat_id` or `case_id`; or a
-            task of Patho-Bench, which brings its own task and splits. Its folds without validation
-            samples keep the last epoch.
+            task of Patho-Bench, which includes task and splits. For its folds without validation
+            samples, the last epoch is kept.
         task: The task, or its YAML file; None with a task of Patho-Bench.
         out: Output folder; the same call continues a run that was stopped.
         splits: Folder with `train_0.csv`, `val_0.csv`, `test_0.csv` ... or CLAM's `splits_0.csv`
@@ -95,7 +95,7 @@ def finetune_slides(
         settings: Settings of the training.
         methods: `slide_encoder`, names of `gigapath.finetune.mil.MODELS` or `models`, `knn`,
             `logistic`; for survival `cox` instead of the last two.
-        models: Further bag models by method name; they go before built-in ones of the same name.
+        models: Further bag models by method name; they take precedence over built-in ones.
         vectors: Folder of slide embeddings for `knn` and `logistic`; by default they use the mean
             over a slide's tiles.
         only_folds: Numbers of the folds to run; all if empty.
@@ -125,7 +125,7 @@ def finetune_slides(
     )
     with Ranks(device) as ranks, ExitStack() as stack:
         if on_grid and settings.input_dim:
-            # Finds missing weights, or weights that do not fit, before hours of reading slides.
+            # Detects missing or unsuitable weights before hours of reading slides.
             _head(settings, settings.input_dim, len(task.classes))
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _task_of(
     settings: FinetuneSettings,
     methods: Sequence[str],
 ) -> tuple[SlideTask, FinetuneSettings, Mapping[str, tuple[str, ...]]]:
-    """Returns the task, the settings as it needs them, and the slides of each sample if several."""
+    """Returns the task, settings adapted to it, and the slides of samples that have several."""
     slides_of: Mapping[str, tuple[str, ...]] = {}
     if isinstance(table, PathoBenchTask):
         task, slides_of = table.task, table.slides
@@ -365,7 +365,7 @@ class Runs:
 def _settings_of(
     method: str, settings: FinetuneSettings, models: Mapping[str, BagModel], task: SlideTask
 ) -> FinetuneSettings:
-    """Returns the settings with those of the method's own.
+    """Returns the settings with the method's own defaults.
 
     Raises:
         ValueError: If they do not suit the task.

@@ -5,14 +5,14 @@ Every question is asked again in several arms, which differ from the benchmark i
 | arm | the question is asked |
 |---|---|
 | `true` | as in the benchmark |
-| `exchanged` | with the image of another question, of the same wording where there is one |
+| `exchanged` | with the image of another question, one with the same wording if there is any |
 | `none` | without an image: the prompt holds no image tokens |
-| `blank` | with an image of empty glass, as large as its own (not for tile features of slides) |
+| `blank` | with an image of empty glass of the same size (not for tile features of slides) |
 | `again` | as in the benchmark, a second time |
 | `reworded_1` ... | as in the benchmark, in another prompt |
 | `rotated_1` ... | with its options rotated by one position, two, ... (multiple choice) |
 | `no_options` | without its options (multiple choice) |
-| `options_only` | as its options alone, without question and image (multiple choice) |
+| `options_only` | as its options only, without question and image (multiple choice) |
 
 All comparisons are paired by question, and intervals resample whole images, slides or patients
 (`Question.cluster`), because questions about one image are not independent.
@@ -50,11 +50,11 @@ NO_OPTIONS, OPTIONS_ONLY = "no_options", "options_only"
 ROTATED, REWORDED = "rotated_", "reworded_"
 
 IMAGE_MARGIN = 5.0
-"""Points that the image must be worth; an interval wholly below it is a fault."""
+"""Points that the image must contribute; an interval entirely below this is a fault."""
 TEXT_MARGIN = 5.0
 """Points above chance that text alone may give."""
 LETTER_MARGIN = 10.0
-"""Points by which a letter may be chosen more often than the options' rotation warrants."""
+"""Points by which a letter may be chosen more often than the rotated options justify."""
 REPEAT_MARGIN = 5.0
 """Percent of answers that may change when the same item is asked twice."""
 ORDER_MARGIN = 25.0
@@ -79,8 +79,8 @@ class AuditRow:
         form: `yes/no`, `choice`, `class` or another answer type.
         answer: Reference; for multiple choice the letter in this arm's order of options.
         given: Reply of the model.
-        said: What was read from it: a letter, yes or no, a class, or the text of an open answer;
-            None if it could not be read.
+        said: The answer parsed from it: a letter, yes or no, a class, or the text of an open
+            answer; None if it could not be parsed.
         correct: Score of the answer, 0 or 1.
         chance: Probability that a guess is right; 0 for open questions.
         options: Option text by letter, in this arm's order.
@@ -99,7 +99,7 @@ class AuditRow:
 
     @property
     def content(self) -> str | None:
-        """What was said, independent of the order of the options."""
+        """The parsed answer, independent of the order of the options."""
         return self.options.get(self.said, self.said) if self.said is not None else None
 
 
@@ -136,10 +136,10 @@ _GLASS = (243, 243, 243)
 
 @dataclass(frozen=True)
 class BlankImage:
-    """Empty glass, as large as another image.
+    """Picture of empty glass, of the same size as another image.
 
     Attributes:
-        image: Image whose size it has.
+        image: Image that determines the size.
     """
 
     image: ImageSource
@@ -178,7 +178,7 @@ class Arms:
 def make_arms(questions: Sequence[Question], *, seed: int = 0) -> Arms:
     """Makes the questions of all arms that the benchmark permits.
 
-    Options can be rotated or removed only where the data keeps them apart from the question's text.
+    Options can be rotated or removed only if the data separates them from the question's text.
 
     Args:
         questions: Questions of a benchmark; those without a reference are skipped.
@@ -213,7 +213,7 @@ def make_arms(questions: Sequence[Question], *, seed: int = 0) -> Arms:
             add(NO_OPTIONS, question)
             bare = question.prompt.render(question.stem, {}, "other")
             by_arm[NO_OPTIONS][-1] = replace(by_arm[NO_OPTIONS][-1], text=bare)
-    # In reverse order, so that a question has other neighbours in its batch than the first time.
+    # In reverse order, so that a question shares its batch with other questions than before.
     for question in reversed(asked):
         add(AGAIN, question)
     return Arms(by_arm, items, donors, matches)
@@ -224,9 +224,9 @@ def exchange_images(
 ) -> list[int | None]:
     """Permutes the images among the questions of each wording, so that none keeps its own.
 
-    The right answers to a wording stay as frequent as they were. A model that answers from the text
-    alone is therefore as accurate as before, and one that answers from the image falls to the
-    accuracy of chance agreement.
+    The permutation preserves how frequent each right answer to a wording is. A model that answers
+    from the text alone therefore keeps its accuracy, and one that answers from the image falls to
+    that of chance agreement.
 
     Args:
         wordings: Wording of each question.
@@ -249,7 +249,7 @@ def exchange_images(
         by_image: dict[Hashable, list[int]] = defaultdict(list)
         for index in rng.permutation(indices).tolist():
             by_image[images[index]].append(index)
-        # In runs of one image, an offset of the longest run leads out of every run.
+        # Equal images form runs; a shift by the longest run moves each question out of its own.
         order = [index for run in by_image.values() for index in run]
         offset = max(map(len, by_image.values()))
         for giver, taker in zip(order, np.roll(order, offset).tolist(), strict=True):
@@ -261,7 +261,7 @@ def exchange_images(
 def _exchange(
     questions: Sequence[Question], rng: np.random.Generator
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Chooses donors of images: of the same wording, else the same type of question, else any."""
+    """Chooses donors of images: same wording if possible, else same type of question, else any."""
     shown = [question for question in questions if question.image is not None]
     clusters = [question.cluster for question in shown]
     kinds: dict[str, list[Hashable]] = {
@@ -300,7 +300,7 @@ def _rotated(question: Question, shift: int) -> dict[str, Any]:
 def read_rows(
     benchmark: Benchmark, arms: Arms, answers: Mapping[str, Mapping[str, str]]
 ) -> list[AuditRow]:
-    """Reads the answers of all arms by the rules with which the benchmark scores them.
+    """Parses and scores the answers of all arms by the rules of the benchmark.
 
     Args:
         benchmark: Benchmark with a scorer.
@@ -350,14 +350,14 @@ def summarise(
     """Computes the scores of each arm with 95 % intervals, in percent.
 
     Args:
-        rows: Rows of all arms, those of the arm `true` included.
+        rows: Rows of all arms, including `true`.
         seed: Seed of the bootstrap.
         num_resamples: Number of bootstrap draws.
 
     Returns:
         Sections `accuracy`, `image`, `text`, `position`, `wording` and `repeat`. A score has
-        `value`, `low`, `high` and `count`, the number of questions that it compares; scores for
-        which no question has the arms are skipped.
+        `value`, `low`, `high` and `count`, the number of questions that it compares; a score is
+        omitted if no question has all of its arms.
 
     Raises:
         ValueError: If no row belongs to the arm `true`.
@@ -385,7 +385,7 @@ def summarise(
 
 
 Value = tuple[tuple[str, ...], Callable[[Mapping[str, AuditRow]], float], float]
-"""Arms that a question must have, its value, and the least value that is possible."""
+"""Arms that a question must have, function of its value, and the least possible value."""
 
 
 class _Table:
@@ -417,8 +417,8 @@ class _Table:
         if np.ptp(column) > 0:
             low, high = stats.mean_interval(column, clusters, **self.bootstrap)
         else:
-            # A bootstrap of equal values has no width, however few they are. What none of n
-            # clusters shows may still hold for a fraction of them: Wilson's bound for 0 of n.
+            # A bootstrap of equal values has zero width, however few they are. An event that none
+            # of n clusters shows may still have a positive rate: Wilson's bound for 0 of n.
             unseen = stats.wilson_interval(0, len(set(clusters)))[1]
             low = mean - unseen * (mean - value[2])
             high = mean + unseen * (1 - mean)
@@ -442,10 +442,10 @@ def _above_chance(arm: str) -> Value:
 
 
 def _beyond_half(arm: str) -> Value:
-    """By how much an arm keeps more than half of the accuracy above chance.
+    """Margin by which an arm keeps more than half of the accuracy above chance.
 
-    A difference has a bootstrap interval where the ratio of the two, with a denominator near zero,
-    has none.
+    It is a difference, because the ratio of the two can have a denominator near zero and then has
+    no usable bootstrap interval.
     """
 
     def value(arms: Mapping[str, AuditRow]) -> float:
@@ -527,7 +527,7 @@ def _position_section(
         return (TRUE,), of_item, least
 
     def excess(letter: str) -> Value:
-        # The right answer is once at each position, so that even a model that is always right
+        # The right answer is at each position once, so that even a model that is always right
         # chooses every letter equally often.
         return over(
             lambda turned: (
@@ -829,7 +829,7 @@ def read_audits(metrics_files: Sequence[Path]) -> dict[str, dict[str, str]]:
 
     Args:
         metrics_files: `metrics.json` files of evaluations; those without an `audit.json` beside
-            them are passed over.
+            them are skipped.
 
     Returns:
         Sentence of the verdict by benchmark and form of questions.

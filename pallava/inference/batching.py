@@ -42,7 +42,7 @@ class Request:
         on_end: Called with the finished answer, or with the error that ended it.
         on_text: Called with each piece of the answer; the concatenated pieces are the answer.
         cancelled: Polled after each token; generation ends once it returns True.
-        ids: Prompt with image tokens; set when the request is first looked at.
+        ids: Prompt with image tokens; set when the request is first examined.
     """
 
     turns: Sequence[Turn]
@@ -75,17 +75,17 @@ class _Answer:
 
 @dataclass
 class BatchedAnswers:
-    """Generates any number of answers together, one token of each at a time.
+    """Generates any number of answers concurrently, one token of each at a time.
 
-    Every prompt is read alone, when its answer joins. The beginning of a conversation is not read
-    again while its keys and values are kept: system text, images, and earlier turns. Answers are
-    the same as alone, up to the rounding of kernels whose order of summation depends on the shape
-    of the batch. Not thread-safe.
+    Each prompt is processed separately when its answer joins. The beginning of a conversation
+    (system text, images, earlier turns) is not processed again while its keys and values are kept.
+    Answers equal those of a batch of one, up to the rounding of kernels whose order of summation
+    depends on the shape of the batch. Not thread-safe.
 
     Args:
         assistant: Loaded model.
-        cache_bytes: Limit on keys and values. Running answers come first, and conversations are
-            kept in what they leave free; 0 keeps none. A single answer may exceed it.
+        cache_bytes: Limit on keys and values. Running answers have priority, and conversations are
+            kept in the remaining space; 0 keeps none. A single answer may exceed the limit.
 
     Raises:
         ValueError: If the language model keeps a state other than keys and values.
@@ -117,7 +117,7 @@ class BatchedAnswers:
         return len(self._running) + len(self._interrupted)
 
     def fits(self, request: Request) -> bool:
-        """Whether an answer of full length fits beside the running ones."""
+        """Whether an answer of full length fits next to the running ones."""
         if not self._running:
             return not self._interrupted
         if self._interrupted or len(self._running) == self._most_rows:
@@ -205,7 +205,7 @@ class BatchedAnswers:
         self._kept.shrink(self._free_bytes)
 
     def _read(self, answer: _Answer) -> tuple[KeyValues, Tensor]:
-        """Reads a prompt, and what has been generated if the answer was interrupted.
+        """Processes a prompt, and the tokens generated so far if the answer was interrupted.
 
         Returns:
             Keys and values, and the logits `(1, vocabulary)` of the next token.
@@ -261,8 +261,8 @@ class BatchedAnswers:
         return logits[:, -1].float()
 
     def _extend(self, answers: list[_Answer], logits: Tensor) -> list[bool]:
-        """Chooses a token per answer; returns which answers go on."""
-        # Without the check, NaN would be an arbitrary token, or an error of the whole batch.
+        """Chooses a token per answer; returns which answers continue."""
+        # Otherwise NaN would select an arbitrary token or fail the whole batch.
         is_finite = logits.max(dim=-1).values.isfinite()
         logits = torch.where(is_finite[:, None], logits, torch.zeros_like(logits))
         tokens = choose_tokens(
@@ -276,7 +276,7 @@ class BatchedAnswers:
         ]
 
     def _take(self, answer: _Answer, token: int | None) -> bool:
-        """Adds a token to an answer; returns whether the answer goes on."""
+        """Adds a token to an answer; returns whether the answer continues."""
         request, text = answer.request, answer.text
         try:
             if token is None:
@@ -342,7 +342,7 @@ class BatchedAnswers:
 
 
 def prepare_images(assistant: Assistant, turns: Sequence[Turn]) -> list[Turn]:
-    """Preprocesses the images of a conversation, which can be done in another thread."""
+    """Preprocesses the images of a conversation; may run in another thread."""
     return [
         dataclasses.replace(turn, images=tuple(map(assistant.pixel_values, turn.images)))
         for turn in turns

@@ -1,10 +1,10 @@
-"""Marks answers that a loss can contrast, so that the image tells them apart and not the text.
+"""Marks answers that a loss can contrast, so that the image and not the text separates them.
 
 If four of five training answers to "Is there necrosis?" are yes, a model lowers its loss by
-learning that prior, and the image has less left to explain (Goyal et al. 2017, arXiv:1612.00837,
-collected balanced pairs for this reason). Between two images of one wording with different answers,
-the prior is of no use: it favours the same answer for both. `pallava.modeling.contrast` has the
-loss.
+learning that prior, which leaves less for the image to explain (Goyal et al. 2017,
+arXiv:1612.00837, collected balanced pairs for this reason). The prior cannot tell apart two images
+with the same question and different answers, because it favours the same answer for both.
+`pallava.modeling.contrast` has the loss.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ that the marks of several data sets agree."""
 _WORDING_BITS = 40
 
 _MIN_ASKED = 20
-"""Wordings asked less often are not contrasted: two of them are hardly ever in one batch."""
+"""Wordings asked less often are not contrasted: a batch would rarely contain two of them."""
 
 _MAX_ANSWERS = 10
 """Wordings with more answers than this are open questions."""
 
 
 def answer_marks(conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int]]:
-    """Computes the mark of every answer, which tells its wording and the answer apart from others.
+    """Computes the mark of every answer, which identifies its wording and the answer.
 
-    Wordings are compared as the audit compares them (`pallava.evaluation.audit`), and so are
-    answers. Only questions that are asked at least 20 times, with 2 to 10 different answers, are
-    contrasted.
+    Wordings and answers are compared as in the audit (`pallava.evaluation.audit`). Only questions
+    that are asked at least 20 times, with 2 to 10 different answers, are contrasted.
 
     Args:
         conversations: Question-answer pairs `input` and `output` of every row.
@@ -66,7 +65,7 @@ def answer_marks(conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[l
 
 
 def spread_marks(labels: Sequence[int], marks: Sequence[int]) -> list[int]:
-    """Gives the first label of every answer the mark of the answer, and all others 0.
+    """Spreads marks over labels: the first label of an answer gets its mark, all others 0.
 
     Args:
         labels: Labels of a conversation, possibly truncated; an answer is a run of labels that are

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 _GPU_SIZES_GIB = (24, 40, 80)
 _RESERVED_GIB = 1
-"""Memory that CUDA and its libraries take before anything is computed."""
+"""Memory that CUDA and its libraries allocate before any computation."""
 
 
 @click.command("list-cfg", epilog=example("list-cfg", "--pattern pallava"))
@@ -136,7 +136,7 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
     default=256,
     show_default=True,
     type=click.IntRange(1),
-    help="Text tokens per sample, all of them learned.",
+    help="Text tokens per sample, all of which are learned.",
 )
 @click.option(
     "--llm",
@@ -157,8 +157,8 @@ def plan(
     """Estimate the GPU memory of the training CONFIG before it runs.
 
     Needs neither a GPU nor weights: of the language model, only config.json is read. The model is
-    built without data, and a training step of the heaviest batch is traced: the given text, and the
-    longest that the config allows. Fused attention is assumed.
+    built without data, and a training step is traced for the heaviest batches: one with the given
+    text, and one with the longest text that the config allows. Fused attention is assumed.
     """
     from pallava.engine.planning import TrainingPlan
 
