@@ -148,6 +148,7 @@ def by_images(slide: Path, encoder: Path, out: Path) -> int:
 
 
 def ours_by_images(slide: Path, encoder: Path, out: Path) -> int:
+    """Embeds a slide by the functions of `gigapath.pipeline`, through tile images on disk."""
     folder = tile_one_slide(slide, out, progress=False)
     paths = sorted(folder.glob("*.png"))
     outputs = run_inference_with_tile_encoder(paths, open_model(encoder), BATCH, progress=False)
@@ -155,6 +156,7 @@ def ours_by_images(slide: Path, encoder: Path, out: Path) -> int:
 
 
 def ours(slide: Path, encoder: Path, out: Path) -> int:
+    """Embeds a slide by `embed_slides`, without tile images on disk."""
     settings = EmbeddingSettings(
         describe_encoder(str(encoder)),
         None,
@@ -168,6 +170,7 @@ def ours(slide: Path, encoder: Path, out: Path) -> int:
 
 
 def floor(slide: Path, encoder: Path, out: Path) -> int:
+    """Reads and encodes tiles without finding tissue or writing features: a lower bound."""
     model = TileEncoder(open_model(encoder))
     with Slide(slide) as opened:
         width, height = opened.dimensions

@@ -107,6 +107,7 @@ def choose_work_dir(layers: int) -> Path:
 
 
 def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
+    """Prints medians of wall time and peak memory per program, and their ratios."""
     medians = {}
     for program in dict.fromkeys(row["program"] for row in rows):
         own = [row for row in rows if row["program"] == program]

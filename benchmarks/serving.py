@@ -175,6 +175,7 @@ async def run_clients(
     """Lets clients ask at the same time; answers are 3/4 to 5/4 of `tokens` long."""
 
     async def client(number: int) -> list[Asked]:
+        """Holds one conversation, whose questions and lengths depend on the number only."""
         random = np.random.default_rng(number)
         pixels = np.random.default_rng(number % images if images else number)
         image = Image.fromarray(pixels.integers(0, 255, (448, 448, 3), np.uint8))

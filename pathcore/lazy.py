@@ -29,6 +29,7 @@ def lazy_exports(
     names = sorted([*exports, *modules])
 
     def get(name: str) -> Any:
+        """Imports an attribute or submodule of the package; serves as its `__getattr__`."""
         if name not in names:
             # Given `name` and `obj`, Python's traceback suggests a similar attribute.
             raise AttributeError(

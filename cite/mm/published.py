@@ -60,6 +60,7 @@ def published_arguments(renamed: Mapping[str, str]) -> Callable[[Class], Class]:
     """
 
     def decorate(kind: Class) -> Class:
+        """Replaces `__init__` by one that rejects the published arguments."""
         original = kind.__init__
 
         @functools.wraps(original)

@@ -520,6 +520,8 @@ def _position_section(
         return [found[name] for name in names] if number and set(names) <= set(found) else None
 
     def over(value: Callable[[list[AuditRow]], float], least: float = 0.0) -> Value:
+        """Returns a value over all rotations of an item; NaN for items that lack one."""
+
         def of_item(found: Mapping[str, AuditRow]) -> float:
             turned = rotations(found)
             return float("nan") if turned is None else value(turned)
@@ -527,6 +529,7 @@ def _position_section(
         return (TRUE,), of_item, least
 
     def excess(letter: str) -> Value:
+        """Returns how much more often a letter is chosen than its share of the rotations."""
         # The right answer is at each position once, so that even a model that is always right
         # chooses every letter equally often.
         return over(

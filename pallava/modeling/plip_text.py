@@ -51,6 +51,7 @@ class _Projections(nn.Module):
     def forward(
         self, hidden_states: Tensor, source: Tensor, mask: Tensor | None, index: Tensor | None
     ) -> Tensor:
+        """Attends from `(B, T, D)` to sources `(S, L, E)`; row i has source i, or `index[i]`."""
         query, key, value = self.query(hidden_states), self.key(source), self.value(source)
         if index is not None:  # after the projection, so that each image is projected once
             key, value = key[index], value[index]

@@ -144,6 +144,7 @@ class Guard:
         is_unread = bool({"content-length", "transfer-encoding"} & set(_headers(scope)))
 
         async def counted() -> Message:
+            """Receives the next message; ends a body that is too slow or too large."""
             nonlocal read, is_over, is_unread, is_whole
             if is_over:
                 return {"type": "http.disconnect"}
@@ -167,6 +168,7 @@ class Guard:
             return {"type": "http.disconnect"}
 
         async def watched(message: Message) -> None:
+            """Sends a message with security headers; drops it if an error was sent already."""
             nonlocal has_begun
             if is_over and not has_begun:
                 return  # the error response has been sent already

@@ -137,6 +137,7 @@ class SlideFolder:
         side_px = min(side_level0, max_side_px)
 
         def read(slide: Slide, _: object) -> Image.Image:
+            """Reads the region at the nearest finer level and pastes it into `side_px` pixels."""
             scale = side_level0 / side_px
             fitting = [own for own in slide.level_downsamples if own <= scale]
             read_px = round(side_level0 / max(fitting, default=1.0))

@@ -133,6 +133,7 @@ def samples_in_seeded_order() -> Iterator[None]:
     original, clock_shuffle, shared = data.get_wds_dataset, data.wds.shuffle, data.SharedEpoch
 
     def get_wds_dataset(args: Any, *given: Any, **named: Any) -> Any:
+        """Builds the trainer's dataset with `SeededShuffle` in place of its own shuffle."""
         epochs: list[Any] = []
 
         def shared_epoch(*given: Any, **named: Any) -> Any:
