@@ -20,7 +20,7 @@ from pathcore.files import StrPath, atomic_file, read_json, write_json
 
 _KEY = "cite"
 _MADE_BY = ("encoder", "backbone", "preprocessing", "pipeline", "checkpoint")
-"""Fields of the header that decide the values."""
+"""Fields of the header that determine the values."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Features:
 
     @property
     def origin(self) -> str:
-        """Encoder and digest of everything that decides the values, for instance `uni2-h 3f0c1a9b`.
+        """Encoder and digest of everything that determines the values, such as `uni2-h 3f0c1a9b`.
 
-        Empty for files that do not say where they come from.
+        Empty for files that do not state their origin.
         """
         made_by = {key: self.header.get(key) for key in _MADE_BY}
         backbone, encoder = made_by["backbone"], made_by["encoder"] or {}

@@ -226,7 +226,7 @@ class ClassesAgreeHook(Hook):
 class FeaturesAgreeHook(Hook):
     """Stops if features come from another encoder than the classifier was trained on.
 
-    Widths of encoders agree often, and scores of the wrong one are only low.
+    Different encoders often have the same width, and the wrong one would only lower the scores.
     """
 
     def before_train(self, runner: Any) -> None:

@@ -114,7 +114,7 @@ class StopOnDivergenceHook(Hook):
 
 @HOOKS.register_module()
 class StartScreenHook(Hook):
-    """Logs at the start what trains, on what, and for how long.
+    """Logs at the start what is trained, on which data, and for how long.
 
     `adapt_config` adds this hook to every config that `xtuner-add train` loads.
     """

@@ -92,8 +92,8 @@ class MemoryPlan:
         weights: Weights, frozen and trained.
         gradients: Gradients, which accumulation keeps between iterations.
         optimizer: AdamW's moments, and the fp32 copies that DeepSpeed keeps.
-        buffers: Buffers of communication.
-        activations: All else that is alive at the peak.
+        buffers: Communication buffers.
+        activations: Everything else that is allocated at the peak.
     """
 
     weights: int
@@ -104,7 +104,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
@@ -124,10 +124,10 @@ class TrainingPlan:
 
     Attributes:
         model: The model, on the meta device.
-        notes: What had to be assumed.
+        notes: Assumptions that were made.
         batch_size: Samples per GPU and iteration of the config.
         max_length: Longest text of the config, in tokens.
-        max_sub_images: Most sub-images of an image; 0 if the model reads thumbnails alone.
+        max_sub_images: Most sub-images of an image; 0 if the model reads only thumbnails.
         compute_dtype: Type of mixed precision; None without.
     """
 
@@ -256,7 +256,7 @@ class TrainingPlan:
         return peak + copies + max(quantised, default=0) * 2
 
     def _parameters(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, str, int]]:
-        """Yields every parameter with its type and its bytes, those of quantised layers too."""
+        """Yields every parameter with its type and bytes, including those of quantised layers."""
         small = set()
         if self._quantised and (module is self.model or module is self.model.llm):
             head = self.model.llm.get_output_embeddings()
@@ -310,8 +310,8 @@ class TrainingPlan:
 def step_bytes(model: Any, batch: Batch, *, checkpointing: bool = True) -> int:
     """Runs a training step on the meta device; returns the peak of bytes of what it allocates.
 
-    Gradients exist before, as after an earlier accumulated step, and are not counted. Attention is
-    counted as a fused kernel needs it, unless the model computes it by itself.
+    Gradients are assumed to exist already, as after an accumulated step, and are not counted.
+    Attention is assumed to use a fused kernel, unless the model implements it itself.
 
     Args:
         model: `LLaVAModel` on the meta device.
@@ -380,7 +380,7 @@ class _LiveBytes(TorchDispatchMode):
 def _runs_on_meta() -> Iterator[None]:
     """Replaces two functions that fail or allocate too much on the meta device.
 
-    `torch.autocast`, which rotary embeddings switch off, does not know the device; and scaled dot
+    `torch.autocast`, which rotary embeddings switch off, does not support it; and scaled dot
     product attention would take the path that stores all attention weights.
     """
     with (

@@ -97,7 +97,7 @@ def trained_grid_ties(cfg: Mapping[str, Any]) -> str:
     """Returns the rule by which the training images' grids were chosen.
 
     Raises:
-        ValueError: If the datasets use different rules: one model is asked with one.
+        ValueError: If the datasets use different rules, since a model records only one.
     """
     rules = {
         where: str(dataset.get("grid_ties", TRAINING_TIES))

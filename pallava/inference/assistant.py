@@ -154,7 +154,7 @@ class Assistant:
 
     @property
     def batch_matters(self) -> bool:
-        """Whether an answer can depend on the questions in its batch: in half precision it can."""
+        """Whether an answer can depend on the rest of its batch, as it can in half precision."""
         return True
 
     @property

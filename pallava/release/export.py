@@ -1,7 +1,7 @@
 """Exports encoder, connector and merged language model as one folder.
 
-A model of images becomes a folder that transformers loads; a model of slides the merged language
-model with `projector/` and `visual_encoder/` in its folder, which `pallava.load_model` loads.
+A model of images becomes a folder that transformers loads. A model of slides becomes a folder with
+the merged language model, `projector/` and `visual_encoder/`, which `pallava.load_model` loads.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _KEPT_S = 3600
 class SlideBags:
     """Tiles of the slides of a folder, by the names of its listing.
 
-    Messages of errors name slides as clients know them, without the path of the folder.
+    Error messages name slides as clients know them, without the path of the folder.
 
     Args:
         service: Model of slides.
@@ -43,7 +43,7 @@ class SlideBags:
         self.slides = slides
 
     def read(self, name: str) -> SlideBag:
-        """Returns the tiles of a slide, which are embedded first if that was never done.
+        """Returns the tiles of a slide, embedding it first if necessary.
 
         Raises:
             FileNotFoundError: If the slide is not in the listing.
@@ -126,7 +126,7 @@ async def _answer(service: ModelService, bags: SlideBags, body: Any) -> dict[str
         shown = torch.from_numpy(inside.all(axis=1))
         if not shown.any():
             raise ValueError("no tissue in this view: zoom out, or move to tissue")
-        # A bag of its own: the model sees nothing of the rest.
+        # A separate bag, so that the model sees nothing outside the view.
         bag = bag._replace(features=bag.features[shown], positions=bag.positions[shown])
     coords = coords[shown.numpy()]
 

@@ -36,7 +36,7 @@ CHECKPOINT_NAME = (
 SKIPPED_NAME = "skipped.jsonl"
 
 Start = Callable[[Sequence[str]], int]
-"""Runs arguments of the interpreter in as many processes as are wanted; returns the exit code."""
+"""Runs Python with arguments in the requested number of processes; returns the exit code."""
 
 _EXPORT_PATIENCE_S = 1800.0  # for the export on the first machine
 _CHANGEABLE = {"workers", "log_every_n_steps", "report_to", "device", "save_frequency"}
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """The trainer ended with a non-zero exit code."""
+    """Raised if the trainer ends with a non-zero exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class StageResult:
         name: Name of the stage.
         open_clip: Folder that open_clip loads.
         hugging_face: Folder that transformers loads, or None with the reason in `note`.
-        note: Why something is missing.
+        note: Reason why a folder is missing.
         num_pairs: Number of training pairs.
         num_skipped: Number of pairs and shards that were skipped.
     """
