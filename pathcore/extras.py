@@ -1,4 +1,4 @@
-"""Which extra of `xtuner-add` brings a package that is not installed."""
+"""Finds the extra of `xtuner-add` that installs a missing package."""
 
 from __future__ import annotations
 

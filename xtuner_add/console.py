@@ -1,8 +1,8 @@
-"""Keeps the terminal to what a user reads: one screen at the start, then the training.
+"""Limits terminal output to what a user reads: one screen at the start, then the training.
 
 MMEngine logs its environment, the whole config and a table of hooks, and the libraries below it
 warn about their own internals. Those warnings are listed here, each with the reason to hide it.
-The log file of a run still holds all of MMEngine's.
+The log file of a run still has all of MMEngine's output.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Hide(logging.Filter):
 
 
 def shorten_console() -> None:
-    """Hides what `HIDDEN` names; MMEngine's only from the terminal, not from the log file."""
+    """Hides the messages in `HIDDEN`; those of MMEngine stay in the log file."""
     from mmengine.logging import MMLogger
 
     by_logger: dict[str, tuple[str, ...]] = {}

@@ -13,7 +13,7 @@ from xtuner_add.commands.options import example
 
 XTUNER = "xtuner==0.2.0"
 """The last release with the MMEngine trainer. Its metadata pins transformers 4.48.0, mmengine
-0.10.6 and bitsandbytes 0.45.0, which break with the torch and triton of today; the extra `train`
+0.10.6 and bitsandbytes 0.45.0, which break with current torch and triton; the extra `train`
 requires versions that it trains with, so XTuner is installed without its dependencies."""
 
 

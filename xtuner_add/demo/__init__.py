@@ -1,1 +1,1 @@
-"""The two demos, and what they share: painted tissue, stages that resume, a report."""
+"""Both demos and their shared parts: painted tissue, resumable stages, a report."""

@@ -1,7 +1,7 @@
 """A small Llama with Llama 3's chat format, trained from scratch.
 
-It reads short pathology reports and answers questions about them, in text alone, as a large
-language model can before it sees images through the connector.
+It reads short pathology reports and answers questions about them. It sees only text, like a large
+language model before images reach it through the connector.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 
 IGNORED = -100
-_KEPT_BACK = 256  # texts that measure the progress
+_KEPT_BACK = 256  # held-out texts for the progress
 _LOG_EVERY, _SAVE_EVERY = 20, 100
 
 
@@ -64,7 +64,7 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # A word with the blank before it, or a run of anything else: words stay whole.
+    # A word with its leading space, or a run of other characters, so that words stay whole.
     words = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\s\w]+|\s+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -92,7 +92,7 @@ def encode_chat(tokenizer: Any, turns: Turns) -> tuple[list[int], list[bool]]:
     """Encodes a chat in Llama 3's format.
 
     Returns:
-        Ids, and for each whether it belongs to an answer, its end included.
+        Token ids, and for each whether it belongs to an answer, including its end token.
     """
     ids, is_answer = [tokenizer.bos_token_id], [False]
     for user, assistant in turns:
@@ -117,13 +117,13 @@ def train(
 
     Args:
         corpus: Texts, each a list of turns `(user, assistant)`.
-        folder: Folder for model and tokenizer, and checkpoints until they are complete.
+        folder: Folder for model and tokenizer; also holds checkpoints until training is complete.
         sizes: Sizes of the model and its training.
-        seed: Seed of the weights and the order.
+        seed: Seed of the weights and of the order of texts.
         stopped: Called before every step; True ends the training.
 
     Returns:
-        Loss and accuracy of answer tokens on texts that were kept back, by step.
+        Loss and accuracy of answer tokens on held-out texts, by step.
 
     Raises:
         InterruptedError: If `stopped` returned True.
@@ -190,14 +190,14 @@ def fit(
     log: Callable[[int, float], dict[str, Any] | None],
     stopped: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """Trains a model; a run that was stopped continues from its checkpoint, to the same result.
+    """Trains a model; a stopped run resumes from its checkpoint and gives the same result.
 
     Args:
         title: Title of the progress bar.
         model: Model of transformers.
         inputs: Returns the inputs of the steps after the given number of steps.
         sizes: `steps` and `learning_rate`.
-        checkpoint: File that is written from time to time.
+        checkpoint: File that is written periodically.
         log: Returns the row of the history for a step, counted from 1, and its loss; or None.
         stopped: Called before every step; True ends the training.
 

@@ -1,4 +1,4 @@
-"""`report.html` of a demo: one page that needs no other file, and its figures."""
+"""Writes `report.html` of a demo, a self-contained page, and its figures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_page(work_dir: Path, template: str, **content: Any) -> Path:
 
 
 def _svg(figure: Any) -> str:
-    """Returns a figure as SVG; the same figure gives the same text."""
+    """Returns a figure as SVG, the same text for the same figure."""
     import matplotlib
 
     stream = io.StringIO()

@@ -39,18 +39,18 @@ _PROGRESS = re.compile(
 _TAIL_LINES = 30
 _LIVE_ROW = 2  # below the bars of two stages side by side
 _FINISHED_S = 1.0
-"""A round that took less time had been finished by an earlier run."""
+"""Minimum duration of a round; a shorter one was already finished by an earlier run."""
 _COMMAND = (sys.executable, "-m", "xtuner_add.cli")
 _running: set[subprocess.Popen[str]] = set()
 _stop = threading.Event()
-_MAX_THREADS = 4  # matrices this small do not fill more
+_MAX_THREADS = 4  # matrices this small do not use more
 
 Job = TypeVar("Job")
 Drawn = TypeVar("Drawn")
 
 
 class StageError(RuntimeError):
-    """A stage failed; the message ends with its last output."""
+    """Raised if a stage fails; the message ends with its last output."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Stage:
 
     Attributes:
         name: Name, also the key in the manifest.
-        run: Does the work inside the demo's folder.
+        run: Function that does the work in the demo's folder.
         outputs: Paths relative to that folder that exist when the stage is done.
-        settings: What the result depends on besides the stages before; JSON-like.
+        settings: JSON values on which the result depends, in addition to earlier stages.
         owned: Folders that are cleared before a run with other settings.
     """
 
@@ -78,7 +78,7 @@ class DemoStages:
 
     Attributes:
         work_dir: Absolute path of the demo's folder.
-        plan: Amounts of everything.
+        plan: Sizes of the demo.
         seed: Seed of the data, the trainings and the draws.
     """
 
@@ -91,7 +91,7 @@ class DemoStages:
         raise NotImplementedError
 
     def log(self, name: str) -> Path:
-        """Returns the file of the commands' output of that name."""
+        """Returns the log file of this name for the output of commands."""
         return self.work_dir / "logs" / f"{name}.log"
 
 
@@ -145,7 +145,7 @@ def run_demo(
 
 
 class Clock:
-    """Says which round of a demo runs, how long the demo has run, and how long it will.
+    """Shows which round of a demo is running, the elapsed time, and the expected time left.
 
     Args:
         rounds: Names of the stages of each round.
@@ -172,7 +172,7 @@ class Clock:
 
     @property
     def left(self) -> float | None:
-        """Expected seconds of what is left, as far as it is known; None without expectations."""
+        """Returns the expected remaining seconds; None without expected times."""
         if not any(self._expected):
             return None
         ran = len(self._begun) - 1

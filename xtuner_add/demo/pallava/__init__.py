@@ -1,1 +1,1 @@
-"""`xtuner-add demo`: from images to a model that answers questions, on data made here."""
+"""`xtuner-add demo`: from images to a model that answers questions, on synthetic data."""

@@ -60,7 +60,7 @@ def exchanged_images(
 ) -> list[str]:
     """Returns for each question the image of another question with the same text.
 
-    A question keeps its image if its text is asked about no other.
+    A question keeps its image if no other image has a question with this text.
 
     Args:
         rows: Questions, each with `question` and `field`.

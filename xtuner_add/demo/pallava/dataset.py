@@ -6,7 +6,7 @@
 | `pairs.jsonl` | `id`, `image`, `caption`: PLIP pretraining, slides and fields |
 | `captions.jsonl` | LLaVA conversations that ask for a report: domain alignment |
 | `conversations.jsonl` | LLaVA conversations of questions: instruction tuning |
-| `held_out.jsonl` | one question a line on slides that none of the above contains |
+| `held_out.jsonl` | one question per line, about slides that occur in none of the above |
 | `plans.jsonl` | what every slide shows |
 """
 
@@ -44,7 +44,7 @@ _JUDGED_FRACTION = 0.25
 
 @dataclass(frozen=True)
 class DataSizes:
-    """How much data is made.
+    """Amounts of data.
 
     Attributes:
         num_train: Training slides.
@@ -62,7 +62,7 @@ class DataSizes:
 
 
 def plan_slides(num_slides: int, part: str, rng: np.random.Generator) -> list[SlidePlan]:
-    """Plans slides: every shape, tissue and look of the nuclei about equally often.
+    """Plans slides in which every shape, tissue and look of the nuclei is about equally frequent.
 
     Each slide has a tissue rich in nuclei, so that their look can be judged.
     """
@@ -85,7 +85,7 @@ def plan_slides(num_slides: int, part: str, rng: np.random.Generator) -> list[Sl
 
 
 def build(folder: Path, sizes: DataSizes, seed: int, workers: int = 2) -> dict[str, int]:
-    """Makes all files of the demo's data in `folder`.
+    """Writes all data files of the demo to `folder`.
 
     Returns:
         Numbers of slides, pairs, conversations and held-out questions.
@@ -117,7 +117,7 @@ def build(folder: Path, sizes: DataSizes, seed: int, workers: int = 2) -> dict[s
 def caption_conversations(
     plans: Mapping[str, SlidePlan], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """One request for a report for each slide."""
+    """Yields one request for a report per slide."""
     for name, plan in plans.items():
         request = wording.CAPTION_REQUESTS[rng.integers(len(wording.CAPTION_REQUESTS))]
         report = wording.caption(plan.tissues, plan.vesicular, rng)
@@ -127,7 +127,7 @@ def caption_conversations(
 def question_conversations(
     plans: Mapping[str, SlidePlan], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Two conversations of a few questions for every slide.
+    """Yields two conversations of a few questions per slide.
 
     Yes and no are equally frequent for every closed question. The two questions about the look of
     the nuclei go to different conversations, so that neither gives the other away.
@@ -150,7 +150,7 @@ def question_conversations(
 def held_out_questions(
     plans: Mapping[str, SlidePlan], per_tissue: int, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Questions on held-out slides; each closed question text has as many yes as no."""
+    """Yields questions on held-out slides; each closed question has equally many yes and no."""
     asked = balanced_tissue_questions(plans, per_tissue, rng)
     for name, plan in plans.items():
         questions = [
@@ -171,12 +171,12 @@ def held_out_questions(
 def balanced_tissue_questions(
     plans: Mapping[str, SlidePlan], at_most: int, rng: np.random.Generator
 ) -> dict[str, list[wording.Question]]:
-    """Questions about the presence of tissues, by slide, with as many yes as no for each tissue.
+    """Returns questions about the presence of tissues by slide, with as many yes as no per tissue.
 
     Args:
         plans: The slides.
-        at_most: Questions about each tissue.
-        rng: Chooses the slides that are asked.
+        at_most: Maximum number of questions per tissue.
+        rng: Generator that chooses the slides.
     """
     asked: dict[str, list[wording.Question]] = {name: [] for name in plans}
     for tissue in PATTERNS:
@@ -191,9 +191,10 @@ def balanced_tissue_questions(
 
 
 def text_corpus(num_texts: int, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """Texts for the base language model: reports, and questions about a report that is given.
+    """Returns texts for the base language model: reports, and questions about a given report.
 
-    There is no image; slides are made up. Each text is a list of turns `(user, assistant)`.
+    There are no images; the slides exist only as plans. Each text is a list of turns
+    `(user, assistant)`.
     """
     names = list(PATTERNS)
     texts = []
@@ -220,7 +221,7 @@ def text_corpus(num_texts: int, rng: np.random.Generator) -> list[list[tuple[str
 
 
 def majority_share(rows: Iterable[Mapping[str, Any]]) -> float:
-    """Share of right answers when each question text gets its most frequent answer."""
+    """Returns the accuracy if each question text gets its most frequent answer."""
     answers: dict[str, Counter[str]] = {}
     for row in rows:
         answers.setdefault(row["question"], Counter())[row["answer"]] += 1
@@ -239,7 +240,7 @@ def _conversation(name: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]
 
 
 def _draw_and_save(job: tuple[Path, str, SlidePlan, DataSizes]) -> list[dict[str, str]]:
-    """Draws one slide, saves it and its fields; returns the pairs they make."""
+    """Draws a slide, saves it with its fields, and returns their image-text pairs."""
     folder, name, plan, sizes = job
     slide = draw_slide(plan, sizes.tile_px)
     Image.fromarray(slide.image).save(folder / "slides" / f"{name}.png")
@@ -264,7 +265,7 @@ def _draw_and_save(job: tuple[Path, str, SlidePlan, DataSizes]) -> list[dict[str
 def _field(
     plan: SlidePlan, slide: Slide, side_px: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], str]:
-    """A crop at full resolution around a spot in one of the slide's tissues, with its caption."""
+    """Crops a field at full resolution around a point in a tissue; returns it with a caption."""
     rows, columns = np.nonzero(slide.regions == rng.integers(len(plan.tissues)))
     spot = rng.integers(len(rows))
     top, left = (

@@ -1,6 +1,6 @@
 """From slides to answers: data, language model, PLIP, two training stages, export, questions.
 
-Both modes of the connector are trained on the same data for as many steps: scale-invariant, which
+Both modes of the connector are trained on the same data for the same steps: scale-invariant, which
 sees the sub-images, and released, which sees only the thumbnail.
 """
 
@@ -35,7 +35,7 @@ STEPS = ("domain_alignment", "instruction_tuning")
 
 @dataclass(frozen=True)
 class Plan:
-    """Amounts of everything.
+    """Sizes of the demo.
 
     Attributes:
         data: Slides and questions.
@@ -55,7 +55,7 @@ class Plan:
 
     @classmethod
     def quick(cls) -> Plan:
-        """Returns a plan of a minute, in which every stage runs and hardly anything is learned."""
+        """Returns a plan that takes a minute: every stage runs, but little is learned."""
         return cls(
             data=dataset.DataSizes(num_train=48, num_held_out=20, questions_per_tissue=6),
             language_model=language_model.LanguageModelSizes(steps=40),
@@ -70,7 +70,7 @@ EXPECTED_SECONDS = {
     "scale_invariant domain_alignment": 206, "scale_invariant instruction_tuning": 350,
     "scale_invariant export": 73,
 }  # fmt: skip
-"""Of a run on two busy cores; `answers` was not timed."""
+"""Measured in a run on two busy cores; `answers` was not timed."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Stages(DemoStages):
 
         from xtuner_add.paths import find_config
 
-        # A config inherits from its neighbours: a change in any of them may change the result.
+        # Configs inherit from others in the folder, so a change in any may change the result.
         files = sorted(find_config(config).parent.rglob("*.py"))
         return Stage(
             name,
@@ -208,7 +208,7 @@ class _Stages(DemoStages):
         def answer_all() -> None:
             import torch
 
-            torch.set_num_threads(2 * threads())  # nothing runs beside it
+            torch.set_num_threads(2 * threads())  # no other stage runs then
             answers.answer_all(self.work_dir, self.seed)
 
         return Stage(

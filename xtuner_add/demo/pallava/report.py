@@ -1,4 +1,4 @@
-"""The report of the PA-LLaVA demo: its answers, beside those that need no look at the image."""
+"""Report of the PA-LLaVA demo: its answers compared with those that ignore the image."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _draw_curves(work_dir: Path) -> Any:
 
 
 def _slides(work_dir: Path) -> list[dict[str, Any]]:
-    """The shown slides with their tiles and their questions."""
+    """Returns the shown slides with their tiles and questions."""
     rows = read_jsonl(work_dir / "answers.jsonl")
     shown = json.loads((work_dir / "shown.json").read_text(encoding="utf-8"))
     config = json.loads(
@@ -132,7 +132,7 @@ def _slides(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def _tiles(image: Image.Image, tile_px: int, attention: Sequence[Any] | None) -> Image.Image:
-    """The sub-images as the model sees them, brighter where the connector looks."""
+    """Returns the sub-images as the model sees them, brighter where attention is higher."""
     columns, rows = choose_grid(*image.size, tile_px, TRAINING_TIES)
     canvas = fit_to_canvas(image, (columns * tile_px, rows * tile_px))
     scale = max(1, round(_SHOWN_WIDTH_PX / canvas.width))

@@ -1,8 +1,8 @@
-"""Whole-slide-like images: pieces of tissue on glass, and a detail that the thumbnail cannot show.
+"""Images like whole slides: pieces of tissue on glass, with a detail invisible in the thumbnail.
 
-The look of the nuclei is the detail. Two drafts of a slide are drawn, alike but for it; then the
-chosen one is changed, as little as possible, such that its thumbnail equals that of the mean of the
-two. So the thumbnail carries no trace of the answer, and the sub-images do.
+The detail is the look of the nuclei. Two drafts of a slide are drawn that differ only in it. The
+chosen draft is then changed as little as possible so that its thumbnail equals that of the mean of
+both. The thumbnail thus carries no trace of the answer, while the sub-images do.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from xtuner_add.demo.tissue import CHROMATIN, GLASS, PATTERNS, Nuclei, nuclear_d
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """What a slide shows.
+    """Content of a slide.
 
     Attributes:
         width_px: Width of the image.
         height_px: Height of the image.
-        tissues: Names out of `PATTERNS`, along the longer side.
+        tissues: Names from `PATTERNS`, in their order along the longer side.
         vesicular: Look of all nuclei: vesicular (True) or solid.
-        part: Whose real texture is used: `train` or `held_out`.
-        seed: Makes the slide.
+        part: Part of the real texture that is used: `train` or `held_out`.
+        seed: Seed of the drawing.
     """
 
     width_px: int
@@ -57,8 +57,8 @@ def draw_slide(plan: SlidePlan, thumbnail_px: int) -> Slide:
     """Draws a slide; the same plan gives the same pixels.
 
     Args:
-        plan: What to draw.
-        thumbnail_px: Side of the thumbnail from which the look of the nuclei is hidden.
+        plan: Content of the slide.
+        thumbnail_px: Side of the thumbnail that must not show the look of the nuclei.
     """
     rng = np.random.default_rng(plan.seed)
     shape = (plan.height_px, plan.width_px)
@@ -84,17 +84,17 @@ def draw_slide(plan: SlidePlan, thumbnail_px: int) -> Slide:
 def equalise_thumbnail(image: FloatMap, other: FloatMap, thumbnail_px: int) -> NDArray[np.uint8]:
     """Changes an image so that its thumbnail is that of the mean of itself and another.
 
-    The thumbnail is linear in the image, rows and columns apart; the pseudo-inverse gives the
-    smallest change. Rounding to 8 bits leaves differences below one grey level.
+    The thumbnail is linear in the image, separately for rows and columns, so the pseudo-inverse
+    gives the smallest change. Rounding to 8 bits leaves differences below one grey level.
 
     Args:
         image: `(height_px, width_px, 3)` in 0..255.
-        other: The same, drawn with the other detail.
-        thumbnail_px: Side of the thumbnail, made by bicubic shrinking.
+        other: The image drawn with the other detail.
+        thumbnail_px: Side of the thumbnail, resized bicubically.
     """
     shrink_rows, grow_rows = _thumbnail_operators(image.shape[0], thumbnail_px)
     shrink_columns, grow_columns = _thumbnail_operators(image.shape[1], thumbnail_px)
-    for _ in range(2):  # the second round mends what clipping at black and white undid
+    for _ in range(2):  # the second round repairs what clipping at black and white changed
         gap = np.einsum(
             "ir,rcd,jc->ijd", shrink_rows, (other - image) / 2, shrink_columns, optimize=True
         )
@@ -107,7 +107,7 @@ def equalise_thumbnail(image: FloatMap, other: FloatMap, thumbnail_px: int) -> N
 
 @functools.cache
 def _thumbnail_operators(side_px: int, thumbnail_px: int) -> tuple[FloatMap, FloatMap]:
-    """The matrix that shrinks a line of pixels as Pillow does, and its pseudo-inverse."""
+    """Returns the matrix of Pillow's resizing of one line of pixels, and its pseudo-inverse."""
     identity = Image.fromarray(np.eye(side_px, dtype=np.float32))
     shrink = np.asarray(identity.resize((side_px, thumbnail_px), Image.Resampling.BICUBIC))
     return shrink, np.linalg.pinv(shrink).astype(np.float32)
@@ -116,7 +116,7 @@ def _thumbnail_operators(side_px: int, thumbnail_px: int) -> tuple[FloatMap, Flo
 def _regions(
     shape: tuple[int, int], num_tissues: int, rng: np.random.Generator
 ) -> NDArray[np.int8]:
-    """Divides the slide into pieces of tissue along its longer side, with glass around."""
+    """Divides the slide along its longer side into pieces of tissue, surrounded by glass."""
     along, across = (1, 0) if shape[1] >= shape[0] else (0, 1)
     position = np.indices(shape, dtype=np.float32)
     wave = _waves(shape, rng) * 4.0
@@ -145,7 +145,7 @@ def _compose(
     texture: RealTexture,
     rng: np.random.Generator,
 ) -> tuple[FloatMap, FloatMap, Nuclei]:
-    """Stain densities without nuclei, and the nuclei, of all pieces together."""
+    """Returns the stain densities of all pieces without nuclei, and the nuclei."""
     shape = regions.shape
     haematoxylin, eosin = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     nuclei: list[Nuclei] = []

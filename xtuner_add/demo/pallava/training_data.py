@@ -1,4 +1,4 @@
-"""The demo's pairs as PLIP pretraining reads them; named in `configs/pallava/demo_plip.py`."""
+"""Dataset of the demo's pairs for PLIP pretraining, used by `configs/pallava/demo_plip.py`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pallava.pairs import RandomQuarterTurn, plain_resize
 
 
 class SlidePairDataset(PLIPPairDataset):
-    """Whole images, turned and mirrored.
+    """Pairs whose images are rotated and mirrored, but never cropped or scaled.
 
-    A crop of a slide would lack tissue that its caption names, and a field that is scaled would
-    show nuclei at a size that sub-images never have.
+    A crop of a slide could lack tissue that its caption names, and a scaled field would show nuclei
+    at a size that never occurs in sub-images.
 
     Args:
         pairs_file: The `pairs.jsonl`.
-        image_folder: What the paths in it are relative to.
-        image_size: Side of the square images that come out, in pixels.
-        options: As for `PLIPPairDataset`.
+        image_folder: Folder that its paths are relative to.
+        image_size: Side of the square output images in pixels.
+        options: Arguments of `PLIPPairDataset`.
     """
 
     def __init__(

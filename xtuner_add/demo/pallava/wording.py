@@ -1,6 +1,6 @@
-"""What is said about a slide: captions, questions and answers.
+"""Texts about a slide: captions, questions and answers.
 
-Texts depend on the tissues and on the look of the nuclei alone, never on how a slide was drawn.
+They depend only on the tissues and on the look of the nuclei, never on how a slide was drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xtuner_add.demo.wording import listed, look
 
 QuestionKind = Literal["tissue", "nuclei", "list", "count", "nuclear look"]
 CLOSED: tuple[QuestionKind, ...] = ("tissue", "nuclei")
-"""Kinds that are answered by yes or no; `nuclei` needs the sub-images."""
+"""Kinds of questions with yes or no as answer; `nuclei` requires the sub-images."""
 
 NUMBERS = ("no", "one", "two", "three")
 _CAPTIONS = (
@@ -36,7 +36,7 @@ class Question:
     """A question about one slide.
 
     Attributes:
-        kind: What is asked for.
+        kind: Kind of the question.
         text: The question.
         answer: The right answer.
     """
@@ -52,37 +52,37 @@ class Question:
 
 
 def caption(tissues: Sequence[str], vesicular: bool, rng: np.random.Generator) -> str:
-    """Describes a slide; the tissues are named in the order in which they lie."""
+    """Describes a slide; tissues are named in the order of their positions."""
     number = NUMBERS[len(tissues)] + (" kind" if len(tissues) == 1 else " kinds")
     form = _CAPTIONS[rng.integers(len(_CAPTIONS))]
     return form.format(tissues=listed(tissues), look=look(vesicular), number=number)
 
 
 def overview_caption(tissues: Sequence[str]) -> str:
-    """Describes what can be seen at low power, where nuclei are too small to judge."""
+    """Describes what is visible at low power, where nuclei are too small to judge."""
     return f"Overview of {listed(_in_order(tissues))}."
 
 
 def field_caption(tissues: Sequence[str], vesicular: bool | None) -> str:
-    """Describes one field at high power; `vesicular` is None where there are too few nuclei."""
+    """Describes one field at high power; `vesicular` is None if there are too few nuclei."""
     nuclei = "Field" if vesicular is None else f"{look(vesicular).capitalize()} nuclei"
     return f"{nuclei}, {listed(_in_order(tissues))}."
 
 
 def tissue_question(tissue: str, tissues: Sequence[str]) -> Question:
-    """Asks whether a tissue is there."""
+    """Asks whether a tissue is present."""
     if tissue not in PATTERNS:
         raise ValueError(f"tissue {tissue!r} is none of {', '.join(PATTERNS)}")
     return Question("tissue", f"Does the image show {tissue}?", _yes(tissue in tissues))
 
 
 def nuclei_question(vesicular: bool) -> Question:
-    """Asks for the detail that only sub-images show."""
+    """Asks about the detail that only sub-images show."""
     return Question("nuclei", f"Are the nuclei {look(True)}?", _yes(vesicular))
 
 
 def open_questions(tissues: Sequence[str], vesicular: bool) -> list[Question]:
-    """Questions whose answer is a word or a list."""
+    """Returns questions with a word or a list as answer."""
     return [
         Question("list", "Which tissues are there?", listed(tissues)),
         Question("count", "How many kinds of tissue are there?", NUMBERS[len(tissues)]),
@@ -91,7 +91,7 @@ def open_questions(tissues: Sequence[str], vesicular: bool) -> list[Question]:
 
 
 def _in_order(tissues: Sequence[str]) -> list[str]:
-    """One order for all captions: equal content gives equal text, which is no negative."""
+    """Sorts the tissues, so that equal content gives equal captions, which are not negatives."""
     return [name for name in PATTERNS if name in tissues]
 
 

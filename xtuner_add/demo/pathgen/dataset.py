@@ -1,10 +1,10 @@
-"""Slides on disk with their truth, and what is made of it: lessons and held-out classes.
+"""Slides on disk with their ground truth, and the lessons and test classes derived from it.
 
 | file | content |
 |---|---|
-| `slides/GROUP/*.tif` | what the commands read |
-| `truth/*.png` | tissue and artefact of every painted pixel; for teaching and for scores alone |
-| `slides/plans.json` | what every slide shows |
+| `slides/GROUP/*.tif` | input of the commands |
+| `truth/*.png` | tissue and artefact of every painted pixel; only for teaching and scores |
+| `slides/plans.json` | content of every slide |
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _DOUBTFUL_FRACTION = 0.03
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many slides of each group, and how large they are painted."""
+    """Number of slides per group, and their painted size."""
 
     teaching: int = 12
     archive: int = 24
@@ -74,7 +74,7 @@ class PatchTruth:
     """Ground truth of a patch, from the painter.
 
     Attributes:
-        field: What can be said about it.
+        field: Content that captions can describe.
         tissue: Its only kind of tissue, or None if it has several or much glass.
         clean: Whether it is free of ink and blur.
     """
@@ -85,7 +85,7 @@ class PatchTruth:
 
 
 def plan_all(sizes: Sizes, seed: int) -> dict[str, list[SlidePlan]]:
-    """Plans of all groups; one slide of the archive does not say its resolution."""
+    """Returns the plans of all groups; one archive slide does not state its resolution."""
     rng = np.random.default_rng([seed, 1])
     size_px = (sizes.width_px, sizes.height_px)
     plans = {
@@ -113,11 +113,11 @@ def paint_all(folder: Path, sizes: Sizes, seed: int) -> None:
 
 
 def patch_truth(folder: Path, patch: str) -> PatchTruth:
-    """Returns the truth about one patch.
+    """Returns the ground truth of a patch.
 
     Args:
         folder: Folder of the demo.
-        patch: Name as `xtuner-add extract` gives it: `SLIDE_X_Y`, left and top in level-0 pixels.
+        patch: Name given by `xtuner-add extract`: `SLIDE_X_Y`, left and top in level-0 pixels.
     """
     name, x, y = parse_patch_name(patch)
     regions, artefacts = _truth(folder / "truth" / f"{name}.png")
@@ -150,12 +150,12 @@ def parse_patch_name(name: str) -> tuple[str, int, int]:
 
 
 def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
-    """Writes what the first CLIP and the describer learn from: `lessons.jsonl`, `pairs.jsonl`.
+    """Writes the training data of the first CLIP and of the describer.
 
     Args:
-        folder: The demo's.
-        patches: Patches of the teaching slides; takes both files.
-        seed: Of the wordings.
+        folder: Folder of the demo.
+        patches: Patches of the teaching slides; `lessons.jsonl` and `pairs.jsonl` are added there.
+        seed: Seed of the wordings.
 
     Returns:
         Numbers of patches.
@@ -176,7 +176,7 @@ def write_lessons(folder: Path, patches: Path, seed: int) -> dict[str, int]:
 
 
 def read_lessons(patches: Path) -> list[tuple[Path, wording.Field]]:
-    """Image and truth of the teaching patches."""
+    """Returns image and ground truth of the teaching patches."""
     lessons = []
     for row in read_jsonl(patches / "lessons.jsonl"):
         field = row["field"] | {"tissues": tuple(row["field"]["tissues"])}
@@ -185,10 +185,10 @@ def read_lessons(patches: Path) -> list[tuple[Path, wording.Field]]:
 
 
 def exchange_captions(pairs: Path, out: Path) -> None:
-    """Writes the same pairs with the captions dealt to other images: the control.
+    """Writes the same pairs with captions exchanged between images, as a control.
 
-    Pairs of equal captions get captions out of all others in equal shares. A random order would
-    leave some caption a little more frequent at images of one kind, and a CLIP finds that out.
+    Images with equal captions get all other captions equally often. A random permutation would
+    leave some captions slightly more frequent for one kind of image, which a CLIP would learn.
     """
     rows = sorted(read_jsonl(pairs), key=lambda row: (row["caption"], row["id"]))
     captions = [row["caption"] for row in rows]
@@ -198,7 +198,7 @@ def exchange_captions(pairs: Path, out: Path) -> None:
 
 
 def _even_step(count: int) -> int:
-    """A step that visits all of `count` places, neighbours far apart: near the golden section."""
+    """Returns a step near the golden section that visits `count` places, neighbours far apart."""
     step = max(1, round(0.618034 * count))
     while math.gcd(step, count) != 1:
         step += 1
@@ -209,12 +209,12 @@ def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:
     """Sorts the held-out patches by their truth: class folders, and pairs for retrieval.
 
     Args:
-        folder: The demo's.
+        folder: Folder of the demo.
         patches: Patches of the held-out slides.
-        out: Takes `tissue/CLASS/`, `look/CLASS/` and `pairs.jsonl` with `images/`.
+        out: Output folder for `tissue/CLASS/`, `look/CLASS/` and `pairs.jsonl` with `images/`.
 
     Returns:
-        Numbers of patches by what became of them.
+        Number of patches by outcome.
     """
     counts: Counter[str] = Counter()
     shutil.rmtree(out, ignore_errors=True)
@@ -241,7 +241,7 @@ def write_tests(folder: Path, patches: Path, out: Path) -> dict[str, int]:
 
 
 def write_benchmarks(out: Path) -> None:
-    """Writes the two zero-shot tasks, in the form that `clip-zero-shot --benchmark` reads."""
+    """Writes both zero-shot tasks in the format of `clip-zero-shot --benchmark`."""
     tissue: dict[str, Any] = {
         "name": "tissue",
         "layout": {"kind": "folders"},
@@ -274,7 +274,7 @@ def _paint(job: tuple[Path, str, SlidePlan]) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _truth(file: Path) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Regions and artefacts of a slide."""
+    """Reads the regions and artefacts of a slide."""
     values = np.asarray(Image.open(file))
     regions, artefacts = values % _ARTEFACT_STEP, values // _ARTEFACT_STEP
     return regions.astype(np.int8) - np.int8(1), artefacts.astype(np.int8)

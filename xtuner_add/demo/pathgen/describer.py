@@ -1,9 +1,9 @@
-"""The demo's describer: a small LLaVA, trained here, that the agents load with `--local`.
+"""The demo's describer: a small LLaVA that is trained here and that the agents load with `--local`.
 
-Its eyes are the image encoder of the first CLIP, its words a Llama of a few layers. It learns three
-things from the teaching slides alone: to describe a patch, to check a draft against a patch, and to
-shorten a caption (the agents of PathGen-1.6M, arXiv:2407.00203, section 3.2, where each is a large
-model).
+It consists of the image encoder of the first CLIP and a Llama of a few layers. From the teaching
+slides alone it learns three tasks: to describe a patch, to check a draft against a patch, and to
+shorten a caption. In PathGen-1.6M (arXiv:2407.00203, section 3.2), each of these agents is a large
+model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 )
 
 _TURNS: tuple[Task, ...] = ("describe", "revise", "name", "describe", "revise", "summarise")
-_NUM_TEXTS = 1500  # from which the vocabulary is made
+_NUM_TEXTS = 1500  # for building the vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DescriberSizes:
     intermediate_size: int = 256
     num_layers: int = 2
     num_heads: int = 4
-    vocab_size: int = 2000  # more than the words there are: each is one token
+    vocab_size: int = 2000  # more than there are words, so that each word is one token
     naming_steps: int = 120
     steps: int = 380
     batch_size: int = 16
@@ -65,7 +65,7 @@ class DescriberSizes:
 
 
 def prompt_file(task: Task) -> Path:
-    """The file with what is asked, for `--prompt-file`."""
+    """Returns the file with the prompt of a task, for `--prompt-file`."""
     return Path(str(files("xtuner_add.demo.pathgen") / "prompts" / f"{task}.txt"))
 
 
@@ -77,14 +77,14 @@ def train_describer(
     seed: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Trains the describer and saves it to `folder`, as transformers loads a LLaVA.
+    """Trains the describer and saves it to `folder` as a LLaVA of transformers.
 
     Args:
-        clip: The first CLIP, as transformers loads it.
-        lessons: Patches with what they show.
+        clip: Folder of the first CLIP in the format of transformers.
+        lessons: Patches with their content.
         folder: Folder for model and processor; checkpoints are written beside it.
         sizes: Sizes of the model and its training.
-        seed: Seed of the weights, the wordings and the order.
+        seed: Seed of the weights, the wordings and the order of lessons.
         stopped: Called before every step; True ends the training.
 
     Returns:
@@ -115,15 +115,15 @@ def train_describer(
 
 
 def _task(step: int, sizes: DescriberSizes) -> Task:
-    """At first how descriptions begin, so that words are tied to images; then all in turn.
+    """Returns the task of a step: first short captions, to align words with images, then all.
 
-    A first phase of short captions is LLaVA's too (arXiv:2304.08485, section 4.2).
+    LLaVA is also first trained on short captions (arXiv:2304.08485, section 4.2).
     """
     return "name" if step <= sizes.naming_steps else _TURNS[step % len(_TURNS)]
 
 
 class _Teacher:
-    """Makes batches of questions with answers; each step has its own random numbers."""
+    """Builds batches of questions with answers; each step has its own random numbers."""
 
     def __init__(self, lessons: Sequence[Lesson], processor: Any, seed: int) -> None:
         from PIL import Image
@@ -138,14 +138,14 @@ class _Teacher:
         self._num_tokens = (crop // processor.patch_size) ** 2 + 1
 
     def batch(self, step: int, task: Task, size: int) -> dict[str, Any]:
-        """Inputs of the model for one step, the labels of all but the answers ignored."""
+        """Returns the model inputs of one step; only the answers have labels."""
         import torch
 
         rng = np.random.default_rng([self._seed, 6, step])
         short = 2 if task == "name" else 1  # as many tokens in less than half the time
         picked = rng.integers(len(self._fields), size=short * size)
         chats = []
-        end = "" if task == "name" else END_TURN  # a beginning does not end
+        end = "" if task == "name" else END_TURN  # a first sentence is not the end of an answer
         for index in picked:
             row, answer = _question(task, self._fields[index], rng)
             prompt = self._prompts["describe" if task == "name" else task].fill(row)
@@ -167,7 +167,7 @@ class _Teacher:
 def _question(
     task: Task, field: wording.Field, rng: np.random.Generator
 ) -> tuple[dict[str, str], str]:
-    """The row that is asked about, and the right reply."""
+    """Returns the row that the question is about, and the right reply."""
     if task == "name":
         return {}, wording.summary(field)
     if task == "describe":
@@ -191,7 +191,7 @@ def _encode(tokenizer: Any, chats: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _turned(pixels: Any, rng: np.random.Generator) -> Any:
-    """Mirrored and turned patches: tissue has no up."""
+    """Mirrors and rotates patches at random, since tissue has no orientation."""
     import torch
 
     turned = [
@@ -203,7 +203,7 @@ def _turned(pixels: Any, rng: np.random.Generator) -> Any:
 
 
 def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: int) -> Any:
-    """The untrained LLaVA on the CLIP's image encoder, and its processor."""
+    """Returns an untrained LLaVA with the CLIP's image encoder, and its processor."""
     from transformers import (
         CLIPImageProcessor,
         CLIPModel,
@@ -220,7 +220,7 @@ def _make(clip: Path, lessons: Sequence[Lesson], sizes: DescriberSizes, seed: in
         eyes.config.vision_config,
         llama_config(tokenizer, sizes),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        # The CLS token of the last layer too: what the contrastive loss has formed.
+        # Includes the class token of the last layer, which the contrastive loss has trained.
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )

@@ -1,8 +1,8 @@
-"""Made-up whole slides with their truth: pieces of tissue on glass, ink, fields out of focus.
+"""Synthetic whole slides with ground truth: tissue on glass, ink, fields out of focus.
 
-Tissue and stains are those of `xtuner_add.demo.tissue`, where a nucleus is about
-8 px across: painted at 1 micrometre per px that is the size of real ones. Files are tiled pyramids
-of twice that resolution, as scanners write them.
+Tissue and stains come from `xtuner_add.demo.tissue`, where a nucleus is about 8 px across; painted
+at 1 micrometre per pixel, that is the size of real nuclei. Files are tiled pyramids of twice that
+resolution, as scanners write them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xtuner_add.demo.histology import FloatMap, real_texture, to_rgb
 from xtuner_add.demo.tissue import CHROMATIN, GLASS, PATTERNS, nuclear_densities, smooth_noise
 
 PAINTED_MPP = 1.0
-"""Micrometres per pixel of what is painted, and of the patches."""
+"""Micrometres per pixel of the painted image and of the patches."""
 LEVEL0_MPP = 0.5
 """Micrometres per pixel of the files' largest level."""
 SCALE = round(PAINTED_MPP / LEVEL0_MPP)
@@ -42,19 +42,19 @@ _JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """What a slide shows.
+    """Content of a slide.
 
     Attributes:
-        name: Of the file, without suffix.
-        width_px: Of what is painted; the file has twice as many.
-        height_px: Likewise.
-        tissues: Kinds of tissue, out of `TISSUES`.
+        name: Name of the file, without suffix.
+        width_px: Width of the painted image; the file is twice as wide.
+        height_px: Height of the painted image; the file is twice as high.
+        tissues: Kinds of tissue, from `TISSUES`.
         vesicular: Look of the nuclei: vesicular or solid.
         blurred: Whether a field is out of focus.
-        inked: Whether somebody has drawn on the glass.
-        has_mpp: Whether the file says its resolution.
-        part: Whose real texture is used: `train` or `held_out`.
-        seed: Makes the slide.
+        inked: Whether there is a pen mark on the glass.
+        has_mpp: Whether the file states its resolution.
+        part: Part of the real texture that is used: `train` or `held_out`.
+        seed: Seed of the painting.
     """
 
     name: str
@@ -71,7 +71,7 @@ class SlidePlan:
 
 @dataclass(frozen=True)
 class PaintedSlide:
-    """A slide with its truth, at `PAINTED_MPP`.
+    """A slide with its ground truth, at `PAINTED_MPP`.
 
     Attributes:
         image: `(height_px, width_px, 3)` uint8.
@@ -90,11 +90,11 @@ def plan_slides(
     """Plans slides of four kinds of tissue each, every kind about equally often.
 
     Args:
-        group: Begins their names.
-        count: How many.
+        group: Prefix of their names.
+        count: Number of slides.
         size_px: Width and height.
         part: See `SlidePlan`.
-        rng: Draws everything.
+        rng: Generator of all random choices.
     """
     plans = []
     bag: list[str] = []
@@ -104,7 +104,7 @@ def plan_slides(
             if not bag:
                 bag = [str(name) for name in rng.permutation(TISSUES)]
             name = next((name for name in bag if name not in tissues), None)
-            if name is None:  # all that is left lies on this slide already
+            if name is None:  # all remaining kinds are on this slide already
                 bag = [str(name) for name in rng.permutation(TISSUES)]
                 continue
             bag.remove(name)
@@ -132,7 +132,7 @@ def paint_slide(plan: SlidePlan) -> PaintedSlide:
     shape = (plan.height_px, plan.width_px)
     pieces, kinds = _pieces(shape, plan.tissues, rng)
     lookup = np.array([*(TISSUES.index(name) for name in kinds), GLASS], np.int8)
-    regions = lookup[pieces]  # GLASS is the last by its index -1
+    regions = lookup[pieces]  # GLASS, index -1, selects the last entry
     haematoxylin, eosin = _stain(plan, pieces, kinds, rng)
     image = to_rgb(haematoxylin, eosin)
     artefacts = np.zeros(shape, np.int8)
@@ -154,8 +154,8 @@ def write_slide(image: NDArray[np.uint8], file: Path, *, has_mpp: bool = True) -
 
     Args:
         image: `(rows, columns, 3)` at `PAINTED_MPP`.
-        file: A `.tif`.
-        has_mpp: Say the resolution in the file.
+        file: File to write, a `.tif`.
+        has_mpp: Whether to state the resolution in the file.
     """
     import tifffile
 
@@ -186,7 +186,7 @@ def write_slide(image: NDArray[np.uint8], file: Path, *, has_mpp: bool = True) -
 def _pieces(
     shape: tuple[int, int], tissues: Sequence[str], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Divides two sections of tissue into pieces: the number of each pixel's, -1 on glass."""
+    """Divides two sections of tissue into pieces; returns each pixel's piece, -1 for glass."""
     rows, columns = np.indices(shape, dtype=np.float32)
     count = max(len(tissues), round(shape[0] * shape[1] / _REGION_PX**2))
     seeds = _spread_points(shape, count, rng)
@@ -202,7 +202,7 @@ def _pieces(
     glass = (edge + 12 * smooth_noise(shape, 70, rng) < _MARGIN_PX) | (
         np.abs(columns - gap) < 0.35 * _MARGIN_PX
     )
-    # Round corners: no section is a rectangle.
+    # Round corners, since no section is a rectangle.
     across = np.minimum(columns, np.minimum(np.abs(columns - gap), shape[1] - 1 - columns))
     glass |= np.hypot(
         np.clip(2.2 * _MARGIN_PX - edge, 0, None), np.clip(2.2 * _MARGIN_PX - across, 0, None)
@@ -214,7 +214,7 @@ def _pieces(
 def _spread_points(
     shape: tuple[int, int], count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Points far from each other: each is the best of twenty drawn."""
+    """Returns points far from each other, each the best of twenty random ones."""
     points = rng.uniform(0, 1, (1, 2)) * shape
     for _ in range(count - 1):
         drawn = rng.uniform(0, 1, (20, 2)) * shape
@@ -226,7 +226,7 @@ def _spread_points(
 def _stain(
     plan: SlidePlan, pieces: NDArray[np.int64], kinds: Sequence[str], rng: np.random.Generator
 ) -> tuple[FloatMap, FloatMap]:
-    """Densities of haematoxylin and eosin; each piece is painted in its own frame."""
+    """Returns densities of haematoxylin and eosin; each piece is painted in its own frame."""
     texture = real_texture(plan.part)
     haematoxylin, eosin = np.zeros(pieces.shape, np.float32), np.zeros(pieces.shape, np.float32)
     strength = rng.uniform(0.8, 1.25, 2).astype(np.float32)
@@ -235,7 +235,7 @@ def _stain(
         if window is None:
             continue
         mask = ndimage.gaussian_filter((pieces[window] == number).astype(np.float32), 0.8)
-        # Patterns are undefined on a canvas of a few px: a sliver is cut out of a larger one.
+        # Patterns are undefined on a canvas of a few pixels, so slivers are cut from a larger one.
         shape = (max(mask.shape[0], _SMALLEST_PX), max(mask.shape[1], _SMALLEST_PX))
         cut = (slice(mask.shape[0]), slice(mask.shape[1]))
         pattern = PATTERNS[kinds[number]](shape, texture, rng)
@@ -256,7 +256,7 @@ def _centre_in(regions: NDArray[np.int8], rng: np.random.Generator) -> NDArray[n
 def _blob(
     shape: tuple[int, int], centre: NDArray[np.int64], radius_px: float, rng: np.random.Generator
 ) -> FloatMap:
-    """1 inside of a round, uneven spot, 0 outside, with a soft edge."""
+    """Returns a round, uneven spot with a soft edge: 1 inside, 0 outside."""
     rows, columns = np.indices(shape, dtype=np.float32)
     distance = np.hypot(rows - centre[0], columns - centre[1]) + 8 * smooth_noise(shape, 40, rng)
     spot: FloatMap = np.clip((radius_px - distance) / 6 + 0.5, 0, 1).astype(np.float32)
@@ -266,7 +266,7 @@ def _blob(
 def _stroke(
     shape: tuple[int, int], regions: NDArray[np.int8], rng: np.random.Generator
 ) -> FloatMap:
-    """A pen's line through the tissue: its opacity."""
+    """Returns the opacity of a pen line through the tissue."""
     centre = _centre_in(regions, rng)[::-1]
     length = 0.5 * min(shape)
     angle = rng.uniform(0, np.pi)

@@ -1,9 +1,9 @@
-"""PathGen-1.6M in small: slides, patches, selection, captions, shards, a CLIP and its scores.
+"""PathGen-1.6M in miniature: slides, patches, selection, captions, shards, a CLIP and scores.
 
-Each stage is one or a few commands of `xtuner-add`, called as a user types them; `logs/` has every
-command line with its output. Three groups of slides are kept apart: `teaching`, on which the first
-CLIP and the describer learn from the painter's truth; `archive`, of which only the files are known;
-`held_out`, for the scores.
+Each stage is one or a few commands of `xtuner-add`, called as a user would type them; `logs/` has
+every command line with its output. There are three separate groups of slides: `teaching`, where the
+first CLIP and the describer learn from the ground truth; `archive`, of which only the files are
+used; and `held_out`, for the scores.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _ONE_WORKER = ("--workers", 1)  # starting processes takes longer than a few sma
 
 @dataclass(frozen=True)
 class Plan:
-    """Amounts of everything.
+    """Sizes of the demo.
 
     Attributes:
-        sizes: Slides.
+        sizes: Number and size of slides.
         first_epochs: Epochs of the first CLIP.
         describer: Sizes and steps of the describer.
-        quota: Patches chosen from each slide.
-        similarity: Cosine from which two patches count as the same; to a CLIP this small, all
-            patches of one tissue look much alike.
+        quota: Number of patches chosen from each slide.
+        similarity: Cosine similarity from which patches count as the same; to a CLIP this small,
+            all patches of one tissue look much alike.
         clip_epochs: Epochs of the CLIP trained on the describer's captions, and of its control.
         batch_size: Batch size of all three CLIPs.
         warmup: Warm-up steps of all three CLIPs.
-        side_by_side: Whether to train the CLIP and its control at once, each in a process of its
-            own. For trainings of seconds, importing everything twice more takes longer.
+        side_by_side: Whether to train the CLIP and its control concurrently, each in its own
+            process. For trainings of seconds, the additional imports take longer.
     """
 
     sizes: dataset.Sizes = field(default_factory=dataset.Sizes)
@@ -63,7 +63,7 @@ class Plan:
 
     @classmethod
     def quick(cls) -> Plan:
-        """Returns a plan of less than a minute, in which every stage runs and little is learned."""
+        """Returns a plan that takes less than a minute: every stage runs, but little is learned."""
         return cls(
             sizes=dataset.Sizes(4, 4, 3, width_px=640, height_px=448),
             first_epochs=3,
@@ -83,7 +83,7 @@ EXPECTED_SECONDS = {
     "slides": 27, "patches": 38, "first CLIP": 83, "describer": 65, "selection": 16,
     "captions": 164, "shards": 11, "clip": 497, "clip exchanged": 495, "scores": 158,
 }  # fmt: skip
-"""Of a run on two cores with other load."""
+"""Measured in a run on two cores with other load."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Stages(DemoStages):
         )
 
     def _patches(self) -> Stage:
-        """Tiles every slide; cuts out the patches whose truth is used."""
+        """Tiles every slide, and cuts out the patches whose ground truth is used."""
 
         def run() -> None:
             for group in dataset.GROUPS:
@@ -230,7 +230,7 @@ class _Stages(DemoStages):
         )
 
     def _shards(self) -> Stage:
-        """Cuts the captioned patches out of the slides again, as one does with PathGen-1.6M."""
+        """Cuts the captioned patches out of the slides again, as users of PathGen-1.6M do."""
 
         def run() -> None:
             captions = self.work_dir / "captions"

@@ -1,4 +1,4 @@
-"""The report of the PathGen demo: every step from slides to a CLIP, with pictures."""
+"""Report of the PathGen demo: every step from slides to a CLIP, with pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOWN_SLIDES = 2
 _SHOWN_CAPTIONS = 6
 _SLIDE_WIDTH_PX = 1000
 _PATCH_SIDE_PX = 150
-_TOP_LOSS = 4.5  # just above the logarithm of the batch, which a CLIP of random weights has
+_TOP_LOSS = 4.5  # just above the loss of random weights, the logarithm of the batch size
 _MODEL_NAMES = {
     "clip": "describer's captions",
     "clip_exchanged": "the same, exchanged",
@@ -165,7 +165,7 @@ def _draw_recall(summary: Mapping[str, Any]) -> Any:
 
 
 def _slides(work_dir: Path) -> list[dict[str, str]]:
-    """Slides of the archive with tissue and patches, clusters and choice."""
+    """Returns slides of the archive with their tissue, patches, clusters and selection."""
     chosen = read_jsonl(work_dir / "selection" / "selection.jsonl")
     shown = []
     for name in list(dict.fromkeys(row["wsi_id"] for row in chosen))[:_SHOWN_SLIDES]:
@@ -184,7 +184,7 @@ def _slides(work_dir: Path) -> list[dict[str, str]]:
 
 
 def _captions(work_dir: Path) -> list[dict[str, Any]]:
-    """Patches with their captions as they came from each step, corrected ones first."""
+    """Returns patches with their captions from each step, corrected ones first."""
     rows = read_jsonl(work_dir / "captions" / "pairs.jsonl")
     corrected = [row for row in rows if row.get("problems")]
     half = _SHOWN_CAPTIONS // 2
@@ -217,7 +217,7 @@ def _captions(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def _rejected(work_dir: Path) -> list[dict[str, str]]:
-    """Patches that the check found of no use."""
+    """Returns patches that the check rejected."""
     rows = read_jsonl(work_dir / "captions" / "revised.skipped.jsonl")
     rejected = [row for row in rows if row["kind"] == "rejected"]
     return [
@@ -244,6 +244,6 @@ def _photo(image: Image.Image, width_px: int) -> str:
 
 
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Some rows at even distances."""
+    """Returns evenly spaced rows."""
     step = max(1, len(rows) // max(1, count))
     return list(rows[::step][:count])

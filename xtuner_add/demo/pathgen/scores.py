@@ -1,7 +1,7 @@
 """Reads the demo's results from the files that its commands wrote: counts, captions, scores.
 
-Nothing here is measured anew but captions against the painter's truth, and the chance of each
-score.
+Only the agreement of captions with the ground truth and the chance level of each score are computed
+here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xtuner_add.demo.pathgen import dataset, wording
 from xtuner_add.demo.stages import read_jsonl
 
 MODELS = ("clip", "clip_exchanged", "first_clip")
-"""The CLIP of the describer's captions; of the same, exchanged among images; of the teacher's."""
+"""CLIPs trained on the describer's captions, on these exchanged, and on the teacher's."""
 TASKS = ("tissue", "look")
 DIRECTIONS = ("image_to_text", "text_to_image")
 KS = (1, 5, 10)
@@ -31,7 +31,7 @@ _LOSS = re.compile(r"Train Epoch: (\d+) \[\s*(\d+)/(\d+) .* Loss: ([\d.]+)")
 
 
 def summarise(work_dir: Path) -> dict[str, Any]:
-    """All figures of the demo, for `summary.json`."""
+    """Returns all figures of the demo, for `summary.json`."""
     zero_shot = {
         task: {model: _zero_shot(work_dir, model, task) for model in MODELS} for task in TASKS
     }
@@ -75,13 +75,13 @@ def road(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def judge_captions(work_dir: Path) -> dict[str, Any]:
-    """How many captions of each step name the right tissues and look, by the painter's truth."""
+    """Counts the captions of each step that name the true tissues and look of the nuclei."""
     rows = read_jsonl(work_dir / "captions" / "long.jsonl")
     truths = {row["id"]: dataset.patch_truth(work_dir, row["id"]) for row in rows}
     last = read_jsonl(work_dir / "captions" / "pairs.jsonl")
     judged: dict[str, Any] = {"patches": len(rows)}
     for step in STEPS:
-        # The same patches for all three: those whose captions came through, on clean tissue.
+        # The same patches for all three: those on clean tissue whose captions passed every step.
         kept = [
             (row["versions"][step], truths[row["id"]].field)
             for row in last
@@ -109,9 +109,10 @@ def judge_captions(work_dir: Path) -> dict[str, Any]:
 
 
 def retrieval_chance(pairs: Path) -> dict[str, dict[str, float]]:
-    """Expected recall at k of a random order: a caption with m of n images right among them.
+    """Returns the expected recall at k of a random order.
 
-    The nearest right one of m is among the first k of n with 1 - C(n - m, k) / C(n, k).
+    If m of n images are right, one of them is among the first k with probability
+    1 - C(n - m, k) / C(n, k).
     """
     from scipy.special import gammaln
 
@@ -134,7 +135,7 @@ def retrieval_chance(pairs: Path) -> dict[str, dict[str, float]]:
 
 
 def read_losses(log: Path) -> list[tuple[float, float]]:
-    """`(epoch, loss)` out of the log of open_clip's trainer."""
+    """Returns `(epoch, loss)` from the log of open_clip's trainer."""
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     return [
         (int(epoch) + int(done) / int(total), float(loss))
@@ -143,7 +144,7 @@ def read_losses(log: Path) -> list[tuple[float, float]]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a terminal."""
+    """Formats the summary for a terminal."""
     lines = []
     for task, label in (("tissue", "zero-shot, tissue"), ("look", "zero-shot, look of nuclei")):
         scores = summary["zero_shot"][task]
@@ -178,10 +179,10 @@ def _zero_shot(work_dir: Path, model: str, task: str) -> dict[str, Any]:
 
 
 def interval_over_classes(recalls: Sequence[float]) -> dict[str, float]:
-    """95 % interval of the balanced accuracy if the classes had been drawn, by bootstrap.
+    """Returns a bootstrap 95 % interval of the balanced accuracy over classes.
 
-    A CLIP that no caption has told which name belongs to which class still groups like images, and
-    gets whole classes right by luck; an interval over images knows nothing of that.
+    A CLIP whose captions do not tell which name belongs to which class still groups similar images
+    and gets whole classes right by chance, which an interval over images does not account for.
     """
     from scipy.stats import bootstrap
 
@@ -204,7 +205,7 @@ def _agent(command: str, out: Path, before: int) -> dict[str, Any]:
 
 
 def _short(row: Mapping[str, Any]) -> str:
-    """A reason without what differs from row to row."""
+    """Returns a reason without the parts that differ from row to row."""
     if row["kind"] == "rejected":
         return "rejected"
     reason = row["reason"].partition(";")[0]
@@ -219,7 +220,7 @@ def _step(
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
-    """A share with its 95 % Wilson interval."""
+    """Returns a fraction with its 95 % Wilson interval."""
     if not hits:
         return {"value": None, "low": None, "high": None, "n": 0}
     low, high = wilson_interval(sum(hits), len(hits))

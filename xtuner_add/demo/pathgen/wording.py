@@ -1,7 +1,7 @@
-"""What is said about fields of the made-up slides: paragraphs, drafts with faults, summaries.
+"""Texts about fields of the synthetic slides: paragraphs, drafts with faults, summaries.
 
-These texts train the first CLIP and the describer on the teaching slides. What is said about the
-archive is the describer's own.
+These texts train the first CLIP and the describer on the teaching slides. Texts about the archive
+are written by the describer.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ _SUMMARIES = ("A field of {tissues}{nuclei}.", "{tissues}{nuclei} fill the field
 
 @dataclass(frozen=True)
 class Field:
-    """What a patch shows.
+    """Content of a patch.
 
     Attributes:
-        tissues: Out of `TISSUES`, in their order.
-        vesicular: Look of the nuclei; None where they are too few.
-        fault: Why nothing can be said about it, or None.
+        tissues: Kinds of tissue from `TISSUES`, in that order.
+        vesicular: Look of the nuclei; None if there are too few.
+        fault: Reason why the patch cannot be described, or None.
     """
 
     tissues: tuple[str, ...]
@@ -102,7 +102,7 @@ class Field:
 
 
 def paragraph(field: Field, rng: np.random.Generator) -> str:
-    """A detailed caption in one of many wordings, 20 to 80 words; `summary` is how it begins."""
+    """Returns a caption of 20 to 80 words in one of many wordings; `summary` is its beginning."""
     if field.fault is not None:
         return f"{summary(field)} {_one_of(_UNUSABLE[field.fault], rng)}"
     sentences = [_one_of(_ARCHITECTURE[name], rng) for name in field.tissues]
@@ -110,7 +110,7 @@ def paragraph(field: Field, rng: np.random.Generator) -> str:
 
 
 def summary(field: Field, form: int = 0) -> str:
-    """A caption of CLIP's length, in one of `NUM_SUMMARIES` forms."""
+    """Returns a caption short enough for a CLIP, in one of `NUM_SUMMARIES` forms."""
     if field.fault is not None:
         return f"A field {'covered by ' if field.fault == 'ink' else ''}{field.fault}."
     nuclei = "" if field.vesicular is None else f" with {look(field.vesicular)} nuclei"
@@ -122,7 +122,7 @@ NUM_SUMMARIES = len(_SUMMARIES)
 
 
 def draft_with_fault(field: Field, rng: np.random.Generator) -> tuple[str, str]:
-    """A draft that says something wrong about a field, and the correction of it."""
+    """Returns a draft with an error about a field, and its correction."""
     if field.vesicular is not None and rng.random() < 0.5:
         wrong = Field(field.tissues, not field.vesicular)
         return paragraph(wrong, rng), f"The nuclei are {look(field.vesicular)}."
@@ -135,7 +135,7 @@ def draft_with_fault(field: Field, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def revision(field: Field, rng: np.random.Generator) -> tuple[str, str]:
-    """A draft, right in most cases, and the reply of one who checks it, as JSON."""
+    """Returns a draft, mostly a right one, and the reply of a checker as JSON."""
     if field.fault is not None:
         reply: dict[str, Any] = {
             "usable": False,
@@ -152,13 +152,13 @@ def revision(field: Field, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def named_tissues(caption: str) -> tuple[str, ...]:
-    """The kinds of tissue that a caption names, in the order of `TISSUES`."""
+    """Returns the kinds of tissue that a caption names, in the order of `TISSUES`."""
     text = caption.lower()
     return tuple(name for name in TISSUES if name in text)
 
 
 def named_look(caption: str) -> bool | None:
-    """Whether a caption calls the nuclei vesicular; None if it says nothing about them."""
+    """Returns whether a caption calls the nuclei vesicular; None if it does not mention them."""
     text = caption.lower()
     for vesicular in (True, False):
         if f"{look(vesicular)} nuclei" in text or f"nuclei are {look(vesicular)}" in text:
@@ -167,12 +167,12 @@ def named_look(caption: str) -> bool | None:
 
 
 def says(caption: str, field: Field) -> bool:
-    """Whether a caption names the tissues of a field, all of them and no other."""
+    """Returns whether a caption names exactly the tissues of a field."""
     return named_tissues(caption) == field.tissues and field.fault is None
 
 
 def retrieval_texts(names: Sequence[str]) -> dict[str, list[str]]:
-    """Descriptions of each kind of tissue for the retrieval of patches."""
+    """Returns descriptions of each kind of tissue, for the retrieval of patches."""
     return {
         name: [summary(Field((name,), None), form) for form in range(NUM_SUMMARIES)]
         for name in names

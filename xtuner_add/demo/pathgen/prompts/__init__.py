@@ -1,1 +1,1 @@
-"""What the demo asks its small describer: one line each, since it has read nothing else."""
+"""Prompts for the demo's small describer, one line each, the only ones it was trained on."""
