@@ -126,12 +126,12 @@ class FolderBuild:
         self._stack.close()
 
     def has(self, name: str) -> bool:
-        """Whether an earlier run has already written a file."""
+        """Returns whether an earlier run has already written a file."""
         return name in self._rows
 
     @contextmanager
     def file(self, name: str, digest: FileDigest | None = None) -> Iterator[Path]:
-        """Context manager that yields the path of one file and records the file on exit.
+        """Yields the path of one file and records the file on exit.
 
         Args:
             name: File name inside the folder; `/` creates sub-folders.

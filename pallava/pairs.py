@@ -183,7 +183,7 @@ class PairDataset(Dataset[PairSample]):
 def histology_augmentation(
     image_size: int, *, min_area: float = 0.5, jitter: float = 0.1, hue: float = 0.02
 ) -> nn.Module:
-    """Random crop, flip, quarter turn and slight colour jitter.
+    """Returns a transform with random crop, flip, quarter turn and slight colour jitter.
 
     Tissue has no canonical orientation, so all eight are equally valid. Colours vary with stain and
     scanner, but strong jitter would contradict captions that mention the stain.

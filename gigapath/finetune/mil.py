@@ -643,11 +643,11 @@ class BagModel:
     survival_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def takes(self, option: str) -> bool:
-        """Whether `build` has an argument of this name."""
+        """Returns whether `build` has an argument of this name."""
         return option in inspect.signature(self.build).parameters
 
     def draws_attention(self) -> bool:
-        """Whether it builds a `MILModel` with attention over tiles."""
+        """Returns whether it builds a `MILModel` with attention over tiles."""
         build = self.build
         return isinstance(build, type) and issubclass(build, MILModel) and build.has_attention
 

@@ -187,5 +187,5 @@ def start_screen(runner: Any) -> list[str]:
 
 
 def _size(parameter: torch.Tensor) -> int:
-    """Number of values, also of a parameter that ZeRO-3 has spread over the processes."""
+    """Returns the number of values, also of a parameter that ZeRO-3 has partitioned."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -442,7 +442,7 @@ def _above_chance(arm: str) -> Value:
 
 
 def _beyond_half(arm: str) -> Value:
-    """Margin by which an arm keeps more than half of the accuracy above chance.
+    """Returns the margin by which an arm keeps more than half of the accuracy above chance.
 
     It is a difference, because the ratio of the two can have a denominator near zero and then has
     no usable bootstrap interval.

@@ -109,7 +109,7 @@ class ChatModel:
 
 
 def is_hugging_face_model(name: str) -> bool:
-    """Whether a folder or Hub name is a model that `AutoModelForImageTextToText` loads.
+    """Returns whether a folder or Hub name is a model that `AutoModelForImageTextToText` loads.
 
     False for PA-LLaVA in any form, which `pallava.load_model` loads.
     """

@@ -263,7 +263,7 @@ class Assistant:
         return text.strip()
 
     def has_stop_string(self, ids: Sequence[int]) -> bool:
-        """Whether the generated text contains a stop word that is not a single token."""
+        """Returns whether the generated text contains a stop word that is not a single token."""
         if not self.stop_strings:
             return False
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -117,7 +117,7 @@ class BatchedAnswers:
         return len(self._running) + len(self._interrupted)
 
     def fits(self, request: Request) -> bool:
-        """Whether an answer of full length fits next to the running ones."""
+        """Returns whether an answer of full length fits next to the running ones."""
         if not self._running:
             return not self._interrupted
         if self._interrupted or len(self._running) == self._most_rows:

@@ -362,7 +362,7 @@ def use_softcap(llm: Any) -> None:
 
 
 def accepts(llm: Any, argument: str) -> bool:
-    """Whether the forward method of a language model, wrapped by PEFT or not, has an argument."""
+    """Returns whether the forward method of a language model has an argument, also under PEFT."""
     base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
     return argument in inspect.signature(base.forward).parameters
 

@@ -236,7 +236,7 @@ def encode_positions(positions: Tensor, width: int) -> Tensor:
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
-    """Linear layer whose outputs have unit variance for normalised inputs, as positions do."""
+    """Returns a linear layer with outputs of unit variance for normalised inputs."""
     linear = nn.Linear(in_features, out_features)
     nn.init.normal_(linear.weight, std=in_features**-0.5)
     nn.init.zeros_(linear.bias)

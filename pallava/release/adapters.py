@@ -282,7 +282,7 @@ def load_part(
 
 
 def needs_whole_weight(info: TensorInfo, parts: list[LoadedPart]) -> bool:
-    """Whether a weight must be merged in one piece rather than in blocks of rows.
+    """Returns whether a weight must be merged in one piece rather than in blocks of rows.
 
     This is the case in fp32, because the matrix product of a block may round differently from
     PEFT's, and for DoRA on a transposed weight, which needs the norm of whole columns.
@@ -343,7 +343,7 @@ def _dora(
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are finite and within the range of a dtype, in one pass over memory."""
+    """Returns whether all values are finite and within the range of a dtype, in one pass."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)

@@ -110,7 +110,7 @@ def _compare(adapter: Adapter, base: BaseModel, trained: dict[str, Any], what: s
 
 
 def _same_weights(folder: Path, base: BaseModel) -> bool:
-    """Whether two models agree in a sample of rows, rounded to the narrower dtype.
+    """Returns whether two models agree in a sample of rows, rounded to the narrower dtype.
 
     A folder without weights agrees, since the Hub cache may hold only a config.
     """

@@ -90,7 +90,7 @@ class BaseModel:
         return self.weights.read(self._stored_names[name], start, stop)
 
     def stores_transposed(self, name: str) -> bool | None:
-        """Whether a weight is stored as (inputs, outputs); None if its class is unknown."""
+        """Returns whether a weight is stored as (inputs, outputs); None if its class is unknown."""
         if self.model is None:
             return None
         try:

@@ -344,7 +344,7 @@ class Merger:
                 )
 
     def _is_one_side_changed(self) -> bool:
-        """Whether adapters make tied input and output embeddings differ from each other.
+        """Returns whether adapters make tied input and output embeddings differ from each other.
 
         In training, PEFT changes only the side that it wraps. Its own merge changes both because
         they are one tensor; this one unties them, so that the result computes what was trained.
@@ -536,7 +536,7 @@ def _write_due(
 def new_shard(
     build: FolderBuild, name: str, infos: Sequence[TensorInfo]
 ) -> Iterator[SafetensorsWriter]:
-    """Context manager that yields a writer for one shard of a folder under construction."""
+    """Yields a writer for one shard of a folder under construction."""
     digest = FileDigest()
     with (
         build.file(name, digest) as partial,

@@ -143,7 +143,7 @@ class _Probe:
         return model.eval()
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of the full model is part of the probe."""
+        """Returns whether a tensor of the full model is part of the probe."""
         if not name.startswith(self.layers):
             return True
         return int(name.removeprefix(self.layers).split(".")[0]) < self.num_layers

@@ -86,7 +86,7 @@ class PromptTemplate:
         return next(iter(exact + alike), UNNAMED)
 
     def same_text(self, other: PromptTemplate) -> bool:
-        """Whether both templates render conversations identically, stop words aside."""
+        """Returns whether both templates render conversations identically, stop words aside."""
         return replace(self, stop_words=()) == replace(other, stop_words=())
 
     def render(self, question: str, system: str = "", turn: int = 1) -> str:

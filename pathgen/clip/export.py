@@ -59,7 +59,7 @@ class ExportError(ValueError):
 
 
 def model_config(model: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The description of an architecture, with what the trainer's `force_...` options change.
+    """Returns the config of an architecture, changed by the trainer's `force_...` options.
 
     Args:
         model: Name, or JSON file.
@@ -163,7 +163,7 @@ def export_hugging_face(open_clip_folder: StrPath, out: StrPath) -> Path:
 
 
 def hugging_face_config(config: Mapping[str, Any]) -> Any:
-    """The `CLIPConfig` of an architecture of open_clip.
+    """Returns the `CLIPConfig` of an architecture of open_clip.
 
     Raises:
         ExportError: It has parts that transformers' CLIP has not.

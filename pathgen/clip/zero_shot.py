@@ -219,7 +219,7 @@ def score_spread(
     patterns, counts = np.unique(columns, axis=0, return_counts=True)
 
     def scores(draws: NDArray[Any]) -> NDArray[Any]:
-        """Balanced accuracies `(num_draws, num_variants)`."""
+        """Returns balanced accuracies `(num_draws, num_variants)`."""
         matrices = (
             stats.confusions(patterns[:, 0], patterns[:, 1 + k], num_classes, draws)
             for k in range(len(names))

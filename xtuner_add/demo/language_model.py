@@ -55,7 +55,7 @@ class LanguageModelSizes:
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """Byte-level BPE on the texts, with Llama 3's special tokens and chat template.
+    """Trains byte-level BPE on the texts, with Llama 3's special tokens and chat template.
 
     Returns:
         A `PreTrainedTokenizerFast`.

@@ -177,7 +177,7 @@ class Clock:
             return None
         ran = len(self._begun) - 1
         spent = [end - begin for begin, end in zip(self._begun, self._begun[1:], strict=False)]
-        # Rounds that an earlier run has finished take no time, and say nothing about the pace.
+        # Rounds finished by an earlier run take no time and do not indicate the pace.
         rounds = zip(spent, self._expected, strict=False)
         pairs = [(s, e) for s, e in rounds if s > _FINISHED_S and e]
         pace = sum(s for s, _ in pairs) / sum(e for _, e in pairs) if pairs else 1.0
@@ -201,9 +201,9 @@ class Clock:
 
 @contextmanager
 def _live(line: Callable[[], str]) -> Iterator[None]:
-    """Shows a line under the progress bars, anew every second; nothing if there is no terminal."""
+    """Updates a line under the progress bars every second, if there is a terminal."""
     over = threading.Event()
-    # A descriptor of its own: `call_command` sends the others to its log.
+    # A separate descriptor, because `call_command` redirects the others to its log.
     with os.fdopen(os.dup(2), "w") as terminal, tqdm(
         bar_format="{desc}", position=_LIVE_ROW, leave=False, disable=None, file=terminal
     ) as bar:  # fmt: skip
@@ -285,7 +285,7 @@ class Manifest:
                 for outcome in as_completed(done):
                     outcome.result()
             except BaseException:
-                stop_all()  # one stage failed, or the user had enough: the others need not go on
+                stop_all()  # a stage failed or the user interrupted: stop the others
                 raise
 
     def seconds(self) -> dict[str, float]:
@@ -325,7 +325,7 @@ def run_command(arguments: Sequence[object], folder: Path, log: Path, title: str
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads()),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",  # else the bars stand still for a minute at a time
+        "PYTHONUNBUFFERED": "1",  # otherwise progress bars stand still for a minute at a time
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -338,7 +338,7 @@ def run_command(arguments: Sequence[object], folder: Path, log: Path, title: str
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent(),  # else a killed demo would go on training unseen
+            preexec_fn=die_with_parent(),  # or a killed demo would keep training
         )
         _running.add(process)
         assert process.stdout is not None
@@ -479,7 +479,7 @@ def draw_all(
 
 
 def _use_one_thread() -> None:
-    """The workers fill the cores; BLAS threads on top would only wait for each other."""
+    """Limits BLAS to one thread, because the worker processes already fill the cores."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)

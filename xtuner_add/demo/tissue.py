@@ -51,7 +51,7 @@ class Pattern:
 
 
 def glands(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Round glands with an empty lumen, nuclei in a ring, in loose stroma."""
+    """Paints round glands with an empty lumen, nuclei in a ring, in loose stroma."""
     centres = _scattered(shape, 44, 5, rng)
     radii = rng.uniform(15, 19, len(centres))
     distance, nearest = _polar(shape, centres, rng, wobble=0.14)
@@ -71,7 +71,7 @@ def glands(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patt
 
 
 def nests(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Solid round islands of cells, divided by pale septa."""
+    """Paints solid round islands of cells, divided by pale septa."""
     centres = _scattered(shape, 40, 6, rng)
     tree = cKDTree(centres)
     (first, second), _ = _k_nearest(tree, shape, _warp(shape, 12, 2.5, rng))
@@ -84,7 +84,7 @@ def nests(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patte
 
 
 def stroma(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Wavy collagen fibres, strongly pink, with thin spindle cells along them."""
+    """Paints wavy collagen fibres, strongly pink, with thin spindle cells along them."""
     theta = rng.uniform(0, np.pi)
     rows, columns = np.indices(shape, dtype=np.float32)
     across = columns * np.cos(theta) + rows * np.sin(theta)
@@ -97,7 +97,7 @@ def stroma(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patt
 
 
 def fat(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Large empty cells with thin membranes."""
+    """Paints large empty cells with thin membranes."""
     tree = cKDTree(_scattered(shape, 21, 4, rng))
     (first, second), _ = _k_nearest(tree, shape, _warp(shape, 8, 1.0, rng))
     membrane = _step(2.2 - (second - first), 0.8)
@@ -111,7 +111,7 @@ def fat(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern
 
 
 def lymphoid(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Dense sheets of small round nuclei with hardly any cytoplasm."""
+    """Paints dense sheets of small round nuclei with hardly any cytoplasm."""
     real = texture.sample("stroma", shape, rng)
     eosin = 0.010 + 0.002 * real
     haematoxylin = 0.022 + 0.004 * real
@@ -119,7 +119,7 @@ def lymphoid(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pa
 
 
 def mucin(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Pale blue pools with fine streaks and a few floating clusters of cells."""
+    """Paints pale blue pools with fine streaks and a few floating clusters of cells."""
     rows, columns = np.indices(shape, dtype=np.float32)
     theta = rng.uniform(0, np.pi)
     wave = columns * np.cos(theta) + rows * np.sin(theta) + 9 * smooth_noise(shape, 26, rng)
@@ -136,7 +136,7 @@ def mucin(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Patte
 
 
 def necrosis(shape: Shape, texture: RealTexture, rng: np.random.Generator) -> Pattern:
-    """Structureless pink debris with cracks; cells are gone but for a few."""
+    """Paints structureless pink debris with cracks and a few remaining cells."""
     real = texture.sample("epithelium", shape, rng)
     grain = ndimage.gaussian_filter(rng.standard_normal(shape).astype(np.float32), 1.0) * 3.5
     crack = _step(0.16 - np.abs(smooth_noise(shape, 10, rng)), 0.05)
@@ -155,24 +155,24 @@ PATTERNS: dict[str, Callable[[Shape, RealTexture, np.random.Generator], Pattern]
     "mucin": mucin,
     "necrosis": necrosis,
 }
-"""The kinds of tissue by the name that captions and questions give them."""
+"""Kinds of tissue by their name in captions and questions."""
 
 CELLULAR = ("glands", "cell nests", "lymphoid tissue")
-"""Tissue with so many nuclei that their look can be judged in every sub-image of it."""
+"""Tissues with enough nuclei to judge their look in every sub-image."""
 
 
 GLASS = -1
-"""Index of what is no tissue, in maps of regions."""
+"""Index of glass in maps of regions."""
 
 CHROMATIN = 2.2
 """Haematoxylin of the darkest chromatin over that of the real section, which is stained weakly."""
 
 
 def nuclear_densities(nuclei: Nuclei, shape: Shape) -> tuple[FloatMap, FloatMap, FloatMap]:
-    """Nuclei on a canvas: the area they cover, their haematoxylin if solid and if vesicular.
+    """Draws nuclei; returns their area, and their haematoxylin if solid and if vesicular.
 
     Solid nuclei are evenly dark. Vesicular ones have a dark rim, a clear inside and a nucleolus;
-    both hold about the same amount of stain, of which 1 is the most.
+    both contain about the same amount of stain, 1 at most.
     """
     if not len(nuclei.angles):
         empty = np.zeros(shape, np.float32)
@@ -195,12 +195,12 @@ def nuclear_densities(nuclei: Nuclei, shape: Shape) -> tuple[FloatMap, FloatMap,
 
 
 def _step(value: NDArray[np.floating], width: float) -> FloatMap:
-    """0 below, 1 above zero, with a soft edge of about `width`."""
+    """Returns 0 below and 1 above zero, with a soft edge of about `width`."""
     return np.clip(0.5 + value / (2 * width), 0, 1).astype(np.float32)
 
 
 def smooth_noise(shape: Shape, scale_px: float, rng: np.random.Generator) -> FloatMap:
-    """Smooth random field of unit variance."""
+    """Returns a smooth random field of unit variance."""
     coarse = rng.standard_normal((int(shape[0] / scale_px) + 4, int(shape[1] / scale_px) + 4))
     rows = np.linspace(1, coarse.shape[0] - 3, shape[0])
     columns = np.linspace(1, coarse.shape[1] - 3, shape[1])
@@ -209,14 +209,14 @@ def smooth_noise(shape: Shape, scale_px: float, rng: np.random.Generator) -> Flo
 
 
 def _warp(shape: Shape, scale_px: float, amount_px: float, rng: np.random.Generator) -> FloatMap:
-    """Random displacement `(2, rows, columns)` in px."""
+    """Returns a random displacement `(2, rows, columns)` in px."""
     return amount_px * np.stack([smooth_noise(shape, scale_px, rng) for _ in range(2)])
 
 
 def _scattered(
     shape: Shape, spacing_px: float, jitter_px: float, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Points on a jittered hexagonal lattice that covers the canvas and a margin."""
+    """Returns points on a jittered hexagonal lattice that covers the canvas and a margin."""
     step = spacing_px * np.sqrt(3) / 2
     rows = np.arange(-1.5 * spacing_px, shape[0] + 1.5 * spacing_px, step)
     columns = np.arange(-1.5 * spacing_px, shape[1] + 1.5 * spacing_px, spacing_px)
@@ -229,7 +229,7 @@ def _scattered(
 def _k_nearest(
     tree: cKDTree, shape: Shape, warp: FloatMap | None, k: int = 2
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Distances and indices `(k, rows, columns)` of the nearest points to every pixel."""
+    """Returns distances and indices `(k, rows, columns)` of the nearest points to every pixel."""
     grid = np.indices(shape, dtype=np.float32)
     if warp is not None:
         grid = grid + warp
@@ -240,7 +240,7 @@ def _k_nearest(
 def _polar(
     shape: Shape, centres: NDArray[np.float64], rng: np.random.Generator, wobble: float
 ) -> tuple[FloatMap, NDArray[np.intp]]:
-    """Distance to the nearest centre, wobbling so that circles are not round, and its index."""
+    """Returns distance to the nearest centre, distorted to make circles uneven, and its index."""
     (distance,), (nearest,) = _k_nearest(cKDTree(centres), shape, None, k=1)
     rows, columns = np.indices(shape, dtype=np.float32)
     angle = np.arctan2(rows - centres[nearest, 0], columns - centres[nearest, 1])
@@ -252,7 +252,7 @@ def _polar(
 def _lattice(
     shape: Shape, spacing_px: float, axes_px: tuple[float, float], rng: np.random.Generator
 ) -> Nuclei:
-    """Nuclei of one size all over the canvas."""
+    """Returns nuclei of one size all over the canvas."""
     centres = _scattered(shape, spacing_px, 0.16 * spacing_px, rng)
     size = rng.uniform(0.9, 1.1, (len(centres), 1))
     axes = np.asarray(axes_px, np.float64) * size
@@ -260,7 +260,7 @@ def _lattice(
 
 
 def _ring(centre: NDArray[np.float64], radius_px: float, rng: np.random.Generator) -> Nuclei:
-    """Nuclei side by side on a circle, their long axis pointing at its centre."""
+    """Returns nuclei side by side on a circle, whose long axes point at its centre."""
     count = max(int(2 * np.pi * radius_px / 9.0), 3)
     angles = np.arange(count) * (2 * np.pi / count) + rng.uniform(0, 2 * np.pi)
     radius = radius_px + rng.uniform(-1, 1, count)
@@ -272,7 +272,7 @@ def _ring(centre: NDArray[np.float64], radius_px: float, rng: np.random.Generato
 def _spindles(
     shape: Shape, spacing_px: float, rng: np.random.Generator, angle: float | None = None
 ) -> Nuclei:
-    """Thin, long nuclei, along one direction or along any."""
+    """Returns thin, long nuclei in one direction or in random ones."""
     nuclei = _lattice(shape, spacing_px, (1.6, 5.0), rng)
     if angle is not None:
         nuclei.angles = angle + rng.normal(0, 0.25, len(nuclei.angles))
@@ -280,7 +280,7 @@ def _spindles(
 
 
 def _at(field: FloatMap, nuclei: Nuclei) -> FloatMap:
-    """Values of a map at the centres of nuclei, 0 outside of the canvas."""
+    """Returns the values of a map at the centres of nuclei, 0 outside of the canvas."""
     rows, columns = nuclei.centres.round().astype(int).T
     inside = (rows >= 0) & (rows < field.shape[0]) & (columns >= 0) & (columns < field.shape[1])
     values = np.zeros(len(rows), np.float32)

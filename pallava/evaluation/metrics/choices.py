@@ -312,7 +312,7 @@ def _segments(text: str) -> list[tuple[int, int]]:
 
 
 def _is_letter(text: str, start: int, option: str, written: str, segment: tuple[int, int]) -> bool:
-    """Whether a single letter denotes an option rather than an article or part of a name."""
+    """Returns whether a single letter denotes an option, not an article or part of a name."""
     # Bounded context keeps parsing of long replies linear.
     before, after = text[max(segment[0], start - _BEFORE) : start], text[start + 1 :][:_AFTER]
     if _NAMED_AFTER.match(after) and not _starts_with(after, option):
@@ -335,7 +335,7 @@ def _is_letter(text: str, start: int, option: str, written: str, segment: tuple[
 
 
 def _starts_with(after: str, option: str) -> bool:
-    """Whether the option's text follows its letter."""
+    """Returns whether the option's text follows its letter."""
     expected, after = words(option), after.lstrip(" :.)]},-")
     # `words` joins "cd3 - positive", but "necrosis - wrong" is an option followed by a verdict.
     readings = (words(after), words(after.replace(" - ", ", ")))
@@ -533,7 +533,7 @@ def _by_text(text: str, options: Mapping[str, Sequence[str]]) -> set[str]:
 def _is_contrast(
     text: str, said: Sequence[str], last: int, start: int, clauses: Sequence[int]
 ) -> bool:
-    """Whether two words are separated by more than a comma."""
+    """Returns whether two words are separated by more than a comma."""
     del said
     pieces = _CLAUSE.findall(text)
     between = pieces[clauses[last - 1] : clauses[start]]
@@ -558,7 +558,7 @@ def _is_denied(said: Sequence[str], clauses: Sequence[int], start: int, end: int
 
 
 def contains(sequence: list[str], part: list[str]) -> bool:
-    """Whether one list of words occurs in another, in order and without gaps."""
+    """Returns whether one list of words occurs in another, in order and without gaps."""
     width = len(part)
     return any(
         sequence[start : start + width] == part for start in range(len(sequence) - width + 1)

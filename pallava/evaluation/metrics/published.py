@@ -101,7 +101,7 @@ def _read_pa_llava(answer: str, options: Mapping[str, str], fill: random.Random)
 
 
 def _read_pmc_vqa(answer: str, options: Mapping[str, str], fill: random.Random) -> str | None:
-    """The choice that resembles the last character of the answer most."""
+    """Returns the choice that most resembles the last character of the answer."""
     del fill
     best, letter = 0.0, None
     for key, text in options.items():

@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether two texts consist of the same words in the same order.
+    """Returns whether two texts consist of the same words in the same order.
 
     Texts without words, such as "A" (an article) and "+", are compared literally.
     """
