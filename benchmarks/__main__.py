@@ -22,7 +22,7 @@ QUICK = {
 }
 """Arguments with which a benchmark takes seconds; a quick run skips the others."""
 
-HELPERS = {"straightforward", "cite_histology", "slide_cohort", "slide_map"}
+HELPERS = {"straightforward", "cite_histology", "slide_map"}
 
 
 def names() -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import slide_cohort, slide_map
+from benchmarks.slide_map import NAMES, read_regions
 from benchmarks.slide_questions import share_interval
 from pallava import load_model
 from pallava.inference.evidence import (
@@ -38,7 +38,7 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the tiles that are removed, or shown alone."""
 
 SHOWN = (0.05, 0.1, 0.2)
-_COVERED = 0.1  # of a tile of the real slide by the tissue asked about
+_COVERED = 0.1  # of a tile by the tissue asked about
 
 
 def attention(answer: SlideAnswer) -> Tensor:
@@ -96,51 +96,30 @@ def curves(answer: SlideAnswer, scores: Tensor) -> dict[str, list[bool]]:
     }
 
 
-def asked_kinds(row: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+def asked_kinds(row: Mapping[str, Any]) -> list[int]:
     """Returns the kinds of tissue that a question names."""
     text = row["question"].lower()
-    return [kind for kind, name in enumerate(names) if name in text]
+    return [kind for kind, name in enumerate(NAMES) if name in text]
 
 
-TilesOfKinds = Callable[[Mapping[str, Any], SlideBag], Tensor]
-"""Returns which tiles of a bag are of the tissue that a question is about, bool `(N,)`."""
+def tiles_asked_about(row: Mapping[str, Any], bag: SlideBag, areas: Any) -> Tensor:
+    """Returns which tiles hold the tissue that a question is about, bool `(N,)`.
 
-
-def cohort_tiles() -> TilesOfKinds:
-    """For synthetic slides, whose tiles are of one kind each."""
-    cohort = slide_cohort.Cohort(0)
-
-    def tiles(row: Mapping[str, Any], bag: SlideBag) -> Tensor:
-        kinds = cohort.slide(1, int(row["slide"].rpartition("_")[2]))[1]
-        columns, rows = (bag.positions - bag.positions.amin(dim=0)).long().T.numpy()
-        asked = asked_kinds(row, slide_cohort.NAMES)
-        return torch.from_numpy(np.isin(kinds[rows, columns], asked))
-
-    return tiles
-
-
-def map_tiles(data: Path, region_map: slide_map.RegionMap) -> TilesOfKinds:
-    """For regions of the real slide, by what covers at least a tenth of the tile."""
-    regions = json.loads((data / "regions.json").read_text())
-
-    def tiles(row: Mapping[str, Any], bag: SlideBag) -> Tensor:
-        areas = slide_map.Region(**regions[row["slide"]]).seen(region_map.areas)
-        columns, rows = bag.positions.long().T.numpy()
-        asked = areas[rows, columns][:, asked_kinds(row, slide_map.NAMES)]
-        return torch.from_numpy(asked.sum(axis=1) >= _COVERED)
-
-    return tiles
+    Args:
+        row: The question.
+        bag: The region's tiles.
+        areas: Shares of the kinds in the region's tiles, `(rows, columns, kinds)`.
+    """
+    columns, rows = bag.positions.long().T.numpy()
+    asked = areas[rows, columns][:, asked_kinds(row)]
+    return torch.from_numpy(asked.sum(axis=1) >= _COVERED)
 
 
 def measure(work_dir: Path, num_slides: int, *, scores: bool) -> list[dict[str, Any]]:
     """Returns a row per right answer about the held-out slides."""
     model = load_model(work_dir / "llm", work_dir / "model", device="cpu")
     data = work_dir / "data"
-    if (data / "regions.json").exists():
-        region_map = slide_map.RegionMap.read(slide_map.download(data))
-        tiles_of_kinds = map_tiles(data, region_map)
-    else:
-        tiles_of_kinds = cohort_tiles()
+    region_map, regions = read_regions(data)
     lines = (data / "held_out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     names = set(list(dict.fromkeys(row["slide"] for row in rows))[:num_slides])
@@ -156,7 +135,7 @@ def measure(work_dir: Path, num_slides: int, *, scores: bool) -> list[dict[str, 
         start = time.process_time()
         evidence = find_evidence(answer)
         seconds = time.process_time() - start
-        kind = tiles_of_kinds(row, bag)
+        kind = tiles_asked_about(row, bag, regions[row["slide"]].seen(region_map.areas))
         compared = {}
         if scores:
             compared = {name: curves(answer, score(answer)) for name, score in SCORES.items()}
@@ -197,7 +176,7 @@ def removals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not cited:
         return [changed, ""]
     changes = [row["random_changes"] / row["trials"] for row in cited]
-    low, high = mean_interval(changes, [row.get("block", row["slide"]) for row in cited])
+    low, high = mean_interval(changes, [row["block"] for row in cited])
     return [changed, f"{np.mean(changes):.3f} ({low:.3f} to {high:.3f})"]
 
 

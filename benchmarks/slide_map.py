@@ -25,7 +25,6 @@ import shapely
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.slide_cohort import Question
 from pathcore.files import atomic_file, write_json, write_text
 
 STROMA, TUMOUR, NECROSIS, FAT, HAEMORRHAGE, SERUM = range(6)
@@ -76,6 +75,15 @@ _MIN_NUCLEI = 100
 _INFLAMMATORY_SHARE = (0.015, 0.035)
 """Share of inflammatory among the nuclei in the tumour: sparse up to the first, dense from the
 second."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer, and what one must see to answer it."""
+
+    kind: str
+    text: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def vocabulary() -> dict[str, tuple[str, ...]]:
 
 
 def download(folder: Path) -> Path:
-    """Downloads the package without its dependencies, unless it is there; returns the wheel."""
+    """Downloads the package without its dependencies, unless it is in the folder already."""
     found = sorted(folder.glob("histolytics-*.whl"))
     if not found:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), PACKAGE]
@@ -317,9 +325,14 @@ class RegionMap:
         return found
 
 
-def make_data(
-    folder: Path, seed: int, num_train: int, num_held_out: int, wheel: Path | None = None
-) -> None:
+def read_regions(data: Path) -> tuple[RegionMap, dict[str, Region]]:
+    """Reads the map and the regions of a folder that `make_data` wrote."""
+    regions = json.loads((data / "regions.json").read_text())
+    region_map = RegionMap.read(download(data))
+    return region_map, {name: Region(**fields) for name, fields in regions.items()}
+
+
+def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> None:
     """Writes bags, `conversations.jsonl`, `held_out.jsonl` and `regions.json`.
 
     Args:
@@ -327,9 +340,8 @@ def make_data(
         seed: Seed of the regions.
         num_train: Number of regions for training.
         num_held_out: Number of regions for questions, in other blocks of the slide.
-        wheel: The package with the map; by default it is downloaded to `folder`.
     """
-    region_map = RegionMap.read(wheel or download(folder))
+    region_map = RegionMap.read(download(folder))
     (folder / "features").mkdir(parents=True, exist_ok=True)
     regions, asked = {}, {}
     for part, count in (("train", num_train), ("held_out", num_held_out)):

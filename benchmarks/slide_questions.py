@@ -1,11 +1,11 @@
 """Measures whether a model learns questions about whole slides, and from which signal.
 
-Run by ``python -m benchmarks.slide_questions``. Slides are synthetic bags of tile features
-(`slide_cohort.py`), a small language model learns the vocabulary from text reports, and
-`pallava_slide_questions_tiny` trains connector, projection and LoRA on them through ``xtuner-add
-train``. Held-out questions are then asked with the slide itself, with the slide of another question
-with the same words, and with the positions of the slide's tiles shuffled. ``--sizes`` instead
-measures one full-size step on slides of 1,000 to 100,000 tiles.
+Run by ``python -m benchmarks.slide_questions``. Slides are regions of a real slide's map, as bags
+of tile features (`slide_map.py`), a small language model learns the vocabulary from text, and
+`demo_slide_questions` trains connector, projection and LoRA on them through ``xtuner-add train``.
+Held-out questions are then asked with the slide itself, with the slide of another question with the
+same words, and with the positions of the slide's tiles shuffled. ``--sizes`` instead measures one
+full-size step on slides of 1,000 to 100,000 tiles.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import slide_map
-from benchmarks.slide_cohort import COLOURS, NAMES, Answers, Cohort
-from pathcore.stats import mean_interval, wilson_interval
-from xtuner_add.demo.language_model import Turns
+from pathcore.stats import mean_interval
 from xtuner_add.demo.pallava.answers import exchanged_images
 
 CONFIG = "demo_slide_questions"
@@ -36,67 +34,23 @@ WAYS = ("itself", "exchanged", "displaced")
 
 SIZES = (1_000, 10_000, 100_000)
 _BATCH = 64
-_MOST_ASKED = 8  # number of questions about a held-out slide with necrosis
-_ASKED = 3  # number of questions per training conversation
+_EXAMPLES = 3
 
 
-def make_data(folder: Path, seed: int, num_train: int, num_held_out: int) -> None:
-    """Writes bags, `conversations.jsonl` and `held_out.jsonl`."""
-    from pathcore.files import write_text
-
-    cohort = Cohort(seed)
-    names = [f"train_{number:05d}" for number in range(num_train)]
-    rng = np.random.default_rng([seed, 9])
-    rows = []
-    truths = cohort.write(folder / "features", names, part=0)
-    for name, answers in zip(names, tqdm(truths, "training slides", num_train), strict=True):
-        asked = answers.questions()
-        turns = []
-        for place, number in enumerate(rng.permutation(len(asked))[:_ASKED]):
-            mark = "" if place else "<image>\n"
-            turns.append({"from": "human", "value": mark + asked[number].text})
-            turns.append({"from": "gpt", "value": asked[number].answer})
-        rows.append({"id": name, "slide": name, "conversations": turns})
-    names = [f"held_out_{number:05d}" for number in range(num_held_out)]
-    truths = cohort.write(folder / "features", names, part=1)
-    questions = [
-        {"slide": name, "kind": question.kind, "question": question.text, "answer": question.answer}
-        for name, answers in zip(names, tqdm(truths, "held-out slides", num_held_out), strict=True)
-        for question in answers.questions()
-    ]
-    write_text(folder / "held_out.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
-    write_text(folder / "conversations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def train_language_model(
-    folder: Path, seed: int, steps: int, corpus: Sequence[Turns] | None = None
-) -> None:
-    """Trains a small Llama on chats, by default on reports of synthetic slides and questions."""
+def train_language_model(folder: Path, seed: int, steps: int) -> None:
+    """Trains a small Llama on questions about slides, with random answers."""
     from xtuner_add.demo.language_model import LanguageModelSizes, train
 
     sizes = LanguageModelSizes(hidden_size=96, intermediate_size=192, num_layers=3, steps=steps)
-    train(corpus or _reports(seed), folder, sizes, seed)
-
-
-def _reports(seed: int) -> list[Turns]:
-    rng = np.random.default_rng([seed, 8])
-    corpus: list[Turns] = []
-    for _ in range(6000):
-        answers = Answers.draw(rng)
-        asked = answers.questions()
-        turns = [("Describe the slide.", answers.report())]
-        turns += [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))[:_ASKED]]
-        corpus.append(turns)
-    return corpus
+    train(slide_map.corpus(seed), folder, sizes, seed)
 
 
 def train(folder: Path, steps: int | None) -> str:
     """Trains and converts the model in the folder; returns the log."""
     arguments = ["train", CONFIG, "--seed", "0", "--work-dir", "training"]
     if steps is not None:
-        changes = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
-        changes += ["warmup_iters=2", "param_scheduler.0.end=2", "param_scheduler.1.begin=2"]
-        arguments += ["--cfg-options", *changes]
+        lengths = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
+        arguments += ["--cfg-options", *lengths]
     log = _run(folder, arguments)
     last = (folder / "training" / "last_checkpoint").read_text().strip()
     _run(folder, ["convert", "pth_to_hf", CONFIG, last, "model", "--fp32"])
@@ -138,7 +92,7 @@ def ask(folder: Path, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) -> None:
+def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draws `examples.png`: held-out slides, attention of the connector, questions and answers."""
     import matplotlib
 
@@ -150,31 +104,37 @@ def draw_examples(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) ->
     from pallava.modeling.attention_maps import tile_attention
     from pallava.slide_bags import read_bag
 
-    model, cohort = load_model(folder / "llm", folder / "model"), Cohort(seed)
-    names = list(dict.fromkeys(row["slide"] for row in rows))
-    names = [n for n in names if sum(row["slide"] == n for row in rows) == _MOST_ASKED][:3]
-    figure, axes = plt.subplots(3, len(names), figsize=(4 * len(names), 8), height_ratios=(3, 3, 2))
-    colours = ListedColormap(["white", *COLOURS])
+    model = load_model(folder / "llm", folder / "model")
+    region_map, regions = slide_map.read_regions(folder / "data")
+    kinds_asked = defaultdict(set)
+    for row in rows:
+        kinds_asked[row["slide"]].add(row["kind"])
+    names = sorted(kinds_asked, key=lambda name: -len(kinds_asked[name]))[:_EXAMPLES]
+    figure, axes = plt.subplots(3, len(names), figsize=(5 * len(names), 8), height_ratios=(3, 3, 2))
+    colours = ListedColormap(["white", *slide_map.COLOURS])
     for name, column in zip(names, axes.T, strict=True):
-        _, kinds, _ = cohort.slide(1, int(name.rpartition("_")[2]))
-        attention = tile_attention(model.model, read_bag(folder / "data/features" / f"{name}.h5"))
-        seen = np.full(kinds.shape, np.nan)
-        seen[kinds >= 0] = 0 if attention is None else attention.numpy() * len(attention)
-        column[0].imshow(kinds, cmap=colours, vmin=-1, vmax=len(NAMES) - 1)
+        areas = regions[name].seen(region_map.areas)
+        bag = read_bag(folder / "data/features" / f"{name}.h5")
+        columns, lines = bag.positions.long().T.numpy()
+        attention = tile_attention(model.model, bag)
+        kinds, seen = np.full(areas.shape[:2], -1), np.full(areas.shape[:2], np.nan)
+        kinds[lines, columns] = areas[lines, columns].argmax(axis=-1)
+        seen[lines, columns] = 0 if attention is None else attention.numpy() * len(attention)
+        column[0].imshow(kinds, cmap=colours, vmin=-1, vmax=len(slide_map.NAMES) - 1)
         column[1].imshow(seen, cmap="viridis")
-        lines = [
+        texts = [
             f"{row['question']} {row['itself']}"
             + ("" if row["itself"] == row["answer"] else f"  (is: {row['answer']})")
             for row in rows
             if row["slide"] == name
         ]
-        column[2].text(0, 1, "\n".join(lines), va="top", fontsize=9)
+        column[2].text(0, 1, "\n".join(texts), va="top", fontsize=8)
         for axis in column:
             axis.axis("off")
-    axes[0, 0].set_title("kinds of tiles", loc="left", fontsize=9)
+    axes[0, 0].set_title("most of each tile", loc="left", fontsize=9)
     axes[1, 0].set_title("attention to the tiles", loc="left", fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS]
-    figure.legend(handles, NAMES, loc="upper center", ncol=len(NAMES), fontsize=9, frameon=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in slide_map.COLOURS]
+    figure.legend(handles, slide_map.NAMES, loc="upper center", ncol=6, fontsize=9, frameon=False)
     figure.savefig(folder / "examples.png", dpi=100, bbox_inches="tight")
 
 
@@ -183,14 +143,10 @@ def share_interval(
 ) -> tuple[float, float, float]:
     """Returns the share of the rows that are hits, with its 95 % interval.
 
-    Regions in one block of the real slide overlap, so blocks are resampled; synthetic slides are
-    independent, and have Wilson intervals.
+    Regions in one block of the slide overlap, so blocks are resampled.
     """
-    if all("block" in row for row in rows):
-        interval = mean_interval(hits, [row["block"] for row in rows])
-    else:
-        interval = wilson_interval(sum(hits), len(hits))
-    return (sum(hits) / len(hits), *interval)
+    low, high = mean_interval(hits, [row["block"] for row in rows])
+    return sum(hits) / len(hits), low, high
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -270,15 +226,10 @@ def _run(folder: Path, arguments: Sequence[str]) -> str:
     show_default=True,
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--slides", default=8000, show_default=True, help="For training.")
-@click.option("--held-out", default=400, show_default=True, help="Slides for questions.")
+@click.option("--slides", default=24000, show_default=True, help="Regions for training.")
+@click.option("--held-out", default=800, show_default=True, help="Regions for questions.")
 @click.option("--steps", type=int, help="Of training.  [default: the config's]")
 @click.option("--words", default=400, show_default=True, help="Steps of the language model.")
-@click.option(
-    "--real",
-    is_flag=True,
-    help="Regions of a real slide's map (`slide_map.py`) instead; draws no examples.",
-)
 @click.option("--sizes", is_flag=True, help="Measure time and memory by number of tiles instead.")
 @click.option("--one-size", type=int, hidden=True)
 @click.option("--learning", is_flag=True, hidden=True)
@@ -289,7 +240,6 @@ def main(
     held_out: int,
     steps: int | None,
     words: int,
-    real: bool,
     sizes: bool,
     one_size: int | None,
     learning: bool,
@@ -305,11 +255,9 @@ def main(
 
     work_dir = work_dir.resolve()
     if not (work_dir / "data" / "conversations.jsonl").is_file():
-        write = slide_map.make_data if real else make_data
-        write(work_dir / "data", seed, slides, held_out)
+        slide_map.make_data(work_dir / "data", seed, slides, held_out)
     if not (work_dir / "llm" / "config.json").is_file():
-        corpus = slide_map.corpus(seed) if real else None
-        train_language_model(work_dir / "llm", seed, words, corpus)
+        train_language_model(work_dir / "llm", seed, words)
     if not (work_dir / "model" / "projector").is_dir():
         start = time.perf_counter()
         train(work_dir, steps)
@@ -318,8 +266,7 @@ def main(
     summary = summarise(rows)
     write_text(work_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(work_dir / "summary.json", summary)
-    if not real:
-        draw_examples(work_dir, rows, seed)
+    draw_examples(work_dir, rows)
     click.echo(table(summary))
 
 

@@ -1,4 +1,4 @@
-"""Questions about the synthetic slides of `benchmarks/slide_questions.py`; runs in its folder."""
+"""Questions about the regions of `benchmarks/slide_questions.py`; runs in its folder."""
 
 from mmengine.config import read_base
 from xtuner.engine.hooks import DatasetInfoHook
@@ -26,7 +26,7 @@ train_dataloader["dataset"].update(
     dataset_map_fn=None,
 )
 optim_wrapper["optimizer"].update(lr=1.5e-3, lr_mult=dict())
-warmup_iters, max_iters = 50, 1500
+warmup_iters, max_iters = 2, 5000
 param_scheduler[0].update(start_factor=0.01, by_epoch=False, end=warmup_iters)
 param_scheduler[0].pop("convert_to_iter_based")
 param_scheduler[1].update(by_epoch=False, begin=warmup_iters, end=max_iters, eta_min=0.0)

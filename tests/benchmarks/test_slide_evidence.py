@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.slide_cohort import FAT, NAMES, NECROSIS, TUMOUR
 from benchmarks.slide_evidence import SHARES, asked_kinds, curves, group, table
+from benchmarks.slide_map import FAT, NECROSIS, TUMOUR
 
 
 class Answer:
@@ -35,12 +35,12 @@ def test_curves_of_an_answer_that_depends_on_ten_tiles() -> None:
 
 def test_table() -> None:
     row = {"kind": "which", "question": "Does the slide show fat?", "answer": "yes", "of": 100}
-    row["slide"] = "s1"
+    row["block"] = "0-1"
     told = {"cited": 4, "told": True, "trials": 20, "random_changes": 1}
     told |= {"of_the_kind": 0.75, "share_of_the_kind": 0.1}
     rows = [{**row, **told}, {**row, **told, "cited": 0, "told": False, "trials": 0}]
     line = table(rows).splitlines()[-1]
-    assert line.startswith("| which: yes | 2 | 0.50 (0.09 to 0.91) | 0.050 (0.050 to 0.050) | ")
+    assert line.startswith("| which: yes | 2 | 0.50 (0.50 to 0.50) | 0.050 (0.050 to 0.050) | ")
     assert line.endswith("| 4.0% | 0.75 (0.10) |")
 
 
@@ -48,11 +48,12 @@ def test_table() -> None:
     ("kind", "question", "tissue", "name"),
     [
         ("which", "Does the slide show fat?", [FAT], "which: yes"),
-        ("margin", "Does tumour reach the margin of the tissue?", [TUMOUR], "margin: yes"),
+        ("how much", "How much of the tissue is tumour?", [TUMOUR], "how much: yes"),
         ("where", "In which quarter is the fat?", [FAT], "where"),
-        ("neighbours", "Does tumour touch necrosis?", [TUMOUR, NECROSIS], "neighbours: yes"),
+        ("touches", "Does tumour touch necrosis?", [TUMOUR, NECROSIS], "touches: yes"),
+        ("which side", "On which side of the fat is the tumour?", [TUMOUR, FAT], "which side"),
     ],
 )
 def test_what_a_question_is_about(kind: str, question: str, tissue: list[int], name: str) -> None:
     row = {"kind": kind, "question": question, "answer": "yes"}
-    assert (asked_kinds(row, NAMES), group(row)) == (tissue, name)
+    assert (asked_kinds(row), group(row)) == (tissue, name)
