@@ -3,7 +3,8 @@
     python -m benchmarks.serving [--clients 1,4,20] [--images 4] [--rounds 3] [--json FILE]
 
 Every client shows an image and asks; when it has the whole answer, it asks the next question of its
-conversation (`--turns`). Each has an image of its own, or one of `--images` that they share, as the
+conversation (`--turns`). All begin at the same moment, or each waits before it asks, at random
+(`--pause`). Each has an image of its own, or one of `--images` that they share, as the
 readers of a cohort do. *Together* is `ModelService`, behind the page and the endpoint. *One at a
 time* is what it was before: a queue, and `generate` of transformers for one conversation, from its
 first token to its last. Both sides are measured in turn in one process, on the same conversations,
@@ -171,8 +172,9 @@ async def run_clients(
     tokens: int,
     words: int,
     images: int,
+    pause: float,
 ) -> list[Asked]:
-    """Lets clients ask at the same time; answers are 3/4 to 5/4 of `tokens` long."""
+    """Lets clients ask; answers are 3/4 to 5/4 of `tokens` long."""
 
     async def client(number: int) -> list[Asked]:
         """Holds one conversation, whose questions and lengths depend on the number only."""
@@ -186,6 +188,7 @@ async def run_clients(
             conversation.append(Turn("user", question, () if turn else (image,)))
             length = int(random.integers(tokens * 3 // 4, tokens * 5 // 4 + 1))
             first: list[float] = []
+            await asyncio.sleep(random.exponential(pause))
             start = time.perf_counter()
 
             def heard(_: str, first: list[float] = first) -> None:
@@ -201,14 +204,12 @@ async def run_clients(
     return [asked for row in rows for asked in row]
 
 
-def measure(
-    assistant: Assistant, side: str, clients: int, turns: int, tokens: int, words: int, images: int
-) -> Run:
-    """Measures one side; nothing is kept from earlier runs."""
+def measure(assistant: Assistant, side: str, clients: int, **settings: Any) -> Run:
+    """Measures one side, with settings of `run_clients`; nothing is kept from earlier runs."""
     service = ModelService(assistant, "bench")
     ask = ask_together(service) if side == "together" else ask_one_at_a_time(assistant)
     cpu_s, wall_s = time.process_time(), time.perf_counter()
-    asked = asyncio.run(run_clients(ask, clients, turns, tokens, words, images))
+    asked = asyncio.run(run_clients(ask, clients, **settings))
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     service.close()
     return Run(side, clients, wall_s, cpu_s, asked)
@@ -254,10 +255,12 @@ def table(runs: Sequence[Run]) -> str:
 @click.option(
     "--images", default=0, help="Number of images that clients share. [default: one each]"
 )
+@click.option(
+    "--pause", default=0.0, show_default=True, help="Seconds before a question, on average."
+)
 @click.option("--tokens", default=96, show_default=True, help="Mean length of an answer.")
 @click.option("--width", default=1024, show_default=True)
 @click.option("--layers", default=8, show_default=True)
-@click.option("--words", default=32_000, show_default=True)
 @click.option("--quick", is_flag=True, help="Tiny sizes: shows that it runs, measures nothing.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
@@ -265,19 +268,20 @@ def main(
     rounds: int,
     turns: int,
     images: int,
+    pause: float,
     tokens: int,
     width: int,
     layers: int,
-    words: int,
     quick: bool,
     json_file: Path | None,
 ) -> None:
     """Measure both sides in turn and print the table."""
+    words = 300 if quick else 32_000
     if quick:
-        clients, rounds, turns, tokens, width, layers, words = "1,3", 1, 2, 8, 256, 2, 300
+        clients, rounds, turns, tokens, width, layers = "1,3", 1, 2, 8, 256, 2
     assistant = make_assistant(width, layers, words)
     run = functools.partial(
-        measure, assistant, turns=turns, tokens=tokens, words=words, images=images
+        measure, assistant, turns=turns, tokens=tokens, words=words, images=images, pause=pause
     )
     run("together", 1)
     runs: list[Run] = []
