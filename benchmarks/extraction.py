@@ -46,19 +46,29 @@ from wsi.reader import Region, Slide
 PATCH_PX = 672
 _TILE = 256
 _CAPTION = "The tissue shows irregular glandular structures with hyperchromatic nuclei. " * 4
-_MEMORY = """
-import json, sys
+_ANNOTATIONS = """
+import json, sys, time
 from pathlib import Path
+from pathcore.files import sha256_of
 from pathgen.annotations import read_annotations
 from wsi.requests import RequestTable
 def peak_kib():
     lines = open("/proc/self/status").read().splitlines()  # ru_maxrss is the parent's, too
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-before = peak_kib()
-RequestTable.build(Path(sys.argv[2]), read_annotations(sys.argv[1]))
-with RequestTable(Path(sys.argv[2])) as table:
-    number = sum(len(table.part(part, 1000)) for part in range(-(-len(table) // 1000)))
-print(json.dumps([number, (peak_kib() - before) / 1024]))
+source, path, before = sys.argv[1], Path(sys.argv[2]), peak_kib()
+moments = [time.process_time()]
+number = sum(1 for _ in read_annotations(source))
+moments.append(time.process_time())
+RequestTable.build(path, read_annotations(source))
+moments.append(time.process_time())
+sha256_of(source)
+with RequestTable(path) as table:
+    table.parts_with_requests(1000), len(table)
+    moments.append(time.process_time())
+    for part in range(-(-number // 1000)):
+        table.part(part, 1000)
+seconds = [end - start for start, end in zip(moments, moments[1:])]
+print(json.dumps([number, (peak_kib() - before) / 1024, *seconds]))
 """
 
 
@@ -69,33 +79,36 @@ def main() -> None:
     parser.add_argument("--num-slides", type=int, default=3)
     parser.add_argument("--num-patches", type=int, default=2000)
     parser.add_argument("--script-patches", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: annotations alone")
     parser.add_argument("--side-px", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--annotations", type=int, default=400_000, help="for memory")
+    parser.add_argument("--annotations", type=int, default=400_000, help="rows to read and sort")
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.num_slides, arguments.num_patches, arguments.side_px = 2, 40, 3000
         arguments.script_patches, arguments.rounds, arguments.annotations = 4, 1, 2000
-    slides = make_slides(arguments.slides, arguments.num_slides, arguments.side_px)
-    rows = make_rows(slides, arguments.num_patches)
-    for image_format in ("png", "jpg"):  # exclude imports and first calls from the measurement
-        floor((rows[:4], arguments.slides, arguments.work_dir, image_format))
-    results = [
-        row
-        for number in range(arguments.rounds)
-        for row in one_round(arguments, slides, rows, number)
+    results = []
+    if arguments.rounds:
+        slides = make_slides(arguments.slides, arguments.num_slides, arguments.side_px)
+        rows = make_rows(slides, arguments.num_patches)
+        for image_format in ("png", "jpg"):  # no imports and first calls in the measurement
+            floor((rows[:4], arguments.slides, arguments.work_dir, image_format))
+        for number in range(arguments.rounds):
+            results += one_round(arguments, slides, rows, number)
+        summarise(results)
+    annotations = [
+        measure_annotations(arguments, n)
+        for n in (arguments.annotations // 4, arguments.annotations)
     ]
-    summarise(results)
-    memory = [
-        measure_memory(arguments, n) for n in (arguments.annotations // 4, arguments.annotations)
-    ]
-    for number, mib in memory:
-        print(f"memory for {number:,} annotations: {mib:.0f} MiB above the start")
+    for number, mib, read, build, again in annotations:
+        print(
+            f"{number:,} annotations: read in {read:.1f} CPU s, read and sorted in {build:.1f}, "
+            f"found again in {again:.1f}; {mib:.0f} MiB above the start"
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": results, "memory": memory}))
+        arguments.json.write_text(json.dumps({"rows": results, "annotations": annotations}))
 
 
 def make_slides(folder: Path, number: int, side_px: int) -> list[Path]:
@@ -285,9 +298,17 @@ def floor(job: tuple[list[dict[str, Any]], Path, Path, str]) -> None:
                 encode(pixels)
 
 
-def measure_memory(arguments: argparse.Namespace, number: int) -> tuple[int, float]:
-    """Returns peak memory of reading and sorting `number` annotations, in a separate process."""
+def measure_annotations(
+    arguments: argparse.Namespace, number: int
+) -> tuple[int, float, float, float, float]:
+    """Measures, in a separate process, what a run does with annotations before the first patch.
+
+    Returns:
+        Number of annotations, peak memory in MiB, and CPU seconds to read them, to read and sort
+        them, and to find the sorted ones in a later run.
+    """
     path = arguments.work_dir.with_name("many.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for n in range(number):
             row = {"wsi_id": f"TCGA-{n * 7919 % 7300:04d}", "caption": _CAPTION}
@@ -295,12 +316,12 @@ def measure_memory(arguments: argparse.Namespace, number: int) -> tuple[int, flo
             file.write(("[" if n == 0 else ",") + json.dumps(row))
         file.write("]")
     table = path.with_suffix(".sqlite")
-    command = [sys.executable, "-c", _MEMORY, str(path), str(table)]
+    command = [sys.executable, "-c", _ANNOTATIONS, str(path), str(table)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     path.unlink()
     table.unlink()
-    count, mib = json.loads(result.stdout)
-    return count, mib
+    count, mib, read, build, again = json.loads(result.stdout)
+    return count, mib, read, build, again
 
 
 def cpu_seconds() -> float:

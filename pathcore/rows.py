@@ -23,6 +23,7 @@ _CSV_FIELD_BYTES = 10 << 20  # the csv module's default is 128 KiB
 _CHUNK_CHARS = 1 << 20
 _MAX_ELEMENT_CHARS = 64 << 20  # a damaged array must not be read into memory whole
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 
 
 class BadRow(str):
@@ -157,7 +158,19 @@ def _elements(file: IO[str]) -> Iterator[Any]:
     if text[at : at + 1] != "[":
         raise ValueError("expected '['")
     at, is_first = at + 1, True
+    scan, comma = json.JSONDecoder().scan_once, _COMMA.match  # type: ignore[attr-defined]
     while True:
+        try:
+            # The usual case: the element and a comma have been read.
+            while not is_first:
+                row, end = scan(text, at)
+                found = comma(text, end)
+                if found is None:
+                    break
+                yield row
+                at = found.end()
+        except (json.JSONDecodeError, StopIteration):
+            pass  # tried again below, with more text
         try:
             start = _skip_blanks(text, at)
             if is_first and text[start] == "]":
@@ -177,7 +190,7 @@ def _elements(file: IO[str]) -> Iterator[Any]:
         yield row
         if text[end] == "]":
             break
-        at, is_first = end + 1, False
+        at, is_first = _skip_blanks(text, end + 1), False
     if text[end + 1 :].strip() or file.read(_CHUNK_CHARS).strip():
         raise ValueError("more follows after the array")
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from wsi.requests import NAME_ROOM_BYTES, PatchRequest, RejectedRow
 PATCH_PX = 672
 """Side of PathGen's patches in level-0 pixels (https://github.com/PathGen-1-6M/PathGen-1.6M)."""
 
-_ID_FIELDS = ("wsi_id", "WSI_id")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
 _MAX_POSITION = 2**31
 
@@ -94,11 +94,11 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
         raise AnnotationError("bad row", row)
     if not isinstance(row, dict):
         raise AnnotationError("bad row", f"expected an object, found {row!r:.80}")
-    slide_id = next((row[name] for name in _ID_FIELDS if name in row), None)
+    slide_id = row["wsi_id"] if "wsi_id" in row else row.get("WSI_id")
     if slide_id is None:
         raise AnnotationError("bad id", f"no field wsi_id; fields: {sorted(map(str, row))!r:.80}")
     try:
-        slide_id = check_name(slide_id, room_bytes=NAME_ROOM_BYTES)
+        slide_id = _checked_name(slide_id) if isinstance(slide_id, str) else check_name(slide_id)
     except UnsafeNameError as error:
         raise AnnotationError("bad id", str(error)) from error
     position = row.get("position")
@@ -110,6 +110,11 @@ def parse_annotation(row: Any) -> tuple[str, int, int, str]:
     if "\0" in caption or not is_encodable(caption):
         raise AnnotationError("bad caption", f"{caption!r:.80} contains NUL or unpaired surrogates")
     return slide_id, _pixels(position[0]), _pixels(position[1]), caption
+
+
+@lru_cache(maxsize=1024)  # a slide has hundreds of rows
+def _checked_name(slide_id: str) -> str:
+    return check_name(slide_id, room_bytes=NAME_ROOM_BYTES)
 
 
 def _pixels(value: Any) -> int:

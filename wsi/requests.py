@@ -291,13 +291,17 @@ def _order(connection: sqlite3.Connection) -> None:
         " ORDER BY slide_id, y_level0, x_level0, number"
     )
     writer = connection.cursor()
-    previous: tuple[Any, ...] = ()
-    first_number = position = 0
-    for number, *place in rows:
-        if tuple(place) == previous:
-            detail = f"row {first_number} asked for this position of this slide already"
-            writer.execute("INSERT INTO rejected VALUES (?, 'duplicate', ?)", (number, detail))
-            continue
-        position += 1
-        previous, first_number = tuple(place), number
-        writer.execute("INSERT INTO ordering VALUES (?, ?)", (position, number))
+
+    def ordering() -> Iterator[tuple[int, int]]:
+        previous: tuple[Any, ...] = ()
+        first_number = position = 0
+        for number, *place in rows:
+            if tuple(place) == previous:
+                detail = f"row {first_number} asked for this position of this slide already"
+                writer.execute("INSERT INTO rejected VALUES (?, 'duplicate', ?)", (number, detail))
+                continue
+            position += 1
+            previous, first_number = tuple(place), number
+            yield position, number
+
+    connection.executemany("INSERT INTO ordering VALUES (?, ?)", ordering())
