@@ -26,6 +26,7 @@ from benchmarks.slide_map import NAMES, read_regions
 from benchmarks.slide_questions import share_interval
 from pallava import load_model
 from pallava.inference.evidence import (
+    MAX_SHARE,
     SlideAnswer,
     find_evidence,
     without,
@@ -51,7 +52,7 @@ def attention(answer: SlideAnswer) -> Tensor:
 def gradient(answer: SlideAnswer) -> Tensor:
     """Gradient times the difference to the slide's mean tile."""
     features = answer.bag.features.float()
-    return (answer.gradient(features) * (features - features.mean(dim=0))).sum(dim=1).cpu()
+    return (answer.gradient(answer.bag) * (features - features.mean(dim=0))).sum(dim=1).cpu()
 
 
 def occlusion(answer: SlideAnswer) -> Tensor:
@@ -230,11 +231,14 @@ def main(work_dir: Path, slides: int, scores: bool) -> None:
     rows = measure(work_dir, slides, scores=scores)
     click.echo(table(rows))
     depending = [row for row in rows if row["answer"] not in ("no", "little")]
-    changed, changed_at_random = removals(depending)
-    click.echo(
-        f"\nOf {len(depending)} answers other than no and little, {changed} change without the "
-        f"cited tiles; without as many random ones {changed_at_random}."
-    )
+    for most in (1.0, MAX_SHARE, 0.5):
+        part = [row for row in depending if row["share_of_the_kind"] <= most]
+        changed, changed_at_random = removals(part)
+        click.echo(
+            f"\nOf {len(part)} answers other than no and little about tissue in at most "
+            f"{most:.0%} of the tiles, {changed} change without the cited tiles; without as many "
+            f"random ones {changed_at_random}."
+        )
     if scores:
         click.echo(compare(depending))
     seconds = [row["seconds"] for row in rows]

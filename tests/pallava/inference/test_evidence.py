@@ -74,11 +74,11 @@ def test_nothing_is_cited_if_tiles_do_nothing(assistant: Assistant) -> None:
     torch.nn.init.zeros_(last.weight)
     evidence = find_evidence(SlideAnswer(assistant, bag(30), "Why?", max_new_tokens=3))
     assert not len(evidence.cited) and not evidence.is_told
-    assert str(evidence) == "cannot be told: without up to 50% of 30 tiles the answer is the same"
+    assert str(evidence) == "cannot be told: without up to 90% of 30 tiles the answer is the same"
     assert evidence.fields()["told"] is False
 
 
-@pytest.mark.parametrize("needed", [1, 2, 7, 8, 31, 50])
+@pytest.mark.parametrize("needed", [1, 2, 6, 7, 8, 31, 50, 51, 90])
 def test_as_few_tiles_are_cited_as_change_the_answer(
     needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,11 +89,24 @@ def test_as_few_tiles_are_cited_as_change_the_answer(
             same = torch.tensor([bool(mask[:needed].any()) for mask in masks])
             return same.float(), same
 
-    monkeypatch.setattr(evidence_module, "integrated_gradients", lambda _: -torch.arange(100.0))
+    def scores(_: Any, kept: Tensor | None = None) -> Tensor:
+        order = -torch.arange(100.0)
+        return order if kept is None else order.where(kept, torch.tensor(-torch.inf))
+
+    monkeypatch.setattr(evidence_module, "integrated_gradients", scores)
     evidence = find_evidence(cast(Any, Planted()))
     assert evidence.cited.tolist() == list(range(needed))
     assert (evidence.probability, evidence.probability_without) == (1, 0)
     assert evidence.is_told
+
+
+def test_tiles_that_are_left_are_scored_as_a_slide_of_their_own(assistant: Assistant) -> None:
+    slide, kept = bag(30), torch.arange(30) % 3 > 0
+    found = integrated_gradients(SlideAnswer(assistant, slide, "Why?", max_new_tokens=1), kept)
+    assert (found[~kept] == -torch.inf).all()
+    answer = SlideAnswer(assistant, slide, "Why?", max_new_tokens=1)
+    answer.bag = slide.part(kept)
+    torch.testing.assert_close(found[kept], integrated_gradients(answer))
 
 
 def test_an_answer_that_any_removal_changes_has_no_evidence() -> None:
