@@ -40,11 +40,11 @@ def answer_all(work_dir: Path, seed: int) -> None:
 
     model = load_model(work_dir / "scale_invariant" / "model")
     everything = range(len(rows))
-    given = _ask(model, work_dir, rows, everything, [row["image"] for row in rows], "questions")
-    shuffled = _ask(model, work_dir, rows, closed, exchanged, "images exchanged")
+    given = ask(model, work_dir, rows, everything, [row["image"] for row in rows], "questions")
+    shuffled = ask(model, work_dir, rows, closed, exchanged, "images exchanged")
     shown = _slides_shown(model, work_dir, rows)
     released = load_model(work_dir / "released" / "model")
-    without = _ask(released, work_dir, rows, detail, [row["image"] for row in rows], "released")
+    without = ask(released, work_dir, rows, detail, [row["image"] for row in rows], "released")
 
     for index, row in enumerate(rows):
         row["prediction"] = given[index]
@@ -136,7 +136,7 @@ def _accuracy(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, Any]:
     }
 
 
-def _ask(
+def ask(
     model: Any,
     work_dir: Path,
     rows: Sequence[Mapping[str, Any]],
