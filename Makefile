@@ -21,7 +21,7 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 unexport PYTHONHOME PYTHONPATH CONDA_PREFIX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo demo-pathgen test test-fast check format docs notebooks bench clean distclean
+.PHONY: help setup lock demo demo-pathgen test test-fast check format docs notebooks bench bench-check clean distclean
 
 help: ## Show the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ notebooks: setup ## Run the tutorials and store their outputs
 
 bench: setup ## Measure against straightforward implementations
 	OMP_NUM_THREADS=1 python -m benchmarks $(BENCH_ARGS)
+
+bench-check: setup ## Compare quick ratios with the committed ones (before a release)
+	OMP_NUM_THREADS=1 python -m benchmarks.check $(BENCH_ARGS)
 
 clean: ## Remove caches and build products
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -23,7 +23,7 @@ QUICK = {
 }
 """Arguments with which a benchmark takes seconds; a quick run skips the others."""
 
-HELPERS = {"straightforward", "cite_histology", "slide_map"}
+HELPERS = {"check", "straightforward", "cite_histology", "slide_map"}
 
 
 def names() -> list[str]:

@@ -9,9 +9,11 @@ first. Times are processor time on one core.
 from __future__ import annotations
 
 import io
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import numpy as np
@@ -69,11 +71,12 @@ def measure(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 @click.command()
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(1))
 @click.option("--quick", is_flag=True, help="One small image: shows that it runs.")
-def main(rounds: int, quick: bool) -> None:
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+def main(rounds: int, quick: bool, json_file: Path | None) -> None:
     """Measure decoding and preparation of images of several sizes."""
     torch.set_num_threads(1)
     anyres = AnyRes(tile_px=TILE_PX, ties="largest_scale")
-    rows = []
+    rows, figures = [], []
     for size in SIZES_PX[: 1 if quick else None]:
         jpeg = encode_jpeg(*size)
         image = decode(jpeg)
@@ -91,17 +94,21 @@ def main(rounds: int, quick: bool) -> None:
         )
         median = {name: statistics.median(values) for name, values in taken.items()}
         ratios = [a / b for a, b in zip(taken["per tile"], taken["ours"], strict=True)]
+        name, ratio = f"{size[0]} x {size[1]}", statistics.median(ratios)
+        figures.append({"name": name, "cpu_ms": median, "ratio": ratio})
         rows.append(
             [
-                f"{size[0]} x {size[1]}",
+                name,
                 anyres.num_sub_images(*size),
                 *(f"{median[name]:.1f}" for name in ("decode", "cut", "ours", "per tile")),
                 f"{1000 / median['ours']:.0f}",
-                f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
+                f"{ratio:.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
             ]
         )
     headers = ["image, px", "sub-images", "decode, ms", "cut, ms", "ours, ms", "per tile, ms"]
     click.echo(tabulate(rows, [*headers, "images/s/core", "speed-up"], tablefmt="github"))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
