@@ -85,6 +85,14 @@ def batches(samples: Samples, way: str, size: int, seed: int) -> Iterator[list[i
         yield order[start : start + size]
 
 
+def cost_of(samples: Samples, batch: list[int]) -> tuple[int, int]:
+    """Returns sub-images and longest text of a batch."""
+    return (
+        sum(samples.num_sub_images[i] for i in batch),
+        max(samples.modality_length[i] for i in batch),
+    )
+
+
 def padding(samples: Samples, way: str, size: int, num_visual: int) -> tuple[float, float]:
     """Returns computed tokens and sub-images of an epoch, relative to those of the samples."""
     tokens = sub_images = needed_tokens = needed_sub_images = 0
@@ -190,8 +198,11 @@ def measure(
     for turn in range(rounds):
         for way in WAYS:
             epoch = list(batches(samples, way, size, seed=turn))
-            # The first of a grouped epoch is the most expensive, so batches are taken throughout.
-            chosen = epoch[:: max(1, len(epoch) // num_batches)][:num_batches]
+            # Grouped batches differ in cost, and few at random would not have the epoch's mean.
+            epoch.sort(key=lambda batch: cost_of(samples, batch))
+            chosen = [
+                epoch[(2 * i + 1) * len(epoch) // (2 * num_batches)] for i in range(num_batches)
+            ]
             total = 0.0
             for batch in chosen:
                 data = make_batch(samples, batch, way, vocabulary)

@@ -19,9 +19,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
+
+_REPOSITORY = Path(__file__).parents[1]
 
 
 def run_module(
@@ -56,6 +59,7 @@ def run_module(
         )  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         process = context.Process(
@@ -68,6 +72,22 @@ def run_module(
             process.kill()
             raise subprocess.TimeoutExpired(command, timeout_s, output=text)
     return subprocess.CompletedProcess(command, int(process.exitcode or 0), text)
+
+
+def _start_server() -> None:
+    """Starts the fork server, unless it runs, with this repository first on its path.
+
+    A host installs a package `tests` too, and would win if a test has left the repository's folder.
+    """
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), path)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
