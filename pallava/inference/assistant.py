@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pallava.anyres import AnyRes
 from pallava.inference.decoding import Decoding
+from pallava.inference.grouped_attention import share_keys_and_values
 from pallava.modeling.llava import PALLaVA
 from pallava.records.questions import SlideFeatures
 from pallava.slide_bags import SlideBag, SlidePreparation
@@ -63,6 +64,7 @@ class Assistant:
         decoding: Decoding | None = None,
     ) -> None:
         self.model = model.eval()
+        share_keys_and_values(model.llm)
         self.tokenizer = tokenizer
         self.anyres: Any = anyres
         self.bos = bos
