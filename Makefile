@@ -19,6 +19,8 @@ REQUIREMENTS := $(addprefix requirements/,$(addsuffix .txt,runtime models host t
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export VIRTUAL_ENV := $(abspath $(VENV))
 unexport PYTHONHOME PYTHONPATH CONDA_PREFIX
+# Without byte code, each of the many processes of a test run compiles the libraries again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo demo-pathgen test test-fast check format docs notebooks bench bench-check clean distclean
