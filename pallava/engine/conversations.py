@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pathcore.images import ImageError
 from pathcore.rows import check_fraction, read_rows
 
 _ROWS_PER_PROCESS = 2000
+_ROWS_PER_TABLE = 10_000
 _REPLACEMENTS = 16  # rows tried instead of one whose image is unreadable
 _SILENT_BELOW = 5000  # rows; fewer are tokenized in a moment
 
@@ -159,9 +160,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Text length per row, negative for rows without an image, as XTuner expects."""
         return [
             length if num_images else -length
-            for length, num_images in zip(
-                self.text_data["length"], self.text_data["num_images"], strict=True
-            )
+            for length, num_images in _values(self.text_data, "length", "num_images")
         ]
 
     @property
@@ -225,7 +224,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if "image" not in self.text_data.column_names:
             yield from ([] for _ in range(len(self.text_data)))
             return
-        for value, count in zip(self.text_data["image"], self.text_data["num_images"], strict=True):
+        for value, count in _values(self.text_data, "image", "num_images"):
             yield image_files({"image": value})[:count]
 
     def _record(self, row: Mapping[str, Any], reason: str) -> None:
@@ -327,7 +326,9 @@ def load_processed_text(folder: StrPath, contrast_answers: bool = False) -> Any:
         )
     if not contrast_answers and "label_marks" in data.column_names:
         data = data.remove_columns("label_marks")
-    return _add_counts(data, num_proc=None)
+    if {"length", "num_images"} <= set(data.column_names):  # `xtuner-add tokenise` wrote it
+        return data
+    return data.map(_counts)
 
 
 def process_text(
@@ -360,57 +361,96 @@ def process_text(
     Returns:
         A `datasets.Dataset` with `id`, `image`, `input_ids`, `labels`, `length` and `num_images`.
     """
-    from datasets import Dataset as HFDataset
     from datasets import disable_progress_bars
-    from xtuner.dataset.huggingface import add_template_to_dataset, map_dataset
 
-    rows, faults, total = [], {}, 0
+    encode = _RowEncoder(
+        _map_function(dataset_map_fn or interleaved_map_fn),
+        TokenizerTemplate(tokenizer)
+        if template_map_fn == TOKENIZER_TEMPLATE
+        else build(template_map_fn),
+        tokenizer,
+        max_length,
+    )
+    data, total = _read_table(data_path, skip_log, image_field)
+    if num_proc is None:
+        num_proc = min(32, os.cpu_count() or 1, len(data) // _ROWS_PER_PROCESS)
+    if total < _SILENT_BELOW:
+        disable_progress_bars()
+    if max_dataset_length is not None and max_dataset_length < len(data):
+        data = data.shuffle(seed=0).select(range(max_dataset_length))
+    if contrast_answers:
+        data = data.add_column("marks", _marks(map(encode.pairs, data), data_path))
+    data = data.map(
+        encode,
+        num_proc=num_proc if num_proc > 1 else None,
+        remove_columns=[name for name in data.column_names if name not in ("id", "image")],
+    )
+    return _skip_unusable(data, skip_log, max_length)
+
+
+def _map_function(function: Any) -> Callable[[Any], Mapping[str, Any]]:
+    """Returns a map function that a config gives as such, or by XTuner's name of it."""
+    if isinstance(function, str):
+        from xtuner.dataset.huggingface import get_object_from_string
+        from xtuner.registry import MAP_FUNC
+
+        found = MAP_FUNC.get(function) or get_object_from_string(function)
+        if found is None:
+            raise ValueError(
+                f"dataset_map_fn {function!r}: neither a name in XTuner's MAP_FUNC nor the import "
+                "path of a function"
+            )
+        function = found
+    return function  # type: ignore[no-any-return]
+
+
+def _read_table(data_path: StrPath, skip_log: SkipLog, image_field: str) -> tuple[Any, int]:
+    """Reads the rows that are sound, and records the others.
+
+    Returns:
+        A `datasets.Dataset` with `id`, `image` and `conversations`, and the number of rows read.
+    """
+    from datasets import Dataset as HFDataset
+    from datasets import Features, Sequence, Value, concatenate_datasets
+
+    turn = {"from": Value("string"), "value": Value("string")}
+    features = Features(
+        {"id": Value("string"), "image": Sequence(Value("string")), "conversations": [turn]}
+    )
+    tables, rows, faults, total = [], [], {}, 0
+
+    def store() -> None:
+        # Python's objects take several times the memory of a table.
+        tables.append(HFDataset.from_list(rows, features=features))
+        rows.clear()
+
     for number, row in read_rows(data_path, what="data_path"):
         total += 1
         is_row = isinstance(row, Mapping)
         fault = check_row(row, image_field) if is_row else f"no object: {row!s:.80}"
         if fault is None:
             files = image_files(row, image_field)
-            rows.append({"id": str(row.get("id", number)), "image": files or None})
-            rows[-1]["conversations"] = [
-                {"from": turn["from"], "value": turn.get("value") or ""}
-                for turn in row["conversations"]
+            turns = [
+                {"from": t["from"], "value": t.get("value") or ""} for t in row["conversations"]
             ]
+            name = str(row.get("id", number))
+            rows.append({"id": name, "image": files or None, "conversations": turns})
+            if len(rows) == _ROWS_PER_TABLE:
+                store()
             continue
         name = str(row.get("id", number)) if is_row else str(number)
         faults[name] = f"{data_path}, row {number}: {fault}"
         skip_log.record(name, str(data_path), faults[name])
     check_fraction(len(faults), total, str(data_path), faults)
-    if not rows:
+    if rows:
+        store()
+    if not tables:
         raise ValueError(f"data_path {data_path}: no rows")
-    if num_proc is None:
-        num_proc = min(32, os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
-    num_proc = num_proc if num_proc > 1 else None
-    if total < _SILENT_BELOW:
-        disable_progress_bars()
-    data = HFDataset.from_list(rows)
-    if max_dataset_length is not None and max_dataset_length < len(data):
-        data = data.shuffle(seed=0).select(range(max_dataset_length))
-    data = map_dataset(data, dataset_map_fn or interleaved_map_fn, num_proc)
-    if contrast_answers:  # before the template changes the texts
-        data = data.add_column("marks", _marks(data["conversation"], data_path))
-    if template_map_fn == TOKENIZER_TEMPLATE:
-        template_map_fn = TokenizerTemplate(tokenizer)
-    if template_map_fn is not None:
-        mapped, data = data, add_template_to_dataset(data, template_map_fn, num_proc)
-        if len(data) < len(mapped):  # XTuner drops rows silently
-            for row in mapped:
-                if not row["conversation"]:
-                    reason = "dataset_map_fn or the template left no question with an answer"
-                    skip_log.record(row["id"], data_path, reason)
-    encode = partial(_encode_row, tokenizer=tokenizer, max_length=max_length)
-    used = {"conversation", "conversations", "marks"} & set(data.column_names)
-    data = data.map(encode, num_proc=num_proc, remove_columns=sorted(used))
-    return _skip_unusable(_add_counts(data, num_proc), skip_log, max_length)
+    return concatenate_datasets(tables), total
 
 
-def _marks(conversations: Any, data_path: StrPath) -> list[list[int]]:
-    marks = answer_marks(conversations)
+def _marks(conversations: Iterable[Any], data_path: StrPath) -> list[list[int]]:
+    marks = answer_marks(list(conversations))
     marked, total = sum(mark != 0 for row in marks for mark in row), sum(map(len, marks))
     message = f"contrast_answers: {marked} of {total} answers in {data_path} can be contrasted"
     if not marked:
@@ -419,42 +459,67 @@ def _marks(conversations: Any, data_path: StrPath) -> list[list[int]]:
     return marks
 
 
-def _encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    marks = sum(pair["input"].count(IMAGE_TOKEN) for pair in row["conversation"])
-    encoded: dict[str, Any] = encode_conversation(tokenizer, row["conversation"], max_length)
-    if "marks" in row:
-        learned = [
-            mark
-            for mark, pair in zip(row["marks"], row["conversation"], strict=True)
-            if pair.get("output_with_loss", True)
-        ]
-        encoded["label_marks"] = spread_marks(encoded["labels"], learned)
-    return {"num_marks": marks, **encoded}
+@dataclass(frozen=True)
+class _RowEncoder:
+    """Maps a row to tokens and counts, in one pass over the rows."""
 
+    dataset_map_fn: Callable[[Any], Mapping[str, Any]]
+    template_map_fn: Callable[[Any], Mapping[str, Any]] | None
+    tokenizer: Tokenizer
+    max_length: int
 
-def _add_counts(data: Any, num_proc: int | None) -> Any:
-    def count(row: Mapping[str, Any]) -> dict[str, Any]:
-        ids = row["input_ids"]
+    def pairs(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns the row's pairs of question and answer, before the template."""
+        return self.dataset_map_fn(dict(row))["conversation"]  # type: ignore[no-any-return]
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns `input_ids`, `labels` and, with `marks` in the row, `label_marks`."""
+        pairs = self.pairs(row)
+        if self.template_map_fn is not None:
+            pairs = self.template_map_fn({**row, "conversation": pairs})["conversation"]
+        encoded: dict[str, Any] = encode_conversation(self.tokenizer, pairs, self.max_length)
+        if "marks" in row:
+            learned = [
+                mark
+                for mark, pair in zip(row["marks"], pairs, strict=False)
+                if pair.get("output_with_loss", True)
+            ]
+            encoded["label_marks"] = spread_marks(encoded["labels"], learned)
         return {
-            "length": len(ids),
-            "num_images": sum(token == IMAGE_TOKEN_INDEX for token in ids),
-            "num_learned": sum(label >= 0 for label in row["labels"]),
+            "num_pairs": len(pairs),
+            "num_marks": sum(pair["input"].count(IMAGE_TOKEN) for pair in pairs),
+            **encoded,
+            **_counts(encoded),
         }
 
-    return data.map(count, num_proc=num_proc)
+
+def _counts(row: Mapping[str, Any]) -> dict[str, int]:
+    ids = row["input_ids"]
+    return {
+        "length": len(ids),
+        "num_images": sum(token == IMAGE_TOKEN_INDEX for token in ids),
+        "num_learned": sum(label >= 0 for label in row["labels"]),
+    }
+
+
+def _values(data: Any, *names: str) -> Iterator[tuple[Any, ...]]:
+    """Yields the values of some columns row by row; a column alone is slow to iterate."""
+    for batch in data.select_columns(list(names)).iter(batch_size=_ROWS_PER_TABLE):
+        yield from zip(*(batch[name] for name in names), strict=True)
 
 
 def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
     keep = []
-    for index, (learned, marks, files) in enumerate(
-        zip(data["num_learned"], data["num_marks"], data["image"], strict=True)
-    ):
+    rows = _values(data, "num_pairs", "num_learned", "num_marks", "image")
+    for index, (pairs, learned, marks, files) in enumerate(rows):
         if learned and marks == len(files or ()):
             keep.append(index)
             continue
         row = data[index]
         reason = f"no word of the answer is within max_length {max_length}"
-        if learned:
+        if not pairs:
+            reason = "dataset_map_fn or the template left no question with an answer"
+        elif learned:
             reason = (
                 f"dataset_map_fn left {marks} image token(s) for {len(files or ())} image(s); "
                 "conversations with several images in one turn need interleaved_map_fn"
