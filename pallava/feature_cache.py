@@ -100,7 +100,8 @@ def check_encoder(model: Any, folder: StrPath) -> None:
         folder: Folder of features.
 
     Raises:
-        ValueError: If the encoder is trained or random, or the features are another encoder's.
+        ValueError: If the encoder is trained, random or divided by ZeRO-3, or the features are
+            another encoder's.
     """
     encoder = model.visual_encoder
     if not hasattr(encoder, "features"):
@@ -109,6 +110,12 @@ def check_encoder(model: Any, folder: StrPath) -> None:
         raise ValueError(
             "feature_cache stores the features of a frozen encoder, and this one is trained; set "
             "model.freeze_visual_encoder=True, or remove feature_cache"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
+        raise ValueError(
+            "feature_cache: ZeRO-3 divides the encoder among the processes, which would have to "
+            "encode the same number of new images; use --deepspeed deepspeed_zero2, or remove "
+            "feature_cache"
         )
     dropout = getattr(encoder.config, "attention_dropout", 0.0)
     dropout = max((m.p for m in encoder.modules() if isinstance(m, nn.Dropout)), default=dropout)

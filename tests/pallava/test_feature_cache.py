@@ -104,6 +104,23 @@ def test_a_run_encodes_each_image_once(folder: Path) -> None:
     assert trained.returncode == 2 and "this one is trained" in trained.stdout
 
 
+@pytest.mark.multiproc
+def test_processes_share_the_features(folder: Path) -> None:
+    epochs = ("--seed", 0, "--cfg-options", "train_cfg.max_epochs=2", "param_scheduler.0.end=1",
+              "param_scheduler.1.begin=1")  # fmt: skip
+    option = "train_dataloader.dataset.feature_cache=features"
+    plain = run(folder, "train", STAGE1, "--work-dir", "plain", *epochs, processes=2).stdout
+    assert len(losses(plain)) >= 4, plain[-3000:]
+    for name in ("cold", "warm"):
+        cached = run(folder, "train", STAGE1, "--work-dir", name, *epochs, option, processes=2)
+        assert losses(cached.stdout) == losses(plain), name
+        assert len(list((folder / "features").glob("*/*.safetensors"))) == 10
+    assert not list((folder / "features").rglob("*.partial"))
+    zero3 = ("--deepspeed", "deepspeed_zero3", *epochs, option)
+    refused = run(folder, "train", STAGE1, "--work-dir", "zero3", *zero3, processes=2)
+    assert refused.returncode == 2 and "ZeRO-3 divides the encoder" in refused.stdout
+
+
 def test_a_changed_image_is_encoded_again_and_a_damaged_file_replaced(folder: Path) -> None:
     cfg = config()
     network, data = model(cfg), dataset(cfg, "features")
