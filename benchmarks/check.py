@@ -19,11 +19,25 @@ from tabulate import tabulate
 RATIOS = Path(__file__).with_name("ratios.json")
 
 GUARDED: dict[str, tuple[list[str], list[str]]] = {
+    "cite_step": (["--rounds", "3"], ["CITE, fp32"]),
     "gigapath_slide_encoder": (
         ["--layers", "1", "--tiles", "1024", "--curve", "256"],
         ["ours, 1024 tiles"],
     ),
     "image_input": (["--rounds", "10"], ["500 x 400", "1024 x 768", "1600 x 1200"]),
+    "pallava_training_step": (
+        [
+            "--rounds",
+            "1",
+            "--no-memory",
+            "--case",
+            "vision-bound",
+            "--case",
+            "vision-bound, stored",
+        ],
+        ["vision-bound, stored"],
+    ),
+    "startup": (["--rounds", "3"], ["train to its first step", "answer"]),
 }
 """By benchmark, arguments of its quick form and the cases that are compared. Cases in bf16 do not
 belong here: their ratios depend on the processor's instructions."""

@@ -25,6 +25,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks._ratios import Ratio
 from cite.encoders import build_encoder
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder
@@ -110,12 +111,14 @@ class Result:
         wall_s: Median wall time of a step.
         cpu_s: Median processor time of a step.
         ratio: Median over the rounds of the baseline's processor time by this one's.
+        ratio_range: Least and largest of this over the rounds.
     """
 
     name: str
     wall_s: float
     cpu_s: float
-    ratio: float | None
+    ratio: float | None = None
+    ratio_range: tuple[float, float] | None = None
 
 
 class Bench:
@@ -217,11 +220,11 @@ def measure(cases: dict[str, Callable[[], Tensor]], rounds: int) -> list[Result]
     results = []
     for name in cases:
         baseline = BASELINES.get(name)
-        ratios = [a / b for a, b in zip(cpu[baseline], cpu[name], strict=True)] if baseline else []
-        ratio = statistics.median(ratios) if ratios else None
-        results.append(
-            Result(name, statistics.median(wall[name]), statistics.median(cpu[name]), ratio)
-        )
+        result = Result(name, statistics.median(wall[name]), statistics.median(cpu[name]))
+        if baseline:
+            ratio = Ratio.of(cpu[baseline], cpu[name])
+            result.ratio, result.ratio_range = ratio.median, (ratio.least, ratio.largest)
+        results.append(result)
     return results
 
 
@@ -239,7 +242,10 @@ def main(rounds: int, batch_size: int, threads: int, quick: bool, json_file: Pat
     click.echo(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     click.echo(f"relative difference: features {features:.1e}, gradient {gradient:.1e}")
     results = measure(bench.cases(), rounds)
-    rows = [[r.name, r.wall_s, r.cpu_s, r.ratio or ""] for r in results]
+    rows = [
+        [r.name, r.wall_s, r.cpu_s, Ratio(r.ratio, *r.ratio_range) if r.ratio_range else ""]
+        for r in results
+    ]
     click.echo(tabulate(rows, ["step of", "wall s", "cpu s", "speed-up"], floatfmt=".4g"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from benchmarks._memory import peak_resident_mib
+from benchmarks._ratios import Ratio
 from benchmarks.straightforward import (
     StraightforwardConnector,
     StraightforwardEncoder,
@@ -70,6 +71,8 @@ class Result:
         gflop: Operations of matrix products and attention in a step.
         saved_mib: Memory that autograd keeps between forward and backward, without weights.
         peak_mib: Peak resident memory during a step minus that before it.
+        ratio: How many times as fast as its baseline, in processor time.
+        ratio_range: Least and largest of this over the rounds.
     """
 
     name: str
@@ -78,6 +81,8 @@ class Result:
     gflop: float
     saved_mib: float
     peak_mib: float
+    ratio: float | None = None
+    ratio_range: tuple[float, float] | None = None
 
 
 class Bench:
@@ -227,8 +232,8 @@ class Bench:
 
 def measure_times(
     bench: Bench, names: Sequence[str], rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Returns median wall and processor time of a step; the cases run in turn."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Returns wall and processor time of each step; the cases run in turn."""
     forwards = {name: bench.cases()[name]() for name in names}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(1, rounds + 1):
@@ -238,13 +243,7 @@ def measure_times(
             bench.backward(forward())
             samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
             click.echo(f"  {turn}/{rounds} {name}: {samples[name][-1][0]:.2f} s wall", err=True)
-    return {
-        name: (
-            statistics.median(wall for wall, _ in taken),
-            statistics.median(cpu for _, cpu in taken),
-        )
-        for name, taken in samples.items()
-    }
+    return samples
 
 
 def measure_memory(bench: Bench, name: str) -> dict[str, float]:
@@ -322,7 +321,9 @@ def table(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         baseline = by_name.get(BASELINES.get(result.name, ""))
-        times = f"{baseline.cpu_s / result.cpu_s:.2f}" if baseline else ""
+        times = ""
+        if result.ratio and result.ratio_range:
+            times = str(Ratio(result.ratio, *result.ratio_range))
         operations = f"{baseline.gflop / result.gflop:.2f}" if baseline else ""
         rows.append(
             [
@@ -363,8 +364,6 @@ def main(quick: bool, rounds: int, json_path: Path | None, only_memory: str | No
     click.echo(f"largest difference of the outputs: {bench.check():.1e}")
     names = list(bench.cases())
     times = measure_times(bench, names, rounds)
-    for name, (wall_s, cpu_s) in times.items():
-        click.echo(f"  {name}: {wall_s:.2f} s wall, {cpu_s:.2f} s CPU", err=True)
     memory = {}
     if not quick:
         del bench  # free memory for the child processes
@@ -372,10 +371,15 @@ def main(quick: bool, rounds: int, json_path: Path | None, only_memory: str | No
     for name in names:
         click.echo(f"  memory: {name}", err=True)
         memory[name] = measure_memory(bench, name) if quick else measure_in_child(name)
-    results = [
-        Result(name=name, wall_s=times[name][0], cpu_s=times[name][1], **memory[name])
-        for name in names
-    ]
+    results = []
+    for name in names:
+        wall, cpu = zip(*times[name], strict=True)
+        result = Result(name, statistics.median(wall), statistics.median(cpu), **memory[name])
+        if name in BASELINES:
+            _, before = zip(*times[BASELINES[name]], strict=True)
+            ratio = Ratio.of(before, cpu)
+            result.ratio, result.ratio_range = ratio.median, (ratio.least, ratio.largest)
+        results.append(result)
     click.echo(table(results))
     if json_path:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

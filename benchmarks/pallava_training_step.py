@@ -32,6 +32,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from benchmarks._memory import peak_resident_mib
+from benchmarks._ratios import Ratio
 
 BASELINES = {
     "ours, thumbnail": "XTuner, thumbnail",
@@ -223,19 +224,23 @@ def peak_mib(name: str, quick: bool, batch: int) -> float:
     return float(result.stdout.splitlines()[-1])
 
 
+def _ratio(taken: dict[str, dict[str, list[float]]], name: str) -> Ratio | None:
+    baseline = taken.get(BASELINES.get(name, ""))
+    return Ratio.of(baseline["cpu_s"], taken[name]["cpu_s"]) if baseline else None
+
+
 def table(taken: dict[str, dict[str, list[float]]], memory: dict[str, float]) -> str:
     """Formats medians and ranges, each case with its baseline."""
     rows = []
     for name, values in taken.items():
         cpu = statistics.median(values["cpu_s"])
-        baseline = taken.get(BASELINES.get(name, ""))
         rows.append(
             [
                 name,
                 f"{cpu:.2f}",
                 f"{min(values['cpu_s']):.2f}-{max(values['cpu_s']):.2f}",
                 f"{statistics.median(values['wall_s']):.2f}",
-                f"{statistics.median(baseline['cpu_s']) / cpu:.2f}" if baseline else "",
+                str(_ratio(taken, name) or ""),
                 f"{memory[name]:,.0f}" if name in memory else "",
                 f"{values['loss'][-1]:.2f}",
             ]
@@ -280,7 +285,16 @@ def main(
     )
     click.echo(table(taken, peaks))
     if json_path:
-        json_path.write_text(json.dumps({"steps": taken, "peak_mib": peaks}, indent=2) + "\n")
+        rows = [
+            {
+                "name": name,
+                "ratio": (_ratio(taken, name) or [None])[0],
+                "peak_mib": peaks.get(name),
+                **values,
+            }
+            for name, values in taken.items()
+        ]
+        json_path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

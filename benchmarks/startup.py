@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import psutil
 
+from benchmarks._ratios import Ratio
 from pathcore.deferred_imports import EAGER_VARIABLE
 from tests.pallava.engine.tiny_run import STAGE1, make_folder
 
@@ -80,13 +81,18 @@ def table(found: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Formats medians with ranges, and the ratio of each round."""
     lines = ["| command | deferred, CPU s | as the hosts import | ratio |", "|---|---|---|---|"]
     for name, sides in found.items():
-        ratios = [old / new for new, old in zip(*sides.values(), strict=True)]
         cells = [
             f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            for values in (*sides.values(), ratios)
+            for values in sides.values()
         ]
+        cells.append(str(_ratio(sides)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ratio(sides: Mapping[str, list[float]]) -> Ratio:
+    deferred, eager = sides.values()
+    return Ratio.of(eager, deferred)
 
 
 @click.command()
@@ -100,7 +106,11 @@ def main(rounds: int, quick: bool, json_file: Path | None) -> None:
     click.echo(table(found))
     click.echo(f"\nload {os.getloadavg()[0]:.1f}")
     if json_file is not None:
-        json_file.write_text(json.dumps(found))
+        rows = [
+            {"name": name, "ratio": _ratio(sides).median, "cpu_s": sides}
+            for name, sides in found.items()
+        ]
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

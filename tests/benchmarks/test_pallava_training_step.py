@@ -15,7 +15,7 @@ def test_stored_features_give_the_same_losses(tmp_path: Path) -> None:
     arguments = ["--quick", "--rounds", "2", "--no-memory", "--json", str(path)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    steps = json.loads(path.read_text())["steps"]
+    steps = {row["name"]: row for row in json.loads(path.read_text())}
     assert set(steps) == set(CASES) == set(BASELINES) | set(BASELINES.values())
     assert all(seconds > 0 for step in steps.values() for seconds in step["cpu_s"])
     for name in ("ours, six sub-images", "vision-bound"):
