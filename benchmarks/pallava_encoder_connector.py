@@ -27,9 +27,9 @@ import click
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks._flops import count_gflop
 from benchmarks._memory import peak_resident_mib
 from benchmarks._ratios import Ratio
 from benchmarks.straightforward import (
@@ -252,30 +252,23 @@ def measure_memory(bench: Bench, name: str) -> dict[str, float]:
     gc.collect()
     with peak_resident_mib() as peak:
         bench.backward(forward())
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.mkldnn_linear: _linear_flop}
-    )
-    with counter:
+    saved_mib = float("nan")
+
+    def step() -> None:
+        nonlocal saved_mib
         # Only before the backward pass: what checkpointed layers recompute there is not kept
         # memory.
         with kept_storages(bench) as kept:
             output = forward()
         saved_mib = sum(kept.values()) / _MIB
         bench.backward(output)
+
+    gflop = count_gflop(step)
     return {
-        "gflop": counter.get_total_flops() / 1e9,
+        "gflop": gflop,
         "saved_mib": saved_mib,
         "peak_mib": peak[0],
     }
-
-
-def _linear_flop(
-    input_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object
-) -> int:
-    rows = 1
-    for side in input_shape[:-1]:
-        rows *= side
-    return 2 * rows * weight_shape[0] * weight_shape[1]
 
 
 @contextmanager

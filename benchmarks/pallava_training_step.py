@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from tabulate import tabulate
 
+from benchmarks._flops import count_gflop
 from benchmarks._memory import peak_resident_mib
 from benchmarks._ratios import Ratio
 
@@ -229,7 +230,11 @@ def _ratio(taken: dict[str, dict[str, list[float]]], name: str) -> Ratio | None:
     return Ratio.of(baseline["cpu_s"], taken[name]["cpu_s"]) if baseline else None
 
 
-def table(taken: dict[str, dict[str, list[float]]], memory: dict[str, float]) -> str:
+def table(
+    taken: dict[str, dict[str, list[float]]],
+    memory: dict[str, float],
+    operations: dict[str, float],
+) -> str:
     """Formats medians and ranges, each case with its baseline."""
     rows = []
     for name, values in taken.items():
@@ -241,11 +246,12 @@ def table(taken: dict[str, dict[str, list[float]]], memory: dict[str, float]) ->
                 f"{min(values['cpu_s']):.2f}-{max(values['cpu_s']):.2f}",
                 f"{statistics.median(values['wall_s']):.2f}",
                 str(_ratio(taken, name) or ""),
+                f"{operations[name]:,.0f}",
                 f"{memory[name]:,.0f}" if name in memory else "",
                 f"{values['loss'][-1]:.2f}",
             ]
         )
-    headers = ["step of", "CPU s", "range", "wall s", "speed-up", "peak MiB", "loss"]
+    headers = ["step of", "CPU s", "range", "wall s", "speed-up", "GFLOP", "peak MiB", "loss"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -277,13 +283,15 @@ def main(
                 case.step()  # now AdamW's state exists, and features are stored
             click.echo(peak[0])
             return
-        taken = measure_times([make(name) for name in names], rounds)
+        cases = [make(name) for name in names]
+        taken = measure_times(cases, rounds)
+        operations = {case.name: count_gflop(case.step) for case in cases}
     peaks = {name: peak_mib(name, quick, batch) for name in names} if memory else {}
     click.echo(
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} "
         f"cores, fp32, batch {batch}, {rounds} rounds"
     )
-    click.echo(table(taken, peaks))
+    click.echo(table(taken, peaks, operations))
     if json_path:
         rows = [
             {
