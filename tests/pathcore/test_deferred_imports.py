@@ -113,3 +113,15 @@ def test_a_visualizer_draws_although_it_starts_without_a_figure() -> None:
         "print(before, image.shape, len(np.unique(image.reshape(-1, 3), axis=0)) > 1)\n"
     )
     assert printed.splitlines()[-1] == "False (20, 30, 3) True"
+
+
+def test_losses_of_object_detectors_work_without_scipy_at_the_import() -> None:
+    pytest.importorskip("scipy")
+    printed = run(
+        "import sys, numpy as np\n"
+        "from transformers.loss import loss_for_object_detection as losses, loss_utils\n"
+        "before = 'scipy.optimize' in sys.modules\n"
+        "rows, columns = losses.linear_sum_assignment(np.array([[4.0, 1.0], [2.0, 9.0]]))\n"
+        "print(before, columns.tolist(), 'scipy.optimize' in sys.modules)\n"
+    )
+    assert printed == "False [1, 0] True"
