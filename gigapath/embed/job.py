@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gigapath.embed.device_claims import claim
 from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
 from gigapath.embed.slide_encoders import NamedSlideEncoder, check_origin, get_slide_preset
 from gigapath.embed.slide_vectors import SlideEncoderSpec, write_slide_vector
@@ -28,6 +27,7 @@ from gigapath.embed.tile_inference import (
     describe_encoder,
     open_tile_encoder,
 )
+from pathcore.device_claims import Placement
 from pathcore.encoders.origin import TileOrigin, stated_mpp
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
@@ -119,24 +119,6 @@ class EmbeddingSettings:
         return self.slide_encoder
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Settings of an embedding job that do not change its output.
-
-    Attributes:
-        device: Name of the device; by default a GPU if there is one.
-        read_workers: Number of processes that read tiles ahead of the encoder, per slide; 0 uses a
-            thread.
-        own_gpu: Whether each process claims a separate GPU.
-        tile_bar: Whether to show a progress bar over the tiles of each slide.
-    """
-
-    device: str | None = None
-    read_workers: int = 0
-    own_gpu: bool = False
-    tile_bar: bool = False
-
-
 def embed_slides(
     slides: StrPath,
     out: StrPath,
@@ -175,11 +157,7 @@ def embed_slides(
         settings = EmbeddingSettings.for_encoder(settings)
     placement = placement or Placement()
     on_gpu = (placement.device or "").startswith("cuda")
-    placement = replace(
-        placement,
-        own_gpu=placement.device == "cuda" and engine == "process",
-        tile_bar=progress and workers == 1 and engine == "process",
-    )
+    placement = placement.for_job(workers=workers, engine=engine, progress=progress)
     return process_slides(
         partial(_embed_slide, settings=settings, placement=placement),
         slides,
@@ -283,7 +261,7 @@ def _embed_tiles(
     slide_encoder = settings.named_slide_encoder
     if slide_encoder is not None:  # checked before the expensive tile pass
         _check_tiles(slide_encoder, tiles, attributes, settings)
-    device = _worker_device(placement.device, out if placement.own_gpu else None)
+    device = placement.worker_device(out)
     features_path = f"features/{spec.name}/{name}.h5"
     embedded = embed_tiles(
         tiles,
@@ -343,23 +321,6 @@ def _check_tiles(
 
 
 # Caches of a worker process: models are loaded once, not once per slide.
-
-
-@lru_cache
-def _worker_device(device: str | None, claims: Path | None) -> torch.device:
-    """Returns the device of this process.
-
-    Args:
-        device: Name of the device; by default a GPU if there is one.
-        claims: Folder of a job whose processes claim a GPU each; None uses the first GPU.
-
-    Raises:
-        RuntimeError: If there are more processes than GPUs.
-    """
-    chosen = choose_device(device)
-    if claims is None or chosen.type != "cuda" or chosen.index is not None:
-        return chosen
-    return torch.device("cuda", claim(claims, torch.cuda.device_count()))
 
 
 @lru_cache(maxsize=1)

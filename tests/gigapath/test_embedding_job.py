@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from gigapath.embed.device_claims import claim
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
 from gigapath.embed.slide_encoders import NamedSlideEncoder, origin_of_file
 from gigapath.embed.slide_vectors import describe_slide_encoder, open_slide_encoder
@@ -245,27 +244,6 @@ def test_encoders_that_do_not_go_together(folder: Path, monkeypatch: pytest.Monk
     with pytest.raises(FileNotFoundError, match="none"):
         describe_slide_encoder(str(folder / "none"), 1536)
     assert describe_slide_encoder("random", 384).model_arch == "gigapath_slide_enc12l384d"
-
-
-@pytest.mark.multiproc
-def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from gigapath.embed.device_claims import claim\n"
-        "try: print(claim(Path(sys.argv[1]), 2), flush=True)\n"
-        "except RuntimeError as error: print(error, flush=True)\n"
-        "sys.stdin.read()"
-    )
-    assert claim(tmp_path, 2) == 0
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    pipe = subprocess.PIPE
-    first = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
-    assert first.stdout is not None and first.stdout.readline() == "1\n"
-    second = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
-    assert second.stdout == "2 GPUs, all taken by other workers: ask for fewer --workers\n"
-    first.kill()
-    first.communicate()
-    third = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
-    assert third.stdout == "1\n"  # given back by the one that was killed
 
 
 @pytest.fixture

@@ -25,10 +25,11 @@ from xtuner_add.commands.options import (
     engine_option,
     example,
     map_format_option,
-    num_cores,
+    num_read_workers,
     output_folder,
     pictures_option,
     quiet_option,
+    read_workers_option,
     relaunch,
     retry_option,
     shows_results,
@@ -146,12 +147,7 @@ class _GridSize(click.ParamType):
     type=click.IntRange(1),
     help="Number of slides in parallel. [default: one per GPU, else one]",
 )
-@click.option(
-    "--read-workers",
-    type=click.IntRange(0),
-    help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
-    "remaining cores on a machine with a GPU, else 0]",
-)
+@read_workers_option
 @engine_option
 @address_option
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
@@ -231,9 +227,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
         pictures=options["pictures"],
         origin=_origin_of_tiles(tile_encoder, options),
     )
-    read_workers = options["read_workers"]
-    if read_workers is None:
-        read_workers = max(1, num_cores() // workers - 1) if on_gpu else 0
+    read_workers = num_read_workers(options["read_workers"], workers, on_gpu=on_gpu)
     return settings, Placement(str(device), read_workers)
 
 

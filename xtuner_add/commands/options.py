@@ -44,6 +44,12 @@ engine_option = click.option(
 address_option = click.option(
     "--address", help="Address of a Ray cluster. [default: Ray on this machine]"
 )
+read_workers_option = click.option(
+    "--read-workers",
+    type=click.IntRange(0),
+    help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
+    "remaining cores on a machine with a GPU, else 0]",
+)
 retry_option = click.option(
     "--retry-skipped", is_flag=True, help="Retry what an earlier run skipped."
 )
@@ -231,6 +237,13 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def num_read_workers(given: int | None, workers: int, *, on_gpu: bool) -> int:
+    """Returns the number of reading processes per slide; by default as the option says."""
+    if given is not None:
+        return given
+    return max(1, num_cores() // workers - 1) if on_gpu else 0
 
 
 def end(num_skipped: int, log: Path, noun: str = "row") -> None:

@@ -1,0 +1,34 @@
+"""Processes of a job take separate GPUs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pathcore.device_claims import claim
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.multiproc
+def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from pathcore.device_claims import claim\n"
+        "try: print(claim(Path(sys.argv[1]), 2), flush=True)\n"
+        "except RuntimeError as error: print(error, flush=True)\n"
+        "sys.stdin.read()"
+    )
+    assert claim(tmp_path, 2) == 0
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipe = subprocess.PIPE
+    first = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+    assert first.stdout is not None and first.stdout.readline() == "1\n"
+    second = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert second.stdout == "2 GPUs, all taken by other workers: ask for fewer --workers\n"
+    first.kill()
+    first.communicate()
+    third = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert third.stdout == "1\n"  # given back by the one that was killed
