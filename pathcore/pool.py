@@ -29,7 +29,7 @@ from pathcore.extras import says_extra
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Engine = Literal["process", "ray"]
+Engine = Literal["process", "ray", "inline"]
 
 _RAY_WAITING_PER_WORKER = 2
 """Number of tasks per worker that are submitted in advance, to hide Ray's scheduling latency."""
@@ -61,7 +61,8 @@ class PoolOptions(TypedDict, total=False):
 
     Attributes:
         workers: Number of worker processes, by default one.
-        engine: `process` or `ray`.
+        engine: `process` or `ray`; or `inline`, which runs all tasks in the calling process, for
+            functions that cannot be pickled.
         address: Address of a Ray cluster, all of whose machines must see the files of the job; by
             default Ray is started on this machine.
         gpus_per_task: Number of GPUs that Ray reserves for each task. If not 0, processes are not
@@ -93,7 +94,7 @@ def run_tasks(
         function: Function of a task. Function, tasks and results must be picklable.
         tasks: The tasks.
         workers: See `PoolOptions`, as for the next three.
-        engine: `process` or `ray`.
+        engine: `process`, `ray` or `inline`.
         address: Address of a Ray cluster.
         gpus_per_task: Number of GPUs per task.
         on_death: Function that is called with the task of a worker that died, and returns tasks to
@@ -109,7 +110,9 @@ def run_tasks(
     if address and engine != "ray":
         raise ValueError(f"address {address}: only Ray takes one; add --engine ray (engine='ray')")
     on_death = on_death or _raise_death
-    if engine == "ray":
+    if engine == "inline":
+        yield from map(function, tasks)
+    elif engine == "ray":
         yield from _run_on_ray(function, tasks, workers, address, gpus_per_task, on_death)
     else:
         context = multiprocessing.get_context("spawn") if gpus_per_task else _context()

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pathcore.files import StrPath, UnsafeNameError, check_name
 from pathcore.jobs import (
@@ -56,14 +56,17 @@ class SlideUnit:
         return f"{head}-{zlib.crc32(self.slide_id.encode(errors='surrogateescape')):08x}"
 
 
+Unit = TypeVar("Unit", bound=SlideUnit)
+
+
 @dataclass(frozen=True)
-class _SlideFunction:
+class _SlideFunction(Generic[Unit]):
     """Processes a slide and writes its record; picklable, unlike a closure."""
 
-    process: Callable[[SlideUnit], Mapping[str, Any]]
+    process: Callable[[Unit], Mapping[str, Any]]
     noun: str = "slide"
 
-    def __call__(self, unit: SlideUnit) -> dict[str, Any]:
+    def __call__(self, unit: Unit) -> dict[str, Any]:
         try:
             check_name(unit.slide_id, room_bytes=_NAME_ROOM_BYTES)
             row = {self.noun: unit.slide_id, "state": WRITTEN, **self.process(unit)}
@@ -83,15 +86,15 @@ class _SlideFunction:
             return self.skip(unit, "unexpected error", detail)
         return write_record(unit.out, unit.record, [row])
 
-    def skip(self, unit: SlideUnit, reason: str, detail: str) -> dict[str, Any]:
+    def skip(self, unit: Unit, reason: str, detail: str) -> dict[str, Any]:
         """Records a slide as skipped."""
         row = {self.noun: unit.slide_id, "state": SKIPPED, "reason": reason, "detail": detail}
         return write_record(unit.out, unit.record, [row])
 
 
 def process_units(
-    process: Callable[[SlideUnit], Mapping[str, Any]],
-    units: Iterable[SlideUnit],
+    process: Callable[[Unit], Mapping[str, Any]],
+    units: Iterable[Unit],
     job: JobFolder,
     *,
     num_inputs: int,
@@ -103,7 +106,7 @@ def process_units(
 
     Args:
         process: See `process_slides`.
-        units: All units of the job.
+        units: All units of the job; a subclass of `SlideUnit` may carry what else `process` needs.
         job: The open job.
         num_inputs: Number of units, including those that are skipped before.
         noun: What a unit is; the name of its id in the manifest.
@@ -112,7 +115,7 @@ def process_units(
     """
     function, done = _SlideFunction(process, noun), job.done()
 
-    def record_death(unit: SlideUnit, error: WorkerDiedError) -> Iterable[SlideUnit]:
+    def record_death(unit: Unit, error: WorkerDiedError) -> Iterable[Unit]:
         function.skip(unit, WORKER_DIED, f"{unit.path}: {error}")
         return ()
 

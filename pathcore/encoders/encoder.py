@@ -346,16 +346,30 @@ def create_encoder(
     preset = get_preset(parsed.model) if parsed.library == "preset" else None
     built, reading = _build(parsed, weights, feature, trust_remote_code, arguments)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    usual = preset.precision if preset is not None and place.type != "cpu" else "float32"
     return Encoder(
         parsed.model if preset else f"{parsed.library}:{parsed.model}",
         built,
         feature=reading,
         patch_px=preset.patch_px if preset else None,
         mpp=preset.mpp if preset else (),
-        precision=precision or usual,
+        precision=precision or _default_precision(preset, place),
         device=place,
     )
+
+
+def default_precision(name: str, device: str | torch.device) -> str:
+    """Returns the precision of `create_encoder` on a device, without building the encoder.
+
+    Raises:
+        EncoderError: If the name is not valid.
+    """
+    parsed = _recognise(name)
+    preset = get_preset(parsed.model) if parsed.library == "preset" else None
+    return _default_precision(preset, torch.device(device))
+
+
+def _default_precision(preset: Preset | None, device: torch.device) -> str:
+    return preset.precision if preset is not None and device.type != "cpu" else "float32"
 
 
 def open_image_tower(

@@ -171,6 +171,12 @@ def wait_for(path: Path) -> bool:
     return True
 
 
+def test_functions_that_cannot_be_pickled_run_inline() -> None:
+    seen: list[int] = []
+    assert list(run_tasks(seen.append, [1, 2], engine="inline")) == [None, None]
+    assert seen == [1, 2], "in this process"
+
+
 def test_no_more_workers_than_tasks(tmp_path: Path) -> None:
     assert list(run_tasks(wait_for, [tmp_path / "a"], workers=8)) == [True]
     with pytest.raises(ValueError, match="workers: expected at least 1, found 0"):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from pathcore.encoders import EncoderError, EncoderName, create_encoder, get_preset
-from pathcore.encoders.encoder import _build_preset
+from pathcore.encoders.encoder import _build_preset, default_precision
 from pathcore.encoders.networks import NETWORKS
 from pathcore.weights import CheckpointError
 
@@ -153,6 +153,12 @@ def test_weights_that_do_not_fit_stop(tmp_path: Path) -> None:
         create_encoder("uni@/nowhere/w.bin")
     with pytest.raises(FileNotFoundError, match=r"fetch ctranspath\.pth from https://github"):
         create_encoder("ctranspath")
+
+
+def test_default_precision_is_known_before_the_weights_are_read() -> None:
+    assert default_precision("uni2-h", "cuda") == get_preset("uni2-h").precision != "float32"
+    assert default_precision("uni2-h", "cpu") == "float32"
+    assert default_precision("timm:vit_tiny_patch16_224", "cuda") == "float32"
 
 
 def test_weights_stored_in_half_precision_compute_in_float32(tmp_path: Path) -> None:
