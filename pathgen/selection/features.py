@@ -40,6 +40,8 @@ def slide_features(
     folder: StrPath,
     *,
     batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
 ) -> TileEmbeddings:
     """Returns the features of a slide's patches; computes them if they are not in `folder`.
 
@@ -52,6 +54,8 @@ def slide_features(
         encoder: Image-text encoder.
         folder: Folder of the features.
         batch_size: Number of patches per batch.
+        workers: Number of processes that read patches ahead of the encoder; 0 uses a thread.
+        progress: Whether to show a progress bar over the patches.
 
     Raises:
         SlideError: If the slide cannot be opened, or none of its patches can be read.
@@ -80,4 +84,6 @@ def slide_features(
         weights_sha256=encoder.digest,
         attributes=read_attributes(path),
         batch_size=batch_size,
+        workers=workers,
+        progress=progress,
     )

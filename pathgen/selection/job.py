@@ -1,4 +1,4 @@
-"""Selects representative patches of many slides.
+"""Selects representative patches of many slides, as a parallel, resumable job.
 
 Writes into one folder:
 
@@ -6,24 +6,35 @@ Writes into one folder:
     coords/<slide>.h5               selected patches, for `xtuner-add extract`
     pictures/<slide>.jpg            clusters and selected patches on the slide
     geojson/<slide>.geojson         selected patches for QuPath, on request
-    selection.jsonl                 one row per selected patch, with the reason
+    selection.jsonl                 one row per selected patch, with the reason; sorted by slide
     selection.skipped.jsonl         slides and patches that were skipped, and why
+
+and what every job leaves (`manifest.jsonl`, `skipped.jsonl`, `report.json`, `.job/`). The folder
+belongs to one encoder and batch size. Settings that only change which patches are selected may
+change between runs: the selection is made again from the stored features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from pathcore.encoders import Encoder
-from pathcore.files import StrPath, check_name
-from pathcore.rows import encode_row, row_files
+from pathcore.device_claims import Placement
+from pathcore.encoders import Encoder, EncoderError, create_encoder
+from pathcore.encoders.encoder import default_precision
+from pathcore.files import StrPath, atomic_file, sha256_of, write_json
+from pathcore.jobs import SKIPPED, WRITTEN, JobFolder, Report, UnitError
+from pathcore.pool import PoolOptions
+from pathcore.rows import write_rows
 from pathgen.selection.features import slide_features
 from pathgen.selection.picture import SOURCE_COLOURS, draw_selection
 from pathgen.selection.sampling import (
@@ -31,6 +42,7 @@ from pathgen.selection.sampling import (
     Choice,
     Source,
     Texts,
+    check_settings,
     load_classes,
     select,
     split_report,
@@ -39,10 +51,21 @@ from wsi.features import TileEmbeddings
 from wsi.geojson import square_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import save_jpeg
-from wsi.slide_listing import PassedOver, SlideListing
+from wsi.slide_job import SlideUnit, process_units
+from wsi.slide_listing import SlideListing
 from wsi.store import Coordinates, read_attributes, read_coordinates, write_features
+from wsi.tile_job import DAMAGED
 
-SKIPPED_NAME = "selection.skipped.jsonl"
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Unpack
+
+ROWS_NAME, SKIPPED_NAME = "selection.jsonl", "selection.skipped.jsonl"
+
+_CACHED = "features were cached"
+
+Descriptions = tuple[tuple[str, str], ...]
+"""Pairs of class and description."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,9 @@ class SelectionSettings:
         batch_size: Number of patches per batch.
         pictures: Whether to draw pictures.
         geojson: Whether to write the selected patches as GeoJSON.
+
+    Raises:
+        ValueError: If a number or the rule for clusters is invalid.
     """
 
     quota: int = 256
@@ -73,89 +99,163 @@ class SelectionSettings:
     pictures: bool = True
     geojson: bool = False
 
+    def __post_init__(self) -> None:
+        check_settings(self.quota, self.fractions, self.clusters, self.max_similarity)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {self.batch_size}")
+
 
 @dataclass
-class SelectionReport:
-    """Outcome of a selection.
+class SelectionReport(Report):
+    """Outcome of a selection; an input is a slide that has coordinates.
 
     Attributes:
-        num_slides: Number of slides that have coordinates.
         num_patches: Number of patches selected.
-        num_reused: Number of slides whose features an earlier run had computed.
-        skipped: For each slide that was skipped, why.
-        damaged: For each slide with patches that could not be read, how many.
-        passed_over: Files in the folder of slides that are not slides.
     """
 
-    num_slides: int = 0
     num_patches: int = 0
-    num_reused: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
-    damaged: dict[str, int] = field(default_factory=dict)
-    passed_over: list[PassedOver] = field(default_factory=list)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every patch of every slide was considered."""
-        return not (self.skipped or self.damaged)
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Image-text encoder as a plain value that can be sent to other processes.
+
+    Attributes:
+        name: Name for `create_encoder`.
+        precision: Precision for `create_encoder`.
+        digest: SHA-256 of the weights.
+    """
+
+    name: str
+    precision: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class _SelectionUnit(SlideUnit):
+    """A slide with what is known about it.
+
+    Attributes:
+        coords: The coordinates file.
+        descriptions: Descriptions for the slide's cancer type.
+        report: Text of the slide's report, if there is one.
+        missing: Why there is no such slide.
+    """
+
+    coords: Path = Path()
+    descriptions: Descriptions = ()
+    report: str | None = None
+    missing: UnitError | None = None
+
+
+class _OpenEncoder:
+    """An open encoder with the features of descriptions, which many slides share."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._prompts: dict[Descriptions, Texts] = {}
+
+    def prompts(self, descriptions: Descriptions) -> Texts:
+        if descriptions not in self._prompts:
+            labels, texts = [pair[0] for pair in descriptions], [pair[1] for pair in descriptions]
+            features = self.encoder.encode_texts(texts).numpy()
+            self._prompts[descriptions] = Texts(texts, labels, features)
+        return self._prompts[descriptions]
+
+    def sentences(self, report: str | None) -> Texts | None:
+        sentences = split_report(report or "")
+        if not sentences:
+            return None
+        features = self.encoder.encode_texts(sentences).numpy()
+        return Texts(sentences, [""] * len(sentences), features)
 
 
 def select_patches(
     coords: StrPath,
     slides: StrPath,
     output: StrPath,
-    encoder: Encoder,
+    encoder: Encoder | str,
     settings: SelectionSettings | None = None,
     *,
     cancer_types: Mapping[str, str] | None = None,
     reports: Mapping[str, str] | None = None,
+    placement: Placement | None = None,
+    retry_skipped: bool = False,
     progress: bool = True,
+    **pool: Unpack[PoolOptions],
 ) -> SelectionReport:
     """Selects patches of every slide that has a coordinates file.
 
     Args:
         coords: Folder of coordinates files, `<slide>.h5` or `<slide>_patches.h5`.
         slides: Folder of the slides.
-        output: Output folder; the docstring of this module lists its files.
-        encoder: Image-text encoder.
+        output: Output folder; the docstring of this module lists its files. A job that was stopped
+            continues in it.
+        encoder: Name of an image-text encoder for `pathcore.create_encoder`, which each worker
+            opens. An encoder that is open already works in this process, one slide after the other,
+            so a slide that crashes it ends the run.
         settings: How patches are selected.
         cancer_types: Slide -> TCGA code.
         reports: Slide -> text of its report.
+        placement: Device of an encoder that is given by name, and reading processes.
+        retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
+        **pool: See `pathcore.pool.PoolOptions`; a task is a slide. Several workers, and Ray, need
+            the name of the encoder.
+
+    Returns:
+        The report; `incomplete` counts the slides with patches that could not be read.
 
     Raises:
         FileNotFoundError: If there are no coordinates, or the folder of slides is missing.
-        ValueError: If a cancer type has no descriptions, or the settings are invalid.
+        ValueError: If a cancer type has no descriptions, the encoder has no text tower, or an open
+            encoder is given together with a device, several workers or Ray.
+        OutputExistsError: If `output` contains something else, or features of another encoder.
+        FolderInUseError: If another run is writing to `output`.
     """
-    settings = settings or SelectionSettings()
-    output = Path(output)
-    files = sorted(p for p in Path(coords).glob("*.h5") if not p.name.startswith("."))
-    if not files:
-        raise FileNotFoundError(f"coordinates {coords}: no .h5 files")
+    settings, output = settings or SelectionSettings(), Path(os.path.abspath(output))
+    files = _coordinates_files(Path(coords))
     listing = SlideListing(slides, exclude=[output, coords])
-    job = _Job(output, encoder, settings, cancer_types or {}, reports or {})
-    report = SelectionReport(passed_over=listing.passed_over)
-    names = (output / "selection.jsonl", output / SKIPPED_NAME)
-    with row_files(*names) as (rows_file, skipped_file):
-        for file in tqdm(files, desc="slides", unit="slide", disable=not progress):
-            name = file.stem.removesuffix("_patches")
-            report.num_slides += 1
-            try:
-                path = listing.find(check_name(name))
-                rows, found = job.select(name, file, path)
-            except (ValueError, OSError) as error:
-                report.skipped[name] = str(error)
-                skipped_file.write(encode_row({"wsi_id": name, "reason": str(error)}))
-                continue
-            report.num_reused += found.reused
-            report.num_patches += len(rows)
-            if found.num_damaged:
-                report.damaged[name] = found.num_damaged
-                reason = f"{found.num_damaged} patches cannot be read"
-                skipped_file.write(encode_row({"wsi_id": name, "reason": reason}))
-            for row in rows:
-                rows_file.write(encode_row(row))
-    return report
+    units = _units(files, listing, output, settings, cancer_types or {}, reports or {})
+    placement = placement or Placement()
+    engine = pool.setdefault("engine", "process")
+    workers = pool.setdefault("workers", 1)
+    opened: EncoderSpec | _OpenEncoder
+    if isinstance(encoder, Encoder):
+        if (workers, engine, placement.device) != (1, "process", None):
+            raise ValueError(
+                f"encoder {encoder.name}: is open already, so it stays in this process and on its "
+                "device; for workers, engine or device give its name instead"
+            )
+        _check_has_text(encoder)
+        opened, described = _OpenEncoder(encoder), encoder.describe()
+        pool["engine"] = "inline"
+    else:
+        device = str(Placement(placement.device).worker_device(output))
+        placement = replace(placement, device=device)
+        opened, described = _describe(encoder, device)
+        pool["gpus_per_task"] = 1 if device.startswith("cuda") else 0
+    placement = placement.for_job(workers=workers, engine=engine, progress=progress)
+    inputs = {
+        "operation": "select-patches",
+        "encoder": described,
+        "batch_size": settings.batch_size,
+    }
+    if (output / ROWS_NAME).is_file():  # perhaps of version 0.1.0, whose features are kept
+        (output / ".job").mkdir(exist_ok=True)
+    with JobFolder(output, inputs, retry_skipped=retry_skipped) as job:
+        _forget_changed(job, units, settings)
+        process_units(
+            partial(_select_slide, encoder=opened, settings=settings, placement=placement),
+            units,
+            job,
+            num_inputs=len(units),
+            progress=progress,
+            **pool,
+        )
+        num_patches = _write_tables(job)
+        report = job.finish(passed_over=(found.row() for found in listing.passed_over))
+    return SelectionReport(**asdict(report), num_patches=num_patches)
 
 
 def read_table(path: StrPath, field_name: str) -> dict[str, str]:
@@ -185,129 +285,240 @@ def read_table(path: StrPath, field_name: str) -> dict[str, str]:
     return table
 
 
-class _Job:
-    def __init__(
-        self,
-        output: Path,
-        encoder: Encoder,
-        settings: SelectionSettings,
-        cancer_types: Mapping[str, str],
-        reports: Mapping[str, str],
-    ) -> None:
-        self._output = output
-        self._encoder = encoder
-        self._settings = settings
-        self._types = cancer_types
-        self._reports = reports
-        wanted = {settings.cancer_type, *cancer_types.values()}
-        self._prompts = {kind: self._descriptions(kind) for kind in wanted}
+def _coordinates_files(folder: Path) -> dict[str, Path]:
+    """Returns the coordinates files by slide, sorted by slide."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.h5")):
+        name = path.stem.removesuffix("_patches")
+        if path.name.startswith("."):
+            continue
+        if name in files:
+            raise ValueError(
+                f"coordinates {folder}: both {files[name].name} and {path.name} are of slide "
+                f"{name}; remove one"
+            )
+        files[name] = path
+    if not files:
+        raise FileNotFoundError(f"coordinates {folder}: no .h5 files")
+    return dict(sorted(files.items()))
 
-    def select(
-        self, name: str, coords_path: Path, slide_path: Path
-    ) -> tuple[list[dict[str, Any]], TileEmbeddings]:
-        """Returns the rows of one slide's selected patches; writes coordinates and picture."""
-        settings, coordinates = self._settings, read_coordinates(coords_path)
-        found = slide_features(
-            slide_path,
-            coords_path,
-            self._encoder,
-            self._output / "features",
-            batch_size=settings.batch_size,
+
+def _describe(name: str, device: str) -> tuple[EncoderSpec, dict[str, Any]]:
+    """Describes an encoder; opens it on the CPU, because the digest needs the weights."""
+    encoder = create_encoder(name, device="cpu", precision=default_precision(name, device))
+    _check_has_text(encoder)
+    return EncoderSpec(name, encoder.precision, encoder.digest), encoder.describe()
+
+
+def _check_has_text(encoder: Encoder) -> None:
+    if not encoder.has_text:
+        raise EncoderError(f"encoder {encoder.name}: has no text tower")
+
+
+def _units(
+    files: Mapping[str, Path],
+    listing: SlideListing,
+    out: Path,
+    settings: SelectionSettings,
+    cancer_types: Mapping[str, str],
+    reports: Mapping[str, str],
+) -> list[_SelectionUnit]:
+    descriptions = {
+        kind: tuple(load_classes(kind, settings.classes))
+        for kind in {settings.cancer_type, *cancer_types.values()}
+    }
+    units = []
+    for name, file in files.items():
+        path, missing = listing.folder, None
+        try:
+            path = listing.find(name)
+        except UnitError as error:
+            missing = error
+        kind = cancer_types.get(name, settings.cancer_type)
+        units.append(
+            _SelectionUnit(
+                name,
+                path,
+                out,
+                coords=file.absolute(),
+                descriptions=descriptions[kind],
+                report=reports.get(name),
+                missing=missing,
+            )
         )
-        choices, labels = select(
-            found.features,
-            settings.quota,
-            prompts=self._prompts[self._types.get(name, settings.cancer_type)],
-            report=self._sentences(name),
-            fractions=settings.fractions,
-            clusters=settings.clusters,
-            max_similarity=settings.max_similarity,
-            seed=settings.seed,
-        )
-        indices = np.array([choice.index for choice in choices], np.int64)
-        self._write_coords(name, coords_path, found, indices)
-        if settings.geojson:
-            self._write_geojson(name, coordinates.size_level0, found, choices)
-        if settings.pictures:
-            self._draw(name, slide_path, coordinates, found, labels, choices)
-        rows = [self._row(name, choice, coordinates, found) for choice in choices]
-        return rows, found
+    return units
 
-    def _descriptions(self, cancer_type: str | None) -> Texts:
-        pairs = load_classes(cancer_type, self._settings.classes)
-        labels, texts = [label for label, _ in pairs], [text for _, text in pairs]
-        return Texts(texts, labels, self._encoder.encode_texts(texts).numpy())
 
-    def _sentences(self, name: str) -> Texts | None:
-        sentences = split_report(self._reports.get(name, ""))
-        if not sentences:
-            return None
-        features = self._encoder.encode_texts(sentences).numpy()
-        return Texts(sentences, [""] * len(sentences), features)
+def _forget_changed(
+    job: JobFolder, units: Sequence[_SelectionUnit], settings: SelectionSettings
+) -> None:
+    """Removes the records of slides that are no longer wanted, or would be selected from anew.
 
-    def _write_coords(
-        self, name: str, source: Path, found: TileEmbeddings, indices: np.ndarray
-    ) -> None:
-        folder = self._output / "coords"
-        folder.mkdir(parents=True, exist_ok=True)
-        order = np.sort(indices)
-        write_features(
-            folder / f"{name}.h5",
-            found.features[order],
-            found.coords[order],
-            encoder=self._encoder.folder_name,
-            attributes=read_attributes(source),
-        )
+    Their features stay; `slide_features` checks whether they can be used.
+    """
+    path = job.folder / "selections.json"
+    then = json.loads(path.read_bytes()) if path.is_file() else {}
+    now = {unit.record: _digest(unit, settings) for unit in units}
+    names = {SlideUnit(row["slide"], job.out, job.out).record: row["slide"] for row in job.rows()}
+    for record, name in names.items():
+        if now.get(record) == then.get(record):
+            continue
+        # What is left must not look like one finished selection.
+        (job.out / ROWS_NAME).unlink(missing_ok=True)
+        job.forget(record)
+        (job.out / "coords" / f"{name}.h5").unlink(missing_ok=True)
+    write_json(path, now)
 
-    def _write_geojson(
-        self, name: str, size_level0: int, found: TileEmbeddings, choices: list[Choice]
-    ) -> None:
-        patches = square_features(
-            found.coords[[choice.index for choice in choices]],
-            size_level0,
-            name,
-            object_type="annotation",
-            classes=[choice.source for choice in choices],
-            colours=SOURCE_COLOURS,
-            measurements={
-                "score": np.array([choice.score for choice in choices]),
-                "cluster": np.array([choice.cluster for choice in choices]),
-            },
-            labels=[choice.label or choice.text for choice in choices],
-        )
-        write_geojson(self._output / "geojson" / f"{name}.geojson", patches)
 
-    def _draw(
-        self,
-        name: str,
-        slide_path: Path,
-        coordinates: Coordinates,
-        found: TileEmbeddings,
-        labels: np.ndarray,
-        choices: list[Choice],
-    ) -> None:
-        folder = self._output / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        with Slide(slide_path) as slide:
+def _digest(unit: _SelectionUnit, settings: SelectionSettings) -> str:
+    """Returns a string that changes if other patches could be selected or other files written."""
+    described = {
+        **asdict(settings),
+        "classes": unit.descriptions,
+        "cancer_type": None,  # these two only matter through the descriptions
+        "coords": sha256_of(unit.coords),
+        "report": unit.report,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _write_tables(job: JobFolder) -> int:
+    """Joins the rows of all slides, sorted by slide; returns the number of patches."""
+    slides = sorted(job.rows(), key=lambda row: str(row["slide"]))
+    skipped = []
+    for row in slides:
+        if row["state"] == SKIPPED:
+            skipped.append({"wsi_id": row["slide"], "reason": row["detail"]})
+        elif row["damaged"]:
+            reason = f"{row['damaged']} patches cannot be read"
+            skipped.append({"wsi_id": row["slide"], "reason": reason})
+    write_rows(job.out / SKIPPED_NAME, skipped)
+    written = [row for row in slides if row["state"] == WRITTEN]
+    with atomic_file(job.out / ROWS_NAME) as partial_path, partial_path.open("wb") as file:
+        for row in written:
+            with _rows_file(SlideUnit(row["slide"], job.out, job.out)).open("rb") as rows:
+                shutil.copyfileobj(rows, file)
+    return sum(row["patches"] for row in written)
+
+
+def _rows_file(unit: SlideUnit) -> Path:
+    return unit.out / ".job" / "rows" / f"{unit.record}.jsonl"
+
+
+@lru_cache(maxsize=1)
+def _open_encoder(spec: EncoderSpec, device: torch.device) -> _OpenEncoder:
+    """Returns the encoder of this worker, opened once, not once per slide."""
+    encoder = create_encoder(spec.name, device=device, precision=spec.precision)
+    if encoder.digest != spec.digest:
+        # Not a ValueError, which would be blamed on the slide.
+        raise RuntimeError(f"encoder {spec.name}: its weights have changed meanwhile")
+    return _OpenEncoder(encoder)
+
+
+def _select_slide(
+    unit: _SelectionUnit,
+    encoder: EncoderSpec | _OpenEncoder,
+    settings: SelectionSettings,
+    placement: Placement,
+) -> dict[str, Any]:
+    """Selects patches of a slide and writes all its files; returns its row of the manifest."""
+    if unit.missing is not None:
+        raise unit.missing
+    if isinstance(encoder, EncoderSpec):
+        encoder = _open_encoder(encoder, placement.worker_device(unit.out))
+    coordinates, name = read_coordinates(unit.coords), unit.slide_id
+    found = slide_features(
+        unit.path,
+        unit.coords,
+        encoder.encoder,
+        unit.out / "features",
+        batch_size=settings.batch_size,
+        workers=placement.read_workers,
+        progress=placement.tile_bar,
+    )
+    choices, labels = select(
+        found.features,
+        settings.quota,
+        prompts=encoder.prompts(unit.descriptions),
+        report=encoder.sentences(unit.report),
+        fractions=settings.fractions,
+        clusters=settings.clusters,
+        max_similarity=settings.max_similarity,
+        seed=settings.seed,
+    )
+    encoder_name = encoder.encoder.folder_name
+    _write_coords(unit, found, choices, encoder_name)
+    if settings.geojson:
+        _write_geojson(unit, coordinates.size_level0, found, choices)
+    if settings.pictures:
+        with Slide(unit.path) as slide:
             picture = draw_selection(slide, found.coords, coordinates.size_level0, labels, choices)
-        save_jpeg(picture, folder / f"{name}.jpg")
+        (unit.out / "pictures").mkdir(exist_ok=True)
+        save_jpeg(picture, unit.out / "pictures" / f"{name}.jpg")
+    rows = [_row(unit, choice, coordinates, found, encoder_name) for choice in choices]
+    write_rows(_rows_file(unit), rows)
+    return {
+        "file": f"coords/{name}.h5",
+        "patches": len(rows),
+        "damaged": found.num_damaged,
+        "incomplete": [DAMAGED] if found.num_damaged else [],
+        "notes": [_CACHED] if found.reused else [],
+    }
 
-    def _row(
-        self, name: str, choice: Choice, coordinates: Coordinates, found: TileEmbeddings
-    ) -> dict[str, Any]:
-        x, y = found.coords[choice.index].tolist()
-        report = {"report": self._reports[name]} if name in self._reports else {}
-        matched = {"label": choice.label, "text": choice.text} if choice.text else {}
-        return {
-            "id": f"{name}_{x}_{y}",
-            "wsi_id": name,
-            "position": [str(x), str(y)],
-            "size_level0": coordinates.size_level0,
-            "mpp": coordinates.mpp,
-            "chosen_for": choice.source,
-            "cluster": choice.cluster,
-            "score": round(choice.score, 5),
-            **matched,
-            **report,
-            "encoder": self._encoder.folder_name,
-        }
+
+def _write_coords(
+    unit: _SelectionUnit, found: TileEmbeddings, choices: list[Choice], encoder: str
+) -> None:
+    folder = unit.out / "coords"
+    folder.mkdir(exist_ok=True)
+    order = np.sort([choice.index for choice in choices])
+    write_features(
+        folder / f"{unit.slide_id}.h5",
+        found.features[order],
+        found.coords[order],
+        encoder=encoder,
+        attributes=read_attributes(unit.coords),
+    )
+
+
+def _write_geojson(
+    unit: _SelectionUnit, size_level0: int, found: TileEmbeddings, choices: list[Choice]
+) -> None:
+    patches = square_features(
+        found.coords[[choice.index for choice in choices]],
+        size_level0,
+        unit.slide_id,
+        object_type="annotation",
+        classes=[choice.source for choice in choices],
+        colours=SOURCE_COLOURS,
+        measurements={
+            "score": np.array([choice.score for choice in choices]),
+            "cluster": np.array([choice.cluster for choice in choices]),
+        },
+        labels=[choice.label or choice.text for choice in choices],
+    )
+    write_geojson(unit.out / "geojson" / f"{unit.slide_id}.geojson", patches)
+
+
+def _row(
+    unit: _SelectionUnit,
+    choice: Choice,
+    coordinates: Coordinates,
+    found: TileEmbeddings,
+    encoder: str,
+) -> dict[str, Any]:
+    x, y = found.coords[choice.index].tolist()
+    matched = {"label": choice.label, "text": choice.text} if choice.text else {}
+    return {
+        "id": f"{unit.slide_id}_{x}_{y}",
+        "wsi_id": unit.slide_id,
+        "position": [str(x), str(y)],
+        "size_level0": coordinates.size_level0,
+        "mpp": coordinates.mpp,
+        "chosen_for": choice.source,
+        "cluster": choice.cluster,
+        "score": round(choice.score, 5),
+        **matched,
+        **({"report": unit.report} if unit.report is not None else {}),
+        "encoder": encoder,
+    }

@@ -182,13 +182,10 @@ def select(
         The selected patches, and the cluster of every patch.
 
     Raises:
-        ValueError: If `quota`, `max_similarity` or `fractions` is out of range.
+        ValueError: If the settings are invalid, see `check_settings`.
     """
     fractions = dict(FRACTIONS if fractions is None else fractions)
-    if quota < 1 or not 0 < max_similarity <= 1:
-        raise ValueError("selection: expected a quota of at least 1 and a similarity in (0, 1]")
-    if set(fractions) - set(SOURCES) or min(fractions.values()) < 0 or sum(fractions.values()) <= 0:
-        raise ValueError(f"fractions: expected weights for {', '.join(SOURCES)}, found {fractions}")
+    check_settings(quota, fractions, clusters, max_similarity)
     labels = find_clusters(features, cluster_count(clusters, len(features)), seed)
     picker = _Picker(features, labels, max_similarity)
     total = sum(fractions.values())
@@ -198,6 +195,22 @@ def select(
             picker.take_best(source, texts, most)  # type: ignore[arg-type]
     picker.take_evenly(quota, np.random.default_rng(seed))
     return picker.choices, labels
+
+
+def check_settings(
+    quota: int, fractions: Mapping[Source, float], clusters: str, max_similarity: float
+) -> None:
+    """Checks arguments of `select`, so that a job over many slides can refuse them at its start.
+
+    Raises:
+        ValueError: If `quota`, `max_similarity` or `fractions` is out of range, or `clusters` is
+            not a rule.
+    """
+    if quota < 1 or not 0 < max_similarity <= 1:
+        raise ValueError("selection: expected a quota of at least 1 and a similarity in (0, 1]")
+    if set(fractions) - set(SOURCES) or min(fractions.values()) < 0 or sum(fractions.values()) <= 0:
+        raise ValueError(f"fractions: expected weights for {', '.join(SOURCES)}, found {fractions}")
+    cluster_count(clusters, num_patches=1)
 
 
 class _Picker:

@@ -23,15 +23,18 @@ from xtuner_add.commands.options import (
     engine_option,
     example,
     num_cores,
+    num_read_workers,
     output_folder,
     pictures_option,
     quiet_option,
+    read_workers_option,
     retry_option,
     user_errors,
     weight_values,
 )
 
 if TYPE_CHECKING:
+    from pathcore.pool import Engine
     from wsi.requests import PatchRequest, RejectedRow
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -309,7 +312,7 @@ def gdc_manifest(
     metavar="SPEC",
     help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder, with a text encoder.",
 )
-@click.option("--device", help="Device. [default: a GPU if there is one]")
+@click.option("--device", help="Device. [default: all GPUs, if any]")
 @click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
 @click.option(
     "--quota", default=256, show_default=True, help="Maximum number of patches per slide."
@@ -346,6 +349,18 @@ def gdc_manifest(
 @click.option("--seed", default=0, show_default=True)
 @pictures_option
 @geojson_option
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of slides in parallel, each in a process that opens the encoder; on GPUs at most "
+    "one per GPU.",
+)
+@read_workers_option
+@engine_option
+@address_option
+@retry_option
 @quiet_option
 def select_patches(
     coords: Path,
@@ -357,50 +372,53 @@ def select_patches(
     classes: Path | None,
     cancer_types: Path | None,
     reports: Path | None,
+    read_workers: int | None,
+    workers: int,
+    engine: Engine,
+    address: str | None,
+    retry_skipped: bool,
     progress: bool,
     **options: Any,
 ) -> None:
     """Select representative patches of the slides whose coordinates are in the folder COORDS.
 
     Takes patches that match descriptions of findings, patches that match the report, and patches
-    from every cluster; skips near-duplicates. Features are cached in the output folder. Writes
-    selection.jsonl, coords/ for `xtuner-add extract`, and pictures/. The exit code is 3 if a slide
-    or a patch could not be read.
+    from every cluster; skips near-duplicates. Writes selection.jsonl, coords/ for `xtuner-add
+    extract`, and pictures/. An interrupted run continues when the same command is run again; with
+    another quota or the like it selects again from the features/ of the output folder. If a slide
+    or a patch was skipped, selection.skipped.jsonl gives the reason, and the exit code is 3.
     """
-    from pathcore.encoders import create_encoder
-    from pathgen.selection.job import SKIPPED_NAME, SelectionSettings, read_table
+    from pathcore.device_claims import Placement
+    from pathgen.selection.job import SelectionSettings, read_table
     from pathgen.selection.job import select_patches as select
 
     with user_errors():
+        import torch
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = SelectionSettings(
             fractions=weight_values(fractions, "--fractions"),  # type: ignore[arg-type]
             classes=str(classes) if classes else None,
             **options,
         )
+        on_gpu = device.startswith("cuda")
         report = select(
             coords,
             slides,
             output,
-            create_encoder(encoder, device=device),
+            encoder,
             settings,
             cancer_types=read_table(cancer_types, "cancer_type") if cancer_types else None,
             reports=read_table(reports, "report") if reports else None,
+            placement=Placement(device, num_read_workers(read_workers, workers, on_gpu=on_gpu)),
+            retry_skipped=retry_skipped,
             progress=progress,
+            workers=workers,
+            engine=engine,
+            address=address,
         )
-    click.echo(
-        f"Wrote {output}: {counted(report.num_patches, 'patch')} of "
-        f"{counted(report.num_slides - len(report.skipped), 'slide')}; features of "
-        f"{report.num_reused:,} were cached"
-    )
-    for found in report.passed_over[:3]:
-        click.echo(f"Passed over {found.path}: {found.reason}", err=True)
-    if len(report.passed_over) > 3:
-        click.echo(f"Passed over {len(report.passed_over) - 3:,} more files", err=True)
-    if not report.complete:
-        for name, reason in list(report.skipped.items())[:3]:
-            click.echo(f"  {name}: {reason}", err=True)
-        click.echo(f"All reasons: {output / SKIPPED_NAME}", err=True)
-        raise SystemExit(EXIT_SKIPPED)
+    click.echo(f"Selected {counted(report.num_patches, 'patch')}")
+    end_of_job(report, "slide", output)
 
 
 @click.command(

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from pathcore import files
+from pathcore.device_claims import Placement
 from pathcore.encoders import create_encoder
+from pathcore.files import folder_lock
+from pathgen.selection import job as select_job
 from pathgen.selection.features import slide_features
+from pathgen.selection.job import SelectionSettings, select_patches
+from tests.killing import visible_digests
 from tests.pathgen.conftest import read_rows
 from tests.pathgen.describer_server import DescriberServer
 from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
@@ -24,6 +35,8 @@ from wsi.tiling import PatchSpec, tile
 from xtuner_add import cli
 
 PATCH_PX = 64
+SETTINGS = SelectionSettings(quota=6, max_similarity=1, pictures=False)
+FEW = ("--quota", 3, "--similarity", 1, "--no-pictures")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +142,7 @@ def test_the_command(folder: Path, spec: str, tmp_path: Path) -> None:
     assert picture.width > 2 * 700 and picture.height > 500
     first = (tmp_path / "out" / "selection.jsonl").read_bytes()
     result = run(folder, spec, tmp_path / "out", *options)
-    assert "features of 2 were cached" in result.output
+    assert "of which 2: features were cached" in result.output, "other files, other settings"
     assert (tmp_path / "out" / "selection.jsonl").read_bytes() == first
 
 
@@ -193,3 +206,194 @@ def test_wrong_usage(folder: Path, spec: str, tmp_path: Path) -> None:
     (tmp_path / "types.json").write_text('{"a": 3}')
     result = run(folder, spec, out, "--cancer-types", tmp_path / "types.json")
     assert "expected text" in result.output
+
+
+def select_by_name(folder: Path, spec: str, out: Path, **options: Any) -> Any:
+    paths = folder / "coords", folder / "slides", out
+    placement = Placement("cpu")
+    return select_patches(*paths, spec, SETTINGS, placement=placement, progress=False, **options)
+
+
+@pytest.fixture
+def own_folder(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the slides and coordinates that a test may damage."""
+    for name in ("coords", "slides"):
+        shutil.copytree(folder / name, tmp_path / "own" / name)
+    return tmp_path / "own"
+
+
+@pytest.mark.multiproc
+def test_processes_change_nothing(folder: Path, spec: str, tmp_path: Path) -> None:
+    assert run(folder, spec, tmp_path / "one", "--quota", 6, "--geojson").exit_code == 0
+    options = ("--quota", 6, "--geojson", "--workers", 2, "--read-workers", 1)
+    result = run(folder, spec, tmp_path / "two", *options)
+    assert result.exit_code == 0, result.output
+    one = visible_digests(tmp_path / "one")
+    assert one == visible_digests(tmp_path / "two")
+    assert {name.partition("/")[0] for name in one} == {
+        *("features", "coords", "pictures", "geojson", "selection.jsonl"),
+        *("selection.skipped.jsonl", "manifest.jsonl", "skipped.jsonl", "report.json"),
+    }
+
+
+def test_an_open_encoder_selects_in_this_process(folder: Path, spec: str, tmp_path: Path) -> None:
+    encoder = create_encoder(spec, device="cpu")
+    paths = folder / "coords", folder / "slides", tmp_path / "open"
+    report = select_patches(*paths, encoder, SETTINGS, progress=False)
+    assert (report.written, report.num_patches, report.exit_code) == (2, 12, 0)
+    assert select_by_name(folder, spec, tmp_path / "named") == report
+    assert visible_digests(tmp_path / "open") == visible_digests(tmp_path / "named")
+    for pool in ({"workers": 2}, {"engine": "ray"}, {"placement": Placement("cpu")}):
+        with pytest.raises(ValueError, match="is open already"):
+            select_patches(*paths, encoder, SETTINGS, **pool)
+
+
+def modified(out: Path, pattern: str) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted(out.glob(pattern))}
+
+
+def test_a_finished_folder_is_left_as_it_is(folder: Path, spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = select_by_name(folder, spec, out)
+    written, rows = modified(out, "*/*.h5"), (out / "selection.jsonl").read_bytes()
+    assert select_by_name(folder, spec, out) == first
+    assert modified(out, "*/*.h5") == written
+    assert (out / "selection.jsonl").read_bytes() == rows
+
+
+def test_settings_of_the_selection_may_change(own_folder: Path, spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(own_folder, spec, out, *FEW).exit_code == 0
+    features, chosen = modified(out, "features/*/*.h5"), modified(out, "coords/*.h5")
+    reports = tmp_path / "reports.json"
+    reports.write_text(json.dumps({"b": "Invasive carcinoma of the breast."}))
+    options = (*FEW, "--reports", reports)
+    result = run(own_folder, spec, out, *options)
+    assert "of which 1: features were cached" in result.output, "only b has a report"
+    assert modified(out, "features/*/*.h5") == features
+    again = modified(out, "coords/*.h5")
+    assert again["a.h5"] == chosen["a.h5"] and again["b.h5"] != chosen["b.h5"]
+    rows = read_rows(out / "selection.jsonl")
+    assert [(row["wsi_id"], "report" in row) for row in rows] == [("a", False)] * 3 + [
+        ("b", True)
+    ] * 3
+    (own_folder / "coords" / "a.h5").unlink()
+    assert run(own_folder, spec, out, *options).exit_code == 0
+    assert {row["wsi_id"] for row in read_rows(out / "selection.jsonl")} == {"b"}
+    assert [path.name for path in (out / "coords").iterdir()] == ["b.h5"]
+
+
+def test_a_folder_belongs_to_one_encoder_and_one_run(
+    folder: Path, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(folder, spec, out, *FEW).exit_code == 0
+    before = visible_digests(out)
+    other = save_open_clip(tmp_path / "encoder", seed=1)
+    for options, name in ((("--batch-size", 7), "batch_size"), (("--encoder", other), "digest")):
+        result = run(folder, spec, out, *FEW, *options)
+        assert result.exit_code == 1 and "was begun with other settings" in result.output
+        assert name in result.output
+    monkeypatch.setattr(files, "_LOCK_PATIENCE_S", 0.0)
+    with folder_lock(out / ".job" / "lock"):
+        result = run(folder, spec, out, "--quota", 4, "--no-pictures")
+    assert result.exit_code == 1 and "another process is working on this folder" in result.output
+    assert visible_digests(out) == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").touch()
+    assert run(folder, spec, tmp_path / "foreign").exit_code == 1
+
+
+def test_features_of_version_0_1_0_are_kept(folder: Path, spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = select_by_name(folder, spec, out)
+    shutil.rmtree(out / ".job")  # that version had none
+    features, rows = modified(out, "features/*/*.h5"), (out / "selection.jsonl").read_bytes()
+    report = select_by_name(folder, spec, out)
+    assert (report.notes, report.num_patches) == ({"features were cached": 2}, first.num_patches)
+    assert modified(out, "features/*/*.h5") == features
+    assert (out / "selection.jsonl").read_bytes() == rows
+
+
+def test_skipped_slides_are_retried_on_request(own_folder: Path, spec: str, tmp_path: Path) -> None:
+    out, slide = tmp_path / "out", own_folder / "slides" / "b.svs"
+    whole = slide.read_bytes()
+    slide.write_bytes(whole[:3000])
+    result = run(own_folder, spec, out, *FEW)
+    assert result.exit_code == 3 and "--retry-skipped" in result.output
+    slide.write_bytes(whole)
+    assert run(own_folder, spec, out, *FEW).exit_code == 3
+    assert {row["wsi_id"] for row in read_rows(out / "selection.jsonl")} == {"a"}
+    first = modified(out, "coords/a.h5")
+    result = run(own_folder, spec, out, *FEW, "--retry-skipped")
+    assert result.exit_code == 0, result.output
+    assert {row["wsi_id"] for row in read_rows(out / "selection.jsonl")} == {"a", "b"}
+    assert read_rows(out / "selection.skipped.jsonl") == []
+    assert modified(out, "coords/a.h5") == first
+
+
+@pytest.mark.multiproc
+def test_a_killed_worker_costs_its_slide(
+    folder: Path, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = select_job.slide_features
+
+    def deadly(slide: Path, *arguments: Any, **options: Any) -> Any:
+        if slide.stem == "a":
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+        return whole(slide, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select_job, "slide_features", deadly)
+        report = select_by_name(folder, spec, tmp_path / "out")
+    assert (report.written, report.reasons, report.exit_code) == (1, {"worker died": 1}, 3)
+    (row,) = read_rows(tmp_path / "out" / "selection.skipped.jsonl")
+    assert row["wsi_id"] == "a" and "killed by SIGKILL" in row["reason"]
+    assert select_by_name(folder, spec, tmp_path / "out", retry_skipped=True).written == 2
+
+
+def kill_when(work: Callable[[], object], due: Callable[[], bool]) -> None:
+    """Runs a job in a child and kills the child as soon as `due`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    while not due():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.multiproc
+def test_a_killed_run_continues(folder: Path, spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    records = out / ".job" / "records"
+    kill_when(lambda: select_by_name(folder, spec, out), lambda: any(records.glob("a-*.jsonl")))
+    assert not (out / "selection.jsonl").exists()
+    first = modified(out, "coords/a.h5")
+    assert select_by_name(folder, spec, out).written == 2
+    assert modified(out, "coords/a.h5") == first
+    select_by_name(folder, spec, tmp_path / "whole")
+    rows = [(path / "selection.jsonl").read_bytes() for path in (out, tmp_path / "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_settings_are_checked_before_a_slide_is_opened(
+    folder: Path, spec: str, tmp_path: Path
+) -> None:
+    for options, words in (
+        (("--quota", 0), "quota of at least 1"),
+        (("--clusters", "many"), "clusters 'many'"),
+        (("--fractions", "prompt=-1"), "expected weights for"),
+        (("--batch-size", 0), "batch_size: expected at least 1"),
+        (("--address", "auto"), "only Ray takes one"),
+    ):
+        result = run(folder, spec, tmp_path / "out", *options)
+        assert result.exit_code == 1 and words in result.output, result.output
+    shutil.copytree(folder / "coords", tmp_path / "coords")
+    shutil.copy(tmp_path / "coords" / "a.h5", tmp_path / "coords" / "a_patches.h5")
+    with pytest.raises(ValueError, match=r"both a\.h5 and a_patches\.h5 are of slide a"):
+        select_patches(tmp_path / "coords", folder / "slides", tmp_path / "out", spec)
