@@ -15,6 +15,7 @@ from PIL import Image
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath
 from wsi.features import SlideTiles, TileEmbeddings, embed_tiles
+from wsi.reader import SlideError
 from wsi.store import read_attributes, read_coordinates
 
 
@@ -62,6 +63,8 @@ def slide_features(
         ValueError: If the coordinates cannot be read, or there are none.
     """
     coordinates, path = read_coordinates(coords_path), Path(coords_path)
+    if not Path(slide_path).is_file():  # not an OSError, which would end a job over many slides
+        raise SlideError(f"{slide_path}: no such file")
     if not len(coordinates.coords):
         raise ValueError(f"coordinates {path}: no patches")
     # Sorted by row, so that compressed tiles of the file that several patches overlap are decoded

@@ -332,6 +332,18 @@ def test_skipped_slides_are_retried_on_request(own_folder: Path, spec: str, tmp_
     assert modified(out, "coords/a.h5") == first
 
 
+def test_a_slide_of_a_table_that_is_gone_is_skipped(
+    folder: Path, spec: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "slides.csv"
+    table.write_text(f"path\n{folder / 'slides' / 'a.svs'}\n{tmp_path / 'b.svs'}\n")
+    paths = folder / "coords", table, tmp_path / "out"
+    report = select_patches(*paths, spec, SETTINGS, placement=Placement("cpu"), progress=False)
+    assert (report.written, report.skipped) == (1, 1)
+    (row,) = read_rows(tmp_path / "out" / "selection.skipped.jsonl")
+    assert row == {"wsi_id": "b", "reason": f"{tmp_path / 'b.svs'}: no such file"}
+
+
 @pytest.mark.multiproc
 def test_a_killed_worker_costs_its_slide(
     folder: Path, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
