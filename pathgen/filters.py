@@ -1,7 +1,7 @@
 """Filters captions in named steps; counts what each step drops and keeps samples of it.
 
 Each step sees what the steps before it kept. The first of several duplicates is kept. Per kept
-caption, exact deduplication takes about 16 bytes of memory, near deduplication some kilobytes.
+caption, exact deduplication takes about 0.2 kB of memory, near deduplication about 2 kB.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import random
 import re
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pathcore.chat_replies import find_markup
@@ -227,22 +230,57 @@ def near_step(
         raise ValueError(
             f"near duplicates: expected a similarity between 0 and 1, found {threshold}"
         )
-    lsh = MinHashLSH(threshold=threshold, num_perm=num_perm)
-    kept: list[tuple[str, Any]] = []
+    # datasketch chooses the bands; its own tables take 30 kB per caption.
+    chosen = MinHashLSH(threshold=threshold, num_perm=num_perm)
+    bands = [_Band(slice(n * chosen.r, (n + 1) * chosen.r)) for n in range(chosen.b)]
+    sketch = MinHash(num_perm=num_perm)
+    ids: list[str] = []
+    sketches: list[NDArray[np.uint32]] = []
 
     def fault(row: Mapping[str, Any]) -> str | None:
-        sketch = MinHash(num_perm=num_perm)
+        sketch.clear()
         sketch.update_batch(_shingles(row["caption"], _group(row, within)))
+        values = sketch.hashvalues.astype(np.uint32)
+        candidates = {index for band in bands for index in band.like(values)}
         best = max(
-            ((sketch.jaccard(kept[key][1]), -key) for key in lsh.query(sketch)), default=(0.0, 0)
+            ((float(np.mean(values == sketches[index])), -index) for index in candidates),
+            default=(0.0, 0),
         )
         if best[0] >= threshold:
-            return f"{best[0]:.2f} like {kept[-best[1]][0]}"
-        lsh.insert(len(kept), sketch, check_duplication=False)
-        kept.append((row["id"], sketch))
+            return f"{best[0]:.2f} like {ids[-best[1]]}"
+        for band in bands:
+            band.add(values)
+        ids.append(row["id"])
+        sketches.append(values)
         return None
 
     return FilterStep("near", fault)
+
+
+class _Band:
+    """Finds earlier sketches that have the same values in a range of their hash functions.
+
+    The sketches of one key form a chain: `_last` holds the newest, `_before` the one before each.
+    """
+
+    def __init__(self, values: slice) -> None:
+        self._values = values
+        self._last: dict[int, int] = {}
+        self._before = array("q")
+
+    def like(self, sketch: NDArray[np.uint32]) -> Iterator[int]:
+        index = self._last.get(self._key(sketch), -1)
+        while index >= 0:
+            yield index
+            index = self._before[index]
+
+    def add(self, sketch: NDArray[np.uint32]) -> None:
+        key = self._key(sketch)
+        self._before.append(self._last.get(key, -1))
+        self._last[key] = len(self._before) - 1
+
+    def _key(self, sketch: NDArray[np.uint32]) -> int:
+        return hash(sketch[self._values].tobytes())
 
 
 def filter_captions(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasketch import MinHash, MinHashLSH
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,6 +166,47 @@ def test_near_duplicates_by_their_true_similarity(tmp_path: Path) -> None:
     assert kinds.count(0) == 40
     assert kinds.count(1) <= 1
     assert kinds.count(2) >= 39
+
+
+def test_near_duplicates_are_those_of_datasketchs_own_tables(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    captions = [" ".join(draw.choices(WORDS[:60], k=40)) for _ in range(30)]
+    for _ in range(270):
+        words = draw.choice(captions).split()
+        for _ in range(draw.randrange(4)):
+            words[draw.randrange(40)] = draw.choice(WORDS)
+        captions.append(" ".join(words))
+
+    lsh, kept, reasons = MinHashLSH(threshold=0.8, num_perm=128), {}, {}
+    for number, caption in enumerate(captions):
+        sketch, words = MinHash(num_perm=128), caption.split()
+        for at in range(len(words) - 2):
+            sketch.update(f"\0{' '.join(words[at : at + 3])}".encode())
+        found = [(sketch.jaccard(kept[name]), -int(name[1:])) for name in lsh.query(sketch)]
+        likeness, index = max(found, default=(0.0, 0))
+        if likeness >= 0.8:
+            reasons[f"p{number}"] = f"{likeness:.2f} like p{-index}"
+        else:
+            kept[f"p{number}"] = sketch
+            lsh.insert(f"p{number}", sketch)
+
+    assert sift(tmp_path, [near_step()], patch_rows(*captions))[1] == list(kept)
+    dropped = read_rows(tmp_path / "out.dropped.jsonl")
+    assert {row["id"]: row["reason"] for row in dropped} == reasons
+    assert len(reasons) > 50
+
+
+def test_near_duplicates_take_little_memory() -> None:
+    draw, step = random.Random(0), near_step()
+    rows = [{"id": f"{i}", "caption": " ".join(draw.choices(WORDS, k=35))} for i in range(600)]
+    for row in rows[:300]:  # the step's tables grow in leaps
+        step.fault(row)
+    tracemalloc.start()
+    for row in rows[300:]:
+        step.fault(row)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used / 300 < 3_000
 
 
 @given(st.lists(st.text(max_size=30), max_size=12), st.integers(0, 3))
