@@ -10,8 +10,6 @@ cases run in turn in one process. Cached baselines only train the head, on featu
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks._processor import describe, has_bf16
 from benchmarks._ratios import Ratio
 from cite.encoders import build_encoder
 from cite.projection import Projection
@@ -239,9 +238,12 @@ def main(rounds: int, batch_size: int, threads: int, quick: bool, json_file: Pat
     torch.set_num_threads(threads)
     bench = Bench(quick, batch_size)
     features, gradient = bench.check()
-    click.echo(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    click.echo(f"{describe()}, torch {torch.__version__}")
     click.echo(f"relative difference: features {features:.1e}, gradient {gradient:.1e}")
-    results = measure(bench.cases(), rounds)
+    cases = bench.cases()
+    if not (quick or has_bf16()):
+        del cases["CITE, bf16"]
+    results = measure(cases, rounds)
     rows = [
         [r.name, r.wall_s, r.cpu_s, Ratio(r.ratio, *r.ratio_range) if r.ratio_range else ""]
         for r in results

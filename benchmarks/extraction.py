@@ -65,8 +65,9 @@ sha256_of(source)
 with RequestTable(path) as table:
     table.parts_with_requests(1000), len(table)
     moments.append(time.process_time())
-    for part in range(-(-number // 1000)):
+    for part in range(-(-number // 1000)):  # a later run reads the unfinished ones only
         table.part(part, 1000)
+    moments.append(time.process_time())
 seconds = [end - start for start, end in zip(moments, moments[1:])]
 print(json.dumps([number, (peak_kib() - before) / 1024, *seconds]))
 """
@@ -102,10 +103,11 @@ def main() -> None:
         measure_annotations(arguments, n)
         for n in (arguments.annotations // 4, arguments.annotations)
     ]
-    for number, mib, read, build, again in annotations:
+    for number, mib, read, build, again, parts in annotations:
         print(
             f"{number:,} annotations: read in {read:.1f} CPU s, read and sorted in {build:.1f}, "
-            f"found again in {again:.1f}; {mib:.0f} MiB above the start"
+            f"found again in {again:.1f}, all read back in {parts:.1f}; {mib:.0f} MiB above the "
+            "start"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": results, "annotations": annotations}))
@@ -300,12 +302,12 @@ def floor(job: tuple[list[dict[str, Any]], Path, Path, str]) -> None:
 
 def measure_annotations(
     arguments: argparse.Namespace, number: int
-) -> tuple[int, float, float, float, float]:
+) -> tuple[int, float, float, float, float, float]:
     """Measures, in a separate process, what a run does with annotations before the first patch.
 
     Returns:
         Number of annotations, peak memory in MiB, and CPU seconds to read them, to read and sort
-        them, and to find the sorted ones in a later run.
+        them, to find the sorted ones in a later run, and to read them all back.
     """
     path = arguments.work_dir.with_name("many.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,8 +322,8 @@ def measure_annotations(
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     path.unlink()
     table.unlink()
-    count, mib, read, build, again = json.loads(result.stdout)
-    return count, mib, read, build, again
+    count, mib, read, build, again, parts = json.loads(result.stdout)
+    return count, mib, read, build, again, parts
 
 
 def cpu_seconds() -> float:

@@ -13,8 +13,6 @@ pass. The cases run in turn in one process; memory is measured in separate proce
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks._memory import peak_resident_mib
+from benchmarks._processor import describe, has_bf16
 from gigapath.dilated_attention import branch_calls
 from gigapath.longnet import DilatedSelfAttention, EncoderLayer
 from gigapath.slide_encoder import LongNetViT
@@ -345,9 +344,9 @@ def main(
         return
     if quick:
         rounds, layers, tiles, curve, training = 1, 2, (300,), (500,), True
-    click.echo(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    click.echo(f"{describe()}, torch {torch.__version__}")
     bench = Bench(layers, quick)
-    names = [STRAIGHTFORWARD, OURS, BF16]
+    names = [STRAIGHTFORWARD, OURS] + [BF16] * (quick or has_bf16())
     names += [STRAIGHTFORWARD_TRAINING, TRAINING] if training else []
     results = []
     for num_tiles in tiles:
