@@ -16,6 +16,8 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
+from benchmarks._processor import describe
+
 RATIOS = Path(__file__).with_name("ratios.json")
 
 GUARDED: dict[str, tuple[list[str], list[str]]] = {
@@ -111,6 +113,12 @@ def read_committed(file: Path, names: tuple[str, ...]) -> dict[str, Ratios]:
     return committed
 
 
+def processors(file: Path, names: tuple[str, ...]) -> set[str]:
+    """Returns the processors on which the committed ratios were measured."""
+    document = json.loads(file.read_text())
+    return {case.get("processor", "unknown") for name in names for case in document[name].values()}
+
+
 def update(file: Path, names: tuple[str, ...], repeats: int) -> None:
     """Measures the benchmarks, and writes medians and ranges over the repeats."""
     document = json.loads(file.read_text()) if file.is_file() else {}
@@ -120,7 +128,7 @@ def update(file: Path, names: tuple[str, ...], repeats: int) -> None:
         for case in GUARDED[name][1]:
             ratios = [round(run[case], 3) for run in runs]
             middle, limits = statistics.median(ratios), [min(ratios), max(ratios)]
-            document[name][case] = {"ratio": middle, "range": limits}
+            document[name][case] = {"ratio": middle, "range": limits, "processor": describe()}
             click.echo(f"{name}: {case}: {middle} ({limits[0]} to {limits[1]})")
     file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
@@ -148,7 +156,13 @@ def main(names: tuple[str, ...], write: bool, repeats: int, file: Path) -> None:
     headers = ["benchmark", "case", "committed", "now", "change"]
     click.echo(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
     if lost:
-        raise click.ClickException(f"more than {LOSS:.0%} is lost: {', '.join(lost)}")
+        message = f"more than {LOSS:.0%} is lost: {', '.join(lost)}"
+        if others := processors(file, names) - {describe()}:
+            message += (
+                f"\nThe committed ratios are of another processor ({'; '.join(sorted(others))}; "
+                f"this one is {describe()}): on the last release, write this one's by --update"
+            )
+        raise click.ClickException(message)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def test_a_planted_loss_and_a_missing_benchmark_are_found(ratios: Path) -> None:
     result = run(ratios)
     assert result.exit_code == 1
     assert "more than 15% is lost: image_input: 500 x 400" in result.output
+    assert "another processor" not in result.output
+
+    figures["processor"] = "8080, 1 cores"
+    ratios.write_text(json.dumps(written))
+    assert "of another processor (8080, 1 cores; " in run(ratios).output
 
     figures["ratio"] /= 100
     ratios.write_text(json.dumps(written))
