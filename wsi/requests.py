@@ -129,14 +129,12 @@ class RequestTable:
     @property
     def num_positions(self) -> int:
         """Number of requests, including those for missing slides."""
-        return self._count("SELECT coalesce(max(position), 0) FROM ordering")
+        query = "SELECT coalesce(max(position), 0) FROM ordering"
+        return int(self._connection.execute(query).fetchone()[0])
 
     def __len__(self) -> int:
         """Returns the number of requests whose slide exists."""
-        return self._count(
-            "SELECT count(*) FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
-            " WHERE reason IS NULL"
-        )
+        return sum(last - first + 1 for first, last in self._ranges("reason IS NULL"))
 
     def part(self, number: int, size: int) -> list[PatchRequest]:
         """Returns the requests of a part of `size` positions whose slides exist."""
@@ -150,12 +148,7 @@ class RequestTable:
 
     def parts_with_requests(self, size: int) -> list[int]:
         """Returns the numbers of the parts for which `part` returns requests."""
-        rows = self._connection.execute(
-            "SELECT DISTINCT (position - 1) / ? FROM ordering JOIN requests USING (number)"
-            " JOIN slides USING (slide) WHERE reason IS NULL ORDER BY 1",
-            (size,),
-        )
-        return [number for (number,) in rows]
+        return _parts_of(self._ranges("reason IS NULL"), size)
 
     def rejected(self) -> Iterator[RejectedRow]:
         """Yields the rejected rows, sorted by number."""
@@ -174,12 +167,7 @@ class RequestTable:
     def parts_of(self, slide_ids: Collection[str], size: int) -> list[int]:
         """Returns the numbers of the parts with positions on these slides, missing or not."""
         marks = ", ".join("?" * len(slide_ids))
-        rows = self._connection.execute(
-            "SELECT DISTINCT (position - 1) / ? FROM ordering JOIN requests USING (number)"
-            f" JOIN slides USING (slide) WHERE slide_id IN ({marks}) ORDER BY 1",
-            (size, *slide_ids),
-        )
-        return [number for (number,) in rows]
+        return _parts_of(self._ranges(f"slide_id IN ({marks})", tuple(slide_ids)), size)
 
     def add_slides(
         self, slide_ids: Collection[str], rows: Iterable[PatchRequest | RejectedRow]
@@ -231,7 +219,7 @@ class RequestTable:
                 f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
                 f"PRAGMA temp_store = FILE; PRAGMA cache_size = -{_CACHE_KIB};"
                 "CREATE TABLE slides (slide INTEGER PRIMARY KEY, slide_id TEXT NOT NULL UNIQUE,"
-                " reason TEXT, detail TEXT);"
+                " reason TEXT, detail TEXT, first_position INTEGER, last_position INTEGER);"
                 "CREATE TABLE requests (number INTEGER PRIMARY KEY, slide INTEGER NOT NULL,"
                 " x_level0 INTEGER, y_level0 INTEGER, size_level0 INTEGER, size_px INTEGER,"
                 " caption TEXT);"
@@ -247,8 +235,19 @@ class RequestTable:
         partial.replace(path)
         fsync_path(path.parent)
 
-    def _count(self, query: str) -> int:
-        return int(self._connection.execute(query).fetchone()[0])
+    def _ranges(self, where: str, values: tuple[str, ...] = ()) -> list[tuple[int, int]]:
+        """Returns first and last position of the slides that fulfil a condition."""
+        columns = {row[1] for row in self._connection.execute("PRAGMA table_info(slides)")}
+        if "last_position" in columns:
+            query = f"SELECT first_position, last_position FROM slides WHERE {where}"
+            ranges = self._connection.execute(query, values).fetchall()
+            return [(first, last) for first, last in ranges if first is not None]
+        # Tables of version 0.1.0; this reads every request.
+        query = (
+            "SELECT min(position), max(position) FROM ordering JOIN requests USING (number)"
+            f" JOIN slides USING (slide) WHERE {where} GROUP BY slide"
+        )
+        return self._connection.execute(query, values).fetchall()
 
 
 def _insert(
@@ -272,7 +271,7 @@ def _insert(
                 slide = numbers[row.slide_id] = len(numbers)
                 reason = why_missing(row.slide_id)
                 connection.execute(
-                    "INSERT INTO slides VALUES (?, ?, ?, ?)",
+                    "INSERT INTO slides (slide, slide_id, reason, detail) VALUES (?, ?, ?, ?)",
                     (slide, row.slide_id, *(reason or (None, None))),
                 )
                 if reason:
@@ -287,10 +286,11 @@ def _insert(
 def _order(connection: sqlite3.Connection) -> None:
     # Captions are not part of the sort, to keep it small; SQLite spills it to disk.
     rows = connection.execute(
-        "SELECT number, slide_id, x_level0, y_level0 FROM requests JOIN slides USING (slide)"
+        "SELECT number, slide, x_level0, y_level0 FROM requests JOIN slides USING (slide)"
         " ORDER BY slide_id, y_level0, x_level0, number"
     )
     writer = connection.cursor()
+    ranges: dict[int, tuple[int, int]] = {}
 
     def ordering() -> Iterator[tuple[int, int]]:
         previous: tuple[Any, ...] = ()
@@ -302,6 +302,18 @@ def _order(connection: sqlite3.Connection) -> None:
                 continue
             position += 1
             previous, first_number = tuple(place), number
+            slide = place[0]
+            ranges[slide] = (ranges.get(slide, (position, 0))[0], position)
             yield position, number
 
     connection.executemany("INSERT INTO ordering VALUES (?, ?)", ordering())
+    connection.executemany(
+        "UPDATE slides SET first_position = ?, last_position = ? WHERE slide = ?",
+        ((*ends, slide) for slide, ends in ranges.items()),
+    )
+
+
+def _parts_of(ranges: Iterable[tuple[int, int]], size: int) -> list[int]:
+    """Returns the numbers of the parts of `size` positions that ranges of positions touch."""
+    touched = (range((first - 1) // size, (last - 1) // size + 1) for first, last in ranges)
+    return sorted({number for numbers in touched for number in numbers})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sqlite3
 import subprocess
 import sys
 from decimal import Decimal
@@ -171,6 +173,36 @@ def test_requests_are_sorted_and_numbered(tmp_path: Path) -> None:
         (3, "bad row"), (5, "duplicate"), (7, "duplicate")
     ]  # fmt: skip
     assert "row 1 asked for this" in rejected[2].detail
+
+
+def test_parts_are_those_with_requests_also_in_tables_of_0_1_0(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [
+        PatchRequest(n, f"s{draw.randrange(12)}", draw.randrange(9), draw.randrange(9), 9, 9, "")
+        for n in range(1, 400)
+    ]
+    path, size = tmp_path / "t.sqlite", 7
+    missing = {"s3", "s4", "s8", "s11"}
+    RequestTable.build(path, rows, lambda name: ("missing", name) if name in missing else None)
+
+    def found() -> tuple[int, list[int], list[int]]:
+        with RequestTable(path) as table:
+            return len(table), table.parts_with_requests(size), table.parts_of(["s2", "s8"], size)
+
+    with RequestTable(path) as table:
+        parts = {n: table.part(n, size) for n in range(table.num_positions // size + 1)}
+        count, with_requests, of_two = found()
+        assert count == sum(map(len, parts.values()))
+        assert with_requests == [number for number, part in parts.items() if part]
+        assert len(with_requests) < len(parts)
+    assert {n for n, part in parts.items() if any(row.slide_id == "s2" for row in part)} <= {
+        *of_two
+    }
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE slides DROP COLUMN first_position")
+    connection.execute("ALTER TABLE slides DROP COLUMN last_position")
+    connection.close()
+    assert found() == (count, with_requests, of_two)
 
 
 def test_the_published_rows() -> None:
