@@ -30,8 +30,6 @@ HIDDEN: tuple[tuple[str, str, str], ...] = (
     ("DeepSpeed", "Setting accelerator to", "DeepSpeed is imported even if not used"),
     ("DeepSpeed", "Warning: The cache directory for DeepSpeed Triton", "as above"),
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm", "an optional kernel for 4 bits"),
-    ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast",
-     "LLM.int8() computes in fp16; said again by every layer at every token"),
     ("torch.distributed.elastic.multiprocessing.redirects", "NOTE: Redirects are currently",
      "about Windows and MacOS"),
 )  # fmt: skip

@@ -328,7 +328,10 @@ def _load_exported(
         ties=processor.ties,
     )
     model.requires_grad_(False)
-    if not is_quantised:
+    if is_quantised:
+        # LLM.int8() computes in fp16, which bitsandbytes warns about at each layer and token.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    else:
         model.to(device)
     return Assistant(model, tokenizer, anyres, template, bos, fingerprint(folder))
 

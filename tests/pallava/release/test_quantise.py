@@ -55,7 +55,7 @@ def small_files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(("bits", "stored"), [(8, "I8"), (4, "U8")])
 def test_a_quantised_model_is_smaller_and_answers(
-    exported: Path, bits: int, stored: str, tmp_path: Path
+    exported: Path, bits: int, stored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, image = tmp_path / "small", tmp_path / "image.png"
     save_image(image, 0)
@@ -78,7 +78,10 @@ def test_a_quantised_model_is_smaller_and_answers(
     assert (0.999 if bits == 8 else 0.9) < similarity
     assert not torch.equal(expected, logits)
     assert after.prompt_template == before.prompt_template
+    caplog.clear()
     assert after.answer(image, QUESTIONS[0], max_new_tokens=4)
+    # bitsandbytes would warn at each layer.
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes.auto")]
     assert len(answer(str(out), [str(image)] * 3, "package")) == 3  # transformers' own classes
 
 
