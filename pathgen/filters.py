@@ -232,7 +232,7 @@ def near_step(
         )
     # datasketch chooses the bands; its own tables take 30 kB per caption.
     chosen = MinHashLSH(threshold=threshold, num_perm=num_perm)
-    bands = [_Band(slice(n * chosen.r, (n + 1) * chosen.r)) for n in range(chosen.b)]
+    bands = [_Band() for _ in range(chosen.b)]
     sketch = MinHash(num_perm=num_perm)
     ids: list[str] = []
     sketches: list[NDArray[np.uint32]] = []
@@ -241,15 +241,18 @@ def near_step(
         sketch.clear()
         sketch.update_batch(_shingles(row["caption"], _group(row, within)))
         values = sketch.hashvalues.astype(np.uint32)
-        candidates = {index for band in bands for index in band.like(values)}
+        keys = [hash(values[n * chosen.r : (n + 1) * chosen.r].tobytes()) for n in range(chosen.b)]
+        candidates = {
+            index for band, key in zip(bands, keys, strict=True) for index in band.like(key)
+        }
         best = max(
             ((float(np.mean(values == sketches[index])), -index) for index in candidates),
             default=(0.0, 0),
         )
         if best[0] >= threshold:
             return f"{best[0]:.2f} like {ids[-best[1]]}"
-        for band in bands:
-            band.add(values)
+        for band, key in zip(bands, keys, strict=True):
+            band.add(key)
         ids.append(row["id"])
         sketches.append(values)
         return None
@@ -258,29 +261,24 @@ def near_step(
 
 
 class _Band:
-    """Finds earlier sketches that have the same values in a range of their hash functions.
+    """Finds earlier sketches by the hash of their values in one band.
 
     The sketches of one key form a chain: `_last` holds the newest, `_before` the one before each.
     """
 
-    def __init__(self, values: slice) -> None:
-        self._values = values
+    def __init__(self) -> None:
         self._last: dict[int, int] = {}
         self._before = array("q")
 
-    def like(self, sketch: NDArray[np.uint32]) -> Iterator[int]:
-        index = self._last.get(self._key(sketch), -1)
+    def like(self, key: int) -> Iterator[int]:
+        index = self._last.get(key, -1)
         while index >= 0:
             yield index
             index = self._before[index]
 
-    def add(self, sketch: NDArray[np.uint32]) -> None:
-        key = self._key(sketch)
+    def add(self, key: int) -> None:
         self._before.append(self._last.get(key, -1))
         self._last[key] = len(self._before) - 1
-
-    def _key(self, sketch: NDArray[np.uint32]) -> int:
-        return hash(sketch[self._values].tobytes())
 
 
 def filter_captions(
