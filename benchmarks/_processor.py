@@ -15,19 +15,22 @@ def has_bf16(cpuinfo: Path = _CPUINFO) -> bool:
 
     True where this is unknown.
     """
-    flags = _flags(cpuinfo)
+    flags = _read(cpuinfo)[1]
     return not flags or bool({"avx512_bf16", "amx_bf16"} & flags)
 
 
 def describe(cpuinfo: Path = _CPUINFO) -> str:
     """Returns name, number of cores and vector instructions of the processor."""
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    known = [flag for flag in _FLAGS if flag in _flags(cpuinfo)]
-    return f"{name[1] if name else 'processor'}, {os.cpu_count()} cores, {' '.join(known)}"
+    name, flags = _read(cpuinfo)
+    known = [flag for flag in _FLAGS if flag in flags]
+    return f"{name or 'processor'}, {os.cpu_count()} cores, {' '.join(known)}"
 
 
-def _flags(cpuinfo: Path) -> set[str]:
+def _read(cpuinfo: Path) -> tuple[str, set[str]]:
+    """Returns name and flags of the first processor; both are empty where this is unknown."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-    return set(found[1].split()) if found else set()
+    name, flags = (
+        found[1] if (found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)) else ""
+        for field in ("model name", "flags")
+    )
+    return name, set(flags.split())

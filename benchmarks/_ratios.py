@@ -12,20 +12,23 @@ class Ratio(NamedTuple):
 
     Attributes:
         median: Median over the rounds.
-        least: Least of all rounds.
-        largest: Largest of all rounds.
+        limits: Least and largest of all rounds.
     """
 
     median: float
-    least: float
-    largest: float
+    limits: tuple[float, float]
 
     @classmethod
     def of(cls, baseline: Sequence[float], times: Sequence[float]) -> Ratio:
         """Divides the times of each round."""
         ratios = [old / new for old, new in zip(baseline, times, strict=True)]
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
+        return cls(statistics.median(ratios), (min(ratios), max(ratios)))
 
     def __str__(self) -> str:
         """Returns the median, with the range in parentheses."""
-        return f"{self.median:.2f} ({self.least:.2f} to {self.largest:.2f})"
+        return f"{self:.2f}"
+
+    def __format__(self, digits: str) -> str:
+        """Formats the three numbers alike."""
+        least, largest = self.limits
+        return f"{self.median:{digits}} ({least:{digits}} to {largest:{digits}})"

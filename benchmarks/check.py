@@ -28,15 +28,7 @@ GUARDED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "image_input": (["--rounds", "10"], ["500 x 400", "1024 x 768", "1600 x 1200"]),
     "pallava_training_step": (
-        [
-            "--rounds",
-            "1",
-            "--no-memory",
-            "--case",
-            "vision-bound",
-            "--case",
-            "vision-bound, stored",
-        ],
+        ["--rounds=1", "--no-memory", "--case=vision-bound", "--case=vision-bound, stored"],
         ["vision-bound, stored"],
     ),
     "startup": (["--rounds", "3"], ["train to its first step", "answer"]),

@@ -221,8 +221,7 @@ def measure(cases: dict[str, Callable[[], Tensor]], rounds: int) -> list[Result]
         baseline = BASELINES.get(name)
         result = Result(name, statistics.median(wall[name]), statistics.median(cpu[name]))
         if baseline:
-            ratio = Ratio.of(cpu[baseline], cpu[name])
-            result.ratio, result.ratio_range = ratio.median, (ratio.least, ratio.largest)
+            result.ratio, result.ratio_range = Ratio.of(cpu[baseline], cpu[name])
         results.append(result)
     return results
 
@@ -244,10 +243,10 @@ def main(rounds: int, batch_size: int, threads: int, quick: bool, json_file: Pat
     if not (quick or has_bf16()):
         del cases["CITE, bf16"]
     results = measure(cases, rounds)
-    rows = [
-        [r.name, r.wall_s, r.cpu_s, Ratio(r.ratio, *r.ratio_range) if r.ratio_range else ""]
-        for r in results
-    ]
+    rows: list[list[Any]] = [[r.name, r.wall_s, r.cpu_s] for r in results]
+    for row, result in zip(rows, results, strict=True):
+        if result.ratio and result.ratio_range:
+            row.append(str(Ratio(result.ratio, result.ratio_range)))
     click.echo(tabulate(rows, ["step of", "wall s", "cpu s", "speed-up"], floatfmt=".4g"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

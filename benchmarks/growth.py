@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 from tabulate import tabulate
 
 from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.rows import write_rows
 
 _CLI = ["-m", "xtuner_add.cli"]
 _STEPS = 3
@@ -89,16 +89,11 @@ def captions(number: int) -> Iterator[str]:
         yield caption
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
-
-
 def _pairs(folder: Path, number: int) -> Path:
     rows = ({"id": f"{i}", "wsi_id": f"s{i // 200}", "image": f"{i}.png", "caption": text}
             for i, text in enumerate(captions(number)))  # fmt: skip
-    return _write_rows(folder / "pairs.jsonl", rows)
+    write_rows(folder / "pairs.jsonl", rows)
+    return folder / "pairs.jsonl"
 
 
 def prepare_filter(folder: Path, number: int) -> list[str]:
@@ -154,9 +149,10 @@ def prepare_extract(folder: Path, number: int) -> list[str]:
         }
         for text in captions(number)
     )
+    write_rows(folder / "annotations.jsonl", rows)
     options = ["--patch-px", str(_PATCH_PX), "--format", "jpg", "--layout", "shards"]
     return [
-        *_CLI, "extract", str(_write_rows(folder / "annotations.jsonl", rows)),
+        *_CLI, "extract", str(folder / "annotations.jsonl"),
         "--slides", str(slide.parent), "--output", str(folder / "patches"),
         "--workers", "1", "--quiet", *options,
     ]  # fmt: skip
@@ -228,7 +224,7 @@ def prepare_load(folder: Path, number: int) -> list[str]:
         }
         for index, text in enumerate(captions(number))
     )
-    _write_rows(folder / "conversations.jsonl", rows)
+    write_rows(folder / "conversations.jsonl", rows)
     return ["-m", "benchmarks.growth", "--load", str(folder)]
 
 

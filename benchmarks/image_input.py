@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
+from benchmarks._ratios import Ratio
 from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, split_image
 
 SIZES_PX = ((500, 400), (1024, 768), (1600, 1200))
@@ -93,16 +94,15 @@ def main(rounds: int, quick: bool, json_file: Path | None) -> None:
             2 if quick else rounds,
         )
         median = {name: statistics.median(values) for name, values in taken.items()}
-        ratios = [a / b for a, b in zip(taken["per tile"], taken["ours"], strict=True)]
-        name, ratio = f"{size[0]} x {size[1]}", statistics.median(ratios)
-        figures.append({"name": name, "cpu_ms": median, "ratio": ratio})
+        name, ratio = f"{size[0]} x {size[1]}", Ratio.of(taken["per tile"], taken["ours"])
+        figures.append({"name": name, "cpu_ms": median, "ratio": ratio.median})
         rows.append(
             [
                 name,
                 anyres.num_sub_images(*size),
                 *(f"{median[name]:.1f}" for name in ("decode", "cut", "ours", "per tile")),
                 f"{1000 / median['ours']:.0f}",
-                f"{ratio:.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
+                f"{ratio:.1f}",
             ]
         )
     headers = ["image, px", "sub-images", "decode, ms", "cut, ms", "ours, ms", "per tile, ms"]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from benchmarks._ratios import Ratio
 from pallava.anyres import AnyRes
 from pallava.engine.samplers import SubImageGroupedSampler
 from pallava.text.encoding import IGNORE_INDEX
@@ -248,11 +249,10 @@ def main(quick: bool, rounds: int, batch: int, num_batches: int, json_path: Path
     rows = []
     for way in WAYS:
         tokens, sub_images = padding(samples, way, batch, num_visual)
-        ratios = [a / b for a, b in zip(seconds["padded"], seconds[way], strict=True)]
         rows.append(
             [
                 way, f"{tokens:.3f}", f"{sub_images:.3f}", f"{statistics.median(seconds[way]):.3f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                str(Ratio.of(seconds["padded"], seconds[way])),
             ]
         )  # fmt: skip
     click.echo(f"torch {torch.__version__}, {os.cpu_count()} cores, batch {batch}")

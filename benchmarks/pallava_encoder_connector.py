@@ -316,7 +316,7 @@ def table(results: Sequence[Result]) -> str:
         baseline = by_name.get(BASELINES.get(result.name, ""))
         times = ""
         if result.ratio and result.ratio_range:
-            times = str(Ratio(result.ratio, *result.ratio_range))
+            times = str(Ratio(result.ratio, result.ratio_range))
         operations = f"{baseline.gflop / result.gflop:.2f}" if baseline else ""
         rows.append(
             [
@@ -370,8 +370,7 @@ def main(quick: bool, rounds: int, json_path: Path | None, only_memory: str | No
         result = Result(name, statistics.median(wall), statistics.median(cpu), **memory[name])
         if name in BASELINES:
             _, before = zip(*times[BASELINES[name]], strict=True)
-            ratio = Ratio.of(before, cpu)
-            result.ratio, result.ratio_range = ratio.median, (ratio.least, ratio.largest)
+            result.ratio, result.ratio_range = Ratio.of(before, cpu)
         results.append(result)
     click.echo(table(results))
     if json_path:

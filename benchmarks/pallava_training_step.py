@@ -296,7 +296,8 @@ def main(
         rows = [
             {
                 "name": name,
-                "ratio": (_ratio(taken, name) or [None])[0],
+                "ratio": ratio.median if (ratio := _ratio(taken, name)) else None,
+                "gflop": operations[name],
                 "peak_mib": peaks.get(name),
                 **values,
             }

@@ -43,6 +43,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from benchmarks._ratios import Ratio
 from pallava.anyres import AnyRes
 from pallava.inference.answer_text import AnswerText, Completion
 from pallava.inference.assistant import Assistant
@@ -236,14 +237,8 @@ def table(runs: Sequence[Run]) -> str:
                 f"{statistics.median(one.whole_s for one in asked):.1f}",
             ]  # fmt: skip
             for rate in ("tokens_per_s", "tokens_per_cpu_s"):
-                ratios = [
-                    getattr(run, rate) / getattr(other, rate)
-                    for run, other in zip(mine, by_side[SIDES[1]], strict=True)
-                ]
-                low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-                cells.append(
-                    f"{middle:.2f} ({low:.2f} to {high:.2f})" if side == "together" else "1"
-                )
+                rates = [[getattr(run, rate) for run in runs] for runs in (mine, by_side[SIDES[1]])]
+                cells.append(str(Ratio.of(*rates)) if side == "together" else "1")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
