@@ -30,7 +30,6 @@ from gigapath.embed.tile_inference import (
     Precision,
     TileEncoder,
     autocast,
-    choose_device,
     choose_precision,
 )
 from gigapath.published.tiling import (
@@ -43,6 +42,7 @@ from gigapath.published.tiling import (
     tissue_tiles,
 )
 from gigapath.tile_encoder import tile_transform
+from pathcore.device_claims import choose_device
 from pathcore.files import StrPath, atomic_file, check_name, fsync_path, write_json
 from pathcore.pool import ProgressBar
 from wsi.features import FolderTiles, read_tiles

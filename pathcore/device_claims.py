@@ -98,11 +98,18 @@ class Placement:
         return _worker_device(self.device, out if self.own_gpu else None)
 
 
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Returns the named device; by default the current GPU, or the CPU if there is none."""
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @lru_cache
 def _worker_device(device: str | None, claims: Path | None) -> torch.device:
     import torch
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
     if claims is None or chosen.type != "cuda" or chosen.index is not None:
         return chosen
     return torch.device("cuda", claim(claims, torch.cuda.device_count()))

@@ -27,8 +27,8 @@ from gigapath.embed.slide_encoders import (
     origin_of_file,
 )
 from gigapath.embed.slide_vectors import write_slide_vector
-from gigapath.embed.tile_inference import choose_device
 from gigapath.finetune.bags import SlideFolder
+from pathcore.device_claims import choose_device
 from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 from pathcore.jobs import JobFolder, Report, UnitError

@@ -22,12 +22,11 @@ from gigapath.embed.slide_encoders import NamedSlideEncoder, check_origin, get_s
 from gigapath.embed.slide_vectors import SlideEncoderSpec, write_slide_vector
 from gigapath.embed.tile_inference import (
     TileEncoderSpec,
-    choose_device,
     choose_precision,
     describe_encoder,
     open_tile_encoder,
 )
-from pathcore.device_claims import Placement
+from pathcore.device_claims import Placement, choose_device
 from pathcore.encoders.origin import TileOrigin, stated_mpp
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError

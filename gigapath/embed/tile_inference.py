@@ -29,13 +29,6 @@ _DIGEST_CHARS = 8
 _LIBRARIES = ("timm", "hf", "open_clip")
 
 
-def choose_device(device: str | None = None) -> torch.device:
-    """Returns the named device; by default the current GPU, or the CPU if there is none."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
 def choose_precision(precision: Precision, device: torch.device) -> str:
     """Resolves `auto` to fp16 on a GPU, as in the original, and to fp32 elsewhere.
 

@@ -39,6 +39,7 @@ from gigapath.finetune.settings import check_settings
 from gigapath.finetune.trainer import check_inputs
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit
 from pathcore import stats
+from pathcore.device_claims import choose_device
 from pathcore.files import (
     StrPath,
     atomic_file,
@@ -160,7 +161,7 @@ class ProbeRun:
                 "set model_select=last and patience=0"
             )
         self.data, self.settings, self.folder = data, settings, folder
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.features = data.splits["train"].features.to(self.device)
         self.labels = torch.from_numpy(data.splits["train"].labels).to(self.device)
         self.order = order or self._default_order

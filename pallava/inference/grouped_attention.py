@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pallava.modeling.llava import without_adapter
+
 _NAME = "sdpa_grouped"
 
 
@@ -24,7 +26,7 @@ def share_keys_and_values(llm: Any) -> None:
         return
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    base = without_adapter(llm)
     selects = getattr(base, "_can_set_attn_implementation", lambda: False)
     if getattr(base.config, "_attn_implementation", None) == "sdpa" and selects():
         base.config._attn_implementation = _NAME

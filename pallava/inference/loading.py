@@ -84,14 +84,13 @@ def load_model(
         model = load_model("Meta-Llama-3-8B-Instruct", "instruction_tuning_ft", "plip")
         print(model.answer("biopsy.png", "Is there necrosis?"))
     """
-    import torch
-
     from pallava.inference.assistant import Assistant
     from pallava.modeling.folders import load_connector
     from pallava.modeling.llava import PALLaVA
+    from pathcore.device_claims import choose_device
     from pathcore.weights import CheckpointError
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     precision = _precision(dtype, place)
     if _is_exported(llm):
         if llava is not None or visual_encoder is not None:

@@ -363,8 +363,12 @@ def use_softcap(llm: Any) -> None:
 
 def accepts(llm: Any, argument: str) -> bool:
     """Returns whether the forward method of a language model has an argument, also under PEFT."""
-    base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
-    return argument in inspect.signature(base.forward).parameters
+    return argument in inspect.signature(without_adapter(llm).forward).parameters
+
+
+def without_adapter(llm: Any) -> Any:
+    """Returns the language model that PEFT has wrapped, or `llm` itself."""
+    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
 
 
 def _repeat_last(sub_images: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pathcore.device_claims import choose_device
 from pathcore.encoders.presets import Preset, get_preset
 from pathcore.encoders.towers import (
     POOLED_TYPES,
@@ -345,7 +346,7 @@ def create_encoder(
     parsed = _recognise(name)
     preset = get_preset(parsed.model) if parsed.library == "preset" else None
     built, reading = _build(parsed, weights, feature, trust_remote_code, arguments)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     return Encoder(
         parsed.model if preset else f"{parsed.library}:{parsed.model}",
         built,

@@ -178,7 +178,7 @@ def embed(
     with user_errors():
         import torch
 
-        from gigapath.embed.tile_inference import choose_device
+        from pathcore.device_claims import choose_device
 
         device = choose_device(options["device"])
         num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -388,14 +388,12 @@ def select_patches(
     another quota or the like it selects again from the features/ of the output folder. If a slide
     or a patch was skipped, selection.skipped.jsonl gives the reason, and the exit code is 3.
     """
-    from pathcore.device_claims import Placement
+    from pathcore.device_claims import Placement, choose_device
     from pathgen.selection.job import SelectionSettings, read_table
     from pathgen.selection.job import select_patches as select
 
     with user_errors():
-        import torch
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(choose_device(device))
         settings = SelectionSettings(
             fractions=weight_values(fractions, "--fractions"),  # type: ignore[arg-type]
             classes=str(classes) if classes else None,
