@@ -22,7 +22,7 @@ _READABLE = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/.*"
     rf"|{_PREFIX}/(queue/data|startup-events|heartbeat/[\w-]+|upload_progress|theme\.css|file=.*)"
 )
-_WRITABLE = re.compile(rf"{_PREFIX}/(queue/join|upload|cancel|reset)/?")
+_WRITABLE = re.compile(rf"{_PREFIX}/(queue/join|run/predict|upload|cancel|reset)/?")
 _UPLOAD = f"{_PREFIX}/upload"
 
 

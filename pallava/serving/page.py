@@ -24,7 +24,7 @@ from pallava.serving.pictures import (
     marked_picture,
     tile_pictures,
 )
-from pallava.serving.service import BusyError, ModelService
+from pallava.serving.service import Answers, BusyError, ModelService
 from pallava.serving.slides import MAX_REGION_PX, SlideInfo, SlideSource, square_around
 from pallava.text.turns import Turn
 from pathcore.images import decode_image
@@ -46,6 +46,8 @@ _NO_IMAGE = (
     "ask again."
 )
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# A step that waits for nothing answers its own request instead of joining the queue.
+_DIRECT: dict[str, Any] = {**_QUIET, "queue": False}
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Session:
         is_new: Whether the current image has not been sent to the model yet.
         centre: Centre of the region on the slide, as fractions of its sides.
         unit: Unit of the region's side.
+        answering: Answers that are being generated for the conversation.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -67,6 +70,7 @@ class Session:
     is_new: bool = False
     centre: tuple[float, float] = (0.5, 0.5)
     unit: Literal["µm", "px"] = "µm"
+    answering: list[Answers] = field(default_factory=list)
 
 
 def mount_page(service: ModelService, slides: SlideSource | None, max_pixels: int) -> FastAPI:
@@ -230,20 +234,20 @@ class Page:
             **_QUIET,
         }
         running = [
-            button.click(lambda text: text, button, asked, **_QUIET).then(self.answer, **answering)
+            button.click(lambda text: text, button, asked, **_DIRECT).then(self.answer, **answering)
             for button in examples
         ]
         for event in (question.submit, ask.click):
-            taken = event(lambda text: (text, ""), question, [asked, question], **_QUIET)
+            taken = event(lambda text: (text, ""), question, [asked, question], **_DIRECT)
             running.append(taken.then(self.answer, **answering))
         stop.click(None, None, None, cancels=running, **_QUIET)
         for event in (fresh.click, chat.clear):
-            event(_start_over, session, [chat, session], cancels=running, **_QUIET)
+            event(_start_over, session, [chat, session], **_DIRECT)
 
     def _connect_sources(self, parts: dict[str, Any], outputs: list[Any]) -> None:
         inputs = [parts["upload"], outputs[0]]
         parts["upload"].upload(self.take_upload, inputs, outputs, **_QUIET)
-        parts["upload"].clear(_put_away, outputs[0], outputs, **_QUIET)
+        parts["upload"].clear(_put_away, outputs[0], outputs, **_DIRECT)
 
     def _connect_slides(self, blocks: Any, parts: dict[str, Any], outputs: list[Any]) -> None:
         assert self.slides is not None
@@ -389,9 +393,10 @@ class Page:
             answers = self.service.ask(turns, sampling)
         except (BusyError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield history, session
+        session.answering.append(answers)
         text = ""
         try:
+            yield history, session
             async for _, item in answers:
                 if isinstance(item, str):
                     text += item
@@ -399,10 +404,16 @@ class Page:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:  # also if generation is stopped or the page closed
+            is_over = answers.is_cancelled  # a new conversation was started meanwhile
             answers.cancel()
-            if text and session.turns is earlier:  # no new conversation was started meanwhile
+            session.answering.remove(answers)
+            if text and session.turns is earlier:
                 session.turns, session.is_new = [*turns, Turn("assistant", text)], False
-        if not text:
+        if is_over:
+            if not (session.turns or session.answering):
+                # A piece of this answer may reach the page after it was cleared; this comes last.
+                yield [], session
+        elif not text:
             yield [*history, {"role": "assistant", "content": "(no answer)"}], session
 
 
@@ -417,6 +428,10 @@ def _saved(image: Image.Image) -> str:
 
 def _start_over(session: Session | None) -> tuple[list[Any], Session]:
     session = session or Session()
+    # Gradio's `cancels` would race with the reply to this request: a piece of the answer that
+    # arrives between the two would stay on the page.
+    for answers in session.answering:
+        answers.cancel()
     session.turns, session.is_new = [], session.pixels is not None
     return [], session
 

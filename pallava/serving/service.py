@@ -64,15 +64,26 @@ class Answers:
     async def __aiter__(self) -> AsyncIterator[tuple[int, str | Completion]]:
         while self._num_open:
             index, event = await self._events.get()
+            if self.is_cancelled:
+                return
             if isinstance(event, Exception):
                 raise event
             self._num_open -= isinstance(event, Completion)
             yield index, event
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._gone.is_set()
+
     def cancel(self) -> None:
-        """Cancels the request: stops after the next token, or drops it if it is still queued."""
+        """Cancels the request: stops after the next token, or drops it if it is still queued.
+
+        Iteration ends at once.
+        """
         self._gone.set()
         self._withdraw()
+        self._post(0, "")  # wakes the iteration
 
     def _post(self, index: int, event: str | Completion | Exception) -> None:
         if not self._loop.is_closed():
