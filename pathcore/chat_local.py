@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pathcore.chat_backends import Reply, Request, Sampling, open_image
+from pathcore.device_claims import choose_device
 from pathcore.extras import says_extra
 
 
@@ -50,7 +51,6 @@ class LocalBackend:
 
     @says_extra("a local model", "pathgen")
     def __post_init__(self) -> None:
-        import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if self.batch_size < 1:
@@ -58,7 +58,7 @@ class LocalBackend:
         if self.model[:1] in ("/", ".", "~") and not Path(self.model).is_dir():
             raise FileNotFoundError(f"model {self.model}: no such folder")
         trust = {"trust_remote_code": self.trust_remote_code}
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = str(choose_device(self.device))
         self._processor = AutoProcessor.from_pretrained(self.model, **trust)
         if not getattr(self._processor, "chat_template", None):
             raise ValueError(f"model {self.model}: its processor has no chat template")

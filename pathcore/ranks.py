@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pathcore.device_claims import choose_device
+
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(hours=6)
@@ -89,9 +91,8 @@ class Ranks:
     def __init__(self, device: str | None = None) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(kind)
-        if kind == "cuda" and self.world > 1:
+        self.device = choose_device(device)
+        if self.device == torch.device("cuda") and self.world > 1:
             local = int(os.environ.get("LOCAL_RANK", "0"))
             self.device = torch.device("cuda", local % torch.cuda.device_count())
         self._started = False

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cite.features import FeatureWriter
+from pathcore.device_claims import choose_device
 from pathcore.files import StrPath, folder_lock, sha256_of
 from pathcore.weights import read_state_dict
 
@@ -62,7 +63,7 @@ def extract_features(
     """
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(cfg_options or {})
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(choose_device(device))
     dataset = build_dataset(cfg, split)
     backbone, preprocessor = _build_model(cfg, checkpoint, device)
     if checkpoint is None and getattr(backbone, "prompts", None) is not None:

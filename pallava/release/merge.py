@@ -42,6 +42,7 @@ from pallava.release.weights import (
     row_blocks,
     write_index,
 )
+from pathcore.device_claims import choose_device
 from pathcore.files import StrPath, file_identity
 from pathcore.weights import CheckpointError
 
@@ -181,7 +182,7 @@ class Merger:
         self.adapters = [Adapter(folder) for folder in adapters]
         for adapter in self.adapters:
             adapter.check_mergeable()
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = str(choose_device(device))
         self._check_targets()
         if not force_base:
             for adapter in self.adapters:

@@ -12,6 +12,7 @@ import torch
 from pallava.folder_build import MANIFEST_NAME, FolderBuild
 from pallava.release.base_model import read_config
 from pallava.release.merge import copy_files, folder_identity, write_config
+from pathcore.device_claims import choose_device
 from pathcore.files import StrPath
 from pathcore.weights import CheckpointError, check_loading_report
 
@@ -60,7 +61,6 @@ def quantise(
     inputs = {"operation": "quantise", "bits": bits, "model": folder_identity(folder)}
     with FolderBuild(out, inputs) as build:
         if not build.complete:
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
             loaded, report = PALLaVAForConditionalGeneration.from_pretrained(
                 str(folder),
                 quantization_config=BitsAndBytesConfig(
@@ -71,7 +71,7 @@ def quantise(
                     bnb_4bit_compute_dtype=torch.bfloat16,
                     llm_int8_skip_modules=_KEPT_WHOLE,
                 ),
-                device_map={"": place},
+                device_map={"": str(choose_device(device))},
                 dtype="auto",
                 output_loading_info=True,
             )

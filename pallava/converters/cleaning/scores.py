@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pathcore.device_claims import choose_device
 from pathcore.files import StrPath, file_identity
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class HFClassifier:
 
         self.identity = _identity(name)
         self.batch_size = batch_size
-        self.device = _device(device)
+        self.device = choose_device(device)
         self._processor = AutoImageProcessor.from_pretrained(
             name, use_fast=False, trust_remote_code=False
         )
@@ -149,9 +150,3 @@ def _identity(name: str) -> str:
         [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
     )
     return " ".join([name, *(f"{size}:{time}" for _, size, time in map(file_identity, files))])
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
