@@ -1,9 +1,12 @@
 """Compares embedding tiles directly from the slide with embedding image files of tiles.
 
     OMP_NUM_THREADS=1 python -m benchmarks.gigapath_embedding [--side 8192] [--rounds 3]
+    OMP_NUM_THREADS=1 python -m benchmarks.gigapath_embedding --encoder gigapath_tile_enc_dinov2s \
+        --ways ours floor [--processes 2]
 
 Makes a slide of real immunohistochemistry (JPEG tiles of 240 px, three levels) and embeds its tiles
-of 256 px with an encoder so small that reading and preprocessing dominate. Methods, in turn:
+of 256 px, by default with an encoder so small that reading and preprocessing dominate. With several
+processes, each embeds a copy of the slide. Methods, in turn:
 
 - images: a reimplementation of Prov-GigaPath's pipeline: the region of interest as one array, tiles
   of it, luminance in float16, a PNG per tile by Pillow and a table; then a data loader that opens
@@ -13,8 +16,8 @@ of 256 px with an encoder so small that reading and preprocessing dominate. Meth
   with a reading thread.
 - floor: decodes each tile once, crops and encodes it; writes nothing.
 
-Reports median CPU seconds of the process, and ratios within the rounds. Peak memory is measured in
-a separate process per method.
+Reports medians of CPU time, of the one process, and wall time, and ratios within the rounds. Peak
+memory is measured in a separate process per method.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import argparse
 import csv
 import json
 import multiprocessing
+import shutil
 import statistics
 import tempfile
 import time
@@ -40,10 +44,12 @@ from skimage import data
 from skimage.filters import threshold_otsu
 from torch import nn
 
+from benchmarks._processor import describe
+from benchmarks._ratios import Ratio
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
 from gigapath.embed.tile_inference import TileEncoder, describe_encoder
 from gigapath.pipeline import run_inference_with_tile_encoder, tile_one_slide
-from gigapath.tile_encoder import tile_transform
+from gigapath.tile_encoder import ARCHITECTURES, RANDOM, create_model, tile_transform
 from wsi.features import fit
 from wsi.reader import Region, Slide
 from wsi.store import read_features
@@ -51,6 +57,7 @@ from wsi.tiling import PatchSpec
 
 TILE = 256
 BATCH = 32
+SMALL = "small"
 _GLASS = 243
 
 
@@ -71,12 +78,25 @@ def make_slide(path: Path, side: int) -> None:
             tiff.write(pixels[::step, ::step], description=text, **options)
 
 
-def make_encoder(folder: Path) -> None:
-    """Writes a small version of the tile encoder, with about 1/4000 of the operations."""
-    sizes = dict(img_size=224, patch_size=16, embed_dim=48, depth=2, num_heads=4)
-    model_args = {**sizes, "init_values": 1e-5, "mlp_ratio": 5.33334, "num_classes": 0}
-    torch.manual_seed(0)
-    model = timm.create_model("vit_giant_patch14_dinov2", **model_args)
+def make_encoder(folder: Path, architecture: str = SMALL) -> None:
+    """Writes a tile encoder with random weights.
+
+    Args:
+        folder: New folder.
+        architecture: Name in `gigapath.tile_encoder.ARCHITECTURES`; `SMALL` has about 1/4000 of
+            the operations of the published one.
+    """
+    if architecture == SMALL:
+        sizes = dict(img_size=224, patch_size=16, embed_dim=48, depth=2, num_heads=4)
+        model_args = {**sizes, "init_values": 1e-5, "mlp_ratio": 5.33334, "num_classes": 0}
+        torch.manual_seed(0)
+        model = timm.create_model("vit_giant_patch14_dinov2", **model_args)
+        name: dict[str, Any] = {
+            "architecture": "vit_giant_patch14_dinov2",
+            "model_args": model_args,
+        }
+    else:
+        model, name = create_model(RANDOM, architecture), {"architecture": architecture}
     folder.mkdir()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     # The published transform: resize to 256 px, then crop the central 224.
@@ -87,12 +107,7 @@ def make_encoder(folder: Path) -> None:
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
-    config = {
-        "architecture": "vit_giant_patch14_dinov2",
-        "model_args": model_args,
-        "pretrained_cfg": transform,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**name, "pretrained_cfg": transform}))
 
 
 def open_model(folder: Path) -> nn.Module:
@@ -164,9 +179,9 @@ def ours(slide: Path, encoder: Path, out: Path) -> int:
         batch_size=BATCH,
         pictures=False,
     )
-    embed_slides(slide, out, settings, Placement("cpu"), progress=False)
-    (path,) = (out / "features").rglob("*.h5")
-    return len(read_features(path)[1])
+    workers = 1 if slide.is_file() else len(list(slide.iterdir()))
+    embed_slides(slide, out, settings, Placement("cpu"), workers=workers, progress=False)
+    return sum(len(read_features(path)[1]) for path in (out / "features").rglob("*.h5"))
 
 
 def floor(slide: Path, encoder: Path, out: Path) -> int:
@@ -198,10 +213,24 @@ WAYS: dict[str, Callable[[Path, Path, Path], int]] = {
 
 
 def measure(name: str, slide: Path, encoder: Path) -> tuple[float, float, int]:
-    """Returns CPU and wall milliseconds per tile, and the number of tiles."""
-    with tempfile.TemporaryDirectory(dir=slide.parent) as out:
+    """Returns CPU milliseconds of this process and wall milliseconds per tile, and their number.
+
+    Args:
+        name: Key of `WAYS`.
+        slide: A slide, or a folder of slides, each of which gets a process.
+        encoder: Folder of the tile encoder.
+    """
+    with tempfile.TemporaryDirectory(dir=slide.parent) as folder:
+        out = Path(folder) / "out"
         wall, cpu = time.perf_counter(), time.process_time()
-        number = WAYS[name](slide, encoder, Path(out) / "out")
+        if slide.is_file() or name == "ours":
+            number = WAYS[name](slide, encoder, out)
+        else:
+            units = [(path, encoder, out / path.stem) for path in sorted(slide.iterdir())]
+            with multiprocessing.get_context("spawn").Pool(len(units)) as pool:
+                number = sum(pool.starmap(WAYS[name], units))
+                pool.close()
+                pool.join()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return 1000 * cpu / number, 1000 * wall / number, number
 
@@ -235,34 +264,65 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8192, help="of the slide, in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, help="by default a temporary folder")
+    parser.add_argument("--encoder", choices=[SMALL, *ARCHITECTURES], default=SMALL)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.side, arguments.rounds = 1536, 1
+    ways: list[str] = arguments.ways
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         slide, encoder = Path(folder) / "slide.svs", Path(folder) / "encoder"
         make_slide(slide, arguments.side)
-        make_encoder(encoder)
-        floor(slide, encoder, Path(folder))  # warm-up: imports, and the file in the page cache
+        make_encoder(encoder, arguments.encoder)
+        peaks = {name: peak_mib(name, slide, encoder) for name in ways}
+        if arguments.processes == 1:
+            floor(slide, encoder, Path(folder))  # warm-up: imports, and the file in the page cache
+        else:
+            slide = _copies(slide, arguments.processes)
         rounds = [
-            {name: measure(name, slide, encoder) for name in WAYS} for _ in range(arguments.rounds)
+            {name: measure(name, slide, encoder) for name in ways} for _ in range(arguments.rounds)
         ]
-        peaks = {name: peak_mib(name, slide, encoder) for name in WAYS}
-    result = {}
+    result: dict[str, Any] = {"processor": describe()}
+    print(result["processor"])
+    alone = arguments.processes == 1  # else the work is done by other processes
     print(
-        f"{'method':14} {'tiles':>6} {'CPU ms':>8} {'wall ms':>8} {'speed-up, CPU':>22} {'MiB':>6}"
+        f"{'method':14} {'tiles':>6} {'CPU ms':>8} {'wall ms':>8} {'CPU, ' + ways[0]:>22} "
+        f"{'wall, ' + ways[0]:>22} {'MiB':>6}"
     )
-    for name in WAYS:
-        cpu, wall = (statistics.median(r[name][k] for r in rounds) for k in (0, 1))
-        ratios = [r["images"][0] / r[name][0] for r in rounds]
-        ratio = statistics.median(ratios)
+    for name in ways:
+        cpu, wall = ([times[name][k] for times in rounds] for k in (0, 1))
+        ratios = [
+            Ratio.of([times[ways[0]][k] for times in rounds], own)
+            for k, own in enumerate((cpu, wall))
+        ]
         number = rounds[0][name][2]
-        result[name] = dict(tiles=number, cpu_ms=cpu, wall_ms=wall, ratio=ratio, mib=peaks[name])
-        spread = f"{ratio:.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-        print(f"{name:14} {number:6} {cpu:8.2f} {wall:8.2f} {spread:>22} {peaks[name]:6.0f}")
+        result[name] = dict(
+            tiles=number,
+            cpu_ms=statistics.median(cpu) if alone else None,
+            wall_ms=statistics.median(wall),
+            ratio=ratios[0].median if alone else None,
+            wall_ratio=ratios[1].median,
+            mib=peaks[name],
+        )
+        shown = (f"{statistics.median(cpu):.2f}", f"{ratios[0]:.2f}") if alone else ("", "")
+        print(
+            f"{name:14} {number:6} {shown[0]:>8} {statistics.median(wall):8.2f} "
+            f"{shown[1]:>22} {format(ratios[1], '.2f'):>22} {peaks[name]:6.0f}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2))
+
+
+def _copies(slide: Path, number: int) -> Path:
+    """Returns a new folder with copies of a slide."""
+    folder = slide.with_name("slides")
+    folder.mkdir()
+    for index in range(number):
+        shutil.copy(slide, folder / f"slide_{index}.svs")
+    return folder
 
 
 if __name__ == "__main__":

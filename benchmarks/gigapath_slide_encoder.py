@@ -360,12 +360,13 @@ def main(
     click.echo(tabulate(rows, header, floatfmt=".4g"))
     single, lines = Bench(1, quick, with_table=False), []
     for num_tiles in curve:
-        ours = measure(single, num_tiles, 1, [OURS])[0]
+        ours = measure(single, num_tiles, rounds, [OURS])[0]
         ours.peak_kib = peak_of(OURS, num_tiles, 1, quick) * 1024 / num_tiles
         results.append(ours)
         per_tile = 1e3 * ours.cpu_s / num_tiles
-        lines.append([num_tiles, ours.cpu_s, per_tile, ours.over_floor, ours.peak_kib])
-    header = ["tiles, one layer", "cpu s", "ms/tile", "over floor", "peak KiB/tile"]
+        floor = [ours.over_floor, ours.over_floor_range]
+        lines.append([num_tiles, ours.cpu_s, per_tile, *floor, ours.peak_kib])
+    header = ["tiles, one layer", "cpu s", "ms/tile", "over floor", "range", "peak KiB/tile"]
     click.echo(tabulate(lines, header, floatfmt=".4g"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

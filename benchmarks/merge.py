@@ -5,11 +5,12 @@
 Writes a base model in bf16 (random weights, real shapes: width 4096, feed-forward 14336, 32 heads,
 8 key-value heads, vocabulary 128,256) and a LoRA adapter of rank 128 on all seven linear layers, as
 PA-LLaVA trains it; merges with both programs in turn; then doubles the layers and merges with ours
-again, to show that memory does not grow. Without --work-dir all files are in memory (/dev/shm) if
-it is large enough, so that the speed of the disk does not matter. Wall time is that of the whole
-command, including imports. Peak memory is the peak resident set of the process (`VmHWM`), which the
-child reports itself: it includes file pages that a program maps, but not the page cache of the
-system.
+again, to show that memory does not grow. The floor copies the shards of the base model in chunks
+and waits for the disk, as each program must at least. Without --work-dir all files are in memory
+(/dev/shm) if it is large enough, so that the speed of the disk does not matter. Wall time is that
+of the whole command, including imports. Peak memory is the peak resident set of the process
+(`VmHWM`), which the child reports itself: it includes file pages that a program maps, but not the
+page cache of the system.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks._processor import describe
+from benchmarks._ratios import Ratio
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,7 +76,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-xtuner", action="store_true")
     arguments = parser.parse_args()
-    work_dir, rows = arguments.work_dir or choose_work_dir(arguments.layers), []
+    work_dir = arguments.work_dir or choose_work_dir(arguments.layers)
+    rows: list[dict[str, Any]] = []
+    floors: list[float] = []
     if work_dir.exists():
         parser.error(f"--work-dir {work_dir}: exists; name a new folder, it is removed at the end")
     print(f"work_dir={work_dir}")
@@ -82,13 +88,15 @@ def main() -> None:
             for measure_one in [measure_ours, *[measure_xtuner][arguments.skip_xtuner :]]:
                 rows.append(measure_one(work_dir, base, adapter, arguments.layers))
                 print_row(rows[-1])
+            floors.append(copy_s(base, work_dir / "copy"))
+            print_row({"program": "floor", "wall_s": round(floors[-1], 1)})
         shutil.rmtree(work_dir)
         base, adapter = make_model(work_dir, 2 * arguments.layers)
         double = measure_ours(work_dir, base, adapter, 2 * arguments.layers)
         print_row(double)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    print_summary(rows, double)
+    print_summary(rows, floors, double)
 
 
 def choose_work_dir(layers: int) -> Path:
@@ -106,8 +114,9 @@ def choose_work_dir(layers: int) -> Path:
     return Path("work_dirs/bench_merge")
 
 
-def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
+def print_summary(rows: list[dict[str, Any]], floors: list[float], double: dict[str, Any]) -> None:
     """Prints medians of wall time and peak memory per program, and their ratios."""
+    print(describe())
     medians = {}
     for program in dict.fromkeys(row["program"] for row in rows):
         own = [row for row in rows if row["program"] == program]
@@ -117,11 +126,11 @@ def print_summary(rows: list[dict[str, Any]], double: dict[str, Any]) -> None:
         print(program, "median", medians[program])
     if len(medians) == 2:
         ours, theirs = medians.values()
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        ratios = sorted(right["wall_s"] / left["wall_s"] for left, right in pairs)
-        print(f"wall time, speed-up: {theirs['wall_s'] / ours['wall_s']:.1f}", end=" ")
-        print(f"({ratios[0]:.1f} to {ratios[-1]:.1f} in the rounds)")
+        walls = [[row["wall_s"] for row in side] for side in (rows[::2], rows[1::2])]
+        print(f"wall time, speed-up: {Ratio.of(walls[1], walls[0]):.1f}")
         print(f"memory, ratio: {theirs['peak_gib'] / ours['peak_gib']:.1f}")
+    our_walls = [row["wall_s"] for row in rows if row["program"] == rows[0]["program"]]
+    print(f"wall time, ours over the floor: {Ratio.of(our_walls, floors):.1f}")
     print(f"peak with {double['layers']} layers: {double['peak_gib']} GiB")
 
 
@@ -193,6 +202,20 @@ def measure_xtuner(work_dir: Path, base: Path, adapter: Path, layers: int) -> di
     arguments = [base, adapter, work_dir / "theirs", "--device", "cpu", "--safe-serialization"]
     module = "xtuner.tools.model_converters.merge"
     return measure("xtuner convert merge", module, arguments, work_dir, layers)
+
+
+def copy_s(base: Path, out: Path) -> float:
+    """Copies the shards of a model, flushes them to disk and returns the seconds."""
+    out.mkdir()
+    start = time.perf_counter()
+    for path in sorted(base.glob("*.safetensors")):
+        with path.open("rb") as source, (out / path.name).open("wb") as target:
+            shutil.copyfileobj(source, target, 16 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
+    return seconds
 
 
 def measure(
