@@ -121,6 +121,9 @@ def test_no_path_of_a_request_reaches_the_disk(server: Server, path: object) -> 
     assert "uploaded to this server" in refused.json()["error"]["message"]
     nested = join(server, 0, [{"value": [{"deep": file_of(path)}]}])
     assert nested.status_code == 400
+    direct = {"data": [file_of(path)], "fn_index": 0, "session_hash": "abc"}
+    answer = httpx.post(f"{server.address}/gradio_api/run/predict", json=direct)
+    assert answer.status_code == 400
     if isinstance(path, str) and "\0" not in path:
         read = httpx.get(f"{server.address}/gradio_api/file={path}")
         assert read.status_code in (403, 404)
