@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pallava.release.weights import TensorInfo, WeightFolder
@@ -118,8 +119,14 @@ class BaseModel:
         return names
 
 
-def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Loads a folder as transformers does, without reading tensor values.
+def load_on_meta(folder: Path, model_class: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Loads a folder as transformers does, from the names and shapes of its tensors alone.
+
+    `from_pretrained` of a path would read every weight, even for the meta device.
+
+    Args:
+        folder: Folder with `config.json` and weights.
+        model_class: Class of transformers; by default that of the causal language model.
 
     Returns:
         The model on the meta device, and the loading info of transformers.
@@ -127,15 +134,26 @@ def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         CheckpointError: If transformers cannot load the folder.
     """
+    weights = WeightFolder(folder)
+    infos = [weights.info(name) for name in weights]
+    tensors = {i.name: torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # replaced by our own, clearer errors
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder.absolute()),
+        if model_class is None:
+            config = AutoConfig.from_pretrained(str(folder.absolute()), trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model_class = type(model)
+        else:
+            config = model_class.config_class.from_pretrained(str(folder.absolute()))
+        return model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # all mismatches are reported together below
-            trust_remote_code=False,
         )
     except Exception as error:  # an unsuitable config can raise any exception
         raise CheckpointError(

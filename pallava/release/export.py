@@ -6,6 +6,7 @@ the merged language model, `projector/` and `visual_encoder/`, which `pallava.lo
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -20,8 +21,10 @@ from torch import Tensor
 from pallava.folder_build import FolderBuild
 from pallava.inference.loading import CONVERSION_NAME
 from pallava.modeling.folders import load_connector, load_slide_encoder, load_vision_encoder
+from pallava.modeling.hf import PALLaVAForConditionalGeneration
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
+from pallava.release.base_model import load_on_meta
 from pallava.release.card import write_card
 from pallava.release.merge import (
     LICENCE_FILES,
@@ -121,7 +124,7 @@ def export(
                 build.folder,
                 tied=False,
                 probe=probe,
-                load=_load_on_meta,
+                load=functools.partial(load_on_meta, model_class=PALLaVAForConditionalGeneration),
                 prefix="llm.",
             )
         return build.finish()
@@ -258,17 +261,6 @@ def _write_small_files(
         partial.write_text(_json(config))
     with build.file("README.md") as partial:
         write_card(partial, recipe, connector.config, scores or {}, audits)
-
-
-def _load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
-    from pallava.modeling.hf import PALLaVAForConditionalGeneration  # registers the Auto classes
-
-    return PALLaVAForConditionalGeneration.from_pretrained(
-        str(folder),
-        device_map="meta",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
 
 
 def _check_widths(merger: Merger, connector: ScaleInvariantConnector, encoder: Any) -> None:

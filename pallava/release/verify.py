@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import no_init_weights
@@ -30,8 +31,8 @@ from pathcore.weights import CheckpointError
 _NUM_LAYERS = 2
 _NUM_TOKENS = 32
 _NUM_POSITIONS = 8  # per sequence
-_MAX_PROBE_BYTES = 6 << 30
-"""Memory above which one layer is probed instead of two, as in large mixtures of experts."""
+_MAX_PROBE_BYTES = 1 << 30
+"""Memory above which one layer is probed instead of two; a layer of an 8B model takes 0.9 GB."""
 
 _PREFIX = "base_model.model."
 _logger = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ class _Probe:
         config.tie_word_embeddings = tied
         major, minor = map(int, transformers.__version__.split(".")[:2])
         keyword = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"  # renamed there
-        with no_init_weights():
+        # Only buffers get memory: every parameter is assigned below.
+        with no_init_weights(), init_empty_weights():
             model = AutoModelForCausalLM.from_config(
                 config,
                 attn_implementation="eager",
@@ -229,7 +231,11 @@ def _probe_of(base: BaseModel, adapters: Sequence[Adapter]) -> _Probe:
     if any(a.config.get("use_dora") and embeddings & set(a.parts) for a in adapters):
         tokens = torch.arange(vocabulary)  # DoRA normalises over the whole vocabulary
     probe = _Probe(base, min(_NUM_LAYERS, config.num_hidden_layers), tokens)
-    numel = sum(t.numel() for n, t in base.model.state_dict().items() if probe.holds(n))
+    numel = sum(
+        tensor.numel()
+        for name, tensor in base.model.state_dict().items()
+        if probe.holds(name) and name not in probe.by_token
+    )
     if 4 * numel > _MAX_PROBE_BYTES:
         probe.num_layers = 1
     return probe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from pallava.folder_build import read_manifest
 from pallava.release import merge as merging
 from pallava.release.adapters import AdapterError
+from pallava.release.base_model import BaseModel
 from pallava.release.merge import Merger, OutputTensor, merge
 from pallava.release.weights import SafetensorsFile
 from pathcore.files import sha256_of
@@ -462,6 +464,34 @@ def test_weights_that_are_none_are_named(tmp_path: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match="Git LFS pointer"):
         merge(base, [], tmp_path / "out", progress=False)
+
+
+def test_names_and_shapes_are_checked_without_reading_weights(tmp_path: Path) -> None:
+    config = MistralConfig(
+        vocab_size=2_000_000,
+        hidden_size=1024,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = MistralForCausalLM(config)
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        span = [end, end + 4 * tensor.numel()]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+        end = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # 16 GB that take no space on the disk
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = BaseModel(tmp_path)
+    assert set(base) == set(header)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 1 << 20
 
 
 @pytest.mark.parametrize("dangling", [False, True])
