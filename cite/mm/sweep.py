@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from cite.splits import draw_slides, read_patches, write_patches
 from cite.sweep import Cell, Sweep
 from pathcore.files import write_json
+from pathcore.pool import WorkerDiedError, run_tasks
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,30 @@ def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[
         progress: Whether to show a progress bar.
 
     Returns:
-        Error message of each cell that failed.
+        Error message of each cell that failed, or whose process was killed.
     """
     missing = [cell for cell in plan.cells() if read_scores(plan, cell) is None]
     failures: dict[Cell, str] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(run_cell, plan, cell): cell for cell in missing}
-        for future in tqdm(as_completed(futures), total=len(futures), disable=not progress):
-            if message := future.result():
-                failures[futures[future]] = message
+
+    def record(cell: Cell, error: WorkerDiedError) -> Iterable[Cell]:
+        failures[cell] = str(error)
+        return ()
+
+    # Cells use the GPU if there is one, so their processes must not be forked.
+    done = run_tasks(
+        partial(run_cell, plan), missing, workers=jobs, gpus_per_task=1, on_death=record
+    )
+    for cell, message in tqdm(done, total=len(missing), disable=not progress):
+        if message is not None:
+            failures[cell] = message
     return failures
 
 
-def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
+def run_cell(plan: SweepPlan, cell: Cell) -> tuple[Cell, str | None]:
     """Trains and tests a cell; an interrupted one resumes from its last checkpoint.
 
     Returns:
-        An error message, or None.
+        The cell, and an error message or None.
     """
     folder = plan.folder(cell)
     try:
@@ -111,8 +117,8 @@ def run_cell(plan: SweepPlan, cell: Cell) -> str | None:
         # reported at the end, and the next call runs the cell again.
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return f"{type(error).__name__}: {error}"
-    return None
+        return cell, f"{type(error).__name__}: {error}"
+    return cell, None
 
 
 def cell_config(plan: SweepPlan, cell: Cell) -> Config:

@@ -13,7 +13,6 @@ import io
 import json
 import shutil
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from pathcore.files import StrPath, atomic_file, folder_lock, write_json
 from pathcore.images import path_inside
+from pathcore.pool import Engine, run_tasks
 from pathcore.rows import BadRow, line_offsets, parse_line
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -197,15 +197,10 @@ def _pack(
     todo = [n for n in range(num_shards) if not (shards / f"{n:06d}.json").is_file()]
     write = functools.partial(_write_shard, data, images, shards)
     tasks = [(number, _mixed(offsets[parts[number]], seed + number)) for number in todo]
-    with tqdm(total=len(tasks), desc="Writing shards", unit="shard") as bar:
-        if num_processes > 1 and len(tasks) > 1:
-            with ProcessPoolExecutor(num_processes) as pool:
-                for _ in pool.map(write, *zip(*tasks, strict=True)):
-                    bar.update()
-        else:
-            for number, own in tasks:
-                write(number, own)
-                bar.update()
+    engine: Engine = "process" if num_processes > 1 and len(tasks) > 1 else "inline"
+    done = run_tasks(write, tasks, workers=num_processes, engine=engine)
+    for _ in tqdm(done, total=len(tasks), desc="Writing shards", unit="shard"):
+        pass
     return _packed(data, shards, num_shards)
 
 
@@ -227,7 +222,8 @@ def _mixed(offsets: np.ndarray, seed: int) -> list[int]:
     return [int(offset) for offset in np.random.default_rng(seed).permutation(offsets)]
 
 
-def _write_shard(data: Path, images: Path, shards: Path, number: int, offsets: list[int]) -> None:
+def _write_shard(data: Path, images: Path, shards: Path, task: tuple[int, list[int]]) -> None:
+    number, offsets = task
     skipped, num_pairs = [], 0
     with (
         atomic_file(shards / f"{number:06d}.tar") as partial,

@@ -18,6 +18,14 @@ CONFIGS = ROOT / "configs" / "cite" / "gastric"
 LINEAR = CONFIGS / "linear_clip-vit-b16_1xb128-1k_gastric_tiny.py"
 VPT = CONFIGS / "vpt_clip-vit-b16_1xb128-1k_gastric_tiny.py"
 
+KILLED = """
+_base_ = {base!r}
+import multiprocessing, os, signal
+
+if multiprocessing.parent_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -58,9 +66,12 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     image = data / "patches_captions" / name
     content = image.read_bytes()
     image.write_bytes(b"damaged")
-    failed = run(tmp_path, *arguments)
+    killed = tmp_path / "killed.py"
+    killed.write_text(KILLED.format(base=str(LINEAR)))
+    failed = run(tmp_path, f"killed={killed}", *arguments)
     assert failed.returncode == 1
-    assert "1 cells failed" in failed.stderr
+    assert "3 cells failed" in failed.stderr
+    assert "killed by SIGKILL" in failed.stderr
     assert image.name in failed.stderr + (files[3].parent / "error.txt").read_text()
 
     image.write_bytes(content)
