@@ -132,6 +132,32 @@ class StartScreenHook(Hook):
             runner.logger.info("\n".join(("", *lines, "")))
 
 
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Logs `samples_per_s`, the samples of all processes per second, over the log's window.
+
+    `adapt_config` adds this hook to every config that `xtuner-add train` loads.
+    """
+
+    priority = "NORMAL"  # between IterTimerHook, registered earlier, and LoggerHook
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: dict[str, Any] | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Adds the scalar of one iteration."""
+        del batch_idx, data_batch, outputs
+        if "train/time" in runner.message_hub.log_scalars:
+            step_s = runner.message_hub.get_scalar("train/time").mean(
+                runner.log_processor.window_size
+            )
+            samples = _samples_per_step(runner)
+            runner.message_hub.update_scalar("train/samples_per_s", samples / step_s)
+
+
 def start_screen(runner: Any) -> list[str]:
     """Returns the lines that describe a training which is about to start.
 
@@ -160,12 +186,12 @@ def start_screen(runner: Any) -> list[str]:
     lines.append(f"{'Data':<10}{len(dataset):,} samples{images}")
     if getattr(dataset, "feature_cache", None) is not None:
         lines.append(f"{'Features':<10}{describe(model, dataset)}")
-    batch, world = cfg.train_dataloader.get("batch_size", 1), get_world_size()
+    step, world = _samples_per_step(runner), get_world_size()
     counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     counts = (cfg.get("strategy") or {}).get("gradient_accumulation_steps", counts)
     lines.append(
-        f"{'Batch':<10}{batch} x {world} process(es) x accumulation {counts} = "
-        f"{batch * world * counts} samples an update"
+        f"{'Batch':<10}{step // world} x {world} process(es) x accumulation {counts} = "
+        f"{step * counts} samples an update"
     )
     lines.append(
         f"{'Steps':<10}{loop.max_iters:,} iterations, {len(loader):,} an epoch; "
@@ -184,6 +210,12 @@ def start_screen(runner: Any) -> list[str]:
     lines.append(f"{'Seed':<10}{runner.seed}")
     lines.append(f"{'Log':<10}{runner.logger.log_file} (config and environment too)")
     return lines
+
+
+def _samples_per_step(runner: Any) -> int:
+    """Returns the samples of all processes in one iteration."""
+    batch_size: int = runner.cfg.train_dataloader.get("batch_size", 1)
+    return batch_size * get_world_size()
 
 
 def _size(parameter: torch.Tensor) -> int:

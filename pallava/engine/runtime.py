@@ -28,7 +28,7 @@ _SINGLE_PROCESS = {
     "MASTER_ADDR": "127.0.0.1",
 }
 _DIVERGENCE_HOOK = "StopOnDivergenceHook"
-_START_HOOK = "StartScreenHook"
+_LOG_HOOKS = ("StartScreenHook", "ThroughputHook")
 # MMEngine's default wrapper, but without the `device_ids=[LOCAL_RANK]` that it passes by default
 # and DDP rejects on a CPU.
 _CPU_WRAPPER = {
@@ -57,7 +57,8 @@ def adapt_config(cfg: Any) -> Any:
         if not any(_type_name(hook.get("type")).endswith(_DIVERGENCE_HOOK) for hook in hooks):
             import pallava.engine.hooks  # noqa: F401  registers the hooks
 
-            cfg.custom_hooks = [*hooks, {"type": _DIVERGENCE_HOOK}, {"type": _START_HOOK}]
+            added = (_DIVERGENCE_HOOK, *_LOG_HOOKS)
+            cfg.custom_hooks = [*hooks, *({"type": name} for name in added)]
     mixed = optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper")
     if torch.cuda.is_available():
         if (

@@ -112,6 +112,14 @@ def test_losses_fall(trained):
     assert last["temperature"] < 0.07
 
 
+def test_the_log_tells_samples_per_second(trained):
+    from mmengine.config import Config
+
+    batch_size = Config.fromfile(CONFIG).train_dataloader.batch_size
+    for row in scalars(trained[0]):
+        assert row["samples_per_s"] == pytest.approx(batch_size / row["time"], rel=0.01)
+
+
 def test_the_broken_image_is_recorded(trained):
     (log,) = trained[0].glob("*/skipped_samples.jsonl")
     (skipped,) = SkipLog(log).read()
