@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def kill(kills: int, root: Path, **job: Any) -> None:
+def kill(kills: int, root: Path, seed: int = 0, **job: Any) -> None:
     root.mkdir()
-    job |= {"root": str(root), "kills": kills, "seed": 0}
+    job |= {"root": str(root), "kills": kills, "seed": seed}
     result = subprocess.run(
         [sys.executable, "-m", "tests.pallava.release.killer", json.dumps(job)],
         cwd=ROOT,
@@ -37,16 +37,19 @@ def kill(kills: int, root: Path, **job: Any) -> None:
     assert f"KILLS {kills} " in result.stdout
 
 
-def test_merge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_merge(tmp_path: Path, seed: int) -> None:
     base = save_llama(tmp_path / "base", num_hidden_layers=4)
     adapter = save_adapter(base, tmp_path / "adapter")
-    kill(40, tmp_path / "runs", kind="merge", paths=[str(base), str(adapter)])
+    kill(20, tmp_path / "runs", seed, kind="merge", paths=[str(base), str(adapter)])
 
 
-def test_pth_to_hf_and_export(tmp_path: Path) -> None:
-    values = recipe(tmp_path)
-    convert_checkpoint(CROSSATTN_STATE, values, tmp_path / "converted")
-    job = {"kind": "pth-to-hf", "paths": [str(CROSSATTN_STATE)], "recipe": asdict(values)}
+def test_pth_to_hf(tmp_path: Path) -> None:
+    job = {"kind": "pth-to-hf", "paths": [str(CROSSATTN_STATE)], "recipe": asdict(recipe(tmp_path))}
     kill(24, tmp_path / "conversions", **job)
+
+
+def test_export(tmp_path: Path) -> None:
+    convert_checkpoint(CROSSATTN_STATE, recipe(tmp_path), tmp_path / "converted")
     paths = [str(TINY_LLAMA), str(tmp_path / "converted")]
     kill(24, tmp_path / "exports", kind="export", paths=paths)
