@@ -15,6 +15,7 @@ QUICK = {
     "gigapath_position": ["--quick"],
     "gigapath_slide_encoder": ["--quick"],
     "image_input": ["--quick"],
+    "merge": ["--quick"],
     "pallava_batches": ["--quick"],
     "pallava_encoder_connector": ["--quick"],
     "pallava_training_step": ["--quick", "--rounds", "1", "--no-memory"],

@@ -22,11 +22,13 @@ RATIOS = Path(__file__).with_name("ratios.json")
 
 GUARDED: dict[str, tuple[list[str], list[str]]] = {
     "cite_step": (["--rounds", "3"], ["CITE, fp32"]),
+    "gigapath_embedding": (["--side", "4096", "--ways", "images", "ours"], ["ours"]),
     "gigapath_slide_encoder": (
         ["--layers", "1", "--tiles", "1024", "--curve", "256"],
         ["ours, 1024 tiles"],
     ),
     "image_input": (["--rounds", "10"], ["500 x 400", "1024 x 768", "1600 x 1200"]),
+    "merge": (["--layers", "2", "--rounds", "1"], ["wall time", "memory"]),
     "pallava_training_step": (
         ["--rounds=1", "--no-memory", "--case=vision-bound", "--case=vision-bound, stored"],
         ["vision-bound, stored"],

@@ -292,8 +292,8 @@ def main() -> None:
         rounds = [
             {name: measure(name, slide, encoder) for name in ways} for _ in range(arguments.rounds)
         ]
-    result: dict[str, Any] = {"processor": describe()}
-    print(result["processor"])
+    result = []
+    print(describe())
     print(
         f"{'method':14} {'tiles':>6} {'CPU ms':>8} {'wall ms':>8} {'CPU, ' + ways[0]:>22} "
         f"{'wall, ' + ways[0]:>22} {'MiB':>6}"
@@ -305,14 +305,16 @@ def main() -> None:
             for k, own in enumerate((cpu, wall))
         ]
         number = rounds[0][name][2]
-        result[name] = dict(
-            tiles=number,
-            cpu_ms=statistics.median(cpu),
-            wall_ms=statistics.median(wall),
-            ratio=ratios[0].median,
-            wall_ratio=ratios[1].median,
-            mib=peaks[name],
-        )
+        row = {
+            "name": name,
+            "tiles": number,
+            "cpu_ms": statistics.median(cpu),
+            "wall_ms": statistics.median(wall),
+            "ratio": ratios[0].median,
+            "wall_ratio": ratios[1].median,
+            "mib": peaks[name],
+        }
+        result.append(row)
         shown = [f"{ratio:.2f}" for ratio in ratios]
         print(
             f"{name:14} {number:6} {statistics.median(cpu):8.2f} {statistics.median(wall):8.2f} "

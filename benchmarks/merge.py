@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,16 @@ LLAMA_3_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128009,
 }
-RANK = 128
-_LINEARS = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
+TINY = LLAMA_3_8B | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
+RANK = 128
 _LAYERS_PER_SHARD = 8
 _MEASURE = (
     "import atexit, runpy, sys\n"
@@ -67,7 +68,22 @@ _MEASURE = (
 )
 
 
-def main() -> None:
+def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Returns the shape of each linear layer of a block."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    keys = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    return {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--work-dir", type=Path, help="a new folder; default: in memory, if there is room"
@@ -75,7 +91,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of 32; doubled for the last run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-xtuner", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    config = LLAMA_3_8B
+    if arguments.quick:
+        config, arguments.layers, arguments.rounds = TINY, 2, 1
     work_dir = arguments.work_dir or choose_work_dir(arguments.layers)
     rows: list[dict[str, Any]] = []
     floors: list[float] = []
@@ -83,7 +104,7 @@ def main() -> None:
         parser.error(f"--work-dir {work_dir}: exists; name a new folder, it is removed at the end")
     print(f"work_dir={work_dir}")
     try:
-        base, adapter = make_model(work_dir, arguments.layers)
+        base, adapter = make_model(work_dir, config, arguments.layers)
         for _ in range(arguments.rounds):
             for measure_one in [measure_ours, *[measure_xtuner][arguments.skip_xtuner :]]:
                 rows.append(measure_one(work_dir, base, adapter, arguments.layers))
@@ -91,12 +112,14 @@ def main() -> None:
             floors.append(copy_s(base, work_dir / "copy"))
             print_row({"program": "floor", "wall_s": round(floors[-1], 1)})
         shutil.rmtree(work_dir)
-        base, adapter = make_model(work_dir, 2 * arguments.layers)
+        base, adapter = make_model(work_dir, config, 2 * arguments.layers)
         double = measure_ours(work_dir, base, adapter, 2 * arguments.layers)
         print_row(double)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    print_summary(rows, floors, double)
+    ratios = summarise(rows, floors, double)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(ratios, indent=2))
 
 
 def choose_work_dir(layers: int) -> Path:
@@ -114,27 +137,39 @@ def choose_work_dir(layers: int) -> Path:
     return Path("work_dirs/bench_merge")
 
 
-def print_summary(rows: list[dict[str, Any]], floors: list[float], double: dict[str, Any]) -> None:
-    """Prints medians of wall time and peak memory per program, and their ratios."""
+def summarise(
+    rows: list[dict[str, Any]], floors: list[float], double: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Prints medians of wall time and peak memory per program.
+
+    Returns:
+        XTuner's wall time and memory divided by ours, unless it was skipped.
+    """
     print(describe())
-    medians = {}
-    for program in dict.fromkeys(row["program"] for row in rows):
-        own = [row for row in rows if row["program"] == program]
-        medians[program] = {
-            name: statistics.median(row[name] for row in own) for name in ("wall_s", "peak_gib")
+    found = {
+        program: {
+            name: [row[name] for row in rows if row["program"] == program]
+            for name in ("wall_s", "peak_gib")
         }
-        print(program, "median", medians[program])
-    if len(medians) == 2:
-        ours, theirs = medians.values()
-        walls = [[row["wall_s"] for row in side] for side in (rows[::2], rows[1::2])]
-        print(f"wall time, speed-up: {Ratio.of(walls[1], walls[0]):.1f}")
-        print(f"memory, ratio: {theirs['peak_gib'] / ours['peak_gib']:.1f}")
-    our_walls = [row["wall_s"] for row in rows if row["program"] == rows[0]["program"]]
-    print(f"wall time, ours over the floor: {Ratio.of(our_walls, floors):.1f}")
+        for program in dict.fromkeys(row["program"] for row in rows)
+    }
+    for program, figures in found.items():
+        print(program, "median", {n: statistics.median(values) for n, values in figures.items()})
+    ours = next(iter(found.values()))
+    print(f"wall time, ours over the floor: {Ratio.of(ours['wall_s'], floors):.1f}")
     print(f"peak with {double['layers']} layers: {double['peak_gib']} GiB")
+    if len(found) == 1:
+        return []
+    theirs = list(found.values())[1]
+    ratios = []
+    for name, figure in (("wall time", "wall_s"), ("memory", "peak_gib")):
+        ratio = Ratio.of(theirs[figure], ours[figure])
+        print(f"{name}, XTuner's over ours: {ratio:.1f}")
+        ratios.append({"name": name, "ratio": ratio.median, "range": ratio.limits})
+    return ratios
 
 
-def make_model(work_dir: Path, layers: int) -> tuple[Path, Path]:
+def make_model(work_dir: Path, config: dict[str, Any], layers: int) -> tuple[Path, Path]:
     """Writes base model, tokenizer and adapter; returns their folders."""
     import torch
     from safetensors.torch import save_file
@@ -151,6 +186,7 @@ def make_model(work_dir: Path, layers: int) -> tuple[Path, Path]:
         flat = noise[start : start + (1 << 19)].repeat(-(-numel // (1 << 19)))[:numel]
         return (flat * scale).to(torch.bfloat16).view(shape)
 
+    width, vocabulary, shapes = config["hidden_size"], config["vocab_size"], linears(config)
     shard_names: dict[str, str] = {}
     num_shards = -(-layers // _LAYERS_PER_SHARD) + 1
 
@@ -165,31 +201,31 @@ def make_model(work_dir: Path, layers: int) -> tuple[Path, Path]:
         first = (number - 1) * _LAYERS_PER_SHARD
         for layer in range(first, min(first + _LAYERS_PER_SHARD, layers)):
             prefix = f"model.layers.{layer}"
-            for module, (rows, columns) in _LINEARS.items():
+            for module, (rows, columns) in shapes.items():
                 tensors[f"{prefix}.{module}.weight"] = random(rows, columns)
                 name = f"base_model.model.{prefix}.{module}"
                 lora[f"{name}.lora_A.weight"] = random(RANK, columns)
                 lora[f"{name}.lora_B.weight"] = random(rows, RANK, scale=0.002)
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{prefix}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
+                tensors[f"{prefix}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
         save(tensors, number)
     tensors = {
-        "model.embed_tokens.weight": random(128256, 4096),
-        "lm_head.weight": random(128256, 4096),
-        "model.norm.weight": torch.ones(4096, dtype=torch.bfloat16),
+        "model.embed_tokens.weight": random(vocabulary, width),
+        "lm_head.weight": random(vocabulary, width),
+        "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
     }
     save(tensors, num_shards)
     total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": shard_names}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    (base / "config.json").write_text(json.dumps(LLAMA_3_8B | {"num_hidden_layers": layers}))
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     golden = Path(__file__).parents[1] / "tests/golden/pallava/model/tiny_llama"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(golden / name, base)
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
-    config |= {"target_modules": [name.split(".")[1] for name in _LINEARS]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    lora_config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
+    lora_config |= {"target_modules": [name.split(".")[1] for name in shapes]}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora_config))
     return base, adapter
 
 

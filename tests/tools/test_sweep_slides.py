@@ -66,12 +66,9 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     image = data / "patches_captions" / name
     content = image.read_bytes()
     image.write_bytes(b"damaged")
-    killed = tmp_path / "killed.py"
-    killed.write_text(KILLED.format(base=str(LINEAR)))
-    failed = run(tmp_path, f"killed={killed}", *arguments)
+    failed = run(tmp_path, *arguments)
     assert failed.returncode == 1
-    assert "3 cells failed" in failed.stderr
-    assert "killed by SIGKILL" in failed.stderr
+    assert "1 cells failed" in failed.stderr
     assert image.name in failed.stderr + (files[3].parent / "error.txt").read_text()
 
     image.write_bytes(content)
@@ -81,6 +78,24 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in files if f != files[3]} == {
         f: time for f, time in times.items() if f != files[3]
     }
+
+
+def test_a_killed_cell_fails_alone(tmp_path: Path) -> None:
+    data = make_gastric(tmp_path)
+    killed = tmp_path / "killed.py"
+    killed.write_text(KILLED.format(base=str(LINEAR)))
+    result = run(
+        tmp_path,
+        *(f"killed={killed}", f"linear={LINEAR}", "--metric", "bag_accuracy"),
+        *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
+        *("--num-slides", "2", "--seeds", "1", "--cfg-options", "train_cfg.max_iters=1"),
+        *("--work-dir", "sweep"),
+    )
+    assert result.returncode == 1
+    assert "1 cells failed" in result.stderr
+    assert "killed by SIGKILL" in result.stderr
+    (scores,) = tmp_path.glob("sweep/*/*/scores.json")
+    assert scores.parent.parent.name == "linear"
 
 
 def test_few_shot_baselines_run_in_one_sweep(tmp_path: Path) -> None:
