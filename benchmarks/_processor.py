@@ -1,4 +1,4 @@
-"""What the processor is and can, because ratios depend on it."""
+"""What the processor is and can, because ratios depend on it, and how much of it was used."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def describe(cpuinfo: Path = _CPUINFO) -> str:
     name, flags = _read(cpuinfo)
     known = [flag for flag in _FLAGS if flag in flags]
     return f"{name or 'processor'}, {os.cpu_count()} cores, {' '.join(known)}"
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _read(cpuinfo: Path) -> tuple[str, set[str]]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import statistics
@@ -38,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._processor import cpu_seconds
 from pathgen.annotations import read_annotations
 from wsi.extraction import OutputSettings, extract
 from wsi.image_codecs import encoder
@@ -50,6 +50,7 @@ _ANNOTATIONS = """
 import json, sys, time
 from pathlib import Path
 from pathcore.files import sha256_of
+from benchmarks._processor import cpu_seconds
 from pathgen.annotations import read_annotations
 from wsi.requests import RequestTable
 def peak_kib():
@@ -324,12 +325,6 @@ def measure_annotations(
     table.unlink()
     count, mib, read, build, again, parts = json.loads(result.stdout)
     return count, mib, read, build, again, parts
-
-
-def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its finished children."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def summarise(results: list[dict[str, Any]]) -> None:

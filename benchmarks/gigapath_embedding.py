@@ -26,7 +26,6 @@ import argparse
 import csv
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import tempfile
@@ -45,7 +44,7 @@ from skimage import data
 from skimage.filters import threshold_otsu
 from torch import nn
 
-from benchmarks._processor import describe
+from benchmarks._processor import cpu_seconds, describe
 from benchmarks._ratios import Ratio
 from gigapath.embed.job import EmbeddingSettings, Placement, embed_slides
 from gigapath.embed.tile_inference import TileEncoder, describe_encoder
@@ -225,7 +224,7 @@ def measure(name: str, slide: Path, encoder: Path) -> tuple[float, float, int]:
     """
     with tempfile.TemporaryDirectory(dir=slide.parent) as folder:
         out = Path(folder) / "out"
-        wall, cpu = time.perf_counter(), _cpu_s()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         if slide.is_file() or name == "ours":
             number = WAYS[name](slide, encoder, out)
         else:
@@ -234,14 +233,8 @@ def measure(name: str, slide: Path, encoder: Path) -> tuple[float, float, int]:
                 number = sum(pool.starmap(WAYS[name], units))
                 pool.close()
                 pool.join()
-        cpu, wall = _cpu_s() - cpu, time.perf_counter() - wall
+        cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     return 1000 * cpu / number, 1000 * wall / number, number
-
-
-def _cpu_s() -> float:
-    """Returns the processor time of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def _peak(name: str, slide: Path, encoder: Path, queue: Any) -> None:

@@ -154,7 +154,7 @@ class ThroughputHook(Hook):
             step_s = runner.message_hub.get_scalar("train/time").mean(
                 runner.log_processor.window_size
             )
-            samples = _samples_per_step(runner)
+            samples = _batch_size(runner) * get_world_size()
             runner.message_hub.update_scalar("train/samples_per_s", samples / step_s)
 
 
@@ -186,12 +186,12 @@ def start_screen(runner: Any) -> list[str]:
     lines.append(f"{'Data':<10}{len(dataset):,} samples{images}")
     if getattr(dataset, "feature_cache", None) is not None:
         lines.append(f"{'Features':<10}{describe(model, dataset)}")
-    step, world = _samples_per_step(runner), get_world_size()
+    batch, world = _batch_size(runner), get_world_size()
     counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     counts = (cfg.get("strategy") or {}).get("gradient_accumulation_steps", counts)
     lines.append(
-        f"{'Batch':<10}{step // world} x {world} process(es) x accumulation {counts} = "
-        f"{step * counts} samples an update"
+        f"{'Batch':<10}{batch} x {world} process(es) x accumulation {counts} = "
+        f"{batch * world * counts} samples an update"
     )
     lines.append(
         f"{'Steps':<10}{loop.max_iters:,} iterations, {len(loader):,} an epoch; "
@@ -212,10 +212,10 @@ def start_screen(runner: Any) -> list[str]:
     return lines
 
 
-def _samples_per_step(runner: Any) -> int:
-    """Returns the samples of all processes in one iteration."""
+def _batch_size(runner: Any) -> int:
+    """Returns the samples of one process in one iteration."""
     batch_size: int = runner.cfg.train_dataloader.get("batch_size", 1)
-    return batch_size * get_world_size()
+    return batch_size
 
 
 def _size(parameter: torch.Tensor) -> int:

@@ -27,8 +27,7 @@ _SINGLE_PROCESS = {
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
 }
-_DIVERGENCE_HOOK = "StopOnDivergenceHook"
-_LOG_HOOKS = ("StartScreenHook", "ThroughputHook")
+_HOOKS = ("StopOnDivergenceHook", "StartScreenHook", "ThroughputHook")
 # MMEngine's default wrapper, but without the `device_ids=[LOCAL_RANK]` that it passes by default
 # and DDP rejects on a CPU.
 _CPU_WRAPPER = {
@@ -54,11 +53,10 @@ def adapt_config(cfg: Any) -> Any:
     if optim_wrapper:
         _keep_learning_rates(optim_wrapper)
         hooks = list(cfg.get("custom_hooks") or ())
-        if not any(_type_name(hook.get("type")).endswith(_DIVERGENCE_HOOK) for hook in hooks):
+        if not any(_type_name(hook.get("type")).endswith(_HOOKS[0]) for hook in hooks):
             import pallava.engine.hooks  # noqa: F401  registers the hooks
 
-            added = (_DIVERGENCE_HOOK, *_LOG_HOOKS)
-            cfg.custom_hooks = [*hooks, *({"type": name} for name in added)]
+            cfg.custom_hooks = [*hooks, *({"type": name} for name in _HOOKS)]
     mixed = optim_wrapper and _type_name(optim_wrapper.get("type")).endswith("AmpOptimWrapper")
     if torch.cuda.is_available():
         if (

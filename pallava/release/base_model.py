@@ -53,7 +53,7 @@ class BaseModel:
         self.model: Any = None
         self.unexpected_names: set[str] = set()
         if not self.is_quantised and self.config.get("model_type") in CONFIG_MAPPING:
-            self.model, report = load_on_meta(self.folder)
+            self.model, report = load_on_meta(self.weights)
             check_report(report, self.folder)
             self.unexpected_names = set(report["unexpected_keys"])
         self.is_tied = False
@@ -119,13 +119,13 @@ class BaseModel:
         return names
 
 
-def load_on_meta(folder: Path, model_class: Any = None) -> tuple[Any, dict[str, Any]]:
+def load_on_meta(weights: WeightFolder, model_class: Any = None) -> tuple[Any, dict[str, Any]]:
     """Loads a folder as transformers does, from the names and shapes of its tensors alone.
 
     `from_pretrained` of a path would read every weight, even for the meta device.
 
     Args:
-        folder: Folder with `config.json` and weights.
+        weights: Weights in a folder with `config.json`.
         model_class: Class of transformers; by default that of the causal language model.
 
     Returns:
@@ -134,7 +134,7 @@ def load_on_meta(folder: Path, model_class: Any = None) -> tuple[Any, dict[str, 
     Raises:
         CheckpointError: If transformers cannot load the folder.
     """
-    weights = WeightFolder(folder)
+    folder = weights.folder
     infos = [weights.info(name) for name in weights]
     tensors = {i.name: torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos}
     verbosity = transformers.logging.get_verbosity()

@@ -6,7 +6,6 @@ the merged language model, `projector/` and `visual_encoder/`, which `pallava.lo
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import tempfile
@@ -24,7 +23,6 @@ from pallava.modeling.folders import load_connector, load_slide_encoder, load_vi
 from pallava.modeling.hf import PALLaVAForConditionalGeneration
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ScaleInvariantConnector
-from pallava.release.base_model import load_on_meta
 from pallava.release.card import write_card
 from pallava.release.merge import (
     LICENCE_FILES,
@@ -124,7 +122,7 @@ def export(
                 build.folder,
                 tied=False,
                 probe=probe,
-                load=functools.partial(load_on_meta, model_class=PALLaVAForConditionalGeneration),
+                model_class=PALLaVAForConditionalGeneration,
                 prefix="llm.",
             )
         return build.finish()

@@ -45,7 +45,7 @@ def verify_model(
     *,
     tied: bool,
     probe: bool = True,
-    load: Callable[[Path], tuple[Any, dict[str, Any]]] = load_on_meta,
+    model_class: Any = None,
     prefix: str = "",
 ) -> None:
     """Loads a merged model and compares what it computes with PEFT.
@@ -56,7 +56,7 @@ def verify_model(
         folder: Folder of the result.
         tied: Whether the output layer must share the input embeddings.
         probe: Whether to compare the logits of a few tokens.
-        load: Function that returns the model on the meta device and transformers' loading info.
+        model_class: Class of the result; by default that of the causal language model.
         prefix: Prefix of the language model's tensors in `folder`.
 
     Raises:
@@ -70,7 +70,8 @@ def verify_model(
             base.folder,
         )
         return
-    model, report = load(folder)
+    result = WeightFolder(folder)
+    model, report = load_on_meta(result, model_class)
     check_report(report, folder)
     unexpected = sorted(set(report["unexpected_keys"]) - base.unexpected_names)
     if unexpected:
@@ -85,7 +86,7 @@ def verify_model(
             f"{type(model).__name__} loads it otherwise"
         )
     if probe:
-        _compare(base, adapters, folder, tied, prefix)
+        _compare(base, adapters, result, tied, prefix)
 
 
 @dataclass
@@ -187,7 +188,7 @@ class _Probe:
 
 
 def _compare(
-    base: BaseModel, adapters: Sequence[Adapter], folder: Path, tied: bool, prefix: str
+    base: BaseModel, adapters: Sequence[Adapter], result: WeightFolder, tied: bool, prefix: str
 ) -> None:
     if base.model.config.get_text_config() is not base.model.config:
         _logger.warning("%s: holds more than a language model; logits not compared", base.folder)
@@ -199,7 +200,6 @@ def _compare(
     expected = probe.logits(_with_adapters(trained, adapters, probe))
     del trained
     gc.collect()  # PEFT's wrappers form reference cycles
-    result = WeightFolder(folder)
 
     def read(name: str) -> Tensor | None:
         return probe.rows(result, name, prefix + name) if prefix + name in result else None
@@ -216,8 +216,9 @@ def _compare(
     if not error <= tolerance:
         names = ", ".join(str(adapter.folder) for adapter in adapters) or "no adapter"
         raise CheckpointError(
-            f"{folder}: the logits differ from those of {base.folder} with {names} by {error:.2g} "
-            f"of their spread, {tolerance:.2g} allowed. Please report this with adapter_config.json"
+            f"{result.folder}: the logits differ from those of {base.folder} with {names} by "
+            f"{error:.2g} of their spread, {tolerance:.2g} allowed. Please report this with "
+            "adapter_config.json"
         )
     _logger.info("logits agree with PEFT's to %.1g of their spread", error)
 
@@ -232,9 +233,9 @@ def _probe_of(base: BaseModel, adapters: Sequence[Adapter]) -> _Probe:
         tokens = torch.arange(vocabulary)  # DoRA normalises over the whole vocabulary
     probe = _Probe(base, min(_NUM_LAYERS, config.num_hidden_layers), tokens)
     numel = sum(
-        tensor.numel()
+        tensor.numel() * len(tokens) // vocabulary if name in probe.by_token else tensor.numel()
         for name, tensor in base.model.state_dict().items()
-        if probe.holds(name) and name not in probe.by_token
+        if probe.holds(name)
     )
     if 4 * numel > _MAX_PROBE_BYTES:
         probe.num_layers = 1
