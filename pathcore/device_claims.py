@@ -20,6 +20,8 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     import torch
 
+    from pathcore.pool import PoolOptions
+
 _held: list[int] = []
 """Descriptors of the locks, which must stay open: closing one would release the GPU."""
 
@@ -72,17 +74,25 @@ class Placement:
     own_gpu: bool = False
     tile_bar: bool = False
 
+    @property
+    def pool(self) -> PoolOptions:
+        """How a pool runs tasks that use the device."""
+        on_gpu = choose_device(self.device).type == "cuda"
+        return {"gpus_per_task": int(on_gpu), "can_fork": not on_gpu}
+
     def for_job(self, *, workers: int, engine: str, progress: bool) -> Placement:
-        """Returns the placement with `own_gpu` and `tile_bar` as they suit the job.
+        """Returns the placement with all its settings, chosen to suit the job.
 
         Args:
             workers: See `pathcore.pool.PoolOptions`.
             engine: See `pathcore.pool.PoolOptions`.
             progress: Whether the job shows progress bars.
         """
+        device = str(choose_device(self.device))
         return replace(
             self,
-            own_gpu=self.device == "cuda" and engine == "process",
+            device=device,
+            own_gpu=device == "cuda" and engine == "process",
             tile_bar=progress and workers == 1 and engine != "ray",
         )
 

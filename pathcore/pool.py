@@ -65,14 +65,16 @@ class PoolOptions(TypedDict, total=False):
             functions that cannot be pickled.
         address: Address of a Ray cluster, all of whose machines must see the files of the job; by
             default Ray is started on this machine.
-        gpus_per_task: Number of GPUs that Ray reserves for each task. If not 0, processes are not
-            forked, since a forked process cannot use CUDA once its parent has initialised it.
+        gpus_per_task: Number of GPUs that Ray reserves for each task.
+        can_fork: Whether worker processes may be forked, which starts them at once. A forked
+            process cannot use CUDA if its parent has initialised it.
     """
 
     workers: int
     engine: Engine
     address: str | None
     gpus_per_task: float
+    can_fork: bool
 
 
 def run_tasks(
@@ -83,6 +85,7 @@ def run_tasks(
     engine: Engine = "process",
     address: str | None = None,
     gpus_per_task: float = 0,
+    can_fork: bool = True,
     on_death: Callable[[Task, WorkerDiedError], Iterable[Task]] | None = None,
 ) -> Iterator[Result]:
     """Applies a function to tasks and yields results in the order in which they are completed.
@@ -93,10 +96,11 @@ def run_tasks(
     Args:
         function: Function of a task. Function, tasks and results must be picklable.
         tasks: The tasks.
-        workers: See `PoolOptions`, as for the next three.
+        workers: See `PoolOptions`, as for the next four.
         engine: `process`, `ray` or `inline`.
         address: Address of a Ray cluster.
         gpus_per_task: Number of GPUs per task.
+        can_fork: Whether processes may be forked.
         on_death: Function that is called with the task of a worker that died, and returns tasks to
             run instead. By default the death of a worker ends the run.
 
@@ -115,7 +119,7 @@ def run_tasks(
     elif engine == "ray":
         yield from _run_on_ray(function, tasks, workers, address, gpus_per_task, on_death)
     else:
-        context = multiprocessing.get_context("spawn") if gpus_per_task else _context()
+        context = _context() if can_fork else multiprocessing.get_context("spawn")
         yield from _run_in_processes(function, tasks, workers, context, on_death)
 
 

@@ -87,9 +87,9 @@ def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[
         failures[cell] = str(error)
         return ()
 
-    # Cells use the GPU if there is one, so their processes must not be forked.
+    # Cells use the GPU if there is one.
     done = run_tasks(
-        partial(run_cell, plan), missing, workers=jobs, gpus_per_task=1, on_death=record
+        partial(run_cell, plan), missing, workers=jobs, can_fork=False, on_death=record
     )
     for cell, message in tqdm(done, total=len(missing), disable=not progress):
         if message is not None:

@@ -30,7 +30,7 @@ from pathcore.device_claims import Placement, choose_device
 from pathcore.encoders.origin import TileOrigin, stated_mpp
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
-from pathcore.pool import Engine
+from pathcore.pool import Engine, PoolOptions
 from wsi.features import (
     PART_TILES,
     EmbeddingError,
@@ -154,9 +154,15 @@ def embed_slides(
     """
     if isinstance(settings, str):
         settings = EmbeddingSettings.for_encoder(settings)
-    placement = placement or Placement()
-    on_gpu = (placement.device or "").startswith("cuda")
-    placement = placement.for_job(workers=workers, engine=engine, progress=progress)
+    placement = (placement or Placement()).for_job(
+        workers=workers, engine=engine, progress=progress
+    )
+    pool: PoolOptions = {
+        **placement.pool,
+        "workers": workers,
+        "engine": engine,
+        "address": address,
+    }
     return process_slides(
         partial(_embed_slide, settings=settings, placement=placement),
         slides,
@@ -166,12 +172,9 @@ def embed_slides(
         exclude=[settings.masks, settings.coords],
         tile_folders=True,
         at_end=None if settings.slide_encoder is None else write_table,
-        workers=workers,
-        engine=engine,
-        address=address,
-        gpus_per_task=1 if on_gpu else 0,
         retry_skipped=retry_skipped,
         progress=progress,
+        **pool,
     )
 
 

@@ -21,14 +21,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathcore.device_claims import Placement
+from pathcore.device_claims import Placement, choose_device
 from pathcore.encoders import Encoder, EncoderError, create_encoder
 from pathcore.encoders.encoder import default_precision
 from pathcore.files import StrPath, atomic_file, sha256_of, write_json
@@ -231,11 +231,9 @@ def select_patches(
         opened, described = _OpenEncoder(encoder), encoder.describe()
         pool["engine"] = "inline"
     else:
-        device = str(Placement(placement.device).worker_device(output))
-        placement = replace(placement, device=device)
-        opened, described = _describe(encoder, device)
-        pool["gpus_per_task"] = 1 if device.startswith("cuda") else 0
-    placement = placement.for_job(workers=workers, engine=engine, progress=progress)
+        opened, described = _describe(encoder, str(choose_device(placement.device)))
+        pool |= placement.pool
+    placement = placement.for_job(workers=workers, engine=pool["engine"], progress=progress)
     inputs = {
         "operation": "select-patches",
         "encoder": described,

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pathcore.device_claims import claim
+from pathcore.device_claims import Placement, claim
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +33,20 @@ def test_each_worker_takes_a_gpu_of_its_own(tmp_path: Path) -> None:
     first.communicate()
     third = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT, check=True)
     assert third.stdout == "1\n"  # given back by the one that was killed
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_a_job_finds_the_gpu_whether_it_is_named_or_not(
+    device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    placement = Placement(device).for_job(workers=2, engine="process", progress=False)
+    assert (placement.device, placement.own_gpu) == ("cuda", True)
+    assert placement.pool == {"gpus_per_task": 1, "can_fork": False}
+
+
+def test_a_job_without_a_gpu_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    placement = Placement().for_job(workers=2, engine="process", progress=False)
+    assert (placement.device, placement.own_gpu) == ("cpu", False)
+    assert placement.pool == {"gpus_per_task": 0, "can_fork": True}
