@@ -91,7 +91,7 @@ def main() -> None:
     if arguments.quick:
         arguments.num_slides, arguments.num_patches, arguments.side_px = 2, 40, 3000
         arguments.script_patches, arguments.rounds, arguments.annotations = 4, 1, 2000
-    results = []
+    results: list[dict[str, Any]] = []
     if arguments.rounds:
         slides = make_slides(arguments.slides, arguments.num_slides, arguments.side_px)
         rows = make_rows(slides, arguments.num_patches)
@@ -295,7 +295,8 @@ def floor(job: tuple[list[dict[str, Any]], Path, Path, str]) -> None:
     encode = encoder(image_format)
     for slide_id, group in groupby(rows, key=lambda row: row["wsi_id"]):
         with Slide(folder / f"{slide_id}.svs") as slide:
-            regions = [Region(*map(int, row["position"]), PATCH_PX, PATCH_PX) for row in group]
+            corners = [map(int, row["position"]) for row in group]
+            regions = [Region(left, top, PATCH_PX, PATCH_PX) for left, top in corners]
             for pixels in slide.read_many(regions):
                 assert isinstance(pixels, np.ndarray)
                 encode(pixels)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks._memory import peak_resident_mib
 from benchmarks._processor import describe, has_bf16
+from benchmarks._ratios import Ratio
 from gigapath.dilated_attention import branch_calls
 from gigapath.longnet import DilatedSelfAttention, EncoderLayer
 from gigapath.slide_encoder import LongNetViT
@@ -281,25 +282,25 @@ def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list
         for name in dict.fromkeys(floor_of.values()):
             seconds[name].append(bench.floor(x, name))
 
-    def ratios(above: str, below: str | None) -> list[float]:
+    def ratio_of(above: str, below: str | None) -> Ratio | None:
         if below is None or above == below or not seconds.get(above):
-            return []
-        return [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+            return None
+        return Ratio.of(seconds[above], seconds[below])
 
     results = []
     for name, times in seconds.items():
         is_training = name in (TRAINING, STRAIGHTFORWARD_TRAINING)
         alternative = STRAIGHTFORWARD_TRAINING if is_training else STRAIGHTFORWARD
-        ratio = ratios(alternative, name) if name in floor_of else []
-        over_floor = ratios(name, floor_of.get(name))
+        ratio = ratio_of(alternative, name) if name in floor_of else None
+        over_floor = ratio_of(name, floor_of.get(name))
         results.append(
             Result(
                 num_tiles,
                 name,
                 statistics.median(times),
-                statistics.median(ratio) if ratio else None,
-                statistics.median(over_floor) if over_floor else None,
-                (min(over_floor), max(over_floor)) if over_floor else None,
+                ratio.median if ratio else None,
+                over_floor.median if over_floor else None,
+                over_floor.limits if over_floor else None,
             )
         )
     return results
@@ -338,9 +339,9 @@ def main(
             STRAIGHTFORWARD: bench.straightforward,
         }[peak]
         case(x[:, :64], coords[:, :64])
-        with peak_resident_mib() as mib:
+        with peak_resident_mib() as peaks:
             case(x, coords)
-        click.echo(mib[0])
+        click.echo(peaks[0])
         return
     if quick:
         rounds, layers, tiles, curve, training = 1, 2, (300,), (500,), True

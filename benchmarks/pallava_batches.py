@@ -64,7 +64,8 @@ class Samples:
         lengths, sub_images, answers = [], [], []
         for _ in range(count):
             if rng.random() < _PATHVQA_SHARE:
-                question, answer = rng.integers(4, 17), rng.choice([1, rng.integers(1, 7)])
+                question = rng.integers(4, 17)
+                answer = rng.choice(np.array([1, rng.integers(1, 7)]))
             else:  # four choices
                 question, answer = rng.integers(8, 31) + rng.integers(1, 13, 4).sum(), 1
                 answer += rng.integers(1, 13)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -97,18 +98,19 @@ class Bench:
         if quick:
             vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
             vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
-            sizes = {"llm_hidden_size": 48, "num_hidden_layers": 2}
+            llm_width, depth = 48, 2
         else:
             vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
             vision |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 16}
-            sizes = {"llm_hidden_size": 4096, "num_hidden_layers": 6}
+            llm_width, depth = 4096, 6
         self.encoder = PLIPVisionEncoder(CLIPVisionConfig(**vision)).requires_grad_(False).train()
         self.connector = ScaleInvariantConnector(
             ConnectorConfig(
                 visual_hidden_size=vision["hidden_size"],
                 num_attention_heads=vision["num_attention_heads"],
                 intermediate_size=vision["intermediate_size"],
-                **sizes,
+                llm_hidden_size=llm_width,
+                num_hidden_layers=depth,
             )
         ).train()
         anyres = AnyRes(tile_px=vision["image_size"])
@@ -118,7 +120,7 @@ class Bench:
         tokens, width = self.encoder.num_patches, vision["hidden_size"]
         self.thumbnails = torch.randn(len(self.counts), tokens, width)
         self.sub_images = torch.randn(sum(self.counts), tokens, width)
-        self.cotangent = torch.randn(len(self.counts), tokens, sizes["llm_hidden_size"])
+        self.cotangent = torch.randn(len(self.counts), tokens, llm_width)
         self.tiles = len(self.counts) + sum(self.counts)
         self.tiles_padded = len(self.counts) * (1 + max(self.counts))
 
@@ -246,7 +248,7 @@ def measure_times(
     return samples
 
 
-def measure_memory(bench: Bench, name: str) -> dict[str, float]:
+def measure_memory(bench: Bench, name: str) -> dict[str, Any]:
     """Measures operations, kept and peak memory of a step; needs a fresh process."""
     forward = bench.cases()[name]()
     gc.collect()
@@ -291,7 +293,7 @@ def kept_storages(bench: Bench) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def measure_in_child(name: str) -> dict[str, float]:
+def measure_in_child(name: str) -> dict[str, Any]:
     """Runs `measure_memory` in a fresh process."""
     module = "benchmarks.pallava_encoder_connector"
     result = subprocess.run(

@@ -124,7 +124,7 @@ class Case:
         """Reads the images and trains for a step; returns the loss."""
         self.num_steps += 1
         torch.manual_seed(self.num_steps)  # dropout is the same with and without stored features
-        data = {"input_ids": self.ids.clone(), "labels": self.labels.clone()}
+        data: dict[str, Any] = {"input_ids": self.ids.clone(), "labels": self.labels.clone()}
         data["attention_mask"] = torch.ones_like(self.ids, dtype=torch.bool)
         images = [self._read(file) for file in self.files]
         data["pixel_values"] = torch.cat(images) if self.xtuner else images

@@ -279,9 +279,8 @@ class RegionMap:
             block = blocks[rng.integers(len(blocks))]
             size = rng.integers(*REGION_TILES, size=2, endpoint=True)
             corner = block * BLOCK_TILES + rng.integers(0, BLOCK_TILES - size + 1)
-            region = Region(
-                *map(int, (*corner, *size)), int(rng.integers(4)), bool(rng.integers(2))
-            )
+            (top, left), (rows, columns) = corner.tolist(), size.tolist()
+            region = Region(top, left, rows, columns, int(rng.integers(4)), bool(rng.integers(2)))
             if (corner + size <= self.shape).all():
                 covered = region.seen(self.areas).sum(axis=-1) >= _MIN_TISSUE
                 if covered.mean() >= 0.5:
@@ -377,7 +376,7 @@ def _conversations(
             continue
         weights = np.array([1 / counts[q.text, q.answer] for q in questions])
         size = min(_ASKED, len(questions))
-        turns = []
+        turns: list[dict[str, Any]] = []
         for place in rng.choice(len(questions), size, replace=False, p=weights / weights.sum()):
             mark = "" if turns else "<image>\n"
             turns.append({"from": "human", "value": mark + questions[place].text})
@@ -433,10 +432,10 @@ def reader_accuracy(region_map: RegionMap, noise: float, num_regions: int, seed:
                     seen[held_out].setdefault(text, []).append((signs, asked[text]))
     right: list[float] = []
     for text, rows in seen[True].items():
-        signs, answers = zip(*seen[False][text], strict=True)
+        known, answers = zip(*seen[False][text], strict=True)
         weights = [1 / answers.count(answer) for answer in answers]
         model = GradientBoostingClassifier(n_estimators=60, subsample=0.7, random_state=0)
-        model.fit(signs, answers, sample_weight=weights)
+        model.fit(known, answers, sample_weight=weights)
         told = model.predict([row[0] for row in rows])
         hits = np.array([answer == row[1] for answer, row in zip(told, rows, strict=True)])
         truth = np.array([row[1] for row in rows])
