@@ -261,9 +261,9 @@ class Page:
         inputs = [name, size, session]
         # Every click counts and the last one wins. By default Gradio drops clicks while one is
         # being answered: for good, if the answer to that one is lost with a closed connection.
-        moved: dict[str, Any] = {"inputs": inputs, "outputs": [*slide, *outputs], **_QUIET}
-        parts["slide"].select(self.take_click, trigger_mode="multiple", **moved)
-        size.submit(self.take_region, trigger_mode="multiple", **moved)
+        common: dict[str, Any] = {"trigger_mode": "multiple", **_QUIET}
+        parts["slide"].select(self.take_click, inputs, [*slide, *outputs], **common)
+        size.submit(self.take_region, inputs, [*slide, *outputs], **common)
 
     async def take_upload(self, path: str | None, session: Session | None) -> list[Any]:
         """Handles an upload; `path` is that of Gradio's file in the upload folder."""

@@ -21,14 +21,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pathcore.device_claims import Placement, choose_device
+from pathcore.device_claims import Placement
 from pathcore.encoders import Encoder, EncoderError, create_encoder
 from pathcore.encoders.encoder import default_precision
 from pathcore.files import StrPath, atomic_file, sha256_of, write_json
@@ -230,10 +230,11 @@ def select_patches(
         _check_has_text(encoder)
         opened, described = _OpenEncoder(encoder), encoder.describe()
         pool["engine"] = "inline"
+        placement = replace(placement, tile_bar=progress)
     else:
-        opened, described = _describe(encoder, str(choose_device(placement.device)))
+        placement = placement.for_job(workers=workers, engine=engine, progress=progress)
+        opened, described = _describe(encoder, str(placement.device))
         pool |= placement.pool
-    placement = placement.for_job(workers=workers, engine=pool["engine"], progress=progress)
     inputs = {
         "operation": "select-patches",
         "encoder": described,
