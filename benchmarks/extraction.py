@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="0: annotations alone")
     parser.add_argument("--side-px", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--annotations", type=int, default=400_000, help="rows to read and sort")
+    parser.add_argument(
+        "--annotations", type=int, default=400_000, help="rows to read and sort; 0: none"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -100,10 +102,8 @@ def main() -> None:
         for number in range(arguments.rounds):
             results += one_round(arguments, slides, rows, number)
         summarise(results)
-    annotations = [
-        measure_annotations(arguments, n)
-        for n in (arguments.annotations // 4, arguments.annotations)
-    ]
+    sizes = (arguments.annotations // 4, arguments.annotations) if arguments.annotations else ()
+    annotations = [measure_annotations(arguments, number) for number in sizes]
     for number, mib, read, build, again, parts in annotations:
         print(
             f"{number:,} annotations: read in {read:.1f} CPU s, read and sorted in {build:.1f}, "

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from tqdm import tqdm
 
 from cite.splits import draw_slides, read_patches, write_patches
 from cite.sweep import Cell, Sweep
-from pathcore.files import write_json
+from pathcore.files import folder_lock, write_json
 from pathcore.pool import WorkerDiedError, run_tasks
 
 
@@ -70,7 +71,7 @@ class SweepPlan:
 
 
 def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[Cell, str]:
-    """Runs the cells that have no scores yet.
+    """Runs the cells that have no scores yet; only one process at a time may run a sweep.
 
     Args:
         plan: Settings of the sweep.
@@ -79,19 +80,31 @@ def run_sweep(plan: SweepPlan, *, jobs: int = 1, progress: bool = True) -> dict[
 
     Returns:
         Error message of each cell that failed, or whose process was killed.
+
+    Raises:
+        FolderInUseError: If another process runs a sweep in this folder.
+        ValueError: If both or neither of `train_file` and `train_files` are given.
     """
-    missing = [cell for cell in plan.cells() if read_scores(plan, cell) is None]
+    cells = plan.cells()
+    Path(plan.work_dir).mkdir(parents=True, exist_ok=True)
+    with folder_lock(Path(plan.work_dir, ".lock")):
+        missing = [cell for cell in cells if read_scores(plan, cell) is None]
+        return _run_cells(plan, missing, jobs, progress)
+
+
+def _run_cells(plan: SweepPlan, cells: list[Cell], jobs: int, progress: bool) -> dict[Cell, str]:
     failures: dict[Cell, str] = {}
 
     def record(cell: Cell, error: WorkerDiedError) -> Iterable[Cell]:
         failures[cell] = str(error)
         return ()
 
-    # Cells use the GPU if there is one.
+    # Cells use the GPU if there is one, which a forked process could not.
+    can_fork = not torch.cuda.is_available()
     done = run_tasks(
-        partial(run_cell, plan), missing, workers=jobs, can_fork=False, on_death=record
+        partial(run_cell, plan), cells, workers=jobs, can_fork=can_fork, on_death=record
     )
-    for cell, message in tqdm(done, total=len(missing), disable=not progress):
+    for cell, message in tqdm(done, total=len(cells), disable=not progress):
         if message is not None:
             failures[cell] = message
     return failures

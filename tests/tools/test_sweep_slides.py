@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from pathcore.files import folder_lock
 from tests.cite.mm.gastric import make_gastric
+from tests.warm_python import run_module
+from xtuner_add.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "cite" / "gastric"
@@ -29,14 +33,12 @@ if multiprocessing.parent_process():
 pytestmark = pytest.mark.slow
 
 
+ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xtuner_add.cli", "cite-sweep", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    """Runs a sweep in a warm process; its output contains both streams."""
+    return run_module("xtuner_add.cli", ["cite-sweep", *arguments], cwd=folder, environ=ENVIRON)
 
 
 def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
         *("--cfg-options", "train_cfg.max_iters=2", "--work-dir", "sweep"),
     )
     result = run(tmp_path, *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-3000:]
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert table in result.stdout
     assert table.startswith("| method | 2 slides |")
@@ -68,12 +70,12 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     image.write_bytes(b"damaged")
     failed = run(tmp_path, *arguments)
     assert failed.returncode == 1
-    assert "1 cells failed" in failed.stderr
-    assert image.name in failed.stderr + (files[3].parent / "error.txt").read_text()
+    assert "1 cells failed" in failed.stdout
+    assert image.name in failed.stdout + (files[3].parent / "error.txt").read_text()
 
     image.write_bytes(content)
     again = run(tmp_path, *arguments)
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.returncode == 0, again.stdout[-3000:]
     assert (tmp_path / "sweep" / "table.md").read_text() == table
     assert {f: f.stat().st_mtime_ns for f in files if f != files[3]} == {
         f: time for f, time in times.items() if f != files[3]
@@ -84,13 +86,14 @@ def test_a_killed_cell_fails_alone(tmp_path: Path) -> None:
     data = make_gastric(tmp_path)
     killed = tmp_path / "killed.py"
     killed.write_text(KILLED.format(base=str(LINEAR)))
-    result = run(
-        tmp_path,
+    command = [
+        *(sys.executable, "-m", "xtuner_add.cli", "cite-sweep"),
         *(f"killed={killed}", f"linear={LINEAR}", "--metric", "bag_accuracy"),
         *("--train-file", str(data / "gastric_cls3_ann" / "train_all_0.2.txt")),
         *("--num-slides", "2", "--seeds", "1", "--cfg-options", "train_cfg.max_iters=1"),
         *("--work-dir", "sweep"),
-    )
+    ]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRON, capture_output=True, text=True)
     assert result.returncode == 1
     assert "1 cells failed" in result.stderr
     assert "killed by SIGKILL" in result.stderr
@@ -119,7 +122,7 @@ def test_few_shot_baselines_run_in_one_sweep(tmp_path: Path) -> None:
         ),
         *("--cfg-options", "test_evaluator.num_resamples=0"),
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-3000:]
     lines = (tmp_path / "sweep/table.md").read_text().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(names)
     folder = tmp_path / "sweep/tip-adapter/slides2_seed0"
@@ -133,13 +136,24 @@ def test_few_shot_baselines_run_in_one_sweep(tmp_path: Path) -> None:
     assert not torch.equal(tuned["head.cache.keys"], cache["head.cache.keys"])
 
 
+def test_two_sweeps_in_one_folder_do_not_mix(tmp_path: Path) -> None:
+    data = make_gastric(tmp_path)
+    train = str(data / "gastric_cls3_ann" / "train_all_0.2.txt")
+    (tmp_path / "sweep").mkdir()
+    with folder_lock(tmp_path / "sweep" / ".lock"):
+        result = run(tmp_path, f"linear={LINEAR}", "--train-file", train, "--work-dir", "sweep")
+    assert result.returncode == 1
+    assert "another process is working on this folder" in result.stdout
+    assert not list(tmp_path.glob("sweep/linear"))
+
+
 def test_arguments_that_cannot_be(tmp_path: Path) -> None:
     for arguments, message in (
         ((str(LINEAR),), "expected NAME=CONFIG"),
         (("a=nowhere.py",), "a: nowhere.py: no such config"),
-        ((f"a={LINEAR}",), "either a file to draw slides from"),
+        ((f"a={LINEAR}",), "expected either --train-file or --train-files"),
         ((f"a={LINEAR}", "--compare", "b"), "--compare b: expected one of a"),
     ):
-        result = run(tmp_path, *arguments)
-        assert result.returncode == 1
+        result = CliRunner().invoke(main, ["cite-sweep", *arguments])
+        assert result.exit_code == 2
         assert message in result.stderr

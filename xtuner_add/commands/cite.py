@@ -336,7 +336,9 @@ def score_maps(
         slides = {name: slides[name] for name in (only or slides)}
         side = patch_px or model.preprocessing.output_px
         if side is None:
-            raise ValueError("--patch-px is required: the classifier accepts patches of any size")
+            raise click.UsageError(
+                "--patch-px is required: the classifier accepts patches of any size"
+            )
         tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
     failed = []
     for slide, names in slides.items():
@@ -421,15 +423,15 @@ def _named_configs(pairs: tuple[str, ...]) -> dict[str, str]:
     """Parses NAME=CONFIG arguments.
 
     Raises:
-        ValueError: If an argument is malformed, a name occurs twice, or a file does not exist.
+        click.UsageError: If an argument is malformed, a name occurs twice, or a file is missing.
     """
     configs: dict[str, str] = {}
     for pair in pairs:
         name, _, file = pair.partition("=")
         if not file or not name or "/" in name or name in configs:
-            raise ValueError(f"{pair!r}: expected NAME=CONFIG, each name once")
+            raise click.UsageError(f"{pair!r}: expected NAME=CONFIG, each name once")
         if not Path(file).is_file():
-            raise ValueError(f"{name}: {file}: no such config")
+            raise click.UsageError(f"{name}: {file}: no such config")
         configs[name] = file
     return configs
 
@@ -475,18 +477,21 @@ def sweep_slides(
     Finished cells are not run again. The exit code is 1 if cells failed; their folders contain
     error.txt.
     """
+    named = _named_configs(configs)
+    if compare is not None and compare not in named:
+        raise click.UsageError(f"--compare {compare}: expected one of {', '.join(named)}")
+    if (options["train_file"] is None) == (options["train_files"] is None):
+        raise click.UsageError("expected either --train-file or --train-files")
     from cite.mm.sweep import SweepPlan, collect, run_sweep
 
     with user_errors():
         plan = SweepPlan(
-            configs=_named_configs(configs),
+            configs=named,
             seeds=range(num_seeds),
             work_dir=work_dir,
             options=_config_changes(cfg_options),
             **options,
         )
-        if compare is not None and compare not in plan.configs:
-            raise ValueError(f"--compare {compare}: expected one of {', '.join(plan.configs)}")
         failures = run_sweep(plan, jobs=jobs)
         sweep = collect(plan)
     if sweep.scores:

@@ -235,7 +235,7 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
     )
     if options["endpoint"] is not None:
         if decoding.num_beams > 1 or decoding.top_p < 1:
-            raise ValueError("--decoding: an endpoint takes temperature and seed only")
+            raise click.UsageError("--decoding: an endpoint takes temperature and seed only")
         return ChatModel(
             open_endpoint(options, sampling), work_dir / "replies.sqlite", budget(options)
         )
