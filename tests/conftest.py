@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -60,6 +61,16 @@ def build_wheel(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what all imports have created from garbage collection.
+
+    Collections would search these million objects again and again, half a second each time;
+    transformers and MMEngine also collect explicitly.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

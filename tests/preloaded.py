@@ -1,5 +1,6 @@
 """Imports once what the processes of `tests.warm_python` need, before they are forked."""
 
+import gc
 from importlib import import_module
 
 for name in (
@@ -11,3 +12,5 @@ for name in (
     "open_clip_train.main",
 ):
     import_module(name)
+
+gc.freeze()  # as `tests.conftest` does, for all forks

@@ -44,6 +44,19 @@ def test_a_training_step_needs_no_compiler_and_gives_the_same_weights() -> None:
     assert deferred.split()[1:] == eager.split()[1:]
 
 
+def test_garbage_is_collected_as_usual_once_nothing_more_is_imported() -> None:
+    code = """
+import gc
+before = gc.get_threshold()
+import torch
+during = gc.get_threshold()
+kept = [[] for _ in range(200_000)]
+print(before[0] > 700, during == before, gc.get_threshold()[0], len(gc.callbacks))
+"""
+    assert run(code) == "True True 700 0"
+    assert run(code, **{EAGER_VARIABLE: "1"}) == "False True 700 0"
+
+
 def test_the_compiler_is_the_real_one_once_it_is_used() -> None:
     printed = run(
         "import torch\n"
