@@ -88,7 +88,8 @@ class _Loader(Loader):
     def run(self, module: ModuleType, wanted: str) -> None:
         """Runs the code of a deferred module once, or only imports a submodule if that suffices."""
         with self._lock:
-            if self._is_running:  # accessed before the code defines it
+            # The code runs, but has not defined it yet; or an import asks whether it is a package.
+            if self._is_running or (wanted == "__path__" and self._path is None):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
             if not isinstance(module, _DeferredModule):
                 return  # another thread was faster
@@ -226,22 +227,39 @@ def _imported_alone(package: str, submodule: str) -> Iterator[None]:
     yield
 
 
+def _forwarding(module: str, function: str) -> Callable[..., Any]:
+    """Returns a function that imports the module when it is called, and calls the function."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        imported = importlib.import_module(module)
+        if isinstance(imported, _DeferredModule):
+            imported.__loader__.run(imported, function)  # type: ignore[union-attr]
+        return getattr(imported, function)(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def _postponed(module: str, function: str) -> Iterator[None]:
     """Makes `from module import function` import the module only when the function is called."""
     if module in sys.modules:
         yield
         return
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args, **kwargs)
-
     sys.modules[module] = ModuleType(module)
-    setattr(sys.modules[module], function, call)
+    setattr(sys.modules[module], function, _forwarding(module, function))
     try:
         yield
     finally:
         del sys.modules[module]
+
+
+class _NeverRaised(Exception):
+    """Stands in for an error of a module that has not run and can thus not have raised it."""
+
+
+def _raise_real_symbol_errors(module: ModuleType) -> None:
+    if importer := sys.modules.get("torch.distributed.tensor._decompositions"):
+        importer.GuardOnDataDependentSymNode = module.GuardOnDataDependentSymNode  # type: ignore[attr-defined]
 
 
 def _without_sklearn(module: ModuleType) -> None:
@@ -296,6 +314,16 @@ RULES: Mapping[str, _Rule] = {
     ),
     "torchvision.ops.roi_align": _Rule(
         deferred=False, during=lambda: _postponed("torch._dynamo.utils", "is_compile_supported")
+    ),
+    # 0.7 s, with sympy. transformers imports torch.distributed.tensor, which only uses it to
+    # compute with tensors that are distributed, and flex_attention, which has to be compiled.
+    "torch.fx.experimental.symbolic_shapes": _Rule(
+        presets={
+            name: _forwarding("torch.fx.experimental.symbolic_shapes", name)
+            for name in ("guard_or_false", "has_free_unbacked_symbols", "statically_known_true")
+        }
+        | {"GuardOnDataDependentSymNode": _NeverRaised},
+        after=_raise_real_symbol_errors,
     ),
     # 1.5 s, with scipy and pandas.
     "transformers.utils.import_utils": _Rule(deferred=False, after=_without_sklearn),

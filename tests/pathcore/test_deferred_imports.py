@@ -57,6 +57,26 @@ print(before[0] > 700, during == before, gc.get_threshold()[0], len(gc.callbacks
     assert run(code, **{EAGER_VARIABLE: "1"}) == "False True 700 0"
 
 
+def test_dtensors_compute_as_ever_and_import_sympy_only_then() -> None:
+    code = """
+import sys, torch
+from torch.distributed.tensor import Shard, _decompositions, distribute_tensor, init_device_mesh
+from torch.nn.attention.flex_attention import create_block_mask
+before = "sympy" in sys.modules
+alone = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=alone, rank=0, world_size=1)
+rows = distribute_tensor(torch.arange(8.0).view(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+product = (rows @ rows.T).full_tensor()
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_false
+print(before, "sympy" in sys.modules, product.sum().item(), guard_or_false(True),
+      _decompositions.GuardOnDataDependentSymNode is GuardOnDataDependentSymNode,
+      GuardOnDataDependentSymNode.__module__)
+"""
+    real = "True 400.0 True True torch.fx.experimental.symbolic_shapes"
+    assert run(code) == f"False {real}"
+    assert run(code, **{EAGER_VARIABLE: "1"}) == f"True {real}"
+
+
 def test_the_compiler_is_the_real_one_once_it_is_used() -> None:
     printed = run(
         "import torch\n"
