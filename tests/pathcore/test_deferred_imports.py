@@ -77,6 +77,20 @@ print(before, "sympy" in sys.modules, product.sum().item(), guard_or_false(True)
     assert run(code, **{EAGER_VARIABLE: "1"}) == f"True {real}"
 
 
+def test_transformers_finds_the_same_names() -> None:
+    code = """
+from hashlib import sha256
+import transformers
+from transformers.utils.import_utils import fetch__all__
+structure = sorted(transformers._import_structure.items(), key=str)
+names = {module: sorted(found) for module, found in structure}
+texts = ("__all__ = ['a']", "x = 1", "#__all__", "1\\n__all__ = [\\n'a',\\n]")
+found = [fetch__all__(text) for text in texts]
+print(len(names), sha256(str(names).encode()).hexdigest(), found)
+"""
+    assert run(code) == run(code, **{EAGER_VARIABLE: "1"})
+
+
 def test_the_compiler_is_the_real_one_once_it_is_used() -> None:
     printed = run(
         "import torch\n"
