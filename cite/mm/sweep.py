@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import shutil
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from cite.splits import draw_slides, read_patches, write_patches
 from cite.sweep import Cell, Sweep
-from pathcore.files import folder_lock, write_json
+from pathcore.files import file_identity, folder_lock, sha256_of, write_json
 from pathcore.pool import WorkerDiedError, run_tasks
 
 
@@ -205,8 +206,32 @@ def _write_slides(plan: SweepPlan, cell: Cell) -> Path:
 def _inputs(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
     config = Config.fromfile(plan.configs[cell.method], import_custom_modules=False)
     config.merge_from_dict(dict(plan.options))
-    train = plan.train_file or plan.train_files
-    return {"config": config.pretty_text, "train": os.path.abspath(str(train))}
+    train = plan.train_file or str(plan.train_files).format(cell.num_slides)
+    digests = {
+        value: _digest(*file_identity(value))
+        for value in {train, *_strings(config._cfg_dict)}
+        if os.path.isfile(value)
+    }
+    return {"config": config.pretty_text, "train": os.path.abspath(train), "sha256": digests}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields the texts of a config, also annotation files joined with their `data_root`."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        if value.get("ann_file"):
+            yield os.path.join(value.get("data_root") or "", value["ann_file"])
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+@functools.cache
+def _digest(path: str, *_identity: int) -> str:
+    return sha256_of(path)
 
 
 def _by_method(plan: SweepPlan, found: Mapping[Cell, float]) -> list[Cell]:

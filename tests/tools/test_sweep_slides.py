@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from cite.mm.sweep import SweepPlan, read_scores
 from pathcore.files import folder_lock
 from tests.cite.mm.gastric import make_gastric
 from tests.warm_python import run_module
@@ -41,7 +42,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_module("xtuner_add.cli", ["cite-sweep", *arguments], cwd=folder, environ=ENVIRON)
 
 
-def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
+def test_sweep_is_resumed_and_tells_of_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = make_gastric(tmp_path)
     arguments = (
         *(f"linear={LINEAR}", f"vpt={VPT}", "--compare", "vpt"),
@@ -80,6 +83,21 @@ def test_sweep_is_resumed_and_tells_of_failures(tmp_path: Path) -> None:
     assert {f: f.stat().st_mtime_ns for f in files if f != files[3]} == {
         f: time for f, time in times.items() if f != files[3]
     }
+
+    # With other training patches, no score is one of this sweep.
+    train = data / "gastric_cls3_ann" / "train_all_0.2.txt"
+    plan = SweepPlan(
+        configs={"linear": str(LINEAR), "vpt": str(VPT)},
+        train_file=str(train),
+        num_slides=[2],
+        seeds=range(2),
+        work_dir="sweep",
+        options={"train_cfg.max_iters": 2},
+    )
+    monkeypatch.chdir(tmp_path)
+    assert all(read_scores(plan, cell) for cell in plan.cells())
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:-1]))
+    assert not any(read_scores(plan, cell) for cell in plan.cells())
 
 
 def test_a_killed_cell_fails_alone(tmp_path: Path) -> None:
