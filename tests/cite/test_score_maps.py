@@ -115,8 +115,8 @@ def test_by_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["cite-score-maps", *words, *options])
     assert result.exit_code == 3
     assert "t_1.png': not a readable image" in result.stderr
-    assert "Drew 1 of 2 slides" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert "Wrote 1 slide " in result.stdout
+    assert sorted(path.name for path in (tmp_path / "out").glob("[st].*")) == [
         *("s.csv", "s.geojson", "s.png")
     ]
     first, second = read_valid(tmp_path / "out" / "s.geojson")
@@ -129,3 +129,19 @@ def test_by_command(tmp_path: Path) -> None:
     name, x, _, *scores = lines[2].split(",")
     assert (name, x) == ("s_40_0.png", "40")
     assert sum(map(float, scores)) == pytest.approx(1, abs=1e-5)
+
+    # Nothing is drawn twice, further formats are; another classifier needs a folder of its own.
+    drawn = (tmp_path / "out" / "s.png").stat().st_mtime_ns
+    again = CliRunner().invoke(main, ["cite-score-maps", *words, *options])
+    assert again.exit_code == 3
+    assert (tmp_path / "out" / "s.png").stat().st_mtime_ns == drawn
+    Image.fromarray(pixels).save(patches / "t_1.png")
+    options += ["--retry-skipped", "--map-format", "ome-tiff"]
+    assert CliRunner().invoke(main, ["cite-score-maps", *words, *options]).exit_code == 3
+    assert len(list((tmp_path / "out").glob("s.*"))) == 4
+    assert "positions unknown" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    make("linear").save(tmp_path / "other")
+    other = [str(tmp_path / "other"), *words[1:], *options]
+    refused = CliRunner().invoke(main, ["cite-score-maps", *other])
+    assert refused.exit_code == 1
+    assert "was begun with other settings (classifier." in refused.stderr

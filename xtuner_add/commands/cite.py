@@ -21,14 +21,16 @@ from cite.splits import (
     write_patches,
 )
 from pathcore.exit_codes import EXIT_SKIPPED
-from pathcore.files import read_json, write_text
+from pathcore.files import read_json, sha256_of, write_text
 from xtuner_add.commands.options import (
     ANY_PATH,
     counted,
     device_option,
+    end_of_job,
     example,
     map_format_option,
     name_values,
+    retry_option,
     user_errors,
 )
 
@@ -306,6 +308,7 @@ def export(config: str, checkpoint: str, out: str) -> None:
 @click.option("--patch-px", type=int, help="Side of a patch, in the pixels of the coordinates.")
 @click.option("--slide", "only", multiple=True, help="Draw only this slide; may be repeated.")
 @map_format_option
+@retry_option
 @click.option("--device", default="cpu", show_default=True)
 def score_maps(
     classifier: Path,
@@ -315,17 +318,20 @@ def score_maps(
     patch_px: int | None,
     only: tuple[str, ...],
     map_formats: tuple[MapFormat, ...],
+    retry_skipped: bool,
     device: str,
 ) -> None:
     """Draw score maps of the exported CLASSIFIER over the slides of the folder PATCHES.
 
     Writes a map in each format and a table of scores per slide. Positions come from --coords, or
-    else from names SLIDE_X_Y; otherwise patches are arranged in rows. Existing maps are kept.
-    Slides that fail are listed, and the exit code is 3.
+    else from names SLIDE_X_Y; otherwise patches are arranged in rows. The same command continues
+    where an earlier one stopped. Slides that fail are listed, and the exit code is 3.
     """
-    from cite.classifier import load_classifier
+    from cite.classifier import CONFIG_NAME, WEIGHTS_NAME, load_classifier
     from cite.score_maps import find_patches, layout_from_h5, layout_from_names, layouts_from_csv
+    from pathcore.jobs import JobFolder, UnitError
     from wsi.heat_map import MAP_SUFFIXES
+    from wsi.slide_job import SlideUnit, process_units
     from wsi.store import read_attributes
 
     with user_errors():
@@ -340,11 +346,9 @@ def score_maps(
                 "--patch-px is required: the classifier accepts patches of any size"
             )
         tables = layouts_from_csv(coords, slides, side) if coords and coords.is_file() else {}
-    failed = []
-    for slide, names in slides.items():
-        missing = [f for f in map_formats if not (out / f"{slide}{MAP_SUFFIXES[f]}").is_file()]
-        if not missing:
-            continue
+
+    def draw(unit: SlideUnit) -> dict[str, Any]:
+        slide, names = unit.slide_id, slides[unit.slide_id]
         attributes: dict[str, Any] = {}
         try:
             if coords is None:
@@ -354,13 +358,31 @@ def score_maps(
                 attributes = read_attributes(coords / f"{slide}.h5")
             else:
                 layout = tables[slide]
-            _draw_slide(model, patches, out, slide, layout, attributes, missing)
-        except (ValueError, OSError) as error:
-            failed.append(slide)
-            click.echo(f"{slide}: {error}", err=True)
-    click.echo(f"Drew {len(slides) - len(failed)} of {len(slides)} slides in {out}")
-    if failed:
-        raise SystemExit(EXIT_SKIPPED)
+        except OSError as error:
+            raise UnitError(str(error)) from error
+        _draw_slide(model, patches, out, slide, layout, attributes, map_formats)
+        return {"num_patches": len(names)}
+
+    settings = {
+        "operation": "cite-score-maps",
+        "classifier": {name: sha256_of(classifier / name) for name in (CONFIG_NAME, WEIGHTS_NAME)},
+        "patches": os.path.abspath(patches),
+        "coords": coords and os.path.abspath(coords),
+        "patch_px": side,
+    }
+    with user_errors(), JobFolder(out, settings, retry_skipped=retry_skipped) as job:
+        units, done = [SlideUnit(slide, patches, job.out) for slide in slides], job.done()
+        for unit in units:
+            maps = (out / f"{unit.slide_id}{MAP_SUFFIXES[name]}" for name in map_formats)
+            if (
+                unit.record in done
+                and done[unit.record]["written"]
+                and not all(map(Path.is_file, maps))
+            ):
+                job.forget(unit.record)  # drawn in other formats
+        process_units(draw, units, job, num_inputs=len(units), engine="inline")
+        report = job.finish()
+    end_of_job(report, "slide", out)
 
 
 def _draw_slide(  # type: ignore[no-untyped-def]
