@@ -58,8 +58,8 @@ class DescriberSizes:
     num_layers: int = 2
     num_heads: int = 4
     vocab_size: int = 2000  # more than there are words, so that each word is one token
-    naming_steps: int = 120
-    steps: int = 380
+    naming_steps: int = 240
+    steps: int = 760
     batch_size: int = 16
     learning_rate: float = 3e-3
 
