@@ -373,13 +373,10 @@ def score_maps(
     with user_errors(), JobFolder(out, settings, retry_skipped=retry_skipped) as job:
         units, done = [SlideUnit(slide, patches, job.out) for slide in slides], job.done()
         for unit in units:
+            is_drawn = done.get(unit.record, {}).get("written")
             maps = (out / f"{unit.slide_id}{MAP_SUFFIXES[name]}" for name in map_formats)
-            if (
-                unit.record in done
-                and done[unit.record]["written"]
-                and not all(map(Path.is_file, maps))
-            ):
-                job.forget(unit.record)  # drawn in other formats
+            if is_drawn and not all(map(Path.is_file, maps)):  # drawn in other formats
+                job.forget(unit.record)
         process_units(draw, units, job, num_inputs=len(units), engine="inline")
         report = job.finish()
     end_of_job(report, "slide", out)
