@@ -25,6 +25,7 @@ from pathcore.files import (
     OutputExistsError,
     StrPath,
     atomic_file,
+    check_name,
     folder_lock,
     remove_partials,
     write_json,
@@ -41,7 +42,7 @@ MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME = "manifest.jsonl", "skipped.jsonl", "r
 PASSED_OVER_NAME = "passed_over.jsonl"
 WORKER_DIED = "worker died"
 
-_JOB, _LOCK = ".job", "lock"
+_JOB, _LOCK, _RECORD_SUFFIX = ".job", "lock", ".jsonl"
 _SUMMARIES = (MANIFEST_NAME, SKIPPED_NAME, REPORT_NAME, PASSED_OVER_NAME)
 
 Task = TypeVar("Task")
@@ -144,14 +145,14 @@ class JobFolder:
     def done(self) -> dict[str, dict[str, Any]]:
         """Returns the head of each finished unit's record, by name of the unit."""
         heads = {}
-        for path in sorted(_records_folder(self.out).glob("*.jsonl")):
+        for path in sorted(_records_folder(self.out).glob(f"*{_RECORD_SUFFIX}")):
             with path.open("rb") as file:
                 heads[path.stem] = json.loads(file.readline())
         return heads
 
     def forget(self, unit: str) -> None:
         """Removes the record of a unit, so that the unit is processed again."""
-        (_records_folder(self.out) / f"{unit}.jsonl").unlink(missing_ok=True)
+        (_records_folder(self.out) / f"{unit}{_RECORD_SUFFIX}").unlink(missing_ok=True)
 
     def run(
         self,
@@ -234,7 +235,7 @@ class JobFolder:
         yield from (json.loads(line) for line in self._lines())
 
     def _lines(self) -> Iterator[bytes]:
-        for path in sorted(_records_folder(self.out).glob("*.jsonl")):
+        for path in sorted(_records_folder(self.out).glob(f"*{_RECORD_SUFFIX}")):
             with path.open("rb") as file:
                 file.readline()
                 yield from file
@@ -306,7 +307,11 @@ def write_record(out: Path, unit: str, rows: Sequence[Mapping[str, Any]]) -> dic
 
     Returns:
         The head of the record: the numbers of `written`, `skipped` and `incomplete` inputs.
+
+    Raises:
+        UnsafeNameError: If `unit` is no plain file name.
     """
+    check_name(unit, room_bytes=len(_RECORD_SUFFIX))
     num_skipped = sum(row["state"] == SKIPPED for row in rows)
     head = {
         "written": len(rows) - num_skipped,
@@ -314,7 +319,7 @@ def write_record(out: Path, unit: str, rows: Sequence[Mapping[str, Any]]) -> dic
         "incomplete": sum(bool(row.get("incomplete")) for row in rows),
     }
     lines = [encode_row(row) for row in (head, *rows)]
-    write_text(_records_folder(out) / f"{unit}.jsonl", b"".join(lines).decode())
+    write_text(_records_folder(out) / f"{unit}{_RECORD_SUFFIX}", b"".join(lines).decode())
     return head
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -49,10 +50,11 @@ class SlideUnit:
 
     @property
     def record(self) -> str:
-        """Name of the slide's record in the job."""
+        """Name of the slide's record in the job, safe as a file name for any id."""
         # The id keeps records sorted; the checksum distinguishes ids that are equal in their first
-        # hundred bytes.
+        # hundred bytes, or but for characters that no file name may contain.
         head = self.slide_id.encode(errors="replace")[:100].decode(errors="ignore")
+        head = re.sub(r"[\x00-\x1f\x7f/\\]", "_", head.lstrip())
         return f"{head}-{zlib.crc32(self.slide_id.encode(errors='surrogateescape')):08x}"
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import tifffile
 
-from pathcore.jobs import UnitError
+from pathcore.files import UnsafeNameError
+from pathcore.jobs import UnitError, write_record
+from pathcore.rows import write_csv
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.extraction import OutputSettings, extract
 from wsi.requests import PatchRequest
@@ -106,6 +108,23 @@ def test_faults_cost_their_slide(tmp_path: Path, workers: int) -> None:
     (slides / "s2.svs").write_text("OSError")  # as for a full disk
     with pytest.raises(OSError, match="a OSError"):
         run(retry_skipped=True, workers=workers)
+
+
+def test_ids_that_are_no_file_names_are_reported_and_stay_inside_the_output(tmp_path: Path) -> None:
+    (tmp_path / "s.svs").touch()
+    bad = ["BRCA/a", "../../../escaped", "..", "/absolute", "a\\b", "tab\tbed", "x" * 300]
+    write_csv(tmp_path / "t.csv", ["path", "slide_id"], [["s.svs", name] for name in [*bad, "good"]])
+    before = set(tmp_path.iterdir())
+    report = process_slides(
+        process, tmp_path / "t.csv", tmp_path / "a/b/out", {}, workers=1, progress=False
+    )
+    assert (report.written, report.reasons, report.exit_code) == (1, {"bad id": 7}, 3)
+    rows = map(json.loads, (tmp_path / "a/b/out/skipped.jsonl").open())
+    assert {row["slide"] for row in rows} == {*bad}
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "a"}
+    assert list((tmp_path / "a/b").iterdir()) == [tmp_path / "a/b/out"]
+    with pytest.raises(UnsafeNameError, match="'/' is not allowed"):
+        write_record(tmp_path, "../outside", [])
 
 
 @pytest.mark.multiproc
