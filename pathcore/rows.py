@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -218,15 +219,20 @@ def read_csv(
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If a column is missing, or the file is not CSV in UTF-8. The message names the
-            line.
+        ValueError: If a column is missing or repeated, or the file is not CSV in UTF-8. The message
+            names the line, for a row of several lines the first.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path}: no such file")
     csv.field_size_limit(_CSV_FIELD_BYTES)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(_utf8_lines(file, f"{what} {path}"), delimiter=delimiter)
+        # Only a strict reader refuses a quotation mark that is never closed, which makes one field
+        # of all that follows.
+        reader = csv.DictReader(
+            _utf8_lines(file, f"{what} {path}"), delimiter=delimiter, strict=True
+        )
+        line = 1
         try:
             found = reader.fieldnames or ()
             if missing := sorted(set(columns) - set(found)):
@@ -234,10 +240,21 @@ def read_csv(
                     f"{what} {path}:1: no column {' and no column '.join(missing)}; found "
                     f"{', '.join(found) or 'nothing'}"
                 )
+            # Spreadsheets leave several columns without a name.
+            if repeated := sorted(name for name, n in Counter(found).items() if name and n > 1):
+                raise ValueError(
+                    f"{what} {path}:1: several columns are named {' and '.join(repeated)}; rename "
+                    "or remove all but one"
+                )
+            line = reader.line_num + 1
             for row in reader:
                 yield reader.line_num, row
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{what} {path}:{reader.line_num}: no CSV: {error}") from error
+            raise ValueError(
+                f"{what} {path}:{line}: no CSV: {error}; look in this row for a quotation mark "
+                "that is not closed or not doubled"
+            ) from error
 
 
 def _utf8_lines(file: IO[str], name: str) -> Iterator[str]:

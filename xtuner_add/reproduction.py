@@ -24,7 +24,6 @@ A card is YAML:
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import shlex
@@ -49,7 +48,7 @@ from pathcore.files import (
     write_text,
 )
 from pathcore.names import did_you_mean
-from pathcore.rows import read_lines
+from pathcore.rows import read_csv, read_lines
 from xtuner_add import cli
 
 CARDS = Path(__file__).parent / "reproduction_cards"
@@ -503,11 +502,8 @@ def read_items(folder: Path, where: str) -> dict[str, float]:
     items = {}
     if path.suffix == ".csv":
         left, _, right = score.partition("=")
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if not {key, left, right} <= set(row):
-                    raise ValueError(f"{path}: expected columns {key}, {left}, {right}")
-                items[row[key]] = float(row[left] == row[right])
+        for _, row in read_csv(path, columns=(key, left, right), what="items"):
+            items[row[key]] = float(row[left] == row[right])
         return items
     for number, row in read_lines(path, strict=True):
         if key not in row or score not in row:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -161,11 +162,25 @@ def test_a_table_is_read_with_its_lines(tmp_path: Path) -> None:
     assert list(read_csv(path, columns=["id"])) == expected
 
 
+def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    pd.DataFrame({"id": ["a", "b"], "text": ['6" x 4"', "two\r\nlines"]}).to_csv(path)
+    texts = [row["text"] for _, row in read_csv(path, columns=["id"])]
+    assert texts == ['6" x 4"', "two\r\nlines"]
+    # A spreadsheet with empty columns; quotation marks inside of a field need no others around it.
+    path.write_bytes(b'id,size,,\r\na,6" slide,,\r\n\r\nb, "quoted",,\r\n')
+    assert [row["size"] for _, row in read_csv(path)] == ['6" slide', ' "quoted"']
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"id,text\na,\xe4\n", r"a\.csv:2: not UTF-8 \(byte 0xe4\).*iconv -f latin1"),
-        (b"id,text\na,b\n" + b"x" * (11 << 20), r"a\.csv:2: no CSV: field larger"),
+        (b"id,text\na,b\n" + b"x" * (11 << 20), r"a\.csv:3: no CSV: field larger"),
+        (b'id,text\na,b\n"b,c\nd,e\n', r"a\.csv:3: no CSV: unexpected end of data.*quotation mark"),
+        (b'id,text\na,b\n"b,c\n"d,e\n', r"a\.csv:3: no CSV: ',' expected after '\"'.*not doubled"),
+        (b'id,"text\na,b\n', r"a\.csv:1: no CSV: unexpected end of data"),
+        (b"id,mpp,mpp\na,1,2\n", r"a\.csv:1: several columns are named mpp; rename or remove"),
         (b"text\n", r"a\.csv:1: no column id and no column name; found text"),
         (b"", r"a\.csv:1: no column id and no column name; found nothing"),
     ],

@@ -113,7 +113,9 @@ def test_faults_cost_their_slide(tmp_path: Path, workers: int) -> None:
 def test_ids_that_are_no_file_names_are_reported_and_stay_inside_the_output(tmp_path: Path) -> None:
     (tmp_path / "s.svs").touch()
     bad = ["BRCA/a", "../../../escaped", "..", "/absolute", "a\\b", "tab\tbed", "x" * 300]
-    write_csv(tmp_path / "t.csv", ["path", "slide_id"], [["s.svs", name] for name in [*bad, "good"]])
+    write_csv(
+        tmp_path / "t.csv", ["path", "slide_id"], [["s.svs", name] for name in [*bad, "good"]]
+    )
     before = set(tmp_path.iterdir())
     report = process_slides(
         process, tmp_path / "t.csv", tmp_path / "a/b/out", {}, workers=1, progress=False

@@ -90,7 +90,7 @@ def test_figures_and_items_are_read_where_the_card_says(tmp_path: Path) -> None:
             read_figure(tmp_path, where)
     (tmp_path / "predictions.csv").write_text("id,true,predicted\na,HP,HP\nb,HP,SSA\n")
     assert read_items(tmp_path, "predictions.csv:id:true=predicted") == {"a": 1.0, "b": 0.0}
-    with pytest.raises(ValueError, match="expected columns name, true, predicted"):
+    with pytest.raises(ValueError, match="no column name; found id, true, predicted"):
         read_items(tmp_path, "predictions.csv:name:true=predicted")
     (tmp_path / "details.jsonl").write_text('{"question_id": 3, "correct": 0.5}\n')
     assert read_items(tmp_path, "details.jsonl:question_id:correct") == {"3": 0.5}
