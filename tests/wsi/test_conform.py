@@ -225,3 +225,31 @@ def test_the_command_says_it_of_a_folder_and_converts(tmp_path: Path) -> None:
     assert run(tmp_path / "nothing").exit_code == 2
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty").exit_code == 2
+
+
+def test_converted_files_keep_their_folders_and_replace_nothing(tmp_path: Path) -> None:
+    tiles = grid(512)
+    folder, out = tmp_path / "f", tmp_path / "out"
+    for encoder, dim in (("uni_v1", 1024), ("uni_v2", 1536)):
+        trident(folder / f"features_{encoder}" / "a.h5", tiles, random_features(len(tiles), dim))
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(cli.main, ["conform", *map(str, arguments)])
+
+    assert run(folder, "--output", out).exit_code == 0
+    for encoder, dim in (("uni_v1", 1024), ("uni_v2", 1536)):
+        assert read_features(out / f"features_{encoder}" / "a.h5")[0].shape == (len(tiles), dim)
+    one = folder / "features_uni_v1"
+    assert run(one, one / "a.h5", "--output", tmp_path / "same").exit_code == 0
+    assert (tmp_path / "same/a.h5").is_file()
+
+    before = (one / "a.h5").read_bytes()
+    slide2vec(one / "b.npz", tiles, random_features(len(tiles)))
+    for arguments, message in (
+        ((one, "--output", one), "would replace"),
+        ((one / "a.h5", "--output", folder / "features_uni_v2" / ".." / one.name), "would replace"),
+        ((one, folder / "features_uni_v2", "--output", tmp_path / "new"), "would be written from"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in result.output, result.output
+    assert (one / "a.h5").read_bytes() == before and not (tmp_path / "new").exists()

@@ -447,23 +447,26 @@ def conform(
 
     Reads feature files of TRIDENT, CLAM, STAMP, slide2vec and this package. With --output, sound
     files and those whose defects can be repaired are written in the layout of this package and
-    TRIDENT. The exit code is 1 if a file has a defect; with --output, 3 if a file could not be
+    TRIDENT, in the subfolders in which they were found. The exit code is 1 if a file has a defect; with --output, 3 if a file could not be
     converted.
     """
     from wsi.conform import SUFFIXES, FeatureFileError, check, converted, read_feature_file
 
-    files = [
-        file
+    # Slides have the same names in the folders of several encoders, so subfolders are kept.
+    names = {
+        file: file.relative_to(path if path.is_dir() else path.parent).with_suffix(".h5")
         for path in features
         for file in (
             sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
         )
-    ]
-    if not files:
+    }
+    if not names:
         raise click.UsageError(f"no {' or '.join(SUFFIXES)} in {', '.join(map(str, features))}")
+    if output is not None:
+        _check_targets({file: output / name for file, name in names.items()})
     defective = 0
     with user_errors():
-        for file in files:
+        for file, name in names.items():
             size, mpp = _of_slide(slides, file.stem) if slides else (None, None)
             mpp = slide_mpp or mpp
             try:
@@ -476,7 +479,7 @@ def conform(
             written = False
             if output is not None and found is not None:
                 try:
-                    converted(found, findings, output / f"{file.stem}.h5", mpp_level0=mpp)
+                    converted(found, findings, output / name, mpp_level0=mpp)
                     written = True
                 except FeatureFileError as error:
                     described["error"] = str(error)
@@ -487,6 +490,23 @@ def conform(
                 _tell_conformity(described, problems, written)
     if defective:
         ctx.exit(EXIT_SKIPPED if output is not None else EXIT_FAILED)
+
+
+def _check_targets(targets: dict[Path, Path]) -> None:
+    inputs = {file.resolve(): file for file in targets}
+    sources: dict[Path, Path] = {}
+    for file, target in targets.items():
+        resolved = target.resolve()
+        if resolved in inputs:
+            raise click.UsageError(
+                f"{target}: would replace {inputs[resolved]}, which is read; name another --output"
+            )
+        other = sources.setdefault(resolved, file)
+        if other.resolve() != file.resolve():
+            raise click.UsageError(
+                f"{target}: would be written from {other} and from {file}; convert them into "
+                "different folders"
+            )
 
 
 def _of_slide(folder: Path, name: str) -> tuple[tuple[int, int] | None, float | None]:
