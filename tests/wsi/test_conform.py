@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from PIL import Image
 
+from pathcore.rows import write_csv
+from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.conform import FeatureFileError, check, converted, read_feature_file
 from wsi.store import read_coordinates, read_features
 from xtuner_add import cli
@@ -253,3 +256,33 @@ def test_converted_files_keep_their_folders_and_replace_nothing(tmp_path: Path) 
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.output, result.output
     assert (one / "a.h5").read_bytes() == before and not (tmp_path / "new").exists()
+
+
+def test_size_and_resolution_come_from_the_slide_of_the_same_name(tmp_path: Path) -> None:
+    tiles = grid(64, 4, 4, start=0)
+    names = ["a", "b[1]", "deep", "twice", "absent"]
+    for name in names:
+        stamp(tmp_path / "f" / f"{name}.h5", tiles * 0.5, random_features(len(tiles)))
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    Image.fromarray(tissue_pixels(64, 48)).save(slides / "a.png")  # a thumbnail
+    write_svs(slides / "a.new.svs", tissue_pixels(300, 300), mpp=0.125)
+    for path in ("a.svs", "b[1].svs", "sub/deep.svs", "1/twice.svs", "2/twice.svs"):
+        write_svs(slides / path, tissue_pixels(400, 300), mpp=0.5)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        cli.main,
+        ["conform", str(tmp_path / "f"), "--slides", str(slides), "--output", str(out), "--json"],
+    )
+    assert result.exit_code == 3, result.output
+    for name in ("a", "b[1]", "deep"):
+        assert np.array_equal(read_features(out / f"{name}.h5")[1], tiles), name
+    rows = [json.loads(line) for line in result.output.splitlines()]
+    errors = {Path(row["file"]).stem: row["error"] for row in rows if "error" in row}
+    assert set(errors) == {"twice", "absent"} == set(names) - {path.stem for path in out.iterdir()}
+    assert "2 slides have this name" in errors["twice"]
+    assert "absent.h5: no slide of this name under" in errors["absent"]
+    write_csv(tmp_path / "t.csv", ["path", "mpp"], [["slides/a.svs", "0.25"]])
+    one = ["conform", str(tmp_path / "f/a.h5"), "--slides", str(tmp_path / "t.csv")]
+    assert CliRunner().invoke(cli.main, [*one, "--output", str(tmp_path / "o")]).exit_code == 0
+    assert np.array_equal(read_features(tmp_path / "o/a.h5")[1], tiles * 2)

@@ -36,6 +36,7 @@ from xtuner_add.commands.options import (
 if TYPE_CHECKING:
     from pathcore.pool import Engine
     from wsi.requests import PatchRequest, RejectedRow
+    from wsi.slide_listing import SlideListing
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -427,8 +428,8 @@ def select_patches(
 @click.option("--encoder", default="", help="Preset that the features should belong to.")
 @click.option(
     "--slides",
-    type=FOLDER,
-    help="Folder of slides with the same names, for their size and resolution.",
+    type=FILE_OR_FOLDER,
+    help="Folder or CSV file of the slides of the same names, for their size and resolution.",
 )
 @click.option("--slide-mpp", type=float, help="Micrometres per pixel of the slides.")
 @click.option("--output", type=ANY_PATH, help="Folder for converted files.")
@@ -447,10 +448,12 @@ def conform(
 
     Reads feature files of TRIDENT, CLAM, STAMP, slide2vec and this package. With --output, sound
     files and those whose defects can be repaired are written in the layout of this package and
-    TRIDENT, in the subfolders in which they were found. The exit code is 1 if a file has a defect; with --output, 3 if a file could not be
-    converted.
+    TRIDENT, in the subfolders in which they were found. The exit code is 1 if a file has a defect;
+    with --output, 3 if a file could not be converted.
     """
+    from pathcore.jobs import UnitError
     from wsi.conform import SUFFIXES, FeatureFileError, check, converted, read_feature_file
+    from wsi.slide_listing import SlideListing
 
     # Slides have the same names in the folders of several encoders, so subfolders are kept.
     names = {
@@ -466,23 +469,24 @@ def conform(
         _check_targets({file: output / name for file, name in names.items()})
     defective = 0
     with user_errors():
+        listing = SlideListing(slides) if slides else None
         for file, name in names.items():
-            size, mpp = _of_slide(slides, file.stem) if slides else (None, None)
-            mpp = slide_mpp or mpp
+            described: dict[str, Any] = {"file": str(file)}
+            findings, written = [], False
             try:
+                size, mpp = _of_slide(listing, file.stem) if listing else (None, None)
+                mpp = slide_mpp or mpp
                 found = read_feature_file(file)
-                findings = check(found, encoder=encoder, slide_px=size, mpp_level0=mpp)
                 described = found.describe()
-            except FeatureFileError as error:
-                found, findings, described = None, [], {"file": str(file), "error": str(error)}
-            problems = [vars(finding) for finding in findings]
-            written = False
-            if output is not None and found is not None:
-                try:
+                findings = check(found, encoder=encoder, slide_px=size, mpp_level0=mpp)
+                if output is not None:
                     converted(found, findings, output / name, mpp_level0=mpp)
                     written = True
-                except FeatureFileError as error:
-                    described["error"] = str(error)
+            except FeatureFileError as error:
+                described["error"] = str(error)
+            except UnitError as error:  # of the slide
+                described["error"] = f"features {file}: {error}"
+            problems = [vars(finding) for finding in findings]
             defective += bool("error" in described or (findings and not written))
             if as_json:
                 click.echo(json.dumps({**described, "findings": problems, "written": written}))
@@ -509,18 +513,16 @@ def _check_targets(targets: dict[Path, Path]) -> None:
             )
 
 
-def _of_slide(folder: Path, name: str) -> tuple[tuple[int, int] | None, float | None]:
-    """Returns size and resolution of the slide `name`, or None if it cannot be opened."""
-    from wsi.openers import SlideError
+def _of_slide(listing: SlideListing, name: str) -> tuple[tuple[int, int], float | None]:
+    """Returns size and resolution of the slide `name`.
+
+    Raises:
+        UnitError: If it is missing, ambiguous or unreadable.
+    """
     from wsi.reader import Slide
 
-    for path in sorted(folder.glob(f"{name}.*")):
-        try:
-            with Slide(path) as slide:
-                return slide.dimensions, slide.known_mpp
-        except SlideError:
-            continue
-    return None, None
+    with Slide(listing.find(name), mpp=listing.mpp.get(name)) as slide:
+        return slide.dimensions, slide.known_mpp
 
 
 def _tell_conformity(
