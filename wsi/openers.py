@@ -6,6 +6,8 @@ and Pillow reads plain images.
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -31,6 +33,9 @@ _MPP_TOLERANCE = 0.02
 
 _ASPECT_TOLERANCE = 0.02
 """Relative difference of aspect ratios up to which a reduced page counts as a level."""
+
+_NO_TISSUE = re.compile(r"\s*(label|macro|thumbnail)\b", re.IGNORECASE)
+"""Beginning of the name or description of an image that scanners store beside the slide."""
 
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _MAX_SEGMENT_PX = 1 << 28  # 768 MiB as RGB
@@ -94,8 +99,9 @@ def open_backend(path: Path) -> Backend:
         return _open_other_tiff(path, error)
     if opened.vendor != "generic-tiff":
         return opened
-    # For a generic TIFF, OpenSlide reads the first image, as grey if it is one of several channels.
-    # It ignores levels that OME-TIFF stores as SubIFDs, and the resolution in the OME-XML.
+    # For a generic TIFF, OpenSlide reads the first image, which may be a thumbnail, and as grey if
+    # it is one of several channels. It ignores levels that OME-TIFF stores as SubIFDs, and the
+    # resolution in the OME-XML.
     try:
         tiff = TiffBackend(path)
     except UnreadableTiffError:
@@ -103,7 +109,8 @@ def open_backend(path: Path) -> Backend:
     except SlideError:
         opened.close()
         raise
-    if len(tiff.level_dimensions) > len(opened.level_dimensions):
+    sizes, first_sizes = tiff.level_dimensions, opened.level_dimensions
+    if len(sizes) > len(first_sizes) or math.prod(sizes[0]) > math.prod(first_sizes[0]):
         opened.close()
         return tiff
     tiff.close()
@@ -187,7 +194,8 @@ class TiffBackend(Backend):
 
     Raises:
         UnreadableTiffError: If the format of the pixels is not supported.
-        SlideError: If the file holds several channels, or is too large to decode.
+        SlideError: If the file holds several channels, is too large to decode, or if the format of
+            an image that is not the first is not supported, since other libraries read the first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,7 +229,7 @@ class TiffBackend(Backend):
         Files without SubIFDs may store levels as pages marked as reduced; thumbnails and labels
         with another aspect ratio are ignored.
         """
-        series = self._tiff.series[0]
+        series = self._find_series()
         channels = dict(zip(series.axes, series.shape, strict=True)).get("C", 1)
         first = series.keyframe
         if channels > 1 or (first.samplesperpixel > 2 and first.photometric == _MIN_IS_BLACK):
@@ -243,7 +251,24 @@ class TiffBackend(Backend):
                     pages.append(page)
         return pages
 
+    def _find_series(self) -> Any:
+        """Returns the largest image of the file; the first one of OME-TIFF."""
+        images = self._tiff.series
+        if self._tiff.is_ome or len(images) < 2:
+            return images[0]
+
+        def num_pixels(series: Any) -> int:
+            page = series.keyframe
+            is_beside = _NO_TISSUE.match(series.name) or _NO_TISSUE.match(page.description)
+            return 0 if page.is_reduced or is_beside else page.imagewidth * page.imagelength
+
+        return max(images, key=num_pixels)  # the first of several equal ones
+
     def _check_pixels(self, pages: Sequence[Any]) -> None:
+        unreadable: type[SlideError] = UnreadableTiffError
+        where = str(self.path)
+        if pages[0].index:
+            unreadable, where = SlideError, f"{self.path}: image {pages[0].index}, the largest"
         for page in pages:
             kind = f"{page.bitspersample}-bit {page.photometric.name}, {page.compression.name}"
             eight_bit = page.dtype == np.uint8 and page.bitspersample == 8
@@ -252,7 +277,7 @@ class TiffBackend(Backend):
             colour = page.photometric == _RGB and page.samplesperpixel in (3, 4)
             jpeg = page.photometric == _YCBCR and page.compression in _JPEG_COMPRESSIONS
             if not (eight_bit or deep) or not (grey or colour or jpeg):
-                raise UnreadableTiffError(f"{self.path}: pixels of the kind {kind}")
+                raise unreadable(f"{where}: pixels of the kind {kind}")
             if page.rowsperstrip and not page.is_tiled:
                 size = page.imagewidth * min(page.rowsperstrip, page.imagelength)
             else:
@@ -265,7 +290,7 @@ class TiffBackend(Backend):
             try:
                 page.decode  # noqa: B018  # looks the codec up
             except (ValueError, ImportError) as error:
-                raise UnreadableTiffError(f"{self.path}: {error}") from error
+                raise unreadable(f"{where}: {error}") from error
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         """See `Backend.read`."""

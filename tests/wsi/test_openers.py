@@ -104,6 +104,32 @@ def test_levels_of_a_pyramid_in_strips(tmp_path: Path) -> None:
     assert np.array_equal(found, PIXELS[100:356:4, 200:456:4])
 
 
+@pytest.mark.parametrize("thumbnail", [{"rowsperstrip": 16}, {"tile": (64, 64)}])
+def test_the_slide_is_the_largest_image_not_the_first(
+    tmp_path: Path, thumbnail: dict[str, Any]
+) -> None:
+    path, slide_px = tmp_path / "s.tif", tissue_pixels(800, 600)
+    options: dict[str, Any] = dict(photometric="rgb", metadata=None)
+    tiled: dict[str, Any] = dict(tile=(128, 128), **options, **HALF_MICRON)
+
+    def write_images(dtype: Any) -> None:
+        with tifffile.TiffWriter(path) as tiff:
+            tiff.write(slide_px[::8, ::8], **thumbnail, **options)
+            tiff.write(slide_px.astype(dtype), **tiled)
+            tiff.write(slide_px[::2, ::2], subfiletype=1, **tiled)
+            tiff.write(tissue_pixels(900, 700), description="Macro image", **options)
+            tiff.write(tissue_pixels(910, 700), subfiletype=1, **options)
+
+    write_images(np.uint8)
+    with Slide(path) as slide:
+        assert list(slide.level_dimensions) == [(800, 600), (400, 300)]
+        assert slide.mpp == pytest.approx(0.5)
+        assert np.array_equal(slide.read(Region(130, 90, 256, 256)), slide_px[90:346, 130:386])
+    write_images(np.float32)
+    with pytest.raises(SlideError, match="image 1, the largest: pixels of the kind 32-bit RGB"):
+        Slide(path)
+
+
 @pytest.mark.parametrize("kind", ["ome_3", "ome_2_tiled", "imagej", "samples"])
 def test_fluorescence_is_refused(tmp_path: Path, kind: str) -> None:
     planes = PIXELS.transpose(2, 0, 1).copy()
