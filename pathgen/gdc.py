@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -39,10 +40,19 @@ class GdcFile:
     state: str
 
 
-def needed_slides(annotations: StrPath) -> set[str]:
-    """Returns the ids of the slides that a file of annotations asks for."""
-    rows = read_annotations(annotations)
-    return {row.slide_id for row in rows if isinstance(row, PatchRequest)}
+def needed_slides(annotations: StrPath) -> tuple[set[str], Counter[str]]:
+    """Reads which slides a file of annotations asks for.
+
+    Returns:
+        The ids of the slides, and the number of invalid rows by reason.
+    """
+    slides, rejected = set(), Counter[str]()
+    for row in read_annotations(annotations):
+        if isinstance(row, PatchRequest):
+            slides.add(row.slide_id)
+        else:
+            rejected[row.reason] += 1
+    return slides, rejected
 
 
 def read_listing(path: StrPath) -> Iterator[GdcFile]:

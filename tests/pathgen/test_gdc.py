@@ -20,7 +20,7 @@ def test_from_a_listing(tmp_path: Path) -> None:
     rows = [{"wsi_id": i, "position": [n, 0], "caption": "x"} for n, i in enumerate([*IDS, *IDS])]
     rows += [{"wsi_id": "../evil", "position": [1, 2], "caption": "x"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert needed_slides(tmp_path / "a.json") == IDS
+    assert needed_slides(tmp_path / "a.json") == (IDS, {"bad id": 1})
     listing = HEADER
     for number, name in enumerate(["TCGA-00-0001-01Z-00-DX1.A.svs", "other.svs"]):
         listing += f"uuid{number}\t{name}\tmd5{number}\t12{number}\treleased\n"

@@ -253,6 +253,13 @@ def test_gdc_manifest(slides: Path, tmp_path: Path) -> None:
     assert "1 of 2 slides" in result.output and "not found: TCGA.C" in result.output
     assert len((tmp_path / "m.txt").read_text().splitlines()) == 2
     assert invoke("gdc-manifest", annotations, tmp_path / "m.txt").exit_code == 2
+    annotations = write_annotations(
+        tmp_path / "a.json", [("TCGA.A", [1, 2], "x"), ("../TCGA.C", [1, 2], "x"), ("b", [1], "x")]
+    )
+    result = invoke("gdc-manifest", annotations, tmp_path / "m.txt", "--listing", listing)
+    assert result.exit_code == 3
+    assert "1 of 1 slides" in result.output
+    assert f"Skipped 1 row of {annotations}: bad position" in result.output
 
 
 @pytest.mark.slow

@@ -280,20 +280,24 @@ def gdc_manifest(
     """Write OUTPUT, the manifest with which gdc-client downloads the slides of ANNOTATIONS.
 
     The GDC identifies slides by UUIDs, which annotations do not contain; they come from a
-    --listing, or from the GDC itself with --online. The exit code is 3 if a slide was not found.
+    --listing, or from the GDC itself with --online. The exit code is 3 if a slide was not found, or
+    a row of ANNOTATIONS is invalid.
     """
     from pathgen.gdc import ask_gdc, needed_slides, read_listing, write_manifest
 
     if (listing is None) == (not online):
         raise click.UsageError("give either --listing FILE or --online")
     with user_errors():
-        slide_ids = needed_slides(annotations)
+        slide_ids, rejected = needed_slides(annotations)
         files = read_listing(listing) if listing else ask_gdc(slide_ids, url=gdc_url)
         missing = write_manifest(output, slide_ids, files)
     click.echo(f"Wrote {output}: {len(slide_ids) - len(missing)} of {len(slide_ids)} slides")
     if missing:
         names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         click.echo(f"not found: {names}", err=True)
+    for reason, count in rejected.most_common():
+        click.echo(f"Skipped {counted(count, 'row')} of {annotations}: {reason}", err=True)
+    if missing or rejected:
         raise SystemExit(EXIT_SKIPPED)
 
 
