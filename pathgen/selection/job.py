@@ -195,7 +195,8 @@ def select_patches(
             opens. An encoder that is open already works in this process, one slide after the other,
             so a slide that crashes it ends the run.
         settings: How patches are selected.
-        cancer_types: Slide -> TCGA code.
+        cancer_types: Slide -> TCGA code. Entries of other slides are listed in
+            `passed_over.jsonl`, and so are those of `reports`.
         reports: Slide -> text of its report.
         placement: Device of an encoder that is given by name, and reading processes.
         retry_skipped: Whether to process slides again that an earlier run skipped.
@@ -208,13 +209,18 @@ def select_patches(
 
     Raises:
         FileNotFoundError: If there are no coordinates, or the folder of slides is missing.
-        ValueError: If a cancer type has no descriptions, the encoder has no text tower, or an open
-            encoder is given together with a device, several workers or Ray.
+        ValueError: If a cancer type has no descriptions, no entry of `cancer_types` or `reports` is
+            for one of the slides, the encoder has no text tower, or an open encoder is given
+            together with a device, several workers or Ray.
         OutputExistsError: If `output` contains something else, or features of another encoder.
         FolderInUseError: If another run is writing to `output`.
     """
     settings, output = settings or SelectionSettings(), Path(os.path.abspath(output))
     files = _coordinates_files(Path(coords))
+    unmatched = [
+        *_unmatched(cancer_types, files, "cancer type"),
+        *_unmatched(reports, files, "report"),
+    ]
     listing = SlideListing(slides, exclude=[output, coords])
     units = _units(files, listing, output, settings, cancer_types or {}, reports or {})
     placement = placement or Placement()
@@ -253,7 +259,8 @@ def select_patches(
             **pool,
         )
         num_patches = _write_tables(job)
-        report = job.finish(passed_over=(found.row() for found in listing.passed_over))
+        passed_over = [*unmatched, *(found.row() for found in listing.passed_over)]
+        report = job.finish(passed_over=passed_over)
     return SelectionReport(**asdict(report), num_patches=num_patches)
 
 
@@ -300,6 +307,20 @@ def _coordinates_files(folder: Path) -> dict[str, Path]:
     if not files:
         raise FileNotFoundError(f"coordinates {folder}: no .h5 files")
     return dict(sorted(files.items()))
+
+
+def _unmatched(
+    table: Mapping[str, str] | None, files: Mapping[str, Path], what: str
+) -> list[dict[str, str]]:
+    """Returns a row for each entry of a table that is for no slide with coordinates."""
+    others = sorted({*(table or ())} - {*files})
+    if others and len(others) == len(table or ()):
+        raise ValueError(
+            f"{what}s: none of {len(others):,} entries, such as {others[0]!r:.80}, is for a slide "
+            f"with coordinates, such as {next(iter(files))!r}; name slides like their coordinates "
+            "files, without .h5"
+        )
+    return [{"slide": n, "reason": f"{what} of a slide without coordinates"} for n in others]
 
 
 def _describe(name: str, device: str) -> tuple[EncoderSpec, dict[str, Any]]:

@@ -206,6 +206,25 @@ def test_wrong_usage(folder: Path, spec: str, tmp_path: Path) -> None:
     (tmp_path / "types.json").write_text('{"a": 3}')
     result = run(folder, spec, out, "--cancer-types", tmp_path / "types.json")
     assert "expected text" in result.output
+    (tmp_path / "reports.jsonl").write_text('{"wsi_id": "a.svs", "report": "x"}\n')
+    result = run(folder, spec, out, "--reports", tmp_path / "reports.jsonl")
+    assert result.exit_code == 1
+    assert "reports: none of 1 entries, such as 'a.svs', is for a slide" in result.output
+    assert "such as 'a'; name slides like" in result.output
+
+
+def test_entries_of_other_slides_are_counted(folder: Path, spec: str, tmp_path: Path) -> None:
+    (tmp_path / "reports.json").write_text('{"a": "Necrosis.", "x": "Mitosis.", "y": "Fat."}')
+    (tmp_path / "types.json").write_text('{"b": "BRCA", "z": "BRCA"}')
+    result = run(
+        folder, spec, tmp_path / "out", *FEW,
+        "--reports", tmp_path / "reports.json", "--cancer-types", tmp_path / "types.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Passed over 2: report of a slide without coordinates (see" in result.output
+    assert "Passed over 1: cancer type of a slide without coordinates" in result.output
+    rows = read_rows(tmp_path / "out" / "passed_over.jsonl")
+    assert [row["slide"] for row in rows] == ["z", "x", "y"]
 
 
 def select_by_name(folder: Path, spec: str, out: Path, **options: Any) -> Any:
