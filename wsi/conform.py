@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,15 @@ from wsi.store import write_features
 
 SUFFIXES = (".h5", ".hdf5", ".npz")
 """Suffixes of the files that `read_feature_file` reads."""
+
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, RuntimeError, TypeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What h5py and NumPy raise for damaged files."""
+
+_MAX_COORDINATE = 2.0**53
+"""Largest float up to which all whole numbers can be stored."""
 
 _FLOAT16_MAX = 65504.0
 _SQUEEZED_PX = 1000
@@ -126,26 +137,11 @@ def read_feature_file(path: StrPath) -> FeatureFile:
     if not path.is_file():
         raise FileNotFoundError(f"features {path}: no such file")
     try:
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        with h5py.File(path, "r") as file:
-            datasets = {name: node for name, node in file.items() if isinstance(node, h5py.Dataset)}
-            attributes = dict(file.attrs)
-            for name in ("coords", "features"):
-                if name in datasets:
-                    attributes |= dict(datasets[name].attrs)
-            found = next((name for name in ("features", "feats") if name in datasets), None)
-            if found is None:
-                raise FeatureFileError(
-                    f"features {path}: neither `features` nor `feats` in it, only {sorted(file)}"
-                )
-            features = np.asarray(datasets[found])
-            coords = np.asarray(datasets["coords"]) if "coords" in datasets else None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, FeatureFileError):
-            raise
+        features, coords, attributes = (_read_npz if path.suffix == ".npz" else _read_hdf5)(path)
+    except FeatureFileError:
+        raise
+    except _DAMAGED as error:
         raise FeatureFileError(f"features {path}: cannot be read: {error}") from error
-    attributes = {name: _plain_value(value) for name, value in attributes.items()}
     if features.ndim == 3 and len(features) == 1:  # a batch of one slide
         features = features[0]
     if features.ndim != 2 or features.dtype.kind not in "fiu":
@@ -157,6 +153,15 @@ def read_feature_file(path: StrPath) -> FeatureFile:
         if coords.ndim != 2 or coords.shape[1] < 2 or coords.dtype.kind not in "fiu":
             raise FeatureFileError(f"features {path}: coords {coords.shape}, expected (N, 2)")
         coords = coords[:, :2].astype(np.float64)
+        usable = (np.abs(coords) < _MAX_COORDINATE).all(axis=1)  # false for NaN
+        if not usable.all():
+            first = int((~usable).argmax())
+            raise FeatureFileError(
+                f"features {path}: coords of {int((~usable).sum())} tiles are no position in a "
+                f"slide, the first {coords[first].tolist()}; tile the slide again"
+            )
+    if path.suffix == ".npz":
+        return _slide2vec(path, features, coords, attributes)
     if "stamp_version" in attributes:
         return _stamp(path, features, coords, attributes)
     return _trident_or_clam(path, features, coords, attributes)
@@ -288,6 +293,37 @@ def converted(
 # --- layouts ------------------------------------------------------------------------------------
 
 
+def _read_hdf5(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, dict[str, Any]]:
+    """Returns features, coordinates and attributes of an HDF5 file."""
+    with h5py.File(path, "r") as file:
+        datasets = {name: node for name, node in file.items() if isinstance(node, h5py.Dataset)}
+        attributes = dict(file.attrs)
+        for name in ("coords", "features"):
+            if name in datasets:
+                attributes |= dict(datasets[name].attrs)
+        found = next((name for name in ("features", "feats") if name in datasets), None)
+        if found is None:
+            raise FeatureFileError(
+                f"features {path}: neither `features` nor `feats` in it, only {sorted(file)}"
+            )
+        features = np.asarray(datasets[found])
+        coords = np.asarray(datasets["coords"]) if "coords" in datasets else None
+    return features, coords, {name: _plain_value(value) for name, value in attributes.items()}
+
+
+def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None, dict[str, Any]]:
+    """Reads an archive of slide2vec, with attributes from `NAME.meta.json` beside it."""
+    with np.load(path, allow_pickle=False) as archive:
+        if "features" not in archive:
+            raise FeatureFileError(f"features {path}: no `features` in it, only {archive.files}")
+        features, coords = archive["features"], archive.get("coords")
+    meta = path.with_name(f"{path.stem}.meta.json")
+    attributes = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+    if not isinstance(attributes, dict):
+        raise FeatureFileError(f"features {path}: {meta.name}: expected an object")
+    return features, coords, attributes
+
+
 def _stamp(
     path: Path, features: NDArray[Any], coords: Any, attributes: dict[str, Any]
 ) -> FeatureFile:
@@ -339,21 +375,15 @@ def _trident_or_clam(
     )
 
 
-def _read_npz(path: Path) -> FeatureFile:
-    """Reads an archive of slide2vec, with attributes from `NAME.meta.json` beside it."""
-    with np.load(path, allow_pickle=False) as archive:
-        if "features" not in archive:
-            raise FeatureFileError(f"features {path}: no `features` in it, only {archive.files}")
-        features = archive["features"]
-        coords = archive.get("coords")
-    meta = path.with_name(f"{path.stem}.meta.json")
-    attributes = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+def _slide2vec(
+    path: Path, features: NDArray[Any], coords: Any, attributes: dict[str, Any]
+) -> FeatureFile:
     return FeatureFile(
         path,
         "slide2vec",
         str(attributes.get("encoder", attributes.get("encoder_name", ""))),
         features,
-        None if coords is None else np.asarray(coords, np.float64)[:, :2],
+        coords,
         patch_px=_number_attribute(attributes, "tile_size_px"),
         mpp=_number_attribute(attributes, "spacing_um"),
         attributes=attributes,

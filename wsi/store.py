@@ -289,7 +289,9 @@ def _number(value: Any) -> float:
 
 def _are_whole(coords: NDArray[Any]) -> bool:
     if coords.dtype.kind == "f":
-        return bool(np.all(coords == np.round(coords)))  # false for NaN
+        # False for NaN, and for infinity and others that int64 cannot hold.
+        places = coords.astype(np.float64)
+        return bool(np.all((places == np.round(places)) & (np.abs(places) < 2.0**63)))
     return coords.dtype.kind in "iu"
 
 

@@ -207,6 +207,36 @@ def test_files_that_hold_no_features(tmp_path: Path) -> None:
         read_feature_file(tmp_path / "absent.h5")
 
 
+def test_damaged_files_stop_no_other(tmp_path: Path) -> None:
+    tiles, folder = grid(512), tmp_path / "f"
+    features = random_features(len(tiles))
+    whole = slide2vec(folder / "whole.npz", tiles, features)
+    content = whole.read_bytes()
+    (folder / "cut.npz").write_bytes(content[: len(content) // 2])
+    (folder / "spoilt.npz").write_bytes(content[:500] + bytes(500) + content[1000:])
+    (folder / "empty.npz").touch()
+    np.save(folder / "array.npy", features)
+    (folder / "array.npy").rename(folder / "array.npz")
+    slide2vec(folder / "line.npz", tiles[:, 0], features)
+    slide2vec(folder / "one.npz", tiles, features[0])
+    slide2vec(folder / "list.npz", tiles, features)
+    (folder / "list.meta.json").write_text("[]")
+    slide2vec(folder / "far.npz", np.where(tiles == 512, np.inf, tiles), features)
+    trident(folder / "far2.h5", np.where(tiles == 512, 1e30, tiles), features)
+    trident(folder / "nan.h5", np.where(tiles == 512, np.nan, tiles), features)
+    result = CliRunner().invoke(
+        cli.main, ["conform", str(folder), "--output", str(tmp_path / "out"), "--json"]
+    )
+    assert result.exit_code == 3, result.output
+    rows = {Path(row["file"]).stem: row for row in map(json.loads, result.output.splitlines())}
+    assert len(rows) == 11
+    for name, row in rows.items():
+        assert f"{name}." in row.get("error", "whole."), row
+    assert "19 tiles are no position in a slide, the first [inf, inf]" in rows["far"]["error"]
+    assert "no tile size found" in rows["whole"]["error"]  # as slide2vec states none in level 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_says_it_of_a_folder_and_converts(tmp_path: Path) -> None:
     files = planted(tmp_path / "bad")
     trident(tmp_path / "good" / "a.h5", grid(512), random_features(len(grid(512))))

@@ -123,6 +123,8 @@ def test_features_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         ("nan", bad, coords, r"1 of 3 rows hold NaN or infinity, the first at \[2, 3\]"),
         ("half", good, coords + 0.5, "whole coordinates"),
         ("lost", good, np.full((3, 2), np.nan), "whole coordinates"),
+        ("far", good, np.full((3, 2), np.inf, np.float16), "whole coordinates"),
+        ("large", good, np.full((3, 2), 1e30), "whole coordinates"),
         ("text", np.full((3, 4), b"x"), coords, "expected numbers"),
     ):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -145,7 +147,8 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     write_foreign(tmp_path / "shape.h5", np.zeros((3, 3)), patch_size=256, patch_size_level0=256)
     write_foreign(tmp_path / "half.h5", coords + 0.5, patch_size=256, patch_size_level0=256)
     write_foreign(tmp_path / "zero.h5", coords, patch_size=0, patch_size_level0=0)
-    for name in ("text", "none", "bare", "level", "shape", "half", "zero"):
+    write_foreign(tmp_path / "far.h5", coords - np.inf, patch_size=256, patch_size_level0=256)
+    for name in ("text", "none", "bare", "level", "shape", "half", "zero", "far"):
         with pytest.raises(ValueError, match=f"{name}.h5"):
             read_coordinates(tmp_path / f"{name}.h5")
     for read in (read_coordinates, read_features):
@@ -158,7 +161,7 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     rows = list(read_coordinate_folder(tmp_path))
     assert [row.reason for row in rows if isinstance(row, RejectedRow)] == [
         "bad coordinates file"
-    ] * 7
+    ] * 8
     with pytest.raises(FileNotFoundError, match=r"\.h5"):
         next(read_coordinate_folder(tmp_path / "nowhere"))
 
