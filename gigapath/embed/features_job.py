@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from pathcore.device_claims import choose_device
 from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 from pathcore.jobs import JobFolder, Report, UnitError
+from pathcore.rows import read_csv
 from wsi.conform import read_feature_file
 from wsi.features import EmbeddingError, check_features
 from wsi.slide_job import SlideUnit, process_units
@@ -135,32 +135,31 @@ def read_patients(path: StrPath) -> dict[str, list[str]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a column or value is missing, or a slide has two patients.
+        ValueError: If a column, value or row is missing, or a slide has two patients.
     """
     patients: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
+    for line, row in read_csv(path, what="patients"):
         chosen = [
-            next((name for name in names if name in columns), "")
+            next((name for name in names if name in row), "")
             for names in (SLIDE_COLUMNS, PATIENT_COLUMNS)
         ]
         if not all(chosen):
             raise ValueError(
-                f"{path}: columns {', '.join(columns)}; expected slide (or slide_id) and patient "
-                "(or patient_id, pat_id, case_id)"
+                f"{path}: columns {', '.join(filter(None, row))}; expected slide (or slide_id) and "
+                "patient (or patient_id, pat_id, case_id)"
             )
-        for row in reader:
-            slide, patient = (str(row[name] or "").strip() for name in chosen)
-            if not slide or not patient:
-                raise ValueError(f"{path}, line {reader.line_num}: slide or patient is empty")
-            slide = slide.removesuffix(".h5").removesuffix(".svs")
-            if owner.setdefault(slide, patient) != patient:
-                raise ValueError(f"{path}: slide {slide} has patients {owner[slide]} and {patient}")
-            slides = patients.setdefault(patient, [])
-            if slide not in slides:
-                slides.append(slide)
+        slide, patient = (str(row[name] or "").strip() for name in chosen)
+        if not slide or not patient:
+            raise ValueError(f"{path}, line {line}: slide or patient is empty")
+        slide = slide.removesuffix(".h5").removesuffix(".svs")
+        if owner.setdefault(slide, patient) != patient:
+            raise ValueError(f"{path}: slide {slide} has patients {owner[slide]} and {patient}")
+        slides = patients.setdefault(patient, [])
+        if slide not in slides:
+            slides.append(slide)
+    if not patients:
+        raise ValueError(f"{path}: no rows; expected one for each slide")
     return patients
 
 

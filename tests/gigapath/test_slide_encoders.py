@@ -429,6 +429,8 @@ def test_patients_side_by_side(tmp_path: Path) -> None:
         ("slide,patient\na,P\na,Q\n", "slide a has patients P and Q"),
         ("slide,patient\na,\n", "line 2: slide or patient is empty"),
         ("name,patient\na,P\n", "columns name, patient; expected slide"),
+        ("slide,patient\n", "no rows"),
+        ('slide,patient\n"a,P\nb,P\n', "patients.csv:2: no CSV"),
     ):
         table.write_text(content)
         with pytest.raises(ValueError, match=message):

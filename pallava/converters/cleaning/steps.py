@@ -204,7 +204,7 @@ def read_index(path: StrPath) -> frozenset[str]:
 def _index_entries(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            rows = csv.reader(file)
+            rows = csv.reader(file, strict=True)
             head = next(rows, [])
             columns = [head.index(name) for name in _INDEX_FIELDS if name in head]
             column = columns[0] if columns else 0
