@@ -171,13 +171,16 @@ class BatchedAnswers:
         """Encodes a conversation."""
         assistant, sampling = self.assistant, request.sampling
         images = [assistant.pixel_values(image) for turn in request.turns for image in turn.images]
+        ids = self._encode(request)
+        if ids.count(IMAGE_TOKEN_INDEX) != len(images):  # a chat template may drop or repeat turns
+            raise ValueError(
+                f"the prompt holds {ids.count(IMAGE_TOKEN_INDEX)} image mark(s) for {len(images)} "
+                "image(s); expected a prompt template that writes every turn once"
+            )
         digests = iter([_digest(image) for image in images])
         return _Answer(
             request,
-            [
-                next(digests) if token == IMAGE_TOKEN_INDEX else token
-                for token in self._encode(request)
-            ],
+            [next(digests) if token == IMAGE_TOKEN_INDEX else token for token in ids],
             images,
             AnswerText(assistant, sampling.stop, request.on_text),
             random.Random(sampling.seed),

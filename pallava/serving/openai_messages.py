@@ -15,7 +15,7 @@ from PIL import Image
 
 from pallava.inference.streaming import Sampling
 from pallava.slide_bags import SlideBag
-from pallava.text.turns import Role, Turn, check_turns
+from pallava.text.turns import Role, Turn, check_turns, marked_text
 from pathcore.images import ImageError, decode_image
 
 MAX_PIXELS = 100_000_000
@@ -211,6 +211,10 @@ def _read_turns(messages: Any, max_pixels: int, read_slide: ReadSlide | None) ->
             images.append(_image(url, param, pixels_left))
             pixels_left -= images[-1].width * images[-1].height
         turns.append(Turn(role, text, tuple(images)))
+        try:
+            marked_text(turns[-1])
+        except ValueError as error:
+            raise RequestError(f"{param}.content: {error}", param) from error
     try:
         check_turns(turns)
     except ValueError as error:

@@ -41,7 +41,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
     Raises:
         ValueError: If the conversation is not an optional system turn followed by alternating
             questions and answers that end with a question, or if images and `<image>` tokens do not
-            match.
+            match; only user turns can hold either.
     """
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if any(turn.role == "system" for turn in turns[1:]):
@@ -55,12 +55,14 @@ def check_turns(turns: Sequence[Turn]) -> None:
     for number, turn in enumerate(turns, 1):
         if turn.images and turn.role != "user":
             raise ValueError(f"turn {number}: only the user can show images, not {turn.role}")
-        if turn.role == "user":
-            question_text(turn)
+        try:
+            marked_text(turn)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from error
 
 
-def question_text(turn: Turn) -> str:
-    """Returns the text of a user turn with one `<image>` token per image.
+def marked_text(turn: Turn) -> str:
+    """Returns the text of a turn with one `<image>` token per image.
 
     Raises:
         ValueError: If the numbers of `<image>` tokens and images differ.
@@ -70,7 +72,8 @@ def question_text(turn: Turn) -> str:
         return f"{IMAGE_TOKEN}\n" * len(turn.images) + turn.text
     if marks != len(turn.images):
         raise ValueError(
-            f"the text holds {marks} {IMAGE_TOKEN} mark(s) for {len(turn.images)} image(s)"
+            f"the {turn.role} text holds {marks} {IMAGE_TOKEN} mark(s) for {len(turn.images)} "
+            "image(s); expected a mark for each image, or none"
         )
     return turn.text
 
@@ -99,7 +102,7 @@ def encode_turns(
     system = turns[0].text if turns[0].role == "system" else ""
     spoken = turns[1:] if turns[0].role == "system" else turns
     questions = [
-        template.render(question_text(turn), "" if index else system, index + 1)
+        template.render(marked_text(turn), "" if index else system, index + 1)
         for index, turn in enumerate(spoken[::2])
     ]
     pairs = [
@@ -125,8 +128,5 @@ def _encode_rendered(
     tokenizer: Any, template: PromptTemplate, turns: Sequence[Turn], bos: Bos
 ) -> list[int]:
     """Encodes with a chat template, which writes the BOS itself if it wants one."""
-    messages = [
-        {"role": turn.role, "content": question_text(turn) if turn.role == "user" else turn.text}
-        for turn in turns
-    ]
+    messages = [{"role": turn.role, "content": marked_text(turn)} for turn in turns]
     return encode_prompt(tokenizer, render_chat(tokenizer, template, messages), bos, rendered=True)

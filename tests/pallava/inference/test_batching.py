@@ -21,6 +21,7 @@ from pallava.inference.streaming import converse
 from pallava.modeling.llava import PALLaVA
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
+from pallava.text.encoding import IMAGE_TOKEN_INDEX
 from pallava.text.turns import Turn
 from tests.pallava import goldens
 
@@ -293,6 +294,17 @@ def test_nan_and_bad_requests_end_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert [type(ends[index]) for index in (1, 3, 4)] == [
         FloatingPointError, ContextError, ValueError,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_marks", [0, 2])
+def test_a_prompt_with_other_marks_than_images_is_refused(
+    num_marks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("Llama")
+    ids = [5, *[IMAGE_TOKEN_INDEX] * num_marks, 6]
+    monkeypatch.setattr(type(model), "encode_turns", lambda self, turns: list(ids))
+    with pytest.raises(ValueError, match=rf"{num_marks} image mark\(s\) for 1 image"):
+        converse(model, CONVERSATIONS[-1], Sampling(2))
 
 
 def test_a_long_prompt_joins_shorter_ones_and_all_outgrow_their_buffers(

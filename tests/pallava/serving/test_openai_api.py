@@ -147,6 +147,11 @@ POSTSCRIPT = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0]", "role"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0]", "content"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages", "starting and"),
+        ({"messages": [{"role": "system", "content": "<image>"}]}, 400, "messages[0]", "1 <image>"),
+        (
+            {"messages": [user("a"), {"role": "assistant", "content": "an <image>"}, user("b")]},
+            400, "messages[1]", "the assistant text holds 1 <image> mark(s) for 0 image(s)",
+        ),
         ({"messages": image_message("https://example.org/a.png")}, 400, "messages[0]", "data: URL"),
         ({"messages": image_message("file:///etc/passwd")}, 400, "messages[0]", "fetches nothing"),
         ({"messages": image_message("/etc/passwd")}, 400, "messages[0]", "fetches nothing"),

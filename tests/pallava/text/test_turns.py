@@ -149,6 +149,11 @@ def test_two_bos_are_put_in_front_of_the_first_question_only() -> None:
         ([Turn("system", "a", ("b.png",)), Turn("user", "a")], "turn 1: only the user"),
         ([Turn("user", "<image> a")], r"1 <image> mark\(s\) for 0"),
         ([Turn("user", "<image> a", ("a.png", "b.png"))], r"1 <image> mark\(s\) for 2"),
+        ([Turn("system", "<image>"), Turn("user", "a", ("a.png",))], "turn 1: the system text"),
+        (
+            [Turn("user", "a"), Turn("assistant", "an <image>"), Turn("user", "b")],
+            "turn 2: the assistant text",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused(turns: list[Turn], message: str) -> None:
