@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from pallava.release.extract import extract_adapter
 from pallava.release.merge import check_merge, merge
@@ -42,7 +46,54 @@ def test_extracted_adapter_leads_to_the_tuned_model(tmp_path: Path) -> None:
     )
 
 
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100}
+QWEN2 = Qwen2Config(**SIZES, hidden_size=32, intermediate_size=64, num_key_value_heads=1)
+GPT2 = GPT2Config(**SIZES, hidden_size=32, n_positions=64)  # transposed square matrices, tied
+
+
+@pytest.mark.parametrize("kind", ["biases", "all", "tied", "transposed"])
+@pytest.mark.parametrize("rank", [16, 32])
+def test_peft_and_merge_give_what_the_tuned_model_computes(
+    kind: str, rank: int, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(GPT2 if kind == "transposed" else QWEN2)
+    config.tie_word_embeddings = kind in ("tied", "transposed")
+    part = {"biases": r"(q_proj\.(weight|bias)|v_proj\.bias)$"}.get(kind, "")
+    generator = torch.Generator().manual_seed(0)
+    tuned = AutoModelForCausalLM.from_config(config).eval()
+    for tensor in tuned.parameters():  # the initial values hardly depend on biases and positions
+        tensor.data = torch.randn(tensor.shape, generator=generator) * 0.3
+    tuned.save_pretrained(tmp_path / "base")
+    for name, tensor in tuned.named_parameters():
+        if re.search(part, name):
+            noise = torch.randn(tensor.shape, generator=generator)
+            is_narrow = tensor.dim() == 2 and not re.search("embed|wte|wpe", name)
+            if is_narrow:  # of a rank that the adapter can hold
+                noise = noise[:, :8] @ torch.randn((8, tensor.shape[1]), generator=generator) / 8
+            tensor.data += noise * 0.3
+    tuned.save_pretrained(tmp_path / "tuned")
+    extract_adapter(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "found", rank=rank, progress=False
+    )
+    ids = torch.arange(20)[None]
+    expected = tuned(ids).logits
+    peft = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "found").eval()
+    torch.testing.assert_close(peft(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    merge(tmp_path / "base", [tmp_path / "found"], tmp_path / "merged", progress=False)
+    merged = load(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_nothing_to_extract(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base")
     with pytest.raises(CheckpointError, match="does not differ"):
         extract_adapter(base, base, tmp_path / "found", rank=4, progress=False)
+
+
+def test_without_a_linear_layer_peft_loads_nothing(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", max_shard_size="1GB")
+    tuned = load(base)
+    tuned.model.norm.weight.data += 1
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*no weight of a linear layer"):
+        extract_adapter(base, tmp_path / "tuned", tmp_path / "found", rank=4, progress=False)
