@@ -65,6 +65,7 @@ class BaseModel:
             names = {module: f"{name}.weight" for name, module in self.model.named_modules()}
             self.input_embeddings = names.get(layers[0])
             self.output_embeddings = names.get(layers[1]) if layers[1] is not None else None
+        self._known = set(self.model.state_dict()) if self.model is not None else set()
         self._stored_names = self._map_names()
 
     def __contains__(self, name: object) -> bool:
@@ -80,6 +81,10 @@ class BaseModel:
             [names[stored] for stored in file.tensors if stored in names]
             for file in self.weights.files
         ]
+
+    def ignores(self, name: str) -> bool:
+        """Returns whether transformers neither loads nor reports a tensor, as old buffers."""
+        return self.model is not None and name not in self._known | self.unexpected_names
 
     def info(self, name: str) -> TensorInfo:
         """Returns dtype and shape of a tensor."""
@@ -106,7 +111,7 @@ class BaseModel:
         Files of a headless model, such as GPT-2's own, lack the prefix `transformer.`.
         """
         prefix = getattr(self.model, "base_model_prefix", "")
-        known = set(self.model.state_dict()) if self.model is not None else set()
+        known = self._known
         names = {}
         for stored in self.weights:
             prefixed = f"{prefix}.{stored}"

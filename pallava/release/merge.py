@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from pallava.folder_build import FileDigest, FolderBuild
 from pallava.release.adapters import (
@@ -54,6 +55,12 @@ _BLOCKS_AT_A_TIME = 2
 
 _SHARDS_AT_A_TIME = 4
 """Concurrent shards on a CPU; each holds a few blocks, or in fp32 a few copies of one weight."""
+
+_COMMON_WITH_EFFECT = {"model_type", "is_decoder", "add_cross_attention", "pruned_heads"}
+_WITHOUT_EFFECT = {"torch_dtype", "auto_map", "use_cache", "initializer_range", "pretraining_tp"}
+"""Of the fields of config.json that all models have, only the former change what is computed; the
+others are notes and settings of generation, as are the latter, which some models have. Whether
+embeddings are tied is compared as loaded."""
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -359,7 +366,7 @@ class Merger:
                 for side in sides
             ]
             if sources[0] and sources[1]:
-                return not _equal(adapter, sources[0], sources[1])
+                return not _equal(adapter.weights, sources[0], sources[1])
             if sources[0] or sources[1]:
                 return True
         return False
@@ -413,13 +420,13 @@ def check_merge(
         progress: Whether to show a progress bar.
 
     Raises:
-        CheckpointError: If names or shapes differ.
+        CheckpointError: If names or shapes differ, or fields of config.json that change what is
+            computed.
     """
-    merger, found = Merger(base, adapters, force_base=force_base), WeightFolder(merged)
-    tensors = [tensor for shard in merger.plan().shards for tensor in shard]
-    lacking = sorted({tensor.info.name for tensor in tensors} - set(found))
-    if lacking:
-        raise CheckpointError(f"{found.folder}: lacks {len(lacking)} tensors: {lacking[:5]}")
+    merger, found = Merger(base, adapters, force_base=force_base), BaseModel(merged)
+    plan = merger.plan()
+    _check_config(merger.base, plan, found)
+    tensors = _check_names(merger.base, plan, found)
     equal, worst, roundings = 0, "", 0.0
     for tensor in tqdm(tensors, disable=not progress, desc="Comparing"):
         name = tensor.info.name
@@ -436,6 +443,61 @@ def check_merge(
         if distance > roundings:
             worst, roundings = name, distance
     return MergeCheck(len(tensors), equal, worst, roundings)
+
+
+def _check_config(base: BaseModel, plan: MergePlan, found: BaseModel) -> None:
+    """Rejects a model whose config.json makes the same weights compute something else."""
+    expected = _settings(base, base.config | plan.config_changes)
+    settings = _settings(found, found.config)
+    wrong = [
+        f"{name} is {settings.get(name)!r:.80}, expected {value!r:.80}"
+        for name, value in sorted(expected.items())
+        if settings.get(name) != value
+    ]
+    if found.is_tied and not plan.is_tied:
+        wrong.append("it ties the output layer to the embeddings, which differ after this merge")
+    if found.is_quantised:
+        wrong.append("it has a quantization_config; check the model before it is quantised")
+    if wrong:
+        raise CheckpointError(
+            f"{found.folder / 'config.json'}: another model than the merge: {'; '.join(wrong)}"
+        )
+
+
+def _settings(model: BaseModel, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config that change what is computed, with their defaults."""
+    if model.model is not None:
+        config = type(model.model.config).from_dict(config).to_dict()
+    without_effect = set(PretrainedConfig().to_dict()) - _COMMON_WITH_EFFECT | _WITHOUT_EFFECT
+
+    def with_effect(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: with_effect(value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+            if name not in without_effect and "dropout" not in name and "pdrop" not in name
+        }
+
+    return with_effect(config)
+
+
+def _check_names(base: BaseModel, plan: MergePlan, found: BaseModel) -> list[OutputTensor]:
+    """Rejects a model with lacking or additional tensors; returns those to compare."""
+    planned = {tensor.info.name: tensor for shard in plan.shards for tensor in shard}
+    dispensable = base.unexpected_names | {name for name in planned if base.ignores(name)}
+    lacking = sorted(set(planned) - set(found) - dispensable)
+    if lacking:
+        raise CheckpointError(f"{found.folder}: lacks {len(lacking)} tensors: {lacking[:5]}")
+    # `found` itself leaves out a stored copy of tied embeddings, which must be equal.
+    extra = {name for name in {*found, *found.weights} - set(planned) if not found.ignores(name)}
+    sides = {str(base.input_embeddings), str(base.output_embeddings)}
+    if plan.is_tied and sides <= set(found.weights) and _equal(found.weights, *sides):
+        extra -= sides
+    if extra:
+        raise CheckpointError(
+            f"{found.folder}: holds {len(extra)} tensors that this merge does not have: "
+            f"{sorted(extra)[:5]}"
+        )
+    return [tensor for name, tensor in planned.items() if name in found]
 
 
 def write_shards(
@@ -565,10 +627,10 @@ def _shard_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _equal(adapter: Adapter, first: str, second: str) -> bool:
-    left, right = adapter.weights.info(first), adapter.weights.info(second)
+def _equal(weights: WeightFolder, first: str, second: str) -> bool:
+    left, right = weights.info(first), weights.info(second)
     return (left.shape, left.dtype) == (right.shape, right.dtype) and all(
-        torch.equal(adapter.weights.read(first, *block), adapter.weights.read(second, *block))
+        torch.equal(weights.read(first, *block), weights.read(second, *block))
         for block in row_blocks(left, BLOCK_NUMEL["cpu"])
     )
 

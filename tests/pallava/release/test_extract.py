@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from pallava.release.extract import extract_adapter
@@ -29,6 +33,83 @@ def test_check_finds_one_changed_number(tmp_path: Path) -> None:
     save_file(tensors, shard)
     changed = check_merge(base, [adapter], tmp_path / "out", progress=False)
     assert changed.worst == name and changed.roundings > 1
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_bytes()) | fields
+    file.write_text(json.dumps({name: v for name, v in config.items() if v is not ...}))
+
+
+def add_tensor(folder: Path, name: str, tensor: Tensor | None = None) -> None:
+    """Adds a tensor, or a copy of the embeddings."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors["model.embed_tokens.weight"] if tensor is None else tensor
+    save_file({n: t.clone() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "copy": (lambda out: add_tensor(out, "lm_head.weight", torch.randn(97, 48)), "lm_head.weight"),
+    "junk": (lambda out: add_tensor(out, "model.junk", torch.ones(2)), "model.junk"),
+    "rope_theta": (lambda out: edit_config(out, rope_theta=5.0), "rope_theta is 5.0, expected 10"),
+    "rope_scaling": (
+        lambda out: edit_config(out, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        "rope_scaling is {",
+    ),
+    "heads": (
+        lambda out: edit_config(out, num_attention_heads=2, num_key_value_heads=1, head_dim=24),
+        "head_dim is 24",
+    ),
+    "type": (lambda out: edit_config(out, model_type="mistral"), "model_type is 'mistral'"),
+    "quantised": (
+        lambda out: edit_config(out, quantization_config={"quant_method": "bitsandbytes"}),
+        "before it is quantised",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_check_finds_what_makes_equal_tensors_another_model(change: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", tie_word_embeddings=True, max_shard_size="1GB")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    make_wrong, message = CHANGES[change]
+    make_wrong(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        check_merge(base, [adapter], tmp_path / "out", progress=False)
+
+
+def test_check_finds_untied_embeddings_that_are_tied_again(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", tie_word_embeddings=True)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    check_merge(base, [adapter], tmp_path / "out", progress=False)
+    edit_config(tmp_path / "out", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="ties the output layer"):
+        check_merge(base, [adapter], tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("safe", [True, False])
+def test_check_accepts_what_peft_saves(
+    tied: bool, dtype: torch.dtype, safe: bool, tmp_path: Path
+) -> None:
+    base = save_llama(tmp_path / "base", tie_word_embeddings=tied, max_shard_size="1GB")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    # As the config of an older release, and with a buffer of one.
+    edit_config(base, dtype=..., torch_dtype="float32", head_dim=..., mlp_bias=..., use_cache=False)
+    add_tensor(base, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(6))
+    model = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    model.config.pad_token_id = 0
+    model.to(dtype).save_pretrained(tmp_path / "out", safe_serialization=safe)
+    found = check_merge(base, [adapter], tmp_path / "out", progress=False)
+    assert found.roundings <= 1
+    if safe and tied:
+        add_tensor(tmp_path / "out", "lm_head.weight")
+        edit_config(tmp_path / "out", tie_word_embeddings=False)
+        assert check_merge(base, [adapter], tmp_path / "out", progress=False) == found
 
 
 def test_extracted_adapter_leads_to_the_tuned_model(tmp_path: Path) -> None:
