@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +89,11 @@ class SlideFolder:
     def files(self, sample: str) -> list[Path]:
         """Returns the files of the slides of a sample; see `file`."""
         return [self.file(slide) for slide in self.slides_of.get(sample, (sample,))]
+
+    def identity(self, sample: str) -> list[list[Any]]:
+        """Returns name, size and modification time of each file; see `files`."""
+        found = [(file.name, file.stat()) for file in self.files(sample)]
+        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 
     def read(self, slide: str) -> Bag:
         """Reads a slide, or all slides of a sample.
@@ -276,14 +280,13 @@ class SlideScan(Dataset[dict[str, Any]]):
         return {row["id"]: row for row in json.loads(cache.read_text(encoding="utf-8"))}
 
     def _as(self, slide: str) -> list[Any]:
-        """Returns file size, modification time and scan settings, which make a cached row valid."""
+        """Returns identity of the files and scan settings, which make a cached row valid."""
         folder = self.folder
         asked = [self.in_chans, list(self.grid or ()), folder.needs_coords, folder.cell_px]
         try:
-            found = [os.stat(file) for file in folder.files(slide)]
+            return [*folder.identity(slide), *asked]
         except (OSError, ValueError):
             return asked
-        return [*(n for s in found for n in (s.st_size, s.st_mtime_ns)), *asked]
 
 
 def _most(values: Sequence[Value], default: Value) -> Value:

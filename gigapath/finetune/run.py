@@ -295,6 +295,7 @@ class Runs:
         trainer = Trainer(
             model, self.task, settings, parts, folder, self.ranks, progress=self.progress
         )
+        slides = [slide for part in parts.values() for slide in part.slides]
         inputs = {
             "method": method,
             "task": asdict(self.task),
@@ -303,6 +304,8 @@ class Runs:
             "encoder": self.cohort.encoder,
             "model": dict(options),
             "slides": asdict(split),
+            "labels": {slide: self.cohort.labels[slide].tolist() for slide in slides},
+            "feature files": {slide: self.folder.identity(slide) for slide in slides},
         }
         scores = trainer.finish(inputs)
         drawn = self.heat_maps and self.ranks.is_first

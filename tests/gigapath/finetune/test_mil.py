@@ -159,6 +159,24 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(
         train(slides, "broken", "acmil", **settings)
 
 
+def test_other_labels_or_features_are_another_run(slides: Path) -> None:
+    settings: dict[str, Any] = {"only_folds": (0,), "epochs": 1}
+    train(slides, "out", **settings)
+    table = slides / "labels.csv"
+    first = table.read_text()
+    table.write_text(first.replace("S.0,normal", "S.0,tumour"))
+    with pytest.raises(ValueError, match="run with other labels; name a new output folder"):
+        train(slides, "out", **settings)
+    table.write_text(first)
+    train(slides, "out", **settings)
+    features, coords = read_features(slides / "features/S.1.h5")
+    attributes = {"patch_size_level0": 512}
+    write_features(slides / "features/S.1.h5", features + 1, coords, encoder="made-up",
+                   attributes=attributes)  # fmt: skip
+    with pytest.raises(ValueError, match="run with other feature files; name a new"):
+        train(slides, "out", **settings)
+
+
 def test_command_lists_slides_without_features(slides: Path) -> None:
     (slides / "features/S.0.h5").unlink()
     features, coords = read_features(slides / "features/S.1.h5")
