@@ -10,6 +10,7 @@ original's scores as `published`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -348,15 +349,22 @@ class ProbeRun:
         return int(state["step"])
 
     def _check_folder(self) -> None:
+        splits = self.data.splits
         inputs = {
             "settings": asdict(self.settings),
             "classes": list(self.data.classes),
-            "num_tiles": {name: len(split.ids) for name, split in self.data.splits.items()},
+            "num_tiles": {name: len(split.ids) for name, split in splits.items()},
             "embed_dim": self.features.shape[1],
-            # Embeddings of another encoder may be as wide and as many.
-            "features_sha256": hashlib.sha256(self.features.cpu().numpy().tobytes()).hexdigest(),
+            # Tables and embeddings that differ may be as long and as wide.
+            "ids": {n: _sha256(json.dumps(s.ids).encode()) for n, s in splits.items()},
+            "labels": {n: _sha256(s.labels.tobytes()) for n, s in splits.items()},
+            "features": {n: _sha256(s.features.numpy().tobytes()) for n, s in splits.items()},
         }
         check_inputs(self.folder, inputs)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def published_scores(labels: NDArray[np.int64], logits: NDArray[Any]) -> dict[str, Any]:

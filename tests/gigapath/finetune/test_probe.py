@@ -157,8 +157,21 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(
         probe_tiles(path, table, tmp_path / "broken", settings=other, progress=False)
     (tmp_path / "other").mkdir()
     elsewhere = write_cohort(tmp_path / "other", seed=1)  # as if of another encoder
-    with pytest.raises(ValueError, match="other features_sha256"):
+    with pytest.raises(ValueError, match="run with other features; name"):
         probe_tiles(elsewhere, table, tmp_path / "broken", settings=SMALL, progress=False)
+
+
+@pytest.mark.parametrize("tile", ["tile_0,0,train", "tile_3,1,val", "tile_4,0,test"])
+def test_other_labels_are_another_run(tile: str, tmp_path: Path) -> None:
+    path, table = write_cohort(tmp_path), tmp_path / "labels.csv"
+    probe_tiles(path, table, tmp_path / "out", settings=SMALL, progress=False)
+    name, label, split = tile.split(",")
+    lines = table.read_text().splitlines()
+    assert tile in lines
+    corrected = [f"{name},{1 - int(label)},{split}" if line == tile else line for line in lines]
+    table.write_text("\n".join(corrected))
+    with pytest.raises(ValueError, match="run with other labels; name a new output folder"):
+        probe_tiles(path, table, tmp_path / "out", settings=SMALL, progress=False)
 
 
 class Evil:
