@@ -7,6 +7,7 @@ slide embedding is the embedding itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gigapath.published.embedding_zip import (
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath
 from pathcore.image_features import image_features
-from pathcore.image_sets import FileImage, ImageSet, LabelledImages, read_images
+from pathcore.image_sets import FileImage, HDF5Image, ImageSet, LabelledImages, read_images
 from pathcore.images import find_image
 
 
@@ -52,8 +53,9 @@ def read_vectors(
     folder = Path(path)
     if not (folder.is_dir() and any(folder.glob("*.h5"))):
         return read_embeddings(path, table, embed_dim=embed_dim, progress=progress)
-    good, skipped = sort_rows(read_labels(table, path))
     slides, kept = SlideFolder(folder, needs_coords=False), []
+    rows = read_labels(table, path)
+    good, skipped = sort_rows(rows, lambda name, _: slides.file(name), table)
     vectors: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for row in good:
         try:
@@ -73,7 +75,7 @@ def read_vectors(
         found[split] = EmbeddingSplit(
             tuple(row["input"] for row in rows), features, np.array(labels, dtype=np.int64)
         )
-    named = {row["input"] for row in good}
+    named = {row["input"].removesuffix(".svs") for row in good}
     data = EmbeddingData(classes, found, tuple(skipped), len(set(slides.slides()) - named))
     return _checked(data, path)
 
@@ -101,7 +103,8 @@ def labelled_images(
 
     Raises:
         FileNotFoundError: If data are missing, or the set does not say which images to train on.
-        ValueError: If neither or both of table and set are given, or the data do not fit.
+        ValueError: If neither or both of table and set are given, the data do not fit, or an image
+            is in two splits.
     """
     if (table is None) == (image_set is None):
         raise ValueError("images: expected either a table of labels or an image set")
@@ -118,6 +121,15 @@ def labelled_images(
             f"image set {image_set.name}: does not say which images of {folder} to train on; give "
             "the folder of its training images, or a table of labels"
         )
+    owner: dict[FileImage | HDF5Image, str] = {}
+    for name, part in parts.items():
+        for image in part.images:
+            other = owner.setdefault(replace(image, id="", path=image.path.absolute()), name)
+            if other != name:
+                raise ValueError(
+                    f"image set {image_set.name}: image {image.id} is in splits {other} and "
+                    f"{name}; name folders that have no images in common"
+                )
     return tuple(image_set.names), parts
 
 
@@ -176,7 +188,8 @@ def embed_images(
 def _images_of_table(
     folder: Path, table: StrPath | None
 ) -> tuple[tuple[str, ...], dict[str, LabelledImages]]:
-    good, skipped = sort_rows(read_labels(table, folder))
+    rows = read_labels(table, folder)
+    good, skipped = sort_rows(rows, lambda name, _: find_image(folder, name).resolve(), table)
     classes = class_names(row["label"] for row in good)
     images: dict[str, list[FileImage]] = {split: [] for split in SPLITS}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}

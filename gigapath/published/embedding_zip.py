@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -217,15 +217,16 @@ def read_embeddings(
 
     Raises:
         FileNotFoundError: If embeddings or table do not exist.
-        ValueError: If the table lacks a column, there are fewer than two classes, or a split has no
-            usable embeddings; `val` may be absent from the table.
+        ValueError: If the table lacks a column or gives an embedding two splits or labels, there
+            are fewer than two classes, or a split has no usable embeddings; `val` may be absent
+            from the table.
     """
     from tqdm import tqdm
 
     with EmbeddingArchive(path) as archive:
         rows = read_labels(archive.table() if table is None else table, archive.path)
         named = {PurePosixPath(row["input"]).name.removesuffix(".pt") for row in rows}
-        good, skipped = sort_rows(rows)
+        good, skipped = sort_rows(rows, archive.find, table or archive.path)
         classes = class_names(row["label"] for row in good)
         if len(classes) < 2:
             raise ValueError(f"table {table}: expected at least two labels, found {list(classes)}")
@@ -280,25 +281,48 @@ def read_labels(table: StrPath | bytes | None, embeddings: StrPath) -> list[dict
 
 
 def sort_rows(
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, str]], find: Callable[[str, str], object], source: object
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Separates the rows that can be used from those that cannot, with the reason."""
-    good, skipped, seen = [], [], set()
+    """Separates the rows that can be used from those that cannot, with the reason.
+
+    Args:
+        rows: See `read_labels`.
+        find: Maps `input` and `split` to what the row names, such as a file, or raises ValueError
+            or OSError; the row is kept then.
+        source: Path of the table, for error messages.
+
+    Raises:
+        ValueError: If rows of two splits, or of two labels, name the same file.
+    """
+    good, skipped = [], []
+    seen: dict[object, dict[str, str]] = {}
     for row in rows:
-        key = (row["input"], row["split"])
         reason = ""
         if not row["label"]:
             reason = "no label"
         elif row["split"] not in SPLITS:
             reason = f"split {row['split']!r}: expected {', '.join(SPLITS)}"
-        elif key in seen:
+        elif (first := seen.setdefault(_named(row, find), row)) is not row:
             reason = "named twice"
-        seen.add(key)
+            for key in ("split", "label"):
+                if row[key] != first[key]:
+                    raise ValueError(
+                        f"table {source}: {key} of input {row['input']!r}: {row[key]!r} here, "
+                        f"{first[key]!r} in the row of {first['input']!r}, which names the same "
+                        "file; keep one of the rows"
+                    )
         if reason:
             skipped.append({"id": row["input"], "split": row["split"], "reason": reason})
         else:
             good.append(row)
     return good, skipped
+
+
+def _named(row: Mapping[str, str], find: Callable[[str, str], object]) -> object:
+    try:
+        return find(row["input"], row["split"])
+    except (ValueError, OSError):
+        return row["input"], row["split"]
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:

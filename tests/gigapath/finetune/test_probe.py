@@ -211,7 +211,7 @@ def test_faults_are_recorded_and_the_rest_is_used(
         archive.writestr("../../outside.pt", saved(vector))  # a name only: nothing is unpacked
         archive.writestr("pcam/train/unnamed.pt", saved(vector))
         writer.writerows(
-            [["absent", "1", "train"], ["tile_0", "1", "train"], ["unlabelled", "", "train"],
+            [["absent", "1", "train"], ["tile_0", "0", "train"], ["unlabelled", "", "train"],
              ["tile_1", "1", "holdout"]]
         )  # fmt: skip
     content = bytearray(good.read_bytes())
@@ -237,6 +237,32 @@ def test_faults_are_recorded_and_the_rest_is_used(
     results = probe_tiles(good, table, tmp_path / "out", settings=SMALL, progress=False)
     assert results["num_skipped"] == len(reasons)
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == len(reasons)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("tile_0,0,test", "split of input 'tile_0': 'test' here, 'train' in the row of 'tile_0'"),
+        ("tile_0.pt,0,val", "split of input 'tile_0.pt': 'val' here, 'train' in the row"),
+        ("pcam/tile_0,1,train", "label of input 'pcam/tile_0': '1' here, '0' in the row"),
+    ],
+)
+def test_one_embedding_in_two_splits_or_classes(row: str, message: str, tmp_path: Path) -> None:
+    path = write_cohort(tmp_path)
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(path, tmp_path / "labels.csv", progress=False)
+
+
+def test_one_name_in_the_folders_of_two_splits(tmp_path: Path) -> None:
+    path = write_cohort(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("pcam/test/tile_0.pt", saved(torch.ones(12)))
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.write("tile_0,1,test\n")
+    test = read_embeddings(path, tmp_path / "labels.csv", progress=False).splits["test"]
+    assert test.ids[-1] == "tile_0" and test.features[-1].tolist() == [1.0] * 12
 
 
 def test_inflating_entries_are_refused() -> None:

@@ -201,6 +201,8 @@ def test_image_sets_and_tables_give_the_same_vectors(
     image_set = load_image_set(tmp_path / "kinds.json", "labels")
     with pytest.raises(FileNotFoundError, match="does not say which images"):
         labelled_images(tmp_path / "test", image_set=image_set)
+    with pytest.raises(ValueError, match=r"blood/0\.png is in splits test and train"):
+        labelled_images(tmp_path / "test", image_set=image_set, train=tmp_path / "test")
     found = labelled_images(tmp_path / "test", image_set=image_set, train=tmp_path / "train")
     first = embed_images(encoder, *found, tmp_path / "cache", progress=False)
     assert [row["id"] for row in first.skipped] == ["fat/9.png"]
@@ -214,6 +216,10 @@ def test_image_sets_and_tables_give_the_same_vectors(
     ]
     rows.append(["train/none.png", "fat", "train"])
     write_csv(tmp_path / "tiles.csv", ["input", "label", "split"], rows)
+    first_row = rows[0]
+    write_csv(tmp_path / "two.csv", ["input", "label", "split"], [*rows, [*first_row[:2], "test"]])
+    with pytest.raises(ValueError, match="'test' here, 'train' in the row of"):
+        labelled_images(tmp_path, table=tmp_path / "two.csv")
     found = labelled_images(tmp_path, table=tmp_path / "tiles.csv")
     second = embed_images(encoder, *found, tmp_path / "other", progress=False)
     assert second.classes == first.classes and len(second.skipped) == 2
@@ -267,6 +273,10 @@ def test_slides_are_means_of_their_features(tmp_path: Path) -> None:
     assert len(data.splits["train"].ids) == 6 and not data.splits["val"].ids
     [skipped] = data.skipped
     assert skipped["id"] == "S9" and "no S9.h5" in skipped["reason"]
+    for row in (["S0.svs", "a", "test"], ["S0", "b", "train"]):
+        write_csv(tmp_path / "two.csv", ["input", "label", "split"], [*rows, row])
+        with pytest.raises(ValueError, match=r"in the row of 'S0', which names the same file"):
+            read_vectors(tmp_path, tmp_path / "two.csv", progress=False)
     write_features(tmp_path / "S0.h5", np.ones((2, 3), np.float32), np.ones((2, 2), int),
                    encoder="uni")  # fmt: skip
     with pytest.raises(ValueError, match="widths"):
