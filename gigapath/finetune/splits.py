@@ -242,12 +242,15 @@ def _part(
     key = split_key or (PATIENT_KEY if by_patient else SLIDE_KEY)
     if rows and key not in rows[0]:
         raise ValueError(f"splits {path}: no column {key}, only {list(rows[0])}")
-    return key, list(dict.fromkeys(row[key] for row in rows))
+    values = [row[key] for row in rows]
+    if key == SLIDE_KEY:
+        values = [labelled.known_as(slide) for slide in values]
+    return key, list(dict.fromkeys(values))
 
 
 def _clam_split(path: Path, labelled: LabelledSlides) -> Split:
     rows = read_table(path, PARTS)
-    parts = {part: [row[part] for row in rows if row[part]] for part in PARTS}
+    parts = {part: [labelled.known_as(row[part]) for row in rows if row[part]] for part in PARTS}
     # Rows of the labels that cannot be used are reported as such, so their slides are known here.
     known = {*labelled.labels, *(row["id"] for row in labelled.skipped)}
     for slides in parts.values():

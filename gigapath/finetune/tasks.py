@@ -123,6 +123,11 @@ class LabelledSlides:
     patients: Mapping[str, str]
     skipped: tuple[dict[str, str], ...]
 
+    def known_as(self, slide: str) -> str:
+        """Returns the id that the labels have for a slide, with or without `.svs`."""
+        stem = slide.removesuffix(".svs")
+        return next((s for s in (slide, stem, f"{stem}.svs") if s in self.labels), slide)
+
     def stratum(self, slide: str) -> int:
         """Returns what folds should have equally often: the class, or the event of `survival`."""
         label = self.labels[slide]
@@ -204,12 +209,16 @@ def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
 def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -> LabelledSlides:
     """Reads a csv of slides: ids, labels and, in column `pat_id` or CLAM's `case_id`, patients.
 
+    Ids that differ in the suffix `.svs` name one slide; the first of them is kept.
+
     Raises:
         FileNotFoundError: If the table does not exist.
-        ValueError: If columns are missing, a slide has two labels, or no row can be used.
+        ValueError: If columns are missing, a slide has two labels or patients, or no row can be
+            used.
     """
     labels: dict[str, NDArray[Any]] = {}
     patients: dict[str, str] = {}
+    first_ids: dict[str, str] = {}
     skipped = []
     for row in read_table(path, (slide_key, *task.columns())):
         slide = row[slide_key]
@@ -219,14 +228,18 @@ def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -
         except (UnsafeNameError, ValueError) as error:
             skipped.append({"id": slide, "reason": str(error)})
             continue
+        slide = first_ids.setdefault(slide.removesuffix(".svs"), slide)
         if slide in labels and not np.array_equal(labels[slide], label):
             raise ValueError(
                 f"table {path}: slide {slide} has two labels, "
                 f"{_label_text(task, labels[slide])} and {_label_text(task, label)}"
             )
         labels[slide] = label
-        if patient := row.get(PATIENT_KEY) or row.get(CLAM_PATIENT_KEY):
-            patients[slide] = patient
+        patient = row.get(PATIENT_KEY) or row.get(CLAM_PATIENT_KEY)
+        if patient and patients.setdefault(slide, patient) != patient:
+            raise ValueError(
+                f"table {path}: slide {slide} has patients {patients[slide]} and {patient}"
+            )
     if not labels:
         first = skipped[0] if skipped else "it is empty"
         raise ValueError(f"table {path}: no row can be used: {first}")

@@ -127,6 +127,36 @@ def test_labels_that_cannot_be_used_are_recorded(tmp_path: Path) -> None:
         read_labels(tmp_path / "labels.csv", TASK)
 
 
+def test_one_slide_under_two_ids(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,label\na.svs,0\na,0\nb,1\nc,2\n")
+    known = read_labels(table, TASK)
+    assert list(known.labels) == ["a.svs", "b", "c"]
+    (tmp_path / "splits_0.csv").write_text("train,val,test\na,b.svs,c\n")
+    found = read_splits(tmp_path, known)[0][0]
+    assert (found.train, found.val, found.test) == (("a.svs",), ("b",), ("c",))
+    (tmp_path / "splits_0.csv").write_text("train,val,test\na,b,a.svs\n")
+    with pytest.raises(ValueError, match=r"slide a\.svs in train and test"):
+        read_splits(tmp_path, known)
+    for part, slide in {"train": "a", "val": "b", "test": "a.svs"}.items():
+        (tmp_path / f"{part}_0.csv").write_text(f"slide_id\n{slide}\n")
+    with pytest.raises(ValueError, match=r"slide a\.svs in train and test"):
+        read_splits(tmp_path, known)
+    table.write_text("slide_id,label\na.svs,0\na,1\n")
+    with pytest.raises(ValueError, match=r"slide a\.svs has two labels, 0 and 1"):
+        read_labels(table, TASK)
+
+
+@pytest.mark.parametrize("column", ["pat_id", "case_id"])
+def test_one_slide_of_two_patients(column: str, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(f"slide_id,label,{column}\na,0,P\na,0,\na,0,P\n")
+    assert read_labels(table, TASK).patients == {"a": "P"}
+    table.write_text(f"slide_id,label,{column}\na,0,P\na,0,Q\n")
+    with pytest.raises(ValueError, match="slide a has patients P and Q"):
+        read_labels(table, TASK)
+
+
 def test_several_labels(tmp_path: Path) -> None:
     task = read_task(configs_dir() / "gigapath/tasks/mutation_5_gene.yml")
     (tmp_path / "labels.csv").write_text(
