@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gigapath.finetune.metrics import SETTINGS, SURVIVAL
 from gigapath.finetune.recipes import read_yaml
+from gigapath.published.embedding_zip import class_names
 from pathcore.files import StrPath, UnsafeNameError, check_name
 from pathcore.names import did_you_mean
 
@@ -196,14 +197,14 @@ def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
         ValueError: If a column is missing, a label is empty, or there is only one class.
     """
     found = {_as_text(row[label]) for row in read_table(path, (SLIDE_KEY, label))}
-    classes = sorted(found, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    classes = class_names(found)
     if len(classes) < 2 or "" in found:
         raise ValueError(
             f"table {path}: column {label} must hold at least two classes and no empty cell; "
-            f"found {classes}"
+            f"found {list(classes)}"
         )
     setting = "binary" if len(classes) == 2 else "multi_class"
-    return SlideTask(label, setting, tuple(classes), label_column=label)
+    return SlideTask(label, setting, classes, label_column=label)
 
 
 def read_labels(path: StrPath, task: SlideTask, *, slide_key: str = SLIDE_KEY) -> LabelledSlides:

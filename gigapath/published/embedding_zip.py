@@ -7,6 +7,7 @@ with torch's restricted unpickler.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -326,12 +327,21 @@ def _named(row: Mapping[str, str], find: Callable[[str, str], object]) -> object
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """Returns the different labels: numbers in their order, then the others alphabetically."""
-    return tuple(
-        sorted(
-            set(labels), key=lambda name: (not name.isdigit(), name.isdigit() and int(name), name)
-        )
-    )
+    """Returns the different labels: numbers in their order, then the others alphabetically.
+
+    Example:
+        >>> class_names(["tumour", "10", "2.5", "-1", "2"])
+        ('-1', '2', '2.5', '10', 'tumour')
+    """
+
+    def order(name: str) -> tuple[bool, float, str]:
+        try:
+            number = float(name)
+        except ValueError:
+            number = math.inf
+        return (False, number, name) if math.isfinite(number) else (True, 0.0, name)
+
+    return tuple(sorted(set(labels), key=order))
 
 
 def _usual_width(archive: EmbeddingArchive, rows: Sequence[dict[str, str]]) -> int:

@@ -39,6 +39,7 @@ from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import read_splits
 from gigapath.finetune.tasks import SlideTask, read_labels, task_of_table
 from gigapath.finetune.trainer import Trainer
+from gigapath.published.embedding_zip import class_names
 from tests.wsi.qupath import read_valid
 from wsi.store import read_features, write_features
 from xtuner_add.cli import main
@@ -226,6 +227,14 @@ def test_slides_and_patients_in_two_parts_are_refused(slides: Path) -> None:
 def test_numbered_classes_are_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("slide_id,label\na,10\nb,2\nc,0\n")
     assert task_of_table(tmp_path / "l.csv").classes == ("0", "2", "10")
+    (tmp_path / "l.csv").write_text("slide_id,label\na,1.0\nb,-1\nc,10\nd,2.5\ne,nan\nf,9\n")
+    expected = ("-1", "1", "2.5", "9", "10", "nan")
+    assert task_of_table(tmp_path / "l.csv").classes == class_names(expected[::-1]) == expected
+
+
+def test_named_classes_are_in_alphabetical_order(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("slide_id,label\na,tumor\nb,normal\n")
+    assert task_of_table(tmp_path / "l.csv").classes == ("normal", "tumor")
 
 
 def test_gated_attention_is_the_published_formula() -> None:
