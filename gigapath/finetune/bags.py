@@ -135,11 +135,12 @@ class SlideFolder:
         if file.suffix != ".h5":
             return ""
         with h5py.File(file, "r") as opened:
-            # TRIDENT names the encoder at the dataset.
-            holders = [opened, *(opened[n] for n in ("features", "feats") if n in opened)]
-            name = str(next((h.attrs["encoder"] for h in holders if "encoder" in h.attrs), ""))
-            coords = opened["coords"].attrs if "coords" in opened else {}
-            digest = str(coords.get("weights_sha256", ""))
+            # TRIDENT names the encoder at the dataset, as files of slide embeddings do.
+            holders = [opened, *(opened[n] for n in ("features", "feats", "coords") if n in opened)]
+            name, digest = (
+                str(next((h.attrs[key] for h in holders if key in h.attrs), ""))
+                for key in ("encoder", "weights_sha256")
+            )
         return f"{name} {digest[:12]}".strip()
 
     def _onto_grid(self, coords: Tensor, file: Path) -> Tensor:
@@ -237,9 +238,7 @@ class SlideScan(Dataset[dict[str, Any]]):
     ) -> ScanResult:
         """Scans the slides.
 
-        All slides must come from one tile encoder, because embeddings of different encoders cannot
-        be compared, even if they have the same width. Slides whose encoder is not that of most
-        slides are skipped.
+        Slides whose encoder is not that of most slides are skipped, see `one_encoder`.
 
         Args:
             cache: JSON file that keeps the result of each file until the file changes.
@@ -257,22 +256,16 @@ class SlideScan(Dataset[dict[str, Any]]):
         if cache is not None:
             write_json(cache, list(found.values()))
         rows = [row for row in found.values() if "num_tiles" in row]
-        encoder = _most([row["encoder"] for row in rows if row["encoder"]], "")
-        width = _most([row["in_chans"] for row in rows], self.in_chans)
+        width, encoder, others = one_encoder(
+            {row["id"]: (row["in_chans"], row["encoder"]) for row in rows}
+        )
         num_tiles, skipped = {}, []
         for slide in self.all_slides:
-            row = found[slide]
-            if "reason" in row:
-                skipped.append({"id": slide, "reason": row["reason"]})
-            elif row["in_chans"] != width:
-                reason = f"features of width {row['in_chans']}; most slides have width {width}"
-                skipped.append({"id": slide, "reason": reason})
-            elif row["encoder"] not in ("", encoder):  # files of other tools may not name theirs
-                reason = f"features of encoder {row['encoder']}; most slides have {encoder}'s"
+            if reason := found[slide].get("reason") or others.get(slide):
                 skipped.append({"id": slide, "reason": reason})
             else:
-                num_tiles[slide] = int(row["num_tiles"])
-        return ScanResult(num_tiles, skipped, encoder, width)
+                num_tiles[slide] = int(found[slide]["num_tiles"])
+        return ScanResult(num_tiles, skipped, encoder, width or self.in_chans)
 
     def _known(self, cache: Path | None) -> dict[str, dict[str, Any]]:
         if cache is None or not cache.is_file():
@@ -287,6 +280,29 @@ class SlideScan(Dataset[dict[str, Any]]):
             return [*folder.identity(slide), *asked]
         except (OSError, ValueError):
             return asked
+
+
+def one_encoder(found: Mapping[str, tuple[int, str]]) -> tuple[int, str, dict[str, str]]:
+    """Finds the slides that do not have the encoder of most slides.
+
+    Embeddings of different encoders cannot be compared, even if they have the same width.
+
+    Args:
+        found: Width and encoder of each slide's embeddings; the encoder is empty if the file does
+            not name it, as files of other tools may not.
+
+    Returns:
+        Width and encoder of most slides, and the reason against each of the other slides.
+    """
+    width = _most([own for own, _ in found.values()], 0)
+    encoder = _most([name for _, name in found.values() if name], "")
+    others = {}
+    for slide, (own, name) in found.items():
+        if own != width:
+            others[slide] = f"features of width {own}; most slides have width {width}"
+        elif name not in ("", encoder):
+            others[slide] = f"features of encoder {name}; most slides have {encoder}'s"
+    return width, encoder, others
 
 
 def _most(values: Sequence[Value], default: Value) -> Value:
@@ -427,23 +443,24 @@ def stored_vectors(
 
     Returns:
         The embedding `(embed_dim,)` of each slide, and `id` and `reason` of slides without a usable
-        one.
+        one, which includes those of another encoder than most, see `one_encoder`.
 
     Raises:
-        ValueError: If no slide has one, or widths differ.
+        ValueError: If no slide has one.
     """
-    found, bad = {}, []
+    source = SlideFolder(Path(folder), slides_of=slides_of or {})
+    vectors, names, bad = {}, {}, []
     for slide in slides:
         try:
-            files = SlideFolder(Path(folder), slides_of=slides_of or {}).files(slide)
-            found[slide] = np.mean([_read_vector(file) for file in files], axis=0)
+            names[slide] = source.encoder(slide)
+            vectors[slide] = np.mean([_read_vector(file) for file in source.files(slide)], axis=0)
         except (ValueError, OSError) as error:
             bad.append({"id": slide, "reason": str(error)})
-    if not found:
+    if not vectors:
         raise ValueError(f"slide embeddings {folder}: none can be used: {bad[:1]}")
-    if len(widths := {len(vector) for vector in found.values()}) > 1:
-        raise ValueError(f"slide embeddings {folder}: expected one width, found {sorted(widths)}")
-    return found, bad
+    _, _, others = one_encoder({s: (len(vector), names[s]) for s, vector in vectors.items()})
+    bad += [{"id": slide, "reason": reason} for slide, reason in others.items()]
+    return {slide: vector for slide, vector in vectors.items() if slide not in others}, bad
 
 
 def _read_vector(file: Path) -> NDArray[np.float32]:

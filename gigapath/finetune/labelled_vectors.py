@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from gigapath.finetune.bags import SlideFolder
+from gigapath.finetune.bags import SlideFolder, one_encoder
 from gigapath.published.embedding_zip import (
     SPLITS,
     EmbeddingData,
@@ -48,29 +48,38 @@ def read_vectors(
 
     Raises:
         FileNotFoundError: If there are no embeddings or there is no table.
-        ValueError: If the table cannot be used, or vectors differ in width.
+        ValueError: If the table cannot be used, or a split has no usable vectors. Slides of another
+            encoder than most are skipped, see `one_encoder`.
     """
     folder = Path(path)
     if not (folder.is_dir() and any(folder.glob("*.h5"))):
         return read_embeddings(path, table, embed_dim=embed_dim, progress=progress)
-    slides, kept = SlideFolder(folder, needs_coords=False), []
+    slides = SlideFolder(folder, needs_coords=False)
     rows = read_labels(table, path)
     good, skipped = sort_rows(rows, lambda name, _: slides.file(name), table)
-    vectors: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    vectors: dict[str, Tensor] = {}
+    encoders, reasons = {}, {}
     for row in good:
+        name = row["input"]
         try:
-            vectors[row["split"]].append(slides.read(row["input"]).features.mean(dim=0))
-            kept.append(row)
+            encoders[name] = slides.encoder(name)
+            vectors[name] = slides.read(name).features.mean(dim=0)
         except (ValueError, OSError) as error:
-            skipped.append({"id": row["input"], "split": row["split"], "reason": str(error)})
-    if len(widths := {len(v) for own in vectors.values() for v in own}) > 1:
-        raise ValueError(f"{folder}: features of widths {sorted(widths)}; expected one encoder's")
+            reasons[name] = str(error)
+    width, _, others = one_encoder({name: (len(v), encoders[name]) for name, v in vectors.items()})
+    reasons |= others
+    skipped += [
+        {"id": row["input"], "split": row["split"], "reason": reasons[row["input"]]}
+        for row in good
+        if row["input"] in reasons
+    ]
+    kept = [row for row in good if row["input"] not in reasons]
     classes = class_names(row["label"] for row in kept)
     found = {}
-    for split, own in vectors.items():
+    for split in SPLITS:
         rows = [row for row in kept if row["split"] == split]
         labels = [classes.index(row["label"]) for row in rows]
-        width = max(widths, default=0)
+        own = [vectors[row["input"]] for row in rows]
         features = torch.stack(own) if own else torch.empty(0, width)
         found[split] = EmbeddingSplit(
             tuple(row["input"] for row in rows), features, np.array(labels, dtype=np.int64)

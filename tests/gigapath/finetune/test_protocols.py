@@ -279,7 +279,13 @@ def test_slides_are_means_of_their_features(tmp_path: Path) -> None:
             read_vectors(tmp_path, tmp_path / "two.csv", progress=False)
     write_features(tmp_path / "S0.h5", np.ones((2, 3), np.float32), np.ones((2, 2), int),
                    encoder="uni")  # fmt: skip
-    with pytest.raises(ValueError, match="widths"):
-        read_vectors(tmp_path, tmp_path / "labels.csv", progress=False)
+    write_features(tmp_path / "S1.h5", features, coords, encoder="other")
+    data = read_vectors(tmp_path, tmp_path / "labels.csv", progress=False)
+    assert data.splits["train"].ids == ("S2", "S3", "S4", "S5")
+    assert {row["id"]: row["reason"] for row in data.skipped} == {
+        "S0": "features of width 3; most slides have width 4",
+        "S1": "features of encoder other; most slides have uni's",
+        "S9": skipped["reason"],
+    }
     with pytest.raises(FileNotFoundError, match="name one"):
         read_vectors(tmp_path, progress=False)

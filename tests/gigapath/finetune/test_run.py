@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 
 from gigapath import slide_encoder
 from gigapath.classification_head import ClassificationHead, get_model, parse_layers
-from gigapath.finetune.bags import Bag, SlideBags, SlideFolder, SlideScan, choose_tiles
+from gigapath.embed.slide_vectors import write_slide_vector
+from gigapath.finetune.bags import (
+    Bag,
+    SlideBags,
+    SlideFolder,
+    SlideScan,
+    choose_tiles,
+    stored_vectors,
+)
 from gigapath.finetune.recipes import read_settings
 from gigapath.finetune.run import BagModel, finetune_slides
 from gigapath.finetune.settings import FinetuneSettings
@@ -360,6 +368,22 @@ def test_stored_slide_embeddings(tmp_path: Path) -> None:
     assert results["methods"]["knn"]["mean"]["accuracy"]["mean"] == 1.0
     assert results["num_skipped"] == 1
     assert "S000" in (tmp_path / "out/skipped.jsonl").read_text()
+
+
+def test_stored_slide_embeddings_of_another_encoder(tmp_path: Path) -> None:
+    for slide, digest in {"a": "1", "b": "2", "c": "2"}.items():
+        attributes = {"encoder": "gigapath", "weights_sha256": digest * 64}
+        write_slide_vector(tmp_path / f"{slide}.h5", np.ones(5, np.float32), attributes)
+    torch.save(torch.ones(5), tmp_path / "d.pt")
+    vectors, skipped = stored_vectors(tmp_path, list("abcd"))
+    assert list(vectors) == ["b", "c", "d"]
+    assert skipped == [
+        {
+            "id": "a",
+            "reason": "features of encoder gigapath 111111111111; most slides have gigapath "
+            "222222222222's",
+        }
+    ]
 
 
 def test_faults_are_recorded_and_the_rest_is_used(tmp_path: Path) -> None:
