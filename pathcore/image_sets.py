@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -37,7 +38,14 @@ from typing import Any, Literal
 from PIL import Image
 
 from pathcore.files import StrPath
-from pathcore.images import ImageError, find_image, image_files, load_image, path_inside
+from pathcore.images import (
+    IMAGE_SUFFIXES,
+    ImageError,
+    find_image,
+    image_files,
+    load_image,
+    path_inside,
+)
 from pathcore.rows import read_csv
 
 Use = Literal["question", "prompts", "labels"]
@@ -260,9 +268,10 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
     root = folder / layout.get("folder", "")
     ones = [item.keys for item in image_set.classes] if "one_hot" in layout else None
     needed = [layout["image"], *where, *([keys[0] for keys in ones] if ones else [layout["label"]])]
-    by_name: dict[str, Path] = {}
+    rows = list(_rows(folder / layout["file"]))
+    other_spelling: Callable[[str], Path | None] | None = None
     images, labels, skipped = [], [], []
-    for number, row in _rows(folder / layout["file"]):
+    for number, row in rows:
         if absent := [column for column in needed if column not in row]:
             raise ValueError(f"{folder / layout['file']}: no columns {absent}, only {sorted(row)}")
         if any(row[column] != str(value) for column, value in where.items()):
@@ -285,12 +294,12 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
                 path = find_image(root, name)
             except ImageError:
                 path_inside(root, name)  # names that point outside stay refused
-                # Published tables spell some names otherwise than the files.
-                by_name = by_name or {_plain_name(p.stem): p for p in image_files(root)}
-                stem = _plain_name(re.sub(r"\.(jpe?g|png|tiff?)$", "", Path(name).name))
-                if stem not in by_name:
+                if other_spelling is None:
+                    names = [row.get(layout["image"]) or "" for _, row in rows]
+                    other_spelling = _other_spellings(root, names)
+                if (spelled := other_spelling(name)) is None:
                     raise
-                path = by_name[stem]
+                path = spelled
         except ValueError as error:
             skipped.append({"id": name or f"row {number}", "reason": str(error)})
             continue
@@ -365,8 +374,29 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )
 
 
-def _plain_name(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).lower()
+def _other_spellings(root: Path, names: Sequence[str]) -> Callable[[str], Path | None]:
+    """Returns a function that finds the image of a name that the table spells otherwise.
+
+    Published tables have other blanks, dashes and suffixes than the files. A file is taken only if
+    no other file and no other name of the table are spelled alike.
+    """
+
+    def plain(name: str) -> str:
+        # Where words end counts: 1_01 and 10_1 are two images.
+        file = Path(name)
+        stem = file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name
+        return re.sub(r"[\W_]+", "-", stem).strip("-").lower()
+
+    files: dict[str, list[Path]] = {}
+    for path in image_files(root):
+        files.setdefault(plain(path.name), []).append(path)
+    rows = Counter(plain(name) for name in set(names))
+
+    def find(name: str) -> Path | None:
+        found = files.get(plain(name), [])
+        return found[0] if len(found) == 1 and rows[plain(name)] == 1 else None
+
+    return find
 
 
 def _yaml(text: str) -> Any:

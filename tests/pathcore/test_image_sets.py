@@ -138,6 +138,28 @@ def test_rows_that_cannot_be_used_are_recorded(tmp_path: Path) -> None:
     assert "outside the image folder" in found.skipped[2]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("files", "rows", "name"),
+    [
+        (["1_01.png"], [], "10_1"),  # another image, though both have the digits 101
+        (["1_01.png", "1-01.jpg"], [], "1 01"),  # one of two images
+        (["1_01.png"], ["1_01.png"], "1 01"),  # the table names this file in another row
+    ],
+)
+def test_a_missing_image_is_not_replaced_by_another(
+    files: list[str], rows: list[str], name: str, tmp_path: Path
+) -> None:
+    for file in files:
+        image(tmp_path / "images" / file)
+    others = "".join(f"{row},SSA,6,test\n" for row in rows)
+    (tmp_path / "annotations.csv").write_text(
+        "Image Name,Majority Vote Label,Number,Partition\n" + others + f"{name},HP,0,test\n"
+    )
+    found = read_images(load_image_set("mhist", "labels"), tmp_path, all_classes=False)
+    assert [image.id for image in found.images] == rows
+    assert [row["id"] for row in found.skipped] == [name]
+
+
 def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no images of 'Normal'.*adapt it"):
         read_images(load_image_set("bach", "prompts"), tmp_path)
