@@ -54,7 +54,11 @@ def save_trained_parts(
     save_dir.mkdir(parents=True, exist_ok=True)
     # Inference prepares questions and images by this file; see `pallava.inference.loading`.
     if cfg is not None:
-        record = {"prompt_template": trained_template(cfg).fields(), "ties": trained_grid_ties(cfg)}
+        record = {
+            "prompt_template": trained_template(cfg).fields(),
+            "ties": trained_grid_ties(cfg),
+            "visual_select_layer": model.visual_select_layer,
+        }
         write_json(save_dir / CONVERSION_NAME, record)
     if model.use_llm_lora:
         _say("LLM adapter", save_dir / "llm_adapter")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pallava.text.chat_template import known_template
 from pallava.text.encoding import Bos
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _USUAL_TEMPLATE = "llama3_chat"
+_USUAL_LAYER = -2
 CONVERSION_NAME = "conversion.json"
-"""File in a converted folder that records settings of the training config: the prompt template and
-the rule for grids of sub-images."""
+"""File in a converted folder that records settings of the training config: the prompt template, the
+layer of the encoder and the rule for grids of sub-images."""
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -48,7 +49,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     use_adapter: bool | None = None,
-    visual_select_layer: int = -2,
+    visual_select_layer: int | None = None,
 ) -> Assistant:
     """Loads a trained PA-LLaVA for inference.
 
@@ -69,7 +70,9 @@ def load_model(
         use_adapter: Whether to apply `llava/llm_adapter`. By default it is applied if it exists,
             unless `llm` lies inside `llava`: that is where `xtuner convert merge` writes the merged
             model, which already contains the adapter.
-        visual_select_layer: Index of the encoder's hidden state that the connector reads.
+        visual_select_layer: Index of the encoder's hidden state that the connector reads. Defaults
+            to the one used in training, or -2 if `llava` does not record it; a different one logs a
+            warning. An exported folder has its own, and this must then be None.
 
     Returns:
         A model with `answer(image, question)` and `answer_batch(images, questions)`.
@@ -77,6 +80,7 @@ def load_model(
     Raises:
         FileNotFoundError: If a folder does not exist or lacks a part.
         CheckpointError: If the weights of the parts do not fit each other.
+        ValueError: If parts or the layer are named beside an exported folder, which has its own.
 
     Example::
 
@@ -95,12 +99,17 @@ def load_model(
     if _is_exported(llm):
         if llava is not None or visual_encoder is not None:
             raise ValueError(f"{llm} contains all parts; omit llava and visual_encoder")
+        if visual_select_layer is not None:
+            raise ValueError(
+                f"{llm} states the layer of its encoder in config.json, found visual_select_layer "
+                f"{visual_select_layer} as well; leave it out"
+            )
         return _load_exported(Path(llm), precision, place, prompt_template, bos)
     folder = _llava_folder(llava if llava is not None else llm)
     encoder_folder = _encoder_folder(folder, visual_encoder)
     connector = load_connector(folder / "projector")
-    template, ties = _read_record(folder)
-    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, ties)
+    record = _read_record(folder)
+    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, record.ties)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
             f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
@@ -121,14 +130,14 @@ def load_model(
         language_model,
         encoder.to(precision or stored),
         connector.to(precision or stored),
-        visual_select_layer=visual_select_layer,
+        visual_select_layer=_choose_layer(visual_select_layer, record.visual_select_layer, folder),
     )
     parts.requires_grad_(False).to(place)
     return Assistant(
         parts,
         tokenizer,
         prepare,
-        prompt_template=_choose_template(prompt_template, template, folder),
+        prompt_template=_choose_template(prompt_template, record.prompt_template, folder),
         bos=bos,
         fingerprint=_fingerprint(llm, folder / "projector", encoder, encoder_folder, adapter),
     )
@@ -335,24 +344,44 @@ def _load_exported(
     return Assistant(model, tokenizer, anyres, template, bos, fingerprint(folder))
 
 
-def _read_record(folder: Path) -> tuple[PromptTemplate | None, GridTies]:
-    """Reads the prompt template and the rule for grids recorded beside trained weights.
+class _Record(NamedTuple):
+    """Settings of the training that inference needs; by default, those of the released weights."""
 
-    Without a record, the template is None and the rule that of the released weights.
+    prompt_template: PromptTemplate | None = None
+    ties: GridTies = "published"
+    visual_select_layer: int | None = None
+
+
+def _read_record(folder: Path) -> _Record:
+    """Reads the settings recorded beside trained weights.
 
     Raises:
         ValueError: If the record is damaged.
     """
     file = folder / CONVERSION_NAME
     if not file.is_file():
-        return None, "published"
+        return _Record()
     try:
         record = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: expected a JSON object: {error}") from error
-    fields = record.get("prompt_template")
-    template = PromptTemplate.from_fields(fields) if fields else None
-    return template, record.get("ties", "published")
+    known = {name: record[name] for name in _Record._fields if name in record}
+    fields = known.pop("prompt_template", None)
+    return _Record(PromptTemplate.from_fields(fields) if fields else None, **known)
+
+
+def _choose_layer(asked: int | None, recorded: int | None, folder: Path) -> int:
+    if asked is None:
+        return _USUAL_LAYER if recorded is None else recorded
+    if recorded not in (None, asked):
+        _logger.warning(
+            "%s: the connector reads hidden state %d of the encoder as requested; it was trained "
+            "with %d",
+            folder,
+            asked,
+            recorded,
+        )
+    return asked
 
 
 def _choose_template(

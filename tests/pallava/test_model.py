@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,12 @@ def test_what_is_exported_loads_again(plip: Path, tmp_path: Path, kind: str) -> 
     with torch.no_grad():
         loss = model.eval()(**data)["loss"]
     torch.testing.assert_close(loss, recorded["loss"][0], atol=goldens.LOSS_ATOL, rtol=0)
+
+
+def test_what_inference_needs_of_the_config_is_recorded(plip: Path, tmp_path: Path) -> None:
+    build(plip, visual_select_layer=-1).to_hf(Config({}), str(tmp_path), fp32=True)
+    record = json.loads((tmp_path / "conversion.json").read_bytes())
+    assert record["visual_select_layer"] == -1
 
 
 @pytest.mark.parametrize("kind", ["released", "crossattn"])

@@ -51,7 +51,12 @@ def _part_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--visual-encoder", help="PLIP folder, or encoder:NAME. [default: the one in --llava]"
         ),
-        click.option("--visual-select-layer", default=-2, show_default=True),
+        click.option(
+            "--visual-select-layer",
+            type=int,
+            help="Hidden state of the encoder that the connector reads. [default: the one used in "
+            "training, as recorded with the weights]",
+        ),
         click.option(
             "--prompt-template",
             help="Name of a prompt template of XTuner, or `tokenizer`. [default: the template used "

@@ -115,6 +115,19 @@ def test_the_recorded_template_is_used_and_another_one_is_reported(
         load(root)
 
 
+def test_the_recorded_layer_is_used_and_another_one_is_reported(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(folders, tmp_path / "recorded")
+    assert load(root).model.visual_select_layer == -2
+    (root / "llava" / "conversion.json").write_text(json.dumps({"visual_select_layer": -1}))
+    assert load(root).model.visual_select_layer == -1
+    assert load(root, visual_select_layer=-1).model.visual_select_layer == -1
+    assert "hidden state" not in caplog.text
+    assert load(root, visual_select_layer=-2).model.visual_select_layer == -2
+    assert "hidden state -2 of the encoder as requested; it was trained with -1" in caplog.text
+
+
 def test_a_merged_model_answers_as_base_and_adapter(folders: Path, tmp_path: Path) -> None:
     merged = goldens.model(goldens.RELEASED_PTH).llm.merge_and_unload()  # type: ignore[operator]
     place = tmp_path / "llava" / "merged"
@@ -317,6 +330,8 @@ def test_an_exported_folder_answers_as_its_parts(crossing: Path, tmp_path: Path)
         assert exported.answer(picture(name), text, max_new_tokens=8) == expected
     with pytest.raises(ValueError, match="contains all parts"):
         load_model(tmp_path, crossing / "llava", device="cpu")
+    with pytest.raises(ValueError, match=r"layer of its encoder in config\.json, .* leave it out"):
+        load_model(tmp_path, device="cpu", visual_select_layer=-2)
 
 
 def test_importing_the_package_stays_cheap() -> None:
