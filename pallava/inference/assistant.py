@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -146,9 +147,13 @@ class Assistant:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON values that, with prompt and image, determine an answer."""
+        preprocessing = {} if self.reads_slides else {"preprocessing": asdict(self.anyres)}
         return {
             "prompt_template": self.prompt_template,
+            "template": self._template.fields(),  # many are `unnamed`
             "bos": self.bos,
+            "visual_select_layer": self.model.visual_select_layer,
+            **preprocessing,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.fingerprint,
             **self.decoding.settings,

@@ -205,6 +205,29 @@ def test_fingerprints_tell_weights_apart(folders: Path, crossing: Path, tmp_path
     assert fingerprint(folders / "llama", crossing / "llava" / "projector", parts[1], None) != first
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"ties": "largest_scale"},
+        {"visual_select_layer": -1},
+        {"prompt_template": {"INSTRUCTION": "Question: {input} Answer:"}},
+        {"prompt_template": {"INSTRUCTION": "Q: {input} A:", "STOP_WORDS": ["Q:"]}},
+    ],
+    ids=str,
+)
+def test_settings_tell_answers_apart(crossing: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    root = shutil.copytree(crossing, tmp_path / "recorded")
+    record = {"prompt_template": {"INSTRUCTION": "Q: {input} A:"}}
+
+    def settings(**changes: Any) -> str:
+        (root / "llava" / "conversion.json").write_text(json.dumps(record | changes))
+        return json.dumps(load(root).settings)
+
+    first = settings()
+    assert settings() == first
+    assert settings(**other) != first
+
+
 def test_missing_parts_are_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--visual-encoder"):
         load_model(folders / "llama", folders / "llava")
