@@ -108,7 +108,7 @@ class Case:
         if name.endswith("stored"):
             from pallava.feature_cache import FeatureCache
 
-            self.cache = FeatureCache(folder / name.replace(" ", "_"), self.anyres, False)
+            self.cache = FeatureCache(folder / name.replace(" ", "_"), self.anyres)
         torch.manual_seed(0)
         self.model = self._xtuner() if self.xtuner else self._ours(thumbnail)
         self.model.train()

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pathcore.rgb import MAX_IMAGE_PIXELS, ImageError
+
 GridTies = Literal["published", "largest_scale"]
 
 TRAINING_TIES: GridTies = "largest_scale"
@@ -90,6 +92,37 @@ def fit_to_canvas(image: Image.Image, canvas_px: tuple[int, int]) -> Image.Image
     return canvas
 
 
+def pad_to_square(
+    image: Image.Image,
+    image_mean: Sequence[float],
+    *,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    name: str = "image",
+) -> Image.Image:
+    """Centres an RGB image on a square of the mean colour, as LLaVA does.
+
+    Args:
+        image: The image; a square one is returned as it is.
+        image_mean: Channel means in 0..1.
+        max_pixels: Maximum number of pixels of the square.
+        name: Name of the image in error messages.
+
+    Raises:
+        ImageError: If the square is too large.
+    """
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    if side**2 > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} px, padded to a square, are more than "
+            f"the {max_pixels:,} pixels allowed"
+        )
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in image_mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def split_image(
     image: Image.Image, tile_px: int, ties: GridTies = "published"
 ) -> list[Image.Image]:
@@ -125,6 +158,7 @@ class AnyRes:
         sub_images: Whether to add sub-images; False yields the thumbnail alone, for models without
             a scale-invariant connector.
         ties: See `choose_grid`.
+        pad_to_square: Whether to pad images with the mean colour first.
 
     Example:
         >>> AnyRes(tile_px=32)(Image.new("RGB", (64, 64))).shape
@@ -136,10 +170,16 @@ class AnyRes:
     image_std: Sequence[float] = CLIP_STD
     sub_images: bool = True
     ties: GridTies = "published"
+    pad_to_square: bool = False
 
     @classmethod
     def from_image_processor(
-        cls, processor: object, *, sub_images: bool = True, ties: GridTies = "published"
+        cls,
+        processor: object,
+        *,
+        sub_images: bool = True,
+        ties: GridTies = "published",
+        pad_to_square: bool = False,
     ) -> AnyRes:
         """Takes tile size and channel statistics from a Hugging Face image processor.
 
@@ -159,10 +199,20 @@ class AnyRes:
             image_std=tuple(getattr(processor, "image_std", CLIP_STD)),
             sub_images=sub_images,
             ties=ties,
+            pad_to_square=pad_to_square,
         )
 
+    def padded(self, image: Image.Image) -> Image.Image:
+        """Returns an RGB image as it is tiled: padded if `pad_to_square` is set."""
+        return pad_to_square(image, self.image_mean) if self.pad_to_square else image
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Returns `(1 + num_sub_images, 3, tile_px, tile_px)` float32, the thumbnail first."""
+        """Returns `(1 + num_sub_images, 3, tile_px, tile_px)` float32, the thumbnail first.
+
+        Raises:
+            ImageError: If the padded image is too large.
+        """
+        image = self.padded(image)
         if self.sub_images:
             tiles = split_image(image, self.tile_px, self.ties)
         else:
@@ -179,5 +229,7 @@ class AnyRes:
         """Returns the number of sub-images for an image size, by which samplers group batches."""
         if not self.sub_images:
             return 0
+        if self.pad_to_square:
+            width_px = height_px = max(width_px, height_px)
         columns, rows = choose_grid(width_px, height_px, self.tile_px, self.ties)
         return columns * rows

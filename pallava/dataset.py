@@ -7,15 +7,13 @@ that cannot be used is recorded in the run's skip log and skipped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 
-from pallava.anyres import TRAINING_TIES, AnyRes, GridTies
+from pallava.anyres import TRAINING_TIES, AnyRes, GridTies, pad_to_square
 from pallava.engine.conversations import (
     ConversationDataset,
     build,
@@ -47,7 +45,8 @@ class LLaVADataset(ConversationDataset):
         template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`, or
             `tokenizer` for the tokenizer's own chat template, pinned to no thinking and one date.
         max_length: Maximum number of tokens; longer sequences are truncated.
-        pad_image_to_square: Whether to pad with the mean colour before tiling.
+        pad_image_to_square: Whether to pad with the mean colour before tiling; exported with the
+            model.
         anyres_image: Whether to add sub-images; False yields the thumbnail alone.
         grid_ties: See `pallava.anyres.choose_grid`; exported with the model.
         check_images: `header` opens every image once at the start, which finds missing files before
@@ -91,14 +90,17 @@ class LLaVADataset(ConversationDataset):
             raise FileNotFoundError(f"image_folder {self.image_folder}: no such folder")
         self.image_processor = build(image_processor)
         self.anyres = AnyRes.from_image_processor(
-            self.image_processor, sub_images=anyres_image, ties=grid_ties
+            self.image_processor,
+            sub_images=anyres_image,
+            ties=grid_ties,
+            pad_to_square=pad_image_to_square,
         )
         self.pad_image_to_square = pad_image_to_square
         self.max_pixels = max_pixels
         self.feature_cache: FeatureCache | None = None
         if feature_cache is not None:
             self._refuse_changed_images()
-            self.feature_cache = FeatureCache(feature_cache, self.anyres, pad_image_to_square)
+            self.feature_cache = FeatureCache(feature_cache, self.anyres)
         super().__init__(
             data_path,
             tokenizer,
@@ -155,24 +157,11 @@ class LLaVADataset(ConversationDataset):
         """
         image = load_image(path_inside(self.image_folder, name), max_pixels=self.max_pixels)
         if self.pad_image_to_square:
-            if max(image.size) ** 2 > self.max_pixels:
-                raise ImageError(
-                    f"{name}: {image.width} x {image.height} px, padded to a square, are more than "
-                    f"the {self.max_pixels:,} pixels allowed"
-                )
-            image = _pad_to_square(image, self.anyres.image_mean)
+            image = pad_to_square(
+                image, self.anyres.image_mean, max_pixels=self.max_pixels, name=name
+            )
         return image
 
     def count_sub_images(self, name: str) -> int:
         """Returns the number of sub-images, from the image size that the header check read."""
-        return self.anyres.num_sub_images(*self._padded(self._index.size(name)))
-
-    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        return (max(size), max(size)) if self.pad_image_to_square else size
-
-
-def _pad_to_square(image: Any, mean: Sequence[float]) -> Any:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+        return self.anyres.num_sub_images(*self._index.size(name))

@@ -33,6 +33,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         anyres_image: Whether to add sub-images, as the dataset does.
         projector_type: Unused; published configs pass it.
         grid_ties: The dataset's; see `pallava.anyres.choose_grid`.
+        pad_image_to_square: The dataset's.
         kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
             `prompt_template="tokenizer"` is the tokenizer's own chat template.
 
@@ -50,6 +51,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         anyres_image: bool = True,
         projector_type: str | None = None,
         grid_ties: GridTies = TRAINING_TIES,
+        pad_image_to_square: bool = False,
         **kwargs: Any,
     ) -> None:
         del projector_type
@@ -81,7 +83,10 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
                 f"{len(self.evaluation_inputs)} evaluation_inputs; give one image, or one each"
             )
         anyres = AnyRes.from_image_processor(
-            self.image_processor, sub_images=anyres_image, ties=grid_ties
+            self.image_processor,
+            sub_images=anyres_image,
+            ties=grid_ties,
+            pad_to_square=pad_image_to_square,
         )
         self.evaluation_images = [anyres(_load(name)) for name in names]
 

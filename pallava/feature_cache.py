@@ -55,15 +55,14 @@ class FeatureCache:
     Args:
         folder: The folder; created if needed.
         anyres: Tiling of the images.
-        pad_to_square: Whether images are padded before tiling.
 
     Raises:
         ValueError: If the folder holds features of another tiling.
     """
 
-    def __init__(self, folder: StrPath, anyres: AnyRes, pad_to_square: bool) -> None:
+    def __init__(self, folder: StrPath, anyres: AnyRes) -> None:
         self.folder = Path(folder)
-        _claim(self.folder, "images", {**asdict(anyres), "pad_to_square": pad_to_square})
+        _claim(self.folder, "images", asdict(anyres))
         self._digests: dict[str, tuple[list[Any], str]] = {}
 
     def file_of(self, image: Path) -> Path:

@@ -13,10 +13,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from pathcore.files import StrPath
-from pathcore.rgb import ImageError, to_rgb
-
-MAX_IMAGE_PIXELS = 400_000_000
-"""Maximum number of pixels of an image: 20,000 x 20,000, or 1.6 GB as Pillow stores RGB."""
+from pathcore.rgb import MAX_IMAGE_PIXELS, ImageError, to_rgb
 
 NETWORK_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 """Pillow's names of the formats that `decode_image` accepts."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+MAX_IMAGE_PIXELS = 400_000_000
+"""Maximum number of pixels of an image: 20,000 x 20,000, or 1.6 GB as Pillow stores RGB."""
+
 
 class ImageError(ValueError):
     """Raised if an image cannot be used; the message names file and reason."""

@@ -82,6 +82,7 @@ def read_recipe(
         sub_image_mask=str(model.get("sub_image_mask", "exact")),
         prompt_template=template.fields(),
         ties=trained_grid_ties(cfg),
+        pad_to_square=trained_padding(cfg),
         training=_training_settings(cfg, dataset, Path(config_file)),
         slide_tokens=slide_tokens,
         **statistics,
@@ -99,14 +100,25 @@ def trained_grid_ties(cfg: Mapping[str, Any]) -> str:
     Raises:
         ValueError: If the datasets use different rules, since a model records only one.
     """
-    rules = {
-        where: str(dataset.get("grid_ties", TRAINING_TIES))
-        for where, dataset in training_datasets(cfg)
-    }
-    if len(set(rules.values())) > 1:
-        found = ", ".join(f"{where}: {rule!r}" for where, rule in rules.items())
-        raise ValueError(f"grid_ties: expected the same for all data sets, found {found}")
-    return next(iter(rules.values()), TRAINING_TIES)
+    return str(_shared(cfg, "grid_ties", TRAINING_TIES))
+
+
+def trained_padding(cfg: Mapping[str, Any]) -> bool:
+    """Returns whether the training images were padded to squares.
+
+    Raises:
+        ValueError: If some datasets pad and others do not, since a model records only one.
+    """
+    return bool(_shared(cfg, "pad_image_to_square", False))
+
+
+def _shared(cfg: Mapping[str, Any], field: str, default: Any) -> Any:
+    """Returns a field that all training datasets must have in common."""
+    values = {where: dataset.get(field, default) for where, dataset in training_datasets(cfg)}
+    if len(set(values.values())) > 1:
+        found = ", ".join(f"{where}: {value!r}" for where, value in values.items())
+        raise ValueError(f"{field}: expected the same for all data sets, found {found}")
+    return next(iter(values.values()), default)
 
 
 def _lora(lora: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _USUAL_TEMPLATE = "llama3_chat"
 _USUAL_LAYER = -2
 CONVERSION_NAME = "conversion.json"
 """File in a converted folder that records settings of the training config: the prompt template, the
-layer of the encoder and the rule for grids of sub-images."""
+layer of the encoder and the preparation of images."""
 
 _EXPORTED_TYPE = "pallava"  # model_type in an exported folder's config.json
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -109,7 +109,7 @@ def load_model(
     encoder_folder = _encoder_folder(folder, visual_encoder)
     connector = load_connector(folder / "projector")
     record = _read_record(folder)
-    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, record.ties)
+    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, record)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
             f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
@@ -334,6 +334,7 @@ def _load_exported(
         image_std=tuple(processor.image_std),
         sub_images=processor.sub_images,
         ties=processor.ties,
+        pad_to_square=processor.pad_to_square,
     )
     model.requires_grad_(False)
     if is_quantised:
@@ -350,6 +351,7 @@ class _Record(NamedTuple):
     prompt_template: PromptTemplate | None = None
     ties: GridTies = "published"
     visual_select_layer: int | None = None
+    pad_to_square: bool = False
 
 
 def _read_record(folder: Path) -> _Record:
@@ -515,7 +517,7 @@ def _add_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def _load_encoder(folder: Path | str, sub_images: bool, ties: GridTies) -> tuple[Any, Any]:
+def _load_encoder(folder: Path | str, sub_images: bool, record: _Record) -> tuple[Any, Any]:
     """Loads the encoder of a folder or a name and the preprocessing that belongs to it."""
     from pallava.anyres import AnyRes
     from pallava.named_encoder import NamedVisionEncoder, is_named_encoder, load_named_encoder
@@ -530,7 +532,8 @@ def _load_encoder(folder: Path | str, sub_images: bool, ties: GridTies) -> tuple
             image_mean=transform.mean,
             image_std=transform.std,
             sub_images=sub_images,
-            ties=ties,
+            ties=record.ties,
+            pad_to_square=record.pad_to_square,
         )
     from pallava.modeling.folders import (
         SLIDE_TOKENS_MODEL_TYPE,
@@ -550,10 +553,10 @@ def _load_encoder(folder: Path | str, sub_images: bool, ties: GridTies) -> tuple
             config.in_features, config.slide_embedding_features, config.origin
         )
     images: Any = load_vision_encoder(folder)
-    return images, _image_preparation(folder, images.config.image_size, sub_images, ties)
+    return images, _image_preparation(folder, images.config.image_size, sub_images, record)
 
 
-def _image_preparation(folder: Path, tile_px: int, sub_images: bool, ties: GridTies) -> Any:
+def _image_preparation(folder: Path, tile_px: int, sub_images: bool, record: _Record) -> Any:
     from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes
 
     file = folder / "preprocessor_config.json"
@@ -563,5 +566,6 @@ def _image_preparation(folder: Path, tile_px: int, sub_images: bool, ties: GridT
         image_mean=tuple(stated.get("image_mean", CLIP_MEAN)),
         image_std=tuple(stated.get("image_std", CLIP_STD)),
         sub_images=sub_images,  # without cross-attention the connector ignores them
-        ties=ties,
+        ties=record.ties,
+        pad_to_square=record.pad_to_square,
     )

@@ -60,6 +60,7 @@ class Recipe:
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
         ties: See `pallava.anyres.choose_grid`.
+        pad_to_square: Whether training padded the images with the mean colour.
         training: Details of the run for the model card: data, schedule, config file.
         slide_tokens: Fields of `SlideTokenConfig` of a model of slides, whose checkpoint holds the
             encoder; empty for a model of images.
@@ -75,6 +76,7 @@ class Recipe:
     image_mean: Sequence[float] = CLIP_MEAN
     image_std: Sequence[float] = CLIP_STD
     ties: str = "published"
+    pad_to_square: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     slide_tokens: dict[str, Any] = field(default_factory=dict)
 
@@ -145,6 +147,7 @@ def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -
         "image_std": list(recipe.image_std),
         "sub_images": connector.cross_attention,
         "ties": recipe.ties,
+        "pad_to_square": recipe.pad_to_square,
         "image_token": "<image>",
         "add_bos": not recipe.prompt_template.get("CHAT_TEMPLATE"),
     }

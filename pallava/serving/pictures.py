@@ -31,6 +31,7 @@ def cut_picture(image: Image.Image, anyres: AnyRes, shown_px: int = SHOWN_PX) ->
     """
     if not anyres.sub_images:
         return fit_to_canvas(image, _fitting(image.size, shown_px))
+    image = anyres.padded(image)
     columns, rows, cell_px = _grid(image, anyres, shown_px)
     canvas = fit_to_canvas(image, (columns * cell_px, rows * cell_px))
     return _with_grid(canvas, columns, rows, numbers=True)
@@ -47,6 +48,7 @@ def attention_picture(
         attention: `(num_sub_images, side, side)`, as returned by `sub_image_attention`.
         shown_px: Longer side of the result in pixels.
     """
+    image = anyres.padded(image)
     columns, rows, cell_px = _grid(image, anyres, shown_px)
     canvas = fit_to_canvas(image, (columns * cell_px, rows * cell_px))
     maps = attention.float().cpu().numpy()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from pallava.anyres import GRIDS, AnyRes, choose_grid, fit_to_canvas, split_image
+from pallava.anyres import CLIP_MEAN, GRIDS, AnyRes, choose_grid, fit_to_canvas, split_image
+from pathcore.rgb import ImageError
 from tests.pallava import goldens
 
 CASES = goldens.read_json("anyres/cases.json")
@@ -161,3 +162,21 @@ def test_the_thumbnail_alone() -> None:
 def test_impossible_sizes_are_an_error(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_grid(*arguments)
+
+
+@pytest.mark.parametrize("size", [(40, 120), (90, 31)])
+def test_images_are_padded_with_the_mean_colour_as_in_xtuner(size: tuple[int, int]) -> None:
+    from xtuner.dataset.utils import expand2square
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    square = expand2square(image, tuple(int(value * 255) for value in CLIP_MEAN))
+    padding = AnyRes(32, pad_to_square=True)
+    assert torch.equal(padding(image), AnyRes(32)(square))
+    assert not torch.equal(padding(image)[0], AnyRes(32)(image)[0])
+    assert padding.num_sub_images(*size) == len(padding(image)) - 1
+
+
+def test_a_square_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(ImageError, match="1 x 30000 px, padded to a square, are more than the 400"):
+        AnyRes(32, pad_to_square=True)(Image.new("RGB", (1, 30_000)))

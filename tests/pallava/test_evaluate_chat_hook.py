@@ -94,6 +94,12 @@ def test_sub_images_are_seen_as_in_training(processor: dict[str, Any], tmp_path:
     assert torch.equal(asking.evaluation_images[0], expected)
     asking.after_train(Run(model, tmp_path))
     assert sum(seen) == 5
+    tall = Image.open(PICTURE.with_name("tall_3.png")).convert("RGB")
+    padding = hook(
+        processor, evaluation_images=str(PICTURE.with_name("tall_3.png")), pad_image_to_square=True
+    )
+    squared = AnyRes(tile_px=32, ties="largest_scale", pad_to_square=True)(tall)
+    assert torch.equal(padding.evaluation_images[0], squared)
     assert [len(image) for image in hook(processor, anyres_image=False).evaluation_images] == [1]
 
 

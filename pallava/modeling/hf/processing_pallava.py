@@ -27,13 +27,14 @@ class PALLaVAProcessor(ProcessorMixin):
         image_token: Token that marks the position of an image in a prompt.
         chat_template: Chat template; the tokenizer's by default.
         add_bos: Whether prompts get a BOS; False if the chat template writes it, or wants none.
+        pad_to_square: Whether images are padded with the mean colour first.
     """
 
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
     valid_kwargs = [
         *("chat_template", "tile_px", "image_mean", "image_std", "sub_images", "ties"),
-        *("image_token", "add_bos"),
+        *("pad_to_square", "image_token", "add_bos"),
     ]
 
     def __init__(
@@ -47,6 +48,7 @@ class PALLaVAProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         chat_template: str | None = None,
         add_bos: bool = True,
+        pad_to_square: bool = False,
         **kwargs: Any,
     ) -> None:
         del kwargs
@@ -55,6 +57,7 @@ class PALLaVAProcessor(ProcessorMixin):
         self.image_std = list(image_std)
         self.sub_images = sub_images
         self.ties = ties
+        self.pad_to_square = pad_to_square
         self.image_token = image_token
         self.add_bos = add_bos
         template = chat_template or getattr(tokenizer, "chat_template", None)
@@ -99,7 +102,12 @@ class PALLaVAProcessor(ProcessorMixin):
         data = self._encode(texts)
         if flat:
             tiles = AnyRes(
-                self.tile_px, self.image_mean, self.image_std, self.sub_images, self.ties
+                self.tile_px,
+                self.image_mean,
+                self.image_std,
+                self.sub_images,
+                self.ties,
+                self.pad_to_square,
             )
             stacks = [tiles(to_rgb(image)) for image in flat]
             data["pixel_values"] = torch.cat(stacks)

@@ -22,7 +22,7 @@ from pallava.engine.prompts import (
     template_of,
     trained_template,
 )
-from pallava.engine.recipe import read_recipe, trained_grid_ties
+from pallava.engine.recipe import read_recipe, trained_grid_ties, trained_padding
 from pallava.engine.tokenised import settings_from_names, tokenise
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.text.encoding import IMAGE_TOKEN_INDEX
@@ -82,6 +82,10 @@ def test_several_data_sets_agree_or_are_refused() -> None:
     cfg.train_dataloader.dataset.datasets[1]["grid_ties"] = "published"
     with pytest.raises(ValueError, match=r"datasets\[0\]: 'largest_scale', .*\[1\]: 'published'"):
         trained_grid_ties(cfg)
+    assert trained_padding(cfg) is False
+    cfg.train_dataloader.dataset.datasets[1]["pad_image_to_square"] = True
+    with pytest.raises(ValueError, match=r"pad_image_to_square: .*\[0\]: False, .*\[1\]: True"):
+        trained_padding(cfg)
 
 
 def test_other_positions_of_a_config_are_named_when_they_differ() -> None:
@@ -143,10 +147,12 @@ def test_the_trained_template_travels_with_the_weights(
     root, config = chatml
     monkeypatch.chdir(root)
     with caplog.at_level(logging.WARNING):
-        recipe, save_tokenizer = read_recipe(config)
+        padding = {"train_dataloader.dataset.pad_image_to_square": True}
+        recipe, save_tokenizer = read_recipe(config, options=padding)
     assert "prompt_template is 'llama3_chat', but the training data uses 'qwen_chat'" in caplog.text
     parts = tmp_path / "parts"
     convert_checkpoint(RELEASED_PTH, recipe, parts, save_tokenizer=save_tokenizer)
+    assert json.loads((parts / "processor_config.json").read_bytes())["pad_to_square"]
     record = json.loads((parts / "conversion.json").read_bytes())["prompt_template"]
     assert PromptTemplate.from_fields(record).name == "qwen_chat"
 
@@ -171,6 +177,7 @@ def test_the_trained_template_travels_with_the_weights(
     model = load_model("data/tiny/llama", parts, device="cpu")
     assert model.encode("Is it red?", has_image=True) == prompt
     assert model.prompt_template == "qwen_chat" and not caplog.text
+    assert model.anyres.pad_to_square
     tokenizer = AutoTokenizer.from_pretrained(parts)
     messages = [{"role": "user", "content": "Is it red?"}]
     theirs = tokenizer.apply_chat_template(

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pallava import load_model
+from pallava.anyres import AnyRes
 from pallava.inference.assistant import Assistant
 from pallava.inference.loading import fingerprint
 from pallava.modeling.folders import load_vision_encoder, save_vision_encoder
@@ -93,6 +94,15 @@ def test_the_recorded_rule_for_grids_is_used(crossing: Path, tmp_path: Path) -> 
     largest = load(root).pixel_values(image)
     assert (published[1:] < 0).float().mean() > 0.7
     assert (largest[1:] > 0).all()
+
+
+def test_images_are_padded_as_the_record_says(crossing: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(crossing, tmp_path / "recorded")
+    (root / "llava" / "conversion.json").write_text(json.dumps({"pad_to_square": True}))
+    image = Image.open(picture("tall_3.png")).convert("RGB")
+    padded = load(root).pixel_values(image)
+    assert torch.equal(padded, AnyRes(32, pad_to_square=True)(image))
+    assert not torch.equal(padded[0], load(crossing).pixel_values(image)[0])
 
 
 def test_the_recorded_template_is_used_and_another_one_is_reported(
@@ -209,6 +219,7 @@ def test_fingerprints_tell_weights_apart(folders: Path, crossing: Path, tmp_path
     "other",
     [
         {"ties": "largest_scale"},
+        {"pad_to_square": True},
         {"visual_select_layer": -1},
         {"prompt_template": {"INSTRUCTION": "Question: {input} Answer:"}},
         {"prompt_template": {"INSTRUCTION": "Q: {input} A:", "STOP_WORDS": ["Q:"]}},
@@ -355,6 +366,13 @@ def test_an_exported_folder_answers_as_its_parts(crossing: Path, tmp_path: Path)
         load_model(tmp_path, crossing / "llava", device="cpu")
     with pytest.raises(ValueError, match=r"layer of its encoder in config\.json, .* leave it out"):
         load_model(tmp_path, device="cpu", visual_select_layer=-2)
+    PALLaVAProcessor(goldens.tokenizer(), tile_px=32, pad_to_square=True).save_pretrained(tmp_path)
+    image = Image.open(picture("tall_3.png")).convert("RGB")
+    padded = load_model(tmp_path, device="cpu").pixel_values(image)
+    assert torch.equal(padded, AnyRes(32, pad_to_square=True)(image))
+    processor = PALLaVAProcessor.from_pretrained(tmp_path)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert torch.equal(processor(image, "<image>\nWhat?")["pixel_values"], padded)
 
 
 def test_importing_the_package_stays_cheap() -> None:

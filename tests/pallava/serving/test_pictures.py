@@ -44,6 +44,15 @@ def test_a_model_without_sub_images_has_no_grid() -> None:
     assert np.asarray(picture)[:, 300].min() == 250
 
 
+def test_an_image_is_shown_padded_if_the_model_reads_it_padded() -> None:
+    padding = AnyRes(tile_px=32, pad_to_square=True)
+    image = half_red(70, 300)
+    picture = cut_picture(image, padding, 400)
+    assert picture == cut_picture(padding.padded(image), ANYRES, 400)
+    attention = torch.rand(padding.num_sub_images(*image.size), 2, 2)
+    assert attention_picture(image, padding, attention, 400).size == picture.size
+
+
 def test_attention_is_bright_in_the_sub_image_that_has_it() -> None:
     image = Image.new("RGB", (128, 64), (200, 200, 200))
     columns, rows = choose_grid(128, 64, 32)
