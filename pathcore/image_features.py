@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,12 +22,19 @@ PART_SIZE = 2048
 """Images whose features are stored together: what a kill can cost."""
 
 
+_Part: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Features `(N, dim)`, and indices `(N,)` within the part of the images that they belong to."""
+
+
 class ImageSource(Protocol):
     """An image that can be opened; picklable, for loading in other processes."""
 
     @property
     def id(self) -> str:
         """Name of the image in reports."""
+
+    def identity(self) -> list[Any]:
+        """Returns what differs for another or a changed image; raises OSError if it is missing."""
 
     def open(self) -> Any:
         """Returns the image in RGB; raises OSError or ValueError if it cannot be read."""
@@ -74,6 +81,9 @@ def image_features(
 ) -> ImageFeatures:
     """Computes features, or loads those that an earlier run cached.
 
+    Cached features belong to the description of the encoder, and to place, size and modification
+    time of each image. Images that an earlier run could not read are tried again.
+
     Args:
         encoder: Encoder that computes the features.
         images: All images of the data set, in a fixed order.
@@ -87,47 +97,66 @@ def image_features(
     Raises:
         ValueError: If no image can be read, or another run is computing the same features.
     """
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(image.id.encode("utf-8", "surrogateescape") + b"\0")
     kind = "" if joint else "-features"
-    folder = cache_dir / f"{encoder.folder_name}{kind}-{digest.hexdigest()[:16]}"
+    described = json.dumps(encoder.describe(), sort_keys=True)
+    digest = _digest([described, *(image.id for image in images)])
+    folder = cache_dir / f"{encoder.folder_name}{kind}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
+    skipped: list[dict[str, str]] = []
+    features, kept = [], []
     with (
         folder_lock(folder / ".lock"),
         tqdm(total=len(images), desc="Features", unit="image", disable=not progress) as bar,
     ):
-        parts = []
         for start in range(0, len(images), PART_SIZE):
-            file = folder / f"{start:09d}.npz"
             own = images[start : start + PART_SIZE]
+            # Images of one name may be others, as in folders of training and test images.
+            file = folder / f"{start:09d}-{_digest(map(_identity, own))}.npz"
             part = _read_part(file)
-            if part is None:
-                part = _compute(encoder, own, joint, batch_size, num_workers, bar)
-                with atomic_file(file) as partial, partial.open("wb") as stream:
-                    np.savez(stream, **part)
-            else:
-                bar.update(len(own))
-            parts.append((start, part))
-    kept = np.concatenate([start + part["kept"] for start, part in parts])
-    skipped = tuple(row for _, part in parts for row in json.loads(str(part["skipped"])))
-    if not len(kept):
+            missing = np.setdiff1d(np.arange(len(own)), part[1] if part else ())
+            bar.update(len(own) - len(missing))
+            if len(missing):
+                new, unread = _compute(encoder, own, missing, joint, batch_size, num_workers, bar)
+                skipped += unread
+                if new:
+                    part = _joined(part, new) if part else new
+                    with atomic_file(file) as partial, partial.open("wb") as stream:
+                        np.savez(stream, features=part[0], kept=part[1])
+            if part:
+                features.append(part[0])
+                kept.append(start + part[1])
+    if not kept:
         raise ValueError(f"none of {len(images)} images can be read; the first: {skipped[:1]}")
-    return ImageFeatures(np.concatenate([p["features"] for _, p in parts if len(p["kept"])]), kept,
-                         skipped)  # fmt: skip
+    return ImageFeatures(np.concatenate(features), np.concatenate(kept), tuple(skipped))
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _identity(image: ImageSource) -> str:
+    try:
+        return repr(image.identity())
+    except OSError:  # opening it says why
+        return image.id
 
 
 def _compute(
     encoder: Encoder,
     images: Sequence[ImageSource],
+    indices: NDArray[np.int64],
     joint: bool,
     batch_size: int,
     num_workers: int,
     bar: Any,
-) -> dict[str, Any]:
+) -> tuple[_Part | None, list[dict[str, str]]]:
+    """Returns the features of some of the images, None if none can be read, and the others."""
     encode = encoder.encode_images if joint else encoder.features
     loader = torch.utils.data.DataLoader(
-        _Images(images, encoder.transform),
+        _Images([images[index] for index in indices], encoder.transform),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
@@ -135,7 +164,8 @@ def _compute(
     features, kept, skipped = [], [], []
     for rows in loader:
         good = []
-        for index, found in rows:
+        for position, found in rows:
+            index = indices[position]
             if isinstance(found, ImageError):
                 skipped.append({"id": images[index].id, "reason": str(found)})
             else:
@@ -144,15 +174,18 @@ def _compute(
         if good:
             features.append(encode(torch.stack(good)).numpy())
         bar.update(len(rows))
-    return {
-        "features": np.concatenate(features) if features else np.zeros((0, 0), np.float32),
-        "kept": np.array(kept, dtype=np.int64),
-        "skipped": json.dumps(skipped),
-    }
+    if not features:
+        return None, skipped
+    return (np.concatenate(features), np.array(kept, dtype=np.int64)), skipped
 
 
-def _read_part(file: Path) -> dict[str, Any] | None:
+def _joined(known: _Part, new: _Part) -> _Part:
+    order = np.argsort(np.concatenate([known[1], new[1]]))
+    return np.concatenate([known[0], new[0]])[order], np.concatenate([known[1], new[1]])[order]
+
+
+def _read_part(file: Path) -> _Part | None:
     if not file.is_file():
         return None
     with np.load(file) as part:
-        return {name: part[name] for name in part.files}
+        return part["features"], part["kept"]

@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from pathcore.files import StrPath
+from pathcore.files import StrPath, file_identity
 from pathcore.images import (
     IMAGE_SUFFIXES,
     ImageError,
@@ -77,6 +77,10 @@ class FileImage:
     id: str
     path: Path
 
+    def identity(self) -> list[Any]:
+        """Returns path, size and modification time; raises OSError if there is no such file."""
+        return file_identity(self.path)
+
     def open(self) -> Image.Image:
         """Returns it in RGB."""
         return load_image(self.path)
@@ -90,6 +94,10 @@ class HDF5Image:
     path: Path
     dataset: str
     row: int
+
+    def identity(self) -> list[Any]:
+        """Returns path, size and modification time of the file, dataset and row."""
+        return [*file_identity(self.path), self.dataset, self.row]
 
     def open(self) -> Image.Image:
         """Returns it in RGB; the file is reopened each time, so that processes do not share it."""

@@ -19,7 +19,6 @@ from gigapath.finetune.labelled_vectors import embed_images, labelled_images, re
 from gigapath.finetune.probe import ProbeSettings, probe_vectors
 from gigapath.finetune.protocols import Protocol, get_protocol, list_protocols, score_shots
 from gigapath.published.embedding_zip import EmbeddingData, EmbeddingSplit
-from pathcore import image_features
 from pathcore.encoders import Encoder, create_encoder
 from pathcore.image_sets import load_image_set
 from pathcore.names import UnknownNameError
@@ -230,7 +229,7 @@ def test_image_sets_and_tables_give_the_same_vectors(
     def computes(*arguments: object) -> None:
         raise AssertionError("features were computed a second time")
 
-    monkeypatch.setattr(image_features, "_compute", computes)
+    monkeypatch.setattr(encoder, "features", computes)
     again = embed_images(encoder, *found, tmp_path / "other", progress=False)
     assert torch.equal(again.splits["test"].features, second.splits["test"].features)
 
