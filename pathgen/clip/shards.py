@@ -127,14 +127,19 @@ def prepare_shards(
         return _pack(data.absolute(), folder.absolute(), work_dir, num_readers, num_processes, seed)
 
 
+def find_shards(folder: Path) -> list[Path]:
+    """Returns the shards in a folder or in its subfolder `shards/`, sorted."""
+    return sorted(folder.glob("*.tar")) or sorted((folder / "shards").glob("*.tar"))
+
+
 def index_shards(folder: Path, index_file: Path) -> ShardSet:
     """Counts the pairs in each shard of a folder; shards in the index are not read again.
 
     Raises:
         FileNotFoundError: If there are no shards.
-        ValueError: If no shard can be read.
+        ValueError: If the trainer would find no pair.
     """
-    paths = sorted(folder.glob("*.tar")) or sorted((folder / "shards").glob("*.tar"))
+    paths = find_shards(folder)
     if not paths:
         raise FileNotFoundError(f"{folder}: holds no .tar shards, nor does a folder shards in it")
     known = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
@@ -143,31 +148,43 @@ def index_shards(folder: Path, index_file: Path) -> ShardSet:
         status = path.stat()
         identity = [status.st_size, status.st_mtime_ns]
         row = known.get(str(path.absolute()))
-        if row is None or row["identity"] != identity:
+        if row is None or row["identity"] != identity or "num_lost" not in row:
             row = {"identity": identity, **_count(path)}
         rows[str(path.absolute())] = row
     write_json(index_file, rows)
     skipped = [{"shard": n, "reason": r["error"]} for n, r in rows.items() if "error" in r]
-    good = {name: row["num_pairs"] for name, row in rows.items() if row.get("num_pairs")}
+    good = {name: row["num_pairs"] for name, row in rows.items() if row["num_pairs"]}
     if not good:
         raise ValueError(f"{folder}: no shard with pairs of image and .txt: {skipped[:1]}")
     return ShardSet(tuple(map(Path, good)), tuple(good.values()), tuple(skipped))
 
 
 def _count(path: Path) -> dict[str, Any]:
-    """Counts the pairs of a shard as open_clip groups them: by file name up to the first dot."""
-    suffixes: dict[str, set[str]] = {}
+    """Counts the pairs of a shard that the trainer finds: it joins neighbouring files only."""
+    from open_clip_train.data import filter_no_caption_or_no_image, group_by_keys_nothrow
+
+    found, num_pairs = set(), 0
+    suffixes: dict[str, dict[str, None]] = {}  # of all files of a name, neighbours or not
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                if member.isfile() and suffix:
-                    suffixes.setdefault(f"{folder}/{key}", set()).add(suffix.lower())
+            files = ({"fname": m.name, "data": b"", "__url__": ""} for m in tar if m.isreg())
+            for sample in group_by_keys_nothrow(files):
+                suffixes.setdefault(sample["__key__"], {}).update(dict.fromkeys(sample))
+                if filter_no_caption_or_no_image(sample):
+                    found.add(sample["__key__"])
+                    num_pairs += 1
     except (tarfile.TarError, OSError) as error:
-        return {"num_pairs": 0, "error": f"cannot be read to its end: {error}"}
-    pairs = sum("txt" in found and bool(found & set(IMAGE_SUFFIXES)) for found in suffixes.values())
-    return {"num_pairs": pairs} if pairs else {"num_pairs": 0, "error": "holds no image with .txt"}
+        return {"num_pairs": 0, "num_lost": 0, "error": f"cannot be read to its end: {error}"}
+    lost = [k for k, s in suffixes.items() if k not in found and filter_no_caption_or_no_image(s)]
+    row: dict[str, Any] = {"num_pairs": num_pairs, "num_lost": len(lost)}
+    if lost:
+        row["error"] = (
+            f"pairs lost: {len(lost)}, first {lost[0]}: image and .txt are not neighbours in the "
+            "archive; pack it with its files sorted by name: tar --sort=name"
+        )
+    elif not num_pairs:
+        row["error"] = "holds no image with .txt"
+    return row
 
 
 def _pack(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pathgen.clip import shards
 from pathgen.clip.shards import ShardSet, prepare_shards
+from pathgen.clip.worker import shards_without_end_marks
 from tests.pathgen.histology import write_pairs
 
 
@@ -107,6 +108,52 @@ def test_shards_in_place_are_counted_and_a_cut_one_is_named(tmp_path: Path) -> N
     again = prepare_shards(folder, tmp_path / "index")
     assert again.paths == made.paths[:1]
     assert [Path(row["shard"]) for row in again.skipped] == [made.paths[1]]
+
+
+def write_shard(path: Path, names: list[str]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    return path
+
+
+KEYS = [f"{number:03d}" for number in range(6)]
+IMAGES, TEXTS = [f"{key}.png" for key in KEYS], [f"{key}.txt" for key in KEYS]
+PAIRS = sorted(IMAGES + TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("names", "num_pairs", "num_lost"),
+    [
+        (PAIRS, 6, 0),
+        (IMAGES + TEXTS[::-1], 1, 5),  # one pair meets in the middle
+        ([*PAIRS[:6], *IMAGES[3:], *TEXTS[3:]], 3, 3),
+        ([*PAIRS, *PAIRS[:2]], 7, 0),
+        ([f"a.b/{name.upper()}" for name in PAIRS], 6, 0),
+        ([*PAIRS, "alone.png", "empty/", "__meta__/x.png"], 6, 0),
+    ],
+)
+def test_pairs_are_counted_as_the_trainer_finds_them(
+    tmp_path: Path, names: list[str], num_pairs: int, num_lost: int
+) -> None:
+    from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_samples_nothrow
+
+    path = write_shard(tmp_path / "shards/0.tar", names)
+    with shards_without_end_marks():
+        samples = list(tarfile_to_samples_nothrow([{"url": str(path)}]))
+    assert sum(map(filter_no_caption_or_no_image, samples)) == num_pairs
+    found = prepare_shards(path.parent, tmp_path / "work")
+    assert found.num_pairs == (num_pairs,)
+    assert [f"pairs lost: {num_lost}," in row["reason"] for row in found.skipped] == [True] * bool(
+        num_lost
+    )
+
+
+def test_shards_of_images_before_captions_are_refused(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "shards/0.tar", IMAGES + TEXTS)
+    with pytest.raises(ValueError, match=r"pairs lost: 6.*not neighbours.*tar --sort=name"):
+        prepare_shards(path.parent, tmp_path / "work")
 
 
 @given(
