@@ -39,6 +39,7 @@ Start = Callable[[Sequence[str]], int]
 """Runs Python with arguments in the requested number of processes; returns the exit code."""
 
 _EXPORT_PATIENCE_S = 1800.0  # for the export on the first machine
+_STEP_MARK = "Train Epoch:"
 _CHANGEABLE = {"workers", "log_every_n_steps", "report_to", "device", "save_frequency"}
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,14 @@ def _export(
     checkpoint = folder / "checkpoints" / CHECKPOINT_NAME
     if not checkpoint.is_file():
         raise TrainingError(f"stage {stage.name}: the trainer left no {checkpoint}", 1)
+    # The trainer logs the first step of each epoch, and saves even if there was none.
+    if not any(_STEP_MARK in log.read_text("utf-8", "replace") for log in folder.glob("out*")):
+        skipped = _skipped_in_training(folder)
+        raise TrainingError(
+            f"stage {stage.name}: the trainer ran no step: it found no batch of usable pairs in "
+            f"{stage.data}; " + (f"the first fault: {skipped[0]}" if skipped else "see out.log"),
+            1,
+        )
     config = model_config(model, options)
     ours = export_open_clip(
         checkpoint, folder / "open_clip", config=config, preprocessing=preprocessing

@@ -149,6 +149,18 @@ def test_a_training_that_dies_continues_at_its_last_whole_epoch(tmp_path: Path) 
     assert row["id"] == "bad" and "UnidentifiedImageError" in row["reason"]
 
 
+@pytest.mark.slow
+def test_a_stage_without_a_step_fails(tmp_path: Path) -> None:
+    folder = shards_with_a_bad_image(tmp_path)
+    for path in folder.glob("*.tar"):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"\x89PNG", b"\x89PNX"))
+    recipe = read_recipe(one_stage(tmp_path), data={"only": folder})
+    with pytest.raises(TrainingError, match=r"ran no step.*the first fault:.*cannot be decoded"):
+        train_clip(recipe, tmp_path / "out", start=start_here, device="cpu")
+    assert not (tmp_path / "out/only/open_clip").exists()
+
+
 def test_too_small_data_is_refused_before_anything_starts(tmp_path: Path) -> None:
     data = {name: write_pairs(tmp_path / "d", 1) for name in ("all_pairs", "clean_pairs")}
     with pytest.raises(ValueError, match="a batch of 8 pairs, but"):
