@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pathcore.files import StrPath, atomic_file, folder_lock, write_json
 from pathcore.images import path_inside
 from pathcore.pool import Engine, run_tasks
+from pathcore.rgb import to_rgb
 from pathcore.rows import BadRow, line_offsets, parse_line
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -267,7 +268,11 @@ def _write_shard(data: Path, images: Path, shards: Path, task: tuple[int, list[i
 
 
 def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
-    """Returns suffix and bytes of the image, which is fully decoded as a check, and the caption."""
+    """Returns suffix and bytes of the image, which is fully decoded as a check, and the caption.
+
+    The trainer converts with Pillow alone, which makes 16-bit images white and transparent pixels
+    any colour: what is not plain 8-bit is converted here, as `pathcore.images` does.
+    """
     if isinstance(row, BadRow):
         raise ValueError(row)
     if not isinstance(row, dict):
@@ -280,10 +285,11 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            if image.format in _FORMATS:
+            is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+            if image.format in _FORMATS and is_plain:
                 return _FORMATS[image.format], content, caption
             lossless = io.BytesIO()
-            image.convert("RGB").save(lossless, "PNG")
+            to_rgb(image, name=f"image {path}").save(lossless, "PNG")
             return "png", lossless.getvalue(), caption
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path}: cannot be decoded: {error}") from error

@@ -4,12 +4,16 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from webdataset.autodecode import imagehandler
 
+from pathcore.images import load_image
 from pathgen.clip import shards
 from pathgen.clip.shards import ShardSet, prepare_shards
 from pathgen.clip.worker import shards_without_end_marks
@@ -91,6 +95,42 @@ def test_bad_pairs_are_recorded_and_left_out(tmp_path: Path) -> None:
     content = members(found.paths[0])
     [caption] = [name for name in content if content[name] == b"one\n\ttwo"]
     assert Image.open(io.BytesIO(content[caption.replace(".txt", ".png")])).format == "PNG"
+
+
+def test_shards_hold_the_pixels_that_scoring_reads(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    rgba, rgb = Image.fromarray(values), Image.fromarray(values[..., :3])
+    deep = Image.fromarray(values[..., 0].astype(np.uint16) * 200)
+    palette = rgb.quantize(16)
+    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "rgb.png": (rgb, {}),
+        "grey.jpg": (rgb.convert("L"), {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "deep.png": (deep, {}),
+        "deep.tif": (deep, {}),
+        "clear.png": (rgba, {}),
+        "clear.tif": (rgba, {}),
+        "clear.webp": (rgba, {"lossless": True, "exact": True}),
+        "grey_clear.png": (rgba.convert("LA"), {}),
+        "key.png": (rgb, {"transparency": rgb.getpixel((2, 2))}),
+        "palette.png": (palette, {}),
+        "palette_clear.png": (palette, {"transparency": 3}),
+    }
+    for name, (image, options) in kinds.items():
+        image.save(tmp_path / name, **options)
+    rows = [json.dumps({"id": name, "image": name, "caption": name}) for name in kinds]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    found = prepare_shards(tmp_path / "pairs.jsonl", tmp_path / "work")
+    assert found.total == len(kinds)
+    content = members(found.paths[0])
+    names = {content[n].decode(): n.removesuffix(".txt") for n in content if n.endswith(".txt")}
+    for name in kinds:
+        [packed] = [n for n in content if n.startswith(names[name]) and n[-3:] in ("png", "jpg")]
+        trained = imagehandler("pilrgb")(packed, content[packed])
+        expected = load_image(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(trained), np.asarray(expected), name)
+        if name in ("rgb.png", "grey.jpg"):
+            assert content[packed] == (tmp_path / name).read_bytes()
 
 
 def test_no_usable_pair_names_the_first_reason(tmp_path: Path) -> None:
