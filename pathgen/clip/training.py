@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pathcore.files import StrPath, folder_lock, write_json
+from pathcore.files import StrPath, file_identity, folder_lock, write_json
 from pathcore.rows import read_lines, write_rows
 from pathgen.clip.export import (
     CONFIG_NAME,
@@ -28,7 +28,7 @@ from pathgen.clip.export import (
     model_config,
 )
 from pathgen.clip.recipe import Recipe, Stage, trainer_arguments
-from pathgen.clip.shards import ShardSet, prepare_shards
+from pathgen.clip.shards import ShardSet, find_shards, prepare_shards
 
 CHECKPOINT_NAME = (
     "epoch_latest.pt"  # open_clip's trainer writes this one under a temporary name and renames it
@@ -260,8 +260,9 @@ def _finished_stage(folder: Path, inputs: Mapping[str, Any]) -> StageResult | No
             continue
         record = json.loads((folder / name).read_text(encoding="utf-8"))
         found = record["inputs"] if name == "stage.json" else record
-        if found != json.loads(json.dumps(inputs)):
-            changed = sorted(k for k in {*found, *inputs} if found.get(k) != inputs.get(k))
+        now = json.loads(json.dumps(inputs))
+        changed = sorted(k for k in {*found, *now} if not _is_same(found.get(k), now.get(k)))
+        if changed:
             raise ValueError(
                 f"{folder}: was started with other {', '.join(changed)}; name a new output "
                 "folder, or remove this one"
@@ -279,16 +280,33 @@ def _finished_stage(folder: Path, inputs: Mapping[str, Any]) -> StageResult | No
     return None
 
 
+def _is_same(found: Any, now: Any) -> bool:
+    """Compares an input with that of an earlier run."""
+    if not isinstance(now, dict) or "files" not in now:
+        return bool(found == now)
+    if isinstance(found, str):  # recorded by version 0.1.0
+        return found == now["path"]
+    # A finished stage does not need its data, which may be gone.
+    return found["path"] == now["path"] and (not now["files"] or found["files"] == now["files"])
+
+
 def _inputs(
     model: str, pretrained: str, stage: Stage, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "model": json.loads(Path(model).read_text("utf-8")) if model.endswith(".json") else model,
-        "pretrained": pretrained,
-        "data": str(stage.data.absolute()),
+        "pretrained": _file_input(pretrained, [Path(pretrained)]),
+        "data": _file_input(
+            str(stage.data.absolute()),
+            find_shards(stage.data) if stage.data.is_dir() else [stage.data],
+        ),
         "images": str(stage.images.absolute()) if stage.images else "",
         "options": {k: v for k, v in sorted(options.items()) if k not in _CHANGEABLE},
     }
+
+
+def _file_input(path: str, files: Sequence[Path]) -> dict[str, Any]:
+    return {"path": path, "files": [file_identity(file) for file in files if file.is_file()]}
 
 
 def _parsed(options: Mapping[str, Any]) -> Any:

@@ -84,6 +84,46 @@ def test_finished_stages_are_not_trained_again(trained: dict[str, Any]) -> None:
         train_clip(other, trained["out"], start=never, device="cpu")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_changed_data_under_the_same_path_are_refused(tmp_path: Path, packed: bool) -> None:
+    data = write_pairs(tmp_path / "pairs", 4)
+    if packed:
+        data = prepare_shards(data, tmp_path / "made").paths[0].parent
+    recipe = read_recipe(one_stage(tmp_path), data={"only": data})
+
+    def dies(_: object) -> int:
+        return 137
+
+    for _ in range(2):  # unchanged data are resumed
+        with pytest.raises(TrainingError, match="exit code 137"):
+            train_clip(recipe, tmp_path / "out", start=dies, device="cpu")
+    inputs_file = tmp_path / "out/only/inputs.json"
+    inputs = json.loads(inputs_file.read_text())
+    if packed:
+        (data / "more.tar").write_bytes((data / "000000.tar").read_bytes())
+    else:
+        data.write_text(data.read_text().replace("fat", "adipose"))
+    with pytest.raises(ValueError, match="started with other data; name a new output folder"):
+        train_clip(recipe, tmp_path / "out", start=dies, device="cpu")
+
+    inputs = {name: value["path"] if name in ("data", "pretrained") else value
+              for name, value in inputs.items()}  # fmt: skip
+    inputs_file.write_text(json.dumps(inputs))  # as version 0.1.0 wrote them
+    with pytest.raises(TrainingError, match="exit code 137"):
+        train_clip(recipe, tmp_path / "out", start=dies, device="cpu")
+
+
+def test_finished_stages_do_not_need_their_data(trained: dict[str, Any], tmp_path: Path) -> None:
+    pairs = trained["data"]["all_pairs"]
+    away = pairs.rename(tmp_path / "away.jsonl")
+    recipe = read_recipe(RECIPE, data=trained["data"])
+    try:
+        found = train_clip(recipe, trained["out"], start=lambda _: 1, device="cpu")
+    finally:
+        away.rename(pairs)
+    assert found == trained["results"]
+
+
 def test_two_runs_on_one_folder(
     trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
