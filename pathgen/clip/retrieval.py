@@ -16,7 +16,8 @@ from pathcore.files import StrPath
 from pathcore.image_features import image_features
 from pathcore.image_sets import FileImage, ImageSet, read_images
 from pathcore.images import find_image, path_inside
-from pathcore.rows import BadRow, pair_fault, read_csv, read_rows_with_id
+from pathcore.label_tables import read_label_table
+from pathcore.rows import BadRow, pair_fault, read_rows_with_id
 from pathgen.clip.reports import SCORE_HEAD, head, score_row, write_report
 from wsi.store import read_features
 
@@ -201,25 +202,21 @@ def features_of_table(
 
     Raises:
         FileNotFoundError: If the table does not exist.
-        ValueError: If it lacks a column, nothing can be used, or features differ in width.
+        ValueError: If it lacks a column or contradicts itself, nothing can be used, or features
+            differ in width.
     """
-    rows, skipped = [], []
-    files: list[FileImage] = []
-    for number, row in read_csv(table, columns=("input", "label")):
-        name = row["input"] or f"line {number}"
-        try:
-            if not row["label"] or row.get("group", "-") in (None, ""):
-                raise ValueError("no label" if not row["label"] else "no group")
-            if encoder is None:
-                path = path_inside(Path(data_path), f"{name.removesuffix('.h5')}.h5")
-                files.append(FileImage(name, path))
-            else:
-                files.append(FileImage(name, find_image(Path(data_path), name)))
-            rows.append(row)
-        except ValueError as error:
-            skipped.append({"id": name, "reason": str(error)})
-    if not rows:
+    folder = Path(data_path)
+
+    def find(name: str) -> Path:
+        if encoder is None:
+            return path_inside(folder, f"{name.removesuffix('.h5')}.h5")
+        return find_image(folder, name)
+
+    by_file, skipped = read_label_table(table, "input", find, optional=("group",))
+    if not by_file:
         raise ValueError(f"table {table}: no row can be used; the first: {skipped[:1]}")
+    rows = list(by_file.values())
+    files = [FileImage(row["input"], path) for path, row in by_file.items()]
     if encoder is None:
         features, kept, unread = _slide_means(files)
         model = f"features in {data_path}"

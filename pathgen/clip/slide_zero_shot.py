@@ -7,6 +7,7 @@ with the highest score.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath
 from pathcore.image_sets import ImageSet
+from pathcore.label_tables import read_label_table
 from pathcore.rows import write_csv
 from pathgen.clip.reports import head, score_row, write_report
 from pathgen.clip.zero_shot import class_features, classification_scores, prompt_features
@@ -58,7 +60,7 @@ def slide_zero_shot(
     features: StrPath,
     out: StrPath,
     *,
-    labels: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | StrPath | None = None,
     slides: StrPath | None = None,
     ks: Sequence[int] = KS,
     map_formats: Sequence[MapFormat] = (),
@@ -74,7 +76,8 @@ def slide_zero_shot(
             coordinates.
         out: Folder for `metrics.json`, `metrics.md`, `predictions.csv`, `skipped.jsonl` and
             `maps/`; with `slides`, also `features/`.
-        labels: Name of the class by slide, for scores; slides without a label are only predicted.
+        labels: Name of the class by slide, or a CSV with `slide_id` and `label`, for scores; slides
+            without a label are only predicted.
         slides: Folder of slides whose features are computed first.
         ks: Numbers of patches k.
         map_formats: Formats of the heat maps of every slide; empty for none.
@@ -86,12 +89,16 @@ def slide_zero_shot(
 
     Raises:
         FileNotFoundError: If there are no files of features.
-        ValueError: If no slide can be used, or a label is not a class.
+        ValueError: If no slide can be used, a label is not a class, or a slide has two labels.
     """
     folder, out, names = Path(features), Path(out), benchmark.names
     files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
     if not files:
         raise FileNotFoundError(f"{folder}: no files SLIDE.h5")
+    skipped: list[dict[str, str]] = []
+    if isinstance(labels, str | os.PathLike):
+        rows, skipped = read_label_table(labels, "slide_id", lambda name: name.removesuffix(".svs"))
+        labels = {slide: row["label"] for slide, row in rows.items()}
     if wrong := sorted(set((labels or {}).values()) - set(names)):
         raise ValueError(
             f"label {wrong[0]!r}: no class of {benchmark.name}, which has {', '.join(names)}"
@@ -100,7 +107,7 @@ def slide_zero_shot(
     read = _reader(encoder, slides, out, batch_size)
     out.mkdir(parents=True, exist_ok=True)
     pooled: dict[str, NDArray[np.float64]] = {}
-    skipped = [
+    skipped += [
         {"id": slide, "reason": "has a label, but no file of features"}
         for slide in sorted(set(labels or ()) - set(files))
     ]

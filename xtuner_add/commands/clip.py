@@ -259,15 +259,12 @@ def clip_zero_shot_slides(
     """
     from pathcore.encoders import create_encoder
     from pathcore.image_sets import load_image_set
-    from pathcore.rows import read_csv
     from pathgen.clip.slide_zero_shot import slide_zero_shot
 
     with user_errors():
         found = load_image_set(benchmark, "prompts")
-        table = read_csv(labels, columns=("slide_id", "label")) if labels else ()
-        names = {row["slide_id"].removesuffix(".svs"): row["label"] for _, row in table}
         encoder = create_encoder(model, device=device)
-        metrics = slide_zero_shot(encoder, found, features, output, labels=names, **options)
+        metrics = slide_zero_shot(encoder, found, features, output, labels=labels, **options)
     _show(ctx, output, metrics)
 
 

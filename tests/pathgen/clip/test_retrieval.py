@@ -111,7 +111,8 @@ def test_sets_tables_and_slides_are_read(tmp_path: Path) -> None:
     assert len(data.features) == 12 and data.groups is not None and len(set(data.groups)) == 3
     reasons = {row["id"]: row["reason"] for row in data.skipped}
     assert list(reasons) == ["more.png", "none.png", "x.png"]
-    assert reasons["more.png"] == "no group" and reasons["x.png"] == "no label"
+    assert reasons["more.png"].endswith("tiles.csv:14: no group")
+    assert reasons["x.png"].endswith("tiles.csv:16: no label")
 
     (tmp_path / "slides").mkdir()
     generator, rows = np.random.default_rng(0), []
@@ -121,8 +122,10 @@ def test_sets_tables_and_slides_are_read(tmp_path: Path) -> None:
         coords = np.arange(8).reshape(4, 2)
         write_features(tmp_path / f"slides/S{number}.h5", features, coords, encoder="uni")
         rows.append([f"S{number}", "ab"[number % 2]])
-    write_csv(tmp_path / "slides.csv", ["input", "label"], [*rows, ["S9", "a"]])
+    rows += [["S9", "a"], ["S0.h5", "a"]]
+    write_csv(tmp_path / "slides.csv", ["input", "label"], rows)
     data = features_of_table(None, tmp_path / "slides.csv", tmp_path / "slides", tmp_path)
     np.testing.assert_allclose(data.features[5], features.mean(axis=0), rtol=1e-6)
-    assert data.groups is None and [row["id"] for row in data.skipped] == ["S9"]
+    assert data.groups is None and [row["id"] for row in data.skipped] == ["S0.h5", "S9"]
+    assert "named twice, first in line 2" in data.skipped[0]["reason"]
     assert image_retrieval(data, tmp_path / "out", ks=(1,))["precision@1"]["value"] == 1.0

@@ -125,6 +125,25 @@ def test_features_before_the_projection_are_refused(
         slide_zero_shot(encoder, benchmark, tmp_path, tmp_path / "out")
 
 
+def test_tables_of_labels_are_checked(
+    encoder: Encoder, benchmark: ImageSet, tmp_path: Path
+) -> None:
+    labels = write_slides(tmp_path / "features", encoder, benchmark)
+    rows = [[f"{slide}.svs", f" {label} "] for slide, label in labels.items()]
+    table = tmp_path / "labels.csv"
+    write_csv(table, ["slide_id", "label"], [*rows[1:], rows[1], ["S0"]])
+    metrics = slide_zero_shot(
+        encoder, benchmark, tmp_path / "features", tmp_path / "out", labels=table
+    )
+    assert (metrics["num_slides"], metrics["num_labelled"], metrics["num_skipped"]) == (8, 7, 2)
+    skipped = map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
+    reasons = [row["reason"].partition("labels.csv")[2] for row in skipped]
+    assert reasons == [":9: named twice, first in line 2", ":10: no label"]
+    write_csv(table, ["slide_id", "label"], [*rows, ["S1", CLASSES[0]]])
+    with pytest.raises(ValueError, match=r"labels\.csv:10: S1: label 'tumour', but 'stroma' in"):
+        slide_zero_shot(encoder, benchmark, tmp_path / "features", tmp_path / "out", labels=table)
+
+
 def test_command_embeds_slides_first(spec: str, benchmark: ImageSet, tmp_path: Path) -> None:
     (tmp_path / "coords").mkdir()
     path = write_svs(tmp_path / "slides/a.svs", tissue_pixels(512, 512, seed=0))
