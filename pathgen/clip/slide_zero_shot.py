@@ -25,7 +25,7 @@ from pathcore.rows import write_csv
 from pathgen.clip.reports import head, score_row, write_report
 from pathgen.clip.zero_shot import class_features, classification_scores, prompt_features
 from pathgen.selection.features import slide_features
-from wsi.heat_map import MAP_SUFFIXES, MapFormat, PatchScores, write_score_map
+from wsi.heat_map import MapFormat, PatchScores, write_score_map
 from wsi.slide_listing import SlideListing
 from wsi.store import read_attributes, read_coordinates, read_features
 
@@ -222,9 +222,6 @@ def _draw(
     attributes: Mapping[str, Any],
     formats: Sequence[MapFormat],
 ) -> None:
-    missing = [f for f in formats if not (folder / f"{slide}{MAP_SUFFIXES[f]}").is_file()]
-    if not missing:
-        return
     if "patch_size_level0" not in attributes:
         raise ValueError(f"{slide}: no attribute patch_size_level0, which a map needs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +233,7 @@ def _draw(
         attributes,
         classes=[names[index] for index in similarities.argmax(axis=1)],
     )
-    for map_format in missing:
+    for map_format in formats:
         write_score_map(folder, scores, map_format)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,15 @@ def test_planted_patches_decide(encoder: Encoder, benchmark: ImageSet, tmp_path:
         assert tiff.series[0].shape == (2, 16, 40)
     with Image.open(tmp_path / "out/maps/S1.png") as picture:
         assert picture.width > picture.height
+
+    # The same folder with other prompts gets other maps.
+    others = [replace(c, prompts=(f"no {c.name}",)) for c in benchmark.classes]
+    slide_zero_shot(
+        encoder, replace(benchmark, classes=tuple(others)), tmp_path / "features",
+        tmp_path / "out", map_formats=("geojson",),
+    )  # fmt: skip
+    again = read_valid(tmp_path / "out/maps/S1.geojson")
+    assert [square["properties"] for square in again] != [s["properties"] for s in squares]
 
 
 def test_features_before_the_projection_are_refused(
