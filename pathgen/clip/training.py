@@ -284,8 +284,6 @@ def _is_same(found: Any, now: Any) -> bool:
     """Compares an input with that of an earlier run."""
     if not isinstance(now, dict) or "files" not in now:
         return bool(found == now)
-    if isinstance(found, str):  # recorded by version 0.1.0
-        return found == now["path"]
     # A finished stage does not need its data, which may be gone.
     return found["path"] == now["path"] and (not now["files"] or found["files"] == now["files"])
 
