@@ -33,7 +33,8 @@ class LocalBackend:
 
     Raises:
         OSError: If the model is neither a folder nor on the hub.
-        ValueError: If the processor has no chat template, or `batch_size` is less than 1.
+        ValueError: If the processor has no chat template, the weights do not fit the model, or
+            `batch_size` is less than 1.
     """
 
     model: str
@@ -53,6 +54,8 @@ class LocalBackend:
     def __post_init__(self) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from pathcore.weights import check_loading_report
+
         if self.batch_size < 1:
             raise ValueError(f"batch size: expected at least 1, found {self.batch_size}")
         if self.model[:1] in ("/", ".", "~") and not Path(self.model).is_dir():
@@ -62,10 +65,15 @@ class LocalBackend:
         self._processor = AutoProcessor.from_pretrained(self.model, **trust)
         if not getattr(self._processor, "chat_template", None):
             raise ValueError(f"model {self.model}: its processor has no chat template")
-        self._model = AutoModelForImageTextToText.from_pretrained(
-            self.model, torch_dtype=self.dtype, **trust
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            self.model,
+            torch_dtype=self.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # lists them in the report instead of raising
+            **trust,
         )
-        self._model.to(self.device).eval()
+        check_loading_report(report, model, what="image-text-to-text model", source=self.model)
+        self._model = model.to(self.device).eval()
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"  # generation continues from the last position
         if tokenizer.pad_token_id is None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pathcore.chat_backends import Request, Sampling
 from pathcore.chat_local import LocalBackend
+from pathcore.weights import CheckpointError
 from pathgen.agents.captions import describe
 from pathgen.agents.steps import run_step
 from tests.pallava.goldens import CROSSATTN_STATE, TINY_LLAMA, tokenizer
@@ -88,6 +91,20 @@ def test_no_model_no_describer(tmp_path: Path) -> None:
         LocalBackend(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="batch size"):
         LocalBackend("x", batch_size=0)
+
+
+@pytest.mark.parametrize("fault", ["missing", "other shape"])
+def test_weights_are_complete_or_refused(fault: str, llava_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "multi_modal_projector.linear_1.weight" in name)
+    tensor = weights.pop(name)
+    if fault == "other shape":
+        weights[name] = tensor[:, :-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{fault}: .*multi_modal_projector.linear_1"):
+        LocalBackend(str(tmp_path / "model"), device="cpu")
 
 
 def test_the_command_takes_a_local_model(llava_folder: Path, tmp_path: Path, patches: Path) -> None:
