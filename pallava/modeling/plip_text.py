@@ -16,7 +16,7 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 from pathcore.files import StrPath
-from pathcore.weights import load_strict
+from pathcore.weights import check_loading_report, load_strict
 
 
 class _Embeddings(nn.Module):
@@ -212,11 +212,15 @@ class PLIPTextEncoder(nn.Module):
                 does.
 
         Raises:
+            CheckpointError: If weights are missing or do not fit.
             ValueError: If `vocab_size` is smaller than BERT's.
         """
         from transformers import BertModel
 
-        bert = BertModel.from_pretrained(name_or_path, add_pooling_layer=False)
+        bert, report = BertModel.from_pretrained(
+            name_or_path, add_pooling_layer=False, output_loading_info=True
+        )
+        check_loading_report(report, bert, what="text encoder", source=name_or_path)
         config = BertConfig(**(bert.config.to_dict() | {"vocab_size": vocab_size}))
         encoder = cls(config, image_hidden_size)
         weights = bert.state_dict()

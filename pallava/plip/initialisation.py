@@ -15,7 +15,7 @@ from pallava.modeling.plip import PLIPVisionEncoder, published_names
 from pallava.modeling.plip_text import PLIPTextEncoder
 from pallava.pairs import read_captions
 from pathcore.files import StrPath
-from pathcore.weights import load_strict
+from pathcore.weights import check_loading_report, load_strict
 
 DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
 """Tokens that BLIP adds to BERT (arXiv:2201.12086) to start decoding and matching."""
@@ -87,6 +87,7 @@ def build_vision_encoder(spec: StrPath | Mapping[str, Any]) -> PLIPVisionEncoder
         spec: Folder of a CLIP or PLIP, name on the Hugging Face Hub, or `CLIPVisionConfig` fields.
 
     Raises:
+        CheckpointError: If weights are missing or do not fit.
         FileNotFoundError: If `spec` is neither a folder nor a possible Hub name.
     """
     if isinstance(spec, Mapping):
@@ -96,7 +97,8 @@ def build_vision_encoder(spec: StrPath | Mapping[str, Any]) -> PLIPVisionEncoder
         return load_vision_encoder(spec)
     from transformers import CLIPVisionModel
 
-    clip = CLIPVisionModel.from_pretrained(spec)
+    clip, report = CLIPVisionModel.from_pretrained(spec, output_loading_info=True)
+    check_loading_report(report, clip, what="vision encoder", source=str(spec))
     encoder = PLIPVisionEncoder(clip.config)
     load_strict(
         encoder, published_names(clip.state_dict()), what="vision encoder", source=str(spec)

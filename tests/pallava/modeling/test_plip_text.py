@@ -91,6 +91,13 @@ def test_refuses_a_bert_with_other_parts(tmp_path):
         PLIPTextEncoder.from_bert(tmp_path, vocab_size=40, image_hidden_size=24)
 
 
+def test_refuses_a_bert_without_all_its_weights(tmp_path):
+    BertModel(BertConfig(**SIZES | {"num_hidden_layers": 1})).save_pretrained(tmp_path)
+    BertConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing: encoder\.layer\.1\."):
+        PLIPTextEncoder.from_bert(tmp_path, vocab_size=40, image_hidden_size=24)
+
+
 def test_names_the_limit_of_positions(encoder):
     with pytest.raises(ValueError, match="17 tokens, the text encoder 16 positions"):
         encoder(torch.ones(1, 17, dtype=torch.long), torch.ones(1, 17))
