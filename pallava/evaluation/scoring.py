@@ -190,7 +190,8 @@ def _score_one(question: Question, answer: str) -> dict[str, Any]:
     reference = str(question.answer)
     if question.answer_type == "yes/no":
         said = text.parse_yes_no(answer)
-        return {"said": said, "correct": float(said == text.parse_yes_no(reference))}
+        is_correct = said is not None and said == text.parse_yes_no(reference)
+        return {"said": said, "correct": float(is_correct)}
     scores = text.token_scores(answer, reference)
     return {"correct": float(text.exact_match(answer, reference)), **scores._asdict()}
 

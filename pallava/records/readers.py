@@ -147,7 +147,7 @@ def _vqa_question(
 ) -> Question:
     stem = text_field(record, "question", "sent").replace(IMAGE_TOKEN, "").strip()
     answer = _answer(record)
-    answer_type = str(record.get("answer_type") or answer_type_of(answer))
+    answer_type = _answer_type(record, answer)
     return Question(
         id=row_id,
         text=prompt.render(stem, {}, answer_type),
@@ -159,6 +159,14 @@ def _vqa_question(
         prompt=prompt,
         cluster=cluster,
     )
+
+
+def _answer_type(record: Mapping[str, Any], answer: str) -> str:
+    stated = str(record.get("answer_type") or answer_type_of(answer))
+    # Some sets also call a choice between two words yes/no.
+    if stated == "yes/no" and words(answer)[:1] not in (["yes"], ["no"]):
+        return answer_type_of(answer)
+    return stated
 
 
 def _answer(record: Mapping[str, Any]) -> str:

@@ -30,8 +30,9 @@ from pallava.evaluation.image_digests import ImageDigests, content_digest
 from pallava.evaluation.models import NoAnswer
 from pallava.evaluation.report import read_scores, write_report
 from pallava.evaluation.runs import evaluate
+from pallava.evaluation.scoring import score_vqa
 from pallava.inference.assistant import Assistant
-from pallava.records.questions import NO_IMAGES
+from pallava.records.questions import NO_IMAGES, Question
 from pallava.registry import EVALUATIONS
 from pallava.skipping import SkippedSample
 from pathcore import files
@@ -440,6 +441,13 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     benchmark = pathvqa(goldens.GOLDEN / "eval" / "mixed_gt.json", NO_IMAGES)
     with pytest.raises(ValueError, match="belong to no question"):
         write_report(benchmark, {"zz": "yes"}, [], tmp_path)
+
+
+def test_an_unreadable_answer_is_wrong_whatever_the_reference() -> None:
+    question = Question("q", "Left or right?", None, "left", answer_type="yes/no")
+    table = score_vqa([question], {"q": "right"})
+    closed = table["scores"]["closed (yes/no)"]
+    assert (closed["accuracy"]["value"], closed["neither yes nor no"]) == (0, 1)
 
 
 def test_questions_without_an_answer_are_wrong_unless_they_are_not_to_count(

@@ -99,6 +99,24 @@ def test_pathvqa_parquet_keeps_images_in_the_file(tmp_path: Path, as_folder: boo
     assert len({question.image.identity(content_digest) for question in found.questions}) == 2  # type: ignore
 
 
+@pytest.mark.parametrize(
+    ("stated", "answer", "expected"),
+    [
+        ("yes/no", "left", "other"),  # published sets call a choice between two words yes/no
+        ("yes/no", "3", "number"),
+        ("yes/no", "No, it is normal", "yes/no"),
+    ],
+)
+def test_a_stated_answer_type_must_fit_the_answer(
+    tmp_path: Path, stated: str, answer: str, expected: str
+) -> None:
+    save_image(tmp_path / "images" / "a.png")
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps({"7": RECORDS["7"] | {"answer": answer, "answer_type": stated}}))
+    (question,) = read_vqa(path, None).questions
+    assert question.answer_type == expected
+
+
 def test_conversations_are_questions(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     path = tmp_path / "conversations.jsonl"
