@@ -162,11 +162,14 @@ def _vqa_question(
 
 
 def _answer_type(record: Mapping[str, Any], answer: str) -> str:
-    stated = str(record.get("answer_type") or answer_type_of(answer))
-    # Some sets also call a choice between two words yes/no.
-    if stated == "yes/no" and words(answer)[:1] not in (["yes"], ["no"]):
-        return answer_type_of(answer)
-    return stated
+    stated = str(record.get("answer_type") or "").strip().lower()
+    if stated in ("number", "other"):
+        return stated
+    # VQA-RAD states CLOSED or OPEN. Some sets also call a choice between two words closed.
+    is_closed = stated in ("yes/no", "closed")
+    if is_closed and words(answer)[:1] in (["yes"], ["no"]):
+        return "yes/no"
+    return answer_type_of(answer)
 
 
 def _answer(record: Mapping[str, Any]) -> str:

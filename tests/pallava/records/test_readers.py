@@ -105,6 +105,11 @@ def test_pathvqa_parquet_keeps_images_in_the_file(tmp_path: Path, as_folder: boo
         ("yes/no", "left", "other"),  # published sets call a choice between two words yes/no
         ("yes/no", "3", "number"),
         ("yes/no", "No, it is normal", "yes/no"),
+        ("CLOSED ", "Yes", "yes/no"),  # VQA-RAD
+        ("CLOSED", "right", "other"),
+        ("OPEN", "3", "number"),
+        ("Other", "3", "other"),
+        ("location", "liver", "other"),
     ],
 )
 def test_a_stated_answer_type_must_fit_the_answer(
