@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ LABEL = re.compile(r"\s*\(?([A-Ha-h])\s*[).:]\s*")
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 # "A: necrosis B: fibrosis", on one line or several.
-_INLINE_OPTION = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]\s*(.*?)(?=(?:[\s(][A-H]\s*[:.)])|$)", re.S)
+_INLINE_LABEL = re.compile(r"(?:^|[\s(])([A-H])\s*[:.)]")
 
 
 def read_vqa(
@@ -202,9 +202,7 @@ def _conversation_question(
 def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
     record = as_mapping(row)
     text = text_field(record, "question")
-    options = {m.group(1): m.group(2).strip() for m in _INLINE_OPTION.finditer(text)}
-    if len(options) < 2:
-        options = dict.fromkeys("ABCD", "")
+    options = _inline_options(text)
     return Question(
         id=row_id,
         text=text,
@@ -215,6 +213,30 @@ def _asked_choice(row_id: str, row: Any, folder: ImageFolder) -> Question:
         options=options,
         cluster=str(record.get("image")),
     )
+
+
+def _inline_options(text: str) -> dict[str, str]:
+    """Returns the options in a text, labelled A, B, C, ...; without them four empty ones."""
+    labels = list(_INLINE_LABEL.finditer(text))
+    runs = [_run(labels[number:]) for number, label in enumerate(labels) if label[1] == "A"]
+    # Of equally long runs the first, from the nearest A: "Hepatitis A: which? A: x B: y".
+    best = max(runs, key=lambda run: (len(run), -run[-1].start(), run[0].start()), default=[])
+    if len(best) < 2:
+        return dict.fromkeys("ABCD", "")
+    ends = [*(label.start() for label in best[1:]), len(text)]
+    texts = [text[label.end() : end].strip() for label, end in zip(best, ends, strict=True)]
+    # What follows the last option is an instruction, unless other options have several lines too.
+    if not any("\n" in option for option in texts[:-1]):
+        texts[-1] = texts[-1].partition("\n")[0].rstrip()
+    return {label[1]: option for label, option in zip(best, texts, strict=True)}
+
+
+def _run(labels: Sequence[re.Match[str]]) -> list[re.Match[str]]:
+    run: list[re.Match[str]] = []
+    for label in labels:
+        if label[1] == LETTERS[len(run) : len(run) + 1]:
+            run.append(label)
+    return run
 
 
 def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Question:

@@ -220,14 +220,33 @@ def test_a_question_can_be_worded_and_ordered_anew(tmp_path: Path) -> None:
         read_choices(path, tmp_path, "leter")
 
 
-def test_questions_that_hold_their_options_are_read(tmp_path: Path) -> None:
+FOUR = {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
+TWO = {"A": "necrosis", "B": "fat"}
+INSTRUCTION = "Answer with the letter of the correct option."
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("What is seen? A: necrosis B: fibrosis\nC: fat D: none", FOUR),
+        (f"What is seen?\n(A) necrosis (B) fibrosis (C) fat (D) none\n\n{INSTRUCTION}", FOUR),
+        (f"What is seen?\nA. necrosis\nB. fibrosis\nC. fat\nD. none\n{INSTRUCTION}", FOUR),
+        ("A:\nnecrosis\nof fat\nB:\nfat\nor none", {"A": "necrosis\nof fat", "B": "fat\nor none"}),
+        ("A patient who lacks vitamin D: what is seen? A: necrosis B: fat", TWO),
+        ("Hepatitis A: what is seen? A: necrosis B: fat\nAnswer A. or B.", TWO),
+        ("Which? A: vitamin D: too much B: fat", {"A": "vitamin D: too much", "B": "fat"}),
+        ("Which of the four letters?", dict.fromkeys("ABCD", "")),
+    ],
+)
+def test_questions_that_hold_their_options_are_read(
+    tmp_path: Path, text: str, options: dict[str, str]
+) -> None:
     save_image(tmp_path / "images" / "a.png")
     path = tmp_path / "test.json"
-    text = "What is seen? A: necrosis B: fibrosis\nC: fat D: none"
     path.write_text(json.dumps({"1": {"question": text, "image": "a.png", "answer": "b"}}))
     (question,) = read_choices(path, None).questions
     assert question.text == text
-    assert question.options == {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
+    assert question.options == options
     assert question.answer == "B"
 
 
