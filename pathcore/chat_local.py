@@ -25,7 +25,8 @@ class LocalBackend:
         sampling: Sampling parameters.
         batch_size: Number of requests per batch.
         device: `cpu`, `cuda`, ...; by default the GPU, if there is one.
-        dtype: Data type of the weights: `auto`, `float32`, `bfloat16`, ...
+        dtype: Data type of the weights: `float32`, `bfloat16`, ..., or `auto` for that of the
+            checkpoint, which the attribute names after loading.
         generation: Keyword arguments of `generate` that override those of `sampling`, such as
             `num_beams`.
         trust_remote_code: Whether to run code that comes with the model, as an exported PA-LLaVA
@@ -73,6 +74,7 @@ class LocalBackend:
             **trust,
         )
         check_loading_report(report, model, what="image-text-to-text model", source=self.model)
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self._model = model.to(self.device).eval()
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"  # generation continues from the last position

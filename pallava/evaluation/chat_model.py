@@ -49,6 +49,8 @@ class ChatModel:
         parameters = self.backend.sampling.parameters()
         del parameters["max_tokens"]  # an argument of every question
         model = {"model": self.backend.model, "endpoint": self.backend.endpoint}
+        if dtype := getattr(self.backend, "dtype", None):  # an endpoint states none
+            model["dtype"] = dtype
         generation = getattr(self.backend, "generation", {})
         return {**model, **parameters, **({"generation": dict(generation)} if generation else {})}
 

@@ -17,6 +17,7 @@ from pallava.evaluation.generation import generate_answers
 from pallava.evaluation.runs import evaluate
 from pathcore.chat_backends import AgentError, OpenAIBackend, Sampling
 from pathcore.chat_budget import Budget
+from pathcore.chat_local import LocalBackend
 from tests.pallava.evaluation.tiny_benchmark import TEXTS, make_data
 from tests.pallava.tiny_folders import make_folders
 from tests.pallava.tiny_vlms import write_llava, write_qwen2_vl
@@ -152,6 +153,14 @@ def test_models_of_every_kind_are_measured_in_one_way(
     gap = scores["difference"]
     assert gap["low"] <= gap["value"] <= gap["high"]
     assert scores["gains"] - scores["loses"] == pytest.approx(gap["value"] * 6 / 100)
+
+
+def test_answers_belong_to_the_data_type_of_the_weights(llava_folder: Path) -> None:
+    def settings(dtype: str) -> dict[str, Any]:
+        return ChatModel(LocalBackend(str(llava_folder), device="cpu", dtype=dtype)).settings
+
+    assert settings("auto") == settings("float32") != settings("bfloat16")
+    assert settings("bfloat16")["dtype"] == "bfloat16"
 
 
 def test_only_evaluations_of_the_same_questions_are_compared(tmp_path: Path) -> None:
