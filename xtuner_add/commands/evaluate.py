@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pallava.evaluation.answers import read_answers
 from pallava.registry import EVALUATIONS
@@ -183,6 +184,7 @@ def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
     """
     if (options["llm"] is None) == (options["endpoint"] is None):
         raise click.UsageError("expected either MODEL, or --endpoint with --model", ctx)
+    _refuse_unused(ctx, options)
     extra = keyword_values(options.pop("extra"))
     work_dir = options["work_dir"] or Path("work_dirs", f"{benchmark}_{options['data_path'].stem}")
     if relaunch(ctx, always=options["launcher"] == "pytorch"):
@@ -218,17 +220,47 @@ def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
         _end(metrics["num_skipped"], work_dir, options["audit"])
 
 
+_PALLAVA_OPTIONS = (
+    "llava", "visual_encoder", "visual_select_layer", "prompt_template", "use_adapter", "bos",
+    "features_folder",
+)  # fmt: skip
+
+
+def _refuse_unused(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Refuses the options of PA-LLaVA for other models.
+
+    Raises:
+        click.UsageError: If such an option was given.
+    """
+    names = [*_PALLAVA_OPTIONS, *(["compat"] if options["compat"] == "original" else [])]
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in names
+        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    is_endpoint = options["endpoint"] is not None
+    if given and (is_endpoint or _is_hugging_face(options)):
+        kind = "an endpoint" if is_endpoint else "a Hugging Face model"
+        raise click.UsageError(
+            f"{kind} takes no {', '.join(given)}; omit {'it' if len(given) == 1 else 'them'}", ctx
+        )
+
+
+def _is_hugging_face(options: dict[str, Any]) -> bool:
+    from pallava.evaluation.chat_model import is_hugging_face_model
+
+    return options["llava"] is None and is_hugging_face_model(options["llm"])
+
+
 def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
     """Opens an endpoint, a Hugging Face model or a PA-LLaVA, with the decoding of the options."""
-    from pallava.evaluation.chat_model import ChatModel, is_hugging_face_model
+    from pallava.evaluation.chat_model import ChatModel
     from pallava.inference.decoding import Decoding
     from pathcore.chat_backends import Sampling
 
     decoding = Decoding.parse(options["decoding"])
-    chats = options["endpoint"] is not None or (
-        options["llava"] is None and is_hugging_face_model(options["llm"])
-    )
-    if not chats:
+    if options["endpoint"] is None and not _is_hugging_face(options):
         model = load_from_options(options)
         model.decoding = decoding
         return model

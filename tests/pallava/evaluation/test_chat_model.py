@@ -193,6 +193,28 @@ def test_only_evaluations_of_the_same_questions_are_compared(tmp_path: Path) -> 
         compare({"one": one, "six": tmp_path})
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--prompt-template", "vicuna"],
+        ["--bos", "double"],
+        ["--compat", "original"],
+        ["--visual-select-layer", "-1"],
+    ],
+)
+def test_options_of_pallava_are_refused_for_other_models(
+    given: list[str], llava_folder: Path, tmp_path: Path
+) -> None:
+    ending = ["--data", str(tmp_path), "--work-dir", str(tmp_path / "run"), *given]
+    result = CliRunner().invoke(cli.main, ["evaluate", "pathvqa", str(llava_folder), *ending])
+    assert result.exit_code == 2, result.output
+    assert f"a Hugging Face model takes no {given[0]}; omit it" in result.output
+    arguments = ["--endpoint", "http://localhost/v1", "--model", "x", *ending]
+    result = CliRunner().invoke(cli.main, ["evaluate", "pathvqa", *arguments])
+    assert result.exit_code == 2, result.output
+    assert f"an endpoint takes no {given[0]}; omit it" in result.output
+
+
 def test_kinds_of_models_are_told_apart(llava_folder: Path, tmp_path: Path) -> None:
     folders = make_folders(tmp_path)
     assert is_hugging_face_model(str(llava_folder))
