@@ -40,7 +40,12 @@ from pathcore.encoders.presets import (
 from pathcore.files import sha256_of
 from pathcore.jobs import UnitError
 from pathcore.names import did_you_mean
-from pathcore.weights import load_strict, read_state_dict, strip_prefix_to_fit
+from pathcore.weights import (
+    check_loading_report,
+    load_strict,
+    read_state_dict,
+    strip_prefix_to_fit,
+)
 from wsi.conform import FeatureFile
 from wsi.features import EmbeddingError, check_features
 
@@ -434,12 +439,17 @@ def _authors_model(preset: SlidePreset, weights: str, device: torch.device) -> A
     source = weights or preset.hub
     try:
         # The user asked for it: `describe_named_slide_encoder` refuses otherwise.
-        model = AutoModel.from_pretrained(source, trust_remote_code=True)
+        model, report = AutoModel.from_pretrained(
+            source, trust_remote_code=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SlideEncoderError(
             f"slide encoder {preset.name}: transformers cannot load {source}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    # Repositories also store weights that their code leaves out.
+    report = {**report, "unexpected_keys": ()}
+    check_loading_report(report, model, what=f"slide encoder {preset.name}", source=source)
     return model.to(device).float().eval()
 
 

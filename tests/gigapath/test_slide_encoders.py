@@ -280,6 +280,10 @@ def test_authors_code_runs_only_on_request(
         for module in [m for m in sys.modules if m.split(".")[0] in ("madeleine", "cobra")]:
             del sys.modules[module]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    if name in ("titan", "prism"):
+        save_file({"other": torch.zeros(1)}, weights / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match="scale"):
+            encoder.open(CPU)
 
 
 RIGHT = TileOrigin("chief-ctp", 256, 1.0)
