@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
+# Finish reasons beside OpenAI's `stop`, `length` and `content_filter`. Gateways pass on Gemini's.
+_CUT = ("length", "max_tokens")
+_WITHHELD = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii")
+_BROKEN_OFF = ("error", "abort", "cancelled", "insufficient_system_resource")
+"""Of OpenRouter, vLLM, `xtuner-add serve` and DeepSeek: the server failed during the reply."""
+
 
 class AgentError(ValueError):
     """Raised if a model cannot be used at all: wrong key, unknown name, unreachable endpoint."""
@@ -43,7 +49,8 @@ class Sampling:
         temperature: Temperature; 0 decodes greedily. With None the parameter is not sent, since
             some models reject it.
         seed: Seed, if the backend supports one.
-        cut_is_fault: Whether a reply that is cut off at `max_tokens` cannot be used.
+        cut_is_fault: Whether a reply that is cut off at `max_tokens` cannot be used. An empty one,
+            whose tokens all went into hidden reasoning, never can.
     """
 
     max_tokens: int = 512
@@ -262,14 +269,17 @@ def _read_completion(completion: Any, cut_is_fault: bool) -> Reply:
     except (AttributeError, IndexError, TypeError, KeyError):
         shown = f"no completion: {completion!r:.200}"
         return Reply("", prompt_tokens, reply_tokens, fault=shown)
-    text = content_of(message)
-    if reason == "content_filter":
+    text, reason = content_of(message), str(reason).lower()
+    if reason.startswith(_WITHHELD):
         fault = "the endpoint's content filter withheld the reply"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
     if (refusal := refusal_of(message)) is not None:
         fault = f"the model refuses: {refusal:.200}"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="content")
-    if reason == "length" and cut_is_fault:
+    if reason in _BROKEN_OFF:
+        fault = f"the endpoint broke the reply off ({reason})"
+        return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="endpoint")
+    if reason in _CUT and (cut_is_fault or not text.strip()):
         fault = "the reply was cut off at the maximum number of tokens; allow more of them"
         return Reply(text, prompt_tokens, reply_tokens, fault=fault, blame="limit")
     return Reply(text, prompt_tokens, reply_tokens)

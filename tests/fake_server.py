@@ -117,7 +117,8 @@ def chat_reply(mood: str, number: int, content: Callable[[], str]) -> tuple[int,
         mood: `fail500`, `fail429`, `stall`: the first two requests fail so, the third succeeds;
             `always500`; `bad400`, `filter400`: refused; `brokenjson`, `nochoices`, `html`, `drip`:
             bodies that are no completion; `slow`: the reply takes a moment; `filtered`,
-            `declined`, `cut`, `nousage`: completions that say so.
+            `declined`, `cut`, `nousage`: completions that say so; `safety`, `broken`: finish
+            reasons of other providers; `hidden`: all tokens went into hidden reasoning.
         number: How often the request came.
         content: Returns the text of the reply.
     """
@@ -139,11 +140,17 @@ def chat_reply(mood: str, number: int, content: Callable[[], str]) -> tuple[int,
     if mood == "slow":
         time.sleep(0.4)
     message = {"role": "assistant", "content": content()}
-    if mood in ("filtered", "declined"):
+    if mood in ("filtered", "declined", "hidden"):
         message["content"] = None  # type: ignore[assignment]
     if mood == "declined":
         message["refusal"] = "I will not."
-    finish = {"cut": "length", "filtered": "content_filter"}.get(mood, "stop")
+    finish = {
+        "cut": "length",
+        "hidden": "length",
+        "filtered": "content_filter",
+        "safety": "SAFETY",
+        "broken": "insufficient_system_resource",
+    }.get(mood, "stop")
     completion: dict[str, Any] = {
         "id": "1",
         "object": "chat.completion",

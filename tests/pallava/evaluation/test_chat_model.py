@@ -80,6 +80,22 @@ def test_an_endpoint_answers_and_its_refusals_are_verdicts(
     assert list(asked) == [f"{TEXTS[1][0]} [always500]"]
 
 
+def test_replies_that_the_provider_did_not_finish_are_no_answers(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    path, run = data(tmp_path, "broken", "hidden", "safety"), tmp_path / "run"
+    for _ in range(2):
+        metrics = evaluate(pathvqa(path), endpoint(server, run), run, max_new_tokens=8)
+        assert metrics is not None
+        counts = [metrics[f"num_{name}"] for name in ("answers", "refused", "skipped")]
+        assert counts == [4, 1, 2]
+        skipped = (run / "skipped_samples.jsonl").read_text()
+        assert "broke the reply off (insufficient_system_resource)" in skipped
+        assert "cut off at the maximum number of tokens" in skipped
+    asked = sorted(text.partition("[")[2] for text, number in server.requests.items() if number > 1)
+    assert asked == ["broken]", "hidden]"], "asked again by the next run"
+
+
 def test_paid_replies_survive_the_loss_of_the_answers(
     server: DescriberServer, tmp_path: Path
 ) -> None:
