@@ -19,7 +19,7 @@ from pathcore.chat_asking import MOST_SILENT, Asker, Task, settle_from_cache
 from pathcore.chat_backends import Backend, Request, Sampling
 from pathcore.chat_budget import Budget
 from pathcore.chat_cache import ReplyCache
-from pathcore.chat_replies import ReplyError
+from pathcore.chat_replies import ReplyError, strip_reasoning
 from pathcore.files import StrPath
 from pathcore.stats import mean_interval
 
@@ -127,11 +127,18 @@ def parse_score(reply: str) -> float | None:
     """Reads a score from 0 to 10 from a reply; None if there is none.
 
     A field named score takes precedence over `8/10`, and that over a reply that is just a number.
+    Reasoning is removed first, since it weighs other numbers.
 
     Example:
         >>> parse_score("{'score': 7.5} because ..."), parse_score("8 out of 10"), parse_score("11")
         (7.5, 8.0, None)
+        >>> parse_score("<think>8/10 for the organ.</think> 3"), parse_score("<think>8/10, but")
+        (3.0, None)
     """
+    try:
+        reply = strip_reasoning(reply)
+    except ReplyError:  # the reply breaks off in the reasoning
+        return None
     for pattern in (_SCORE_FIELD, _OF_TEN):
         found = {_to_float(number) for number in pattern.findall(reply)}
         if found:
