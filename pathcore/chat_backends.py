@@ -21,13 +21,14 @@ from pathcore.chat_api import (
     refusal_of,
     shown_endpoint,
 )
-from pathcore.images import data_url
+from pathcore.images import data_url, to_rgb
 
 if TYPE_CHECKING:
     from openai import OpenAI
     from PIL.Image import Image
 
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+_PLAIN_MODES = ("RGB", "L")  # of others, endpoints may clip 16 bits or show what is transparent
 
 # Finish reasons beside OpenAI's `stop`, `length` and `content_filter`. Gateways pass on Gemini's.
 _CUT = ("length", "max_tokens")
@@ -286,11 +287,19 @@ def _read_completion(completion: Any, cut_is_fault: bool) -> Reply:
 
 
 def open_image(path: Path | Image) -> Image:
-    """Opens and fully decodes an image; returns a decoded one unchanged.
+    """Opens and fully decodes an image, as 8-bit RGB; see `pathcore.images.to_rgb`.
 
     Raises:
         ValueError: If the file is no image, is truncated, or is too large for a patch.
     """
+    return _as_rgb(_decoded(path), path)
+
+
+def _as_rgb(image: Image, path: Path | Image) -> Image:
+    return to_rgb(image, name=f"image {path.name}" if isinstance(path, Path) else "image")
+
+
+def _decoded(path: Path | Image) -> Image:
     from PIL import Image
 
     if isinstance(path, Image.Image):
@@ -306,14 +315,15 @@ def open_image(path: Path | Image) -> Image:
 def image_url(path: Path | Image) -> str:
     """Returns an image as a data URL.
 
-    Files in PNG, JPEG and WebP are sent unchanged; other formats, which endpoints may not support,
-    and decoded images as PNG.
+    Files in PNG, JPEG and WebP with 8-bit RGB or grey pixels are sent unchanged; other pixels and
+    formats, which endpoints may not support, and decoded images as PNG in RGB.
 
     Raises:
         ValueError: If the image cannot be decoded completely.
     """
-    image = open_image(path)
+    image = _decoded(path)
     mime = _SENT_AS_THEY_ARE.get(image.format or "")
-    if mime is None or not isinstance(path, Path):
-        return data_url(image.convert("RGB"))
+    is_plain = image.mode in _PLAIN_MODES and "transparency" not in image.info
+    if mime is None or not is_plain or not isinstance(path, Path):
+        return data_url(_as_rgb(image, path))
     return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -96,7 +96,7 @@ class LocalBackend:
                         continue
                     try:
                         if request.image is not None:
-                            images.append(open_image(request.image).convert("RGB"))
+                            images.append(open_image(request.image))
                     except ValueError as error:
                         replies[index] = Reply("", 0, 0, fault=str(error), blame="image")
                         continue

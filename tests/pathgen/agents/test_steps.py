@@ -79,6 +79,32 @@ def test_the_image_is_sent_whole(server: DescriberServer, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("patches")
+def test_images_of_16_bits_or_with_transparency_are_shown_as_everywhere(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    import base64
+    import io
+
+    import numpy as np
+
+    from pathcore.chat_backends import open_image
+    from pathcore.images import load_image
+
+    folder = tmp_path / "images"
+    deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(folder / "0.png", "TIFF")
+    Image.fromarray(deep).save(folder / "1.png")
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(folder / "2.png")
+    ask(server, tmp_path, "case 0", "case 1", "case 2", concurrency=1)
+    for number, body in enumerate(server.bodies):
+        url = body["messages"][1]["content"][0]["image_url"]["url"]
+        shown = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        read = load_image(folder / f"{number}.png")
+        assert (shown.mode, shown.tobytes()) == ("RGB", read.tobytes()), number
+        assert open_image(folder / f"{number}.png").tobytes() == read.tobytes()
+
+
+@pytest.mark.usefixtures("patches")
 @pytest.mark.parametrize("trouble", ["fail500", "fail429", "stall"])
 def test_a_server_that_recovers_is_asked_again(
     server: DescriberServer, tmp_path: Path, trouble: str
