@@ -236,17 +236,39 @@ class Assistant:
         return render_chat(self.tokenizer, self._template, [{"role": "user", "content": text}])
 
     def encode(self, question: str, *, has_image: bool) -> list[int]:
-        """Tokenizes a question in its prompt template."""
-        return encode_prompt(
+        """Tokenizes a question in its prompt template.
+
+        Raises:
+            ValueError: If the question contains a token that the language model does not embed, or
+                more image tokens than there are images.
+        """
+        ids = encode_prompt(
             self.tokenizer,
             self.prompt(question, has_image=has_image),
             self.bos,
             rendered=self._template.chat_template is not None,
         )
+        return self._checked(ids)
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokenizes a conversation up to its next answer; see `pallava.text.turns`."""
-        return encode_turns(self.tokenizer, self._template, turns, self.bos)
+        """Tokenizes a conversation up to its next answer; see `pallava.text.turns`.
+
+        Raises:
+            ValueError: If a text contains a token that the language model does not embed, or the
+                turns do not form a conversation.
+        """
+        return self._checked(encode_turns(self.tokenizer, self._template, turns, self.bos))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """Refuses tokens added to the tokenizer only, which on a GPU would end the process."""
+        count = self.model.llm.get_input_embeddings().num_embeddings
+        if (largest := max(ids, default=0)) >= count:
+            raise ValueError(
+                f"the text contains {self.tokenizer.convert_ids_to_tokens(largest)!r}, token "
+                f"{largest} of the tokenizer, but the language model has {count} embeddings; leave "
+                "it out of the text, or resize the model's embeddings"
+            )
+        return ids
 
     def pixel_values(self, image: Image.Image | StrPath | Tensor | SlideBag) -> Any:
         """Preprocesses an image to `(1 + num_sub_images, 3, S, S)`, the thumbnail first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import threading
@@ -198,6 +199,21 @@ def test_what_cannot_be_done_is_refused_in_openais_shape(
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_tokens_without_an_embedding_are_refused(assistant: Assistant) -> None:
+    tokenizer = copy.deepcopy(assistant.tokenizer)
+    tokenizer.add_tokens(["[ADDED]"])  # and the embeddings are not resized
+    added = Assistant(assistant.model, tokenizer, assistant.anyres)
+    with serving(create_app(ModelService(added, NAME))) as port:
+        for stream in (False, True):
+            texts = [{"role": "user", "content": "What is [ADDED]?"}]
+            response = post(port, messages=texts, stream=stream)
+            assert response.status_code == 400, response.text
+            assert "the text contains '[ADDED]', token" in response.json()["error"]["message"]
+        assert post(port, max_tokens=2).status_code == 200
+    with pytest.raises(ValueError, match="leave it out of the text"):
+        added.answer(picture("sq_big.png"), "What is [ADDED]?")
 
 
 def test_options_that_ask_for_nothing_are_taken(port: int) -> None:
