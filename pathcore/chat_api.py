@@ -142,7 +142,7 @@ def hint_for(error: Exception, base_url: str) -> str:
     """Returns a hint to append to the message of an endpoint's error, or an empty string."""
     text = str(error).lower()
     if getattr(error, "status_code", None) == 404 and "/v" not in urlsplit(base_url).path:
-        return f"; the URL probably lacks /v1: {base_url.rstrip('/')}/v1"
+        return f"; the URL probably lacks /v1: {shown_endpoint(base_url).rstrip('/')}/v1"
     if "max_completion_tokens" in text:
         return "; try --token-field max_completion_tokens"
     if "temperature" in text:

@@ -54,6 +54,8 @@ def test_addresses_of_azure_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
             send(server, root)
         assert hint_for(raised.value, root) == f"; the URL probably lacks /v1: {root}/v1"
         assert hint_for(raised.value, server.url) == ""
+        private = root.replace("//", "//user:password@") + "?key=hidden"
+        assert hint_for(raised.value, private) == f"; the URL probably lacks /v1: {root}/v1"
     assert shown_endpoint("http://user:pass@host:8000/v1?key=x") == "http://host:8000/v1"
     for bad in ("host:8000/v1", "ftp://host/v1", "http://host/v1/chat/completions"):
         with pytest.raises(ValueError, match="endpoint"):

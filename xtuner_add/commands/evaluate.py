@@ -406,9 +406,13 @@ def _write_run(work_dir: Path, options: dict[str, Any]) -> None:
     import torch
     import transformers
 
+    from pathcore.chat_api import shown_endpoint
+
     arguments = {
         key: str(value) if isinstance(value, Path) else value for key, value in options.items()
     }
+    if arguments["endpoint"] is not None:
+        arguments["endpoint"] = shown_endpoint(arguments["endpoint"])
     versions = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,

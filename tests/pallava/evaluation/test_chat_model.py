@@ -171,6 +171,23 @@ def test_models_of_every_kind_are_measured_in_one_way(
     assert scores["gains"] - scores["loses"] == pytest.approx(gap["value"] * 6 / 100)
 
 
+def test_files_of_a_run_hold_no_secrets_of_the_address(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    address = server.url.replace("//", "//user:password@") + "?key=hidden"
+    arguments = ["--endpoint", address, "--model", "tiny-vlm", "--data", str(data(tmp_path))]
+    run = tmp_path / "run"
+    arguments = ["evaluate", "pathvqa", *arguments, "--work-dir", str(run)]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / "run.json").read_text())["arguments"]
+    assert found["endpoint"] == server.url and found["model"] == "tiny-vlm"
+    for path in run.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(word in content for word in (b"password", b"hidden", b"secret")), path
+
+
 def test_answers_belong_to_the_data_type_of_the_weights(llava_folder: Path) -> None:
     def settings(dtype: str) -> dict[str, Any]:
         return ChatModel(LocalBackend(str(llava_folder), device="cpu", dtype=dtype)).settings
