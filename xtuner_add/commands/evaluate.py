@@ -204,7 +204,7 @@ def evaluate(ctx: click.Context, benchmark: str, **options: Any) -> None:
                 made,
                 _open_model(options, work_dir),
                 work_dir,
-                batch_size=options["batch_size"],
+                batch_size=_batch_size(options),
                 max_new_tokens=options["max_new_tokens"],
                 compat=options["compat"],
                 audited=options["audit"],
@@ -224,26 +224,33 @@ _PALLAVA_OPTIONS = (
     "llava", "visual_encoder", "visual_select_layer", "prompt_template", "use_adapter", "bos",
     "features_folder",
 )  # fmt: skip
+_LOCAL_OPTIONS = ("torch_dtype", "device")
+_ENDPOINT_OPTIONS = (
+    "model", "concurrency", "timeout", "max_retries", "token_field", "price_in", "price_out",
+    "max_cost", "max_tokens", "image_tokens",
+)  # fmt: skip
 
 
 def _refuse_unused(ctx: click.Context, options: dict[str, Any]) -> None:
-    """Refuses the options of PA-LLaVA for other models.
+    """Refuses options that the kind of model has no use for.
 
     Raises:
         click.UsageError: If such an option was given.
     """
-    names = [*_PALLAVA_OPTIONS, *(["compat"] if options["compat"] == "original" else [])]
-    given = [
-        parameter.opts[0]
+    pallava = [*_PALLAVA_OPTIONS, *(["compat"] if options["compat"] == "original" else [])]
+    given = {
+        str(parameter.name): parameter.opts[0]
         for parameter in ctx.command.params
-        if parameter.name in names
-        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    ]
-    is_endpoint = options["endpoint"] is not None
-    if given and (is_endpoint or _is_hugging_face(options)):
-        kind = "an endpoint" if is_endpoint else "a Hugging Face model"
+        if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    }
+    kind, names = "a model on this machine", [*_ENDPOINT_OPTIONS]
+    if options["endpoint"] is not None:
+        kind, names = "an endpoint", [*pallava, *_LOCAL_OPTIONS]
+    elif not given.keys().isdisjoint(pallava) and _is_hugging_face(options):
+        kind, names = "a Hugging Face model", [*pallava, *_ENDPOINT_OPTIONS]
+    if unused := [given[name] for name in given if name in names]:
         raise click.UsageError(
-            f"{kind} takes no {', '.join(given)}; omit {'it' if len(given) == 1 else 'them'}", ctx
+            f"{kind} takes no {', '.join(unused)}; omit {'it' if len(unused) == 1 else 'them'}", ctx
         )
 
 
@@ -251,6 +258,12 @@ def _is_hugging_face(options: dict[str, Any]) -> bool:
     from pallava.evaluation.chat_model import is_hugging_face_model
 
     return options["llava"] is None and is_hugging_face_model(options["llm"])
+
+
+def _batch_size(options: dict[str, Any]) -> int:
+    """Returns the number of questions per batch; requests in flight are those of one batch."""
+    size: int = options["batch_size"]
+    return size if options["endpoint"] is None else max(size, options["concurrency"])
 
 
 def _open_model(options: dict[str, Any], work_dir: Path) -> Any:

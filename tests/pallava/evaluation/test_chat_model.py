@@ -248,6 +248,35 @@ def test_options_of_pallava_are_refused_for_other_models(
     assert f"an endpoint takes no {given[0]}; omit it" in result.output
 
 
+@pytest.mark.parametrize(
+    "given", [["--max-cost", "1"], ["--concurrency", "2"], ["--model", "x"], ["--timeout", "9"]]
+)
+def test_options_of_endpoints_are_refused_for_local_models(given: list[str]) -> None:
+    arguments = ["evaluate", "pathvqa", "absent", "--data", "absent.json", *given]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2, result.output
+    assert f"a model on this machine takes no {given[0]}; omit it" in result.output
+
+
+@pytest.mark.parametrize("given", [["--torch-dtype", "bf16"], ["--device", "cpu"]])
+def test_options_of_local_models_are_refused_for_endpoints(given: list[str]) -> None:
+    arguments = ["evaluate", "pathvqa", "--endpoint", "http://localhost/v1", "--model", "x"]
+    result = CliRunner().invoke(cli.main, [*arguments, "--data", "absent.json", *given])
+    assert result.exit_code == 2, result.output
+    assert f"an endpoint takes no {given[0]}; omit it" in result.output
+
+
+def test_concurrency_is_not_limited_by_the_batch_size(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    path = data(tmp_path, *["slow"] * 6)
+    arguments = ["--endpoint", server.url, "--model", "tiny-vlm", "--data", str(path)]
+    sizes = ["--batch-size", "1", "--concurrency", "6", "--work-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.main, ["evaluate", "pathvqa", *arguments, *sizes])
+    assert result.exit_code == 0, result.output
+    assert 1 < server.most_running <= 6
+
+
 def test_kinds_of_models_are_told_apart(llava_folder: Path, tmp_path: Path) -> None:
     folders = make_folders(tmp_path)
     assert is_hugging_face_model(str(llava_folder))
