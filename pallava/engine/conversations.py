@@ -439,6 +439,8 @@ def _read_table(data_path: StrPath, skip_log: SkipLog, image_field: str) -> tupl
                 store()
             continue
         name = str(row.get("id", number)) if is_row else str(number)
+        if name in faults:  # the log holds an id once, and every lost row counts
+            name = f"{name} (row {number})"
         faults[name] = f"{data_path}, row {number}: {fault}"
         skip_log.record(name, str(data_path), faults[name])
     check_fraction(len(faults), total, str(data_path), faults)

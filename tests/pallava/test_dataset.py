@@ -170,6 +170,16 @@ def test_one_bad_row_is_recorded_and_left_out(folder: Folder, fault: str) -> Non
         assert record.file == image
 
 
+@pytest.mark.parametrize("name", [None, "", "video_7"])
+def test_every_bad_row_counts_also_if_several_have_one_id(folder: Folder, name: Any) -> None:
+    rows = folder.add_images(30)
+    dataset = folder.dataset([*rows, *[row(name, answer="", image=None)] * 3])
+    assert len(dataset) == 30
+    assert list(folder.skipped()) == [str(name), f"{name} (row 32)", f"{name} (row 33)"]
+    with pytest.raises(ValueError, match="4 of 34 rows cannot be used, more than a tenth"):
+        folder.dataset([*rows, *[row(name, answer="", image=None)] * 4])
+
+
 def test_a_line_that_is_no_json_is_recorded(folder: Folder) -> None:
     rows = folder.add_images(3)
     path = folder.root / "mixed.jsonl"
