@@ -47,7 +47,8 @@ class LLaVADataset(ConversationDataset):
         max_length: Maximum number of tokens; longer sequences are truncated.
         pad_image_to_square: Whether to pad with the mean colour before tiling; exported with the
             model.
-        anyres_image: Whether to add sub-images; False yields the thumbnail alone.
+        anyres_image: Whether to add sub-images; False yields the thumbnail alone. Exported with the
+            model.
         grid_ties: See `pallava.anyres.choose_grid`; exported with the model.
         check_images: `header` opens every image once at the start, which finds missing files before
             the first step and lets batches be grouped by cost; `none` skips the check.

@@ -83,6 +83,7 @@ def read_recipe(
         prompt_template=template.fields(),
         ties=trained_grid_ties(cfg),
         pad_to_square=trained_padding(cfg),
+        sub_images=trained_sub_images(cfg),
         training=_training_settings(cfg, dataset, Path(config_file)),
         slide_tokens=slide_tokens,
         **statistics,
@@ -110,6 +111,15 @@ def trained_padding(cfg: Mapping[str, Any]) -> bool:
         ValueError: If some datasets pad and others do not, since a model records only one.
     """
     return bool(_shared(cfg, "pad_image_to_square", False))
+
+
+def trained_sub_images(cfg: Mapping[str, Any]) -> bool:
+    """Returns whether the training images came with sub-images, which the connector may ignore.
+
+    Raises:
+        ValueError: If the datasets differ, since a model records only one setting.
+    """
+    return bool(_shared(cfg, "anyres_image", True))
 
 
 def _shared(cfg: Mapping[str, Any], field: str, default: Any) -> Any:

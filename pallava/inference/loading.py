@@ -109,7 +109,8 @@ def load_model(
     encoder_folder = _encoder_folder(folder, visual_encoder)
     connector = load_connector(folder / "projector")
     record = _read_record(folder)
-    encoder, prepare = _load_encoder(encoder_folder, connector.uses_sub_images, record)
+    sub_images = connector.uses_sub_images and record.sub_images
+    encoder, prepare = _load_encoder(encoder_folder, sub_images, record)
     if encoder.config.hidden_size != connector.config.visual_hidden_size:
         raise CheckpointError(
             f"{folder / 'projector'} connects an encoder {connector.config.visual_hidden_size} "
@@ -352,6 +353,7 @@ class _Record(NamedTuple):
     ties: GridTies = "published"
     visual_select_layer: int | None = None
     pad_to_square: bool = False
+    sub_images: bool = True
 
 
 def _read_record(folder: Path) -> _Record:

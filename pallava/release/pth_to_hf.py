@@ -61,6 +61,8 @@ class Recipe:
         image_std: Channel standard deviations in 0..1.
         ties: See `pallava.anyres.choose_grid`.
         pad_to_square: Whether training padded the images with the mean colour.
+        sub_images: Whether training read sub-images; a connector with cross-attention can be
+            trained on thumbnails alone.
         training: Details of the run for the model card: data, schedule, config file.
         slide_tokens: Fields of `SlideTokenConfig` of a model of slides, whose checkpoint holds the
             encoder; empty for a model of images.
@@ -77,6 +79,7 @@ class Recipe:
     image_std: Sequence[float] = CLIP_STD
     ties: str = "published"
     pad_to_square: bool = False
+    sub_images: bool = True
     training: dict[str, Any] = field(default_factory=dict)
     slide_tokens: dict[str, Any] = field(default_factory=dict)
 
@@ -145,7 +148,7 @@ def processor_config(recipe: Recipe, connector: ConnectorConfig, tile_px: int) -
         "tile_px": tile_px,
         "image_mean": list(recipe.image_mean),
         "image_std": list(recipe.image_std),
-        "sub_images": connector.cross_attention,
+        "sub_images": connector.cross_attention and recipe.sub_images,
         "ties": recipe.ties,
         "pad_to_square": recipe.pad_to_square,
         "image_token": "<image>",

@@ -302,10 +302,12 @@ def test_what_is_exported_loads_again(plip: Path, tmp_path: Path, kind: str) -> 
 
 
 def test_what_inference_needs_of_the_config_is_recorded(plip: Path, tmp_path: Path) -> None:
-    cfg = Config({"train_dataloader": {"dataset": {"pad_image_to_square": True}}})
+    dataset = {"pad_image_to_square": True, "anyres_image": False}
+    cfg = Config({"train_dataloader": {"dataset": dataset}})
     build(plip, visual_select_layer=-1).to_hf(cfg, str(tmp_path), fp32=True)
     record = json.loads((tmp_path / "conversion.json").read_bytes())
     assert record["visual_select_layer"] == -1 and record["pad_to_square"] is True
+    assert record["sub_images"] is False
 
 
 @pytest.mark.parametrize("kind", ["released", "crossattn"])

@@ -147,8 +147,10 @@ def test_the_trained_template_travels_with_the_weights(
     root, config = chatml
     monkeypatch.chdir(root)
     with caplog.at_level(logging.WARNING):
-        padding = {"train_dataloader.dataset.pad_image_to_square": True}
-        recipe, save_tokenizer = read_recipe(config, options=padding)
+        dataset = "train_dataloader.dataset"
+        images = {f"{dataset}.pad_image_to_square": True, f"{dataset}.anyres_image": False}
+        recipe, save_tokenizer = read_recipe(config, options=images)
+    assert recipe.sub_images is False
     assert "prompt_template is 'llama3_chat', but the training data uses 'qwen_chat'" in caplog.text
     parts = tmp_path / "parts"
     convert_checkpoint(RELEASED_PTH, recipe, parts, save_tokenizer=save_tokenizer)

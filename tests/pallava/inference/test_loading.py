@@ -105,6 +105,16 @@ def test_images_are_padded_as_the_record_says(crossing: Path, tmp_path: Path) ->
     assert not torch.equal(padded[0], load(crossing).pixel_values(image)[0])
 
 
+def test_a_model_of_thumbnails_is_asked_about_thumbnails(crossing: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(crossing, tmp_path / "recorded")
+    (root / "llava" / "conversion.json").write_text(json.dumps({"sub_images": False}))
+    image = Image.open(picture("tall_3.png")).convert("RGB")
+    assert len(load(crossing).pixel_values(image)) > 1
+    model = load(root)
+    assert len(model.pixel_values(image)) == 1
+    assert model.answer(image, "red?", max_new_tokens=4)
+
+
 def test_the_recorded_template_is_used_and_another_one_is_reported(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +230,7 @@ def test_fingerprints_tell_weights_apart(folders: Path, crossing: Path, tmp_path
     [
         {"ties": "largest_scale"},
         {"pad_to_square": True},
+        {"sub_images": False},
         {"visual_select_layer": -1},
         {"prompt_template": {"INSTRUCTION": "Question: {input} Answer:"}},
         {"prompt_template": {"INSTRUCTION": "Q: {input} A:", "STOP_WORDS": ["Q:"]}},

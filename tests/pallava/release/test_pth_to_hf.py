@@ -18,7 +18,13 @@ from pallava.release.merge import merge
 from pallava.release.pth_to_hf import Recipe, convert_checkpoint, read_conversion
 from pathcore.weights import CheckpointError, read_state_dict
 from tests.pallava.engine.tiny_run import CONFIGS, make_folder, run, save_encoder
-from tests.pallava.goldens import RELEASED_PTH, RELEASED_ZERO2, TINY_LLAMA, tokenizer
+from tests.pallava.goldens import (
+    CROSSATTN_STATE,
+    RELEASED_PTH,
+    RELEASED_ZERO2,
+    TINY_LLAMA,
+    tokenizer,
+)
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": None, "bias": "none"}
 
@@ -60,6 +66,14 @@ def test_parts_load(checkpoint: Path, tmp_path: Path) -> None:
     assert text == PROMPT_TEMPLATE.llama3_chat.INSTRUCTION.format(input="Is it red?")
     assert read_conversion(out)[0].lora["r"] == 4
     assert json.loads((out / "processor_config.json").read_text())["sub_images"] is False
+
+
+def test_a_connector_of_sub_images_that_saw_thumbnails(tmp_path: Path) -> None:
+    for trained in (True, False):
+        out = tmp_path / str(trained)
+        convert_checkpoint(CROSSATTN_STATE, recipe(tmp_path, sub_images=trained), out)
+        assert json.loads((out / "processor_config.json").read_text())["sub_images"] is trained
+        assert read_conversion(out)[0].sub_images is trained
 
 
 def test_a_checkpoint_without_lora(tmp_path: Path) -> None:
