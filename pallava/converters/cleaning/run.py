@@ -65,7 +65,7 @@ def clean(
 
     Raises:
         ValueError: If there are no rows or steps, too many rows are unreadable, or two steps share
-            a name.
+            a name, or the kept rows would replace the input or take the name of another output.
         FileNotFoundError: If a file or folder does not exist.
         OutputExistsError: If `out` holds something else.
     """
@@ -78,6 +78,13 @@ def clean(
     if not steps or len({step.name for step in steps}) < len(steps):
         raise ValueError("cleaning: expected at least one step, and no two with the same name")
     name = f"{path.stem}.jsonl"
+    if name in (DROPPED_NAME, SKIP_LOG_NAME):
+        raise ValueError(
+            f"{path}: the rows that are kept would have the name of another output, {name}; copy "
+            "the file to pairs.jsonl or conversations.jsonl"
+        )
+    if (Path(out) / name).resolve() == path.resolve():
+        raise ValueError(f"{path}: would be replaced by the rows that are kept; name another OUT")
 
     def handle(batch: Sequence[tuple[str, Any]]) -> Part:
         return _clean_part(batch, steps, folder, str(path), name, num_samples)
@@ -124,7 +131,7 @@ def _clean_part(
     counts: Counter[str] = Counter(rows=len(batch))
     for where, row in batch:
         try:
-            left.append(_candidate(row, folder))
+            left.append(_candidate(row, folder, where))
         except ImageError as error:
             skipped.append({"id": _row_id(row, where), "file": source, "reason": str(error)})
     samples: dict[str, list[Any]] = {}
@@ -155,10 +162,13 @@ def _clean_part(
     return Part(rows, counts, {"samples": samples, "faults": faults})
 
 
-def _candidate(row: Any, folder: Path) -> Candidate:
-    if isinstance(row, Mapping) and "id" not in row and isinstance(row.get("image"), str):
-        row = {"id": str(PurePosixPath(row["image"]).with_suffix("")), **row}
+def _candidate(row: Any, folder: Path, where: str) -> Candidate:
     talks = isinstance(row, Mapping) and "conversations" in row
+    if isinstance(row, Mapping) and "id" not in row:
+        if isinstance(row.get("image"), str):
+            row = {"id": str(PurePosixPath(row["image"]).with_suffix("")), **row}
+        elif talks:  # about no image, or several
+            row = {"id": where, **row}
     if fault := check_row(row) if talks else pair_fault(row):
         raise ImageError(fault)
     return Candidate(row, tuple(path_inside(folder, name) for name in image_files(row)))

@@ -187,3 +187,29 @@ def test_steps_must_differ(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one step"):
         index = frozenset({"p0"})
         clean(pairs, tmp_path / "out", [index_step(index)], index=index)
+
+
+def test_no_output_replaces_another_or_the_input(tmp_path: Path) -> None:
+    rows = write_pairs(tmp_path, ["a gland " * 20, "short"])
+    content = rows.read_bytes()
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: would be replaced .* name another OUT"):
+        clean(rows, tmp_path, [words_step(20)], image_folder=tmp_path)
+    assert rows.read_bytes() == content and not (tmp_path / "cleaning.json").exists()
+    for name in ("dropped.jsonl", "skipped_samples.jsonl"):
+        again = rows.rename(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: the rows that are kept .* copy the file"):
+            clean(again, tmp_path / "out", [words_step(20)], image_folder=tmp_path)
+        rows = again
+
+
+def test_conversations_need_no_id(tmp_path: Path) -> None:
+    texts = [["Is it red?", "yes"], ["Is it red?", "yes, " * 30]]
+    turns = [
+        [{"from": "human", "value": asked}, {"from": "gpt", "value": said}] for asked, said in texts
+    ]
+    rows = tmp_path / "conversations.jsonl"
+    rows.write_text("".join(json.dumps({"conversations": each}) + "\n" for each in turns))
+    report = clean(rows, tmp_path / "out", [words_step(20)])
+    assert report is not None and report["num_kept"] == 1
+    kept = [json.loads(line) for line in (tmp_path / "out" / rows.name).open()]
+    assert [row["id"] for row in kept] == ["2"]
