@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 IMAGE_TOKEN = "<image>"
@@ -103,6 +104,11 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
     for name in (str(row.get("id", "")), *image_files(row, field)):
         if fault := _text_fault(name):
             return f"id or {field}: {fault}"
+    said = [turn for turn in turns if turn["from"] == "gpt"]
+    if any(IMAGE_TOKEN in turn["value"] for turn in said):
+        return f"conversations: an {IMAGE_TOKEN} mark in an answer; only questions show images"
+    if any(a["from"] == b["from"] == "gpt" for a, b in pairwise(turns)):
+        return "conversations: two answers to one question"
     files, marks = len(image_files(row, field)), count_images({"conversations": turns})
     if files != marks:
         return f"{files} {field} file(s) but {marks} {IMAGE_TOKEN} mark(s)"

@@ -137,6 +137,15 @@ BAD_ROWS: dict[str, tuple[Any, str, str | None]] = {
         "no question with an answer",
         None,
     ),
+    "mark_in_answer": (row("bad", answer=f"see {IMAGE_TOKEN}"), "mark in an answer", None),
+    "two_answers": (
+        {
+            "id": "bad",
+            "conversations": [*row("", image=None)["conversations"], {"from": "gpt", "value": "b"}],
+        },
+        "two answers to one question",
+        None,
+    ),
     "number": (row("bad", answer=2), "expected text, found int 2", None),
     "surrogate": (row("bad", answer="\ud800"), "no valid Unicode", None),
     "no_object": (["bad"], "no object: ['bad']", None),
