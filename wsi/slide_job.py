@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import traceback
 import zlib
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pathcore.files import StrPath, UnsafeNameError, check_name
+from pathcore.files import StrPath, UnsafeNameError, check_name, sha256_of
 from pathcore.jobs import (
     SKIPPED,
     WORKER_DIED,
@@ -60,6 +62,29 @@ class SlideUnit:
 
 Unit = TypeVar("Unit", bound=SlideUnit)
 
+Beside = Callable[[SlideUnit], Path | None]
+"""Returns the mask or the coordinates of a slide, None if it has neither; picklable."""
+
+
+def table_mask(unit: SlideUnit) -> Path | None:
+    """Returns the mask that a table of slides names."""
+    return unit.mask
+
+
+def _source(unit: SlideUnit, beside: Beside) -> dict[str, Any] | None:
+    """Returns what the output of a slide depends on, as JSON values; None if a file is missing.
+
+    Modification times are left out, since copies of the slides give the same output.
+    """
+    path = unit.path
+    try:
+        size = len(os.listdir(path)) if path.is_dir() else path.stat().st_size
+        file = beside(unit)
+        digest = "" if file is None else sha256_of(file)
+    except (OSError, ValueError):
+        return None
+    return {"name": path.name, "size": size, "mpp": unit.mpp, "beside": digest}
+
 
 @dataclass(frozen=True)
 class _SlideFunction(Generic[Unit]):
@@ -67,11 +92,16 @@ class _SlideFunction(Generic[Unit]):
 
     process: Callable[[Unit], Mapping[str, Any]]
     noun: str = "slide"
+    beside: Beside | None = None
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
         try:
             check_name(unit.slide_id, room_bytes=_NAME_ROOM_BYTES)
+            # Before the slide is read, in case it changes meanwhile.
+            source = _source(unit, self.beside) if self.beside else None
             row = {self.noun: unit.slide_id, "state": WRITTEN, **self.process(unit)}
+            if source is not None:
+                row["source"] = source
         except UnsafeNameError as error:
             return self.skip(unit, "bad id", str(error))
         except UnitError as error:
@@ -101,6 +131,7 @@ def process_units(
     *,
     num_inputs: int,
     noun: str = "slide",
+    beside: Beside | None = None,
     progress: bool = True,
     **pool: Unpack[PoolOptions],
 ) -> None:
@@ -112,10 +143,11 @@ def process_units(
         job: The open job.
         num_inputs: Number of units, including those that are skipped before.
         noun: What a unit is; the name of its id in the manifest.
+        beside: See `process_slides`; if given, rows record the `source` of their slide.
         progress: Whether to show a progress bar.
         **pool: See `PoolOptions`.
     """
-    function, done = _SlideFunction(process, noun), job.done()
+    function, done = _SlideFunction(process, noun, beside), job.done()
 
     def record_death(unit: Unit, error: WorkerDiedError) -> Iterable[Unit]:
         function.skip(unit, WORKER_DIED, f"{unit.path}: {error}")
@@ -141,6 +173,7 @@ def process_slides(
     folders: Iterable[str] = (),
     exclude: Iterable[StrPath | None] = (),
     tile_folders: bool = False,
+    beside: Beside = table_mask,
     at_end: Callable[[JobFolder], None] | None = None,
     retry_skipped: bool = False,
     progress: bool = True,
@@ -148,7 +181,9 @@ def process_slides(
 ) -> Report:
     """Processes every slide of a folder in a resumable job.
 
-    A slide that cannot be processed, or that kills its worker, is recorded as skipped.
+    A slide that cannot be processed, or that kills its worker, is recorded as skipped. A slide that
+    is done is processed again if its name, size or stated resolution, or the file `beside` it,
+    changed.
 
     Args:
         process: Function that processes one slide and returns the fields of its row in the
@@ -159,6 +194,7 @@ def process_slides(
         folders: Names of the folders in `out` that `process` writes to.
         exclude: Folders under `slides` that are not searched for slides, besides `out`.
         tile_folders: Whether folders of tiles are inputs too; see `SlideListing`.
+        beside: Function that returns the mask or the coordinates of a slide.
         at_end: Function that is called when all slides are done, before the report is written.
         retry_skipped: Whether to process slides again that an earlier run skipped.
         progress: Whether to show a progress bar.
@@ -186,17 +222,34 @@ def process_slides(
             unit = SlideUnit(slide_id, listing.folder, job.out)
             if unit.record not in done:
                 _SlideFunction(process).skip(unit, AmbiguousSlideError.reason, detail)
+        units = [
+            SlideUnit(name, path, job.out, listing.mpp.get(name), listing.masks.get(name))
+            for name, path in listing.slides.items()
+        ]
+        _forget_changed(job, units, beside)
         process_units(
             process,
-            (
-                SlideUnit(name, path, job.out, listing.mpp.get(name), listing.masks.get(name))
-                for name, path in listing.slides.items()
-            ),
+            units,
             job,
             num_inputs=len(listing),
+            beside=beside,
             progress=progress,
             **pool,
         )
         if at_end is not None:
             at_end(job)
         return job.finish(passed_over=(found.row() for found in listing.passed_over))
+
+
+def _forget_changed(job: JobFolder, units: Iterable[SlideUnit], beside: Beside) -> None:
+    """Removes record and output of the slides that are done but changed since."""
+    then = {row["slide"]: row["source"] for row in job.rows() if "source" in row}
+    for unit in units:
+        now = _source(unit, beside) if unit.slide_id in then else None
+        if now is None or now == then[unit.slide_id]:
+            continue  # what was made of a slide that is gone stays
+        job.forget(unit.record)
+        # If the slide is skipped this time, later steps must not find its old output.
+        for path in job.out.glob(f"[!.]*/**/{glob.escape(unit.slide_id)}.*"):
+            if path.stem == unit.slide_id:
+                path.unlink()

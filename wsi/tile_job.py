@@ -101,10 +101,15 @@ def tile_slides(
         {"operation": "tile", **asdict(settings), "clean": list(settings.clean)},
         folders=(COORDS_FOLDER, OVERLAYS_FOLDER, THUMBNAILS_FOLDER, *outlines),
         exclude=[settings.masks],
+        beside=partial(_mask_beside, settings=settings),
         retry_skipped=retry_skipped,
         progress=progress,
         **pool,
     )
+
+
+def _mask_beside(unit: SlideUnit, settings: TileSettings) -> Path | None:
+    return None if settings.whole_slide else find_mask(unit.mask or settings.masks, unit.slide_id)
 
 
 def _tile(unit: SlideUnit, settings: TileSettings) -> dict[str, Any]:
@@ -211,20 +216,29 @@ def slide_mask(slide: Slide, masks: StrPath | None = None, *, name: str = "") ->
         MaskMissingError: If the folder has no mask for the slide.
         ValueError: If the mask cannot be read or does not fit the slide.
     """
-    if masks is None:
+    path = find_mask(masks, name or slide.path.stem)
+    if path is None:
         return otsu_mask(slide, max_side_px=MASK_SIDE_PX)
-    folder, stem = Path(masks), name or slide.path.stem
-    if not folder.is_dir():
-        if not folder.is_file():
-            raise MaskMissingError(f"mask {folder}: no such file")
-        outlines = folder.name.lower().endswith(GEOJSON_SUFFIXES)
-        return geojson_mask(folder, slide) if outlines else image_mask(folder, slide)
-    for suffix in GEOJSON_SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            return geojson_mask(folder / f"{stem}{suffix}", slide)
-    for suffix in (".png", ".tif", ".tiff", ".jpg", ".bmp"):
-        if (folder / f"{stem}{suffix}").is_file():
-            return image_mask(folder / f"{stem}{suffix}", slide)
+    outlines = path.name.lower().endswith(GEOJSON_SUFFIXES)
+    return geojson_mask(path, slide) if outlines else image_mask(path, slide)
+
+
+def find_mask(masks: StrPath | None, name: str) -> Path | None:
+    """Returns the mask of a slide, see `slide_mask`; None if `masks` is None.
+
+    Raises:
+        MaskMissingError: If it does not exist.
+    """
+    if masks is None:
+        return None
+    path = Path(masks)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise MaskMissingError(f"mask {path}: no such file")
+    for suffix in (*GEOJSON_SUFFIXES, ".png", ".tif", ".tiff", ".jpg", ".bmp"):
+        if (path / f"{name}{suffix}").is_file():
+            return path / f"{name}{suffix}"
     raise MaskMissingError(
-        f"{folder}: no mask {stem}.geojson, .json (or in .gz or .zip), .png or .tif"
+        f"{path}: no mask {name}.geojson, .json (or in .gz or .zip), .png or .tif"
     )

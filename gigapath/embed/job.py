@@ -44,7 +44,7 @@ from wsi.reader import Slide, SlideError
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
 from wsi.store import read_attributes, read_coordinates, write_coordinates
-from wsi.tile_job import DAMAGED, THUMBNAIL_PX, place_patches
+from wsi.tile_job import DAMAGED, THUMBNAIL_PX, find_mask, place_patches
 from wsi.tiling import PatchSpec
 
 MIN_TISSUE = 0.1
@@ -170,6 +170,7 @@ def embed_slides(
         {"operation": "embed", **asdict(settings)},
         folders=_FOLDERS if settings.pictures else _FOLDERS[:1],
         exclude=[settings.masks, settings.coords],
+        beside=partial(_beside, settings=settings),
         tile_folders=True,
         at_end=None if settings.slide_encoder is None else write_table,
         retry_skipped=retry_skipped,
@@ -201,6 +202,15 @@ def _embed_slide(
                 picture = draw_slide(slide, embedded.coords, tiles.size_level0, colours)
                 save_jpeg(picture, out / "pictures" / f"{name}.jpg")
     return row
+
+
+def _beside(unit: SlideUnit, settings: EmbeddingSettings) -> Path | None:
+    """Returns the coordinates or the mask of a slide; None for folders of tiles."""
+    if unit.path.is_dir():
+        return None
+    if settings.coords is not None:
+        return _find_coords(Path(settings.coords), unit.slide_id)
+    return find_mask(unit.mask or settings.masks, unit.slide_id)
 
 
 def _place(

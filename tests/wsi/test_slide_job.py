@@ -129,6 +129,42 @@ def test_ids_that_are_no_file_names_are_reported_and_stay_inside_the_output(tmp_
         write_record(tmp_path, "../outside", [])
 
 
+def test_a_slide_that_changed_is_processed_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def tile(unit: SlideUnit) -> dict[str, Any]:
+        calls.append(unit.slide_id)
+        if unit.path.read_text() == "damaged":
+            raise UnitError("damaged")
+        (unit.out / "coords" / f"{unit.slide_id}.h5").write_text(unit.path.read_text())
+        return {"mpp": unit.mpp}
+
+    def run(mpp: float = 0.5) -> list[str]:
+        table = [["a.svs", str(mpp), "a.png"], ["a.b.svs", "", ""]]
+        write_csv(tmp_path / "t.csv", ["path", "mpp", "mask"], table)
+        calls.clear()
+        process_slides(
+            tile, tmp_path / "t.csv", out, {}, folders=["coords"], engine="inline", progress=False
+        )
+        return calls
+
+    out, slide = tmp_path / "out", tmp_path / "a.svs"
+    for name in ("a.svs", "a.b.svs", "a.png"):
+        (tmp_path / name).write_text(name)
+    assert run() == ["a", "a.b"]
+    os.utime(slide, (1, 1))  # as in a copy
+    assert run() == []
+    assert run(mpp=0.25) == ["a"]
+    (tmp_path / "a.png").write_text("a mask")
+    assert run(mpp=0.25) == ["a"]
+    slide.unlink()
+    assert run(mpp=0.25) == [] and (out / "coords/a.h5").is_file()
+    slide.write_text("damaged")
+    assert run(mpp=0.25) == ["a"]
+    # Later steps do not find the old output of a slide that is skipped now.
+    assert [path.name for path in (out / "coords").iterdir()] == ["a.b.h5"]
+
+
 @pytest.mark.multiproc
 @pytest.mark.parametrize("layout", ["files", "shards"])
 def test_extraction_goes_on_without_the_deadly_slide(

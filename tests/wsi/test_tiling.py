@@ -229,3 +229,16 @@ def test_the_picture_shows_patches_and_tissue(slide: Slide) -> None:
     assert tuple(drawn[50, 120]) == tuple(drawn[300, 650]) == (20, 60, 220)
     assert (drawn[100:200, 100:200] == plain[100:200, 100:200]).all()
     assert (drawn != plain).any(2)[:, 480:520].sum() > 300  # the tissue's outline
+
+
+def test_a_mask_that_was_drawn_anew_places_other_patches(tmp_path: Path) -> None:
+    path = write_svs(tmp_path / "s.svs", tissue_pixels(400, 400), mpp=0.5)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    settings = TileSettings(PatchSpec(100, 0.5), masks=str(masks))
+    for white, expected in ((400, 16), (100, 4), (100, 4)):
+        mask = Image.new("L", (400, 400))
+        mask.paste(255, (0, 0, white, 400))
+        mask.save(masks / "s.bmp")  # always of one size
+        tile_slides(path, tmp_path / "out", settings, progress=False)
+        assert len(read_coordinates(tmp_path / "out/coords/s.h5").coords) == expected
