@@ -114,7 +114,8 @@ def open_backend(path: Path) -> Backend:
         opened.close()
         return tiff
     tiff.close()
-    if opened.mpp is None and not opened.mpp_fault:
+    # Programs that state the resolution in the OME-XML may leave a default in the tags.
+    if tiff.states_ome_mpp or (opened.mpp is None and not opened.mpp_fault):
         opened.mpp, opened.mpp_fault = tiff.mpp, tiff.mpp_fault
     return opened
 
@@ -192,6 +193,9 @@ class UnreadableTiffError(SlideError):
 class TiffBackend(Backend):
     """Reads a TIFF by tifffile, with tiles or strips, with or without levels.
 
+    Attributes:
+        states_ome_mpp: Whether the resolution is that of the OME-XML.
+
     Raises:
         UnreadableTiffError: If the format of the pixels is not supported.
         SlideError: If the file holds several channels, is too large to decode, or if the format of
@@ -218,7 +222,9 @@ class TiffBackend(Backend):
         self.level_downsamples: Sequence[float] = [
             (width / w + height / h) / 2 for w, h in self.level_dimensions
         ]
-        self.mpp, self.mpp_fault = square_mpp(*(_ome_mpp(self._tiff) or _tag_mpp(pages[0])))
+        ome_mpp = _ome_mpp(self._tiff)
+        self.states_ome_mpp = bool(ome_mpp and all(ome_mpp))
+        self.mpp, self.mpp_fault = square_mpp(*(ome_mpp or _tag_mpp(pages[0])))
         self.magnification: float | None = None
         self._segments: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._segment_bytes = 0

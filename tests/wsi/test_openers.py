@@ -92,6 +92,18 @@ def test_levels_and_resolution_of_ome_tiff(tmp_path: Path) -> None:
         _ = no_length.mpp
 
 
+@pytest.mark.parametrize("dots", [72, 25400])
+def test_the_ome_xml_outweighs_the_resolution_tags(tmp_path: Path, dots: int) -> None:
+    sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    path = tmp_path / "s.ome.tif"
+    tifffile.imwrite(path, PIXELS, ome=True, photometric="rgb", tile=(128, 128),
+                     metadata={"axes": "YXS", **sizes}, resolution=(dots, dots),
+                     resolutionunit="INCH")  # fmt: skip
+    with Slide(path) as slide:
+        assert slide.known_mpp == 0.25
+    assert OpenSlideBackend(path).mpp != 0.25
+
+
 def test_levels_of_a_pyramid_in_strips(tmp_path: Path) -> None:
     path = tmp_path / "s.tif"
     with tifffile.TiffWriter(path) as tiff:
