@@ -41,9 +41,11 @@ _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 
 _MAX_SEGMENT_PX = 1 << 28  # 768 MiB as RGB
 _SEGMENT_CACHE_BYTES = 256 << 20
 
-# Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and Compression.
+# Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration, ExtraSamples and
+# Compression.
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _SEPARATE = 2
+_ASSOCIATED_ALPHA = 1
 _JPEG_COMPRESSIONS = (6, 7, 34712, 33003, 33004, 33005)
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
@@ -372,6 +374,10 @@ def _to_rgb(pixels: NDArray[np.uint8], page: Any) -> NDArray[np.uint8]:
         pixels = np.concatenate([255 - pixels[..., :1], pixels[..., 1:]], axis=2)
     if pixels.shape[2] <= 2:  # grey, perhaps with alpha
         pixels = np.concatenate([pixels[..., :1].repeat(3, axis=2), pixels[..., 1:]], axis=2)
+    if pixels.shape[2] == 4 and page.extrasamples[:1] == (_ASSOCIATED_ALPHA,):
+        # The colours are multiplied by alpha already; some writers round them above it.
+        light = pixels[..., :3].astype(np.uint16) + (255 - pixels[..., 3:])
+        return np.minimum(light, 255).astype(np.uint8)
     return _over_white(pixels) if pixels.shape[2] == 4 else np.ascontiguousarray(pixels)
 
 

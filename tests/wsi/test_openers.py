@@ -67,6 +67,22 @@ def test_little_memory_gives_the_same_pixels(
         Slide(path)
 
 
+@pytest.mark.parametrize("channels", [3, 1])
+def test_both_kinds_of_alpha_are_drawn_over_white_once(tmp_path: Path, channels: int) -> None:
+    colours = PIXELS[..., :channels]
+    alpha = np.linspace(0, 255, colours.shape[1], dtype=np.uint8)[None, :, None]
+    alpha = np.broadcast_to(alpha, (*colours.shape[:2], 1))
+    expected = colours * (alpha / 255) + (255 - alpha)
+    options: dict[str, Any] = {"rowsperstrip": 16, "planarconfig": "contig"}
+    options["photometric"] = "rgb" if channels == 3 else "minisblack"
+    for kind, stored in (("unassalpha", colours), ("assocalpha", colours * (alpha / 255))):
+        pixels = np.dstack([np.rint(stored).astype(np.uint8), alpha])
+        path = write(tmp_path / f"{kind}.tif", pixels, extrasamples=[kind], **options)
+        with Slide(path, mpp=0.5) as slide:
+            found = slide.read(Region(0, 0, 500, 500))
+        assert np.abs(found - expected[:, :500]).max() <= 1
+
+
 def write_ome(path: Path, *, unit: str = "µm", size: float = 0.25) -> Path:
     with tifffile.TiffWriter(path, ome=True) as tiff:
         options: dict[str, Any] = dict(photometric="rgb", tile=(128, 128), compression="jpeg")
