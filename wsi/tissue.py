@@ -29,6 +29,10 @@ half of sections that fill the slide has 50 to 90 with a deviation of 12 to 20."
 
 _BLUR_PX = 1.5
 _ASPECT_TOLERANCE = 0.02
+_JPEG_RINGS = 8
+"""Fraction of the brightness of a JPEG mask, as a divisor, up to which pixels are black. If every
+other pixel counted, white shapes would grow by 11 % at quality 75 and red ones by 62 %; with 8 they
+grow by 0 and 7 %."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,10 @@ def _glass_threshold(saturation: NDArray[np.uint8]) -> float:
 
 
 def image_mask(path: StrPath, slide: Slide) -> TissueMask:
-    """Reads a mask from an image of the whole slide; pixels that are not black are tissue.
+    """Reads a mask from an image of the whole slide.
+
+    Pixels that are neither black nor transparent are tissue; in JPEG, those that are at least an
+    eighth as bright as the brightest, because its compression leaves dark rings around edges.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -131,6 +138,11 @@ def image_mask(path: StrPath, slide: Slide) -> TissueMask:
     try:
         with Image.open(path) as image:
             mask = np.asarray(image.convert("L")) > 0
+            if image.format == "JPEG" or image.info.get("compression") == "jpeg":
+                brightness = np.asarray(image.convert("RGB")).max(axis=2)
+                mask = brightness > brightness.max() / _JPEG_RINGS
+            if image.has_transparency_data:
+                mask &= np.asarray(image.convert("RGBA"))[..., 3] > 0
     except OSError as error:
         raise ValueError(f"mask {path}: cannot be read as an image: {error}") from error
     width, height = slide.dimensions

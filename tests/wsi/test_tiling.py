@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from tests.wsi.slides import spoil_tile, tissue_pixels, write_svs
 from wsi.reader import ResolutionError, Slide, SlideError
@@ -202,6 +202,26 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path, slide: Slide) -> None
             geojson_mask(tmp_path / name, slide)
     with pytest.raises(FileNotFoundError):
         image_mask(tmp_path / "absent.png", slide)
+
+
+def test_masks_in_alpha_channels_and_jpeg(tmp_path: Path, slide: Slide) -> None:
+    shape = Image.new("L", (400, 240))
+    ImageDraw.Draw(shape).ellipse((40, 30, 300, 200), fill=255)
+    expected = np.asarray(shape) > 0
+    shape.convert("P").save(tmp_path / "palette.png", transparency=0)
+    shape.save(tmp_path / "grey.jpg", quality=75)
+    Image.merge("LA", (Image.new("L", shape.size, 255), shape)).save(tmp_path / "grey.png")
+    painted = Image.new("RGBA", shape.size, (255, 255, 255, 0))
+    painted.paste((255, 0, 0, 90), mask=shape)
+    painted.save(tmp_path / "painted.png")
+    Image.merge("RGBA", (*[shape] * 3, Image.new("L", shape.size, 255))).save(tmp_path / "full.png")
+    shape.save(tmp_path / "jpeg.tif", compression="jpeg")
+    for name in ("palette.png", "grey.png", "painted.png", "full.png", "grey.jpg", "jpeg.tif"):
+        found = image_mask(tmp_path / name, slide).mask
+        most = 0.002 * expected.sum() if "j" in name else 0
+        assert (found != expected).sum() <= most, name
+    Image.new("L", shape.size).save(tmp_path / "black.jpg")
+    assert image_mask(tmp_path / "black.jpg", slide).fraction == 0
 
 
 def test_wrong_specs(slide: Slide, tmp_path: Path) -> None:
