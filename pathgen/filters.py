@@ -68,7 +68,8 @@ _CHARACTER_RUN = re.compile(r"([^\W_]|[!?])\1{7,}")
 _MIN_WORDS_FOR_VARIETY = 40
 _MIN_VARIETY = 0.4
 """Distinct words among all words. The lowest of 5,000 captions of PathGen-1.6M is 0.68."""
-_WORD = re.compile(r"\w+(?:[-'\u2019/]\w+)*")
+# A sign at the end is part of a word: ER+ and ER- are opposite findings.
+_WORD = re.compile(r"\w+(?:[-'\u2019/]\w+)*(?:\++|[-\u2212](?![-\w]))?")
 _SHINGLE_WORDS = 3
 
 

@@ -237,3 +237,11 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         filter_captions(source, source, [])
     with pytest.raises(FileNotFoundError):
         filter_captions(tmp_path / "absent.jsonl", source, [])
+
+
+def test_signs_of_markers_are_no_punctuation() -> None:
+    opposite = ("Tumour cells are ER+, PR+ and HER2-.", "Tumour cells are ER-, PR- and HER2+.")
+    rows = [{"id": str(number), "caption": text} for number, text in enumerate(opposite)]
+    rows.append({"id": "2", "caption": "tumour cells are ER+ PR+ and HER2-"})
+    fault = exact_step().fault
+    assert [fault(row) for row in rows] == [None, None, "as in 0"]
