@@ -74,6 +74,8 @@ def tiny(text: str) -> str:
         command = text.removeprefix("xtuner-add ")
         for start, options in OPTIONS.items():
             if command == start or command.startswith(f"{start} "):
+                if "--endpoint " in command:  # which takes no device
+                    options = options.replace("--device cpu ", "")
                 text = f"{text} {options}"
     return text
 
