@@ -53,8 +53,8 @@ def read_patho_bench(path: StrPath) -> PathoBenchTask:
 
     Raises:
         FileNotFoundError: If the table or `config.yaml` does not exist.
-        ValueError: If fields or columns are missing, or a sample has several labels or is in
-            several parts of a fold.
+        ValueError: If fields or columns are missing, a sample has several labels or is in several
+            parts of a fold, or a slide has two ids or two patients.
     """
     table = Path(path) / TABLE_NAME if Path(path).is_dir() else Path(path)
     config = read_yaml(table.parent / CONFIG_NAME)
@@ -71,6 +71,7 @@ def read_patho_bench(path: StrPath) -> PathoBenchTask:
     labels: dict[str, Any] = {}
     slides: dict[str, list[str]] = {}
     patients, skipped = {}, []
+    known: dict[str, tuple[str, str]] = {}
     parts: dict[int, dict[str, str]] = {fold: {} for fold in folds}
     for row in rows:
         sample = row[sample_column]
@@ -81,6 +82,14 @@ def read_patho_bench(path: StrPath) -> PathoBenchTask:
         except (UnsafeNameError, ValueError) as error:
             skipped.append({"id": row[SLIDE_KEY], "reason": str(error)})
             continue
+        # Both ids have the same features, which could be trained on and tested at once.
+        own_id = row[SLIDE_KEY], row.get(CLAM_PATIENT_KEY) or sample
+        first_id = known.setdefault(row[SLIDE_KEY].removesuffix(".svs"), own_id)
+        if first_id != own_id:
+            first, other = (f"{slide} of {patient}" for slide, patient in (first_id, own_id))
+            raise ValueError(
+                f"table {table}: {first} and {other} are one slide; keep the row that is right"
+            )
         if labels.setdefault(sample, label).tolist() != label.tolist():
             raise ValueError(f"table {table}: {sample_column} {sample} has two labels")
         if row[SLIDE_KEY] not in slides.setdefault(sample, []):

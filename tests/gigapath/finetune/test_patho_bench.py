@@ -65,6 +65,17 @@ def test_samples_are_slides_and_labels_the_other_way_round(tmp_path: Path) -> No
         read_patho_bench(folder)
 
 
+@pytest.mark.parametrize("sample", ["case_id", "slide_id"])
+@pytest.mark.parametrize("row", ["A\ta1.svs\t0\ttest", "B\ta1\t0\ttrain"])
+def test_one_slide_under_two_ids_or_patients(tmp_path: Path, sample: str, row: str) -> None:
+    config = f"task_col: er\nsample_col: {sample}\nlabel_dict: {{0: negative, 1: positive}}\n"
+    lines = ["case_id\tslide_id\ter\tfold_0", "A\ta1\t0\ttrain", "C\tc1\t1\ttest"]
+    folder = write(tmp_path / "er", config, [*lines, lines[1]])  # a repeated row is no fault
+    assert len(read_patho_bench(folder).labelled.labels) == 2
+    with pytest.raises(ValueError, match=r"a1 of A and a1.* of [AB] are one slide|in two parts"):
+        read_patho_bench(write(folder, config, [*lines, row]))
+
+
 def test_survival(tmp_path: Path) -> None:
     config = ("task_col: OS\nsample_col: case_id\nextra_cols: [OS_event, OS_days]\n"
               "label_dict: {0: early, 1: late}\n")  # fmt: skip
