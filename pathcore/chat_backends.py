@@ -21,14 +21,13 @@ from pathcore.chat_api import (
     refusal_of,
     shown_endpoint,
 )
-from pathcore.images import data_url, to_rgb
+from pathcore.images import data_url, is_plain, to_rgb
 
 if TYPE_CHECKING:
     from openai import OpenAI
     from PIL.Image import Image
 
 _SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-_PLAIN_MODES = ("RGB", "L")  # of others, endpoints may clip 16 bits or show what is transparent
 
 # Finish reasons beside OpenAI's `stop`, `length` and `content_filter`. Gateways pass on Gemini's.
 _CUT = ("length", "max_tokens")
@@ -323,7 +322,6 @@ def image_url(path: Path | Image) -> str:
     """
     image = _decoded(path)
     mime = _SENT_AS_THEY_ARE.get(image.format or "")
-    is_plain = image.mode in _PLAIN_MODES and "transparency" not in image.info
-    if mime is None or not is_plain or not isinstance(path, Path):
+    if mime is None or not is_plain(image) or not isinstance(path, Path):
         return data_url(_as_rgb(image, path))
     return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"

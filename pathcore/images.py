@@ -147,6 +147,14 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
 
 
+def is_plain(image: Image.Image) -> bool:
+    """Returns whether every program reads the pixels of an image as `to_rgb` does.
+
+    Of other images, some clip 16-bit values or show what is transparent.
+    """
+    return image.mode in ("RGB", "L") and "transparency" not in image.info
+
+
 def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
     """Returns an image as a `data:` URL, for pages that need no other file.
 

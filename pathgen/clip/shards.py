@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from pathcore.files import StrPath, atomic_file, folder_lock, write_json
-from pathcore.images import path_inside
+from pathcore.images import is_plain, path_inside
 from pathcore.pool import Engine, run_tasks
 from pathcore.rgb import to_rgb
 from pathcore.rows import BadRow, line_offsets, parse_line
@@ -285,8 +285,7 @@ def _read_pair(row: Any, images: Path) -> tuple[str, bytes, str]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info
-            if image.format in _FORMATS and is_plain:
+            if image.format in _FORMATS and is_plain(image):
                 return _FORMATS[image.format], content, caption
             lossless = io.BytesIO()
             to_rgb(image, name=f"image {path}").save(lossless, "PNG")
