@@ -10,7 +10,7 @@ from torch import Tensor
 from xtuner.registry import BUILDER
 
 from pallava.engine.prompts import trained_template
-from pallava.engine.recipe import trained_grid_ties, trained_padding, trained_sub_images
+from pallava.engine.recipe import trained_preparation
 from pallava.inference.loading import CONVERSION_NAME
 from pallava.modeling.folders import (
     connector_config_of,
@@ -56,9 +56,7 @@ def save_trained_parts(
     if cfg is not None:
         record = {
             "prompt_template": trained_template(cfg).fields(),
-            "ties": trained_grid_ties(cfg),
-            "pad_to_square": trained_padding(cfg),
-            "sub_images": trained_sub_images(cfg),
+            **trained_preparation(cfg),
             "visual_select_layer": model.visual_select_layer,
         }
         write_json(save_dir / CONVERSION_NAME, record)

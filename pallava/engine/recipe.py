@@ -81,9 +81,7 @@ def read_recipe(
         visual_select_layer=int(model.get("visual_select_layer", -2)),
         sub_image_mask=str(model.get("sub_image_mask", "exact")),
         prompt_template=template.fields(),
-        ties=trained_grid_ties(cfg),
-        pad_to_square=trained_padding(cfg),
-        sub_images=trained_sub_images(cfg),
+        **trained_preparation(cfg),
         training=_training_settings(cfg, dataset, Path(config_file)),
         slide_tokens=slide_tokens,
         **statistics,
@@ -95,31 +93,17 @@ def read_recipe(
     return recipe, save_tokenizer
 
 
-def trained_grid_ties(cfg: Mapping[str, Any]) -> str:
-    """Returns the rule by which the training images' grids were chosen.
+def trained_preparation(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how training prepared images, which inference repeats; the keys are `Recipe`'s.
 
     Raises:
-        ValueError: If the datasets use different rules, since a model records only one.
+        ValueError: If the datasets prepare them differently, since a model records only one way.
     """
-    return str(_shared(cfg, "grid_ties", TRAINING_TIES))
-
-
-def trained_padding(cfg: Mapping[str, Any]) -> bool:
-    """Returns whether the training images were padded to squares.
-
-    Raises:
-        ValueError: If some datasets pad and others do not, since a model records only one.
-    """
-    return bool(_shared(cfg, "pad_image_to_square", False))
-
-
-def trained_sub_images(cfg: Mapping[str, Any]) -> bool:
-    """Returns whether the training images came with sub-images, which the connector may ignore.
-
-    Raises:
-        ValueError: If the datasets differ, since a model records only one setting.
-    """
-    return bool(_shared(cfg, "anyres_image", True))
+    return {
+        "ties": str(_shared(cfg, "grid_ties", TRAINING_TIES)),
+        "pad_to_square": bool(_shared(cfg, "pad_image_to_square", False)),
+        "sub_images": bool(_shared(cfg, "anyres_image", True)),
+    }
 
 
 def _shared(cfg: Mapping[str, Any], field: str, default: Any) -> Any:

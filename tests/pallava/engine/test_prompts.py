@@ -22,7 +22,7 @@ from pallava.engine.prompts import (
     template_of,
     trained_template,
 )
-from pallava.engine.recipe import read_recipe, trained_grid_ties, trained_padding
+from pallava.engine.recipe import read_recipe, trained_preparation
 from pallava.engine.tokenised import settings_from_names, tokenise
 from pallava.release.pth_to_hf import convert_checkpoint
 from pallava.text.encoding import IMAGE_TOKEN_INDEX
@@ -78,14 +78,15 @@ def test_several_data_sets_agree_or_are_refused() -> None:
         ValueError, match=r"datasets\[1\] uses .* 'gemma', .*\[0\] uses 'qwen_chat'"
     ):
         trained_template(cfg)
-    assert trained_grid_ties(cfg) == "largest_scale"
+    assert trained_preparation(cfg)["ties"] == "largest_scale"
+    assert trained_preparation(cfg)["pad_to_square"] is False
     cfg.train_dataloader.dataset.datasets[1]["grid_ties"] = "published"
     with pytest.raises(ValueError, match=r"datasets\[0\]: 'largest_scale', .*\[1\]: 'published'"):
-        trained_grid_ties(cfg)
-    assert trained_padding(cfg) is False
+        trained_preparation(cfg)
+    del cfg.train_dataloader.dataset.datasets[1]["grid_ties"]
     cfg.train_dataloader.dataset.datasets[1]["pad_image_to_square"] = True
     with pytest.raises(ValueError, match=r"pad_image_to_square: .*\[0\]: False, .*\[1\]: True"):
-        trained_padding(cfg)
+        trained_preparation(cfg)
 
 
 def test_other_positions_of_a_config_are_named_when_they_differ() -> None:
