@@ -31,7 +31,7 @@ from xtuner_add.paths import find_config
 
 OUTCOME_VARIABLE = "XTUNER_ADD_OUTCOME"
 """Environment variable with the path of a file in which a training records its outcome: the path of
-its log of skipped samples, or its exit code."""
+its log of skipped samples, or its exit code and error."""
 
 DEBUG_VARIABLE = "XTUNER_ADD_DEBUG"
 """Environment variable that enables tracebacks in a training; set by `train --debug`."""
@@ -147,12 +147,7 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="xtuner-add-") as folder:
         outcome = Path(folder, "outcome.json")
         code = run_child(command, {**child_environ(environ), OUTCOME_VARIABLE: str(outcome)})
-        if code == 0 and outcome.is_file():
-            code = report_skipped_samples(outcome)
-        elif code == EXIT_FAILED and outcome.is_file():
-            # torchrun exits with 1, whatever the exit codes of its processes.
-            code = int(json.loads(outcome.read_text(encoding="utf-8")).get("code", code))
-    return code
+        return report_outcome(outcome, code) if outcome.is_file() else code
 
 
 def build_command(mode: Mode, arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -247,13 +242,20 @@ def run_child(command: Sequence[str], environ: Mapping[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def report_skipped_samples(outcome: Path) -> int:
-    """Reports how many samples a finished training skipped, and returns the exit code.
+def report_outcome(outcome: Path, code: int) -> int:
+    """Prints why a training failed, or how many samples it skipped, and returns the exit code.
 
     Args:
-        outcome: File that the training wrote, with the path of its log of skipped samples.
+        outcome: File that the training wrote, see `OUTCOME_VARIABLE`.
+        code: Exit code of the child. torchrun exits with 1, whatever its processes' exit codes.
     """
-    skip_log = SkipLog(json.loads(outcome.read_text(encoding="utf-8"))["skip_log"])
+    recorded = json.loads(outcome.read_text(encoding="utf-8"))
+    if code:
+        if "error" not in recorded:
+            return code
+        click.echo(f"Error: {recorded['error']}", err=True)
+        return int(recorded["code"]) if code == EXIT_FAILED else code
+    skip_log = SkipLog(recorded["skip_log"])
     count = len(skip_log.read())
     if not count:
         return 0

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from pathcore.deferred_imports import defer_imports
 from pathcore.exit_codes import EXIT_FAILED, EXIT_USAGE
+from pathcore.files import write_json
 from xtuner_add.launch import DEBUG_VARIABLE, OUTCOME_VARIABLE, TRACKER_VARIABLE, TRACKERS
 from xtuner_add.modes import MODES, Mode
 from xtuner_add.paths import own_configs
@@ -101,10 +100,12 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _end_process(code: int, text: str, error: BaseException) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"Error: {text}", file=sys.stderr, flush=True)
     if target := os.environ.get(OUTCOME_VARIABLE):
-        Path(target).write_text(json.dumps({"code": code}))
+        # `launch` prints it. torchrun ends the other processes as soon as one has failed, so that
+        # none can be relied on to print what all of them meet.
+        write_json(target, {"code": code, "error": text})
+    else:
+        print(f"Error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code) from error
 
 
@@ -133,7 +134,7 @@ def _write_outcome() -> None:
     if target and os.environ.get("RANK", "0") == "0":
         from pallava.engine.skipping import default_skip_log
 
-        Path(target).write_text(json.dumps({"skip_log": str(default_skip_log().path)}))
+        write_json(target, {"skip_log": str(default_skip_log().path)})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from pallava.skipping import SkipLog
-from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE
 from xtuner_add import launch
 from xtuner_add.launch import Processes, build_command, child_environ, run_child
 from xtuner_add.modes import MODES
+from xtuner_add.run_mode import _errors_in_one_line
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -206,14 +207,32 @@ def test_skipped_samples_are_counted_once_and_change_the_exit_code(
     log = tmp_path / "20260101_000000" / "skipped_samples.jsonl"
     outcome = tmp_path / "outcome.json"
     outcome.write_text(json.dumps({"skip_log": str(log)}))
-    assert launch.report_skipped_samples(outcome) == 0
+    assert launch.report_outcome(outcome, 0) == 0
     for _ in range(2):  # two data-loader workers met the same broken file
         SkipLog(log).record("slide_7", "7.png", "truncated")
-    assert launch.report_skipped_samples(outcome) == EXIT_SKIPPED == 3
+    assert launch.report_outcome(outcome, 0) == EXIT_SKIPPED == 3
     assert f"1 sample was skipped: see {log}" in capsys.readouterr().err
     SkipLog(log).record("slide_8", "8.png", "missing")
-    assert launch.report_skipped_samples(outcome) == 3
+    assert launch.report_outcome(outcome, 0) == 3
     assert "2 samples were skipped" in capsys.readouterr().err
+
+
+def test_an_error_is_printed_whichever_process_met_it_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the other processes then, among them the first."""
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as alone, _errors_in_one_line():
+        raise ValueError("visual_select_layer=40: the encoder has 12 layers")
+    assert alone.value.code == EXIT_USAGE
+    assert "Error: visual_select_layer=40: the enc" in capsys.readouterr().err
+    monkeypatch.setenv(launch.OUTCOME_VARIABLE, str(outcome))
+    with pytest.raises(SystemExit), _errors_in_one_line():
+        raise ValueError("visual_select_layer=40: the encoder has 12 layers")
+    assert not capsys.readouterr().err
+    assert launch.report_outcome(outcome, EXIT_FAILED) == EXIT_USAGE
+    assert "Error: visual_select_layer=40: the enc" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--track", "wandb"], ["--track=wandb"]])
