@@ -1,6 +1,6 @@
 """How time and memory of commands grow with the size of their input.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.growth [--job NAME] [--largest 1600000] [--picture FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.growth [--job NAME] [--largest N] [--rounds 3]
 
 Every command runs as a process of its own, on three sizes, each four times the last. Time and
 memory are those that the system reports for the process and its children. Time per item that stays
@@ -13,16 +13,20 @@ one in twenty repeats another; a slide that is read in patches of 64 px; an enco
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import click
 from tabulate import tabulate
@@ -292,20 +296,30 @@ def measure(name: str, size: int, folder: Path) -> Growth:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in (0, EXIT_SKIPPED):  # two random patches may be the same
         raise click.ClickException(f"{name}: {(place / 'log.txt').read_text()[-2000:]}")
+    shutil.rmtree(place)
     cpu_s = usage.ru_utime + usage.ru_stime
     return Growth(name, size, wall_s, cpu_s, usage.ru_maxrss / 1024)
 
 
 def table(found: Sequence[Growth]) -> str:
-    """Formats the measurements, with the time for each further item."""
+    """Formats medians over the rounds, and the time for each further item with its range."""
     rows, last = [], None
-    for one in found:
+    for job, size in dict.fromkeys((one.job, one.size) for one in found):
+        mine = [one for one in found if (one.job, one.size) == (job, size)]
         further = ""
-        if last is not None and last.job == one.job:
-            further = f"{(one.cpu_s - last.cpu_s) / (one.size - last.size) * 1e6:.1f}"
-        cells = [f"{one.wall_s:.1f}", f"{one.cpu_s:.1f}", further, f"{one.peak_mib:,.0f}"]
-        rows.append([one.job, f"{one.size:,} {JOBS[one.job].unit}", *cells])
-        last = one
+        if last and last[0].job == job:
+            costs = [
+                (one.cpu_s - before.cpu_s) / (size - before.size) * 1e6
+                for before, one in zip(last, mine, strict=True)
+            ]
+            further = f"{median(costs):.1f} ({min(costs):.1f} to {max(costs):.1f})"
+        wall_s, cpu_s = (median(getattr(one, name) for one in mine) for name in ("wall_s", "cpu_s"))
+        peak_mib = median(one.peak_mib for one in mine)
+        rows.append(
+            [job, f"{size:,} {JOBS[job].unit}", f"{wall_s:.1f}", f"{cpu_s:.1f}", further,
+             f"{peak_mib:,.0f}"]
+        )  # fmt: skip
+        last = mine
     headers = ["job", "size", "wall s", "CPU s", "us for each more", "peak MiB"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -325,9 +339,12 @@ def draw(found: Sequence[Growth], path: Path) -> None:
     }
     for axes, (field, label) in zip(panels, labels.items(), strict=True):
         for name in dict.fromkeys(one.job for one in found):
-            mine = [one for one in found if one.job == name]
-            sizes = [one.size for one in mine]
-            axes.plot(sizes, [getattr(one, field) for one in mine], marker="o", label=name)
+            values = defaultdict(list)
+            for one in found:
+                if one.job == name:
+                    values[one.size].append(getattr(one, field))
+            medians = [median(mine) for mine in values.values()]
+            axes.plot(list(values), medians, marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel="items", title=label)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
@@ -337,12 +354,14 @@ def draw(found: Sequence[Growth], path: Path) -> None:
 @click.command()
 @click.option("--job", "names", multiple=True, type=click.Choice(list(JOBS)), default=list(JOBS))
 @click.option("--largest", type=click.IntRange(_FACTOR ** (_STEPS - 1)), help="Largest size.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curves here, as PNG.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures here.")
 @click.option("--load", "folder", type=click.Path(path_type=Path), hidden=True)
 def main(
     names: tuple[str, ...],
     largest: int | None,
+    rounds: int,
     picture: Path | None,
     json_file: Path | None,
     folder: Path | None,
@@ -352,11 +371,10 @@ def main(
         load(folder)
         return
     found = []
-    for name in names:
-        top = largest or JOBS[name].largest
-        for step in reversed(range(_STEPS)):
-            with tempfile.TemporaryDirectory() as scratch:
-                found.append(measure(name, top // _FACTOR**step, Path(scratch)))
+    with tempfile.TemporaryDirectory() as scratch:  # runs share the slide
+        for name, _, step in itertools.product(names, range(rounds), reversed(range(_STEPS))):
+            top = largest or JOBS[name].largest
+            found.append(measure(name, top // _FACTOR**step, Path(scratch)))
             click.echo(found[-1], err=True)
     click.echo(table(found))
     click.echo(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")

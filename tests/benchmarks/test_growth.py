@@ -30,8 +30,15 @@ def test_one_caption_in_twenty_repeats_another() -> None:
 
 
 def test_the_table_gives_the_time_for_each_further_item() -> None:
-    found = [Growth("score", 100, 1.0, 1.0, 50), Growth("score", 1100, 3.0, 2.5, 51)]
-    assert "1500.0" in table(found)
+    """The median of the rounds: a round's times are compared with those of the same round."""
+    rounds = [(1.0, 2.5), (2.0, 3.0), (1.5, 5.5)]
+    found = [
+        Growth("score", size, cpu_s, cpu_s, 50)
+        for times in rounds
+        for size, cpu_s in zip((100, 1100), times, strict=True)
+    ]
+    assert "1500.0 (1000.0 to 4000.0)" in table(found)
+    assert table(found).count("score") == 2
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
