@@ -9,7 +9,6 @@ the first use.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import os
 import sys
@@ -22,11 +21,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from pathcore.garbage import collect_rarely
+
 EAGER_VARIABLE = "XTUNER_ADD_EAGER_IMPORTS"
 """Environment variable that switches deferred imports off."""
-
-_RARE_COLLECTION = 50_000
-"""New objects between two garbage collections during imports; the default of Python is 700."""
 
 _WAITING: dict[str, list[Callable[[], Any]]] = {}
 """Functions passed to `after_import`, by module."""
@@ -133,35 +131,12 @@ class _Finder(MetaPathFinder):
 def defer_imports() -> None:
     """Defers the imports of `RULES` in this process, unless `EAGER_VARIABLE` is set.
 
-    It also makes the other imports faster, see `_collect_rarely_while_importing`. Repeated calls
-    have no effect, nor does a call after the modules have been imported.
+    It also makes the other imports faster, see `collect_rarely`. Repeated calls have no effect,
+    nor does a call after the modules have been imported.
     """
     if _finder() is None and not os.environ.get(EAGER_VARIABLE):
         sys.meta_path.insert(0, _Finder(RULES))
-        if gc.isenabled():
-            _collect_rarely_while_importing()
-
-
-def _collect_rarely_while_importing() -> None:
-    """Lets the garbage collector run less often until modules are no longer imported.
-
-    The hosts create a million objects, hardly any of which is garbage; searching them again and
-    again takes a sixth of the import. The first collection since which no module was imported
-    restores the usual threshold, so that a training frees its tensors as ever.
-    """
-    usual, num_modules = gc.get_threshold(), len(sys.modules)
-
-    def look_at_modules(phase: str, info: dict[str, int]) -> None:
-        nonlocal num_modules
-        if phase == "start":
-            return
-        if len(sys.modules) == num_modules:
-            gc.set_threshold(*usual)
-            gc.callbacks.remove(look_at_modules)
-        num_modules = len(sys.modules)
-
-    gc.callbacks.append(look_at_modules)
-    gc.set_threshold(_RARE_COLLECTION, *usual[1:])
+        collect_rarely()
 
 
 def after_import(name: str, function: Callable[[], Any]) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 from tqdm import tqdm
 
 from pathcore.extras import says_extra
+from pathcore.garbage import collect_as_usual
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -114,6 +115,7 @@ def run_tasks(
     if address and engine != "ray":
         raise ValueError(f"address {address}: only Ray takes one; add --engine ray (engine='ray')")
     on_death = on_death or _raise_death
+    collect_as_usual()
     if engine == "inline":
         yield from map(function, tasks)
     elif engine == "ray":

@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 
 from pallava.engine.conversations import ConversationDataset
 from pallava.feature_cache import describe
+from pathcore.garbage import collect_as_usual
 
 # Primes: two pairs of iteration and rank have the same sum only if there are 100,003 ranks.
 _ITERATION_STRIDE = 100_003
@@ -127,6 +128,7 @@ class StartScreenHook(Hook):
         Raises:
             ValueError: If `feature_cache` is set and does not suit the encoder or the disk.
         """
+        collect_as_usual()  # imports are done, and no tensor of a step is to wait
         lines = start_screen(runner)  # on every rank, for its checks
         if get_rank() == 0:
             runner.logger.info("\n".join(("", *lines, "")))

@@ -57,6 +57,16 @@ print(before[0] > 700, during == before, gc.get_threshold()[0], len(gc.callbacks
     assert run(code, **{EAGER_VARIABLE: "1"}) == "False True 700 0"
 
 
+def test_a_pool_collects_garbage_as_usual_from_its_first_task_on() -> None:
+    code = """
+import gc
+from pathcore.pool import run_tasks
+import torch
+print(gc.get_threshold()[0] > 700, *run_tasks(lambda task: gc.get_threshold()[0], [0], workers=1))
+"""
+    assert run(code) == "True 700"
+
+
 def test_dtensors_compute_as_ever_and_import_sympy_only_then() -> None:
     code = """
 import sys, torch

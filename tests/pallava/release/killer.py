@@ -72,10 +72,11 @@ def check(out: Path, whole: dict[str, str]) -> None:
 def main() -> None:
     job = json.loads(sys.argv[1])
     convert, root = converter(job), Path(job["root"])
-    start = time.perf_counter()
     assert run(convert, root / "whole", None)
-    seconds = time.perf_counter() - start
     whole = digests(root / "whole")
+    start = time.perf_counter()  # of a second run: the first one reads from the disk
+    assert run(convert, root / "again", None)
+    seconds = time.perf_counter() - start
     generator, kills, finished = random.Random(job["seed"]), 0, 0
     out = root / "out"
     while kills < job["kills"]:
