@@ -314,7 +314,8 @@ def create_encoder(
 
     Args:
         name: Name of the encoder; the module docstring describes the grammar.
-        weights: File or folder of weights, overriding those after `@` in the name.
+        weights: File or folder of weights, overriding those after `@` in the name; None for a
+            folder or repository, which brings its own.
         device: Device; by default a GPU if there is one.
         precision: `float32`, `float16` or `bfloat16`. By default that of the preset on a GPU, and
             float32 on a CPU, where half precision is slow or missing.
@@ -423,11 +424,32 @@ def _build(
         preset = get_preset(parsed.model)
         reading = feature or preset.feature
         return _build_preset(preset, given, reading, trust_remote_code, arguments)
+    if given and _brings_weights(parsed):
+        raise EncoderError(
+            f"encoder {parsed.library}:{parsed.model}: weights {given}: expected none, because "
+            "this folder or repository brings its own; name a folder that holds these weights"
+        )
     if parsed.library == "timm":
         return _build_timm(parsed.model, given, feature, arguments)
     if parsed.library == "hf":
+        _check_no_arguments(f"hf:{parsed.model}", arguments)
         return _build_transformers(parsed.model, feature, trust_remote_code)
     return _build_open_clip(parsed.model, given, feature or "projected", arguments)
+
+
+def _brings_weights(parsed: EncoderName) -> bool:
+    """Returns whether a name denotes a folder or a repository, and not an architecture alone."""
+    if parsed.library == "timm" and Path(parsed.model).is_dir():
+        return True
+    return parsed.library == "hf" or parsed.model.startswith(("local-dir:", *_HUB_PREFIXES))
+
+
+def _check_no_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    if arguments:
+        raise EncoderError(
+            f"encoder {name}: argument {min(arguments)!r}: expected none, because its config or "
+            "package defines the architecture"
+        )
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -441,6 +463,8 @@ def _build_preset(
             f"encoder {preset.name}: its network is code in {preset.hub}, which runs on this "
             "machine; read it, then pass trust_remote_code=True"
         )
+    if preset.library in ("package", "transformers"):
+        _check_no_arguments(preset.name, arguments)
     if preset.library == "package":
         return _build_package(preset, weights, feature), feature
     if preset.library == "transformers":

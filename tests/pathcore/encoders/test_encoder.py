@@ -17,6 +17,8 @@ from torch import nn
 from pathcore.encoders import EncoderError, EncoderName, create_encoder, get_preset
 from pathcore.encoders.encoder import _build_preset, default_precision
 from pathcore.encoders.networks import NETWORKS
+from pathcore.encoders.towers import build_tower
+from pathcore.encoders.transform import Transform
 from pathcore.weights import CheckpointError
 
 TINY: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=4)
@@ -278,6 +280,24 @@ def test_models_of_transformers_that_pool_by_themselves(kind: str, tmp_path: Pat
         expected = model(pixels).pooler_output.flatten(1)
     torch.testing.assert_close(encoder.features(pixels), expected, rtol=0, atol=1e-6)
     assert encoder.feature == "pooler" and encoder.embed_dim == expected.shape[1]
+
+
+def test_weights_and_arguments_are_used_or_refused(tmp_path: Path) -> None:
+    hugging_face_folder("vit", tmp_path / "vit")
+    (tmp_path / "timm").mkdir()
+    model = timm.create_model("resnet18", num_classes=0)
+    timm.models.save_for_hf(model, tmp_path / "timm", model_config={"num_classes": 0})
+    other = stored(model, tmp_path / "other.pth")
+    for name in (f"hf:{tmp_path / 'vit'}", str(tmp_path / "timm")):
+        create_encoder(name)
+        with pytest.raises(EncoderError, match=r"other\.pth: expected none, .* brings its own"):
+            create_encoder(name, other)
+    for name in ("hf:owner/name@main", "open_clip:hf-hub:owner/name@w.pt"):
+        with pytest.raises(EncoderError, match=r"expected none, .* brings its own"):
+            create_encoder(name)
+    for name in (f"hf:{tmp_path / 'vit'}", f"phikon@{tmp_path / 'vit'}", "conch"):
+        with pytest.raises(EncoderError, match="argument 'image_size': expected none"):
+            create_encoder(name, image_size=448)
 
 
 def test_transformers_never_fills_in_weights(tmp_path: Path) -> None:
