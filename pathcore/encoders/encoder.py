@@ -867,7 +867,7 @@ def _build_open_clip(
     finally:
         logging.disable(disabled)
     if given:
-        _load_open_clip(module, files[0], name)
+        _load_open_clip(module, files[0], model, name)
     transform = preset.transform if preset and preset.transform else None
     try:
         transform = transform or Transform.from_open_clip(
@@ -880,7 +880,9 @@ def _build_open_clip(
     if type(module) in (CLIP, CustomTextCLIP):
         config = open_clip_config(model)
         size = module.visual.image_size
-        sized = {**config["vision_cfg"], "image_size": size if size[0] != size[1] else size[0]}
+        if isinstance(size, tuple) and size[0] == size[1]:  # a number for the ResNets
+            size = size[0]
+        sized = {**config["vision_cfg"], "image_size": size}
         tower = open_clip_tower(module.visual, {**config, "vision_cfg": sized}, feature)
         joint = joint if feature == "projected" else None
     elif feature != "projected":
@@ -922,16 +924,31 @@ def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
             raise FileNotFoundError(
                 f"encoder {name}: {weights} is neither a file nor one of {', '.join(tags)}"
             )
+        if open_clip.get_pretrained_cfg(model, weights).get("quick_gelu"):
+            _check_quick_gelu(model, weights, name)
     return ()
 
 
-def _load_open_clip(module: Any, file: Path, name: str) -> None:
+def _check_quick_gelu(model: str, weights: str, name: str) -> None:
+    """Raises if an architecture lacks the activation of its weights, which would load anyway."""
+    if not open_clip_config(model).get("quick_gelu"):
+        raise EncoderError(
+            f"encoder {name}: weights {weights} were trained with QuickGELU, which {model} does not "
+            f"have, so features would differ: "
+            f"open_clip:{model}-quickgelu@{weights}"
+        )
+
+
+def _load_open_clip(module: Any, file: Path, model: str, name: str) -> None:
     """Loads a checkpoint of a whole CLIP strictly, including OpenAI's TorchScript archives."""
     from open_clip.convert import convert_state_dict
     from open_clip.factory import resize_pos_embed, resize_text_pos_embed
     from open_clip.model import convert_to_custom_text_state_dict
 
-    state_dict = {k: v for k, v in read_state_dict(file).items() if k not in _NOT_WEIGHTS}
+    found = read_state_dict(file)
+    state_dict = {k: v for k, v in found.items() if k not in _NOT_WEIGHTS}
+    if len(state_dict) < len(found):
+        _check_quick_gelu(model, str(file), name)
     state_dict = convert_state_dict(module, state_dict)
     if "positional_embedding" in state_dict and not hasattr(module, "positional_embedding"):
         state_dict = convert_to_custom_text_state_dict(state_dict)

@@ -361,6 +361,30 @@ def test_models_of_open_clip(open_clip_file: tuple[str, Path], tmp_path: Path) -
         create_encoder(f"open_clip:{arch}@{tmp_path / 'pointer.pt'}")
 
 
+def test_weights_of_openai_need_their_activation(tmp_path: Path) -> None:
+    """They load with GELU instead of QuickGELU, and all scores just fall."""
+    config: dict[str, Any] = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-rn.json").write_text(json.dumps(config))
+    (tmp_path / "tiny-rn-quickgelu.json").write_text(json.dumps(config | {"quick_gelu": True}))
+    open_clip.add_model_config(tmp_path)
+    model = open_clip.create_model("tiny-rn-quickgelu").eval()
+    file = tmp_path / "RN.pt"
+    torch.save(model.state_dict() | {"input_resolution": torch.tensor(32)}, file)
+    with pytest.raises(EncoderError, match=r"QuickGELU, which .*: open_clip:tiny-rn-quickgelu@"):
+        create_encoder(f"open_clip:tiny-rn@{file}")
+    encoder = create_encoder(f"open_clip:tiny-rn-quickgelu@{file}", device="cpu")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.encode_image(pixels)
+    assert torch.equal(encoder.features(pixels), expected)
+    with pytest.raises(EncoderError, match="open_clip:ViT-B-16-quickgelu@openai"):
+        create_encoder("open_clip:ViT-B-16@openai")
+
+
 def test_a_clip_of_transformers_compares_images_and_texts(tmp_path: Path) -> None:
     import transformers
 
