@@ -213,6 +213,12 @@ class Transform:
             if crop.get("height") != crop.get("width"):
                 raise TransformError(f"{source}: crop_size {dict(crop)}, expected a square")
             crop = crop.get("height")
+        kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
+        if kind.startswith("ConvNext") and resize is not None:
+            # It resizes and crops by itself, below 384 px as timm does and above without a crop.
+            side = resize[0] if isinstance(resize, list) else resize
+            scaled = int(side / (processor.get("crop_pct") or 224 / 256))
+            resize, crop = (scaled, side) if side < 384 else ([side, side], None)
         resample = processor.get("resample", 3)
         if resample not in _PILLOW_FILTERS:
             raise TransformError(

@@ -282,6 +282,18 @@ def test_models_of_transformers_that_pool_by_themselves(kind: str, tmp_path: Pat
     assert encoder.feature == "pooler" and encoder.embed_dim == expected.shape[1]
 
 
+@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("width", [256, 300])
+def test_processors_of_transformers_that_crop_by_themselves(size: int, width: int) -> None:
+    import transformers
+
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=0.9)
+    image = picture(6, width=width)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    found = Transform.from_hugging_face(processor.to_dict(), source="test")(image)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_weights_and_arguments_are_used_or_refused(tmp_path: Path) -> None:
     hugging_face_folder("vit", tmp_path / "vit")
     (tmp_path / "timm").mkdir()
