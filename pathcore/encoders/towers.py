@@ -247,12 +247,23 @@ def _timm(
     module: Any = timm.create_model(architecture, pretrained=False, **settings)
     # "" leaves the pooling to the reader, as in Virchow's configuration.
     pooling = getattr(module, "global_pool", None)
-    pools_token = pooling in ("token", "") and hasattr(module, "cls_token")
+    has_token = getattr(module, "cls_token", None) is not None
+    pools_token = pooling in ("token", "") and has_token
     feature = feature or ("class" if pools_token else "output")
     if feature in TOKEN_FEATURES and not hasattr(module, "num_prefix_tokens"):
         raise EncoderError(
             f"encoder {architecture}: {type(module).__name__} has no tokens, so "
             f"feature={feature!r} cannot be read; use feature='output'"
+        )
+    if feature.startswith("class") and not has_token:
+        raise EncoderError(
+            f"encoder {architecture}: has no class token, so feature={feature!r} would be that of "
+            "a patch or a register; use feature='mean' or 'output'"
+        )
+    if feature == "output" and pooling == "":
+        raise EncoderError(
+            f"encoder {architecture}: global_pool is '', so its output is not a vector; set "
+            "global_pool, or feature='mean' for a vision transformer"
         )
     if feature not in (*TOKEN_FEATURES, "output", "layer3"):
         raise EncoderError(
@@ -261,6 +272,8 @@ def _timm(
         )
     if feature == "layer3":
         embed_dim = int(module.feature_info[3]["num_chs"])
+    elif feature == "output":  # the head of a MobileNet or VGG has a hidden layer
+        embed_dim = int(getattr(module, "head_hidden_size", module.num_features))
     else:
         embed_dim = int(module.num_features) * (2 if feature == "class+mean" else 1)
     description = {
@@ -379,6 +392,11 @@ def transformers_tower(
     if feature not in widths:
         raise EncoderError(
             f"feature {feature!r} of {type(module).__name__}: expected one of {', '.join(widths)}"
+        )
+    if feature in TOKEN_FEATURES and config.model_type in POOLED_TYPES:
+        raise EncoderError(
+            f"feature {feature!r} of {type(module).__name__}: it has no class token and pools by "
+            "itself; use feature='pooler'"
         )
     description = {
         "library": "transformers", "config": dict(values), "feature": feature

@@ -280,6 +280,8 @@ def test_models_of_transformers_that_pool_by_themselves(kind: str, tmp_path: Pat
         expected = model(pixels).pooler_output.flatten(1)
     torch.testing.assert_close(encoder.features(pixels), expected, rtol=0, atol=1e-6)
     assert encoder.feature == "pooler" and encoder.embed_dim == expected.shape[1]
+    with pytest.raises(EncoderError, match="has no class token and pools by itself"):
+        create_encoder(str(tmp_path), feature="class")
 
 
 @pytest.mark.parametrize("size", [224, 384])
@@ -292,6 +294,30 @@ def test_processors_of_transformers_that_crop_by_themselves(size: int, width: in
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
     found = Transform.from_hugging_face(processor.to_dict(), source="test")(image)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_of_timm_says_how_long_its_features_are() -> None:
+    for name in ("mobilenetv3_small_050", "inception_next_atto", "resnet18"):
+        tower = build_tower({"library": "timm", "architecture": name})
+        tower.module.eval()
+        features = tower.features(torch.zeros(2, 3, 64, 64))
+        assert features.shape == (2, tower.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "feature", "message"),
+    [
+        (dict(class_token=False, global_pool="avg"), "class", "has no class token"),
+        (dict(class_token=False, global_pool="avg", reg_tokens=4), "class+mean", "no class token"),
+        (dict(class_token=False, global_pool=""), None, "global_pool is '', so its output"),
+    ],
+)
+def test_a_patch_is_never_taken_for_the_class_token(
+    arguments: dict[str, Any], feature: str | None, message: str
+) -> None:
+    described = {"architecture": "vit_tiny_patch16_224", "arguments": TINY | arguments}
+    with pytest.raises(EncoderError, match=message):
+        build_tower({"library": "timm", "feature": feature, **described})
 
 
 def test_weights_and_arguments_are_used_or_refused(tmp_path: Path) -> None:
