@@ -933,9 +933,8 @@ def _check_quick_gelu(model: str, weights: str, name: str) -> None:
     """Raises if an architecture lacks the activation of its weights, which would load anyway."""
     if not open_clip_config(model).get("quick_gelu"):
         raise EncoderError(
-            f"encoder {name}: weights {weights} were trained with QuickGELU, which {model} does not "
-            f"have, so features would differ: "
-            f"open_clip:{model}-quickgelu@{weights}"
+            f"encoder {name}: weights {weights} were trained with QuickGELU, which {model} lacks, "
+            f"so features would differ: open_clip:{model}-quickgelu@{weights}"
         )
 
 
