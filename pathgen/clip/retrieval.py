@@ -39,7 +39,8 @@ def retrieval(
 ) -> dict[str, Any]:
     """Finds captions for images and images for captions, and writes recall at k.
 
-    Equal captions count as one caption, for which several images are right.
+    Equal captions count as one caption, for which several images are right, and an image that
+    several rows name counts as one image, for which several captions are right.
 
     Args:
         encoder: The CLIP.
@@ -59,7 +60,8 @@ def retrieval(
     """
     pairs, out = Path(pairs), Path(out)
     folder = Path(image_folder) if image_folder else pairs.parent
-    images, captions, skipped = _read_pairs(pairs, folder)
+    captions, skipped = _read_pairs(pairs, folder)
+    images = list(captions)
     out.mkdir(parents=True, exist_ok=True)
     found = image_features(
         encoder,
@@ -69,14 +71,13 @@ def retrieval(
         num_workers=num_workers,
         progress=progress,
     )
-    kept = [captions[index] for index in found.kept]
-    texts = list(dict.fromkeys(kept))
-    number = {text: index for index, text in enumerate(texts)}
-    right = np.array([number[text] for text in kept])
-    text_features = encoder.encode_texts(texts).numpy()
+    kept = [captions[images[index]] for index in found.kept]
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for own in kept for text in own))}
+    right = [[number[text] for text in own] for own in kept]
+    text_features = encoder.encode_texts(list(number)).numpy()
     ranks = {
-        "image_to_text": _ranks(found.features, text_features, [[caption] for caption in right]),
-        "text_to_image": _ranks(text_features, found.features, _groups(right, len(texts))),
+        "image_to_text": _ranks(found.features, text_features, right),
+        "text_to_image": _ranks(text_features, found.features, _groups(right, len(number))),
     }
     skipped += found.skipped
     metrics: dict[str, Any] = {
@@ -84,7 +85,7 @@ def retrieval(
         "benchmark": pairs.stem,
         "model": encoder.name,
         "num_images": len(kept),
-        "num_captions": len(texts),
+        "num_captions": len(number),
         "num_skipped": len(skipped),
         **{name: _recalls(values, ks, seed) for name, values in ranks.items()},
     }
@@ -94,28 +95,33 @@ def retrieval(
 
 def _read_pairs(
     pairs: Path, folder: Path
-) -> tuple[list[FileImage], list[str], list[dict[str, str]]]:
-    images, captions, skipped = [], [], []
+) -> tuple[dict[FileImage, list[str]], list[dict[str, str]]]:
+    """Returns the captions of each image, and `id` and `reason` of rows that cannot be used."""
+    images: dict[Path, FileImage] = {}
+    captions: dict[FileImage, list[str]] = {}
+    skipped = []
     for number, row in read_rows_with_id(pairs):
         reason = row if isinstance(row, BadRow) else pair_fault(row)
         if isinstance(row, dict) and not reason:
             try:
-                images.append(FileImage(row["id"], path_inside(folder, row["image"])))
-                captions.append(row["caption"])
+                path = path_inside(folder, row["image"])
+                image = images.setdefault(path, FileImage(row["id"], path))
+                captions.setdefault(image, []).append(row["caption"])
             except ValueError as error:
                 reason = str(error)
         if reason is not None:
             found = row["id"] if isinstance(row, dict) else f"line {number}"
             skipped.append({"id": found, "reason": reason})
-    if not images:
+    if not captions:
         raise ValueError(f"{pairs}: no pair that can be used; the first: {skipped[:1]}")
-    return images, captions, skipped
+    return captions, skipped
 
 
-def _groups(right: NDArray[np.int64], num_texts: int) -> list[list[int]]:
+def _groups(right: Sequence[Sequence[int]], num_texts: int) -> list[list[int]]:
     groups: list[list[int]] = [[] for _ in range(num_texts)]
-    for image, caption in enumerate(right):
-        groups[caption].append(image)
+    for image, captions in enumerate(right):
+        for caption in dict.fromkeys(captions):
+            groups[caption].append(image)
     return groups
 
 

@@ -37,6 +37,23 @@ def test_retrieval_counts_equal_captions_once(tmp_path: Path) -> None:
     assert "recall@2 | 1.0000" in (tmp_path / "out/metrics.md").read_text()
 
 
+def test_retrieval_counts_an_image_with_several_captions_once(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "data", 1)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row in rows:
+        row["caption"] = row["id"].split(".")[1].split("_")[0]
+    more = [
+        {**row, "id": f"{row['id']}x", "image": f"./{row['image']}", "caption": f"more {cap}"}
+        for row in rows
+        for cap in (row["caption"], row["caption"], f"of {row['caption']}")
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    metrics = retrieval(knowing_encoder(), pairs, tmp_path / "out", ks=(1,), progress=False)
+    assert (metrics["num_images"], metrics["num_captions"], metrics["num_skipped"]) == (4, 12, 0)
+    for direction in ("image_to_text", "text_to_image"):
+        assert metrics[direction]["recall@1"]["value"] == 1.0
+
+
 def test_ranks_count_ties_against_the_model() -> None:
     queries = np.eye(3, dtype=np.float32)
     candidates = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0, 0], [0, 1, 0]], dtype=np.float32)
