@@ -258,6 +258,7 @@ def read_images(
 
 def _images_of_folders(image_set: ImageSet, folder: Path) -> LabelledImages:
     images, labels = [], []
+    owners: dict[Path, int] = {}
     for index, item in enumerate(image_set.classes):
         paths: set[Path] = set()
         for pattern in item.keys:
@@ -265,6 +266,9 @@ def _images_of_folders(image_set: ImageSet, folder: Path) -> LabelledImages:
                 if not match.name.startswith("."):
                     paths.update(image_files(match) if match.is_dir() else [match])
         for path in sorted(paths):
+            if (first := owners.setdefault(path, index)) != index:
+                names = f"{image_set.names[first]!r} and of {item.name!r}"
+                raise ValueError(f"{path}: in folders of {names}; a class has its own folders")
             images.append(FileImage(path.relative_to(folder).as_posix(), path))
             labels.append(index)
     return LabelledImages(tuple(images), tuple(labels))
@@ -279,6 +283,7 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
     rows = list(_rows(folder / layout["file"]))
     other_spelling: Callable[[str], Path | None] | None = None
     images, labels, skipped = [], [], []
+    lines: dict[Path, tuple[int, int]] = {}
     for number, row in rows:
         if absent := [column for column in needed if column not in row]:
             raise ValueError(f"{folder / layout['file']}: no columns {absent}, only {sorted(row)}")
@@ -310,6 +315,17 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
                 path = spelled
         except ValueError as error:
             skipped.append({"id": name or f"row {number}", "reason": str(error)})
+            continue
+        first, own = lines.setdefault(path, (number, found[0]))
+        if own != found[0]:
+            raise ValueError(
+                f"{folder / layout['file']}: {name} is {image_set.names[own]!r} in row {first}, "
+                f"but {image_set.names[found[0]]!r} in row {number}; remove the wrong one"
+            )
+        if first != number:
+            skipped.append(
+                {"id": name, "reason": f"row {number}: named twice, first in row {first}"}
+            )
             continue
         images.append(FileImage(name, path))
         labels.append(found[0])
@@ -416,6 +432,14 @@ def _yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _texts(content: Mapping[str, Any], name: str, default: Sequence[Any] = ()) -> tuple[str, ...]:
+    """Returns a list of texts; a text alone would be read as its letters."""
+    found = content.get(name, default)
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise ValueError(f"{name}: expected a list, found {found!r}")
+    return tuple(map(str, found))
+
+
 def _image_set(content: Mapping[str, Any], use: Use) -> ImageSet:
     default = {"kind": "table", **content["table"]} if content.get("table") else {"kind": "folders"}
     layout = dict(content.get("layout", default))
@@ -425,21 +449,30 @@ def _image_set(content: Mapping[str, Any], use: Use) -> ImageSet:
         raise ValueError(f"layout of kind {kind!r}: expected one of {sorted(_FIELDS)}{lacks}")
     if kind == "table" and not {"label", "one_hot"} & set(layout):
         raise ValueError("layout of kind 'table': label or one_hot expected")
-    templates = tuple(map(str, content.get("templates", TEMPLATES)))
+    layout |= {"drop": _texts(layout, "drop")} if "drop" in layout else {}
+    templates = _texts(content, "templates", TEMPLATES)
     if not templates or any(template.count("{}") != 1 for template in templates):
         raise ValueError("templates: expected sentences with one {} each")
     classes = []
     for row in content["classes"]:
         name = str(row["name"])
         label = row.get("label", name)
-        keys = row.get("folders", [name]) if kind == "folders" else row.get("labels", [label])
-        wordings = dict.fromkeys([*map(str, row.get("wordings", ())), name])
-        prompts = row["prompts"] if use == "prompts" else row.get("prompts", ())
-        texts = (tuple(map(str, value)) for value in (keys, wordings, prompts))
-        classes.append(ImageClass(name, *texts))
+        keys = ("folders", [name]) if kind == "folders" else ("labels", [label])
+        wordings = dict.fromkeys([*_texts(row, "wordings"), name])
+        prompts = _texts(row, "prompts")
+        if use == "prompts" and not prompts:
+            raise ValueError(f"class {name!r}: prompts: expected a list of texts, found none")
+        classes.append(ImageClass(name, _texts(row, *keys), tuple(wordings), prompts))
     names = [item.name for item in classes]
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(f"classes: expected at least two, of different names; found {names}")
+    # Labels are compared in lower case; globs and columns are not.
+    exact = kind == "folders" or "one_hot" in layout
+    owners: dict[str, str] = {}
+    for item in classes:
+        for key in item.keys:
+            if (first := owners.setdefault(key if exact else key.lower(), item.name)) != item.name:
+                raise ValueError(f"classes: {key!r} denotes both {first!r} and {item.name!r}")
     question = content["question"] if use == "question" else content.get("question", "")
     splits = content.get("splits", {})
     if not all(isinstance(changes, Mapping) for changes in splits.values()):

@@ -181,6 +181,20 @@ def test_a_layout_that_does_not_fit_is_explained(tmp_path: Path) -> None:
         ({"layout": {"kind": "hdf5", "images": {}}}, r"lacks \['labels'\]"),
         ({"classes": [{"name": "a", "prompts": ["x"]}]}, "at least two"),
         ({"classes": [{"name": "a"}, {"name": "b"}]}, "prompts"),
+        ({"classes": [{"name": "a", "prompts": "fat cells"}]}, "prompts: expected a list, found"),
+        ({"classes": [{"name": "a", "prompts": []}]}, "'a': prompts: expected a list of texts"),
+        ({"classes": [{"name": "a", "prompts": ["a"], "folders": "*/A"}]}, "folders: expected a l"),
+        ({"templates": "an image of {}"}, "templates: expected a list"),
+        (
+            {
+                "table": {"file": "a.csv", "image": "i", "label": "l"},
+                "classes": [
+                    {"name": "a", "prompts": ["a"], "labels": ["T"]},
+                    {"name": "b", "prompts": ["b"], "labels": ["t", "x"]},
+                ],
+            },
+            "'t' denotes both 'a' and 'b'",
+        ),
     ],
 )
 def test_mistakes_in_configs_are_named(
@@ -191,6 +205,28 @@ def test_mistakes_in_configs_are_named(
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_image_set(tmp_path / "own.json", "prompts")
+
+
+def test_an_image_belongs_to_one_class_and_counts_once(tmp_path: Path) -> None:
+    config = tmp_path / "own.json"
+    classes = [{"name": "a", "folders": ["a*"]}, {"name": "b", "folders": ["ab"]}]
+    config.write_text(json.dumps({"name": "own", "classes": classes}))
+    image(tmp_path / "a" / "1.png")
+    image(tmp_path / "ab" / "1.png")
+    with pytest.raises(ValueError, match=r"ab/1\.png: in folders of 'a' and of 'b'"):
+        read_images(load_image_set(config, "labels"), tmp_path)
+    table = {"file": "labels.csv", "image": "image", "label": "label"}
+    config.write_text(
+        json.dumps({"name": "own", "table": table, "classes": [{"name": "a"}, {"name": "b"}]})
+    )
+    rows = "image,label\na/1.png,a\nab/1.png,b\n"
+    (tmp_path / "labels.csv").write_text(f"{rows}ab/1,b\n")
+    found = read_images(load_image_set(config, "labels"), tmp_path)
+    assert found.labels == (0, 1) and [row["id"] for row in found.skipped] == ["ab/1"]
+    assert "named twice, first in row 3" in found.skipped[0]["reason"]
+    (tmp_path / "labels.csv").write_text(f"{rows}ab/1,a\n")
+    with pytest.raises(ValueError, match="is 'b' in row 3, but 'a' in row 4; remove"):
+        read_images(load_image_set(config, "labels"), tmp_path)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
