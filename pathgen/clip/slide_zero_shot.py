@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pathcore.encoders import Encoder
+from pathcore.encoders.origin import TileOrigin
+from pathcore.encoders.presets import known_encoder
 from pathcore.files import StrPath
 from pathcore.image_sets import ImageSet
 from pathcore.label_tables import read_label_table
@@ -173,12 +175,16 @@ def _reader(
     def read(file: Path) -> _Features:
         vectors, coords = read_features(file)
         attributes = read_attributes(file)
-        digest = str(attributes.get("weights_sha256", ""))
+        origin = TileOrigin.read(attributes)
+        digest = str(attributes.get("weights_sha256") or origin.digest)
         if digest and digest != encoder.digest:
             raise ValueError(
                 f"features {file}: of weights {digest[:12]}, but {encoder.name} has "
                 f"{encoder.digest[:12]}"
             )
+        made_by, model = known_encoder(origin.encoder), known_encoder(encoder.name)
+        if not digest and made_by and model and made_by != model:
+            raise ValueError(f"features {file}: of {made_by}, expected those of {model}")
         return vectors, coords, attributes
 
     if slides is None:

@@ -135,6 +135,20 @@ def test_features_before_the_projection_are_refused(
         slide_zero_shot(encoder, benchmark, tmp_path, tmp_path / "out")
 
 
+def test_features_of_another_encoder_are_refused(
+    encoder: Encoder, benchmark: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRIDENT stores them: of equal width, with a name and without a digest."""
+    write_slides(tmp_path / "features", encoder, benchmark)
+    vectors, coords = read_features(tmp_path / "features/S0.h5")
+    (tmp_path / "others").mkdir()
+    attributes = {"encoder_name": "conch_v1", "patch_size_level0": 256}
+    write_features(tmp_path / "others/S0.h5", vectors, coords, attributes=attributes, encoder="")
+    monkeypatch.setattr(encoder, "name", "plip")
+    with pytest.raises(ValueError, match=r"S0\.h5: of conch, expected those of plip"):
+        slide_zero_shot(encoder, benchmark, tmp_path / "others", tmp_path / "out")
+
+
 def test_tables_of_labels_are_checked(
     encoder: Encoder, benchmark: ImageSet, tmp_path: Path
 ) -> None:
