@@ -94,8 +94,11 @@ class Sweep:
     def advantage(self, method: str, other: str, num_slides: int) -> Estimate | None:
         """Estimates the mean difference of two methods, paired by seed; None without pairs."""
         mine, others = self.runs(method, num_slides), self.runs(other, num_slides)
-        if len(others) == 1:
-            others = dict.fromkeys(mine, next(iter(others.values())))
+        untrained = {cell.method for cell in self.scores if not cell.num_slides}
+        if other in untrained:  # its one score is compared with that of each seed
+            others = dict.fromkeys(mine, *others.values())
+        elif method in untrained:
+            mine = dict.fromkeys(others, *mine.values())
         pairs = [mine[seed] - others[seed] for seed in mine if seed in others]
         return estimate(pairs) if pairs else None
 

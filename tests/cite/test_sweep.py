@@ -55,6 +55,15 @@ def test_missing_cells_leave_a_gap() -> None:
         estimate([])
 
 
+def test_a_method_without_training_is_compared_with_every_seed() -> None:
+    sweep = made_up()
+    assert sweep.advantage("zeroshot", "cite", 1) == estimate([-31.0, -32.0, -33.0])
+    assert sweep.advantage("cite", "zeroshot", 1) == estimate([31.0, 32.0, 33.0])
+    # A trained method of which one seed is finished has no score of the other seeds.
+    one = Sweep({c: s for c, s in sweep.scores.items() if c.method == "cite" or c.seed == 1})
+    assert str(one.advantage("cite", "linear", 1)) == "9.0"
+
+
 def test_curve_is_drawn(tmp_path: Path) -> None:
     made_up().draw(tmp_path / "curve.png", "accuracy, %", "made up")
     image = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
