@@ -92,10 +92,10 @@ def texts_by_class(
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r}: expected one {{}}")
     for index, (name, given) in enumerate(descriptions.items()):
-        several = [given] if isinstance(given, str) else list(given)
+        several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         if not several or not all(isinstance(text, str) and text.strip() for text in several):
             raise ValueError(f"class {name!r}: expected at least one description, none empty")
-        filled = [template.format(text) for text in several for template in templates]
+        filled = [template.replace("{}", text) for text in several for template in templates]
         texts += filled
         class_ids += [index] * len(filled)
     return texts, class_ids
