@@ -21,6 +21,7 @@ from cite.score_maps import (
     layouts_from_csv,
     score_map,
 )
+from pathcore.rows import read_csv
 from tests.cite.test_classifier import make
 from tests.wsi.qupath import read_valid
 from xtuner_add.cli import main
@@ -106,7 +107,7 @@ def test_by_command(tmp_path: Path) -> None:
     patches = tmp_path / "patches"
     patches.mkdir()
     generator = np.random.default_rng(0)
-    for name in ("s_0_0", "s_40_0", "t_0", "t_1"):
+    for name in ("s_a, b_0_0", "s_a, b_40_0", "t_0", "t_1"):
         pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(patches / f"{name}.png")
     (patches / "t_1.png").write_bytes(b"broken")
@@ -124,10 +125,10 @@ def test_by_command(tmp_path: Path) -> None:
     found = first["properties"]["measurements"]
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     assert first["properties"]["classification"]["name"] == max(found, key=lambda c: found[c])
-    lines = (tmp_path / "out" / "s.csv").read_text().splitlines()
-    assert lines[0] == "name,x,y,score_0,score_1"
-    name, x, _, *scores = lines[2].split(",")
-    assert (name, x) == ("s_40_0.png", "40")
+    rows = [row for _, row in read_csv(tmp_path / "out" / "s.csv")]
+    assert list(rows[0]) == ["name", "x", "y", "score_0", "score_1"]
+    name, x, _, *scores = rows[1].values()
+    assert (name, x) == ("s_a, b_40_0.png", "40")
     assert sum(map(float, scores)) == pytest.approx(1, abs=1e-5)
 
     # Nothing is drawn twice, further formats are; another classifier needs a folder of its own.

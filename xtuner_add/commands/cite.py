@@ -386,13 +386,16 @@ def _draw_slide(  # type: ignore[no-untyped-def]
     model, patches: Path, out: Path, slide: str, layout, attributes, formats: Sequence[MapFormat]
 ) -> None:
     from cite.score_maps import draw_score_maps
+    from pathcore.rows import write_csv
     from wsi.heat_map import PatchScores, write_score_map
 
     scores = model.predict(patches / name for name in layout.names).numpy()
-    rows = ["name,x,y," + ",".join(f"score_{i}" for i in range(len(model.classes)))]
-    for name, (x, y), row in zip(layout.names, layout.coords_px, scores, strict=True):
-        rows.append(f"{name},{x},{y}," + ",".join(f"{score:.6f}" for score in row))
-    write_text(out / f"{slide}.csv", "\n".join(rows) + "\n")
+    header = ["name", "x", "y", *(f"score_{index}" for index in range(len(model.classes)))]
+    rows = [
+        [name, *place, *map("{:.6f}".format, row)]
+        for name, place, row in zip(layout.names, layout.coords_px, scores, strict=True)
+    ]
+    write_csv(out / f"{slide}.csv", header, rows)
     named = PatchScores.with_attributes(
         slide,
         layout.coords_px,
