@@ -95,7 +95,8 @@ def image_features(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If no image can be read, or another run is computing the same features.
+        ValueError: If no image can be read, features are not finite, or another run is computing
+            the same features.
     """
     kind = "" if joint else "-features"
     described = json.dumps(encoder.describe(), sort_keys=True)
@@ -173,6 +174,13 @@ def _compute(
                 good.append(found)
         if good:
             features.append(encode(torch.stack(good)).numpy())
+            finite = np.isfinite(features[-1]).all(axis=1)
+            if not finite.all():
+                first = images[kept[len(kept) - len(good) + int(finite.argmin())]].id
+                raise ValueError(
+                    f"encoder {encoder.name}: features of {first} are not finite in "
+                    f"{encoder.precision}; check the weights, and try bfloat16 or float32"
+                )
         bar.update(len(rows))
     if not features:
         return None, skipped

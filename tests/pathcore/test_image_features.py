@@ -49,6 +49,21 @@ def test_equal_names_in_two_folders_have_their_own_features(tmp_path: Path) -> N
     np.testing.assert_allclose(second - first, 60, rtol=1e-5)
 
 
+def test_features_that_are_not_finite_stop(tmp_path: Path) -> None:
+    """Zero-shot classification would find the first class in every image."""
+    encoder = knowing_encoder()
+    images = write_images(tmp_path / "images", "fat")
+    black = encoder.transform(images[2].open())
+    encoder._built = replace(
+        encoder._built,
+        features=lambda pixels: torch.where(
+            (pixels == black).all(dim=(1, 2, 3))[:, None], torch.nan, pixels.mean(dim=(2, 3))
+        ),
+    )
+    with pytest.raises(ValueError, match=r"colours: features of 2\.png are not finite in float32"):
+        image_features(encoder, images, tmp_path / "cache", batch_size=2, progress=False)
+
+
 def test_a_changed_image_costs_its_part_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
