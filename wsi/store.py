@@ -207,6 +207,17 @@ def read_attributes(path: StrPath) -> dict[str, Any]:
         return dict(file["coords"].attrs)
 
 
+def read_feature_attributes(path: StrPath) -> dict[str, Any]:
+    """Returns the attributes of a features file, and of its features and coordinates.
+
+    TRIDENT names the encoder at the features, and describes the patches at the coordinates.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+
+
 def _trident_attributes(slide: Slide, tiling: Tiling, name: str) -> dict[str, Any]:
     spec, (width, height) = tiling.spec, slide.dimensions
     # TRIDENT scales patches by the quotient of both magnifications, so the quotient must equal our

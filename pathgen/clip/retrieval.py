@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pathcore import stats
 from pathcore.encoders import Encoder
+from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 from pathcore.image_features import image_features
 from pathcore.image_sets import FileImage, ImageSet, read_images
@@ -19,7 +20,7 @@ from pathcore.images import find_image, path_inside
 from pathcore.label_tables import read_label_table
 from pathcore.rows import BadRow, pair_fault, read_rows_with_id
 from pathgen.clip.reports import SCORE_HEAD, head, score_row, write_report
-from wsi.store import read_features
+from wsi.store import read_feature_attributes, read_features
 
 _QUERIES_AT_A_TIME = 1024  # bounds the memory of the similarity matrix
 
@@ -246,16 +247,28 @@ def _slide_means(
     files: Sequence[FileImage],
 ) -> tuple[NDArray[Any], NDArray[np.int64], list[dict[str, str]]]:
     means, kept, skipped = [], [], []
+    encoders: dict[str, Path] = {}
     for index, file in enumerate(files):
         try:
             features, _ = read_features(file.path)
             if not len(features):
                 raise ValueError(f"features {file.path}: no patches")
+            attributes = read_feature_attributes(file.path)
         except (ValueError, OSError) as error:
             skipped.append({"id": file.id, "reason": str(error)})
             continue
         means.append(features.astype(np.float32).mean(axis=0))
         kept.append(index)
+        origin = TileOrigin.read(attributes)
+        digest = str(attributes.get("weights_sha256") or origin.digest)
+        if encoder := f"{origin.encoder} {digest[:12]}".strip():
+            encoders.setdefault(encoder, file.path)
+    if len(encoders) > 1:
+        (one, first), (other, second), *_ = encoders.items()
+        raise ValueError(
+            f"features of several encoders: {first} of {one}, {second} of {other}; expected those "
+            "of one encoder"
+        )
     if not means:
         raise ValueError(f"none of {len(files)} slides can be used; the first: {skipped[:1]}")
     if len(widths := {len(mean) for mean in means}) > 1:

@@ -29,7 +29,12 @@ from pathgen.clip.zero_shot import class_features, classification_scores, prompt
 from pathgen.selection.features import slide_features
 from wsi.heat_map import MapFormat, PatchScores, write_score_map
 from wsi.slide_listing import SlideListing
-from wsi.store import read_attributes, read_coordinates, read_features
+from wsi.store import (
+    read_attributes,
+    read_coordinates,
+    read_feature_attributes,
+    read_features,
+)
 
 _UNIT_TOLERANCE = 1e-2
 """Tolerance for the length of unit vectors that were stored in half precision."""
@@ -174,7 +179,7 @@ def _reader(
 
     def read(file: Path) -> _Features:
         vectors, coords = read_features(file)
-        attributes = read_attributes(file)
+        attributes = read_feature_attributes(file)
         origin = TileOrigin.read(attributes)
         digest = str(attributes.get("weights_sha256") or origin.digest)
         if digest and digest != encoder.digest:
@@ -185,7 +190,7 @@ def _reader(
         made_by, model = known_encoder(origin.encoder), known_encoder(encoder.name)
         if not digest and made_by and model and made_by != model:
             raise ValueError(f"features {file}: of {made_by}, expected those of {model}")
-        return vectors, coords, attributes
+        return vectors, coords, read_attributes(file)
 
     if slides is None:
         return read

@@ -146,3 +146,6 @@ def test_sets_tables_and_slides_are_read(tmp_path: Path) -> None:
     assert data.groups is None and [row["id"] for row in data.skipped] == ["S0.h5", "S9"]
     assert "named twice, first in line 2" in data.skipped[0]["reason"]
     assert image_retrieval(data, tmp_path / "out", ks=(1,))["precision@1"]["value"] == 1.0
+    write_features(tmp_path / "slides/S1.h5", features, coords, encoder="gpfm")
+    with pytest.raises(ValueError, match=r"S0\.h5 of uni, .*S1\.h5 of gpfm; expected those of one"):
+        features_of_table(None, tmp_path / "slides.csv", tmp_path / "slides", tmp_path)

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -142,8 +143,9 @@ def test_features_of_another_encoder_are_refused(
     write_slides(tmp_path / "features", encoder, benchmark)
     vectors, coords = read_features(tmp_path / "features/S0.h5")
     (tmp_path / "others").mkdir()
-    attributes = {"encoder_name": "conch_v1", "patch_size_level0": 256}
-    write_features(tmp_path / "others/S0.h5", vectors, coords, attributes=attributes, encoder="")
+    with h5py.File(tmp_path / "others/S0.h5", "w") as file:
+        file.create_dataset("features", data=vectors).attrs["encoder"] = "conch_v1"
+        file.create_dataset("coords", data=coords).attrs["patch_size_level0"] = 256
     monkeypatch.setattr(encoder, "name", "plip")
     with pytest.raises(ValueError, match=r"S0\.h5: of conch, expected those of plip"):
         slide_zero_shot(encoder, benchmark, tmp_path / "others", tmp_path / "out")
