@@ -322,16 +322,33 @@ def _named_config(model: str, folder: Path) -> str:
 
 
 def _preprocessing(model: str, pretrained: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns mean, standard deviation, interpolation and resize mode of the initial weights."""
+    """Returns mean, standard deviation, interpolation and resize mode of the initial weights.
+
+    Raises:
+        ValueError: If the weights were trained with another activation than the model's, which the
+            trainer does not notice.
+    """
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, get_pretrained_cfg
 
     found: dict[str, Any] = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     beside = Path(pretrained).parent / CONFIG_NAME
+    quick = model_config(model, options).get("quick_gelu", False)
     if pretrained and Path(pretrained).is_file():
         if beside.is_file():
-            found |= json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg", {})
+            content = json.loads(beside.read_text(encoding="utf-8"))
+            found |= content.get("preprocess_cfg", {})
+            if content.get("model_cfg", {}).get("quick_gelu", False) != quick:
+                raise ValueError(
+                    f"pretrained {pretrained}: only one of {beside.name} and model {model} has "
+                    "QuickGELU; use the model that the weights were trained with"
+                )
     elif pretrained and not model.endswith(".json"):
         known = get_pretrained_cfg(model, pretrained)
+        if known.get("quick_gelu") and not quick:
+            raise ValueError(
+                f"pretrained {pretrained}: was trained with QuickGELU, which model {model} lacks; "
+                f"use {model}-quickgelu"
+            )
         names = ("mean", "std", "interpolation", "resize_mode")
         found |= {name: known[name] for name in names if known.get(name)}
     for name in ("mean", "std", "interpolation", "resize_mode"):

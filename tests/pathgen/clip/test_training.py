@@ -232,3 +232,17 @@ def test_preprocessing_follows_the_starting_weights() -> None:
     assert openai["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
     assert siglip["mean"] == [0.5, 0.5, 0.5] and siglip["resize_mode"] == "squash"
     assert training._preprocessing("ViT-B-32", "", {"image_mean": [0, 0, 0]})["mean"] == [0] * 3
+
+
+def test_the_activation_is_that_of_the_starting_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"QuickGELU, which .* lacks; use ViT-B-16-quickgelu"):
+        training._preprocessing("ViT-B-16", "openai", {})
+    assert training._preprocessing("ViT-B-16", "openai", {"force_quick_gelu": True})
+    content = {"model_cfg": {"quick_gelu": True}, "preprocess_cfg": {"std": [1, 1, 1]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.touch()
+    found = training._preprocessing("ViT-B-16-quickgelu", str(weights), {})
+    assert found["std"] == [1, 1, 1]
+    with pytest.raises(ValueError, match="use the model that the weights were trained with"):
+        training._preprocessing("ViT-B-16", str(weights), {})
