@@ -428,11 +428,11 @@ def _read_folder(folder: Path, mmap: bool) -> StateDict:
             "gather it first with DeepSpeed's zero_to_fp32.py"
         )
     for name in _FOLDER_FILES:
+        if (folder / name).is_file():  # before an index of older shards, as transformers reads it
+            return read_state_dict(folder / name, mmap=mmap)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index, mmap)
-        if (folder / name).is_file():
-            return read_state_dict(folder / name, mmap=mmap)
     raise CheckpointError(
         f"{folder}: no checkpoint in this folder; expected {ZERO_MODEL_FILE} (DeepSpeed) or one of "
         f"{', '.join(_FOLDER_FILES)}"
@@ -443,7 +443,9 @@ def _read_shards(index: Path, mmap: bool) -> StateDict:
     files = read_shard_index(index)
     state_dict: StateDict = {}
     for shard in sorted(set(files.values())):
-        state_dict |= read_state_dict(shard, mmap=mmap)
+        # A shard that an earlier save left behind may hold a tensor that is elsewhere now.
+        found = read_state_dict(shard, mmap=mmap)
+        state_dict |= {name: t for name, t in found.items() if files.get(name, shard) == shard}
     if absent := sorted(set(files) - set(state_dict)):
         raise CheckpointError(f"{index}: the shards lack {shorten(absent)}")
     return state_dict

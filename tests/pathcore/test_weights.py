@@ -114,6 +114,17 @@ def test_a_sharded_folder_loads(tmp_path: Path, suffix: str) -> None:
         read_state_dict(tmp_path)
 
 
+def test_leftovers_of_an_earlier_save_are_not_read(tmp_path: Path) -> None:
+    first, second = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
+    save_file({"a": torch.ones(2)}, first)
+    save_file({"a": torch.zeros(2), "b": torch.ones(2)}, second)
+    index = {"weight_map": {"a": first.name, "b": second.name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_state_dict(tmp_path)["a"].tolist() == [1, 1]
+    save_file({"a": torch.full((2,), 3.0)}, tmp_path / "model.safetensors")
+    assert read_state_dict(tmp_path)["a"].tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_hugging_faces_own_shards_load(tmp_path: Path, safe: bool) -> None:
     model = goldens.llm(r=0)
