@@ -74,8 +74,10 @@ class Transform:
         return self.normalise(pil_to_tensor(self.resize(image)))
 
     def resize(self, image: Image) -> Image:
-        """Returns the RGB image resized and cropped."""
-        resized: Image = self._compiled(image if image.mode == "RGB" else image.convert("RGB"))
+        """Returns the image resized and cropped, converted to RGB as `pathcore.images` does."""
+        from pathcore.rgb import to_rgb  # imports Pillow, which presets do not need
+
+        resized: Image = self._compiled(image if image.mode == "RGB" else to_rgb(image))
         return resized
 
     def normalise(self, pixels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pathcore.encoders.encoder import _build_preset, default_precision
 from pathcore.encoders.networks import NETWORKS
 from pathcore.encoders.towers import build_tower
 from pathcore.encoders.transform import Transform
+from pathcore.images import load_image
 from pathcore.weights import CheckpointError
 
 TINY: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=4)
@@ -120,6 +121,20 @@ def test_a_model_of_timm_brings_its_own_transform(arch: str, tmp_path: Path) -> 
     with torch.inference_mode():
         expected = model(own(image)[None])
     torch.testing.assert_close(encoder.features([image]), expected, rtol=0, atol=1e-5)
+
+
+def test_images_of_any_mode_are_read_as_files_are(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
+    clear = Image.fromarray(values[..., :3]).quantize(8)
+    clear.info["transparency"] = 3
+    deep = Image.fromarray(values[..., 0].astype(np.int32) * 257)
+    images = {"alpha.png": Image.fromarray(values), "clear.png": clear, "deep.tif": deep}
+    for name, image in images.items():
+        image.save(tmp_path / name)
+        expected = load_image(tmp_path / name)
+        for transform in (get_preset("uni").transform, get_preset("medsiglip").transform):
+            assert transform is not None
+            assert torch.equal(transform(image), transform(expected)), name
 
 
 def test_a_file_without_a_transform_is_refused(tmp_path: Path) -> None:
