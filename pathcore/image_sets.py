@@ -46,6 +46,7 @@ from pathcore.images import (
     load_image,
     path_inside,
 )
+from pathcore.rgb import to_rgb
 from pathcore.rows import read_csv
 
 Use = Literal["question", "prompts", "labels"]
@@ -104,7 +105,14 @@ class HDF5Image:
         import h5py
 
         with h5py.File(self.path, "r") as file:
-            return Image.fromarray(file[self.dataset][self.row]).convert("RGB")
+            pixels = file[self.dataset][self.row]
+        try:
+            image = Image.fromarray(pixels)
+        except TypeError as error:
+            raise ImageError(
+                f"{self.id}: pixels {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)"
+            ) from error
+        return to_rgb(image, name=self.id)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pathcore.image_sets import image_set_names, load_image_set, read_images
+from pathcore.image_sets import HDF5Image, image_set_names, load_image_set, read_images
+from pathcore.images import ImageError
 
 
 def image(path: Path, value: int = 100) -> None:
@@ -205,6 +206,15 @@ def test_mistakes_in_configs_are_named(
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_image_set(tmp_path / "own.json", "prompts")
+
+
+def test_images_of_hdf5_are_8_bit_or_their_scale_is_known(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["grey"] = np.full((1, 4, 4), 65535, np.uint16)
+        file["float"] = np.full((1, 4, 4, 3), 0.5)
+    assert HDF5Image("grey", tmp_path / "x.h5", "grey", 0).open().getpixel((0, 0)) == (255,) * 3
+    with pytest.raises(ImageError, match=r"x: pixels float64 \(4, 4, 3\), expected uint8"):
+        HDF5Image("x", tmp_path / "x.h5", "float", 0).open()
 
 
 def test_an_image_belongs_to_one_class_and_counts_once(tmp_path: Path) -> None:
