@@ -110,14 +110,23 @@ class FeatureWriter:
             features: `(len(names), E)`.
             labels: int64 `(len(names),)`.
             skipped: Messages for images that could not be read.
+
+        Raises:
+            ValueError: If features are not finite.
         """
         from safetensors.torch import save_file
 
-        number = len(self.parts)
+        number, names = len(self.parts), list(names)
+        finite = torch.isfinite(features).all(dim=1)
+        if not finite.all():
+            raise ValueError(
+                f"{self.out}: features of {names[int(finite.int().argmin())]} are not finite; "
+                "check the weights of the backbone, and its precision"
+            )
         with atomic_file(self._path(number, "safetensors")) as partial:
             save_file({"features": features.cpu().contiguous(), "labels": labels}, partial)
         # The JSON file is written last and marks the part as complete.
-        part = {"names": list(names), "skipped": list(skipped)}
+        part = {"names": names, "skipped": list(skipped)}
         write_json(self._path(number, "json"), part)
         self.parts.append(part)
 

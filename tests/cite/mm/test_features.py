@@ -187,6 +187,9 @@ def test_parts_of_something_else_are_dropped(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "a"})
     writer.write_part(["x"], torch.ones(1, 2), torch.tensor([0]), ["y: broken"])
     assert FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "a"}).num_done == 2
+    nan = torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])
+    with pytest.raises(ValueError, match=r"features of d\.png are not finite"):
+        writer.write_part(["c.png", "d.png"], nan, torch.zeros(2, dtype=torch.int64))
     other = FeatureWriter(tmp_path / "f.safetensors", {"checkpoint": "b"})
     assert other.num_done == 0
     other.write_part([], torch.empty(0, 2), torch.tensor([]), ["y: broken"])
