@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from pathcore.device_claims import choose_device
 from pathcore.encoders.presets import Preset, get_preset
 from pathcore.encoders.towers import (
+    OPENAI_ENTRIES,
     POOLED_TYPES,
     VISION_TYPES,
     EncoderError,
     Tower,
+    check_quick_gelu,
     default_feature,
     drop_unread,
     open_clip_config,
@@ -58,8 +60,6 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_NOT_WEIGHTS = ("context_length", "input_resolution", "vocab_size")
-"""Entries of OpenAI's archives that are not weights."""
 
 
 @dataclass(frozen=True)
@@ -925,17 +925,8 @@ def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:
                 f"encoder {name}: {weights} is neither a file nor one of {', '.join(tags)}"
             )
         if open_clip.get_pretrained_cfg(model, weights).get("quick_gelu"):
-            _check_quick_gelu(model, weights, name)
+            check_quick_gelu(open_clip_config(model), model, weights, name)
     return ()
-
-
-def _check_quick_gelu(model: str, weights: str, name: str) -> None:
-    """Raises if an architecture lacks the activation of its weights, which would load anyway."""
-    if not open_clip_config(model).get("quick_gelu"):
-        raise EncoderError(
-            f"encoder {name}: weights {weights} were trained with QuickGELU, which {model} lacks, "
-            f"so features would differ: open_clip:{model}-quickgelu@{weights}"
-        )
 
 
 def _load_open_clip(module: Any, file: Path, model: str, name: str) -> None:
@@ -945,9 +936,9 @@ def _load_open_clip(module: Any, file: Path, model: str, name: str) -> None:
     from open_clip.model import convert_to_custom_text_state_dict
 
     found = read_state_dict(file)
-    state_dict = {k: v for k, v in found.items() if k not in _NOT_WEIGHTS}
+    state_dict = {k: v for k, v in found.items() if k not in OPENAI_ENTRIES}
     if len(state_dict) < len(found):
-        _check_quick_gelu(model, str(file), name)
+        check_quick_gelu(open_clip_config(model), model, file, name)
     state_dict = convert_state_dict(module, state_dict)
     if "positional_embedding" in state_dict and not hasattr(module, "positional_embedding"):
         state_dict = convert_to_custom_text_state_dict(state_dict)

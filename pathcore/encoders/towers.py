@@ -38,6 +38,9 @@ VISION_TYPES = (*CLIP_TYPES, *DINO_TYPES, *VIT_TYPES)
 POOLED_TYPES = ("swin", "swinv2", "convnext", "convnextv2", "resnet")
 """Models of transformers without a class token, which pool by themselves."""
 
+OPENAI_ENTRIES = ("context_length", "input_resolution", "vocab_size")
+"""Entries of the archives of OpenAI's CLIP that are not weights."""
+
 _MISSPELLED = "vision_model.post_layrnorm."
 """Spelling of `vision_model.post_layernorm.` in the published PLIP of PA-LLaVA."""
 
@@ -178,6 +181,8 @@ def open_tower(
         return towers[-1].module
 
     module = uninitialised(build)
+    if description["library"] == "open_clip" and not set(OPENAI_ENTRIES).isdisjoint(state_dict):
+        check_quick_gelu(towers[-1].description["config"], name, source, name)
     fitted = _FITS[description["library"]](state_dict, module)
     # Some weights are released in half precision. Assigned to parameters on the meta device, they
     # would change the type of the network.
@@ -524,6 +529,24 @@ def open_clip_config(architecture: str) -> dict[str, Any]:
     raise EncoderError(
         f"encoder open_clip:{architecture}: open_clip has no architecture {architecture}{near}"
     )
+
+
+def check_quick_gelu(
+    config: Mapping[str, Any], architecture: str, weights: object, name: str
+) -> None:
+    """Checks that an architecture of open_clip has the activation of OpenAI's weights.
+
+    They load with GELU, too, but features are others.
+
+    Raises:
+        EncoderError: If its config lacks `quick_gelu`.
+    """
+    if not config.get("quick_gelu"):
+        raise EncoderError(
+            f"encoder {name}: weights {weights} were trained with QuickGELU, which {architecture} "
+            f"lacks, so features would differ; use {architecture}-quickgelu, or a config with "
+            "quick_gelu: true"
+        )
 
 
 def fit_open_clip(state_dict: Mapping[str, Tensor], module: Any) -> FittedLayout:

@@ -17,7 +17,7 @@ from torch import nn
 from pathcore.encoders import EncoderError, EncoderName, create_encoder, get_preset
 from pathcore.encoders.encoder import _build_preset, default_precision
 from pathcore.encoders.networks import NETWORKS
-from pathcore.encoders.towers import build_tower
+from pathcore.encoders.towers import build_tower, open_tower
 from pathcore.encoders.transform import Transform
 from pathcore.images import load_image
 from pathcore.weights import CheckpointError
@@ -427,14 +427,17 @@ def test_weights_of_openai_need_their_activation(tmp_path: Path) -> None:
     model = open_clip.create_model("tiny-rn-quickgelu").eval()
     file = tmp_path / "RN.pt"
     torch.save(model.state_dict() | {"input_resolution": torch.tensor(32)}, file)
-    with pytest.raises(EncoderError, match=r"QuickGELU, which .*: open_clip:tiny-rn-quickgelu@"):
+    with pytest.raises(EncoderError, match=r"QuickGELU, which .*; use tiny-rn-quickgelu"):
         create_encoder(f"open_clip:tiny-rn@{file}")
     encoder = create_encoder(f"open_clip:tiny-rn-quickgelu@{file}", device="cpu")
     pixels = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         expected = model.encode_image(pixels)
     assert torch.equal(encoder.features(pixels), expected)
-    with pytest.raises(EncoderError, match="open_clip:ViT-B-16-quickgelu@openai"):
+    with pytest.raises(EncoderError, match="use tiny-rn-quickgelu"):  # the image tower alone
+        described = {"library": "open_clip", "architecture": "tiny-rn"}
+        open_tower(described, torch.load(file), name="tiny-rn", source=file)
+    with pytest.raises(EncoderError, match="use ViT-B-16-quickgelu"):
         create_encoder("open_clip:ViT-B-16@openai")
 
 
