@@ -292,6 +292,7 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
     other_spelling: Callable[[str], Path | None] | None = None
     images, labels, skipped = [], [], []
     lines: dict[Path, tuple[int, int]] = {}
+    contradicted: set[Path] = set()  # images of two classes, which are left out
     for number, row in rows:
         if absent := [column for column in needed if column not in row]:
             raise ValueError(f"{folder / layout['file']}: no columns {absent}, only {sorted(row)}")
@@ -325,19 +326,21 @@ def _images_of_table(image_set: ImageSet, folder: Path) -> LabelledImages:
             skipped.append({"id": name or f"row {number}", "reason": str(error)})
             continue
         first, own = lines.setdefault(path, (number, found[0]))
-        if own != found[0]:
-            raise ValueError(
-                f"{folder / layout['file']}: {name} is {image_set.names[own]!r} in row {first}, "
-                f"but {image_set.names[found[0]]!r} in row {number}; remove the wrong one"
-            )
         if first != number:
-            skipped.append(
-                {"id": name, "reason": f"row {number}: named twice, first in row {first}"}
-            )
+            reason = f"row {number}: named twice, first in row {first}"
+            if own != found[0]:
+                reason += f", as {image_set.names[own]!r} instead of {image_set.names[found[0]]!r}"
+                contradicted.add(path)
+            skipped.append({"id": name, "reason": reason})
             continue
         images.append(FileImage(name, path))
         labels.append(found[0])
-    return LabelledImages(tuple(images), tuple(labels), tuple(skipped))
+    kept = [index for index, image in enumerate(images) if image.path not in contradicted]
+    return LabelledImages(
+        tuple(images[index] for index in kept),
+        tuple(labels[index] for index in kept),
+        tuple(skipped),
+    )
 
 
 def _file_names(image_set: ImageSet, folder: Path) -> LabelledImages:
