@@ -96,7 +96,8 @@ def slide_zero_shot(
 
     Raises:
         FileNotFoundError: If there are no files of features.
-        ValueError: If no slide can be used, a label is not a class, or a slide has two labels.
+        ValueError: If no slide can be used or has a label, a label is not a class, or a slide has
+            two labels.
     """
     folder, out, names = Path(features), Path(out), benchmark.names
     files = {path.stem: path for path in sorted(folder.glob("*.h5"))}
@@ -109,6 +110,11 @@ def slide_zero_shot(
     if wrong := sorted(set((labels or {}).values()) - set(names)):
         raise ValueError(
             f"label {wrong[0]!r}: no class of {benchmark.name}, which has {', '.join(names)}"
+        )
+    if labels and not set(labels) & set(files):
+        raise ValueError(
+            f"{folder}: no slide has a label: labels are of slides such as {min(labels)}, "
+            f"and files such as {min(files)}.h5"
         )
     classes = class_features(prompt_features(encoder, benchmark)).numpy()
     read = _reader(encoder, slides, out, batch_size)

@@ -165,6 +165,9 @@ def test_tables_of_labels_are_checked(
     skipped = map(json.loads, (tmp_path / "out/skipped.jsonl").read_text().splitlines())
     reasons = [row["reason"].partition("labels.csv")[2] for row in skipped]
     assert reasons == [":9: named twice, first in line 2", ":10: no label"]
+    write_csv(table, ["slide_id", "label"], [["S1.ndpi", CLASSES[0]]])
+    with pytest.raises(ValueError, match=r"slides such as S1\.ndpi, and files such as S0\.h5"):
+        slide_zero_shot(encoder, benchmark, tmp_path / "features", tmp_path / "out", labels=table)
     write_csv(table, ["slide_id", "label"], [*rows, ["S1", CLASSES[0]]])
     with pytest.raises(ValueError, match=r"labels\.csv:10: S1: label 'tumour', but 'stroma' in"):
         slide_zero_shot(encoder, benchmark, tmp_path / "features", tmp_path / "out", labels=table)
