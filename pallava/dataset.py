@@ -37,14 +37,16 @@ class LLaVADataset(ConversationDataset):
         data_path: `.json` or `.jsonl` file of rows; requires `tokenizer`.
         tokenizer: Hugging Face tokenizer or its config.
         offline_processed_text_folder: Folder written by `datasets.save_to_disk` with `input_ids`,
-            `labels` and `image`; replaces `data_path`.
+            `labels` and `image`; replaces `data_path`. If `xtuner-add tokenise` wrote it,
+            `tokenizer`, `dataset_map_fn`, `template_map_fn` and `max_length` must be those of the
+            folder, or be left out.
         max_dataset_length: Number of rows to sample at random; all rows by default.
         dataset_map_fn: Maps a row to `{"conversation": [...]}`: XTuner's `llava_map_fn` (one image,
             moved to the front, as published) or `pallava.text.encoding.interleaved_map_fn` (the
             default).
         template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`, or
             `tokenizer` for the tokenizer's own chat template, pinned to no thinking and one date.
-        max_length: Maximum number of tokens; longer sequences are truncated.
+        max_length: Maximum number of tokens, by default 2048; longer sequences are truncated.
         pad_image_to_square: Whether to pad with the mean colour before tiling; exported with the
             model.
         anyres_image: Whether to add sub-images; False yields the thumbnail alone. Exported with the
@@ -75,7 +77,7 @@ class LLaVADataset(ConversationDataset):
         max_dataset_length: int | None = None,
         dataset_map_fn: Any = None,
         template_map_fn: Any = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         pad_image_to_square: bool = False,
         anyres_image: bool = True,
         grid_ties: GridTies = TRAINING_TIES,

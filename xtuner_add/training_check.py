@@ -41,6 +41,7 @@ _POSITIVE = (
     "train_cfg.max_epochs",
     "train_cfg.max_iters",
     "train_dataloader.dataset.max_length",
+    "train_dataloader.dataset.max_dataset_length",
 )
 
 

@@ -38,6 +38,9 @@ _ROWS_PER_TABLE = 10_000
 _REPLACEMENTS = 16  # rows tried instead of one whose image is unreadable
 _SILENT_BELOW = 5000  # rows; fewer are tokenized in a moment
 
+DEFAULT_MAX_LENGTH = 2048
+"""Maximum number of tokens of a data set that states none."""
+
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Base class for conversations; subclasses implement `read_image` and `count_sub_images`.
@@ -45,12 +48,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     Args:
         data_path: `.json` or `.jsonl` file of rows; requires `tokenizer`.
         tokenizer: Hugging Face tokenizer or its config.
-        offline_processed_text_folder: Folder of tokenized rows; replaces `data_path`.
+        offline_processed_text_folder: Folder of tokenized rows; replaces `data_path`. Arguments
+            that shape tokens must be those of the folder, or be left out.
         max_dataset_length: Number of rows to sample at random; all rows by default.
         dataset_map_fn: Maps a row to `{"conversation": [...]}`.
         template_map_fn: Prompt template, as made by XTuner's `template_map_fn_factory`, or
             `tokenizer` for the tokenizer's own chat template.
-        max_length: Maximum number of tokens; longer sequences are truncated.
+        max_length: Maximum number of tokens, by default 2048; longer sequences are truncated.
         skip_log: File that records skipped samples.
         map_num_proc: Number of tokenization processes; chosen by the number of rows by default.
         image_field: Field of the rows that names their images.
@@ -66,7 +70,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_dataset_length: int | None = None,
         dataset_map_fn: Any = None,
         template_map_fn: Any = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         skip_log: StrPath | None = None,
         map_num_proc: int | None = None,
         image_field: str = "image",
@@ -85,7 +89,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     logger="current",
                     level=logging.WARNING,
                 )
-            self.text_data = load_processed_text(offline_processed_text_folder, contrast_answers)
+            from pallava.engine.tokenised import check_tokens
+
+            data = load_processed_text(offline_processed_text_folder, contrast_answers)
+            check_tokens(
+                offline_processed_text_folder,
+                tokenizer=build(tokenizer),
+                dataset_map_fn=dataset_map_fn,
+                template_map_fn=template_map_fn,
+                max_length=max_length,
+            )
+            self.text_data = _sample(data, max_dataset_length)
             self._num_skipped_at_start = len(self.skip_log.read())
             return
         if data_path is None or tokenizer is None:
@@ -98,7 +112,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             tokenizer=build(tokenizer),
             dataset_map_fn=dataset_map_fn,
             template_map_fn=template_map_fn,
-            max_length=max_length,
+            max_length=max_length or DEFAULT_MAX_LENGTH,
             max_dataset_length=max_dataset_length,
             num_proc=map_num_proc,
             skip_log=self.skip_log,
@@ -364,7 +378,7 @@ def process_text(
     from datasets import disable_progress_bars
 
     encode = _RowEncoder(
-        _map_function(dataset_map_fn or interleaved_map_fn),
+        map_function(dataset_map_fn or interleaved_map_fn),
         TokenizerTemplate(tokenizer)
         if template_map_fn == TOKENIZER_TEMPLATE
         else build(template_map_fn),
@@ -376,8 +390,7 @@ def process_text(
         num_proc = min(32, os.cpu_count() or 1, len(data) // _ROWS_PER_PROCESS)
     if total < _SILENT_BELOW:
         disable_progress_bars()
-    if max_dataset_length is not None and max_dataset_length < len(data):
-        data = data.shuffle(seed=0).select(range(max_dataset_length))
+    data = _sample(data, max_dataset_length)
     if contrast_answers:
         data = data.add_column("marks", _marks(map(encode.pairs, data), data_path))
     data = data.map(
@@ -388,7 +401,14 @@ def process_text(
     return _skip_unusable(data, skip_log, max_length)
 
 
-def _map_function(function: Any) -> Callable[[Any], Mapping[str, Any]]:
+def _sample(data: Any, number: int | None) -> Any:
+    """Returns that many rows, chosen at random; all if there are no more or `number` is None."""
+    if number is None or number >= len(data):
+        return data
+    return data.shuffle(seed=0).select(range(number))
+
+
+def map_function(function: Any) -> Callable[[Any], Mapping[str, Any]]:
     """Returns a map function that a config gives as such, or by XTuner's name of it."""
     if isinstance(function, str):
         from xtuner.dataset.huggingface import get_object_from_string

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig
 from xtuner.registry import BUILDER
 
+from pallava.engine.conversations import DEFAULT_MAX_LENGTH
 from pallava.engine.runtime import _type_name, prepare_host
 from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import read_vision_config
@@ -155,7 +156,7 @@ class TrainingPlan:
         self._quantised = _quantisation(model["llm"])
         self.model = self._build(model, visual_encoder or model["visual_encoder"])
         self.batch_size = int((cfg.get("train_dataloader") or {}).get("batch_size", 1))
-        self.max_length = int(dataset.get("max_length", 2048))
+        self.max_length = int(dataset.get("max_length") or DEFAULT_MAX_LENGTH)
         uses_sub_images = self.model.projector.uses_sub_images and dataset.get("anyres_image", True)
         self.max_sub_images = 8 if uses_sub_images else 0
         wrapper = cfg.get("optim_wrapper") or {}

@@ -6,22 +6,30 @@ as `offline_processed_text_folder` of `pallava.dataset.LLaVADataset` or of XTune
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmengine import print_log
 from mmengine.config import Config
-from xtuner.registry import BUILDER, MAP_FUNC
+from xtuner.registry import BUILDER
 
-from pallava.engine.conversations import process_text
+from pallava.engine.conversations import (
+    DEFAULT_MAX_LENGTH,
+    map_function,
+    process_text,
+)
 from pallava.engine.prompts import TOKENISED_REPORT, template_of_dataset
 from pallava.engine.runtime import prepare_host
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
-from pallava.text.templates import TOKENIZER_TEMPLATE
+from pallava.text.encoding import interleaved_map_fn
+from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
 from pathcore.files import (
     OutputExistsError,
     StrPath,
@@ -31,6 +39,9 @@ from pathcore.files import (
     write_json,
 )
 from pathcore.names import did_you_mean
+
+_SAMPLE = "Grade 2\n\n  carcinoma (ER+, 1,024 \u00b5m); don't bi\u00f6psy \u7ec4\u7ec7."
+"""Text whose ids reveal other merges or another splitting of words with the same vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +122,15 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
             f"{config_file}: expected train_dataloader.dataset with a tokenizer; of several "
             "datasets tokenise each by --tokenizer and --prompt-template"
         )
-    map_fn, template = dataset.get("dataset_map_fn"), dataset.get("template_map_fn")
+    max_length = dataset.get("max_length") or DEFAULT_MAX_LENGTH
     return TextSettings(
         BUILDER.build(dataset.tokenizer),
-        MAP_FUNC.get(map_fn) if isinstance(map_fn, str) else map_fn,
-        template,
-        dataset.get("max_length", 2048),
+        dataset.get("dataset_map_fn"),
+        dataset.get("template_map_fn"),
+        max_length,
         {
             "config": {
-                "max_length": dataset.get("max_length", 2048),
+                "max_length": max_length,
                 **{
                     key: _described(dataset.get(key))
                     for key in ("tokenizer", "dataset_map_fn", "template_map_fn")
@@ -139,6 +150,83 @@ def _described(value: Any) -> Any:
     if callable(value):
         return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, bool | int | float | None) else str(value)
+
+
+def _token_settings(
+    tokenizer: Any, dataset_map_fn: Any, template: PromptTemplate | None, max_length: int | None
+) -> dict[str, Any]:
+    """Returns what determines the ids of a row as JSON values, by argument; None is left out."""
+    settings = {
+        "tokenizer": None if tokenizer is None else vocabulary_digest(tokenizer),
+        "dataset_map_fn": None
+        if dataset_map_fn is None
+        else _described(map_function(dataset_map_fn)),
+        "template_map_fn": None if template is None else replace(template, stop_words=()).fields(),
+        "max_length": max_length,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Returns a digest of what a tokenizer makes of text, independent of its path."""
+    ids = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    content = repr((sorted(tokenizer.get_vocab().items()), special, ids))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_tokens(
+    folder: StrPath,
+    *,
+    tokenizer: Any,
+    dataset_map_fn: Any,
+    template_map_fn: Any,
+    max_length: int | None,
+) -> None:
+    """Compares a folder of tokenized rows with the arguments of the data set that reads it.
+
+    A folder without a record, such as one that XTuner's own tool wrote, only causes a warning.
+
+    Args:
+        folder: Folder that `tokenise` wrote.
+        tokenizer: Tokenizer; this and the next are None if the data set does not state them.
+        dataset_map_fn: See `pallava.dataset.LLaVADataset`, as for the next two.
+        template_map_fn: Prompt template.
+        max_length: Maximum number of tokens.
+
+    Raises:
+        ValueError: If an argument differs from what the rows were tokenized with.
+    """
+    template = None
+    if template_map_fn is not None and (tokenizer or template_map_fn != TOKENIZER_TEMPLATE):
+        template = template_of_dataset({"tokenizer": tokenizer, "template_map_fn": template_map_fn})
+    stated = _token_settings(tokenizer, dataset_map_fn, template, max_length)
+    path = Path(folder) / TOKENISED_REPORT
+    report = json.loads(path.read_bytes()) if path.is_file() else {}
+    recorded = report.get("inputs", {}).get("tokens")
+    if recorded is None and stated:
+        print_log(
+            f"offline_processed_text_folder {folder}: does not record with which tokenizer and "
+            f"settings it was written, so that {', '.join(stated)} cannot be compared; "
+            "`xtuner-add tokenise` records them",
+            logger="current",
+            level=logging.WARNING,
+        )
+        return
+    for name, value in stated.items():
+        if recorded[name] != value:
+            raise ValueError(
+                f"offline_processed_text_folder {folder}: {name} differs from that of the data "
+                f"set: the rows were tokenised with {_shown(name, recorded[name])}, the data set "
+                f"has {_shown(name, value)}; run `xtuner-add tokenise` again with the data set's "
+                f"settings, or give the data set those of {TOKENISED_REPORT} in the folder"
+            )
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "tokenizer":
+        return f"the vocabulary {value[:12]}"
+    return PromptTemplate.from_fields(value).name if name == "template_map_fn" else str(value)
 
 
 def tokenise(
@@ -166,7 +254,16 @@ def tokenise(
     out, data_path = Path(os.path.abspath(out)), Path(data_path)
     if not data_path.is_file():
         raise FileNotFoundError(f"data_path {data_path}: no such file")
-    inputs = {"data": file_identity(data_path), **settings.description}
+    inputs = {
+        "data": file_identity(data_path),
+        "tokens": _token_settings(
+            settings.tokenizer,
+            settings.dataset_map_fn or interleaved_map_fn,
+            template_of_dataset(vars(settings)),
+            settings.max_length,
+        ),
+        **settings.description,
+    }
     if out.exists():
         return _finished_report(out, inputs)
     partial = out.with_name(f"{out.name}.partial")

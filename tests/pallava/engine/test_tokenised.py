@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor
 from xtuner.dataset import LLaVADataset as XTunerDataset
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
 from pallava.dataset import LLaVADataset
+from pallava.engine.conversations import process_text
 from pallava.engine.tokenised import settings_from_config, settings_from_names, tokenise
+from pallava.skipping import SkipLog
+from pallava.text.encoding import IMAGE_TOKEN_INDEX, interleaved_map_fn
 from pathcore.files import OutputExistsError
 from tests.pallava import goldens
 
@@ -70,6 +74,103 @@ def test_the_same_as_at_the_start_of_training(rows: Path, tmp_path: Path) -> Non
         ours, theirs = offline[index], online[index]
         assert ours["input_ids"] == theirs["input_ids"] and ours["labels"] == theirs["labels"]
         assert len(ours["pixel_values"]) == len(theirs["pixel_values"])
+
+
+def other_tokenizer(folder: Path) -> Path:
+    """Writes a tokenizer with as many ids as the golden one, two of them exchanged."""
+    shutil.copytree(goldens.TINY_LLAMA, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def written(rows: Path, tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a data set that reads a folder, as far as the folder does not concern them."""
+    settings = settings_from_names(str(goldens.TINY_LLAMA), "llama3_chat", max_length=64)
+    tokenise(rows, tmp_path / "tokens", settings)
+    return {
+        "offline_processed_text_folder": tmp_path / "tokens",
+        "image_folder": tmp_path,
+        "image_processor": CLIPImageProcessor(crop_size={"height": 32, "width": 32}),
+        "skip_log": tmp_path / "skipped.jsonl",
+    }
+
+
+def test_a_data_set_of_other_settings_is_refused(written: dict[str, Any], tmp_path: Path) -> None:
+    same = {
+        "tokenizer": goldens.tokenizer(),
+        "dataset_map_fn": llava_map_fn,
+        "template_map_fn": template_map_fn_factory(PROMPT_TEMPLATE.llama3_chat),
+        "max_length": 64,
+    }
+    assert len(LLaVADataset(**written, **same)) == 12
+    other = AutoTokenizer.from_pretrained(other_tokenizer(tmp_path / "other"))
+    for name, value, found in (
+        ("tokenizer", other, "the vocabulary [0-9a-f]{12}, the data set has the vocabulary"),
+        ("dataset_map_fn", interleaved_map_fn, "llava_map_fn.*has .*interleaved_map_fn"),
+        ("template_map_fn", template_map_fn_factory(PROMPT_TEMPLATE.vicuna), "has vicuna"),
+        ("max_length", 32, "64, the data set has 32"),
+    ):
+        with pytest.raises(ValueError, match=f"tokens: {name} differs.*{found}"):
+            LLaVADataset(**written, **{**same, name: value})
+
+
+def test_a_folder_without_a_record_cannot_be_compared(
+    written: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(
+        "pallava.engine.tokenised.print_log", lambda message, **_: shown.append(message)
+    )
+    (tmp_path / "tokens" / "tokenised.json").unlink()
+    assert len(LLaVADataset(**written, max_length=32)) == 12
+    assert "so that max_length cannot be compared" in shown[0]
+
+
+def test_some_rows_of_the_folder(written: dict[str, Any]) -> None:
+    data = LLaVADataset(**written, max_dataset_length=5)
+    assert len(data) == len(data.num_sub_images) == 5
+
+
+def test_another_tokenizer_under_the_same_path_is_noticed(rows: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(goldens.TINY_LLAMA, folder)
+    tokenise(rows, tmp_path / "tokens", settings_from_names(str(folder), "llama3_chat"))
+    shutil.rmtree(folder)
+    settings = settings_from_names(str(other_tokenizer(folder)), "llama3_chat")
+    with pytest.raises(OutputExistsError, match="the result of other settings"):
+        tokenise(rows, tmp_path / "tokens", settings)
+
+
+def test_a_mapping_by_its_import_path(rows: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"""
+from transformers import AutoTokenizer
+tokenizer = dict(
+    type=AutoTokenizer.from_pretrained, pretrained_model_name_or_path={str(goldens.TINY_LLAMA)!r}
+)
+train_dataloader = dict(dataset=dict(
+    type="LLaVADataset", tokenizer=tokenizer,
+    dataset_map_fn="xtuner.dataset.map_fns.llava_map_fn",
+))
+"""
+    )
+    settings = settings_from_config(config)
+    data = process_text(
+        rows,
+        tokenizer=settings.tokenizer,
+        dataset_map_fn=settings.dataset_map_fn,
+        template_map_fn=None,
+        max_length=64,
+        max_dataset_length=None,
+        num_proc=1,
+        skip_log=SkipLog(tmp_path / "skipped.jsonl"),
+    )
+    assert data["input_ids"][2][1] == IMAGE_TOKEN_INDEX, "llava_map_fn moves the image to the front"
 
 
 def test_xtuners_own_class_reads_it(rows: Path, tmp_path: Path) -> None:
