@@ -398,7 +398,7 @@ def process_text(
         num_proc=num_proc if num_proc > 1 else None,
         remove_columns=[name for name in data.column_names if name not in ("id", "image")],
     )
-    return _skip_unusable(data, skip_log, max_length)
+    return _skip_unusable(data, skip_log, max_length, str(data_path))
 
 
 def _sample(data: Any, number: int | None) -> Any:
@@ -437,7 +437,7 @@ def _read_table(data_path: StrPath, skip_log: SkipLog, image_field: str) -> tupl
     features = Features(
         {"id": Value("string"), "image": Sequence(Value("string")), "conversations": [turn]}
     )
-    tables, rows, faults, total = [], [], {}, 0
+    tables, rows, faults, names, total = [], [], {}, set(), 0
 
     def store() -> None:
         # Python's objects take several times the memory of a table.
@@ -448,19 +448,19 @@ def _read_table(data_path: StrPath, skip_log: SkipLog, image_field: str) -> tupl
         total += 1
         is_row = isinstance(row, Mapping)
         fault = check_row(row, image_field) if is_row else f"no object: {row!s:.80}"
+        name = str(row.get("id", number)) if is_row else str(number)
+        if name in (faults if fault else names):  # the log holds an id once; every lost row counts
+            name = f"{name} (row {number})"
         if fault is None:
             files = image_files(row, image_field)
             turns = [
                 {"from": t["from"], "value": t.get("value") or ""} for t in row["conversations"]
             ]
-            name = str(row.get("id", number))
+            names.add(name)
             rows.append({"id": name, "image": files or None, "conversations": turns})
             if len(rows) == _ROWS_PER_TABLE:
                 store()
             continue
-        name = str(row.get("id", number)) if is_row else str(number)
-        if name in faults:  # the log holds an id once, and every lost row counts
-            name = f"{name} (row {number})"
         faults[name] = f"{data_path}, row {number}: {fault}"
         skip_log.record(name, str(data_path), faults[name])
     check_fraction(len(faults), total, str(data_path), faults)
@@ -530,8 +530,8 @@ def _values(data: Any, *names: str) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(batch[name] for name in names), strict=True)
 
 
-def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
-    keep = []
+def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int, source: str) -> Any:
+    keep, faults = [], {}
     rows = _values(data, "num_pairs", "num_learned", "num_marks", "image")
     for index, (pairs, learned, marks, files) in enumerate(rows):
         if learned and marks == len(files or ()):
@@ -546,9 +546,9 @@ def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int) -> Any:
                 f"dataset_map_fn left {marks} image token(s) for {len(files or ())} image(s); "
                 "conversations with several images in one turn need interleaved_map_fn"
             )
+        faults[row["id"]] = reason
         skip_log.record(row["id"], (image_files(row) or [""])[0], reason)
-    if not keep:
-        raise ValueError(f"no row can be used; the first: {skip_log.read()[0].reason}")
+    check_fraction(len(faults), len(data), source, faults)
     return data if len(keep) == len(data) else data.select(keep)
 
 

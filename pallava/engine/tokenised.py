@@ -68,7 +68,11 @@ class TextSettings:
 
 
 def settings_from_names(
-    tokenizer: str, prompt_template: str, *, map_fn: str = "llava", max_length: int = 2048 - 196
+    tokenizer: str,
+    prompt_template: str = "llama3_chat",
+    *,
+    map_fn: str = "llava",
+    max_length: int = 2048 - 196,
 ) -> TextSettings:
     """Returns settings without a config.
 
@@ -116,7 +120,7 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
     """
     prepare_host()
 
-    dataset = Config.fromfile(config_file).train_dataloader.dataset
+    dataset = (Config.fromfile(config_file).get("train_dataloader") or {}).get("dataset") or {}
     if "tokenizer" not in dataset:
         raise ValueError(
             f"{config_file}: expected train_dataloader.dataset with a tokenizer; of several "

@@ -126,6 +126,35 @@ def test_tokenise(tmp_path: Path) -> None:
     assert call("convert-dataset", "pmc-vqa", data, tmp_path / "talk").exit_code == 0
     rows = tmp_path / "talk" / "conversations.jsonl"
     assert call("tokenise", rows, tmp_path / "out").exit_code == 2
+    named = ("--config", "pallava_domain_alignment_tiny", "--max-length", 9)
+    result = call("tokenise", rows, tmp_path / "out", *named)
+    assert result.exit_code == 2 and "omit --max-length, or change the config" in result.output
+    for option in ("--max-length", "--workers"):
+        named = ("--tokenizer", goldens.TINY_LLAMA, option, 0)
+        assert call("tokenise", rows, tmp_path / "out", *named).exit_code == 2
     result = call("tokenise", rows, tmp_path / "out", "--tokenizer", goldens.TINY_LLAMA)
     assert result.exit_code == 0 and "1 rows" in result.output, result.output
     assert (tmp_path / "out" / "state.json").is_file()
+
+
+def test_tokenise_counts_every_row_that_it_loses(tmp_path: Path) -> None:
+    from tests.pallava import goldens
+
+    def row(number: object, question: str) -> str:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+        return json.dumps({"id": number, "conversations": turns}) + "\n"
+
+    rows = tmp_path / "conversations.jsonl"
+    good = [row(number, "Is it red?") for number in range(30)]
+    rows.write_text("".join([*good, *[row("long", "Is it red? " * 40)] * 2]))
+    named = ("--tokenizer", goldens.TINY_LLAMA, "--max-length")
+    result = call("tokenise", rows, tmp_path / "out", *named, 60)
+    assert result.exit_code == 3 and "2 rows were skipped" in result.output, result.output
+    log = (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in log] == ["long", "long (row 32)"]
+    result = call("tokenise", rows, tmp_path / "short", *named, 5)
+    assert result.exit_code == 1 and "32 of 32 rows cannot be used" in result.output
+    rows.write_text("".join([*good, *[row("long", "Is it red? " * 40)] * 5]))
+    result = call("tokenise", rows, tmp_path / "few", *named, 60)
+    assert result.exit_code == 1 and "5 of 35 rows cannot be used, more than a te" in result.output
+    assert "no word of the answer is within max_length 60" in result.output

@@ -373,27 +373,28 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
 @click.argument("out", type=OUT_FOLDER)
 @click.option("--config", help="Training config that sets tokenizer, template and length.")
 @click.option("--tokenizer", help="Tokenizer instead of --config: folder or hub name.")
-@click.option("--prompt-template", default="llama3_chat", show_default=True)
+@click.option("--prompt-template", help="Template for --tokenizer. [default: llama3_chat]")
 @click.option(
     "--map-fn",
     type=click.Choice(["llava", "interleaved"]),
-    default="llava",
-    show_default=True,
-    help="llava moves the image to the front, as the published code does.",
+    help="Mapping for --tokenizer; llava moves the image to the front, as the published code does. "
+    "[default: llava]",
 )
-@click.option("--max-length", default=2048 - 196, show_default=True)
 @click.option(
-    "--workers", type=int, help="Number of processes. [default: depends on the number of rows]"
+    "--max-length", type=click.IntRange(1), help="Length for --tokenizer. [default: 1852]"
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Number of processes. [default: depends on the number of rows]",
 )
 def tokenise(
     conversations: Path,
     out: Path,
     config: str | None,
     tokenizer: str | None,
-    prompt_template: str,
-    map_fn: str,
-    max_length: int,
     workers: int | None,
+    **options: Any,
 ) -> None:
     """Tokenise CONVERSATIONS once and write the folder OUT.
 
@@ -402,6 +403,10 @@ def tokenise(
     """
     if (config is None) == (tokenizer is None):
         raise click.UsageError("give either --config or --tokenizer")
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is not None and given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"--config sets these too: omit {names}, or change the config")
     from pallava.engine.tokenised import settings_from_config, settings_from_names
     from pallava.engine.tokenised import tokenise as write_folder
 
@@ -410,9 +415,7 @@ def tokenise(
             settings = settings_from_config(find_config(config))
         else:
             assert tokenizer is not None
-            settings = settings_from_names(
-                tokenizer, prompt_template, map_fn=map_fn, max_length=max_length
-            )
+            settings = settings_from_names(tokenizer, **given)
         report = write_folder(conversations, out, settings, num_proc=workers)
     click.echo(f"Wrote {out}: {report['num_rows']:,} rows, {report['num_tokens']:,} tokens")
     end(report["num_skipped"], out / SKIP_LOG_NAME)

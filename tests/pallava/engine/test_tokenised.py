@@ -197,9 +197,10 @@ def test_settings_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert settings.dataset_map_fn is llava_map_fn and settings.template_map_fn is not None
     described = json.dumps(settings.description)
     assert "llava_map_fn" in described and "0x" not in described, "the same in every process"
-    (tmp_path / "none.py").write_text("train_dataloader = dict(dataset=dict(type='Several'))")
-    with pytest.raises(ValueError, match="with a tokenizer; of several"):
-        settings_from_config(tmp_path / "none.py")
+    for text in ("train_dataloader = dict(dataset=dict(type='Several'))", "model = dict()"):
+        (tmp_path / "none.py").write_text(text)
+        with pytest.raises(ValueError, match="with a tokenizer; of several"):
+            settings_from_config(tmp_path / "none.py")
 
 
 def test_other_data_or_settings_are_refused(rows: Path, tmp_path: Path) -> None:
