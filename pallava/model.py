@@ -126,6 +126,7 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         tag_parameters(self, PARTS)
         if pretrained is not None:
             self._load_pretrained(pretrained, str(pretrained_pth))
+        self.register_load_state_dict_pre_hook(refuse_other_weights)
 
     def init_weights(self) -> None:
         """Does nothing: the constructor already initialised or loaded all weights."""
@@ -253,6 +254,25 @@ class LLaVAModel(MultimodalMixin, BaseModel):
         check_names(expected, pretrained, what="trained part of the model", source=source)
         self.load_state_dict(dict(pretrained), strict=False)
         print_log(f"Loaded {len(expected)} tensors from {source}", "current")
+
+
+def refuse_other_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_arguments: Any
+) -> None:
+    """Stops a model from loading a checkpoint that does not fit, as a hook of its loading.
+
+    MMEngine (`--resume`, `load_from`), DeepSpeed and XTuner's converter load what fits and leave
+    the rest at its random start.
+
+    Raises:
+        CheckpointError: If tensors are missing, unexpected or of another shape.
+    """
+    expected = model.state_dict(prefix=prefix)
+    if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
+        # ZeRO-3 leaves no values, and so no shapes, in the state dict.
+        expected = {name: state_dict.get(name, tensor) for name, tensor in expected.items()}
+    found = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    check_names(expected, found, what="trained part of the model", source="the checkpoint")
 
 
 def _warn_of_plain_xtuner() -> None:

@@ -126,9 +126,11 @@ class StartScreenHook(Hook):
         """Logs the summary.
 
         Raises:
-            ValueError: If `feature_cache` is set and does not suit the encoder or the disk.
+            ValueError: If `feature_cache` is set and does not suit the encoder or the disk, or if a
+                resumed training had other batches.
         """
         collect_as_usual()  # imports are done, and no tensor of a step is to wait
+        _check_batches(runner)
         lines = start_screen(runner)  # on every rank, for its checks
         if get_rank() == 0:
             runner.logger.info("\n".join(("", *lines, "")))
@@ -212,6 +214,25 @@ def start_screen(runner: Any) -> list[str]:
     lines.append(f"{'Seed':<10}{runner.seed}")
     lines.append(f"{'Log':<10}{runner.logger.log_file} (config and environment too)")
     return lines
+
+
+def _check_batches(runner: Any) -> None:
+    """Refuses to resume with batches of another size.
+
+    A checkpoint holds the number of iterations done. With other batches they stand for other
+    samples, so that the training would end early, or train some samples again.
+    """
+    hub, name = runner.message_hub, "samples_per_iteration"  # part of every checkpoint
+    batch, world = _batch_size(runner), get_world_size()
+    before = hub.get_info(name, batch * world)
+    if before != batch * world:
+        raise ValueError(
+            f"--resume: the training had {before} samples an iteration, this one has "
+            f"{batch * world}: batch {batch} x {world} process(es); set "
+            "train_dataloader.batch_size and NPROC_PER_NODE to the same product, or start a new "
+            "training from the weights by model.pretrained_pth"
+        )
+    hub.update_info(name, before)
 
 
 def _batch_size(runner: Any) -> int:

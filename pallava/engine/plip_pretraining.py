@@ -18,6 +18,7 @@ from torch.optim import AdamW
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.skipping import default_skip_log
+from pallava.model import refuse_other_weights
 from pallava.modeling.folders import save_vision_encoder
 from pallava.pairs import PairDataset, collate_pairs
 from pallava.plip.initialisation import (
@@ -100,6 +101,7 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         if pretrained_pth is not None:
             state_dict = read_state_dict(pretrained_pth)
             load_strict(self, state_dict, what="PLIP pretraining", source=str(pretrained_pth))
+        self.register_load_state_dict_pre_hook(refuse_other_weights)
 
     def init_weights(self) -> None:
         """Does nothing: the constructor already initialised or loaded all weights."""

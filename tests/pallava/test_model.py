@@ -274,6 +274,20 @@ def test_it_answers_and_keeps_its_weights_when_copied(plip: Path) -> None:
     assert torch.equal(*answers)
 
 
+def test_a_checkpoint_of_another_model_is_not_loaded_in_part(plip: Path) -> None:
+    from mmengine.runner.checkpoint import load_state_dict
+
+    deeper, other_rank = build(plip, num_hidden_layers=3), goldens.lora_config(r=2)
+    trained = build(plip).state_dict()
+    # MMEngine's function is that of --resume and load_from, torch's that of DeepSpeed and XTuner.
+    for load in (load_state_dict, lambda model, state: model.load_state_dict(state, strict=False)):
+        with pytest.raises(CheckpointError, match="26 missing, 0 unexpected"):
+            load(deeper, trained)
+        with pytest.raises(CheckpointError, match="0 unexpected, 28 of another shape"):
+            load(build(plip, llm_lora=other_rank), trained)
+        load(build(plip), trained)
+
+
 @pytest.mark.parametrize("save_format", ["official", "huggingface"])
 def test_stock_formats_have_no_place_for_the_connector(plip: Path, save_format: str) -> None:
     with pytest.raises(ValueError, match=f"--save-format {save_format}.*use --save-format xtuner"):

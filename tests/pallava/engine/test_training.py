@@ -108,6 +108,23 @@ def test_resume_continues_bit_for_bit(folder: Path, stage1: Path) -> None:
     assert_equal_weights(stage1 / "iter_40.pth", again / "iter_40.pth")
 
 
+def test_resuming_with_other_batches_or_another_model_is_refused(
+    folder: Path, stage1: Path
+) -> None:
+    sampler = "train_dataloader.sampler.per_device_batch_size"
+    for options, message in (
+        (
+            ("train_dataloader.batch_size=8", f"{sampler}=8"),
+            "the training had 4 samples an iteration, this one has 8: batch 8 x 1 process",
+        ),
+        (("model.llm_lora.r=4",), "does not fit the trained part of the model"),
+    ):
+        arguments = ("--resume", stage1 / "iter_20.pth", "--work-dir", folder / "other")
+        result = run(folder, "train", STAGE1, *arguments, "--cfg-options", *options)
+        assert result.returncode == 2, result.stdout[-3000:]
+        assert message in result.stdout and "Traceback" not in result.stdout
+
+
 def test_plain_xtuner_trains_the_same(folder: Path, stage1: Path) -> None:
     work_dir = folder / "plain"
     run(folder, "train", STAGE1, "--seed", 0, "--work-dir", work_dir, program="xtuner")
