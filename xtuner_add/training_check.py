@@ -66,6 +66,11 @@ def check_training(
     known = _parse_arguments(arguments)
     cfg = _read_config(config, known.cfg_options or {})
     _check_arguments(known)
+    deepspeed = bool(known.deepspeed or cfg.get("strategy"))
+    _check_start("--resume", known.resume, deepspeed)
+    _check_start("load_from", cfg.get("load_from"), deepspeed)
+    if known.resume and deepspeed and known.launcher not in ("slurm", "mpi"):
+        _check_shards(Path(known.resume), environ)
     _check_numbers(cfg)
     for where, part in _typed_parts(cfg, ""):
         _check_names(where, part)
@@ -131,8 +136,6 @@ def _read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_arguments(known: argparse.Namespace) -> None:
-    if known.resume and not Path(known.resume).exists():
-        raise TrainingInputError(f"--resume {known.resume}: no such checkpoint")
     if known.work_dir and Path(known.work_dir).exists() and not Path(known.work_dir).is_dir():
         raise TrainingInputError(f"--work-dir {known.work_dir}: expected a folder, found a file")
     if known.deepspeed and not Path(known.deepspeed).is_file():
@@ -142,6 +145,52 @@ def _check_arguments(known: argparse.Namespace) -> None:
             raise TrainingInputError(
                 f"--deepspeed {known.deepspeed}: neither a file nor one of XTuner's{hint}"
             )
+
+
+def _check_start(option: str, name: Any, deepspeed: bool) -> None:
+    """Checks that a checkpoint to start from exists and is of the kind that the training reads."""
+    if not isinstance(name, str) or "://" in name:
+        return
+    path = Path(name)
+    if not path.exists():
+        raise TrainingInputError(f"{option} {name}: no such checkpoint")
+    if path.is_dir() and not any(path.glob("*model_states.pt")):
+        raise TrainingInputError(
+            f"{option} {name}: expected a checkpoint, such as iter_500.pth, found another folder"
+        )
+    if path.is_dir() != deepspeed:
+        found, do = (
+            ("a training with DeepSpeed", "add --deepspeed deepspeed_zero2, or its other stage")
+            if path.is_dir()
+            else ("a training without DeepSpeed", "leave --deepspeed out")
+        )
+        raise TrainingInputError(
+            f"{option} {name}: a checkpoint of {found}; {do}, or start from its weights by "
+            "model.pretrained_pth"
+        )
+
+
+def _check_shards(checkpoint: Path, environ: Mapping[str, str]) -> None:
+    """Checks that as many processes resume as wrote the optimizer's state, one file each."""
+    written = len(list(checkpoint.glob("*_optim_states.pt")))
+    world = _num_processes(environ)
+    if world is not None and written and written != world:
+        raise TrainingInputError(
+            f"--resume {checkpoint}: written by {written} process(es), but this training has "
+            f"{world}; DeepSpeed resumes only with as many: set NPROC_PER_NODE and NNODES, or "
+            "start from its weights by model.pretrained_pth"
+        )
+
+
+def _num_processes(environ: Mapping[str, str]) -> int | None:
+    """Returns the number of processes; None if the launcher will report a wrong one."""
+    if "RANK" in environ:  # one of the processes that the user's torchrun started
+        return int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None
+    try:
+        processes = Processes.from_environ(environ)
+    except LaunchError:
+        return None
+    return processes.nnodes * processes.nproc_per_node
 
 
 def _check_numbers(cfg: dict[str, Any]) -> None:
@@ -216,6 +265,12 @@ def _check_model(model: dict[str, Any]) -> None:
     vision = None
     if isinstance(encoder, str) and not (":" in encoder and not Path(encoder).exists()):
         vision = _check_encoder(encoder)
+    layers, layer = (vision or {}).get("num_hidden_layers"), model.get("visual_select_layer", -2)
+    if isinstance(layers, int) and not (isinstance(layer, int) and -layers - 1 <= layer <= layers):
+        raise TrainingInputError(
+            f"model.visual_select_layer: expected {-layers - 1} to {layers}, since {encoder} has "
+            f"{layers} layers, found {layer!r}"
+        )
     pretrained = model.get("pretrained_pth")
     if pretrained is not None:
         _check_checkpoint(model, str(pretrained), config, vision)
@@ -372,12 +427,8 @@ def _check_schedule(cfg: dict[str, Any], rows: int, environ: Mapping[str, str]) 
     """Rejects a warm-up below two iterations, which keeps the learning rate at its start value."""
     batch = _at(cfg, "train_dataloader.batch_size")
     schedulers = cfg.get("param_scheduler")
-    try:
-        processes = Processes.from_environ(environ)
-    except LaunchError:
-        return  # the launcher reports it
-    world = processes.nnodes * processes.nproc_per_node
-    if not isinstance(batch, int) or not isinstance(schedulers, list):
+    world = _num_processes(environ)
+    if world is None or not isinstance(batch, int) or not isinstance(schedulers, list):
         return
     steps = math.ceil(rows / (batch * world))
     for index, scheduler in enumerate(schedulers):

@@ -37,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = state.get("state_dict", state)
     next(iter(broken.values())).fill_(float("nan"))
     torch.save(broken, root / "nan.pth")
+    (root / "zero2.pth").mkdir()
+    (root / "zero2.pth" / "mp_rank_00_model_states.pt").touch()
     (root / "broken_config.py").write_text("from mmengine.config import read_base\nmodel = dict(\n")
     return root
 
@@ -78,6 +80,9 @@ def test_a_sound_training_passes_without_torch(folder: Path) -> None:
         (f"{DATA}.image_folder=nope", "image_folder nope: no such folder"),
         (f"{DATA}.image_folder=roles.jsonl", "expected a folder, found a file"),
         (f"{DATA}.offline_processed_text_folder=data/tiny", "tokenise"),
+        ("model.visual_select_layer=-5", r"expected -4 to 3, since .* has 3 layers, found -5"),
+        ("load_from=nope.pth", "load_from nope.pth: no such checkpoint"),
+        ("load_from=zero2.pth", "training with DeepSpeed; add --deepspeed"),
         ("model.visual_encoder=nope", "PLIP folder nope: no such folder"),
         ("model.visual_encoder=data/tiny/llama", "expected a CLIP vision encoder, found llama"),
         ("model.visual_encoder=data/tiny/images", "no config.json in this folder"),
@@ -108,12 +113,31 @@ def test_wrong_options(option: str, message: str) -> None:
     [
         (["--deepspeed", "zero9"], "neither a file nor one of XTuner's; known: .*deepspeed_zero2"),
         (["--resume", "iter_9.pth"], "--resume iter_9.pth: no such checkpoint"),
+        (["--resume", "data/tiny"], "expected a checkpoint, such as iter_500.pth, found another"),
+        (["--resume", "zero2.pth"], "a training with DeepSpeed; add --deepspeed deepspeed_zero2"),
+        (
+            ["--resume", "rank4.pth", "--deepspeed", "deepspeed_zero2"],
+            "a training without DeepSpeed; leave --deepspeed out",
+        ),
         (["--work-dir", "roles.jsonl"], "expected a folder, found a file"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(TrainingInputError, match=message):
         check_training(STAGE1, arguments)
+
+
+def test_deepspeed_resumes_with_as_many_processes_only(folder: Path) -> None:
+    for rank in range(2):
+        (folder / "zero2.pth" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    arguments = ["--resume", "zero2.pth", "--deepspeed", "deepspeed_zero2"]
+    check_training(
+        STAGE1, [*arguments, "--cfg-options", "param_scheduler.0.end=1"], {"NPROC_PER_NODE": "2"}
+    )
+    with pytest.raises(TrainingInputError, match=r"written by 2 process.*this training has 1"):
+        check_training(STAGE1, arguments, {})
+    with pytest.raises(TrainingInputError, match=r"written by 2 process.*this training has 4"):
+        check_training(STAGE1, arguments, {"RANK": "0", "WORLD_SIZE": "4"})
 
 
 def test_an_unreadable_config_names_the_line() -> None:
