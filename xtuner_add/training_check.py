@@ -64,7 +64,7 @@ def check_training(
             field, what was found, what was expected and what to do.
     """
     known = _parse_arguments(arguments)
-    cfg = _read_config(config, known.cfg_options or {})
+    cfg = read_config(config, known.cfg_options or {})
     _check_arguments(known)
     deepspeed = bool(known.deepspeed or cfg.get("strategy"))
     _check_start("--resume", known.resume, deepspeed)
@@ -72,8 +72,6 @@ def check_training(
     if known.resume and deepspeed and known.launcher not in ("slurm", "mpi"):
         _check_shards(Path(known.resume), environ)
     _check_numbers(cfg)
-    for where, part in _typed_parts(cfg, ""):
-        _check_names(where, part)
     model = cfg.get("model")
     dataset = _at(cfg, "train_dataloader.dataset")
     if isinstance(model, dict) and "llm" in model:
@@ -112,7 +110,13 @@ class _Options(argparse.Action):
         setattr(namespace, self.dest, options)
 
 
-def _read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
+def read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Reads a config with the options of a command line, and checks the names in both.
+
+    Raises:
+        TrainingInputError: If the config cannot be read, or an option or an argument of one of this
+            project's classes does not exist.
+    """
     from mmengine.config import Config
 
     try:
@@ -132,7 +136,10 @@ def _read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
         cfg.merge_from_dict(options)
     except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
         raise TrainingInputError(f"--cfg-options: {type(error).__name__}: {error}") from error
-    return cfg._to_lazy_dict()
+    values: dict[str, Any] = cfg._to_lazy_dict()
+    for where, part in _typed_parts(values, ""):
+        _check_names(where, part)
+    return values
 
 
 def _check_arguments(known: argparse.Namespace) -> None:

@@ -161,18 +161,20 @@ def plan(
     text, and one with the longest text that the config allows. Fused attention is assumed.
     """
     from pallava.engine.planning import TrainingPlan
+    from xtuner_add.training_check import read_config
 
     try:
         file = find_config(config)
     except FileNotFoundError as error:
         raise click.UsageError(str(error)) from error
-    with user_errors():
+    with user_errors(TypeError):  # such as LoraConfig's for an unknown argument
         from mmengine.config import DictAction
 
         changes = {
             key: DictAction._parse_iterable(value)
             for key, value in name_values("--cfg-options", cfg_options).items()
         }
+        read_config(file, changes)
         training = TrainingPlan(file, llm=llm, visual_encoder=visual_encoder, options=changes)
         lines = _plan_lines(training, **options)
     click.echo("\n".join(lines))

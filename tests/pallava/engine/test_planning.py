@@ -165,6 +165,13 @@ def test_command_needs_no_weights(tmp_path: Path, folder: Path) -> None:
     for row in ("weights", "activations", "total", "24 GiB", "80 GiB"):
         assert len(next(line for line in output.splitlines() if line.startswith(row)).split()) >= 5
     assert output.count("fits") >= 12
+    for option, message in (
+        ("train_dataloder.batch_size=64", "did you mean train_dataloader"),
+        ("model.pretraind_pth=x.pth", "did you mean pretrained_pth"),
+        ("model.llm_lora.rank=64", "unexpected keyword argument 'rank'"),
+    ):
+        code, output = invoke(*arguments, "--cfg-options", option)
+        assert code == 1 and message in output, output
 
 
 def test_missing_language_model_is_named(tmp_path: Path) -> None:
