@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,11 @@ def _check_start(option: str, name: Any, deepspeed: bool) -> None:
     if path.is_dir() and not any(path.glob("*model_states.pt")):
         raise TrainingInputError(
             f"{option} {name}: expected a checkpoint, such as iter_500.pth, found another folder"
+        )
+    if option == "--resume" and path.is_file() and not zipfile.is_zipfile(path):
+        raise TrainingInputError(
+            f"{option} {name}: no checkpoint, or one that was not written to its end; name an "
+            "earlier one"
         )
     if path.is_dir() != deepspeed:
         found, do = (

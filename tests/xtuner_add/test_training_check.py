@@ -37,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = state.get("state_dict", state)
     next(iter(broken.values())).fill_(float("nan"))
     torch.save(broken, root / "nan.pth")
+    whole = (root / "rank4.pth").read_bytes()
+    (root / "half.pth").write_bytes(whole[: len(whole) // 2])
     (root / "zero2.pth").mkdir()
     (root / "zero2.pth" / "mp_rank_00_model_states.pt").touch()
     (root / "broken_config.py").write_text("from mmengine.config import read_base\nmodel = dict(\n")
@@ -113,6 +115,7 @@ def test_wrong_options(option: str, message: str) -> None:
     [
         (["--deepspeed", "zero9"], "neither a file nor one of XTuner's; known: .*deepspeed_zero2"),
         (["--resume", "iter_9.pth"], "--resume iter_9.pth: no such checkpoint"),
+        (["--resume", "half.pth"], "half.pth: no checkpoint, or one that was not written to its"),
         (["--resume", "data/tiny"], "expected a checkpoint, such as iter_500.pth, found another"),
         (["--resume", "zero2.pth"], "a training with DeepSpeed; add --deepspeed deepspeed_zero2"),
         (
