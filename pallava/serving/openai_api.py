@@ -85,7 +85,7 @@ async def _complete(
     answers: Answers | None = None
     try:
         service.check_free()
-        body = _parse_body(await request.body())
+        body = parse_body(await request.body())
         async with decoding:
             chat = await run_in_threadpool(read, body)
         answers = service.ask(chat.turns, chat.sampling, chat.num_answers)
@@ -131,7 +131,12 @@ def _error(
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
-def _parse_body(body: bytes) -> Any:
+def parse_body(body: bytes) -> Any:
+    """Parses the JSON of a request.
+
+    Raises:
+        RequestError: If it is no JSON.
+    """
     try:
         content = json.loads(body)
         if b"\\ud" in body.lower():

@@ -6,7 +6,6 @@ The format is OpenAI's (platform.openai.com/docs/api-reference/chat/create).
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -276,7 +275,7 @@ def _image(url: str, param: str, max_pixels: int) -> Image.Image:
     try:
         data = base64.b64decode(payload, validate=True)
         return decode_image(data, name=f"image of {param}", max_pixels=max(0, max_pixels))
-    except binascii.Error as error:
-        raise RequestError(f"{param}: no valid base64: {error}", param, "invalid_image") from error
     except ImageError as error:
         raise RequestError(str(error), param, "invalid_image") from error
+    except ValueError as error:  # more than binascii.Error, for letters outside ASCII
+        raise RequestError(f"{param}: no valid base64: {error}", param, "invalid_image") from error

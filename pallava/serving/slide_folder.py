@@ -88,10 +88,11 @@ class SlideFolder:
         """
         info = self.info(name)
         longer = max(info.width_px, info.height_px)
-        scale = 2.0 ** ((longer - 1).bit_length() - level)
+        finest = (longer - 1).bit_length()
+        scale = 1 << (finest - level) if 0 <= level <= finest else 0
         side = TILE_PX * scale
         left, top = column * side, row * side
-        if level < 0 or scale < 1 or not (0 <= left < info.width_px and 0 <= top < info.height_px):
+        if not (scale and 0 <= left < info.width_px and 0 <= top < info.height_px):
             raise FileNotFoundError(f"{name}: no tile {column}, {row} at level {level}")
         width, height = (
             max(1, min(TILE_PX, round((length - start) / scale)))
@@ -104,7 +105,7 @@ class SlideFolder:
             box = (left, top, left + width * scale, top + height * scale)
             corners = tuple(edge * ratio for edge in box)
             return whole.resize((width, height), box=_inside(corners, whole.size), reducing_gap=2)
-        tile = self.region(name, round(left), round(top), round(side), TILE_PX)
+        tile = self.region(name, left, top, side, TILE_PX)
         return tile.crop((0, 0, width, height))
 
     def info(self, name: str) -> SlideInfo:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from pallava.inference.evidence import SlideAnswer, find_evidence
-from pallava.serving.openai_api import error_response
+from pallava.serving.openai_api import error_response, parse_body
 from pallava.serving.page_parts import NOTICE
 from pallava.serving.service import BusyError, ModelService
 from pallava.serving.slide_folder import SlideFolder
@@ -96,8 +95,8 @@ def mount_slide_page(service: ModelService, bags: SlideBags) -> FastAPI:
     @app.post("/ask")
     async def ask(request: Request) -> Response:
         try:
-            return JSONResponse(await _answer(service, bags, json.loads(await request.body())))
-        except (ValueError, TypeError, KeyError, FileNotFoundError, BusyError) as error:
+            return JSONResponse(await _answer(service, bags, parse_body(await request.body())))
+        except (ValueError, FileNotFoundError, BusyError) as error:
             return error_response(error)
 
     return app
@@ -120,7 +119,10 @@ async def _answer(service: ModelService, bags: SlideBags, body: Any) -> dict[str
     coords, side = await asyncio.to_thread(bags.squares, name)
     shown = torch.ones(len(coords), dtype=torch.bool)
     if (region := body.get("region")) is not None:
-        left, top, right, bottom = map(float, region)
+        try:
+            left, top, right, bottom = map(float, region)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"region: expected four numbers, found {region!r:.80}") from error
         centres = coords + side / 2
         inside = (centres >= (left, top)) & (centres < (right, bottom))
         shown = torch.from_numpy(inside.all(axis=1))

@@ -157,6 +157,7 @@ POSTSCRIPT = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\
         ({"messages": image_message("file:///etc/passwd")}, 400, "messages[0]", "fetches nothing"),
         ({"messages": image_message("/etc/passwd")}, 400, "messages[0]", "fetches nothing"),
         ({"messages": image_message("data:image/png;base64,####")}, 400, "messages[0]", "base64"),
+        ({"messages": image_message("data:image/png;base64,é")}, 400, "messages[0]", "base64"),
         ({"messages": image_message("data:image/png;base64,aGVsbG8=")}, 400, "messages[0]", "PNG"),
         ({"messages": image_message("data:image/png,abc")}, 400, "messages[0]", "in base64"),
         (

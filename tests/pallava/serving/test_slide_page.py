@@ -87,8 +87,12 @@ def get(url: str, **parameters: object) -> bytes:
 
 
 def post(url: str, body: Any) -> dict[str, Any]:
+    return send(url, json.dumps(body).encode())
+
+
+def send(url: str, content: bytes) -> dict[str, Any]:
     headers = {"content-type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, content, headers)
     try:
         with urllib.request.urlopen(request) as reply:
             return dict(json.loads(reply.read()))
@@ -113,7 +117,10 @@ def test_tiles_are_the_pixels_of_the_slide(address: str) -> None:
         assert difference.mean() < 8, (level, difference.mean())
     edge = Image.open(io.BytesIO(get(f"{address}/tile", name="a.svs", level=12, column=9, row=5)))
     assert edge.size == (WIDTH - 9 * 256, HEIGHT - 5 * 256)
-    for wrong in ({"column": 10}, {"row": 6}, {"level": 13}, {"level": -1}, {"name": "../a.svs"}):
+    for wrong in (
+        {"column": 10}, {"row": 6}, {"level": 13}, {"level": -1}, {"name": "../a.svs"},
+        {"level": -(10**5)}, {"level": 10**400}, {"row": 10**400},
+    ):  # fmt: skip
         with pytest.raises(urllib.error.HTTPError) as caught:
             get(f"{address}/tile", **{"name": "a.svs", "level": 12, "column": 0, "row": 0, **wrong})
         assert caught.value.code == 404
@@ -137,8 +144,15 @@ def test_answers_about_a_slide_and_a_region(address: str) -> None:
     assert (
         "not in the listing" in post(f"{address}/ask", {**ask, "slide": "/x"})["error"]["message"]
     )
-    for wrong in ([], {"slide": "a.svs"}, {**ask, "region": [1, 2]}, {**ask, "region": "x"}):
+    for wrong in ([], {"slide": "a.svs"}, {**ask, "question": "\ud800"}):
         assert post(f"{address}/ask", wrong)["status"] == 400
+    for place in ([1, 2], "x", [0, 0, 10**400, 1], [None, 0, 1, 1], True):
+        bad = post(f"{address}/ask", {**ask, "region": place})
+        assert bad["status"] == 400 and "expected four numbers" in bad["error"]["message"]
+    deep = "[" * 100_000
+    for content in (deep, f'{{"slide": {deep}', "", "\0"):
+        bad = send(f"{address}/ask", content.encode())
+        assert bad["status"] == 400 and "no JSON" in bad["error"]["message"]
 
 
 def test_the_endpoint_takes_slides_by_name(address: str) -> None:
