@@ -19,7 +19,7 @@ from pallava.inference.assistant import Assistant
 from pallava.inference.key_values import SLACK, KeptConversations, KeyValues, LayerStates
 from pallava.inference.sampling import Sampling, choose_tokens
 from pallava.modeling.llava import accepts
-from pallava.text.encoding import IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IMAGE_TOKEN_INDEX, ConversationError
 from pallava.text.turns import Turn
 
 CACHE_BYTES = 4 << 30
@@ -28,7 +28,7 @@ CACHE_BYTES = 4 << 30
 _logger = logging.getLogger(__name__)
 
 
-class ContextError(ValueError):
+class ContextError(ConversationError):
     """Raised when a conversation exceeds the context length of the language model."""
 
 
@@ -173,7 +173,7 @@ class BatchedAnswers:
         images = [assistant.pixel_values(image) for turn in request.turns for image in turn.images]
         ids = self._encode(request)
         if ids.count(IMAGE_TOKEN_INDEX) != len(images):  # a chat template may drop or repeat turns
-            raise ValueError(
+            raise ConversationError(
                 f"the prompt holds {ids.count(IMAGE_TOKEN_INDEX)} image mark(s) for {len(images)} "
                 "image(s); expected a prompt template that writes every turn once"
             )
@@ -188,7 +188,10 @@ class BatchedAnswers:
 
     def _encode(self, request: Request) -> list[int]:
         if request.ids is None:
-            request.ids = self.assistant.encode_turns(request.turns)
+            try:
+                request.ids = self.assistant.encode_turns(request.turns)
+            except ValueError as error:  # told apart from errors of the model itself
+                raise ConversationError(str(error)) from error
         return request.ids
 
     @torch.no_grad()

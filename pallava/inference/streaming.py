@@ -34,7 +34,7 @@ def converse(
     Raises:
         ContextError: If the conversation is too long for the language model.
         ImageError: If an image cannot be read.
-        ValueError: If the turns do not form a conversation.
+        ConversationError: If the turns do not form a conversation.
 
     Example::
 

@@ -25,6 +25,8 @@ from pallava.serving.openai_messages import (
     read_request,
 )
 from pallava.serving.service import Answers, BusyError, ModelService
+from pallava.text.encoding import ConversationError
+from pathcore.images import ImageError
 
 _logger = logging.getLogger(__name__)
 
@@ -98,13 +100,12 @@ async def _complete(
             return StreamingResponse(chunks, media_type="text/event-stream")
         completions = await _unless_gone(request, _collect(events))
         return JSONResponse(_whole(service.name, completions))
-    except (RequestError, BusyError, ValueError) as error:
+    except (RequestError, BusyError, ConversationError, ImageError) as error:
         return error_response(error)
     except _ClientGone:
         return Response(status_code=499)  # the client has disconnected
     except Exception:
-        _logger.exception("no answer")
-        return JSONResponse(_error(_FAILED, "server_error"), 500)
+        return failure_response()
     finally:
         if answers is not None:
             answers.cancel()
@@ -123,6 +124,12 @@ def error_response(error: Exception, status: int = 400) -> JSONResponse:
     kind = "authentication_error" if status == 401 else "invalid_request_error"
     content = _error(error, kind, code, getattr(error, "param", None))
     return JSONResponse(content, status)
+
+
+def failure_response() -> JSONResponse:
+    """Logs the current exception, and builds the response to a failure of the server."""
+    _logger.exception("no answer")
+    return JSONResponse(_error(_FAILED, "server_error"), 500)
 
 
 def _error(

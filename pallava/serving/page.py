@@ -26,6 +26,7 @@ from pallava.serving.pictures import (
 )
 from pallava.serving.service import Answers, BusyError, ModelService
 from pallava.serving.slides import MAX_REGION_PX, SlideInfo, SlideSource, square_around
+from pallava.text.encoding import ConversationError
 from pallava.text.turns import Turn
 from pathcore.images import decode_image
 
@@ -404,7 +405,7 @@ class Page:
                 if isinstance(item, str):
                     text += item
                     yield [*history, {"role": "assistant", "content": text}], session
-        except ValueError as error:
+        except ConversationError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:  # also if generation is stopped or the page closed
             is_over = answers.is_cancelled  # a new conversation was started meanwhile

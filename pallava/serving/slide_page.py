@@ -14,11 +14,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from pallava.inference.evidence import SlideAnswer, find_evidence
-from pallava.serving.openai_api import error_response, parse_body
+from pallava.serving.openai_api import error_response, failure_response, parse_body
 from pallava.serving.page_parts import NOTICE
 from pallava.serving.service import BusyError, ModelService
 from pallava.serving.slide_folder import SlideFolder
 from pallava.slide_bags import SlideBag, read_squares
+from pallava.text.encoding import ConversationError
 
 _FOLDER = Path(__file__).with_name("viewer")
 _FILES = ("viewer.css", "viewer.js", "openseadragon.min.js")
@@ -95,18 +96,26 @@ def mount_slide_page(service: ModelService, bags: SlideBags) -> FastAPI:
     @app.post("/ask")
     async def ask(request: Request) -> Response:
         try:
-            return JSONResponse(await _answer(service, bags, parse_body(await request.body())))
-        except (ValueError, FileNotFoundError, BusyError) as error:
+            work = await _read_question(service, bags, parse_body(await request.body()))
+        except (ValueError, FileNotFoundError) as error:
             return error_response(error)
+        try:
+            return JSONResponse(await service.call(work))
+        except (BusyError, ConversationError) as error:
+            return error_response(error)
+        except Exception:
+            return failure_response()
 
     return app
 
 
-async def _answer(service: ModelService, bags: SlideBags, body: Any) -> dict[str, Any]:
-    """Answers `{slide, question, region, evidence}`; see `viewer/viewer.js`.
+async def _read_question(
+    service: ModelService, bags: SlideBags, body: Any
+) -> Callable[[], dict[str, Any]]:
+    """Returns the function that answers `{slide, question, region, evidence}`.
 
     `region` is left, top, right and bottom in level-0 pixels, or null for the whole slide; with
-    `evidence` the answer comes with the tiles that it depends on.
+    `evidence` the answer comes with the tiles that it depends on; see `viewer/viewer.js`.
     """
     if not isinstance(body, dict):
         raise ValueError("expected a JSON object")
@@ -133,6 +142,10 @@ async def _answer(service: ModelService, bags: SlideBags, body: Any) -> dict[str
     coords = coords[shown.numpy()]
 
     def work() -> dict[str, Any]:
+        try:
+            service.assistant.encode(question, has_image=True)
+        except ValueError as error:  # told apart from errors of the model itself
+            raise ConversationError(str(error)) from error
         answer = SlideAnswer(service.assistant, bag, question.strip(), _MAX_NEW_TOKENS)
         found = {"answer": answer.text, "tiles": len(bag.features)}
         if body.get("evidence"):
@@ -142,7 +155,7 @@ async def _answer(service: ModelService, bags: SlideBags, body: Any) -> dict[str
             found["evidence"] = {**evidence.fields(), **squares}
         return found
 
-    return await service.call(work)
+    return work
 
 
 async def _read(make: Callable[[], Response]) -> Response:

@@ -15,7 +15,7 @@ Bos = Literal["single", "double"]
 
 
 class ConversationError(ValueError):
-    """Raised for a row that is not a usable conversation; the message names the field."""
+    """Raised for a conversation that cannot be used; the message says which part is at fault."""
 
 
 class Tokenizer(Protocol):

@@ -21,7 +21,7 @@ from pallava.inference.streaming import converse
 from pallava.modeling.llava import PALLaVA
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.modeling.qformer import ConnectorConfig, ScaleInvariantConnector
-from pallava.text.encoding import IMAGE_TOKEN_INDEX
+from pallava.text.encoding import IMAGE_TOKEN_INDEX, ConversationError
 from pallava.text.turns import Turn
 from tests.pallava import goldens
 
@@ -292,7 +292,7 @@ def test_nan_and_bad_requests_end_alone(monkeypatch: pytest.MonkeyPatch) -> None
         batch.step()
     assert [ends[0], ends[2]] == [expected[0], expected[2]]
     assert [type(ends[index]) for index in (1, 3, 4)] == [
-        FloatingPointError, ContextError, ValueError,
+        FloatingPointError, ContextError, ConversationError,
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -330,12 +331,14 @@ def test_a_failing_model_is_an_error_and_not_the_end(
 ) -> None:
     service = ModelService(assistant, NAME)
     with serving(create_app(service)) as port:
-        with monkeypatch.context() as patch:
-            patch.setattr(assistant.model.llm, "forward", lambda **_: 1 / 0)
-            response = post(port)
-            assert response.status_code == 500
-            assert response.json()["error"]["type"] == "server_error"
-            assert "division" not in response.text
+        for fault in (ZeroDivisionError("inner"), ValueError("inner")):
+            with monkeypatch.context() as patch:
+                patch.setattr(assistant.model.llm, "forward", Mock(side_effect=fault))
+                for stream in (False, True):
+                    response = post(port, stream=stream)
+                    assert response.status_code == 500
+                    assert response.json()["error"]["type"] == "server_error"
+                    assert "inner" not in response.text
         # The same where the batch expects no error, and would leave clients without an answer.
         with monkeypatch.context() as patch:
             patch.setattr("pallava.inference.batching.BatchedAnswers.step", lambda _: 1 / 0)

@@ -153,6 +153,20 @@ def test_answers_about_a_slide_and_a_region(address: str) -> None:
     for content in (deep, f'{{"slide": {deep}', "", "\0"):
         bad = send(f"{address}/ask", content.encode())
         assert bad["status"] == 400 and "no JSON" in bad["error"]["message"]
+    bad = post(f"{address}/ask", {**ask, "question": "<image> <image>"})
+    assert bad["status"] == 400 and "2 <image>" in bad["error"]["message"]
+
+
+def test_a_failing_model_is_not_the_clients_fault(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(self: PALLaVA, *_: Any, **__: Any) -> Any:
+        raise ValueError("inner")
+
+    monkeypatch.setattr(PALLaVA, "generate_answer", failing)
+    found = post(f"{address}/ask", {"slide": "a.svs", "question": QUESTION})
+    assert found["status"] == 500 and found["error"]["type"] == "server_error"
+    assert "inner" not in found["error"]["message"] and "inner" in caplog.text
 
 
 def test_the_endpoint_takes_slides_by_name(address: str) -> None:
