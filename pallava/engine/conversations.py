@@ -27,6 +27,7 @@ from pallava.text.encoding import (
     encode_conversation,
     image_files,
     interleaved_map_fn,
+    literal,
 )
 from pallava.text.templates import TOKENIZER_TEMPLATE
 from pathcore.files import StrPath
@@ -496,7 +497,10 @@ class _RowEncoder:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `input_ids`, `labels` and, with `marks` in the row, `label_marks`."""
-        pairs = self.pairs(row)
+        pairs = [
+            {**pair, **{key: literal(self.tokenizer, pair[key]) for key in ("input", "output")}}
+            for pair in self.pairs(row)
+        ]
         if self.template_map_fn is not None:
             pairs = self.template_map_fn({**row, "conversation": pairs})["conversation"]
         encoded: dict[str, Any] = encode_conversation(self.tokenizer, pairs, self.max_length)

@@ -17,7 +17,7 @@ from pallava.modeling.llava import PALLaVA
 from pallava.records.questions import SlideFeatures
 from pallava.slide_bags import SlideBag, SlidePreparation
 from pallava.text.chat_template import render_chat, template_of_tokenizer
-from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt
+from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_prompt, literal
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate, find_template
 from pallava.text.turns import Turn, encode_turns
 from pathcore.files import StrPath
@@ -244,7 +244,7 @@ class Assistant:
         """
         ids = encode_prompt(
             self.tokenizer,
-            self.prompt(question, has_image=has_image),
+            self.prompt(literal(self.tokenizer, question), has_image=has_image),
             self.bos,
             rendered=self._template.chat_template is not None,
         )

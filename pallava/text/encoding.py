@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -10,6 +12,8 @@ IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 """Values of LLaVA and XTuner, which keeps files and checkpoints interchangeable."""
+
+_LITERAL = "\ufdd0"  # no character, so that no text contains it
 
 Bos = Literal["single", "double"]
 
@@ -129,13 +133,47 @@ def _text_fault(value: object) -> str | None:
     return None
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text without BOS and EOS; `<image>` becomes `IMAGE_TOKEN_INDEX`."""
+def literal(tokenizer: Any, text: str, *words: str) -> str:
+    """Marks what `encode_text` shall encode letter by letter: special tokens that a text spells.
+
+    A text that contains `<|eot_id|>` would otherwise end its turn, and could go on as another
+    speaker.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        text: Text of one turn, without template.
+        words: Further words that are mere text.
+    """
+    pattern = _pattern(tokenizer, len(tokenizer), words)
+    return pattern.sub(rf"{_LITERAL}\g<0>{_LITERAL}", text.replace(_LITERAL, ""))
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(tokenizer: Any, size: int, words: tuple[str, ...]) -> re.Pattern[str]:
+    """Returns a pattern of the special tokens and `words`; `size` changes with added tokens."""
+    del size
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = sorted((added - {IMAGE_TOKEN}) | set(words), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)) or r"(?!)")
+
+
+def encode_text(tokenizer: Any, text: str, *, images: bool = True) -> list[int]:
+    """Encodes text without BOS and EOS.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        text: Text, whose parts may be marked by `literal`.
+        images: Whether `<image>` becomes `IMAGE_TOKEN_INDEX`.
+    """
     ids: list[int] = []
-    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if index:
-            ids.append(IMAGE_TOKEN_INDEX)
-        ids += tokenizer.encode(piece, add_special_tokens=False)
+    for number, part in enumerate(text.split(_LITERAL)):
+        if number % 2:
+            ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+            continue
+        for index, piece in enumerate(part.split(IMAGE_TOKEN) if images else [part]):
+            if index:
+                ids.append(IMAGE_TOKEN_INDEX)
+            ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids
 
 
@@ -169,7 +207,7 @@ def encode_conversation(
             append([tokenizer.bos_token_id], learned=False)
         append(encode_text(tokenizer, pair["input"]), learned=False)
         learned = pair.get("output_with_loss", True)
-        append(tokenizer.encode(pair["output"], add_special_tokens=False), learned=learned)
+        append(encode_text(tokenizer, pair["output"], images=False), learned=learned)
         # If the template's suffix ends the turn, neither EOS nor another BOS is added.
         needs_bos = pair.get("need_eos_token", True)
         if needs_bos and tokenizer.eos_token_id is not None:
@@ -197,19 +235,27 @@ def _encode_rendered(
     input_ids: list[int] = []
     labels: list[int] = []
     offset = 0
-    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if index:
+    for piece in re.split(f"({_LITERAL}.*?{_LITERAL}|{IMAGE_TOKEN})", text):
+        if piece == IMAGE_TOKEN:
             input_ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
             offset += len(IMAGE_TOKEN)
-        encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            continue
+        is_literal = piece.startswith(_LITERAL)
+        encoded = tokenizer(
+            piece.strip(_LITERAL),
+            add_special_tokens=False,
+            split_special_tokens=is_literal,
+            return_offsets_mapping=True,
+        )
+        offset += is_literal  # of the mark in front
         for token, (first, last) in zip(
             encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             learned = any(a < offset + last and offset + first < b for a, b in answers)
             input_ids.append(token)
             labels.append(token if learned else IGNORE_INDEX)
-        offset += len(piece)
+        offset += len(piece) - is_literal
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
 
 

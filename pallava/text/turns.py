@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
 
 from pallava.text.chat_template import render_chat, template_of_tokenizer
-from pallava.text.encoding import IMAGE_TOKEN, Bos, encode_conversation, encode_prompt, encode_text
+from pallava.text.encoding import (
+    IMAGE_TOKEN,
+    Bos,
+    encode_conversation,
+    encode_prompt,
+    encode_text,
+    literal,
+)
 from pallava.text.templates import PromptTemplate
 from pathcore.files import StrPath
 
 Role = Literal["system", "user", "assistant"]
 
+_MERE_TEXT = {"assistant": (IMAGE_TOKEN,)}
 _WHOLE = 1 << 31  # longer than any conversation, so that nothing is truncated
 
 
@@ -41,7 +49,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
     Raises:
         ValueError: If the conversation is not an optional system turn followed by alternating
             questions and answers that end with a question, or if images and `<image>` tokens do not
-            match; only user turns can hold either.
+            match; only user turns can hold either, and `<image>` in an answer is text.
     """
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if any(turn.role == "system" for turn in turns[1:]):
@@ -64,10 +72,12 @@ def check_turns(turns: Sequence[Turn]) -> None:
 def marked_text(turn: Turn) -> str:
     """Returns the text of a turn with one `<image>` token per image.
 
+    In an answer, `<image>` is something that the model wrote, and stays.
+
     Raises:
         ValueError: If the numbers of `<image>` tokens and images differ.
     """
-    marks = turn.text.count(IMAGE_TOKEN)
+    marks = 0 if turn.role == "assistant" else turn.text.count(IMAGE_TOKEN)
     if not marks:
         return f"{IMAGE_TOKEN}\n" * len(turn.images) + turn.text
     if marks != len(turn.images):
@@ -96,6 +106,11 @@ def encode_turns(
         ValueError: If the template cannot express the conversation.
     """
     check_turns(turns)
+    # What the template adds keeps its special tokens; those in the texts of turns are mere text.
+    turns = [
+        replace(turn, text=literal(tokenizer, turn.text, *_MERE_TEXT.get(turn.role, ())))
+        for turn in turns
+    ]
     template = template or template_of_tokenizer(tokenizer)
     if template.chat_template is not None:
         return _encode_rendered(tokenizer, template, turns, bos)

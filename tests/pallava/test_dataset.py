@@ -82,6 +82,17 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
+def test_special_tokens_in_rows_are_letters(folder: Folder) -> None:
+    word = "<|eot_id|>"
+    plain, spelled = (
+        folder.dataset([row("a", f"y{text}es", None, f"re{text}d?")])[0]["input_ids"]
+        for text in ("", word)
+    )
+    special = [[token for token in ids if token in range(5)] for ids in (plain, spelled)]
+    assert special[0] == special[1]
+    assert goldens.tokenizer().decode(spelled).count(word) == 2 + special[1].count(4)
+
+
 def test_a_sample_is_what_the_model_reads(folder: Folder) -> None:
     dataset = folder.dataset(folder.add_images(4))
     assert len(dataset) == 4

@@ -20,6 +20,7 @@ from pallava.text.encoding import (
     encode_conversation,
     encode_prompt,
     encode_text,
+    literal,
 )
 from pallava.text.turns import Turn, encode_turns
 from tests.pallava.text.chat_tokenizers import FAMILIES, chat_tokenizer
@@ -86,6 +87,30 @@ def test_the_answers_and_their_ends_are_learned_and_nothing_else(family: str) ->
     (end,) = template_of_tokenizer(tokenizer).stop_words
     text = tokenizer.decode(learned).replace(" ", "")
     assert text == f"{ANSWERS[0]}{end}{ANSWERS[1]}{end}".replace(" ", "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_a_text_are_letters(family: str) -> None:
+    tokenizer = chat_tokenizer(family)
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    forged = "".join(FAMILIES[family][1])
+    pairs = [{"input": f"a{forged}b", "output": f"a{forged}b"}]
+    plain = [{"input": "ab", "output": "ab"}]
+    encoded = []
+    for texts in (pairs, plain):
+        marked = [{key: literal(tokenizer, text) for key, text in pair.items()} for pair in texts]
+        rendered = TokenizerTemplate(tokenizer)({"conversation": marked})["conversation"]
+        encoded.append(encode_conversation(tokenizer, rendered, 1 << 20))
+    found, expected = encoded
+    assert [i for i in found["input_ids"] if i in special] == [
+        i for i in expected["input_ids"] if i in special
+    ]
+    turns = [Turn("user", f"a{forged}b")]
+    prompt = encode_turns(tokenizer, template_of_tokenizer(tokenizer), turns)
+    shared = len(prompt) - (family == "mistral_plain")
+    assert prompt[:shared] == found["input_ids"][:shared]
+    learned = tokenizer.decode([label for label in found["labels"] if label != IGNORE_INDEX])
+    assert learned.replace(" ", "").startswith(f"a{forged}b")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
