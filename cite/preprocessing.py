@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pathcore.rgb import to_rgb
+
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -54,7 +56,7 @@ class Preprocessing:
         """Maps an image, or RGB pixels `(height, width, 3)` uint8, to `(3, size, size)` fp32."""
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
-        pixels = torch.from_numpy(np.array(self._resize(image.convert("RGB")))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(self._resize(to_rgb(image)))).permute(2, 0, 1)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() - mean) / std
 

@@ -77,7 +77,7 @@ class Transform:
         """Returns the image resized and cropped, converted to RGB as `pathcore.images` does."""
         from pathcore.rgb import to_rgb  # imports Pillow, which presets do not need
 
-        resized: Image = self._compiled(image if image.mode == "RGB" else to_rgb(image))
+        resized: Image = self._compiled(to_rgb(image))
         return resized
 
     def normalise(self, pixels: Tensor) -> Tensor:

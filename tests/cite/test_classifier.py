@@ -81,6 +81,8 @@ def test_preprocessing_is_the_recorded_one() -> None:
     found = Preprocessing(224, **NORM)(Image.open(GOLDEN / "pipeline_300x300.png"))
     with np.load(GOLDEN / "pipeline.npz") as golden:
         np.testing.assert_allclose(found[:, ::7, ::7], golden["img_0_7"], rtol=1e-4, atol=2e-5)
+    white, clear = Image.new("RGB", (40, 40), "white"), Image.new("RGBA", (40, 40), (9, 9, 9, 0))
+    assert torch.equal(Preprocessing(32, **NORM)(clear), Preprocessing(32, **NORM)(white))
     cut = Preprocessing(32, **NORM, keep_ratio=True)(pictures()[0])
     assert cut.shape == (3, 32, 32)
     with pytest.raises(ValueError, match="interpolation 'area'"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pathcore.encoders import Transform, get_preset, list_encoders, presets
 from pathcore.encoders.presets import PresetError, UnknownEncoderError
@@ -87,3 +88,10 @@ def test_a_wrong_file_is_named(folder: Path, content: str, message: str) -> None
     presets._files.cache_clear()
     with pytest.raises(PresetError, match="rename one"):
         list_encoders()
+
+
+def test_images_of_any_mode_are_read_as_files_are() -> None:
+    transform = Transform(None, None, "bicubic", (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+    clear, deep = Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.new("I;16", (4, 4), 257 * 40)
+    assert transform.resize(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert transform.resize(deep).getpixel((0, 0)) == (40, 40, 40)
