@@ -131,7 +131,12 @@ def load_model(
         language_model,
         encoder.to(precision or stored),
         connector.to(precision or stored),
-        visual_select_layer=_choose_layer(visual_select_layer, record.visual_select_layer, folder),
+        visual_select_layer=_choose_layer(
+            visual_select_layer,
+            record.visual_select_layer,
+            encoder.config.num_hidden_layers + 1,
+            folder,
+        ),
     )
     parts.requires_grad_(False).to(place)
     return Assistant(
@@ -374,10 +379,10 @@ def _read_record(folder: Path) -> _Record:
     return _Record(PromptTemplate.from_fields(fields) if fields else None, **known)
 
 
-def _choose_layer(asked: int | None, recorded: int | None, folder: Path) -> int:
+def _choose_layer(asked: int | None, recorded: int | None, num_states: int, folder: Path) -> int:
     if asked is None:
         return _USUAL_LAYER if recorded is None else recorded
-    if recorded not in (None, asked):
+    if recorded is not None and (asked - recorded) % num_states:  # both may count from the end
         _logger.warning(
             "%s: the connector reads hidden state %d of the encoder as requested; it was trained "
             "with %d",

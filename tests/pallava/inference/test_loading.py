@@ -142,7 +142,8 @@ def test_the_recorded_layer_is_used_and_another_one_is_reported(
     assert load(root).model.visual_select_layer == -2
     (root / "llava" / "conversion.json").write_text(json.dumps({"visual_select_layer": -1}))
     assert load(root).model.visual_select_layer == -1
-    assert load(root, visual_select_layer=-1).model.visual_select_layer == -1
+    for same in (-1, len(load(root).model.visual_encoder.vision_model.encoder.layers)):
+        assert load(root, visual_select_layer=same).model.visual_select_layer == same
     assert "hidden state" not in caplog.text
     assert load(root, visual_select_layer=-2).model.visual_select_layer == -2
     assert "hidden state -2 of the encoder as requested; it was trained with -1" in caplog.text
