@@ -428,7 +428,8 @@ def _read_folder(folder: Path, mmap: bool) -> StateDict:
             "gather it first with DeepSpeed's zero_to_fp32.py"
         )
     for name in _FOLDER_FILES:
-        if (folder / name).is_file():  # before an index of older shards, as transformers reads it
+        # As in transformers, whose `save_pretrained` leaves the index of earlier shards behind.
+        if (folder / name).is_file():
             return read_state_dict(folder / name, mmap=mmap)
         index = folder / f"{name}.index.json"
         if index.is_file():

@@ -222,13 +222,14 @@ class WeightFolder:
         torch_stem = "pytorch_model" if stem == "model" else stem
         names = (f"{stem}.safetensors", f"{torch_stem}.bin")
         for name in names:
+            # As in transformers, whose `save_pretrained` leaves the index of earlier shards behind.
+            if (self.folder / name).is_file():
+                return [self.folder / name]
             index = self.folder / f"{name}.index.json"
             if index.is_file():
                 files = read_shard_index(index)
                 self._indexed = set(files)
                 return sorted(set(files.values()))
-            if (self.folder / name).is_file():
-                return [self.folder / name]
         raise FileNotFoundError(
             f"{self.folder}: expected a folder with {' or '.join(names)}, or an index of shards"
         )

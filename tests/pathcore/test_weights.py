@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pallava.release.weights import open_weight_file
+from pallava.release.weights import WeightFolder, open_weight_file
 from pathcore.weights import (
     ZERO_MODEL_FILE,
     CheckpointError,
@@ -131,6 +131,11 @@ def test_hugging_faces_own_shards_load(tmp_path: Path, safe: bool) -> None:
     model.save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=safe)
     assert len(list(tmp_path.glob("*-of-*"))) > 2
     assert_same(read_state_dict(tmp_path), model.state_dict())
+    model.lm_head.weight.data += 1
+    model.save_pretrained(tmp_path, safe_serialization=safe)  # leaves the index behind
+    assert list(tmp_path.glob("*.index.json")) and not list(tmp_path.glob("*-of-*"))
+    assert_same(read_state_dict(tmp_path), model.state_dict())
+    assert set(WeightFolder(tmp_path)) == set(model.state_dict())
 
 
 def test_a_peft_adapter_folder_loads(tmp_path: Path) -> None:
