@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from PIL import Image
 from pallava.converters.parts import PARTS_NAME, Joined, Part, run_in_parts
 from pallava.records.questions import FileImage, ParquetImage, Question, RowError, find_image
 from pallava.skipping import SKIP_LOG_NAME
-from pallava.text.encoding import IMAGE_TOKEN, check_row
+from pallava.text.encoding import IMAGE_TOKEN, ConversationError, check_row
 from pallava.text.encoding import image_files as image_names
 from pathcore.files import StrPath, atomic_file, file_identity
 from pathcore.images import NETWORK_FORMATS, ImageError, path_inside, relative_name
@@ -43,7 +44,8 @@ class Conversion:
         licence: Licence of the dataset, added to every row; empty if the rows state it.
         records: Pairs of position and record, in an order that is the same on every run.
         make: Converts such a pair to a list of rows, which is empty if an option excludes the
-            record. Raises `RowError` or `ImageError` for a record that cannot be used.
+            record. Raises `RowError`, `ConversationError` or `ImageError` for a record that cannot
+            be used.
         image_folder: Folder that `image` in the rows is relative to; None if the images are
             `ParquetImage`s, which are written to `OUT/images`.
         files: Data files; a change of one of them starts a new job.
@@ -219,7 +221,7 @@ class _RowMaker:
         where, content = record
         try:
             return [self._finish(row) for row in self.conversion.make(where, content)]
-        except (RowError, ImageError) as error:
+        except (RowError, ConversationError, ImageError) as error:
             return str(error)
 
     def _finish(self, row: Row) -> Row:
@@ -243,7 +245,8 @@ class _RowMaker:
     def _check_slides(self, names: Sequence[str]) -> None:
         assert self.conversion.image_folder is not None
         for name in names:
-            if not path_inside(self.conversion.image_folder, f"{name}.h5").is_file():
+            file = path_inside(self.conversion.image_folder, f"{name}.h5")
+            if not os.path.isfile(file):  # False, too, for a name that is too long
                 raise ImageError(f"slide {name}: no {name}.h5 in {self.conversion.image_folder}")
 
     def _found(self, name: str) -> str:

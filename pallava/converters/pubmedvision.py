@@ -90,7 +90,7 @@ def _turns(row: Mapping[str, Any]) -> tuple[str, str]:
         raise RowError("conversations: expected a list of {from, value}")
     said = dict.fromkeys(("human", "gpt"), "")
     for turn in turns:
-        role, value = turn.get("from"), turn.get("value")
+        role, value = str(turn.get("from")), turn.get("value")
         if role in said and isinstance(value, str) and not said[role]:
             said[role] = value.strip()
     if not all(said.values()):

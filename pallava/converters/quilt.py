@@ -82,7 +82,8 @@ def quilt_instruct(data_path: StrPath, image_folder: StrPath | None = None) -> C
         row = as_mapping(record)
         images = image_files(row)
         named = {"image": images[0] if len(images) == 1 else images} if images else {}
-        row_id = f"quilt-instruct-{row.get('id', where)}"
+        own = row.get("id")
+        row_id = f"quilt-instruct-{where if own is None else own}"
         return [{"id": row_id, **named, "conversations": llava_turns(row, len(images))}]
 
     return Conversion(

@@ -48,6 +48,9 @@ def image_files(row: Mapping[str, Any], field: str = "image") -> list[str]:
         row: Row of a data file.
         field: Field that holds the names.
 
+    Raises:
+        ConversationError: If the field holds anything else, such as pandas' NaN for no image.
+
     Example:
         >>> image_files({"image": "a.png"}), image_files({})
         (['a.png'], [])
@@ -55,7 +58,13 @@ def image_files(row: Mapping[str, Any], field: str = "image") -> list[str]:
     value = row.get(field)
     if value is None or value == "":
         return []
-    return [value] if isinstance(value, str) else [str(name) for name in value]
+    if isinstance(value, str):
+        return [value]
+    if not _is_list(value, str):
+        raise ConversationError(
+            f"{field}: expected a file name or a list of them, found {value!r:.80}"
+        )
+    return list(value)
 
 
 def interleaved_map_fn(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -102,10 +111,11 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
     for turn in turns:
         if not (turn.get("value") or "").strip():
             return f"conversations: an empty {'answer' if turn['from'] == 'gpt' else 'question'}"
-    image = row.get(field)
-    if image is not None and not isinstance(image, str) and not _is_list(image, str):
-        return f"{field}: expected a file name or a list of them, found {image!r:.80}"
-    for name in (str(row.get("id", "")), *image_files(row, field)):
+    try:
+        names = image_files(row, field)
+    except ConversationError as error:
+        return str(error)
+    for name in (str(row.get("id", "")), *names):
         if fault := _text_fault(name):
             return f"id or {field}: {fault}"
     said = [turn for turn in turns if turn["from"] == "gpt"]
@@ -113,7 +123,7 @@ def check_row(row: Mapping[str, Any], field: str = "image") -> str | None:
         return f"conversations: an {IMAGE_TOKEN} mark in an answer; only questions show images"
     if any(a["from"] == b["from"] == "gpt" for a, b in pairwise(turns)):
         return "conversations: two answers to one question"
-    files, marks = len(image_files(row, field)), count_images({"conversations": turns})
+    files, marks = len(names), count_images({"conversations": turns})
     if files != marks:
         return f"{files} {field} file(s) but {marks} {IMAGE_TOKEN} mark(s)"
     return None

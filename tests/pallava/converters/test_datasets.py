@@ -145,6 +145,38 @@ def test_halves_of_surrogates_are_bad_rows(tmp_path: Path) -> None:
     assert report["num_skipped"] == 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["quilt-instruct", "slide-instruction", "pubmedvision-alignment", "pmc-oa", "join"],
+)
+def test_a_field_of_another_type_costs_its_row_only(tmp_path: Path, name: str) -> None:
+    """pandas, for example, writes NaN for a missing value."""
+    data = tmp_path / "data"
+    maker = "quilt_instruct" if name == "join" else name.removesuffix("-alignment")
+    getattr(published, maker.replace("-", "_"))(data)
+    source = next(path for path in data.iterdir() if path.suffix in (".json", ".jsonl"))
+    rows = read_lines(source) if source.suffix == ".jsonl" else json.loads(source.read_bytes())
+    good = rows[-1] if name == "slide-instruction" else rows[0]
+    strange = []
+    for value in (float("nan"), 5, True, [["a.png"]], [None], {"bytes": ""}, "x" * 5000):
+        strange.append({**good, "image": value})
+        strange += [{**good, field: value} for field in ("id", "caption", "conversations")]
+        for key in ("from", "value"):
+            turn = {"from": "human", "value": "Why?", key: value}
+            strange.append({**good, "conversations": [turn, *good.get("conversations", ())[1:]]})
+    write_lines(data / "conversations.jsonl", [*[good] * 3, *strange])
+    joined = f"{data / 'conversations.jsonl'}={data / 'quilt_1m'}"
+    conversion = (
+        join_sets([joined])
+        if name == "join"
+        else CONVERTERS.get(name)(data / "conversations.jsonl")
+    )
+    report = convert(conversion, tmp_path / "out", max_skipped_fraction=0.9)
+    assert report["num_rows"] >= 3
+    skipped = read_lines(tmp_path / "out" / "skipped_samples.jsonl")
+    assert sum("image" in row["reason"] or "slide" in row["reason"] for row in skipped) >= 7
+
+
 def test_missing_captions_of_pandas_are_no_captions(tmp_path: Path) -> None:
     data = published.quilt(
         tmp_path / "quilt",
