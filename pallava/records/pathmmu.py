@@ -97,8 +97,15 @@ def _rows(
         for source, by_split in sources:
             for split in splits:
                 seen: set[str] = set()
-                for number, row in enumerate(by_split.get(split, ())):
-                    where = str(row.get("No", number)) if isinstance(row, Mapping) else str(number)
+                rows = by_split.get(split, [])
+                if not isinstance(rows, list):
+                    raise ValueError(
+                        f"{subset}/{split}: expected a list of rows, found {rows!r:.60}"
+                    )
+                for number, row in enumerate(rows):
+                    stated = row.get("No") if isinstance(row, Mapping) else None
+                    # Slashes part the levels of the id.
+                    where = str(number if stated in (None, "") else stated).replace("/", "_")
                     if where in seen:  # numbers are repeated in places
                         where = f"{where}-{number}"
                     seen.add(where)
@@ -132,9 +139,10 @@ def _options(value: Any) -> dict[str, str]:
             f"options: expected a list of 2 to {len(LETTERS)} texts, found {value!r:.80}"
         )
     options = {}
-    for letter, text in zip(LETTERS, value, strict=False):
-        label = LABEL.match(str(text))
+    for letter, item in zip(LETTERS, value, strict=False):
+        text = text_field({f"option {letter}": item}, f"option {letter}")
+        label = LABEL.match(text)
         if label and label.group(1).upper() != letter:
-            raise RowError(f"options: option {letter} is labelled {str(text)!r:.40}")
-        options[letter] = (str(text)[label.end() :] if label else str(text)).strip()
+            raise RowError(f"options: option {letter} is labelled {text!r:.40}")
+        options[letter] = (text[label.end() :] if label else text).strip()
     return options

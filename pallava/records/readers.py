@@ -176,7 +176,10 @@ def _answer(record: Mapping[str, Any]) -> str:
     label = record.get("label")
     if "answer" not in record and isinstance(label, Mapping) and label:
         # Scored answers, the training format of VQA classifiers; the best one is the reference.
-        return str(max(label, key=lambda answer: float(label[answer])))
+        try:
+            return str(max(label, key=lambda answer: float(label[answer])))
+        except (TypeError, ValueError) as error:
+            raise RowError(f"label: expected a score by answer, found {label!r:.80}") from error
     return text_field(record, "answer")
 
 

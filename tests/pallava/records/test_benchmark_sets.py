@@ -101,6 +101,9 @@ def test_pathmmu_takes_subsets_splits_and_published_prompts(pathmmu: Path) -> No
         ({"options": ["B) one", "A) two"]}, "option A is labelled"),
         ({"answer": "D) neither"}, "is neither a letter of A, B, C nor an option"),
         ({"question": " "}, "question: expected text"),
+        ({"options": ["A) one", None]}, "option B: expected text, found None"),
+        ({"options": ["A) one", ["B) two"]]}, "option B: expected text"),
+        ({"options": {"A": "one"}}, "2 to 8 texts"),
     ],
 )
 def test_pathmmu_rows_that_cannot_be_used_are_named(
@@ -112,6 +115,23 @@ def test_pathmmu_rows_that_cannot_be_used_are_named(
     assert len(made.questions.questions) == 1
     (skipped,) = made.questions.skipped
     assert skipped.id == "Atlas/test_tiny/2" and reason in skipped.reason
+
+
+@pytest.mark.parametrize("number", ["", None, "3/4"])
+def test_pathmmu_rows_without_a_usable_number_are_counted(tmp_path: Path, number: Any) -> None:
+    rows = [pathmmu_row(0), pathmmu_row(2) | {"No": number}]
+    (tmp_path / "data.json").write_text(json.dumps({"PathCLS": {"BACH": {"test_tiny": rows}}}))
+    made = EVALUATIONS.get("pathmmu")(tmp_path, NO_IMAGES)
+    assert len({question.id for question in made.questions.questions}) == 2
+    assert [dict(question.groups) for question in made.questions.questions] == [
+        {"subset": "PathCLS", "split": "test_tiny", "source": "BACH"}
+    ] * 2
+
+
+def test_pathmmu_splits_are_lists(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps({"PubMed": {"test_tiny": None}}))
+    with pytest.raises(ValueError, match="PubMed/test_tiny: expected a list of rows, found None"):
+        EVALUATIONS.get("pathmmu")(tmp_path, NO_IMAGES)
 
 
 QUILT = [

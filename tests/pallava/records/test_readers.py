@@ -149,6 +149,16 @@ def test_bad_rows_are_recorded_and_many_are_an_error(tmp_path: Path) -> None:
         read_vqa(path, tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("scores", [{"age": [1.0]}, {"age": None}, {"age": "most"}])
+def test_scored_answers_need_numbers(tmp_path: Path, scores: dict[str, Any]) -> None:
+    save_image(tmp_path / "images" / "a.png")
+    path = tmp_path / "test.json"
+    scored = {"question": "Why?", "image": "a.png", "label": scores}
+    path.write_text(json.dumps({"7": RECORDS["7"], "8": scored}))
+    (skipped,) = read_vqa(path, None).skipped
+    assert skipped.reason.startswith("label: expected a score by answer, found {'age'")
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch hacked",)
