@@ -78,6 +78,22 @@ def test_pathvqa_parquet_writes_each_image_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
 
 
+def test_pathvqa_files_name_their_split(tmp_path: Path) -> None:
+    """The shards of the Hub are train-, validation- and test-NUMBER-of-COUNT.parquet."""
+    shard = published.pathvqa_parquet(tmp_path / "data") / "train-00000-of-00001.parquet"
+    for split in ("test", "validation"):
+        file = shard.rename(shard.with_name(f"{split}-00000-of-00003.parquet"))
+        _, rows = run("pathvqa", file, tmp_path / split)
+        assert rows[0]["id"] == f"pathvqa-{split}-0"
+        shard = file
+    _, rows = run("pathvqa", file, tmp_path / "val", split="val")
+    assert rows[0]["id"] == "pathvqa-val-0"
+    with pytest.raises(ValueError, match="expected a file of split=test, found one of validation"):
+        CONVERTERS.get("pathvqa")(file, split="test")
+    _, rows = run("pathvqa", file.rename(file.with_name("latest.parquet")), tmp_path / "out")
+    assert rows[0]["id"] == "pathvqa-train-0"
+
+
 def test_pmcvqa(tmp_path: Path) -> None:
     data = published.pmcvqa(tmp_path / "data")
     _, rows = run("pmc-vqa", data, tmp_path / "out", answer="both")
