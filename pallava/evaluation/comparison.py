@@ -25,7 +25,8 @@ def compare(folders: Mapping[str, StrPath]) -> dict[str, Any]:
             that the others are compared with.
 
     Returns:
-        `benchmark`, `num_questions` in common, `not_shared` by model, and by model its `correct`,
+        `benchmark`, `num_questions` in common, `worded_differently` (their ids, in order),
+        `not_shared` by model, and by model its `correct`,
         `difference` from the first, and the numbers of questions that it `gains` and `loses`; all
         in percent with 95 % intervals that resample images or slides.
 
@@ -70,6 +71,10 @@ def compare(folders: Mapping[str, StrPath]) -> dict[str, Any]:
         "benchmark": benchmarks[first],
         "num_questions": len(shared),
         "num_clusters": len(set(clusters)),
+        # Not refused: the prompts of two models may differ on purpose.
+        "worded_differently": [
+            key for key in shared if len({rows[key].get("question") for rows in asked.values()}) > 1
+        ],
         "not_shared": {name: len(rows) - len(shared) for name, rows in asked.items()},
         "models": models,
     }
@@ -85,6 +90,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         f"{comparison['num_clusters']} images or slides. Percent; in brackets 95 % bootstrap "
         "intervals over images or slides, paired for differences.",
         "",
+        *_wording_note(comparison["worded_differently"]),
         f"| model | correct | difference from {first} | gains | loses | not shared |",
         "|---|---|---|---|---|---|",
     ]
@@ -94,6 +100,17 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         unshared = comparison["not_shared"][name]
         lines.append(f"| {name} | {' | '.join(cells)} | {unshared} |")
     return "\n".join(lines) + "\n"
+
+
+def _wording_note(ids: Sequence[str]) -> list[str]:
+    if not ids:
+        return []
+    return [
+        f"**{len(ids)} of these questions were worded differently for the models, the first: "
+        f"{ids[0]!r}. Unless their prompts differ on purpose, they answered different versions of "
+        f"the data: compare `question` in {DETAILS_NAME}.**",
+        "",
+    ]
 
 
 def _read(folder: Path) -> tuple[str, dict[str, Any]]:

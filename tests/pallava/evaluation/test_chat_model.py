@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from pallava.evaluation.benchmarks import pathvqa
 from pallava.evaluation.chat_model import ChatModel, is_hugging_face_model
-from pallava.evaluation.comparison import compare
+from pallava.evaluation.comparison import compare, markdown
 from pallava.evaluation.generation import generate_answers
 from pallava.evaluation.runs import evaluate
 from pathcore.chat_backends import AgentError, OpenAIBackend, Sampling
@@ -197,13 +197,15 @@ def test_answers_belong_to_the_data_type_of_the_weights(llava_folder: Path) -> N
 
 
 def test_only_evaluations_of_the_same_questions_are_compared(tmp_path: Path) -> None:
-    def finished(name: str, benchmark: str, rows: dict[str, float], reference: str = "A") -> Path:
+    def finished(
+        name: str, benchmark: str, rows: dict[str, float], reference: str = "A", ask: str = "Which?"
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps({"benchmark": benchmark}))
         lines = [
             json.dumps({"question_id": key, "cluster": key[0], "reference": reference,
-                        "correct": value})
+                        "question": f"{ask} {key}", "correct": value})
             for key, value in rows.items()
         ]  # fmt: skip
         (folder / "details.jsonl").write_text("\n".join(lines) + "\n")
@@ -216,6 +218,11 @@ def test_only_evaluations_of_the_same_questions_are_compared(tmp_path: Path) -> 
     gap = found["models"]["two"]["difference"]
     assert gap["value"] == pytest.approx(-200 / 3)
     assert (gap["low"], gap["high"]) == (-100, 0)  # two images only
+    assert found["worded_differently"] == [] and "worded" not in markdown(found)
+    other = finished("other", "pathmmu", {"a2": 1.0, "b1": 1.0}, ask="Which one?")
+    found = compare({"one": one, "two": two, "other": other})
+    assert found["worded_differently"] == ["a2", "b1"]
+    assert "2 of these questions were worded differently" in markdown(found)
     with pytest.raises(ValueError, match="one: pathmmu, three: pathvqa"):
         compare({"one": one, "three": finished("three", "pathvqa", {"a1": 1.0})})
     with pytest.raises(ValueError, match="different versions of the data"):
