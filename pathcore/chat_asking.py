@@ -105,6 +105,10 @@ class Asker:
         read: Maps `(task, text)` to a value, or raises `ReplyError`.
         patience: Number of requests without a reply at the very beginning after which the endpoint
             counts as down; later it is `MOST_SILENT`.
+        silent: Number of requests without a reply directly before, by another `Asker`.
+
+    Attributes:
+        silent: Number of consecutive requests without a reply so far.
 
     Raises:
         AgentError: From `add`, `flush`, `wait` and `finish`, if the backend cannot be used.
@@ -118,6 +122,7 @@ class Asker:
         attempts: int,
         read: Callable[[Task, str], Any],
         patience: int = MOST_SILENT,
+        silent: int = 0,
     ) -> None:
         if attempts < 1:
             raise ValueError("attempts: expected at least one")
@@ -131,7 +136,7 @@ class Asker:
         self._queue: deque[Task] = deque()
         self._running: dict[Future[list[_Outcome]], list[Task]] = {}
         self._same: dict[str, list[Task]] = {}
-        self._silent, self._patience = 0, patience
+        self.silent, self._patience = silent, patience
         self._flushing = False
         self._pool = ThreadPoolExecutor(max_workers=backend.concurrency)
 
@@ -289,12 +294,12 @@ class Asker:
                 shown = f"; the reply began {outcome.text[:120]!r}" if outcome.text else ""
                 same.state, same.reason = "failed", f"{outcome.problem}{shown}"
         if outcome.text or outcome.blame in ("image", "limit", "content"):
-            self._silent, self._patience = 0, MOST_SILENT
+            self.silent, self._patience = 0, MOST_SILENT
             return
-        self._silent += 1
-        if self._silent >= self._patience:
+        self.silent += 1
+        if self.silent >= self._patience:
             raise AgentError(
-                f"{self._backend.model} at {self._backend.endpoint}: {self._silent} requests in a "
+                f"{self._backend.model} at {self._backend.endpoint}: {self.silent} requests in a "
                 f"row without a reply; the last: {outcome.problem}"
             )
 

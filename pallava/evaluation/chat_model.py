@@ -42,6 +42,7 @@ class ChatModel:
         if cache_path is None and not self.is_local:
             raise ValueError("an endpoint requires a cache_path for its replies")
         self._cache_path = cache_path
+        self._silent = 0  # counted on from batch to batch, which are smaller than the limit
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,10 +100,11 @@ class ChatModel:
             return text
 
         settle_from_cache(tasks, cache, read)
-        with Asker(self.backend, cache, self.budget, 1, read) as asker:
+        with Asker(self.backend, cache, self.budget, 1, read, silent=self._silent) as asker:
             for task in tasks:
                 asker.add(task)
             asker.finish()
+        self._silent = asker.silent
 
     def _outcome(self, task: Task, cache: ReplyCache) -> str | NoAnswer:
         if task.state == "done":

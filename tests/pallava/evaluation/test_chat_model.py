@@ -96,6 +96,21 @@ def test_replies_that_the_provider_did_not_finish_are_no_answers(
     assert asked == ["broken]", "hidden]"], "asked again by the next run"
 
 
+def test_an_endpoint_that_stops_answering_ends_the_run(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    """Each batch is smaller than the number of silent requests that is waited for."""
+    path = make_data(tmp_path / "data", 60)
+    rows = json.loads(path.read_text())
+    for number, row in enumerate(rows.values()):  # longer questions are asked later
+        row["question"] = "Is it?" if number < 8 else "Is it seen now? [always500]"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(AgentError, match="25 requests in a row without a reply"):
+        evaluate(pathvqa(path), endpoint(server, tmp_path), tmp_path / "run", batch_size=4)
+    assert server.requests.total() < 8 + 25 + 4 + 1
+    assert len((tmp_path / "run" / "answers" / "rank000.jsonl").read_text().splitlines()) == 8
+
+
 def test_paid_replies_survive_the_loss_of_the_answers(
     server: DescriberServer, tmp_path: Path
 ) -> None:
