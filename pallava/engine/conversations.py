@@ -550,7 +550,7 @@ def _skip_unusable(data: Any, skip_log: SkipLog, max_length: int, source: str) -
                 f"dataset_map_fn left {marks} image token(s) for {len(files or ())} image(s); "
                 "conversations with several images in one turn need interleaved_map_fn"
             )
-        faults[row["id"]] = reason
+        faults[f"{index}"] = f"{row['id']}: {reason}"  # ids may repeat
         skip_log.record(row["id"], (image_files(row) or [""])[0], reason)
     check_fraction(len(faults), len(data), source, faults)
     return data if len(keep) == len(data) else data.select(keep)

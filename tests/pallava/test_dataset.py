@@ -363,6 +363,15 @@ def test_an_answer_cut_off_is_left_out(folder: Folder) -> None:
         folder.dataset(rows, max_length=5)
 
 
+def test_answers_cut_off_in_more_than_a_tenth_of_the_rows_are_an_error(folder: Folder) -> None:
+    rows = folder.add_images(20)
+    rows[18:] = [row(number, question="word " * 40) for number in (18, 19)]
+    assert len(folder.dataset(rows, max_length=40)) == 18
+    rows[17] = row(17, question="word " * 40)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: 3 of 20 rows cannot be used"):
+        folder.dataset(rows, max_length=40)
+
+
 def test_images_whose_mark_is_cut_off_are_not_loaded(folder: Folder) -> None:
     rows = folder.add_images(2)
     turns = [("human", f"{IMAGE_TOKEN}a?"), ("gpt", "b"), ("human", f"{'c ' * 40}{IMAGE_TOKEN}")]
