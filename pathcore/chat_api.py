@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+_SHORTEST_KEY = 8
+"""Endpoints without keys are given any text, such as `x` or `EMPTY`."""
+
+_ADDRESS = re.compile(r"""(https?://)(?:[^\s/?#'"]*@)?([^\s?'"]*)(?:\?[^\s'"]*)?""")
 
 _FILTER_WORDS = (
     *("content_filter", "content filter", "content management policy"),
@@ -60,6 +65,21 @@ def shown_endpoint(base_url: str) -> str:
             f"endpoint {parts.path!r}: give the URL up to /v1; /chat/completions is added to it"
         )
     return urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
+
+
+def hide_secrets(text: str) -> str:
+    """Returns a text without the API key, and without user, password and query of its URLs.
+
+    Gateways quote the key or the address in their error messages.
+
+    Example:
+        >>> hide_secrets("evaluate --endpoint 'https://user:secret@host/v1?key=secret' --model m")
+        "evaluate --endpoint 'https://host/v1' --model m"
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if len(key) >= _SHORTEST_KEY:
+        text = text.replace(key, "***")
+    return _ADDRESS.sub(r"\1\2", text)
 
 
 @says_extra("a client of an endpoint", "pathgen")

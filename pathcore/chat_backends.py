@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pathcore.chat_api import (
     content_of,
+    hide_secrets,
     hint_for,
     is_filtered,
     open_client,
@@ -244,15 +245,17 @@ class OpenAIBackend:
             )
         except fatal as error:
             hint = hint_for(error, self.base_url)
-            raise AgentError(f"{self.model} at {self.endpoint}: {error}{hint}") from error
+            said = hide_secrets(str(error))
+            raise AgentError(f"{self.model} at {self.endpoint}: {said}{hint}") from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             blame: Literal["content", "endpoint"] = "content" if is_filtered(error) else "endpoint"
-            fault = f"refused: {error}{hint_for(error, self.base_url)}"
+            fault = f"refused: {hide_secrets(str(error))}{hint_for(error, self.base_url)}"
             return Reply("", 0, 0, fault=fault, blame=blame)
         except openai.APIResponseValidationError as error:
             return Reply(fault=f"no completion: {error}")
         except openai.OpenAIError as error:
-            return Reply("", 0, 0, fault=f"{type(error).__name__}: {error}", blame="endpoint")
+            fault = f"{type(error).__name__}: {hide_secrets(str(error))}"
+            return Reply("", 0, 0, fault=fault, blame="endpoint")
         except ValueError as error:  # the body is not JSON
             return Reply(fault=f"no completion: {error}")
         return _read_completion(completion, self.sampling.cut_is_fault)

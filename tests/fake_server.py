@@ -22,6 +22,7 @@ class FakeServer(ThreadingHTTPServer):
         requests: Number of requests by their key.
         bodies: Bodies of all requests.
         refuse: Status with which every request is refused; None to reply.
+        refusal: Message with which it is refused.
     """
 
     daemon_threads = True
@@ -36,6 +37,7 @@ class FakeServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.running = self.most_running = 0
         self.refuse: int | None = None
+        self.refusal = "refused"
 
     @property
     def url(self) -> str:
@@ -75,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.most_running = max(server.most_running, server.running)
         try:
             if server.refuse is not None:
-                self._send(server.refuse, {"error": {"message": "refused"}})
+                self._send(server.refuse, {"error": {"message": server.refusal}})
             else:
                 self._send(*server.reply(key, number))
         except (BrokenPipeError, ConnectionResetError):  # the client gave up waiting

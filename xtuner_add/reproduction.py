@@ -37,6 +37,7 @@ from typing import Any, TextIO
 
 import click
 
+from pathcore.chat_api import hide_secrets
 from pathcore.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_SKIPPED
 from pathcore.files import (
     StrPath,
@@ -379,8 +380,9 @@ class Reproduction:
 
     def _run_command(self, options: Sequence[str], out: Path, seed: int) -> None:
         arguments = self.command(options, out, seed)
+        shown = [hide_secrets(word) for word in arguments]
         identity = {
-            "arguments": arguments,
+            "arguments": shown,
             "inputs": {
                 name: file_identity(path)
                 for name, path in self.inputs.items()
@@ -397,7 +399,7 @@ class Reproduction:
             code, message = run_command(arguments, file)
         if code not in (EXIT_OK, EXIT_SKIPPED):
             raise ValueError(
-                f"xtuner-add {shlex.join(arguments)}: ended with {code}: {message} ({log})"
+                f"xtuner-add {shlex.join(shown)}: ended with {code}: {message} ({log})"
             )
         write_json(out / _DONE_NAME, identity)
 
@@ -438,10 +440,13 @@ class Reproduction:
             "failed": dict(failed),
             "protocol": {name: next(iter(values)) for name, values in card.choices.items()},
             "command": shlex.join(
-                ["xtuner-add", *self.command(card.arm({})[0], Path("OUT"), card.seeds[0])]
+                map(
+                    hide_secrets,
+                    ["xtuner-add", *self.command(card.arm({})[0], Path("OUT"), card.seeds[0])],
+                )
             ),
             "inputs": {
-                name: {"path": path, "sha256": self.digests.get(name)}
+                name: {"path": hide_secrets(path), "sha256": self.digests.get(name)}
                 for name, path in self.inputs.items()
             },
         }  # fmt: skip

@@ -10,11 +10,13 @@ import pytest
 from pathcore.chat_api import (
     api_key,
     content_of,
+    hide_secrets,
     hint_for,
     is_filtered,
     open_client,
     shown_endpoint,
 )
+from pathcore.chat_backends import AgentError, OpenAIBackend, Request
 from tests.pathgen.describer_server import DescriberServer, running_server
 
 
@@ -60,6 +62,24 @@ def test_addresses_of_azure_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in ("host:8000/v1", "ftp://host/v1", "http://host/v1/chat/completions"):
         with pytest.raises(ValueError, match="endpoint"):
             shown_endpoint(bad)
+
+
+def test_error_messages_hold_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some gateways quote the key, or the address with its query."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    quoted = "Incorrect API key provided: sk-0123456789 at http://u:word@host/v1?key=hidden"
+    for status in (400, 401, 409):
+        with running_server() as server:
+            server.refuse, server.refusal = status, quoted
+            backend = OpenAIBackend(server.url, "m", max_retries=0)
+            try:
+                found = str(backend.ask([Request("", "case 1")])[0].fault)
+            except AgentError as error:
+                found = str(error)
+        assert "API key provided: *** at http://host/v1" in found
+        assert not any(word in found for word in ("0123", "word@", "hidden"))
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert hide_secrets("an extra 'https://a:b@c?d' and text") == "an extra 'https://c' and text"
 
 
 def test_a_reply_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

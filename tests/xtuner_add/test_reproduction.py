@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -172,6 +174,27 @@ def test_a_change_that_fails_costs_itself_only(folder: Path) -> None:
     failed = reproduce(folder, "--extra", "--compat original")  # another command: run again
     assert failed.exit_code == 1
     assert "short.json" in failed.output and "ended with 1" in failed.output
+
+
+def test_files_hold_no_secrets_of_an_address(folder: Path) -> None:
+    card = yaml.safe_load((folder / "card.yml").read_text())
+    inputs = {**card["inputs"], "judge": "endpoint"}
+    ask = [*card["command"], "--judge", "{judge}"]
+    write_card(folder / "card.yml", command=ask, inputs=inputs)
+    address = "judge=http://user:password@127.0.0.1:9/v1?key=hidden"
+    result = reproduce(folder, address)
+    assert result.exit_code == 1, result.output
+    assert "--judge http://127.0.0.1:9/v1 --answers" in result.output
+    ask += ["--judge-model", "m", "--judge-retries", "0"]  # nobody is there; the scores are
+    write_card(folder / "card.yml", command=ask, inputs=inputs)
+    with patch.dict(os.environ, {"OPENAI_API_KEY": "x"}):
+        result = reproduce(folder, address)
+    assert "password" not in result.output and "hidden" not in result.output
+    for path in (folder / "out").rglob("*"):
+        if path.is_file():
+            assert not any(word in path.read_bytes() for word in (b"password", b"hidden")), path
+    report = json.loads((folder / "out" / "reproduction.json").read_bytes())
+    assert report["inputs"]["judge"]["path"] == "http://127.0.0.1:9/v1"
 
 
 def test_seeds_are_averaged(folder: Path) -> None:
