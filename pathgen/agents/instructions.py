@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import string
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -22,6 +23,8 @@ KINDS = ("conversation", "detail", "open", "closed")
 """Conversation of several turns, one long description, questions without and with choices."""
 
 IMAGE_MARK = "<image>"
+
+_LABEL = re.compile(r"\(?([A-Za-z])[).:]\s+(?=\S)")
 
 
 def make_instructions(
@@ -118,7 +121,7 @@ def _turns(kind: str, value: Any, draw: random.Random) -> list[tuple[str, str]]:
 
 def _closed(pair: Mapping[str, Any], draw: random.Random) -> tuple[str, str]:
     # Models tend to put the right answer first, so the choices are shuffled.
-    choices, answer = list(pair["choices"]), pair["answer"]
+    choices, answer = _unlabelled(pair["choices"], pair["answer"])
     if {choice.casefold() for choice in choices} == {"yes", "no"}:
         return f"{pair['question']} Answer yes or no.", answer
     draw.shuffle(choices)
@@ -126,6 +129,16 @@ def _closed(pair: Mapping[str, Any], draw: random.Random) -> tuple[str, str]:
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False)]
     question = "\n".join([pair["question"], *lines, "Answer with the letter and the choice."])
     return question, lines[choices.index(answer)]
+
+
+def _unlabelled(choices: Sequence[str], answer: str) -> tuple[list[str], str]:
+    """Removes letters that the model has put before the choices, which are about to be shuffled."""
+    found = [_LABEL.match(choice) for choice in choices]
+    letters = string.ascii_uppercase[: len(found)]
+    if [label and label[1].upper() for label in found] != list(letters):
+        return list(choices), answer
+    texts = [choice[label.end() :] for choice, label in zip(choices, found, strict=True) if label]
+    return texts, texts[choices.index(answer)]
 
 
 def _detail_questions() -> list[str]:

@@ -104,6 +104,26 @@ def test_wrong_questions_are_not_taken(
     assert report.counts["failed"] == 1
 
 
+def test_letters_of_the_model_are_not_shuffled_along(
+    server: DescriberServer, tmp_path: Path
+) -> None:
+    labelled = [f"{letter}. {choice}" for letter, choice in zip("ABCD", CHOICES, strict=True)]
+    pairs = [
+        {"question": "What is central?", "choices": labelled, "answer": "A. Necrosis"},
+        {"question": "Is it seen?", "choices": ["(A) Yes", "(B) No"], "answer": "(B) No"},
+        {"question": "Which one is it?", "choices": ["E. coli", "B. cereus"], "answer": "E. coli"},
+    ]
+    server.write = lambda _: json.dumps({"pairs": pairs})
+    _, (row,) = make(server, tmp_path, 1, weights={"closed": 1.0})
+    said = [turn["value"] for turn in row["conversations"]]
+    letter, _, choice = said[1].partition(". ")
+    assert choice == "Necrosis" and f"\n{letter}. Necrosis\n" in said[0]
+    assert [line[:3] for line in said[0].splitlines()[2:6]] == ["A. ", "B. ", "C. ", "D. "]
+    assert not any(line[3:5] in ("A.", "B.", "C.", "D.") for line in said[0].splitlines())
+    assert said[2:4] == ["Is it seen? Answer yes or no.", "No"]
+    assert said[5].endswith(". E. coli")
+
+
 def test_training_takes_the_rows(server: DescriberServer, tmp_path: Path) -> None:
     from pallava.text.encoding import check_row
 
