@@ -62,7 +62,7 @@ def resized(benchmark: Benchmark, rule: str) -> Benchmark:
         else replace(question, image=ResizedImage(question.image, rule))
         for question in benchmark.questions.questions
     ]
-    return replace(benchmark, questions=QuestionSet(questions, benchmark.questions.skipped))
+    return replace(benchmark, questions=replace(benchmark.questions, questions=questions))
 
 
 @EVALUATIONS.register("pathvqa")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pallava.evaluation.benchmarks import resized
 from pallava.evaluation.report import write_report
 from pallava.records.questions import NO_IMAGES, FileImage, SlideFeatures
 from pallava.registry import EVALUATIONS
@@ -75,6 +76,13 @@ def test_pathmmu_is_read_with_its_denominators(pathmmu: Path) -> None:
     assert metrics["by_subset"]["PathCLS"]["correct"]["value"] == 50
     tables = (pathmmu / "out" / "metrics.md").read_text()
     assert "| SocialPath | 0 | 6 |" in tables and "## By subset" in tables
+
+
+def test_resized_images_leave_the_denominators(pathmmu: Path) -> None:
+    made = EVALUATIONS.get("pathmmu")(pathmmu, split="all")
+    small = resized(made, "shorter:4")
+    assert small.questions.totals == made.questions.totals != {}
+    assert small.questions.skipped == made.questions.skipped
 
 
 def test_pathmmu_takes_subsets_splits_and_published_prompts(pathmmu: Path) -> None:
