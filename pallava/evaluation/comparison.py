@@ -123,6 +123,8 @@ def _read(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _percent(values: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
-    low, high = mean_interval(values, clusters)
-    value = sum(values) / len(values)
-    return {"value": 100 * value, "low": 100 * low, "high": 100 * high}
+    score = {"value": 100 * sum(values) / len(values)}
+    if len(set(clusters)) > 1:  # questions about a single image say nothing about others
+        low, high = mean_interval(values, clusters)
+        score |= {"low": 100 * low, "high": 100 * high}
+    return score

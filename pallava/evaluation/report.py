@@ -211,7 +211,12 @@ def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 def _score_tables(metrics: Mapping[str, Any]) -> list[str]:
     if "scores" not in metrics:
-        return ["", "The data holds no references: nothing was scored."]
+        lacking = (
+            "The data holds no references"
+            if metrics["num_answers"]
+            else ("No question has an answer")
+        )
+        return ["", f"{lacking}: nothing was scored."]
     lines = ["", "## Scores", "", "| group | score | |", "|---|---|---|"]
     for group, scores in metrics["scores"].items():
         lines += [f"| {group} | {name} | {score_text(value)} |" for name, value in scores.items()]

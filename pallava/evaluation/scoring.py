@@ -1,8 +1,9 @@
 """Scores answers: selects the metrics for each kind of benchmark and adds intervals.
 
 Every score is a percentage `{"value", "low", "high"}` with its 95 % bootstrap interval, or
-`{"value"}` if an interval would be meaningless. Intervals resample images or slides rather than
-questions (`Question.cluster`), since the questions about one image are not independent.
+`{"value"}` if an interval would be meaningless, as for questions about a single image. Intervals
+resample images or slides rather than questions (`Question.cluster`), since the questions about one
+image are not independent.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ def _bleu(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
 def _mean(details: Mapping[str, Any], questions: Sequence[Question], name: str) -> Score:
     values = [details[question.id][name] for question in questions]
     clusters = [question.cluster for question in questions]
-    return percent(sum(values) / len(values), stats.mean_interval(values, clusters))
+    interval = stats.mean_interval(values, clusters) if len(set(clusters)) > 1 else None
+    return percent(sum(values) / len(values), interval)
 
 
 def percent(value: float, interval: stats.Interval | None = None) -> Score:
@@ -258,7 +260,11 @@ def _class_table(
     rows = [columns[label] for label in true]
     cells[np.arange(len(true)), rows, [columns[name] for name in predicted]] = 1
     for name in _CLASS_SCORES:
-        interval = stats.cluster_interval(cells, clusters, partial(_class_score, name))
+        interval = (
+            stats.cluster_interval(cells, clusters, partial(_class_score, name))
+            if len(set(clusters)) > 1
+            else None
+        )
         scores[name.replace("_", " ")] = percent(float(values[name]), interval)
     return {
         "scores": scores,

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallava.evaluation.judge import SAMPLING, judge_answers, parse_score, summarise
+from pallava.evaluation.judge import SAMPLING, Verdicts, judge_answers, parse_score, summarise
 from pathcore.chat_backends import AgentError, OpenAIBackend
 from pathcore.chat_budget import Budget
 from tests.pallava import goldens
@@ -200,6 +200,18 @@ def test_settings_that_make_no_sense_are_refused(
         ('<think>Not {"score": 9}.</think>{"score": 3}', 3),
         ("<|channel|>analysis<|message|>8/10?<|end|><|channel|>final<|message|>3", 3),
         ('<think>{"score": 9} for the organ, but', None),
+        ("score: 7-8", None),  # a range is no score
+        ("score: 7.5 \u2013 8", None),
+        ('{"score": "7 to 8"}', None),
+        ("7-8/10", None),
+        ("7 \u2013 8 / 10", None),
+        ("7 to 8 out of 10", None),
+        ("score: 70%", None),
+        ("score: 7%", None),
+        ("score: 7/100", None),
+        ("score: 7/10", 7),
+        ('{"score": 7, "best": 8}', 7),
+        ("score: 7 - the organ is right", 7),
         ("no idea", None),
         ("the 2 sentences differ", None),
         ("", None),
@@ -207,6 +219,13 @@ def test_settings_that_make_no_sense_are_refused(
 )
 def test_replies_are_read(reply: str, score: float | None) -> None:
     assert parse_score(reply) == score
+
+
+def test_one_score_has_no_interval() -> None:
+    assert summarise(Verdicts({"a": 7.0}))["similarity"] == {"value": 70.0}
+    assert summarise(Verdicts({"a": 7.0, "b": 9.0}))["similarity"].keys() == {
+        "value", "low", "high"
+    }  # fmt: skip
 
 
 @given(st.text())

@@ -437,6 +437,29 @@ def test_answers_without_references_are_written_unscored(tmp_path: Path) -> None
     assert "nothing was scored" in (tmp_path / "run" / "metrics.md").read_text()
 
 
+def test_questions_about_one_image_give_no_interval(tmp_path: Path) -> None:
+    data = tmp_path / "test.json"
+    rows = {name: {"question": f"Is it {name}?", "image": "x", "answer": "yes"} for name in "ab"}
+    data.write_text(json.dumps(rows))
+    answers = {"a": "yes", "b": "no"}
+    metrics = write_report(pathvqa(data, NO_IMAGES), answers, [], tmp_path / "one")
+    assert metrics["scores"]["overall"]["correct"] == {"value": 50.0}
+    assert "| overall | correct | 50.00 |" in (tmp_path / "one" / "metrics.md").read_text()
+    rows["b"]["image"] = "y"
+    data.write_text(json.dumps(rows))
+    metrics = write_report(pathvqa(data, NO_IMAGES), answers, [], tmp_path / "two")
+    assert metrics["scores"]["overall"]["correct"] == {"value": 50.0, "low": 0.0, "high": 100.0}
+
+
+def test_a_run_without_any_answer_says_so(tmp_path: Path) -> None:
+    data = tmp_path / "test.json"
+    data.write_text(json.dumps({"a": {"question": "Why?", "image": "x", "answer": "yes"}}))
+    skipped = [SkippedSample("a", "x", "timeout")]
+    write_report(pathvqa(data, NO_IMAGES), {}, skipped, tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.md").read_text()
+    assert "No question has an answer: nothing was scored." in text
+
+
 def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     benchmark = pathvqa(goldens.GOLDEN / "eval" / "mixed_gt.json", NO_IMAGES)
     with pytest.raises(ValueError, match="belong to no question"):
