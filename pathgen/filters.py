@@ -80,10 +80,12 @@ class FilterStep:
     Attributes:
         name: Name in reports and on the command line.
         fault: Function from a row to the reason why it is dropped, or None.
+        within: Field by which the step groups rows, if any.
     """
 
     name: str
     fault: Callable[[Mapping[str, Any]], str | None]
+    within: str | None = None
 
 
 @dataclass
@@ -206,7 +208,7 @@ def exact_step(within: str | None = None) -> FilterStep:
         first[digest] = row["id"]
         return None
 
-    return FilterStep("exact", fault)
+    return FilterStep("exact", fault, within)
 
 
 def near_step(
@@ -258,7 +260,7 @@ def near_step(
         sketches.append(values)
         return None
 
-    return FilterStep("near", fault)
+    return FilterStep("near", fault, within)
 
 
 class _Band:
@@ -309,9 +311,11 @@ def filter_captions(
 
     Raises:
         FileNotFoundError: If `source` does not exist.
-        ValueError: If `out` is `source`, or another run is writing it.
+        ValueError: If `out` is `source`, or another run is writing it, or no row can be read, or no
+            row has the field within which duplicates are sought.
     """
     source, out = source_and_target(source, out)
+    missing = {step.within for step in steps if step.within}
     counts = [StepCount("readable"), *(StepCount(step.name) for step in steps)]
     draw = random.Random(seed)
     with row_files(out, out.with_name(f"{out.stem}.dropped.jsonl")) as (kept_file, dropped_file):
@@ -319,6 +323,7 @@ def filter_captions(
         for line, row, index, reason in _sift(bar, steps):
             for count in counts[: len(counts) if reason is None else index + 1]:
                 count.seen += 1
+            missing -= row.keys()
             if reason is None:
                 kept_file.write(encode_row(row))
                 continue
@@ -326,6 +331,14 @@ def filter_captions(
             left["reason"] = reason
             dropped_file.write(encode_row(left))
             _sample(counts[index], {**left, "caption": row.get("caption")}, num_samples, draw)
+        if counts[0].seen == counts[0].dropped:  # before the files appear
+            why = f": {counts[0].samples[0]['reason']}" if counts[0].samples else ""
+            raise ValueError(f"{source}: none of {counts[0].seen} rows can be used{why}")
+        if missing:
+            raise ValueError(
+                f"{source}: no row has the field {', '.join(map(repr, missing))}, within which "
+                "duplicates are sought"
+            )
     kept = counts[-1].seen - counts[-1].dropped
     summary = {"rows": counts[0].seen, "kept": kept, "steps": [vars(count) for count in counts]}
     write_json(out.with_name(f"{out.stem}.filters.json"), summary)

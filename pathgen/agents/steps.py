@@ -128,7 +128,7 @@ def run_step(
     Raises:
         AgentError: If the model rejects the key, does not exist, or stops answering.
         FileNotFoundError: If `source` or the folder of images is missing.
-        ValueError: If `out` is `source`, or another run is writing `out`.
+        ValueError: If `out` is `source`, or another run is writing `out`, or there are no rows.
     """
     source, out = source_and_target(source, out)
     folder = Path(images) if images else source.parent
@@ -162,6 +162,8 @@ def run_step(
             skipped_file.write(encode_row(skipped))
             if len(examples) < 3:
                 examples.append(f"line {task.line}, {task.row_id}: {task.reason}")
+        if not counts["rows"]:  # before the files appear
+            raise ValueError(f"{source}: holds no rows")
         spent = replies.spent()
     return StepReport(counts, spent, skipped_path(out), examples)
 

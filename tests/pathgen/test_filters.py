@@ -141,6 +141,22 @@ def test_each_step_sees_what_the_ones_before_kept(tmp_path: Path) -> None:
     assert summary["steps"][1]["samples"][0]["caption"] == "too short"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"none of 0 rows can be used$"),
+        ('{"caption": "Glands."}\n' * 3, r"none of 3 rows can be used: id: expected text"),
+        ('{"id": "a", "caption": "Glands."}\n', r"no row has the field 'slide', within which"),
+    ],
+)
+def test_a_wrong_file_or_field_leaves_no_output(tmp_path: Path, content: str, message: str) -> None:
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        filter_captions(source, out, [exact_step("slide"), near_step("slide")])
+    assert not out.exists()
+
+
 def test_duplicates_may_be_sought_within_slides(tmp_path: Path) -> None:
     rows = patch_rows(*["The same tumour cells in the same stroma"] * 4)
     for row, slide in zip(rows, "aabb", strict=True):
@@ -213,7 +229,8 @@ def test_near_duplicates_take_little_memory() -> None:
 def test_nothing_is_lost(texts: list[str], num_samples: int) -> None:
     import tempfile
 
-    texts = [text.encode(errors="replace").decode() for text in texts]
+    # A file without any usable caption is an error.
+    texts = ["Glands.", *(text.encode(errors="replace").decode() for text in texts)]
     steps = [length_step(1, 5), exact_step()]
     with tempfile.TemporaryDirectory() as folder:
         counts, kept = sift(Path(folder), steps, patch_rows(*texts), num_samples=num_samples)

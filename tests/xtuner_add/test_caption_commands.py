@@ -99,5 +99,8 @@ def test_wrong_usage(server: DescriberServer, rows: Path) -> None:
     result = run("make-instructions", rows, out, "--kinds", "open=much", "--local", "v")
     assert result.exit_code == 2
     assert "NAME=WEIGHT" in result.output
+    good = rows.read_text()
     rows.write_text("{broken\n")
+    assert run("filter-captions", rows, out).exit_code == 1  # nothing is left to write
+    rows.write_text(good + "{broken\n")
     assert run("filter-captions", rows, out).exit_code == 3

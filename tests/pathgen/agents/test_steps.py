@@ -105,6 +105,13 @@ def test_images_of_16_bits_or_with_transparency_are_shown_as_everywhere(
 
 
 @pytest.mark.usefixtures("patches")
+def test_a_file_without_rows_is_an_error(server: DescriberServer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no rows"):
+        ask(server, tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.usefixtures("patches")
 @pytest.mark.parametrize("trouble", ["fail500", "fail429", "stall"])
 def test_a_server_that_recovers_is_asked_again(
     server: DescriberServer, tmp_path: Path, trouble: str
