@@ -247,7 +247,7 @@ def _csv_choice(row_id: str, row: Any, folder: ImageFolder, prompt: Prompt) -> Q
     options = {
         letter: strip_letter(record[f"Choice {letter}"], letter)
         for letter in LETTERS
-        if record.get(f"Choice {letter}", "").strip()
+        if record.get(f"Choice {letter}", "").strip().lower() not in ("", "nan")
     }
     if len(options) < 2:
         raise RowError(f"expected at least two of the columns 'Choice A' ..., found {len(options)}")

@@ -23,6 +23,7 @@ from pallava.records.class_folders import (
 )
 from pallava.records.containers import read_plain_pickle
 from pallava.records.prompts import PROMPTS
+from pallava.records.questions import NO_IMAGES
 from pallava.records.readers import read_choices, read_vqa, strip_letter
 from pathcore.image_sets import image_set_names, load_image_set
 
@@ -199,6 +200,16 @@ def test_pmcvqa_csv_is_read(tmp_path: Path, missing: tuple[str, ...]) -> None:
     assert question.options == {"A": "necrosis", "B": "fibrosis", "C": "fat", "D": "none"}
     assert question.answer == "B"
     assert question.text.splitlines()[:3] == ["What is {seen}?", "A: necrosis", "B: fibrosis"]
+
+
+def test_missing_choices_of_pandas_are_no_options(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text(
+        "Figure_path,Question,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
+        "a.jpg,Which?,fat,glands,nan,NaN,B\n"
+    )
+    (question,) = read_choices(path, NO_IMAGES).questions
+    assert question.options == {"A": "fat", "B": "glands"}
 
 
 def test_letters_leave_option_texts() -> None:
