@@ -295,6 +295,7 @@ class Reproduction:
     ) -> None:
         self.card, self.inputs, self.folder = card, dict(inputs), Path(folder)
         self.extra = tuple(extra)
+        self.incomplete: dict[str, str] = {}
         self.published = card.published if published is None else published
         missing = [f"{name} ({what})" for name, what in card.inputs.items() if name not in inputs]
         if missing:
@@ -389,19 +390,30 @@ class Reproduction:
                 if Path(path).is_file()
             },
         }
+        log = out.with_name(f"{out.name}.log")
         if (out / _DONE_NAME).is_file():
-            if read_json(out / _DONE_NAME, what="a finished arm") == identity:
+            done = read_json(out / _DONE_NAME, what="a finished arm")
+            code = done.pop("exit_code", EXIT_OK)
+            if done == identity:
+                self._note(code, out, log)
                 return
             (out / _DONE_NAME).unlink()
         out.mkdir(parents=True, exist_ok=True)
-        log = out.with_name(f"{out.name}.log")
         with open(log, "w", encoding="utf-8") as file:
             code, message = run_command(arguments, file)
         if code not in (EXIT_OK, EXIT_SKIPPED):
             raise ValueError(
                 f"xtuner-add {shlex.join(shown)}: ended with {code}: {message} ({log})"
             )
-        write_json(out / _DONE_NAME, identity)
+        write_json(out / _DONE_NAME, {**identity, "exit_code": code})
+        self._note(code, out, log)
+
+    def _note(self, code: int, out: Path, log: Path) -> None:
+        if code == EXIT_SKIPPED:
+            name = str(out.relative_to(self.folder))
+            self.incomplete[name] = (
+                f"something was skipped, see {log}; to run it again, delete {out / _DONE_NAME}"
+            )
 
     def _report(
         self,
@@ -438,6 +450,7 @@ class Reproduction:
             "explained_by": [f"{row.choice}={row.value}" for row in rows if row.explains],
             "choices": [vars(row) for row in rows],
             "failed": dict(failed),
+            "incomplete": dict(self.incomplete),
             "protocol": {name: next(iter(values)) for name, values in card.choices.items()},
             "command": shlex.join(
                 map(
@@ -542,6 +555,7 @@ def table(report: Mapping[str, Any]) -> str:
             )
         lines.append("")
     lines += [f"Not run: {name}: {why}" for name, why in report["failed"].items()]
+    lines += [f"Not complete: {name}: {why}" for name, why in report["incomplete"].items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

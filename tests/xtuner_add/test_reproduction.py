@@ -176,6 +176,20 @@ def test_a_change_that_fails_costs_itself_only(folder: Path) -> None:
     assert "short.json" in failed.output and "ended with 1" in failed.output
 
 
+def test_a_run_that_skipped_something_is_named(folder: Path) -> None:
+    answers = json.loads((folder / "short.json").read_text())
+    (folder / "short.json").write_text(json.dumps(answers[:-1]))  # one question has no answer
+    for _ in range(2):  # run, and read back
+        result = reproduce(folder, "--published", "25")
+        assert result.exit_code == 3, result.output
+        assert "Not complete: published: something was skipped, see " in result.output
+        report = json.loads((folder / "out" / "reproduction.json").read_text())
+        assert list(report["incomplete"]) == ["published"]
+    (folder / "short.json").write_text(json.dumps(answers))
+    (folder / "out" / "published" / "arm.json").unlink()
+    assert reproduce(folder, "--published", "25").exit_code == 0
+
+
 def test_files_hold_no_secrets_of_an_address(folder: Path) -> None:
     card = yaml.safe_load((folder / "card.yml").read_text())
     inputs = {**card["inputs"], "judge": "endpoint"}

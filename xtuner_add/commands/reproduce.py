@@ -50,7 +50,7 @@ def reproduce(
     and not repeated. The report is written to reproduction.json and reproduction.md.
 
     The exit code says whether the runs worked, not whether the figure was reproduced: 0 for all, 3
-    if one with a changed choice failed, 1 if the published one failed.
+    if one with a changed choice failed or one skipped something, 1 if the published one failed.
     """
     from xtuner_add.reproduction import Reproduction, card_files, load_card, table
 
@@ -79,5 +79,5 @@ def reproduce(
         report = run.run(all_arms=all_arms)
     click.echo(table(report))
     click.echo(f"Written to {run.folder}")
-    if report["failed"]:
+    if report["failed"] or report["incomplete"]:
         ctx.exit(EXIT_SKIPPED)
