@@ -44,10 +44,10 @@ def revise(
 ) -> Step:
     """Returns the step that checks a caption against image and report; corrects or rejects it."""
 
-    def read(value: Mapping[str, Any] | str) -> dict[str, Any]:
+    def read(value: Any) -> dict[str, Any]:
         if isinstance(value, str):  # a user-defined prompt may ask for plain text
             value = {"usable": True, "caption": value}
-        if not isinstance(value.get("usable"), bool):
+        if not isinstance(value, Mapping) or not isinstance(value.get("usable"), bool):
             raise ReplyError("usable: expected true or false")
         if not value["usable"]:
             return {**value, "caption": ""}  # models return an empty caption here, or the old one
@@ -56,7 +56,7 @@ def revise(
 
     def finish(row: dict[str, Any], _: str, value: dict[str, Any]) -> dict[str, Any]:
         found = value.get("problems") or []
-        problems = [str(problem) for problem in ([found] if isinstance(found, str) else found)]
+        problems = [str(problem) for problem in (found if isinstance(found, list) else [found])]
         if not value["usable"]:
             raise Rejected("; ".join(problems) or "unusable; the model gave no reason")
         row = _replace(row, "revise", value["caption"])

@@ -253,6 +253,8 @@ class _Run:
                 raise ValueError(f"{name}: expected text, found {row.get(name)!r:.80}")
         if not isinstance(row.get("provenance", []), list):
             raise ValueError(f"provenance: expected a list, found {row['provenance']!r:.80}")
+        if not isinstance(row.get("versions") or {}, dict):
+            raise ValueError(f"versions: expected an object, found {row['versions']!r:.80}")
         image, digest = None, None
         if self.step.with_image:
             if row.get("image") is not None:

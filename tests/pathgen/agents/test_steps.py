@@ -327,6 +327,8 @@ def test_bad_rows_are_left_out(server: DescriberServer, tmp_path: Path, patches:
         {"id": "d", "image": "absent.png"}, {"id": "e", "image": "cut.png"},
         {"id": "f", "image": "text.png"}, {"id": "g", "image": "0.png", "provenance": "me"},
         {"id": "h", "image": "0\0.png"}, {"id": "i", "image": "."},
+        {"id": "j", "image": "0.png", "versions": ["me"]},
+        {"id": "k", "image": "0.png", "versions": 3},
     ]  # fmt: skip
     source = write_rows(tmp_path / "rows.jsonl", [*bad, {"id": "good", "image": "0.png"}])
     out = tmp_path / "out.jsonl"
@@ -369,6 +371,16 @@ def test_revise_corrects_and_rejects(server: DescriberServer, tmp_path: Path) ->
     assert report.counts["rejected"] == 1
     assert (rows[0]["caption"], rows[0]["problems"]) == (WORDS, ["no necrosis"])
     assert read_rows(report.skipped)[0]["reason"] == "no necrosis"
+
+
+@pytest.mark.usefixtures("patches")
+def test_problems_in_another_form_are_kept(server: DescriberServer, tmp_path: Path) -> None:
+    """The reply to a prompt of the user's need not list them."""
+    prompt = tmp_path / "revise.json"
+    prompt.write_text(json.dumps({"user": "Check: {caption:json}", "reply": {"type": "object"}}))
+    server.write = lambda _: json.dumps(REVISED | {"problems": 2})
+    _, rows = ask(server, tmp_path, "case 1", step=revise(prompt))
+    assert rows[0]["problems"] == ["2"]
 
 
 @pytest.mark.usefixtures("patches")
