@@ -11,6 +11,7 @@ from pallava.records.containers import data_file, image_root, read_csv, read_rec
 from pallava.records.questions import RowError, as_mapping, text_field
 from pallava.registry import CONVERTERS
 from pathcore.files import StrPath
+from pathcore.rows import BadRow
 
 _IMAGE_FIELDS = ("image", "img", "image_path", "image_name", "file_name", "filename")
 _CAPTION_FIELDS = ("caption", "text", "title")
@@ -100,7 +101,8 @@ def arch(
 
 def _pairs(name: str, source: str, licence: str, data: Path, folder: Path) -> Conversion:
     def make(where: str, record: Any) -> list[Row]:
-        row = {"image": where, "caption": record} if isinstance(record, str) else record
+        is_caption = isinstance(record, str) and not isinstance(record, BadRow)
+        row = {"image": where, "caption": record} if is_caption else record
         pair = {"image": _image(as_mapping(row)), "caption": text_field(row, *_CAPTION_FIELDS)}
         return [{"id": f"{name}-{where}", **pair}]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pallava.evaluation.models import NoAnswer
 from pallava.records.containers import ID_FIELDS, read_records
 from pathcore.files import StrPath, folder_lock
-from pathcore.rows import is_encodable, read_lines
+from pathcore.rows import BadRow, is_encodable, read_lines
 
 _PATTERN = "rank*.jsonl"
 
@@ -112,6 +112,8 @@ def read_answers(path: StrPath) -> tuple[dict[str, str], int]:
     num_positions = 0
     is_list = Path(path).suffix == ".jsonl" or Path(path).read_bytes()[:64].lstrip()[:1] == b"["
     for question_id, record in read_records(path):
+        if isinstance(record, BadRow):
+            raise ValueError(f"{path}, {question_id!r}: {record}")
         answer = record.get("answer") if isinstance(record, Mapping) else record
         if not isinstance(answer, str):
             raise ValueError(

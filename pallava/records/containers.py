@@ -56,7 +56,7 @@ def read_records(path: StrPath) -> Iterator[tuple[str, Any]]:
 def read_csv(path: StrPath) -> Iterator[tuple[str, Any]]:
     """Yields `(row number from 0, {column: text})` of a CSV file with a header.
 
-    A row with the wrong number of fields is yielded as a string that describes the error.
+    A row with the wrong number of fields is yielded as a `BadRow`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -64,7 +64,8 @@ def read_csv(path: StrPath) -> Iterator[tuple[str, Any]]:
     """
     for number, (_, row) in enumerate(rows.read_csv(path)):
         wrong = None in row or None in row.values()
-        yield str(number), "another number of columns than the header" if wrong else row
+        bad = rows.BadRow("another number of columns than the header")
+        yield str(number), bad if wrong else row
 
 
 def read_json_rows(path: StrPath) -> Iterator[tuple[str, Any]]:

@@ -97,7 +97,7 @@ def read_quilt_vqa(
 
     def make(row_id: str, row: Any) -> Question:
         record = as_mapping(row)
-        published = asked.get(row_id, {})
+        published = as_mapping(asked.get(row_id, {}))
         if not published and (own_wording is None or not circle):
             raise RowError(f"question {row_id} is not in {asked_name}")
         name = published.get("image") if not circle else record.get("image", published.get("image"))

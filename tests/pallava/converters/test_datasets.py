@@ -14,7 +14,7 @@ from pallava.text.encoding import check_row
 from pathcore.image_sets import load_image_set
 from pathcore.rows import pair_fault
 from tests.pallava.converters import published
-from tests.pallava.converters.published import read_lines, save_image, write_lines
+from tests.pallava.converters.published import read_lines, save_image, write_csv, write_lines
 
 
 def run(name: str, data: Path, out: Path, **options: str) -> tuple[dict, list[dict]]:
@@ -237,6 +237,24 @@ def test_pathcap(tmp_path: Path, form: str) -> None:
 def test_openpath_pictures_are_named_after_their_posts(tmp_path: Path) -> None:
     _, rows = run("openpath", published.openpath(tmp_path / "data"), tmp_path / "out")
     assert [row["image"] for row in rows] == ["150.jpg", "151.jpg", "152.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_row_that_cannot_be_read_is_no_caption(tmp_path: Path, suffix: str) -> None:
+    """Pictures may be named by numbers, as the rows are."""
+    for number in range(12):
+        save_image(tmp_path / "images" / f"{number}.jpg")
+    rows = [{"image": f"{number}.jpg", "caption": published.CAPTION} for number in range(11)]
+    data = tmp_path / f"captions{suffix}"
+    if suffix == ".csv":
+        write_csv(data, "image,caption", [tuple(row.values()) for row in rows])
+        data.write_text(data.read_text() + "11.jpg\n")
+    else:
+        write_lines(data, rows)
+        data.write_text(data.read_text() + '{"image": "11.jpg", "cap\n')
+    report, rows = run("pathcap", data, tmp_path / "out")
+    assert (report["num_rows"], report["num_skipped"]) == (11, 1)
+    assert {row["caption"] for row in rows} == {published.CAPTION}
 
 
 def test_arch_has_two_sets_and_captions_without_images(tmp_path: Path) -> None:

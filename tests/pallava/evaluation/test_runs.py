@@ -524,6 +524,10 @@ def test_answers_by_position_are_told_from_answers_by_id(tmp_path: Path) -> None
         read_answers(file)
     file.write_text('{"0": {"answer": "yes"}, "1": "no"}')
     assert read_answers(file) == ({"0": "yes", "1": "no"}, 0)
+    file = file.with_suffix(".jsonl")  # of a run that was killed while it wrote
+    file.write_text('{"question_id": "0", "answer": "yes"}\n{"question_id": "1", "ans')
+    with pytest.raises(ValueError, match="'1': no JSON: Unterminated string"):
+        read_answers(file)
 
 
 def test_built_in_benchmarks_have_names() -> None:

@@ -216,6 +216,16 @@ def test_red_circles_can_be_left_out(tmp_path: Path) -> None:
         make(quilt_parquet(tmp_path / "hub"), circle="no")
 
 
+def test_a_broken_line_of_the_questions_costs_its_row_only(tmp_path: Path) -> None:
+    asked = quilt_files(tmp_path, "quiltvqa_red") / "quiltvqa_nored_test_wo_ans.jsonl"
+    *lines, _ = asked.read_text().splitlines()
+    asked.write_text("\n".join([*lines, '{"question_id": 2, "ima']))
+    made = EVALUATIONS.get("quilt-vqa-red")(tmp_path, circle="no")
+    assert len(made.questions.questions) == 2
+    (skipped,) = made.questions.skipped
+    assert skipped.id == "2" and "no JSON" in skipped.reason
+
+
 def test_a_closed_question_needs_yes_or_no(tmp_path: Path) -> None:
     rows = [*QUILT, {**QUILT[0], "id": 3, "answer": "Mucin.", "yes_no_answer": "maybe"}]
     (tmp_path / "quiltvqa_test_w_ans.json").write_text(json.dumps(rows))
