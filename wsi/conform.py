@@ -179,7 +179,7 @@ def check(
     Args:
         file: The file.
         encoder: Preset that the features should come from; by default the one that the file names.
-        slide_px: Width and height of the slide at level 0, used if the file does not state them.
+        slide_px: Width and height of the slide at level 0; must be those that the file states.
         mpp_level0: Micrometres per pixel of the slide, used if the file does not state it.
 
     Returns:
@@ -195,12 +195,20 @@ def check(
         >>> [finding.defect for finding in check(file)]
         ['duplicate tiles']
     """
+    findings = [*_check_features(file, encoder)]
+    if slide_px is not None and file.slide_px not in (None, slide_px):
+        findings.append(
+            Finding(
+                "another slide",
+                f"of a slide of {file.slide_px} px, but the slide of this name has {slide_px} px; "
+                "tile and embed it again",
+            )
+        )
     file = replace(
         file,
         slide_px=file.slide_px or slide_px,
         mpp_level0=file.mpp_level0 or mpp_level0,
     )
-    findings = [*_check_features(file, encoder)]
     if file.coords is None:
         findings.append(
             Finding("no coordinates", "no `coords`; slide encoders and heat maps need them")

@@ -40,6 +40,7 @@ from wsi.image_codecs import encoder
 from wsi.reader import Region, Slide, SlideError
 from wsi.requests import PatchRequest, RejectedRow, RequestTable, read_coordinate_folder
 from wsi.slide_listing import AmbiguousSlideError, SlideListing, SlideNotFoundError
+from wsi.store import OtherSlideError, check_slide_px
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -311,6 +312,14 @@ def _extract_slide(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Slide(path, mpp=part.mpp.get(requests[0].slide_id)) as slide:
+        own = []
+        for request in requests:
+            try:
+                check_slide_px(slide, request.slide_px, f"coordinates of {request.slide_id}")
+                own.append(request)
+            except OtherSlideError as error:
+                rows.append(_skipped(request, error.reason, str(error)))
+        requests = own
         regions = [Region(r.x_level0, r.y_level0, r.size_level0, r.size_px) for r in requests]
         places = [slide.overlap(region) for region in regions]
         wanted = [

@@ -21,6 +21,7 @@ from pathcore.figures import draw_maps, save_figure
 from pathcore.files import StrPath, atomic_file
 from wsi.geojson import square_features, write_geojson
 from wsi.report import distinct_colours
+from wsi.store import slide_px_of
 
 MapFormat = Literal["png", "geojson", "ome-tiff"]
 
@@ -71,11 +72,8 @@ class PatchScores:
         classes: Sequence[str] | None = None,
     ) -> PatchScores:
         """Takes size and resolution of the slide from the attributes of a coordinates file."""
-        size, mpp = None, None
-        if {"level0_width", "level0_height"} <= attributes.keys():
-            size = int(attributes["level0_width"]), int(attributes["level0_height"])
-        if "mpp_level0" in attributes:
-            mpp = float(attributes["mpp_level0"])
+        size = slide_px_of(attributes)
+        mpp = float(attributes["mpp_level0"]) if "mpp_level0" in attributes else None
         return cls(name, coords, size_level0, scores, classes, slide_size=size, mpp_level0=mpp)
 
 

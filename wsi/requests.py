@@ -31,6 +31,7 @@ class PatchRequest:
         size_level0: Side in level-0 pixels.
         size_px: Side of the resulting image in pixels.
         caption: Caption, or None.
+        slide_px: Width and height of the slide at level 0; None if the source does not state them.
     """
 
     number: int
@@ -40,6 +41,7 @@ class PatchRequest:
     size_level0: int
     size_px: int
     caption: str | None = None
+    slide_px: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def read_coordinate_folder(folder: StrPath) -> Iterator[PatchRequest | RejectedR
             continue
         for x, y in found.coords.tolist():
             number += 1
-            yield PatchRequest(number, slide_id, x, y, found.size_level0, found.patch_px)
+            size, patch_px, slide_px = found.size_level0, found.patch_px, found.slide_px
+            yield PatchRequest(number, slide_id, x, y, size, patch_px, slide_px=slide_px)
 
 
 class RequestTable:
@@ -138,13 +141,15 @@ class RequestTable:
 
     def part(self, number: int, size: int) -> list[PatchRequest]:
         """Returns the requests of a part of `size` positions whose slides exist."""
+        # Tables of version 0.1.0 do not have the size of the slide.
+        slide_px = "slide_width, slide_height" if self._has("requests", "slide_width") else "NULL"
         rows = self._connection.execute(
-            "SELECT number, slide_id, x_level0, y_level0, size_level0, size_px, caption"
-            " FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
+            "SELECT number, slide_id, x_level0, y_level0, size_level0, size_px, caption,"
+            f" {slide_px} FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
             " WHERE position > ? AND position <= ? AND reason IS NULL ORDER BY position",
             (number * size, (number + 1) * size),
         )
-        return [PatchRequest(*row) for row in rows]
+        return [PatchRequest(*row[:7], row[7:] if row[7] else None) for row in rows]
 
     def parts_with_requests(self, size: int) -> list[int]:
         """Returns the numbers of the parts for which `part` returns requests."""
@@ -222,7 +227,7 @@ class RequestTable:
                 " reason TEXT, detail TEXT, first_position INTEGER, last_position INTEGER);"
                 "CREATE TABLE requests (number INTEGER PRIMARY KEY, slide INTEGER NOT NULL,"
                 " x_level0 INTEGER, y_level0 INTEGER, size_level0 INTEGER, size_px INTEGER,"
-                " caption TEXT);"
+                " caption TEXT, slide_width INTEGER, slide_height INTEGER);"
                 "CREATE TABLE rejected (number INTEGER PRIMARY KEY, reason TEXT, detail TEXT);"
                 "CREATE TABLE ordering (position INTEGER PRIMARY KEY, number INTEGER NOT NULL);"
             )
@@ -237,8 +242,7 @@ class RequestTable:
 
     def _ranges(self, where: str, values: tuple[str, ...] = ()) -> list[tuple[int, int]]:
         """Returns first and last position of the slides that fulfil a condition."""
-        columns = {row[1] for row in self._connection.execute("PRAGMA table_info(slides)")}
-        if "last_position" in columns:
+        if self._has("slides", "last_position"):
             query = f"SELECT first_position, last_position FROM slides WHERE {where}"
             ranges = self._connection.execute(query, values).fetchall()
             return [(first, last) for first, last in ranges if first is not None]
@@ -248,6 +252,10 @@ class RequestTable:
             f" JOIN slides USING (slide) WHERE {where} GROUP BY slide"
         )
         return self._connection.execute(query, values).fetchall()
+
+    def _has(self, table: str, column: str) -> bool:
+        columns = self._connection.execute(f"PRAGMA table_info({table})")
+        return column in {row[1] for row in columns}
 
 
 def _insert(
@@ -278,8 +286,9 @@ def _insert(
                     missing.add(slide)
             caption = None if slide in missing else row.caption
             place = (row.x_level0, row.y_level0, row.size_level0, row.size_px)
-            requests.append((row.number, slide, *place, caption))
-        connection.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", requests)
+            slide_px = row.slide_px or (None, None)
+            requests.append((row.number, slide, *place, caption, *slide_px))
+        connection.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", requests)
         connection.executemany("INSERT INTO rejected VALUES (?, ?, ?)", rejected)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathcore.files import StrPath, atomic_file
+from pathcore.jobs import UnitError
 from wsi.reader import Slide
 from wsi.tiling import Tiling
 
@@ -35,6 +36,7 @@ class Coordinates:
         size_level0: Side of a patch in level-0 pixels.
         patch_px: Side of the image of a patch in pixels.
         mpp: Micrometres per pixel of that image; None if the file does not state it.
+        slide_px: Width and height of the slide at level 0; None if the file does not state them.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Coordinates:
     size_level0: int
     patch_px: int
     mpp: float | None = None
+    slide_px: tuple[int, int] | None = None
+
+
+class OtherSlideError(UnitError):
+    """Raised if coordinates belong to another slide than the one that is opened."""
+
+    reason = "coordinates of another slide"
 
 
 def write_coordinates(
@@ -117,7 +126,54 @@ def read_coordinates(path: StrPath) -> Coordinates:
     name = attributes.get("name", path.stem.removesuffix("_patches"))
     name = name.decode() if isinstance(name, bytes) else str(name)
     mpp = float(attributes["mpp"]) if "mpp" in attributes else None
-    return Coordinates(name, coords.astype(np.int64), size_level0, patch_px, mpp)
+    places = coords.astype(np.int64)
+    return Coordinates(name, places, size_level0, patch_px, mpp, slide_px_of(attributes))
+
+
+def read_coordinates_of(slide: Slide, path: StrPath) -> Coordinates:
+    """Reads the coordinates file of a slide, see `read_coordinates`.
+
+    Raises:
+        OtherSlideError: If the file states another size of the slide, as it does if the tissue was
+            scanned again, or patches lie outside of it.
+    """
+    found = read_coordinates(path)
+    check_slide_px(slide, found.slide_px, f"coordinates {path}")
+    size, coords = found.size_level0, found.coords
+    outside = ((coords >= slide.dimensions) | (coords + size <= 0)).any(axis=1)
+    if outside.any():
+        x, y = coords[int(outside.argmax())].tolist()
+        raise OtherSlideError(
+            f"coordinates {path}: {int(outside.sum())} of {len(coords)} patches lie outside the "
+            f"slide of {slide.dimensions[0]} x {slide.dimensions[1]} px, the first at ({x}, {y}): "
+            "expected level-0 pixels, x before y"
+        )
+    return found
+
+
+def check_slide_px(slide: Slide, stated: tuple[int, int] | None, where: str) -> None:
+    """Checks that a slide has the size that a coordinates file states.
+
+    Args:
+        slide: The slide.
+        stated: Width and height, see `Coordinates`.
+        where: What states them, for the error message.
+
+    Raises:
+        OtherSlideError: If they differ.
+    """
+    if stated is not None and stated != slide.dimensions:
+        raise OtherSlideError(
+            f"{where}: of a slide of {stated[0]} x {stated[1]} px, but {slide.path} has "
+            f"{slide.dimensions[0]} x {slide.dimensions[1]} px; tile this one again"
+        )
+
+
+def slide_px_of(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns width and height of the slide at level 0 from the attributes of `coords`."""
+    if not {"level0_width", "level0_height"} <= attributes.keys():
+        return None
+    return int(_number(attributes["level0_width"])), int(_number(attributes["level0_height"]))
 
 
 def write_features(

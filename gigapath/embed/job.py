@@ -15,7 +15,6 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gigapath.embed.figures import draw_folder, draw_slide, principal_colours
 from gigapath.embed.slide_encoders import NamedSlideEncoder, check_origin, get_slide_preset
@@ -33,7 +32,6 @@ from pathcore.jobs import WRITTEN, JobFolder, Report, UnitError
 from pathcore.pool import Engine, PoolOptions
 from wsi.features import (
     PART_TILES,
-    EmbeddingError,
     FolderTiles,
     PatchEncoder,
     SlideTiles,
@@ -43,7 +41,7 @@ from wsi.features import (
 from wsi.reader import Slide, SlideError
 from wsi.report import draw_patches, save_jpeg
 from wsi.slide_job import SlideUnit, process_slides
-from wsi.store import read_attributes, read_coordinates, write_coordinates
+from wsi.store import read_attributes, read_coordinates_of, write_coordinates
 from wsi.tile_job import DAMAGED, THUMBNAIL_PX, find_mask, place_patches
 from wsi.tiling import PatchSpec
 
@@ -226,14 +224,13 @@ def _place(
     mask, num_lost = None, 0
     if settings.coords is not None:
         source = _find_coords(Path(settings.coords), name)
-        given, attributes = read_coordinates(source), read_attributes(source)
+        given, attributes = read_coordinates_of(slide, source), read_attributes(source)
         coords, size, tile_px = given.coords, given.size_level0, given.patch_px
         if slide.known_mpp:  # TRIDENT's and CLAM's files do not say it
             scale = slide.known_mpp * size / tile_px
             attributes = {"mpp": scale, "mpp_level0": slide.known_mpp} | attributes
         # The order of the tiles affects the slide encoder, which was trained on rows.
         coords = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
-        _check_inside(coords, size, slide, source)
     else:
         tiling, mask, _ = place_patches(
             slide, settings.spec, unit.mask or settings.masks, name=name
@@ -367,14 +364,3 @@ def _find_coords(folder: Path, slide_id: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{folder}: no coordinates {slide_id}.h5 or {slide_id}_patches.h5")
-
-
-def _check_inside(coords: NDArray[np.int64], size: int, slide: Slide, source: Path) -> None:
-    outside = ((coords >= slide.dimensions) | (coords + size <= 0)).any(axis=1)
-    if outside.any():
-        x, y = coords[int(outside.argmax())].tolist()
-        raise EmbeddingError(
-            f"coordinates {source}: {int(outside.sum())} of {len(coords)} tiles lie outside the "
-            f"slide of {slide.dimensions[0]} x {slide.dimensions[1]} px, the first at ({x}, {y}): "
-            "expected level-0 pixels, x before y"
-        )

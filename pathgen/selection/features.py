@@ -15,8 +15,8 @@ from PIL import Image
 from pathcore.encoders import Encoder
 from pathcore.files import StrPath
 from wsi.features import SlideTiles, TileEmbeddings, embed_tiles
-from wsi.reader import SlideError
-from wsi.store import read_attributes, read_coordinates
+from wsi.reader import Slide, SlideError
+from wsi.store import read_attributes, read_coordinates_of
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ def slide_features(
 
     Raises:
         SlideError: If the slide cannot be opened, or none of its patches can be read.
+        OtherSlideError: If the coordinates belong to another slide.
         ValueError: If the coordinates cannot be read, or there are none.
     """
-    coordinates, path = read_coordinates(coords_path), Path(coords_path)
+    path = Path(coords_path)
     if not Path(slide_path).is_file():  # not an OSError, which would end a job over many slides
         raise SlideError(f"{slide_path}: no such file")
+    with Slide(slide_path) as slide:
+        coordinates = read_coordinates_of(slide, path)
     if not len(coordinates.coords):
         raise ValueError(f"coordinates {path}: no patches")
     # Sorted by row, so that compressed tiles of the file that several patches overlap are decoded

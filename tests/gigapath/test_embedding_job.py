@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,16 @@ def test_encoders_by_name_give_their_own_features(
     origin = origin_of_file(read_feature_file(path))
     assert (origin.patch_px, origin.mpp) == (40, 0.5)
     assert read_coordinates(path).size_level0 == 40
+
+
+def test_tiles_of_another_scan_are_not_embedded(folder: Path, tmp_path: Path) -> None:
+    first = replace(settings_of(folder), slide_encoder=None)
+    assert embed_slides(folder / "slides", tmp_path / "first", first, PLACEMENT).written == 2
+    write_svs(tmp_path / "slides" / "a.svs", tissue_pixels(1000, 840, blank=0.3), mpp=0.125)
+    shutil.copy(folder / "slides" / "b.svs", tmp_path / "slides")
+    settings = replace(first, coords=str(tmp_path / "first" / "coords"))
+    report = embed_slides(tmp_path / "slides", tmp_path / "out", settings, PLACEMENT)
+    assert (report.written, report.reasons) == (1, {"coordinates of another slide": 1})
 
 
 def test_features_of_tiles_placed_elsewhere_say_their_resolution(

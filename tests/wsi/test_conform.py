@@ -316,3 +316,18 @@ def test_size_and_resolution_come_from_the_slide_of_the_same_name(tmp_path: Path
     one = ["conform", str(tmp_path / "f/a.h5"), "--slides", str(tmp_path / "t.csv")]
     assert CliRunner().invoke(cli.main, [*one, "--output", str(tmp_path / "o")]).exit_code == 0
     assert np.array_equal(read_features(tmp_path / "o/a.h5")[1], tiles * 2)
+
+
+def test_features_of_another_scan_are_named(tmp_path: Path) -> None:
+    tiles = grid(64, 4, 4, start=0)
+    size = {"level0_width": 400, "level0_height": 300, "patch_size": 64, "patch_size_level0": 64,
+            "target_magnification": 40}  # fmt: skip
+    for name in ("a", "b"):
+        trident(tmp_path / "f" / f"{name}.h5", tiles, random_features(len(tiles)), **size)
+    write_svs(tmp_path / "slides" / "a.svs", tissue_pixels(400, 300))
+    write_svs(tmp_path / "slides" / "b.svs", tissue_pixels(800, 600))
+    arguments = ["conform", tmp_path / "f", "--slides", tmp_path / "slides", "--json"]
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    found = [json.loads(line)["findings"] for line in result.output.splitlines()]
+    assert [[finding["defect"] for finding in own] for own in found] == [[], ["another slide"]]

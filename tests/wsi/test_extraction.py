@@ -29,6 +29,8 @@ from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.extraction import OutputSettings, extract
 from wsi.reader import Region, Slide
 from wsi.requests import PatchRequest, RejectedRow
+from wsi.tile_job import TileSettings, tile_slides
+from wsi.tiling import PatchSpec
 
 PATCH = 128
 WIDTH, HEIGHT = 900, 700
@@ -235,6 +237,22 @@ def test_what_is_left_out_and_why(slides: Path, tmp_path: Path) -> None:
     ]
     edge = np.asarray(Image.open(tmp_path / "out" / "whole_-10_6.png"))
     assert (edge[:, :10] == 255).all() and (edge[:, 10:] != 255).any()
+
+
+def test_coordinates_of_another_scan_are_left_out(tmp_path: Path) -> None:
+    write_svs(tmp_path / "slides" / "a.svs", tissue_pixels(400, 300), mpp=0.5)
+    write_svs(tmp_path / "slides" / "b.svs", tissue_pixels(400, 300), mpp=0.5)
+    tile_slides(
+        tmp_path / "slides", tmp_path / "out", TileSettings(PatchSpec(64, 0.5)), progress=False
+    )
+    write_svs(tmp_path / "slides" / "a.svs", tissue_pixels(800, 600), mpp=0.25)
+    coords = tmp_path / "out" / "coords"
+    report = extract(coords, tmp_path / "slides", tmp_path / "patches", progress=False)
+    skipped = read_rows(tmp_path / "patches" / "skipped.jsonl")
+    assert {row["wsi_id"] for row in skipped} == {"a"}
+    assert report.reasons == {"coordinates of another slide": len(skipped)}
+    assert "400 x 300 px" in skipped[0]["detail"] and "800 x 600 px" in skipped[0]["detail"]
+    assert report.written > 0
 
 
 def test_what_was_left_out_can_be_tried_again(slides: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -177,13 +178,21 @@ def test_slides_that_cannot_be_used_are_named(folder: Path, spec: str, tmp_path:
     (broken / "coords" / "text.h5").write_text("no HDF5")
     (broken / "slides" / "b.svs").write_bytes((folder / "slides" / "b.svs").read_bytes()[:3000])
     (broken / "slides" / "text.svs").write_text("no slide")
+    write_svs(broken / "slides" / "other.svs", tissue_pixels(1536, 1024))
+    shutil.copy(broken / "coords" / "a.h5", broken / "coords" / "other.h5")
+    with h5py.File(broken / "coords" / "outside.h5", "w") as file:  # as CLAM, without a size
+        file["coords"] = np.array([[0, 0], [4000, 0]])
+        file["coords"].attrs.update({"patch_size": 64, "patch_level": 0})
+    shutil.copy(folder / "slides" / "a.svs", broken / "slides" / "outside.svs")
     result = run(broken, spec, tmp_path / "out", "--quota", 4, "--no-pictures")
     assert result.exit_code == 3, result.output
     left = {
         row["wsi_id"]: row["reason"]
         for row in read_rows(tmp_path / "out" / "selection.skipped.jsonl")
     }
-    assert set(left) == {"b", "gone", "text"}
+    assert set(left) == {"b", "gone", "text", "other", "outside"}
+    assert "of a slide of 768 x 512 px" in left["other"]
+    assert "1 of 2 patches lie outside the slide" in left["outside"]
     assert "no slide of this name" in left["gone"]
     assert {row["wsi_id"] for row in read_rows(tmp_path / "out" / "selection.jsonl")} == {"a"}
     assert not (tmp_path / "out" / "pictures").exists()
