@@ -100,7 +100,8 @@ class SlideListing:
 
     Raises:
         FileNotFoundError: If `folder` does not exist.
-        ValueError: If the table has no column of paths, or a row cannot be used.
+        ValueError: If the table has no column of paths, a row cannot be used, or two rows of one
+            slide contradict each other.
 
     Example:
         >>> import tempfile
@@ -172,6 +173,7 @@ class SlideListing:
 
     def _read_table(self) -> None:
         folder = self.folder.parent
+        lines: dict[tuple[str, str], int] = {}
         for line, row in read_csv(self.folder, what="slides"):
             found = {
                 key: next((text for name in names if (text := (row.get(name) or "").strip())), "")
@@ -186,10 +188,21 @@ class SlideListing:
             slide_id = found["id"] or path.stem
             # A repeated row is one slide; two files with the same id are ambiguous.
             self._found.setdefault(slide_id, []).append(path)
-            if found["mpp"]:
-                self.mpp[slide_id] = _mpp(found["mpp"], where)
-            if found["mask"]:
-                self.masks[slide_id] = folder / found["mask"]
+            stated: dict[str, tuple[dict[str, Any], Any]] = {
+                "mpp": (self.mpp, _mpp(found["mpp"], where) if found["mpp"] else None),
+                "mask": (self.masks, folder / found["mask"] if found["mask"] else None),
+            }
+            for key, (known, value) in stated.items():
+                if value is None:
+                    continue
+                first = lines.setdefault((key, slide_id), line)
+                if known.setdefault(slide_id, value) != value and (
+                    len(_distinct(self._found[slide_id])) == 1
+                ):
+                    raise ValueError(
+                        f"{where}: {key} of {slide_id}: {found[key]}, but {known[slide_id]} in "
+                        f"line {first}; remove the row that is wrong"
+                    )
 
     def _walk(self) -> None:
         """Lists all folders; follows links last, so that slides are found under their own paths."""

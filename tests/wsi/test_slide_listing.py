@@ -204,11 +204,16 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,1\n", r"slides\.csv:2: expected a path in one of path, image_path, wsi"),
         ("wsi,mpp\na.svs,quarter\n", r"slides\.csv:2: mpp: .* found 'quarter'"),
         ("wsi,mpp\na.svs,0.5\nb.svs,-1\n", r"slides\.csv:3: mpp"),
+        ("wsi,mpp\na.svs,0.5\na.svs,0.25\n", r"csv:3: mpp of a: 0\.25, but 0\.5 in line 2; remove"),
+        (
+            "wsi,mask\na.svs,\na.svs,m.png\na.svs,n.png\n",
+            r"csv:4: mask of a: n\.png, but .* line 3",
+        ),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
             SlideListing(table)
-    table.write_text("path\nx/a.svs\ny/a.svs\nb.svs\nb.svs\n")
+    table.write_text("path,mpp\nx/a.svs,0.5\ny/a.svs,0.25\nb.svs,0.5\nb.svs,0.50\n")
     listing = SlideListing(table)
     assert list(listing.slides) == ["b"] and "2 slides have this name" in listing.ambiguous["a"]
     with pytest.raises(FileNotFoundError, match="no such file"):
