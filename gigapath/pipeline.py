@@ -49,6 +49,7 @@ from wsi.features import FolderTiles, read_tiles
 from wsi.image_codecs import encode_png
 from wsi.reader import Slide, SlideError
 from wsi.report import draw_patches
+from wsi.slide_job import SlideUnit, slide_source
 
 SLIDE_ARCHITECTURE = "gigapath_slide_enc12l768d"
 TILE_WIDTH = 1536
@@ -107,6 +108,7 @@ def tile_one_slide(
     output, thumbnails = save_dir / "output", save_dir / "thumbnails"
     out = output / slide_id
     settings = {
+        "slide": slide_source(SlideUnit(slide_id, slide_file, output)),
         "level": level,
         "tile_size": tile_size,
         "mpp": mpp,
@@ -391,7 +393,13 @@ def _is_whole(folder: Path, settings: Mapping[str, Any]) -> bool:
             f"corner swapped; {way_out}"
         )
     found = json.loads((folder / _SETTINGS).read_bytes())
-    changed = {name: found.get(name) for name in settings if found.get(name) != settings[name]}
+    # Version 0.1.0 did not record the slide; and the tiles of a slide that is gone are kept.
+    known = {
+        name for name, value in settings.items() if name != "slide" or (value and name in found)
+    }
+    changed = {name: found.get(name) for name in known if found.get(name) != settings[name]}
+    if "slide" in changed:
+        raise ValueError(f"{folder}: holds tiles of another slide of this name; {way_out}")
     if changed:
         raise ValueError(f"{folder}: was tiled with other settings, {changed}; {way_out}")
     return True

@@ -142,14 +142,18 @@ class RequestTable:
     def part(self, number: int, size: int) -> list[PatchRequest]:
         """Returns the requests of a part of `size` positions whose slides exist."""
         # Tables of version 0.1.0 do not have the size of the slide.
-        slide_px = "slide_width, slide_height" if self._has("requests", "slide_width") else "NULL"
+        has_size = self._has("requests", "slide_width")
+        slide_px = "slide_width, slide_height" if has_size else "NULL, NULL"
         rows = self._connection.execute(
             "SELECT number, slide_id, x_level0, y_level0, size_level0, size_px, caption,"
             f" {slide_px} FROM ordering JOIN requests USING (number) JOIN slides USING (slide)"
             " WHERE position > ? AND position <= ? AND reason IS NULL ORDER BY position",
             (number * size, (number + 1) * size),
         )
-        return [PatchRequest(*row[:7], row[7:] if row[7] else None) for row in rows]
+        return [
+            PatchRequest(*asked, slide_px=(width, height) if width else None)  # type: ignore[misc]
+            for *asked, width, height in rows
+        ]
 
     def parts_with_requests(self, size: int) -> list[int]:
         """Returns the numbers of the parts for which `part` returns requests."""

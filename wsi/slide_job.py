@@ -9,6 +9,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -71,7 +72,7 @@ def table_mask(unit: SlideUnit) -> Path | None:
     return unit.mask
 
 
-def _source(unit: SlideUnit, beside: Beside) -> dict[str, Any] | None:
+def slide_source(unit: SlideUnit, beside: Beside = table_mask) -> dict[str, Any] | None:
     """Returns what the output of a slide depends on, as JSON values; None if a file is missing.
 
     Modification times are left out, since copies of the slides give the same output.
@@ -92,13 +93,13 @@ class _SlideFunction(Generic[Unit]):
 
     process: Callable[[Unit], Mapping[str, Any]]
     noun: str = "slide"
-    beside: Beside | None = None
+    source: Callable[[Unit], Any] | None = None
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
         try:
             check_name(unit.slide_id, room_bytes=_NAME_ROOM_BYTES)
             # Before the slide is read, in case it changes meanwhile.
-            source = _source(unit, self.beside) if self.beside else None
+            source = self.source(unit) if self.source else None
             row = {self.noun: unit.slide_id, "state": WRITTEN, **self.process(unit)}
             if source is not None:
                 row["source"] = source
@@ -131,7 +132,7 @@ def process_units(
     *,
     num_inputs: int,
     noun: str = "slide",
-    beside: Beside | None = None,
+    source: Callable[[Unit], Any] | None = None,
     progress: bool = True,
     **pool: Unpack[PoolOptions],
 ) -> None:
@@ -143,11 +144,12 @@ def process_units(
         job: The open job.
         num_inputs: Number of units, including those that are skipped before.
         noun: What a unit is; the name of its id in the manifest.
-        beside: See `process_slides`; if given, rows record the `source` of their slide.
+        source: Function that returns what the output of a unit depends on, as JSON values, or None
+            if that is gone; picklable. Rows record it, for `forget_changed`.
         progress: Whether to show a progress bar.
         **pool: See `PoolOptions`.
     """
-    function, done = _SlideFunction(process, noun, beside), job.done()
+    function, done = _SlideFunction(process, noun, source), job.done()
 
     def record_death(unit: Unit, error: WorkerDiedError) -> Iterable[Unit]:
         function.skip(unit, WORKER_DIED, f"{unit.path}: {error}")
@@ -226,13 +228,14 @@ def process_slides(
             SlideUnit(name, path, job.out, listing.mpp.get(name), listing.masks.get(name))
             for name, path in listing.slides.items()
         ]
-        _forget_changed(job, units, beside)
+        source = partial(slide_source, beside=beside)
+        forget_changed(job, units, source)
         process_units(
             process,
             units,
             job,
             num_inputs=len(listing),
-            beside=beside,
+            source=source,
             progress=progress,
             **pool,
         )
@@ -241,15 +244,27 @@ def process_slides(
         return job.finish(passed_over=(found.row() for found in listing.passed_over))
 
 
-def _forget_changed(job: JobFolder, units: Iterable[SlideUnit], beside: Beside) -> None:
-    """Removes record and output of the slides that are done but changed since."""
-    then = {row["slide"]: row["source"] for row in job.rows() if "source" in row}
+def forget_changed(
+    job: JobFolder, units: Iterable[Unit], source: Callable[[Unit], Any], *, noun: str = "slide"
+) -> list[Unit]:
+    """Removes record and output of the units that are done but changed since, and returns them.
+
+    Args:
+        job: The open job.
+        units: All units of the job.
+        source: See `process_units`.
+        noun: See `process_units`.
+    """
+    then = {row[noun]: row["source"] for row in job.rows() if "source" in row}
+    changed = []
     for unit in units:
-        now = _source(unit, beside) if unit.slide_id in then else None
+        now = source(unit) if unit.slide_id in then else None
         if now is None or now == then[unit.slide_id]:
             continue  # what was made of a slide that is gone stays
+        changed.append(unit)
         job.forget(unit.record)
         # If the slide is skipped this time, later steps must not find its old output.
         for path in job.out.glob(f"[!.]*/**/{glob.escape(unit.slide_id)}.*"):
             if path.stem == unit.slide_id:
                 path.unlink()
+    return changed

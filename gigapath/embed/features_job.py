@@ -29,12 +29,12 @@ from gigapath.embed.slide_vectors import write_slide_vector
 from gigapath.finetune.bags import SlideFolder
 from pathcore.device_claims import choose_device
 from pathcore.encoders.origin import TileOrigin
-from pathcore.files import StrPath
+from pathcore.files import StrPath, UnsafeNameError
 from pathcore.jobs import JobFolder, Report, UnitError
 from pathcore.rows import read_csv
 from wsi.conform import read_feature_file
 from wsi.features import EmbeddingError, check_features
-from wsi.slide_job import SlideUnit, process_units
+from wsi.slide_job import SlideUnit, forget_changed, process_units
 
 SLIDE_COLUMNS = ("slide", "slide_id")
 PATIENT_COLUMNS = ("patient", "patient_id", "pat_id", "case_id")
@@ -73,7 +73,7 @@ def encode_slides(
     """Embeds the slides of a folder of features, or their patients.
 
     A slide that cannot be used is recorded and skipped; its patient is embedded without it, and is
-    recorded as incomplete.
+    recorded as incomplete. What is done is embedded again if a file of features changed.
 
     Args:
         features: Folder of `SLIDE.h5`, of this package, TRIDENT, CLAM or STAMP.
@@ -116,8 +116,18 @@ def encode_slides(
     )
     listed = {slide for slides in members.values() for slide in slides}
     with JobFolder(out, inputs, retry_skipped=retry_skipped) as job:
-        units = (SlideUnit(name, folder.path, job.out) for name in members)
-        process_units(process, units, job, num_inputs=len(members), noun=noun, progress=progress)
+        units = [SlideUnit(name, folder.path, job.out) for name in members]
+        source = partial(_source, members=members)
+        forget_changed(job, units, source, noun=noun)
+        process_units(
+            process,
+            units,
+            job,
+            num_inputs=len(members),
+            noun=noun,
+            source=source,
+            progress=progress,
+        )
         write_table(job, noun)
         others = sorted(set(names) - listed)
         reason = "slide is not in the table of patients"
@@ -233,6 +243,18 @@ def join_bags(bags: Sequence[Bag], *, side_by_side: bool) -> Bag:
             offset = int(places[:, 0].max()) + size
         coords.append(places)
     return Bag(np.concatenate([bag.features for bag in bags]), np.concatenate(coords), size, first)
+
+
+def _source(unit: SlideUnit, members: Mapping[str, Sequence[str]]) -> list[Any] | None:
+    """Returns the identity of the files of a unit, None for a missing one; None if all are."""
+    folder = SlideFolder(unit.path)
+    found: list[Any] = []
+    for slide in members[unit.slide_id]:
+        try:
+            found += folder.identity(slide)
+        except (OSError, UnsafeNameError):
+            found.append(None)
+    return found if any(found) else None
 
 
 def _encode_unit(

@@ -345,18 +345,18 @@ def _load_slide_encoder(encoder: NamedSlideEncoder, device: torch.device) -> Any
 def write_table(job: JobFolder, noun: str = "slide") -> None:
     """Joins the embeddings of all slides or patients, sorted by name."""
     names, vectors = [], []
+    path = job.out / f"{noun}_embeddings.npz"
     written = (row for row in job.rows() if row["state"] == WRITTEN)
     for row in sorted(written, key=lambda row: str(row[noun])):
         with h5py.File(job.out / row[f"{noun}_features"], "r") as file:
             vectors.append(np.asarray(file["features"]))
         names.append(row[noun])
-    if vectors:
-        with (
-            atomic_file(job.out / f"{noun}_embeddings.npz") as partial,
-            partial.open("wb") as file,
-        ):
-            table: dict[str, Any] = {f"{noun}s": np.array(names), "features": np.stack(vectors)}
-            np.savez(file, **table)
+    if not vectors:  # the table of an earlier run may be there
+        path.unlink(missing_ok=True)
+        return
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        table: dict[str, Any] = {f"{noun}s": np.array(names), "features": np.stack(vectors)}
+        np.savez(file, **table)
 
 
 def _find_coords(folder: Path, slide_id: str) -> Path:

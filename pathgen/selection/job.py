@@ -51,7 +51,7 @@ from wsi.features import TileEmbeddings
 from wsi.geojson import square_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import save_jpeg
-from wsi.slide_job import SlideUnit, process_units
+from wsi.slide_job import SlideUnit, forget_changed, process_units, slide_source
 from wsi.slide_listing import SlideListing
 from wsi.store import Coordinates, read_attributes, read_coordinates, write_features
 from wsi.tile_job import DAMAGED
@@ -255,6 +255,7 @@ def select_patches(
             units,
             job,
             num_inputs=len(units),
+            source=slide_source,
             progress=progress,
             **pool,
         )
@@ -372,10 +373,13 @@ def _units(
 def _forget_changed(
     job: JobFolder, units: Sequence[_SelectionUnit], settings: SelectionSettings
 ) -> None:
-    """Removes the records of slides that are no longer wanted, or would be selected from anew.
+    """Removes the records of slides that changed, are no longer wanted or are selected from anew.
 
-    Their features stay; `slide_features` checks whether they can be used.
+    Features of slides that did not change stay; `slide_features` checks whether they can be used.
     """
+    if forget_changed(job, [unit for unit in units if unit.missing is None], slide_source):
+        # What is left must not look like one finished selection.
+        (job.out / ROWS_NAME).unlink(missing_ok=True)
     path = job.folder / "selections.json"
     then = json.loads(path.read_bytes()) if path.is_file() else {}
     now = {unit.record: _digest(unit, settings) for unit in units}
@@ -383,7 +387,6 @@ def _forget_changed(
     for record, name in names.items():
         if now.get(record) == then.get(record):
             continue
-        # What is left must not look like one finished selection.
         (job.out / ROWS_NAME).unlink(missing_ok=True)
         job.forget(record)
         (job.out / "coords" / f"{name}.h5").unlink(missing_ok=True)

@@ -416,6 +416,21 @@ def test_command_on_patients(cohort: Path, tmp_path: Path) -> None:
         assert np.array_equal(vectors["features"][0], both.max(0))
     assert "other.h5" in (out / "passed_over.jsonl").read_text()
 
+    def stored() -> dict[str, int]:
+        return {path.stem: path.stat().st_mtime_ns for path in out.rglob("P*.h5")}
+
+    before = stored()
+    write_trident(cohort / "a.h5", *bag_of(768, 7, 9), "ctranspath")  # of another scan
+    run(cohort, "--slide-encoder", "max", "--patients", table, "--output", out)
+    assert stored()["P1"] != before["P1"] and stored()["P2"] == before["P2"]
+    with np.load(out / "patient_embeddings.npz") as vectors:
+        both = np.concatenate([bag_of(768, 7, 9)[0], bag_of(768, 8, 1)[0]])
+        assert np.array_equal(vectors["features"][0], both.max(0))
+    for path in cohort.iterdir():
+        path.write_bytes(b"torn")
+    assert run(cohort, "--slide-encoder", "max", "--patients", table, "--output", out).exit_code
+    assert not stored() and not (out / "patient_embeddings.npz").exists()
+
 
 def test_patients_side_by_side(tmp_path: Path) -> None:
     features = np.zeros((2, 4), np.float32)

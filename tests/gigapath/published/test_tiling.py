@@ -196,6 +196,15 @@ def test_coordinates_name_the_place_of_the_pixels(tmp_path: Path) -> None:
     assert inside > 5
 
 
+def test_tiles_of_another_slide_of_this_name_are_refused(tmp_path: Path) -> None:
+    slide = write_svs(tmp_path / "s.svs", tissue_pixels(400, 300), mpp=0.5)
+    folder = tile_one_slide(slide, tmp_path / "out", tile_size=64, progress=False)
+    assert tile_one_slide(slide, tmp_path / "out", tile_size=64) == folder
+    write_svs(slide, tissue_pixels(400, 300, seed=5), mpp=0.5)
+    with pytest.raises(ValueError, match="tiles of another slide of this name; remove it"):
+        tile_one_slide(slide, tmp_path / "out", tile_size=64)
+
+
 def test_a_resolution_instead_of_a_level(tmp_path: Path) -> None:
     slide = write_svs(tmp_path / "s.svs", tissue_pixels(800, 800), mpp=0.25, downsamples=(2,))
     options = dict(tile_size=64, progress=False)

@@ -360,6 +360,22 @@ def test_skipped_slides_are_retried_on_request(own_folder: Path, spec: str, tmp_
     assert modified(out, "coords/a.h5") == first
 
 
+def test_a_slide_that_was_replaced_is_selected_from_again(
+    own_folder: Path, spec: str, tmp_path: Path
+) -> None:
+    out, slide = tmp_path / "out", own_folder / "slides" / "b.svs"
+    assert run(own_folder, spec, out, *FEW).exit_code == 0
+    first, features = modified(out, "coords/*.h5"), modified(out, "features/*/*.h5")
+    write_svs(slide, tissue_pixels(768, 512, seed=7))  # another section
+    assert run(own_folder, spec, out, *FEW).exit_code == 0
+    again = modified(out, "coords/*.h5")
+    assert again["a.h5"] == first["a.h5"] and again["b.h5"] != first["b.h5"]
+    assert modified(out, "features/*/*.h5")["b.h5"] != features["b.h5"]
+    slide.unlink()  # what was made of a slide that is gone stays
+    assert run(own_folder, spec, out, *FEW).exit_code == 0
+    assert modified(out, "coords/*.h5") == again
+
+
 def test_a_slide_of_a_table_that_is_gone_is_skipped(
     folder: Path, spec: str, tmp_path: Path
 ) -> None:
