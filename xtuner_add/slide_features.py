@@ -67,13 +67,15 @@ class SlideEmbedder:
         """Returns the features file of a slide.
 
         Raises:
-            SlideBagError: If the slide does not exist or cannot be embedded, or if the model does
-                not name its tile encoder and tiles.
+            SlideBagError: If the slide does not exist or cannot be embedded, if the model does not
+                name its tile encoder and tiles, or if the file is of another slide of this name.
         """
         from pallava.slide_bags import SUFFIX, SlideBagError
 
         own = self.folder / f"{slide.stem}{SUFFIX}"
         if own.is_file():
+            if slide.is_file():
+                _check_own(own, slide)
             return own
         if not slide.exists():
             raise SlideBagError(f"slide {slide}: no such file")
@@ -135,3 +137,16 @@ class SlideEmbedder:
         parts = [str(slide), state.st_size, state.st_mtime_ns, asdict(self.settings)]
         content = json.dumps(parts, default=str).encode()
         return f"{slide.stem}-{hashlib.sha256(content).hexdigest()[:_DIGEST_CHARS]}"
+
+
+def _check_own(features: Path, slide: Path) -> None:
+    """Checks that a features file is not of another slide with the same file name."""
+    from pallava.slide_bags import SlideBagError
+    from wsi.reader import Slide
+    from wsi.store import check_slide_px, read_attributes, slide_px_of
+
+    try:
+        with Slide(slide) as opened:
+            check_slide_px(opened, slide_px_of(read_attributes(features)), f"features {features}")
+    except (OSError, KeyError, ValueError) as error:
+        raise SlideBagError(f"slide {slide}: {error}") from error

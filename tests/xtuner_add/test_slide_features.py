@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_a_slide_is_its_features_and_is_embedded_once(world: Path) -> None:
         assistant.pixel_values(world / "slides/glass.svs")
     with pytest.raises(SlideBagError, match=r"other\.svs: no such file"):
         assistant.pixel_values(world / "slides/other.svs")
+
+
+def test_features_of_another_slide_of_this_name_are_refused(world: Path, tmp_path: Path) -> None:
+    good = world / "slides/good.svs"
+    file = model(world).anyres.features_file(good)
+    shutil.copy(file, tmp_path / "good.h5")
+    write_svs(tmp_path / "good.svs", tissue_pixels(700, 500, seed=2), mpp=0.25)
+    loaded = load_model(goldens.TINY_LLAMA, world / "model", device="cpu")
+    assistant = reads_slide_files(loaded, tmp_path, device="cpu")
+    assert assistant.anyres.features_file(good) == tmp_path / "good.h5"
+    with pytest.raises(SlideBagError, match=r"good\.h5: of a slide of 600 x 500 px"):
+        assistant.pixel_values(tmp_path / "good.svs")
 
 
 @pytest.mark.slow
