@@ -100,6 +100,9 @@ class SlideTask:
         return np.array(self.classes.index(value))
 
 
+_MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>"}
+"""How pandas, R and Excel write a missing value, in lower case; never a class of its own."""
+
 _EVENTS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 
 
@@ -194,14 +197,14 @@ def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
 
     Raises:
         FileNotFoundError: If the table does not exist.
-        ValueError: If a column is missing, a label is empty, or there is only one class.
+        ValueError: If a column is missing, a label is missing, or there is only one class.
     """
     found = {_as_text(row[label]) for row in read_table(path, (SLIDE_KEY, label))}
     classes = class_names(found)
-    if len(classes) < 2 or "" in found:
+    if len(classes) < 2 or any(name.lower() in _MISSING for name in found):
         raise ValueError(
-            f"table {path}: column {label} must hold at least two classes and no empty cell; "
-            f"found {list(classes)}"
+            f"table {path}: column {label} must hold at least two classes, and neither empty cells "
+            f"nor nan or NA; found {list(classes)}; remove the slides without a label"
         )
     setting = "binary" if len(classes) == 2 else "multi_class"
     return SlideTask(label, setting, classes, label_column=label)

@@ -227,9 +227,17 @@ def test_slides_and_patients_in_two_parts_are_refused(slides: Path) -> None:
 def test_numbered_classes_are_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("slide_id,label\na,10\nb,2\nc,0\n")
     assert task_of_table(tmp_path / "l.csv").classes == ("0", "2", "10")
-    (tmp_path / "l.csv").write_text("slide_id,label\na,1.0\nb,-1\nc,10\nd,2.5\ne,nan\nf,9\n")
-    expected = ("-1", "1", "2.5", "9", "10", "nan")
+    (tmp_path / "l.csv").write_text("slide_id,label\na,1.0\nb,-1\nc,10\nd,2.5\ne,other\nf,9\n")
+    expected = ("-1", "1", "2.5", "9", "10", "other")
     assert task_of_table(tmp_path / "l.csv").classes == class_names(expected[::-1]) == expected
+    assert class_names(("nan", "10", "9")) == ("9", "10", "nan")
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "NaN", "NA", "<NA>"])
+def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "l.csv").write_text(f"slide_id,label\na,tumor\nb,{missing}\nc,normal\n")
+    with pytest.raises(ValueError, match="neither empty cells nor nan or NA"):
+        task_of_table(tmp_path / "l.csv")
 
 
 def test_named_classes_are_in_alphabetical_order(tmp_path: Path) -> None:
