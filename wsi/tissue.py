@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_closing, gaussian_filter
@@ -167,10 +168,20 @@ def geojson_mask(path: StrPath, slide: Slide, *, max_side_px: int = MASK_SIDE_PX
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not GeoJSON, or contains no polygon.
+        ValueError: If it is not GeoJSON, contains no polygon, or one that lies outside the slide,
+            as outlines of another scan do.
     """
     polygons = read_areas(path)
     width, height = slide.dimensions
+    bounds = shapely.box(0, 0, width, height)
+    outside = [polygon for polygon in polygons if not polygon.intersects(bounds)]
+    if outside:
+        x, y, *_ = outside[0].bounds
+        raise ValueError(
+            f"mask {path}: {len(outside)} of {len(polygons)} outlines lie outside the slide of "
+            f"{width} x {height} px, the first at ({x:.0f}, {y:.0f}): expected level-0 pixels of "
+            "this slide"
+        )
     scale = min(1.0, max_side_px / max(width, height))
     image = Image.new("1", (max(1, round(width * scale)), max(1, round(height * scale))))
     draw = ImageDraw.Draw(image)

@@ -73,6 +73,12 @@ def test_outlines_of_a_slide_give_its_mask(tmp_path: Path) -> None:
         nothing = TissueMask(np.zeros_like(mask.mask), slide.dimensions)
         write_geojson(tmp_path / "none.geojson", tissue_features(nothing, "s"))
         assert geojson_mask(tmp_path / "none.geojson", slide).fraction == 0
+    write_svs(tmp_path / "small.svs", tissue_pixels(800, 550))  # scanned at half the resolution
+    with (
+        Slide(tmp_path / "small.svs") as slide,
+        pytest.raises(ValueError, match="outlines lie outside the slide of 800 x 550 px"),
+    ):
+        geojson_mask(tmp_path / "s.geojson", slide)
     assert (mask.mask & again.mask).sum() / (mask.mask | again.mask).sum() > 0.95
 
 
