@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -92,7 +93,7 @@ def encode_slides(
         FolderInUseError: If another run is writing to `out`.
     """
     folder = SlideFolder(Path(features))
-    names = [path.stem for path in sorted(folder.path.glob("*.h5"))]
+    names = [path.stem for path in sorted(folder.path.glob("[!.]*.h5"))]
     if not names:
         raise FileNotFoundError(f"features {features}: no .h5 in this folder")
     noun = "slide" if patients is None else "patient"
@@ -173,18 +174,20 @@ def read_patients(path: StrPath) -> dict[str, list[str]]:
     return patients
 
 
-def _most_common_encoder(folder: SlideFolder, names: Sequence[str]) -> str:
-    """Returns name and digest of the encoder of most files.
+def _most_common_encoder(folder: SlideFolder, names: Sequence[str]) -> tuple[str, int]:
+    """Returns name and digest of the encoder of most files, and the width of its features.
 
     Vectors of two encoders' features do not go together, whatever the slide encoder takes.
     """
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     for name in names:
         try:
-            counts[folder.encoder(name)] += 1
-        except (OSError, KeyError, ValueError):
+            with h5py.File(folder.file(name), "r") as file:
+                width = file["features" if "features" in file else "feats"].shape[-1]
+            counts[folder.encoder(name), width] += 1
+        except (OSError, KeyError, ValueError, AttributeError):
             continue  # a damaged file is recorded when its turn comes
-    return counts.most_common(1)[0][0] if counts else ""
+    return counts.most_common(1)[0][0] if counts else ("", 0)
 
 
 def read_bag(path: Path, encoder: NamedSlideEncoder, stated: TileOrigin) -> Bag:
@@ -262,7 +265,7 @@ def _encode_unit(
     members: Mapping[str, Sequence[str]],
     encoder: NamedSlideEncoder,
     stated: TileOrigin,
-    common: str,
+    common: tuple[str, int],
     noun: str,
     device: str,
 ) -> dict[str, Any]:
@@ -272,12 +275,19 @@ def _encode_unit(
     for slide in members[unit.slide_id]:
         try:
             path = folder.file(slide)
-            if (own := folder.encoder(slide)) != common:
+            most, width = common
+            if (own := folder.encoder(slide)) != most:
                 raise OriginError(
                     f"{path}: features of {own or 'an unknown encoder'}, those of most slides are "
-                    f"of {common or 'an unknown encoder'}"
+                    f"of {most or 'an unknown encoder'}"
                 )
-            bags[slide] = read_bag(path, encoder, stated)
+            bag = read_bag(path, encoder, stated)
+            if bag.features.shape[1] != width:
+                raise OriginError(
+                    f"{path}: features of width {bag.features.shape[1]}, those of most slides have "
+                    f"width {width}"
+                )
+            bags[slide] = bag
         except UnitError as error:
             if noun == "slide":
                 raise

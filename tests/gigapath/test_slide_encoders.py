@@ -400,6 +400,20 @@ def test_command_on_files_that_do_not_say(tmp_path: Path) -> None:
         assert file["features"].attrs["stated"] == "encoder, patch_px, mpp"
 
 
+def test_command_on_features_of_two_widths(tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    for name, width in (("a", 768), ("b", 768), ("c", 1024)):
+        write_features(folder / f"{name}.h5", *bag_of(width), encoder="made-up")
+    (folder / "._a.h5").write_text("metadata of macOS")
+    out = tmp_path / "out"
+    result = run(folder, "--slide-encoder", "mean", "--output", out, "--device", "cpu")
+    assert result.exit_code == 3, result.output
+    (row,) = map(json.loads, (out / "skipped.jsonl").open())
+    assert row["slide"] == "c" and "of width 1024, those of most slides have" in row["detail"]
+    with np.load(out / "slide_embeddings.npz") as table:
+        assert table["slides"].tolist() == ["a", "b"] and table["features"].shape == (2, 768)
+
+
 def test_command_on_patients(cohort: Path, tmp_path: Path) -> None:
     table = tmp_path / "patients.csv"
     table.write_text("slide_id,case_id\na.svs,P1\nb.svs,P1\nc.svs,P2\ngone.svs,P2\ntorn,P3\n")
