@@ -71,7 +71,8 @@ def read_cohort(
 
     Raises:
         FileNotFoundError: If a table or fold does not exist.
-        ValueError: If tables contradict themselves, or a fold has no usable slides.
+        ValueError: If tables contradict themselves, or a fold has no usable slides or nothing to
+            learn from.
     """
     unknown: list[dict[str, str]] = []
     if isinstance(table, PathoBenchTask):
@@ -96,6 +97,7 @@ def read_cohort(
     usable = {fold: split.only(num_tiles) for fold, split in made.items()}
     for fold, split in usable.items():
         check_parts(split, fold, with_val=settings.needs_val)
+        _check_can_learn(split.train, fold, labelled, task)
     write_splits(out / "splits", usable)
     rows = {row["id"]: row for row in (*labelled.skipped, *unknown, *bad)}
     listed = [s for i in labelled.labels for s in folder.slides_of.get(i, (i,))]
@@ -131,6 +133,25 @@ def slide_folder(
     options = {**ARCHITECTURES.get(settings.model_arch, {}), **settings.encoder}
     checked = on_grid and options.get("out_of_grid") != "original"
     return SlideFolder(Path(path), needs_coords, settings.tile_size if checked else None)
+
+
+def _check_can_learn(
+    train: Sequence[str], fold: int, labelled: LabelledSlides, task: SlideTask
+) -> None:
+    """Raises ValueError if all training slides have one class, or none has an event."""
+    if task.several_labels:
+        return
+    found = {labelled.stratum(slide) for slide in train}
+    if task.is_survival and 1 not in found:
+        raise ValueError(
+            f"fold {fold}: none of {len(train)} slides of train has an event (column "
+            f"{task.event_column}), so no risk can be learned; give other splits"
+        )
+    if not task.is_survival and len(found) == 1:
+        raise ValueError(
+            f"fold {fold}: all {len(train)} usable slides of train are "
+            f"{task.classes[found.pop()]}, so no classes can be told apart; give other splits"
+        )
 
 
 def _grid(settings: FinetuneSettings) -> tuple[int, int]:

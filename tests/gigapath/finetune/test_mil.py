@@ -37,7 +37,7 @@ from gigapath.finetune.mil import (
 from gigapath.finetune.run import finetune_slides
 from gigapath.finetune.settings import FinetuneSettings
 from gigapath.finetune.splits import read_splits
-from gigapath.finetune.tasks import SlideTask, read_labels, task_of_table
+from gigapath.finetune.tasks import SlideTask, read_labels, survival_task, task_of_table
 from gigapath.finetune.trainer import Trainer
 from gigapath.published.embedding_zip import class_names
 from tests.wsi.qupath import read_valid
@@ -231,6 +231,30 @@ def test_numbered_classes_are_in_their_order(tmp_path: Path) -> None:
     expected = ("-1", "1", "2.5", "9", "10", "other")
     assert task_of_table(tmp_path / "l.csv").classes == class_names(expected[::-1]) == expected
     assert class_names(("nan", "10", "9")) == ("9", "10", "nan")
+
+
+def test_a_fold_without_anything_to_learn_is_refused(slides: Path) -> None:
+    table = (slides / "labels.csv").read_text()
+    lines = (slides / "splits/splits_0.csv").read_text().splitlines()
+    trained = [line.split(",")[1] for line in lines[1:]]
+    rows = [row.split(",") for row in table.splitlines()[1:]]
+    for patient, slide, _ in rows:
+        label = "normal" if slide in trained else "tumour"
+        table = table.replace(f"{patient},{slide},normal", f"{patient},{slide},{label}")
+        table = table.replace(f"{patient},{slide},tumour", f"{patient},{slide},{label}")
+    (slides / "labels.csv").write_text(table)
+    with pytest.raises(ValueError, match="fold 0: all 14 usable slides of train are normal"):
+        train(slides, "out")
+    times = [
+        f"{slide},{number},{int(slide not in trained)}" for number, (_, slide, _) in enumerate(rows)
+    ]
+    (slides / "labels.csv").write_text("\n".join(["slide_id,days,dead", *times]))
+    with pytest.raises(ValueError, match="fold 0: none of 14 slides of train has an event"):
+        finetune_slides(
+            slides / "features", slides / "labels.csv", survival_task("os", "days", "dead"),
+            slides / "survival", splits=slides / "splits", methods=("abmil",),
+            settings=FinetuneSettings(**SMALL), device="cpu", progress=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["", "nan", "NaN", "NA", "<NA>"])
