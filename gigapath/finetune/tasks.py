@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gigapath.finetune.metrics import SETTINGS, SURVIVAL
 from gigapath.finetune.recipes import read_yaml
-from gigapath.published.embedding_zip import class_names
+from gigapath.published.embedding_zip import class_names, is_missing
 from pathcore.files import StrPath, UnsafeNameError, check_name
 from pathcore.names import did_you_mean
 
@@ -99,9 +99,6 @@ class SlideTask:
             )
         return np.array(self.classes.index(value))
 
-
-_MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>"}
-"""How pandas, R and Excel write a missing value, in lower case; never a class of its own."""
 
 _EVENTS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 
@@ -201,7 +198,7 @@ def task_of_table(path: StrPath, label: str = "label") -> SlideTask:
     """
     found = {_as_text(row[label]) for row in read_table(path, (SLIDE_KEY, label))}
     classes = class_names(found)
-    if len(classes) < 2 or any(name.lower() in _MISSING for name in found):
+    if len(classes) < 2 or any(map(is_missing, found)):
         raise ValueError(
             f"table {path}: column {label} must hold at least two classes, and neither empty cells "
             f"nor nan or NA; found {list(classes)}; remove the slides without a label"

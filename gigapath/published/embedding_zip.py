@@ -299,7 +299,7 @@ def sort_rows(
     seen: dict[object, dict[str, str]] = {}
     for row in rows:
         reason = ""
-        if not row["label"]:
+        if is_missing(row["label"]):
             reason = "no label"
         elif row["split"] not in SPLITS:
             reason = f"split {row['split']!r}: expected {', '.join(SPLITS)}"
@@ -324,6 +324,11 @@ def _named(row: Mapping[str, str], find: Callable[[str, str], object]) -> object
         return find(row["input"], row["split"])
     except (ValueError, OSError):
         return row["input"], row["split"]
+
+
+def is_missing(label: str) -> bool:
+    """Returns whether a label is empty or what pandas, R and Excel write for a missing value."""
+    return label.lower() in ("", "nan", "na", "n/a", "#n/a", "<na>")
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:

@@ -212,7 +212,7 @@ def test_faults_are_recorded_and_the_rest_is_used(
         archive.writestr("pcam/train/unnamed.pt", saved(vector))
         writer.writerows(
             [["absent", "1", "train"], ["tile_0", "0", "train"], ["unlabelled", "", "train"],
-             ["tile_1", "1", "holdout"]]
+             ["tile_1", "1", "holdout"], ["by_pandas", "NaN", "train"]]
         )  # fmt: skip
     content = bytearray(good.read_bytes())
     start = content.index(bad["damaged"])
@@ -220,14 +220,14 @@ def test_faults_are_recorded_and_the_rest_is_used(
     good.write_bytes(content)
     found = read_embeddings(good, table, progress=False)
     reasons = {row["id"]: row["reason"] for row in found.skipped}
-    assert set(reasons) == {*bad, "absent", "tile_0", "unlabelled", "tile_1"}
+    assert set(reasons) == {*bad, "absent", "tile_0", "unlabelled", "tile_1", "by_pandas"}
     assert not Path("pwned").exists() and not (tmp_path.parent / "outside.pt").exists()
     for name, words in {
         "evil": "UnpicklingError", "evil_zip": "UnpicklingError", "list": "found list",
         "matrix": "(3, 12)", "narrow": "11 values; expected 12", "nan": "NaN", "infinite": "NaN",
         "large": "at most", "damaged": "CRC", "twice": "2 embeddings", "absent": "no embedding",
         "tile_0": "named twice", "unlabelled": "no label", "tile_1": "holdout",
-        "whole_numbers": "float tensor",
+        "whole_numbers": "float tensor", "by_pandas": "no label",
     }.items():  # fmt: skip
         assert words in reasons[name], (name, reasons[name])
     assert found.num_without_row == 2
