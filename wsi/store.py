@@ -115,7 +115,7 @@ def read_coordinates(path: StrPath) -> Coordinates:
                 raise ValueError(f"no dataset 'coords' in it, only {sorted(file)}")
             dataset = file["coords"]
             coords, attributes = np.asarray(dataset[:]), dict(dataset.attrs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: coords is a group
         kind = "" if h5py.is_hdf5(path) else "not an HDF5 file: "
         raise ValueError(f"coordinates {path}: {kind}{error}") from error
     if coords.size == 0:  # TRIDENT writes shape (0,) if there are no patches
@@ -125,9 +125,14 @@ def read_coordinates(path: StrPath) -> Coordinates:
     size_level0, patch_px = _sizes(path, attributes)
     name = attributes.get("name", path.stem.removesuffix("_patches"))
     name = name.decode() if isinstance(name, bytes) else str(name)
-    mpp = float(attributes["mpp"]) if "mpp" in attributes else None
-    places = coords.astype(np.int64)
-    return Coordinates(name, places, size_level0, patch_px, mpp, slide_px_of(attributes))
+    try:
+        mpp = _number(attributes["mpp"]) if "mpp" in attributes else None
+        slide_px = slide_px_of(attributes)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"coordinates {path}: mpp, level0_width or level0_height: {error}"
+        ) from error
+    return Coordinates(name, coords.astype(np.int64), size_level0, patch_px, mpp, slide_px)
 
 
 def read_coordinates_of(slide: Slide, path: StrPath) -> Coordinates:

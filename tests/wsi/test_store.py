@@ -106,10 +106,12 @@ def test_attributes_of_old_forks(tmp_path: Path) -> None:
     clam |= dict(patch_level=1, downsample=np.array([4.0, 4.0]))
     assert read_coordinates(write_foreign(tmp_path / "d.h5", coords, **clam)).size_level0 == 2048
     trident: dict[str, Any] = dict(
-        patch_size=np.array([256]), level0_magnification=np.array([40]), target_magnification=20
-    )
+        patch_size=np.array([256]), level0_magnification=np.array([40]), target_magnification=20,
+        mpp=np.array([0.5]), level0_width=np.array([900]), level0_height=700,
+    )  # fmt: skip
     found = read_coordinates(write_foreign(tmp_path / "e.h5", coords, **trident))
     assert (found.size_level0, found.patch_px) == (512, 256)
+    assert (found.mpp, found.slide_px) == (0.5, (900, 700))
     pair = dict(patch_size=np.array([256, 512]), patch_size_level0=512)
     with pytest.raises(ValueError, match=r"f\.h5: expected attributes .*expected one number"):
         read_coordinates(write_foreign(tmp_path / "f.h5", coords, **pair))
@@ -148,7 +150,12 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     write_foreign(tmp_path / "half.h5", coords + 0.5, patch_size=256, patch_size_level0=256)
     write_foreign(tmp_path / "zero.h5", coords, patch_size=0, patch_size_level0=0)
     write_foreign(tmp_path / "far.h5", coords - np.inf, patch_size=256, patch_size_level0=256)
-    for name in ("text", "none", "bare", "level", "shape", "half", "zero", "far"):
+    sizes = dict(patch_size=256, patch_size_level0=256)
+    write_foreign(tmp_path / "mpp.h5", coords, mpp=np.array([]), **sizes)
+    with h5py.File(tmp_path / "group.h5", "w") as file:
+        file.create_group("coords")
+    names = ("text", "none", "bare", "level", "shape", "half", "zero", "far", "mpp", "group")
+    for name in names:
         with pytest.raises(ValueError, match=f"{name}.h5"):
             read_coordinates(tmp_path / f"{name}.h5")
     for read in (read_coordinates, read_features):
@@ -161,7 +168,7 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     rows = list(read_coordinate_folder(tmp_path))
     assert [row.reason for row in rows if isinstance(row, RejectedRow)] == [
         "bad coordinates file"
-    ] * 8
+    ] * len(names)
     with pytest.raises(FileNotFoundError, match=r"\.h5"):
         next(read_coordinate_folder(tmp_path / "nowhere"))
 
