@@ -145,11 +145,12 @@ def tile_one_slide(
                     f"{slide_file}: no tile of {tile_size} px holds more tissue than "
                     f"{occupancy_threshold:g} of its pixels"
                 )
+            # Before the folder is there, since a run that finds it whole draws nothing.
+            _draw_thumbnails(slide, thumbnails, slide_id, tissue, places, round(tile_size * scale))
             os.replace(partial, out)
             fsync_path(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        _draw_thumbnails(slide, thumbnails, slide_id, tissue, places, round(tile_size * scale))
     return out
 
 

@@ -236,7 +236,12 @@ def test_tiles_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tile_one_slide(slide, tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert not list(out.parent.iterdir())
     monkeypatch.setattr(pipeline, "encode_png", original)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):  # stopped at the thumbnails
+        patch.setattr(pipeline, "draw_patches", None)
+        tile_one_slide(slide, tmp_path / "out", **arguments)  # type: ignore[arg-type]
+    assert not list(out.parent.iterdir())
     assert tile_one_slide(slide, tmp_path / "out", **arguments) == out  # type: ignore[arg-type]
+    assert len(list((tmp_path / "out" / "thumbnails").iterdir())) == 3
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     tile_one_slide(slide, tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
