@@ -271,3 +271,37 @@ def test_the_documents_hold_the_exit_codes() -> None:
         == set(map(int, re.findall(r"^\| (\d) \|", table, flags=re.MULTILINE)))
         == {0, 1, 2, 3}
     )
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_no_number_is_nan(name: str) -> None:
+    """Every comparison with NaN is false: a limit of NaN would be no limit."""
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    for parameter in command.params:
+        if "float" in parameter.type.name:
+            for text in ("nan", "inf"):
+                with pytest.raises(click.BadParameter, match="finite|range"):
+                    parameter.type.convert(text, parameter, None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["extract", "rows.json", "--slides", ".", "--output", "o", "--slide-mpp", "0"],
+        ["conform", ".", "--slide-mpp", "-1"],
+        ["clean-pairs", __file__, "o", "--max-area-px", "-1"],
+        ["dataformat", __file__, "o", "--max-skipped", "2"],
+        ["describe", __file__, "o", "--max-retries", "-1"],
+        ["describe", __file__, "o", "--price-in", "-1"],
+        ["answer", "m", "a.png", "-q", "?", "--batch-size", "0"],
+        ["score", "b", "--judge-timeout", "0"],
+        ["train-mil", ".", "--fold", "-1"],
+        ["clip-zero-shot", "m", "--workers", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_impossible_numbers_are_wrong_usage(arguments: list[str]) -> None:
+    code, output = invoke(*arguments)
+    assert code == EXIT_USAGE
+    assert f"Invalid value for '{arguments[-2]}'" in output and "range" in output

@@ -12,11 +12,15 @@ import click
 from pathcore.exit_codes import EXIT_SKIPPED
 from xtuner_add.commands.options import (
     COST,
+    COUNT,
+    COUNT_OR_0,
     ENDPOINT,
     FILE,
     FOLDER,
+    FRACTION,
     OUT_FILE,
     REQUESTS,
+    Number,
     add_options,
     budget,
     counted,
@@ -35,7 +39,7 @@ class _Temperature(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float | None:
         """Returns a number from 0 to 2, or None for `none`."""
-        return None if value == "none" else click.FloatRange(0, 2).convert(value, param, ctx)
+        return None if value == "none" else Number(0, 2).convert(value, param, ctx)
 
 
 _STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
@@ -47,15 +51,16 @@ _WHOM = (
     click.option("--trust-remote-code", is_flag=True,
                  help="Run the code that comes with the --local model."),
     click.option("--device", help="Device for --local. [default: a GPU if there is one]"),
-    click.option("--batch-size", default=4, show_default=True, help="Batch size of --local."),
+    click.option("--batch-size", type=COUNT, default=4, show_default=True,
+                 help="Batch size of --local."),
 )  # fmt: skip
 _HOW = (
     *REQUESTS,
-    click.option("--attempts", default=2, show_default=True,
+    click.option("--attempts", type=COUNT, default=2, show_default=True,
                  help="Maximum number of requests for one usable reply."),
     click.option("--structured", is_flag=True,
                  help="Send the JSON schema of the reply (vLLM, OpenAI)."),
-    click.option("--max-reply-tokens", default=700, show_default=True,
+    click.option("--max-reply-tokens", type=COUNT, default=700, show_default=True,
                  help="Maximum length of a reply."),
     click.option("--temperature", type=_Temperature(), default="0", show_default=True,
                  help="0 to 2, or none to omit it: some models reject the parameter."),
@@ -71,8 +76,8 @@ _IMAGES = click.option(
 )
 _PROMPT = click.option("--prompt-file", type=FILE, help="Custom prompt, .json or .txt.")
 _LENGTH = (
-    click.option("--min-words", default=20, show_default=True),
-    click.option("--max-words", default=250, show_default=True),
+    click.option("--min-words", type=COUNT_OR_0, default=20, show_default=True),
+    click.option("--max-words", type=COUNT, default=250, show_default=True),
 )
 
 
@@ -137,9 +142,9 @@ def revise(prompt_file: Path | None, min_words: int, max_words: int, **options: 
 )
 @asks_a_model
 @_PROMPT
-@click.option("--max-clip-tokens", default=77, show_default=True,
+@click.option("--max-clip-tokens", type=COUNT, default=77, show_default=True,
               help="Limit in CLIP tokens, start and end tokens included.")  # fmt: skip
-@click.option("--max-words", default=60, show_default=True)
+@click.option("--max-words", type=COUNT, default=60, show_default=True)
 def summarise(
     prompt_file: Path | None, max_clip_tokens: int, max_words: int, **options: Any
 ) -> None:
@@ -191,8 +196,8 @@ def make_instructions(
 @click.argument("rows", type=FILE)
 @click.argument("out", type=OUT_FILE)
 @click.option("--steps", default=",".join(_STEPS), show_default=True, help="Steps, in this order.")
-@click.option("--min-words", default=20, show_default=True)
-@click.option("--max-words", default=250, show_default=True)
+@click.option("--min-words", type=COUNT_OR_0, default=20, show_default=True)
+@click.option("--max-words", type=COUNT, default=250, show_default=True)
 @click.option(
     "--within",
     metavar="FIELD",
@@ -200,11 +205,18 @@ def make_instructions(
 )
 @click.option(
     "--similarity",
+    type=FRACTION,
     default=0.8,
     show_default=True,
     help="Jaccard similarity of word trigrams above which captions are duplicates.",
 )
-@click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
+@click.option(
+    "--samples",
+    type=COUNT_OR_0,
+    default=10,
+    show_default=True,
+    help="Dropped rows to show per step.",
+)
 def filter_captions(
     rows: Path,
     out: Path,

@@ -24,6 +24,9 @@ from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import read_json, sha256_of, write_text
 from xtuner_add.commands.options import (
     ANY_PATH,
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
     counted,
     device_option,
     end_of_job,
@@ -107,12 +110,16 @@ def _report(split: Split) -> None:
 @click.option("--patches", type=ANY_PATH, help="[default: DATA/patches_captions]")
 @click.option("--output", type=ANY_PATH, help="[default: DATA/gastric_cls3_ann]")
 @click.option(
-    "--val", default=PUBLISHED_VAL, show_default=True, help="Fraction of slides for validation."
+    "--val",
+    type=FRACTION,
+    default=PUBLISHED_VAL,
+    show_default=True,
+    help="Fraction of slides for validation.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed for validation slides and order.")
 @click.option(
     "--num-slides",
-    type=click.IntRange(min=1),
+    type=COUNT,
     multiple=True,
     default=PUBLISHED_NUM_SLIDES,
     show_default=True,
@@ -250,9 +257,14 @@ def texts(
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--split", default="train", show_default=True, help="train, val or test.")
 @click.option("--checkpoint", type=click.Path(exists=True), help="Checkpoint of a classifier.")
-@click.option("--batch-size", default=64, show_default=True)
+@click.option("--batch-size", type=COUNT, default=64, show_default=True)
 @click.option(
-    "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+    "--workers",
+    "num_workers",
+    type=COUNT_OR_0,
+    default=0,
+    show_default=True,
+    help="Processes that read images.",
 )
 @device_option
 @click.option(
@@ -305,7 +317,7 @@ def export(config: str, checkpoint: str, out: str) -> None:
     type=click.Path(exists=True, path_type=Path),
     help="CSV with name, x, y; or a folder of <slide>.h5.",
 )
-@click.option("--patch-px", type=int, help="Side of a patch, in the pixels of the coordinates.")
+@click.option("--patch-px", type=COUNT, help="Side of a patch, in the pixels of the coordinates.")
 @click.option("--slide", "only", multiple=True, help="Draw only this slide; may be repeated.")
 @map_format_option
 @retry_option
@@ -478,12 +490,14 @@ def _config_changes(texts: tuple[str, ...]) -> dict[str, Any]:
     "--train-files",
     help="Files with {} for the number of slides, instead of --train-file; the same for all seeds.",
 )
-@click.option("--num-slides", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
-@click.option("--seeds", "num_seeds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--num-slides", type=COUNT, multiple=True, default=(1, 2, 4, 8, 16), show_default=True
+)
+@click.option("--seeds", "num_seeds", default=5, show_default=True, type=COUNT)
 @click.option("--metric", default="accuracy", show_default=True)
 @click.option("--compare", help="Method to compare with each of the others in the table.")
 @click.option("--work-dir", default="work_dirs/sweep", show_default=True)
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--jobs", default=1, show_default=True, type=COUNT)
 @click.option("--cfg-options", multiple=True, metavar="KEY=VALUE")
 def sweep_slides(
     configs: tuple[str, ...],

@@ -14,6 +14,8 @@ import click
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathgen.clip.recipe import read_recipe
 from xtuner_add.commands.options import (
+    COUNT,
+    COUNT_OR_0,
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
@@ -29,9 +31,7 @@ from xtuner_add.commands.options import (
 from xtuner_add.launch import LaunchError, Processes, child_environ, run_child, torchrun_command
 from xtuner_add.paths import find_yaml
 
-_k_option = partial(
-    click.option, "--k", "ks", multiple=True, type=click.IntRange(min=1), show_default=True
-)
+_k_option = partial(click.option, "--k", "ks", multiple=True, type=COUNT, show_default=True)
 _image_folder = click.option(
     "--image-folder",
     "images",
@@ -71,7 +71,11 @@ _image_folder = click.option(
 )
 @device_option
 @click.option(
-    "--workers", default=1, show_default=True, help="Processes that pack pairs.jsonl into shards."
+    "--workers",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Processes that pack pairs.jsonl into shards.",
 )
 @click.pass_context
 def train_clip(
@@ -142,11 +146,20 @@ _ENCODING = (
         help="Folder of image features. [default: --output]",
     ),
     device_option,
-    click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
     click.option(
-        "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+        "--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch."
     ),
-    click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap."),
+    click.option(
+        "--workers",
+        "num_workers",
+        type=COUNT_OR_0,
+        default=0,
+        show_default=True,
+        help="Processes that read images.",
+    ),
+    click.option(
+        "--seed", type=COUNT_OR_0, default=0, show_default=True, help="Seed of the bootstrap."
+    ),
 )
 
 
@@ -236,9 +249,11 @@ def clip_zero_shot(
     multiple=True,
     help="Draw the scores over each slide; may be repeated. geojson and ome-tiff are for QuPath.",
 )
-@click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
+@click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Patches per batch.")
 @device_option
-@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option(
+    "--seed", type=COUNT_OR_0, default=0, show_default=True, help="Seed of the bootstrap."
+)
 @click.pass_context
 def clip_zero_shot_slides(
     ctx: click.Context,

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xtuner_add.commands.options import counted, example, name_values, user_errors
+from xtuner_add.commands.options import (
+    COUNT,
+    COUNT_OR_0,
+    counted,
+    example,
+    name_values,
+    user_errors,
+)
 from xtuner_add.paths import find_config, own_configs, xtuner_configs
 
 if TYPE_CHECKING:
@@ -103,7 +110,7 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
     "--gpus",
     default=1,
     show_default=True,
-    type=click.IntRange(1),
+    type=COUNT,
     help="GPUs over which DeepSpeed partitions.",
 )
 @click.option(
@@ -115,7 +122,7 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Samples per GPU and iteration. [default: the config's]",
 )
 @click.option(
@@ -123,19 +130,19 @@ def _bases_of(statement: ast.AST, config: Path) -> list[Path]:
     "images",
     default=1,
     show_default=True,
-    type=click.IntRange(0),
+    type=COUNT_OR_0,
     help="Images per sample.",
 )
 @click.option(
     "--sub-images",
-    type=click.IntRange(0),
+    type=COUNT_OR_0,
     help="Sub-images per image. [default: 8, the most; 0 for thumbnails alone]",
 )
 @click.option(
     "--text-tokens",
     default=256,
     show_default=True,
-    type=click.IntRange(1),
+    type=COUNT,
     help="Text tokens per sample, all of which are learned.",
 )
 @click.option(

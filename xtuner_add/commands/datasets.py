@@ -13,10 +13,14 @@ from pallava.converters.parts import Shard
 from pallava.registry import CONVERTERS
 from pallava.skipping import SKIP_LOG_NAME
 from xtuner_add.commands.options import (
+    COUNT,
+    COUNT_OR_0,
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
+    FRACTION,
     OUT_FOLDER,
+    Number,
     counted,
     end,
     example,
@@ -41,6 +45,7 @@ _CHECK_IMAGES = click.option(
 _MAX_SKIPPED = click.option(
     "--max-skipped",
     "max_skipped_fraction",
+    type=FRACTION,
     default=0.1,
     show_default=True,
     help="Fraction of unusable rows above which the run fails.",
@@ -177,6 +182,7 @@ def join_datasets(
 )
 @click.option(
     "--max-area-px",
+    type=COUNT_OR_0,
     default=4096 * 4096,
     show_default=True,
     help="Skip larger images; with 0 images are not opened.",
@@ -230,9 +236,9 @@ _DEFAULT = "words,pathology,human,size"
               f"[default: {_DEFAULT}; "
               "with --index none]")  # fmt: skip
 @click.option("--index", type=FILE, help="Keep only the rows that this published list names.")
-@click.option("--min-words", default=20, show_default=True)
-@click.option("--max-area-px", default=4096 * 4096, show_default=True)
-@click.option("--min-side-px", default=1, show_default=True)
+@click.option("--min-words", type=COUNT_OR_0, default=20, show_default=True)
+@click.option("--max-area-px", type=COUNT, default=4096 * 4096, show_default=True)
+@click.option("--min-side-px", type=COUNT, default=1, show_default=True)
 @click.option("--pathology-words", default="pathology", help="Custom word lists, JSON.")
 @click.option("--human-words", default="human", help="Custom word lists, JSON.")
 @click.option("--classifier", help="transformers image classifier: folder or name.")
@@ -241,21 +247,27 @@ _DEFAULT = "words,pathology,human,size"
 )
 @click.option("--clip", help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder.")
 @click.option("--clip-classes", type=FILE, help="Descriptions to keep and to drop, JSON.")
-@click.option("--min-probability", default=0.5, show_default=True,
+@click.option("--min-probability", type=FRACTION, default=0.5, show_default=True,
               help="For classifier and clip-classes.")  # fmt: skip
 @click.option(
     "--min-score",
-    type=float,
+    type=Number(),
     help="Minimum cosine similarity of image and caption, for clip-score.",
 )
 @click.option("--device", help="Device. [default: a GPU if there is one]")
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option(
     "--shard",
     metavar="INDEX/COUNT",
     help="Process one of COUNT parts; a final run without --shard joins them.",
 )
-@click.option("--samples", default=10, show_default=True, help="Dropped rows to show per step.")
+@click.option(
+    "--samples",
+    type=COUNT_OR_0,
+    default=10,
+    show_default=True,
+    help="Dropped rows to show per step.",
+)
 @_MAX_SKIPPED
 def clean_pairs(
     rows: Path,
@@ -380,13 +392,9 @@ def _clip_step(name: str, clip: Any, options: dict[str, Any]) -> Step:
     help="Mapping for --tokenizer; llava moves the image to the front, as the published code does. "
     "[default: llava]",
 )
+@click.option("--max-length", type=COUNT, help="Length for --tokenizer. [default: 1852]")
 @click.option(
-    "--max-length", type=click.IntRange(1), help="Length for --tokenizer. [default: 1852]"
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Number of processes. [default: depends on the number of rows]",
+    "--workers", type=COUNT, help="Number of processes. [default: depends on the number of rows]"
 )
 def tokenise(
     conversations: Path,

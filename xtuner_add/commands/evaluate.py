@@ -25,7 +25,11 @@ from pathcore.rows import write_rows
 from xtuner_add.commands.options import (
     ANY_PATH,
     COST,
+    COUNT,
+    COUNT_OR_0,
     ENDPOINT,
+    POSITIVE,
+    POSITIVE_OR_0,
     REQUESTS,
     RelaunchedCommand,
     add_options,
@@ -93,8 +97,8 @@ def _part_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    function = click.option("--batch-size", default=8, show_default=True)(function)
-    return click.option("--max-new-tokens", default=1200, show_default=True)(function)
+    function = click.option("--batch-size", type=COUNT, default=8, show_default=True)(function)
+    return click.option("--max-new-tokens", type=COUNT, default=1200, show_default=True)(function)
 
 
 def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -483,14 +487,28 @@ def _end(num_skipped: int, work_dir: Path, audited: bool) -> None:
 )
 @click.option("--judge", metavar="URL", help="OpenAI-compatible endpoint, with /v1.")
 @click.option("--judge-model", help="Name of the judge at the endpoint; API key in OPENAI_API_KEY.")
-@click.option("--judge-concurrency", default=8, show_default=True)
+@click.option("--judge-concurrency", type=COUNT, default=8, show_default=True)
 @click.option(
-    "--judge-timeout", default=60.0, show_default=True, help="Timeout of a request in seconds."
+    "--judge-timeout",
+    type=POSITIVE,
+    default=60.0,
+    show_default=True,
+    help="Timeout of a request in seconds.",
 )
-@click.option("--judge-retries", default=5, show_default=True)
-@click.option("--judge-price-in", default=0.0, help="US dollars per million prompt tokens.")
-@click.option("--judge-price-out", default=0.0, help="US dollars per million reply tokens.")
-@click.option("--max-cost", type=float, help="Budget in US dollars; requires the prices.")
+@click.option("--judge-retries", type=COUNT_OR_0, default=5, show_default=True)
+@click.option(
+    "--judge-price-in",
+    type=POSITIVE_OR_0,
+    default=0.0,
+    help="US dollars per million prompt tokens.",
+)
+@click.option(
+    "--judge-price-out",
+    type=POSITIVE_OR_0,
+    default=0.0,
+    help="US dollars per million reply tokens.",
+)
+@click.option("--max-cost", type=POSITIVE_OR_0, help="Budget in US dollars; requires the prices.")
 @click.pass_context
 def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     """Score existing answers to BENCHMARK (pathvqa, pathmmu, ...) without a model.

@@ -13,10 +13,15 @@ import click
 from gigapath.finetune.recipes import REPLACED, make_settings, read_settings, read_yaml
 from xtuner_add.commands.options import (
     ANY_PATH,
+    COUNT,
+    COUNT_OR_0,
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
+    FRACTION,
     OUT_FOLDER,
+    POSITIVE,
+    POSITIVE_OR_0,
     RelaunchedCommand,
     address_option,
     device_option,
@@ -60,7 +65,7 @@ class _GridSize(click.ParamType):
         """Returns a number of pixels, or `tile`."""
         if value == "tile" or isinstance(value, int):
             return value
-        return click.IntRange(1).convert(value, param, ctx)
+        return COUNT.convert(value, param, ctx)
 
 
 @click.command("embed", epilog=example("embed", "slides/ --output embeddings/"))
@@ -105,20 +110,24 @@ class _GridSize(click.ParamType):
 )
 @click.option(
     "--mpp",
-    type=float,
+    type=POSITIVE,
     help="Micrometres per pixel of the tiles. [default: that of the encoder, or 0.5]",
 )
 @click.option(
     "--patch-px",
-    type=int,
+    type=COUNT,
     help="Side of a tile in pixels, at --mpp. [default: that of the encoder, or 256]",
 )
 @click.option(
-    "--min-tissue", default=0.1, show_default=True, help="Minimum fraction of tissue in a tile."
+    "--min-tissue",
+    type=FRACTION,
+    default=0.1,
+    show_default=True,
+    help="Minimum fraction of tissue in a tile.",
 )
 @click.option(
     "--slide-mpp",
-    type=float,
+    type=POSITIVE,
     help="Micrometres per pixel of the slides, instead of their metadata.",
 )
 @click.option(
@@ -139,12 +148,10 @@ class _GridSize(click.ParamType):
     help="Precision; auto is fp16 on a GPU and fp32 on a CPU.",
 )
 @click.option("--device", help="Device. [default: all GPUs, if any]")
-@click.option(
-    "--batch-size", type=click.IntRange(1), help="Tiles per batch. [default: 128 on a GPU, else 16]"
-)
+@click.option("--batch-size", type=COUNT, help="Tiles per batch. [default: 128 on a GPU, else 16]")
 @click.option(
     "--workers",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Number of slides in parallel. [default: one per GPU, else one]",
 )
 @read_workers_option
@@ -330,12 +337,12 @@ def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool
 )
 @click.option(
     "--patch-px",
-    type=click.IntRange(1),
+    type=COUNT,
     help="Size of their patches in pixels, if the files do not say it; recorded.",
 )
 @click.option(
     "--mpp",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     help="Micrometres per pixel of their patches, if the files do not say it; recorded.",
 )
 @_preset_option(help="Which vector of prov-gigapath and gigapath-flash; see `xtuner-add embed`.")
@@ -389,7 +396,7 @@ _seed_option = partial(click.option, "--seed", "seeds", type=int, multiple=True)
 _FOLD = click.option(
     "--fold",
     "only_folds",
-    type=int,
+    type=COUNT_OR_0,
     multiple=True,
     help="Index of a fold to run; may be repeated. [default: all]",
 )
@@ -484,9 +491,14 @@ def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> 
 @click.option(
     "--cache", "cache_dir", type=OUT_FOLDER, help="Folder of image features. [default: --output]"
 )
-@click.option("--batch-size", default=64, show_default=True, help="Images per batch.")
+@click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch.")
 @click.option(
-    "--workers", "num_workers", default=0, show_default=True, help="Processes that read images."
+    "--workers",
+    "num_workers",
+    type=COUNT_OR_0,
+    default=0,
+    show_default=True,
+    help="Processes that read images.",
 )
 @click.option(
     "--protocol",
@@ -505,14 +517,16 @@ def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> 
 )
 @click.option(
     "--shots",
-    type=click.IntRange(1),
+    type=COUNT,
     multiple=True,
     help="Train on so many cases of each class, in --repeats draws; may be repeated.",
 )
-@click.option("--repeats", type=click.IntRange(1), help="Draws. [default: the protocol's, or 100]")
+@click.option("--repeats", type=COUNT, help="Draws. [default: the protocol's, or 100]")
 @click.option("--recipe", help="A YAML file, or one of our names: pcam.")
 @_OPTION
-@click.option("--embed-dim", type=int, help="Length of an embedding. [default: the most frequent]")
+@click.option(
+    "--embed-dim", type=COUNT, help="Length of an embedding. [default: the most frequent]"
+)
 @device_option
 def probe_tiles(
     embeddings: Path,
@@ -744,18 +758,19 @@ def _end(output: Path, results: dict[str, Any], noun: str) -> None:
 @click.option("--model", type=click.Choice(_MIL_NAMES), default="abmil", show_default=True)
 @_FOLD
 @_seed_option(default=(0,), show_default=True, help=_SEED_HELP)
-@click.option("--epochs", default=50, show_default=True)
-@click.option("--lr", default=2e-4, show_default=True, help="Peak learning rate of AdamW.")
-@click.option("--weight-decay", default=1e-5, show_default=True)
-@click.option("--embed-dim", type=int, help="Width after the projection. [default: 512]")
+@click.option("--epochs", type=COUNT, default=50, show_default=True)
+@click.option("--lr", type=POSITIVE, default=2e-4, show_default=True,
+              help="Peak learning rate of AdamW.")  # fmt: skip
+@click.option("--weight-decay", type=POSITIVE_OR_0, default=1e-5, show_default=True)
+@click.option("--embed-dim", type=COUNT, help="Width after the projection. [default: 512]")
 @click.option(
     "--hidden-dim",
-    type=int,
+    type=COUNT,
     help="Width of the attention, if the model has it. [default: that of its authors]",
 )
 @click.option(
     "--bag-size",
-    type=int,
+    type=COUNT_OR_0,
     help="Maximum number of tiles per training slide, redrawn in each epoch; 0 for all. "
     "[default: 0; 8192 for survival, whose loss needs 32 slides at once]",
 )

@@ -6,6 +6,7 @@ Imports nothing slow, because every command's `--help` loads this module.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,26 @@ OUT_FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
 """A path that click does not check, because the command's own error message is better."""
 
+
+class Number(click.FloatRange):
+    """A finite number in a range: click's comparisons let NaN through every range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Returns the number, or reports wrong usage."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+COUNT = click.IntRange(1)
+COUNT_OR_0 = click.IntRange(0)
+POSITIVE = Number(0, min_open=True)
+POSITIVE_OR_0 = Number(0)
+FRACTION = Number(0, 1)
+
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -46,7 +67,7 @@ address_option = click.option(
 )
 read_workers_option = click.option(
     "--read-workers",
-    type=click.IntRange(0),
+    type=COUNT_OR_0,
     help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
     "remaining cores on a machine with a GPU, else 0]",
 )
@@ -78,21 +99,26 @@ ENDPOINT = (
     click.option("--model", help="Name of the model at the endpoint."),
 )  # fmt: skip
 REQUESTS = (
-    click.option("--concurrency", default=8, show_default=True, help="Requests in flight."),
-    click.option("--timeout", default=120.0, show_default=True,
+    click.option("--concurrency", type=COUNT, default=8, show_default=True,
+                 help="Requests in flight."),
+    click.option("--timeout", type=POSITIVE, default=120.0, show_default=True,
                  help="Timeout of a request in seconds."),
-    click.option("--max-retries", default=5, show_default=True,
+    click.option("--max-retries", type=COUNT_OR_0, default=5, show_default=True,
                  help="Retries of a failed request, with exponential backoff."),
     click.option("--token-field", type=click.Choice(["max_tokens", "max_completion_tokens"]),
                  default="max_tokens", show_default=True,
                  help="Newer OpenAI models require max_completion_tokens."),
 )  # fmt: skip
 COST = (
-    click.option("--price-in", default=0.0, help="US dollars per million prompt tokens."),
-    click.option("--price-out", default=0.0, help="US dollars per million reply tokens."),
-    click.option("--max-cost", type=float, help="Budget in US dollars, earlier runs included."),
-    click.option("--max-tokens", type=int, help="Budget in tokens, earlier runs included."),
-    click.option("--image-tokens", default=3000, show_default=True,
+    click.option("--price-in", type=POSITIVE_OR_0, default=0.0,
+                 help="US dollars per million prompt tokens."),
+    click.option("--price-out", type=POSITIVE_OR_0, default=0.0,
+                 help="US dollars per million reply tokens."),
+    click.option("--max-cost", type=POSITIVE_OR_0,
+                 help="Budget in US dollars, earlier runs included."),
+    click.option("--max-tokens", type=COUNT_OR_0,
+                 help="Budget in tokens, earlier runs included."),
+    click.option("--image-tokens", type=COUNT_OR_0, default=3000, show_default=True,
                  help="Upper bound of tokens per image, for the budget."),
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import click
 
 from xtuner_add.commands.options import (
     ANY_PATH,
+    COUNT,
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
@@ -105,7 +106,7 @@ def check_merge(base: Path, adapters: tuple[Path, ...], merged: Path, force_base
 @click.argument("base", type=FOLDER)
 @click.argument("tuned", type=FOLDER)
 @click.argument("out", type=ANY_PATH)
-@click.option("--rank", default=128, show_default=True, help="Rank of the adapter.")
+@click.option("--rank", type=COUNT, default=128, show_default=True, help="Rank of the adapter.")
 def extract_adapter(base: Path, tuned: Path, out: Path, rank: int) -> None:
     """Write a LoRA adapter that turns the model BASE into the model TUNED."""
     from pallava.release.extract import extract_adapter as extract

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pathcore.exit_codes import EXIT_SKIPPED
-from xtuner_add.commands.options import OUT_FOLDER, example, name_values, user_errors
+from xtuner_add.commands.options import OUT_FOLDER, Number, example, name_values, user_errors
 
 
 @click.command(
@@ -25,7 +25,7 @@ from xtuner_add.commands.options import OUT_FOLDER, example, name_values, user_e
 @click.option("--list", "lists", is_flag=True, help="List the cards and what each needs.")
 @click.option("--work-dir", type=OUT_FOLDER, help="[default: work_dirs/reproduce_CARD]")
 @click.option(
-    "--published", type=float, help="Figure to compare with, instead of the one on the card."
+    "--published", type=Number(), help="Figure to compare with, instead of the one on the card."
 )
 @click.option("--all", "all_arms", is_flag=True, help="Also switch the choices if it reproduces.")
 @click.option(

@@ -13,9 +13,13 @@ from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED
 from pathcore.files import sha256_of
 from xtuner_add.commands.options import (
     ANY_PATH,
+    COUNT,
     FILE,
     FILE_OR_FOLDER,
     FOLDER,
+    FRACTION,
+    POSITIVE,
+    Number,
     add_options,
     address_option,
     counted,
@@ -47,12 +51,12 @@ def _job_options(function: _Function) -> _Function:
         output_folder,
         click.option(
             "--slide-mpp",
-            type=float,
+            type=POSITIVE,
             help="Micrometres per pixel of the slides, instead of their metadata.",
         ),
         click.option(
             "--workers",
-            type=click.IntRange(1),
+            type=COUNT,
             default=num_cores,
             help="Number of processes. [default: one per CPU core]",
         ),
@@ -90,7 +94,13 @@ geojson_option = click.option(
 @click.option(
     "--patch-px", default=256, show_default=True, help="Side of a patch in pixels, at --mpp."
 )
-@click.option("--mpp", default=0.5, show_default=True, help="Micrometres per pixel of the patches.")
+@click.option(
+    "--mpp",
+    type=POSITIVE,
+    default=0.5,
+    show_default=True,
+    help="Micrometres per pixel of the patches.",
+)
 @click.option(
     "--overlap-px",
     default=0,
@@ -98,7 +108,11 @@ geojson_option = click.option(
     help="Overlap of neighbouring patches in pixels, at --mpp.",
 )
 @click.option(
-    "--min-tissue", default=0.5, show_default=True, help="Minimum fraction of tissue in a patch."
+    "--min-tissue",
+    type=FRACTION,
+    default=0.5,
+    show_default=True,
+    help="Minimum fraction of tissue in a patch.",
 )
 @click.option(
     "--over-edge",
@@ -209,7 +223,7 @@ def tile(
     show_default=True,
     help="files: SLIDE_X_Y.png and .txt, and pairs.jsonl; shards: WebDataset.",
 )
-@click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--shard-size", type=COUNT, default=1000, show_default=True)
 def extract(
     annotations: Path,
     slides: Path,
@@ -318,7 +332,7 @@ def gdc_manifest(
     help="A preset, hf:MODEL, open_clip:ARCH@WEIGHTS or a folder, with a text encoder.",
 )
 @click.option("--device", help="Device. [default: all GPUs, if any]")
-@click.option("--batch-size", default=64, show_default=True, help="Patches per batch.")
+@click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Patches per batch.")
 @click.option(
     "--quota", default=256, show_default=True, help="Maximum number of patches per slide."
 )
@@ -337,6 +351,7 @@ def gdc_manifest(
 @click.option(
     "--similarity",
     "max_similarity",
+    type=Number(),
     default=0.95,
     show_default=True,
     help="Cosine similarity above which two patches are duplicates.",
@@ -356,7 +371,7 @@ def gdc_manifest(
 @geojson_option
 @click.option(
     "--workers",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Number of slides in parallel, each in a process that opens the encoder; on GPUs at most "
@@ -435,7 +450,7 @@ def select_patches(
     type=FILE_OR_FOLDER,
     help="Folder or CSV file of the slides of the same names, for their size and resolution.",
 )
-@click.option("--slide-mpp", type=float, help="Micrometres per pixel of the slides.")
+@click.option("--slide-mpp", type=POSITIVE, help="Micrometres per pixel of the slides.")
 @click.option("--output", type=ANY_PATH, help="Folder for converted files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per file.")
 @click.pass_context
