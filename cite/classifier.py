@@ -19,6 +19,7 @@ from cite.preprocessing import Preprocessing
 from cite.projection import Projection
 from cite.prompted import PromptedEncoder
 from cite.text_scores import TextScores
+from pathcore.device_claims import choose_device
 from pathcore.encoders.transform import Transform
 from pathcore.files import StrPath, read_json, write_json
 from pathcore.images import load_image, to_rgb
@@ -143,13 +144,15 @@ def load_classifier(folder: StrPath, device: str | torch.device = "cpu") -> Clas
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If the format is another version, or weights do not fit the description.
+        ValueError: If the format is another version, weights do not fit the description, or there
+            is no such device.
 
     Example:
         >>> classifier = load_classifier("exported")  # doctest: +SKIP
         >>> classifier.predict(["patch.jpg"])  # doctest: +SKIP
         tensor([[0.9, 0.1]])
     """
+    place = choose_device(device)
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME, what="classifier")
     if config.get("format") != FORMAT:
@@ -179,7 +182,7 @@ def load_classifier(folder: StrPath, device: str | torch.device = "cpu") -> Clas
     model = Classifier(backbone, neck, head, preprocessing, config["classes"], provenance)
     weights = folder / WEIGHTS_NAME
     load_strict(model, read_state_dict(weights), what=CONFIG_NAME, source=str(weights))
-    return model.eval().to(device)
+    return model.eval().to(place)
 
 
 def open_image(image: Picture) -> Image.Image:

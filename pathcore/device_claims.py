@@ -109,10 +109,28 @@ class Placement:
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """Returns the named device; by default the current GPU, or the CPU if there is none."""
+    """Returns the named device; by default the current GPU, or the CPU if there is none.
+
+    Raises:
+        ValueError: If torch does not know the name, or there is no such GPU.
+    """
     import torch
 
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: expected cpu, cuda or cuda:INDEX") from error
+    if chosen.type == "cuda":
+        available = torch.cuda.is_available()
+        count = torch.cuda.device_count() if available else 0
+        if not available or (chosen.index is not None and chosen.index >= count):
+            raise ValueError(
+                f"device {str(device)!r}: torch {torch.__version__} finds {count or 'no'} GPUs on "
+                "this machine; `xtuner-add doctor` shows what there is"
+            )
+    return chosen
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gigapath import tile_encoder
 from gigapath.tile_encoder import CROP_PX
+from pathcore.device_claims import choose_device
 from pathcore.encoders import Encoder, create_encoder, list_encoders
 from pathcore.encoders.transform import Transform
 from pathcore.files import read_json, sha256_of
@@ -261,7 +262,7 @@ class TileEncoder:
         precision: str = "fp32",
         transform: Transform | None = None,
     ) -> None:
-        self.device, self.precision = torch.device(device), precision
+        self.device, self.precision = choose_device(device), precision
         self.model = model.to(self.device).eval()
         if precision != "fp32":
             _convert_matrices(self.model, _DTYPES[precision])

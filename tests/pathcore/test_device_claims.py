@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pathcore.device_claims import Placement, claim
+from pathcore.device_claims import Placement, choose_device, claim
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +50,29 @@ def test_a_job_without_a_gpu_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     placement = Placement().for_job(workers=2, engine="process", progress=False)
     assert (placement.device, placement.own_gpu) == ("cpu", False)
     assert placement.pool == {"gpus_per_task": 0, "can_fork": True}
+
+
+@pytest.mark.parametrize(
+    ("device", "number", "message"),
+    [
+        ("gpu", 0, "device 'gpu': expected cpu, cuda or cuda:INDEX"),
+        ("cuda", 0, "device 'cuda': torch .* finds no GPUs on this machine"),
+        ("cuda:0", 0, "device 'cuda:0': torch .* finds no GPUs"),
+        ("cuda:3", 2, "device 'cuda:3': torch .* finds 2 GPUs"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    device: str, number: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    with pytest.raises(ValueError, match=message):
+        choose_device(device)
+
+
+def test_a_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("") == choose_device() == torch.device("cuda")
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
