@@ -281,7 +281,7 @@ def test_no_number_is_nan(name: str) -> None:
     for parameter in command.params:
         if "float" in parameter.type.name:
             for text in ("nan", "inf"):
-                with pytest.raises(click.BadParameter, match="finite|range"):
+                with pytest.raises(click.BadParameter, match=r"finite|range"):
                     parameter.type.convert(text, parameter, None)
 
 
@@ -305,3 +305,28 @@ def test_impossible_numbers_are_wrong_usage(arguments: list[str]) -> None:
     code, output = invoke(*arguments)
     assert code == EXIT_USAGE
     assert f"Invalid value for '{arguments[-2]}'" in output and "range" in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gdc-manifest", "read", "read", "--listing", "other"],
+        ["gdc-manifest", "other", "read", "--listing", "read"],
+        ["cite-texts", "read", "--classes", "read", "--model", "bert"],
+        ["cite-features", "read", "read"],
+        ["cite-convert", "read", "./read", "--from", "timm", "--to", "mm"],
+        ["filter-captions", "read", "read"],
+        ["summarise", "read", "read", "--endpoint", "http://localhost/v1", "--model", "m"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_is_read_is_never_replaced(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    for name in ("read", "other"):
+        Path(name).write_text("precious")
+    code, output = invoke(*arguments)
+    assert code == 1 and "would replace what is read" in output
+    assert Path("read").read_text() == "precious"

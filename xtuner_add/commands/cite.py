@@ -22,6 +22,7 @@ from cite.splits import (
 )
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.files import read_json, sha256_of, write_text
+from pathcore.rows import source_and_target
 from xtuner_add.commands.options import (
     ANY_PATH,
     COUNT,
@@ -238,6 +239,7 @@ def texts(
     elif pooling is not None:
         arguments["pooling"] = pooling
     with user_errors():
+        source_and_target(classes, out)
         descriptions = read_json(classes, what="classes")
         text_encoder = build_text_encoder(**arguments)
         content = encode_texts(text_encoder, descriptions, template or ("{}",))
@@ -279,6 +281,7 @@ def features(config: str, out: str, cfg_options: tuple[str, ...], **options: Any
     from cite.mm.feature_extraction import extract_features
 
     with user_errors():
+        source_and_target(config, out)
         changes = _config_changes(cfg_options)
         skipped = extract_features(config, out, cfg_options=changes, **options)
     click.echo(f"Wrote {out}")
@@ -448,6 +451,8 @@ def convert_weights(source: str, out: str, source_format: str, target_format: st
     from pathcore.weights import read_state_dict, write_state_dict
 
     with user_errors():
+        if Path(source).is_file():
+            source_and_target(source, out)
         converted = convert(read_state_dict(source), source_format, target_format)
         write_state_dict(out, converted)
     click.echo(f"Wrote {out}: {len(converted)} tensors")

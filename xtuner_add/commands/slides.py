@@ -297,11 +297,14 @@ def gdc_manifest(
     --listing, or from the GDC itself with --online. The exit code is 3 if a slide was not found, or
     a row of ANNOTATIONS is invalid.
     """
+    from pathcore.rows import source_and_target
     from pathgen.gdc import ask_gdc, needed_slides, read_listing, write_manifest
 
     if (listing is None) == (not online):
         raise click.UsageError("give either --listing FILE or --online")
     with user_errors():
+        for source in (annotations, *([listing] if listing else [])):
+            source_and_target(source, output)
         slide_ids, rejected = needed_slides(annotations)
         files = read_listing(listing) if listing else ask_gdc(slide_ids, url=gdc_url)
         missing = write_manifest(output, slide_ids, files)
