@@ -94,7 +94,10 @@ def texts_by_class(
     for index, (name, given) in enumerate(descriptions.items()):
         several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         if not several or not all(isinstance(text, str) and text.strip() for text in several):
-            raise ValueError(f"class {name!r}: expected at least one description, none empty")
+            raise ValueError(
+                f"class {name!r}: expected a description or a list of them, none empty, found "
+                f"{given!r:.80}"
+            )
         filled = [template.replace("{}", text) for text in several for template in templates]
         texts += filled
         class_ids += [index] * len(filled)
