@@ -330,3 +330,25 @@ def test_a_file_that_is_read_is_never_replaced(
     code, output = invoke(*arguments)
     assert code == 1 and "would replace what is read" in output
     assert Path("read").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("clean-pairs F o --classifier vit --label tumour", "--classifier is for the step"),
+        ("clean-pairs F o --clip plip --min-score 0.2", "--clip is for the step clip-classes or"),
+        ("clean-pairs F o --steps size --min-words 5", "--min-words is for the step words,"),
+        ("filter-captions F o --steps exact --max-words 60", "--max-words is for the step length"),
+        ("tokenise F o --config c --max-length 100", "sets these too: omit --max-length"),
+        ("clip-retrieval m --output o --pairs F --data-path .", "--data-path is for --benchmark"),
+        ("clip-retrieval m --output o --labels F --image-folder .", "--image-folder is for"),
+    ],
+)
+def test_an_option_without_effect_is_wrong_usage(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("F").write_text('{"id": "1", "image": "a.png", "caption": "Glands."}\n')
+    code, output = invoke(*arguments.split())
+    assert code == EXIT_USAGE and message in " ".join(output.split())
+    assert not Path("o").exists()

@@ -26,6 +26,7 @@ from xtuner_add.commands.options import (
     counted,
     example,
     open_endpoint,
+    refuse_options_of_other_steps,
     user_errors,
     weight_values,
 )
@@ -43,6 +44,13 @@ class _Temperature(click.ParamType):
 
 
 _STEPS = ("length", "markup", "refusal", "leak", "loop", "exact", "near")
+_STEPS_OF_OPTION = {
+    "min_words": ("length",),
+    "max_words": ("length",),
+    "within": ("exact", "near"),
+    "similarity": ("near",),
+}
+"""Steps of filter-captions that read an option, by parameter."""
 
 _WHOM = (
     *ENDPOINT,
@@ -217,7 +225,9 @@ def make_instructions(
     show_default=True,
     help="Dropped rows to show per step.",
 )
+@click.pass_context
 def filter_captions(
+    ctx: click.Context,
     rows: Path,
     out: Path,
     steps: str,
@@ -247,6 +257,7 @@ def filter_captions(
     unknown = [name for name in names if name not in makers]
     if unknown:
         raise click.BadParameter(f"{', '.join(unknown)}: expected {', '.join(_STEPS)}")
+    refuse_options_of_other_steps(ctx, names, _STEPS_OF_OPTION)
     with user_errors():
         chosen = [makers[name]() for name in names]
         counts = filters.filter_captions(rows, out, chosen, num_samples=samples)

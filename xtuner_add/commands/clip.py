@@ -349,6 +349,10 @@ def clip_retrieval(
 
     if sum(source is not None for source in (pairs, benchmark, labels)) != 1:
         raise click.UsageError("expected one of --pairs, --benchmark and --labels")
+    if pairs is not None and data_path is not None:
+        raise click.UsageError("--data-path is for --benchmark and --labels, not for --pairs")
+    if pairs is None and images is not None:
+        raise click.UsageError("--image-folder is for --pairs; --data-path names the folder")
     if pairs is None and data_path is None:
         raise click.UsageError("--benchmark and --labels require --data-path")
     if model == "none" and labels is None:

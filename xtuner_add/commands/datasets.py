@@ -24,8 +24,10 @@ from xtuner_add.commands.options import (
     counted,
     end,
     example,
+    given_options,
     keyword_values,
     progress_bar,
+    refuse_options_of_other_steps,
     user_errors,
 )
 from xtuner_add.paths import find_config
@@ -220,6 +222,20 @@ def dataformat(
 
 _STEPS = ("words", "pathology", "human", "size", "classifier", "clip-classes", "clip-score")
 _DEFAULT = "words,pathology,human,size"
+_STEPS_OF_OPTION = {
+    "min_words": ("words",),
+    "pathology_words": ("pathology",),
+    "human_words": ("human",),
+    "max_area_px": ("size",),
+    "min_side_px": ("size",),
+    "classifier": ("classifier",),
+    "labels": ("classifier",),
+    "clip": ("clip-classes", "clip-score"),
+    "clip_classes": ("clip-classes",),
+    "min_probability": ("classifier", "clip-classes"),
+    "min_score": ("clip-score",),
+}
+"""Steps that read an option, by parameter."""
 
 
 @click.command(
@@ -269,7 +285,9 @@ _DEFAULT = "words,pathology,human,size"
     help="Dropped rows to show per step.",
 )
 @_MAX_SKIPPED
+@click.pass_context
 def clean_pairs(
+    ctx: click.Context,
     rows: Path,
     out: Path,
     image_folder: Path | None,
@@ -293,7 +311,7 @@ def clean_pairs(
         report = clean(
             rows,
             out,
-            _steps(options, default="" if index else _DEFAULT),
+            _steps(ctx, options, default="" if index else _DEFAULT),
             image_folder=image_folder,
             index=read_index(index) if index else None,
             num_samples=samples,
@@ -312,13 +330,14 @@ def clean_pairs(
     end(report["num_skipped"], out / SKIP_LOG_NAME)
 
 
-def _steps(options: dict[str, Any], default: str) -> list[Step]:
+def _steps(ctx: click.Context, options: dict[str, Any], default: str) -> list[Step]:
     from pallava.converters.cleaning import steps
 
     text = default if options["steps"] is None else options["steps"]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in _STEPS]:
         raise click.UsageError(f"--steps {', '.join(unknown)}: expected {', '.join(_STEPS)}")
+    refuse_options_of_other_steps(ctx, names, _STEPS_OF_OPTION)
     clip = _clip(options) if {"clip-classes", "clip-score"} & set(names) else None
     made: list[Step] = []
     for name in names:

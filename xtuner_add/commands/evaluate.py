@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from pallava.evaluation.answers import read_answers
 from pallava.registry import EVALUATIONS
@@ -37,6 +36,7 @@ from xtuner_add.commands.options import (
     counted,
     end,
     example,
+    given_options,
     keyword_values,
     open_endpoint,
     relaunch,
@@ -242,11 +242,7 @@ def _refuse_unused(ctx: click.Context, options: dict[str, Any]) -> None:
         click.UsageError: If such an option was given.
     """
     pallava = [*_PALLAVA_OPTIONS, *(["compat"] if options["compat"] == "original" else [])]
-    given = {
-        str(parameter.name): parameter.opts[0]
-        for parameter in ctx.command.params
-        if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    }
+    given = given_options(ctx)
     kind, names = "a model on this machine", [*_ENDPOINT_OPTIONS]
     if options["endpoint"] is not None:
         kind, names = "an endpoint", [*pallava, *_LOCAL_OPTIONS]

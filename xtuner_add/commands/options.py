@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.jobs import SKIPPED_NAME
@@ -172,6 +173,38 @@ def add_options(
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def given_options(ctx: click.Context) -> dict[str, str]:
+    """Returns the flags of the options that the command line names, by parameter."""
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in ctx.command.params
+        if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    }
+
+
+def refuse_options_of_other_steps(
+    ctx: click.Context, steps: Collection[str], steps_of_option: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuses options that only steps read which do not run.
+
+    Args:
+        ctx: Context of the command.
+        steps: Steps that run.
+        steps_of_option: Names of the steps that read an option, by parameter.
+
+    Raises:
+        click.UsageError: If such an option was given.
+    """
+    for name, flag in given_options(ctx).items():
+        readers = steps_of_option.get(name)
+        if readers and not set(readers) & set(steps):
+            raise click.UsageError(
+                f"{flag} is for the step {' or '.join(readers)}, which does not run; add it to "
+                f"--steps, or omit {flag}",
+                ctx,
+            )
 
 
 @contextmanager
