@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,6 +224,28 @@ def test_answer_asks_about_files_and_folders(
     )
     assert result.exit_code == 3
     assert "skipped" in result.output
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("data/images", "is a directory"),
+        ("config.py/answers.jsonl", "config.py"),
+        ("picture.png", "picture.png: would replace what is read"),
+    ],
+)
+def test_answers_are_asked_for_only_if_they_can_be_written(
+    folder: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "config.py").touch()
+    shutil.copyfile(goldens.GOLDEN / "anyres" / "sq_big.png", folder / "picture.png")
+    result = invoke(
+        folder, "answer", *MODEL, "picture.png", "-q", "What?", "--output", output,
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert result.exit_code in (1, 2) and message in result.output
+    assert "What?" not in result.output  # nothing was asked
+    assert (folder / "picture.png").stat().st_size > 1000
 
 
 def test_wrong_paths_are_errors_a_user_understands(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from pallava.registry import EVALUATIONS
 from pallava.skipping import SKIP_LOG_NAME
 from pathcore.exit_codes import EXIT_OK, EXIT_SKIPPED
 from pathcore.files import write_json
-from pathcore.rows import write_rows
+from pathcore.rows import encode_row, row_files
 from xtuner_add.commands.options import (
     ANY_PATH,
     COST,
     COUNT,
     COUNT_OR_0,
     ENDPOINT,
+    OUT_FILE,
     POSITIVE,
     POSITIVE_OR_0,
     REQUESTS,
@@ -311,7 +312,7 @@ def _open_model(options: dict[str, Any], work_dir: Path) -> Any:
 @_batch_options
 @click.argument("images", nargs=-1, required=True, type=ANY_PATH)
 @click.option("--question", "-q", required=True, multiple=True, help="May be repeated.")
-@click.option("--output", type=ANY_PATH, help="Also write JSON lines to this file.")
+@click.option("--output", type=OUT_FILE, help="Also write JSON lines to this file.")
 @click.option(
     "--evidence",
     type=ANY_PATH,
@@ -338,42 +339,48 @@ def answer(
     from xtuner_add.slide_evidence import EvidenceFiles
 
     batch_size, max_new_tokens = options.pop("batch_size"), options.pop("max_new_tokens")
-    with user_errors(ImportError):
+    num_skipped = 0
+    with user_errors(ImportError), ExitStack() as outputs:
         files = list(_image_files(images))
+        if output is not None and output.resolve() in {file.resolve() for file in files}:
+            raise ValueError(f"{output}: would replace what is read; name another file")
+        # Opened before the model, so that no answer is lost for want of a place to write it.
+        to = outputs.enter_context(row_files(output))[0] if output is not None else None
         evidence_files = None if evidence is None else EvidenceFiles(evidence, files)
         model = load_from_options(options)
         if evidence is not None and not model.reads_slides:
             raise ValueError(f"{options['llm']}: reads images; --evidence is for models of slides")
-    asked: list[tuple[Path, Any, str]] = []
-    rows, num_skipped = [], 0
+        asked: list[tuple[Path, Any, str]] = []
 
-    def flush() -> None:
-        prompts = [model.encode(text, has_image=True) for _, _, text in asked]
-        stacks = [pixels for _, pixels, _ in asked]
-        replies = model.answer_encoded(prompts, stacks, max_new_tokens=max_new_tokens)
-        for (path, _, text), reply in zip(asked, replies, strict=True):
-            click.echo(f"{path}\n  {text}\n  {reply}")
-            rows.append({"image": str(path), "question": text, "answer": reply})
-        asked.clear()
+        def write(rows: Iterable[dict[str, Any]]) -> None:
+            if to is not None:
+                to.writelines(map(encode_row, rows))
 
-    for path in files:
-        try:
-            pixels = model.pixel_values(path)
-        except ImageError as error:
-            num_skipped += 1
-            click.echo(f"skipped: {error}", err=True)
-            continue
-        if evidence_files is not None:
-            rows += evidence_files.answer(model, path, pixels, question, max_new_tokens)
-            continue
-        for text in question:
-            asked.append((path, pixels, text))
-            if len(asked) >= batch_size:
-                flush()
-    if asked:
-        flush()
-    if output is not None:
-        write_rows(output, rows)
+        def flush() -> None:
+            prompts = [model.encode(text, has_image=True) for _, _, text in asked]
+            stacks = [pixels for _, pixels, _ in asked]
+            replies = model.answer_encoded(prompts, stacks, max_new_tokens=max_new_tokens)
+            for (path, _, text), reply in zip(asked, replies, strict=True):
+                click.echo(f"{path}\n  {text}\n  {reply}")
+                write([{"image": str(path), "question": text, "answer": reply}])
+            asked.clear()
+
+        for path in files:
+            try:
+                pixels = model.pixel_values(path)
+            except ImageError as error:
+                num_skipped += 1
+                click.echo(f"skipped: {error}", err=True)
+                continue
+            if evidence_files is not None:
+                write(evidence_files.answer(model, path, pixels, question, max_new_tokens))
+                continue
+            for text in question:
+                asked.append((path, pixels, text))
+                if len(asked) >= batch_size:
+                    flush()
+        if asked:
+            flush()
     ctx.exit(EXIT_SKIPPED if num_skipped else EXIT_OK)
 
 
@@ -562,7 +569,7 @@ def score(ctx: click.Context, benchmark: str, **options: Any) -> None:
     epilog=example("compare-scores", "ours=results/ours llava=results/llava gpt=results/gpt"),
 )
 @click.argument("runs", nargs=-1, required=True, metavar="[NAME=]WORK_DIR...")
-@click.option("--output", type=ANY_PATH, help="Also write the comparison to this JSON file.")
+@click.option("--output", type=OUT_FILE, help="Also write the comparison to this JSON file.")
 def compare_scores(runs: tuple[str, ...], output: Path | None) -> None:
     """Compare models on the questions that all of them were asked.
 
