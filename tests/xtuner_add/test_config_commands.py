@@ -72,3 +72,13 @@ def test_unknown_name_copies_nothing(name: str, tmp_path: Path) -> None:
     assert code == 2
     assert name in output
     assert not (tmp_path / "mine").exists()
+
+
+def test_copy_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, output = invoke("copy-cfg", "pallava_domain_alignment", str(tmp_path / "file" / "mine"))
+    assert code == 1 and "file" in output.splitlines()[-1]
+    (tmp_path / "own.py").write_text("model = dict(\n")
+    code, output = invoke("copy-cfg", str(tmp_path / "own.py"), str(tmp_path / "mine"))
+    assert code == 1 and "own.py" in output.splitlines()[-1]
+    assert not (tmp_path / "mine").exists()

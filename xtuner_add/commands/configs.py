@@ -59,18 +59,19 @@ def copy_cfg(name: str, save_dir: Path) -> None:
         config = find_config(name)
     except FileNotFoundError as error:
         raise click.UsageError(str(error)) from error
-    copies = {config: save_dir / f"{config.stem}_copy.py"}
-    for base in inherited_files(config):
-        if not base.is_relative_to(config.parent):
-            raise click.ClickException(f"{config} inherits from {base}, outside its folder")
-        copies[base] = save_dir / base.relative_to(config.parent)
-    for source, target in copies.items():
-        if target.is_file():
-            click.echo(f"Kept {target}")
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        click.echo(f"Copied {target}")
+    with user_errors(SyntaxError):
+        copies = {config: save_dir / f"{config.stem}_copy.py"}
+        for base in inherited_files(config):
+            if not base.is_relative_to(config.parent):
+                raise click.ClickException(f"{config} inherits from {base}, outside its folder")
+            copies[base] = save_dir / base.relative_to(config.parent)
+        for source, target in copies.items():
+            if target.is_file():
+                click.echo(f"Kept {target}")
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            click.echo(f"Copied {target}")
 
 
 def inherited_files(config: Path) -> list[Path]:
@@ -79,7 +80,7 @@ def inherited_files(config: Path) -> list[Path]:
     Supports both styles of MMEngine: `read_base()`, and a string or list `_base_`.
     """
     found: list[Path] = []
-    for statement in ast.walk(ast.parse(config.read_text(encoding="utf-8"))):
+    for statement in ast.walk(ast.parse(config.read_text(encoding="utf-8"), str(config))):
         for base in _bases_of(statement, config):
             found += [base, *inherited_files(base)]
     return list(dict.fromkeys(found))
