@@ -104,3 +104,12 @@ def test_wrong_usage(server: DescriberServer, rows: Path) -> None:
     assert run("filter-captions", rows, out).exit_code == 1  # nothing is left to write
     rows.write_text(good + "{broken\n")
     assert run("filter-captions", rows, out).exit_code == 3
+
+
+def test_a_file_without_rows_is_a_failure(server: DescriberServer, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    out = tmp_path / "out.jsonl"
+    options = ("--endpoint", server.url, "--model", "m")
+    result = run("summarise", tmp_path / "empty.jsonl", out, *options)
+    assert result.exit_code == 1 and "empty.jsonl: holds no rows" in result.output
+    assert not out.exists()
