@@ -27,6 +27,7 @@ from pallava.engine.conversations import (
 )
 from pallava.engine.prompts import TOKENISED_REPORT, template_of_dataset
 from pallava.engine.runtime import prepare_host
+from pallava.inference.loading import load_tokenizer
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
 from pallava.text.encoding import interleaved_map_fn
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
@@ -84,10 +85,9 @@ def settings_from_names(
         max_length: Maximum number of tokens; longer sequences are truncated.
 
     Raises:
-        ValueError: If there is no such template or mapping.
+        ValueError: If there is no such tokenizer, template or mapping.
     """
     prepare_host()
-    from transformers import AutoTokenizer
     from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
     from xtuner.utils import PROMPT_TEMPLATE
 
@@ -97,7 +97,7 @@ def settings_from_names(
     if map_fn not in ("llava", "interleaved"):
         raise ValueError(f"map_fn {map_fn}: expected llava or interleaved")
     return TextSettings(
-        AutoTokenizer.from_pretrained(tokenizer, padding_side="right", trust_remote_code=False),
+        load_tokenizer(tokenizer, padding_side="right"),
         llava_map_fn if map_fn == "llava" else None,
         TOKENIZER_TEMPLATE
         if prompt_template == TOKENIZER_TEMPLATE

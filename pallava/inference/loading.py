@@ -483,6 +483,22 @@ def check_model_name(name: StrPath) -> None:
         raise FileNotFoundError("no such folder, and not a name on the hub (owner/name)")
 
 
+def load_tokenizer(name: StrPath, **options: Any) -> Any:
+    """Loads a tokenizer by folder or hub name; code that comes with it is not run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **options)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        # transformers raises any of these if a file of the tokenizer is missing.
+        where = "" if Path(name).is_dir() else "no such folder, and the hub does not give it: "
+        raise ValueError(f"tokenizer {name}: cannot be loaded: {where}{_explain(error)}") from error
+
+
 def _explain(error: Exception) -> str:
     """Shortens an error of transformers to the part that helps the user."""
     text = str(error)

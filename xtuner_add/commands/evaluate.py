@@ -594,9 +594,9 @@ def compare_scores(runs: tuple[str, ...], output: Path | None) -> None:
 def _tokenizer(name: str | None) -> Any:
     if name is None:
         return None
-    from transformers import AutoTokenizer
+    from pallava.inference.loading import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return load_tokenizer(name)
 
 
 def _judge(

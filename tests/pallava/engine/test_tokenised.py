@@ -215,3 +215,10 @@ def test_other_data_or_settings_are_refused(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 of 1 rows"):
         tokenise(rows, tmp_path / "broken", settings)
     assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("name", ["", "absent/folder/of/a/tokenizer"])
+def test_a_folder_without_a_tokenizer_is_named(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    with pytest.raises(ValueError, match=rf"tokenizer {folder}: cannot be loaded"):
+        settings_from_names(str(folder), "llama3_chat")
