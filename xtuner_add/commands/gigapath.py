@@ -115,7 +115,7 @@ class _GridSize(click.ParamType):
 )
 @click.option(
     "--patch-px",
-    type=COUNT,
+    type=int,
     help="Side of a tile in pixels, at --mpp. [default: that of the encoder, or 256]",
 )
 @click.option(
