@@ -16,7 +16,7 @@ import click
 
 from pallava.serving.guard import LOOPBACK_HOSTS, GuardSettings
 from xtuner_add.commands.evaluate import load_from_options, model_options
-from xtuner_add.commands.options import COUNT, FRACTION, POSITIVE_OR_0, example
+from xtuner_add.commands.options import FRACTION, POSITIVE_OR_0, example
 
 API_KEY_VARIABLE = "XTUNER_ADD_API_KEY"
 
@@ -35,7 +35,7 @@ _MAX_CONNECTIONS = 256
     help="Image for the first question; may be repeated.",
 )
 @click.option("--system", help="System prompt, for models that were trained with one.")
-@click.option("--max-new-tokens", type=COUNT, default=1200, show_default=True)
+@click.option("--max-new-tokens", default=1200, show_default=True)
 @click.option(
     "--temperature",
     type=POSITIVE_OR_0,
