@@ -99,7 +99,7 @@ def test_every_description_in_every_template(
 def test_templates_and_descriptions_that_say_nothing() -> None:
     with pytest.raises(ValueError, match="template 'image'"):
         texts_by_class({"a": "b"}, ["image"])
-    for given in ([], 3, None, {"text": "b"}, ["b", 2]):
-        with pytest.raises(ValueError, match="class 'a': expected a description .*, found"):
-            texts_by_class({"a": given})  # type: ignore[dict-item]
+    for wrong in ([], 3, None, {"text": "b"}, ["b", 2]):
+        with pytest.raises(ValueError, match=r"class 'a': expected a description .*, found"):
+            texts_by_class({"a": wrong})  # type: ignore[dict-item]
     assert texts_by_class({"a": "{x}"}, ["{y} {}", "{{}}"])[0] == ["{y} {x}", "{{x}}"]

@@ -24,7 +24,6 @@ from xtuner_add.commands.options import (
     counted,
     end,
     example,
-    given_options,
     keyword_values,
     progress_bar,
     refuse_options_of_other_steps,
