@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from xtuner.dataset.utils import load_image as load_image_or_url
 from xtuner.engine.hooks import EvaluateChatHook as XTunerEvaluateChatHook
 
-from pallava.anyres import TRAINING_TIES, AnyRes, GridTies
+from pallava.anyres import AnyRes, GridTies
+from pallava.engine.recipe import trained_preparation
 from pallava.text.chat_template import render_chat, template_of_tokenizer
 from pallava.text.encoding import IMAGE_TOKEN, encode_prompt
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
@@ -30,10 +31,11 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         evaluation_images: One image for all questions or one per question: files or URLs. Without
             images, the questions are asked as text.
         image_processor: Config of a Hugging Face image processor; required with images.
-        anyres_image: Whether to add sub-images, as the dataset does.
+        anyres_image: Whether to add sub-images. Defaults to what the training data set does, as do
+            the two below.
         projector_type: Unused; published configs pass it.
-        grid_ties: The dataset's; see `pallava.anyres.choose_grid`.
-        pad_image_to_square: The dataset's.
+        grid_ties: See `pallava.anyres.choose_grid`.
+        pad_image_to_square: See `pallava.dataset.LLaVADataset`.
         kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
             `prompt_template="tokenizer"` is the tokenizer's own chat template.
 
@@ -48,10 +50,10 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         evaluation_inputs: str | Sequence[str],
         evaluation_images: str | Sequence[str] | None = None,
         image_processor: Any = None,
-        anyres_image: bool = True,
+        anyres_image: bool | None = None,
         projector_type: str | None = None,
-        grid_ties: GridTies = TRAINING_TIES,
-        pad_image_to_square: bool = False,
+        grid_ties: GridTies | None = None,
+        pad_image_to_square: bool | None = None,
         **kwargs: Any,
     ) -> None:
         del projector_type
@@ -70,6 +72,7 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
         if from_tokenizer:
             self._template = template_of_tokenizer(self.tokenizer)
             self.gen_config.eos_token_id = _stop_ids(self.tokenizer, self._template)
+        self._pictures: list[Any] = []
         if evaluation_images is None:
             return
         if image_processor is None:
@@ -82,13 +85,31 @@ class EvaluateChatHook(XTunerEvaluateChatHook):
                 f"EvaluateChatHook: {len(names)} evaluation_images for "
                 f"{len(self.evaluation_inputs)} evaluation_inputs; give one image, or one each"
             )
+        stated = {
+            "sub_images": anyres_image,
+            "ties": grid_ties,
+            "pad_to_square": pad_image_to_square,
+        }
+        self._stated = {name: value for name, value in stated.items() if value is not None}
+        self._pictures = [_load(name) for name in names]
+        self.evaluation_images = self._prepared({})
+
+    def before_train(self, runner: Any) -> None:
+        """Prepares the images as the training data set does, and asks for the first time.
+
+        Raises:
+            ValueError: If the training data sets prepare images differently.
+        """
+        if self._pictures:
+            self.evaluation_images = self._prepared(runner.cfg)
+        super().before_train(runner)
+
+    def _prepared(self, cfg: Mapping[str, Any]) -> list[Any]:
+        """Returns the inputs of the model; `cfg` is the training config, whose defaults hold."""
         anyres = AnyRes.from_image_processor(
-            self.image_processor,
-            sub_images=anyres_image,
-            ties=grid_ties,
-            pad_to_square=pad_image_to_square,
+            self.image_processor, **{**trained_preparation(cfg), **self._stated}
         )
-        self.evaluation_images = [anyres(_load(name)) for name in names]
+        return [anyres(picture) for picture in self._pictures]
 
     def _eval_images(self, *arguments: Any, **named: Any) -> None:
         """See XTuner's hook; passes sub-images as well."""

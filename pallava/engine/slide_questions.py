@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pallava.engine.conversations import ConversationDataset
+from pallava.engine.prompts import training_datasets
 from pallava.evaluate_chat_hook import EvaluateChatHook
-from pallava.slide_bags import MAX_TILES, BagFolder, SlideBag, read_bag
+from pallava.slide_bags import (
+    MAX_TILES,
+    BagFolder,
+    SlideBag,
+    embedding_beside,
+    read_bag,
+    read_slide_embedding,
+)
 from pathcore.encoders.origin import TileOrigin
 from pathcore.files import StrPath
 
@@ -82,8 +90,10 @@ class EvaluateSlideHook(EvaluateChatHook):
     Args:
         tokenizer: Config of the tokenizer.
         evaluation_inputs: Questions to ask.
-        evaluation_slides: One file of tile features for all questions, or one per question.
-        in_features: Width of the features.
+        evaluation_slides: One file of tile features for all questions, or one per question. If the
+            training data set has slide embeddings, `SLIDE.embedding.h5` beside it is read too.
+        in_features: Width of the features. Defaults to the training data set's, as does the next;
+            `max_tiles` and the origin of the tiles are always the data set's.
         tile_size_level0: Tile side in level-0 pixels, for files that do not state it.
         kwargs: Arguments of XTuner's hook: `system`, `prompt_template`, `every_n_iters`, ...
 
@@ -110,7 +120,25 @@ class EvaluateSlideHook(EvaluateChatHook):
                 f"EvaluateSlideHook: {len(names)} evaluation_slides for "
                 f"{len(self.evaluation_inputs)} evaluation_inputs; give one slide, or one each"
             )
-        self.evaluation_images = [
-            read_bag(name, in_features=in_features, tile_size_level0=tile_size_level0)
-            for name in names
+        stated = {"in_features": in_features, "tile_size_level0": tile_size_level0}
+        self._stated = {name: value for name, value in stated.items() if value is not None}
+        self._pictures = list(names)
+        self.evaluation_images = self._prepared({})
+
+    def _prepared(self, cfg: Mapping[str, Any]) -> list[SlideBag]:
+        datasets = (data for _, data in training_datasets(cfg) if "features_folder" in data)
+        dataset = next(datasets, {})
+        names = ("in_features", "tile_size_level0", "max_tiles")
+        origin = {name: dataset[name] for name in ("patch_px", "mpp") if name in dataset}
+        options: dict[str, Any] = {
+            **{name: dataset[name] for name in names if name in dataset},
+            **self._stated,
+            "origin": TileOrigin(dataset.get("tile_encoder", ""), **origin),
+        }
+        bags = [read_bag(name, **options) for name in self._pictures]
+        if dataset.get("slide_embedding_folder") is None:
+            return bags
+        return [
+            bag._replace(slide_embedding=read_slide_embedding(embedding_beside(name)))
+            for bag, name in zip(bags, self._pictures, strict=True)
         ]

@@ -103,6 +103,25 @@ def test_sub_images_are_seen_as_in_training(processor: dict[str, Any], tmp_path:
     assert [len(image) for image in hook(processor, anyres_image=False).evaluation_images] == [1]
 
 
+def test_images_are_prepared_as_the_data_set_prepares_them(
+    processor: dict[str, Any], tmp_path: Path
+) -> None:
+    name = PICTURE.with_name("tall_3.png")
+    tall = Image.open(name).convert("RGB")
+    run = Run(build(), tmp_path)
+    dataset = {"grid_ties": "published", "pad_image_to_square": True, "anyres_image": False}
+    run.cfg = {"train_dataloader": {"dataset": dataset}}
+    asking = hook(processor, evaluation_images=str(name))
+    asking.before_train(run)
+    trained = AnyRes(tile_px=32, ties="published", pad_to_square=True, sub_images=False)
+    assert torch.equal(asking.evaluation_images[0], trained(tall))
+    stated = hook(
+        processor, evaluation_images=str(name), pad_image_to_square=False, anyres_image=True
+    )
+    stated.before_train(run)
+    assert torch.equal(stated.evaluation_images[0], AnyRes(tile_px=32, ties="published")(tall))
+
+
 def test_training_goes_on_as_before(processor: dict[str, Any], tmp_path: Path) -> None:
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -147,6 +147,27 @@ def test_the_hook_asks_about_slides(tmp_path: Path) -> None:
         EvaluateSlideHook(tokenizer, ["a", "b", "c"], [path, path])
 
 
+def test_the_hook_takes_the_preparation_of_the_data_set(tmp_path: Path) -> None:
+    from pallava.engine.slide_questions import EvaluateSlideHook
+    from pallava.slide_bags import SlideBagError
+
+    def asked(**dataset: Any) -> Any:
+        return hook._prepared({"train_dataloader": {"dataset": {"features_folder": "", **dataset}}})
+
+    path = write_bag(tmp_path / "a.h5", attributes={"encoder": "uni", "patch_size_level0": 512})
+    hook = EvaluateSlideHook({"type": goldens.tokenizer}, ["Is it red?"], str(path))
+    with pytest.raises(SlideBagError, match="the model takes 8"):
+        asked(in_features=8)
+    with pytest.raises(SlideBagError, match="trained on prov-gigapath"):
+        asked(tile_encoder="prov-gigapath")
+    with pytest.raises(SlideBagError, match=r"a\.embedding\.h5: no such file"):
+        asked(slide_embedding_folder="slides")
+    write_bag(tmp_path / "a.embedding.h5", features=np.ones(8), coords=None)
+    (bag,) = asked(slide_embedding_folder="slides", tile_size_level0=7)
+    assert bag.slide_embedding.shape == (8,)
+    assert torch.equal(bag.positions * 7, asked()[0].positions * 512)
+
+
 def test_starts_from_a_stage_on_images(tmp_path: Path) -> None:
     from pallava.model import LLaVAModel
     from pallava.modeling.slide_tokens import SlideTokenEncoder
