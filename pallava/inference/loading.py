@@ -134,7 +134,7 @@ def load_model(
         visual_select_layer=_choose_layer(
             visual_select_layer,
             record.visual_select_layer,
-            encoder.config.num_hidden_layers + 1,
+            getattr(encoder.config, "num_hidden_layers", 0) + 1,  # a slide encoder has no layers
             folder,
         ),
     )
