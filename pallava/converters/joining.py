@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from pathcore.files import StrPath
 from pathcore.images import path_inside, relative_name
 
 _KINDS: tuple[Literal["pairs", "conversations"], ...] = ("conversations", "pairs")
+_FIELDS: tuple[Literal["image", "slide"], ...] = ("image", "slide")
 
 
 def join_sets(sets: Sequence[StrPath], image_root: StrPath | None = None) -> Conversion:
@@ -27,11 +28,13 @@ def join_sets(sets: Sequence[StrPath], image_root: StrPath | None = None) -> Con
         image_root: Folder that contains all image folders. Defaults to the deepest one.
 
     Returns:
-        The joined set, to be written by `pallava.converters.conversion.convert`.
+        The joined set, to be written by `pallava.converters.conversion.convert`. An id that an
+        earlier row has gets the number of its set as a prefix, such as `1:train-0`.
 
     Raises:
         FileNotFoundError: If a folder has no rows or does not record its image folder.
-        ValueError: If the sets are of different kinds, or have no folder in common.
+        ValueError: If the sets are of different kinds, some are about images and some about slides,
+            or they have no folder in common.
     """
     found = [_find(str(name)) for name in sets]
     kinds = {rows.stem for rows, _ in found}
@@ -41,6 +44,7 @@ def join_sets(sets: Sequence[StrPath], image_root: StrPath | None = None) -> Con
             f"expected sets that are all pairs.jsonl or all conversations.jsonl, found "
             f"{', '.join(sorted(kinds))}"
         )
+    field = _image_field([rows for rows, _ in found])
     folders = [images.resolve() for _, images in found]
     root = Path(image_root).resolve() if image_root else Path(os.path.commonpath(folders))
     if root == Path(root.anchor):
@@ -52,20 +56,58 @@ def join_sets(sets: Sequence[StrPath], image_root: StrPath | None = None) -> Con
         raise ValueError(f"image folder {outside[0]}: not inside {root}")
 
     def records() -> Iterator[Record]:
+        earlier: set[str] = set()  # ids in the sets before; shards converted apart repeat them
         for number, (rows, _) in enumerate(found):
-            yield from ((f"{number}:{where}", row) for where, row in read_json_rows(rows))
+            ids = set()
+            for where, row in read_json_rows(rows):
+                if isinstance(row, Mapping) and "id" in row:
+                    ids.add(name := str(row["id"]))
+                    if name in earlier:
+                        row = {**row, "id": f"{number}:{name}"}
+                yield f"{number}:{where}", row
+            earlier |= ids
 
     def make(where: str, record: Any) -> list[Row]:
         row = dict(as_mapping(record))
         folder = folders[int(where.split(":")[0])]
-        names = [relative_name(root, path_inside(folder, name)) for name in image_files(row)]
+        names = [
+            relative_name(root, path_inside(folder, name.removesuffix(suffix)))
+            for name in image_files(row, field)
+        ]
         if names:
-            row["image"] = names[0] if isinstance(row["image"], str) else names
+            row[field] = names[0] if isinstance(row[field], str) else names
         return [row]
 
+    suffix = ".h5" if field == "slide" else ""
     inputs = {"sets": [[str(rows), str(images)] for rows, images in found]}
     files = [rows for rows, _ in found]
-    return Conversion(kind, "joined", "", records(), make, root, files, inputs)
+    return Conversion(kind, "joined", "", records(), make, root, files, inputs, field)
+
+
+def _image_field(files: Sequence[Path]) -> Literal["image", "slide"]:
+    """Returns the field in which the rows of all files name their images.
+
+    Raises:
+        ValueError: If some have images and some slides.
+    """
+    fields: dict[Path, Literal["image", "slide"]] = {}
+    for path in files:
+        for _, row in read_json_rows(path):
+            values = row if isinstance(row, Mapping) else {}
+            named = [
+                name
+                for name in _FIELDS
+                if values.get(name) and isinstance(values[name], str | list)
+            ]
+            if named:
+                fields[path] = named[0]
+                break
+    if len(set(fields.values())) > 1:
+        found = ", ".join(f"{path}: {name}" for path, name in fields.items())
+        raise ValueError(
+            f"expected sets that are all about images or all about slides, found {found}"
+        )
+    return "slide" if "slide" in fields.values() else "image"
 
 
 def _find(text: str) -> tuple[Path, Path]:

@@ -324,3 +324,33 @@ def test_sets_with_their_own_image_folders_are_joined(tmp_path: Path) -> None:
         join_sets(sets, pmc)
     with pytest.raises(ValueError, match="only the root of the file system"):
         join_sets(sets, "/")
+
+
+def test_joined_sets_about_slides_keep_their_slides(tmp_path: Path) -> None:
+    sets = []
+    for name in ("first", "second"):
+        data = published.slide_instruction(tmp_path / name)
+        convert(CONVERTERS.get("slide-instruction")(data), tmp_path / "out" / name)
+        sets.append(tmp_path / "out" / name)
+    report = convert(join_sets(sets), tmp_path / "joined")
+    rows = read_lines(tmp_path / "joined" / "conversations.jsonl")
+    assert (report["num_rows"], report["num_skipped"]) == (20, 0)
+    assert [check_row(row, "slide") for row in rows] == [None] * 20
+    root = Path(report["image_folder"])
+    assert all((root / f"{row['slide']}.h5").is_file() for row in rows)
+    run("pathvqa", published.pathvqa(tmp_path / "pathvqa"), tmp_path / "out" / "pathvqa")
+    with pytest.raises(ValueError, match="all about images or all about slides"):
+        join_sets([*sets, tmp_path / "out" / "pathvqa"])
+
+
+def test_joined_shards_have_different_ids(tmp_path: Path) -> None:
+    """Each shard of PathVQA that is converted alone starts from the same number."""
+    sets = []
+    for name in ("first", "second"):
+        data = published.pathvqa_parquet(tmp_path / name)
+        run("pathvqa", data / "train-00000-of-00001.parquet", tmp_path / "out" / name)
+        sets.append(tmp_path / "out" / name)
+    convert(join_sets(sets), tmp_path / "joined")
+    ids = [row["id"] for row in read_lines(tmp_path / "joined" / "conversations.jsonl")]
+    assert ids[:3] == [row["id"] for row in read_lines(sets[0] / "conversations.jsonl")]
+    assert ids[3:] == [f"1:{name}" for name in ids[:3]]
