@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from typing import Any
 
 import numpy as np
@@ -127,10 +128,11 @@ class StartScreenHook(Hook):
 
         Raises:
             ValueError: If `feature_cache` is set and does not suit the encoder or the disk, or if a
-                resumed training had other batches.
+                resumed training had other batches or epochs of another length.
         """
         collect_as_usual()  # imports are done, and no tensor of a step is to wait
         _check_batches(runner)
+        _check_data(runner)
         lines = start_screen(runner)  # on every rank, for its checks
         if get_rank() == 0:
             runner.logger.info("\n".join(("", *lines, "")))
@@ -233,6 +235,36 @@ def _check_batches(runner: Any) -> None:
             "training from the weights by model.pretrained_pth"
         )
     hub.update_info(name, before)
+
+
+def _check_data(runner: Any) -> None:
+    """Refuses to resume with epochs of another length, and warns if the samples are others.
+
+    Epochs and learning rates follow from the length, and the order of the samples, of which those
+    before the checkpoint are passed over, from their costs.
+    """
+    hub, dataset = runner.message_hub, runner.train_dataloader.dataset
+    epoch = len(runner.train_dataloader)
+    before = hub.get_info("iterations_per_epoch", epoch)
+    samples = len(dataset)
+    if before != epoch:
+        raise ValueError(
+            f"--resume: an epoch of the training had {before} iterations of "
+            f"{hub.get_info('num_samples'):,} samples, this one has {epoch} of {samples:,}; give "
+            "it the data that it began with, or start a new training from the weights by "
+            "model.pretrained_pth"
+        )
+    hub.update_info("iterations_per_epoch", epoch)
+    hub.update_info("num_samples", samples)
+    lengths = dataset.modality_length if isinstance(dataset, ConversationDataset) else [samples]
+    digest = zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes())
+    if hub.get_info("samples_digest", digest) != digest and get_rank() == 0:
+        runner.logger.warning(
+            "--resume: the data set is not the one that the training began with: its rows are "
+            "others or in another order, so that this epoch repeats some samples and leaves out "
+            "others"
+        )
+    hub.update_info("samples_digest", digest)
 
 
 def _batch_size(runner: Any) -> int:

@@ -125,6 +125,20 @@ def test_resuming_with_other_batches_or_another_model_is_refused(
         assert message in result.stdout and "Traceback" not in result.stdout
 
 
+def test_resuming_on_other_data_is_noticed(folder: Path, stage1: Path) -> None:
+    rows = (folder / "data/tiny/conversations.jsonl").read_text().splitlines()
+    for changed, code, message in (
+        (rows + rows[:10], 2, "had 11 iterations of 41 samples, this one has 13 of 51"),
+        (rows[::-1], SKIPPED, "its rows are others or in another order"),
+    ):
+        (folder / "changed.jsonl").write_text("\n".join(changed))
+        options = ("--cfg-options", "train_dataloader.dataset.data_path=changed.jsonl")
+        arguments = ("--resume", stage1 / "iter_40.pth", "--work-dir", folder / "changed")
+        result = run(folder, "train", STAGE1, *arguments, *options)
+        assert result.returncode == code, result.stdout[-3000:]
+        assert message in result.stdout and "Traceback" not in result.stdout
+
+
 def test_plain_xtuner_trains_the_same(folder: Path, stage1: Path) -> None:
     work_dir = folder / "plain"
     run(folder, "train", STAGE1, "--seed", 0, "--work-dir", work_dir, program="xtuner")
