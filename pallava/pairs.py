@@ -87,6 +87,9 @@ class PairDataset(Dataset[PairSample]):
     Only the byte offset of each line is kept in memory. If an image cannot be read, it is recorded
     and the next pair is returned instead.
 
+    Attributes:
+        caption_ids: int64 `(N,)`, the `caption_id` of every pair.
+
     Args:
         pairs_file: Path of `pairs.jsonl`.
         image_folder: Folder that image paths are relative to. Defaults to the folder of the file.
@@ -134,7 +137,8 @@ class PairDataset(Dataset[PairSample]):
 
         Returns:
             `image` (uint8 `(3, image_size, image_size)`), `caption`, and `caption_id`, which is
-            equal for captions that are equal up to case and whitespace, in every process.
+            equal for captions that are equal up to case and whitespace, in every process and
+            every file.
 
         Raises:
             ImageError: If many consecutive images cannot be read.
@@ -152,7 +156,7 @@ class PairDataset(Dataset[PairSample]):
                 first_error = first_error or error
                 continue
             return PairSample(
-                image=image, caption=pair.caption, caption_id=int(self._caption_ids[position])
+                image=image, caption=pair.caption, caption_id=int(self.caption_ids[position])
             )
         raise ImageError(
             f"{tries} images in a row cannot be read, the first because: {first_error}. "
@@ -176,8 +180,9 @@ class PairDataset(Dataset[PairSample]):
         if not offsets:
             raise ValueError(f"{self.pairs_file}: no pairs")
         self._offsets = np.asarray(offsets, dtype=np.int64)
-        keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
-        self._caption_ids = np.unique(keys, return_inverse=True)[1]
+        # Queues of a checkpoint hold ids, so that they must not depend on the rest of the data.
+        keys = np.frombuffer(b"".join(digests), dtype="<u8")
+        self.caption_ids = (keys >> np.uint64(1)).astype(np.int64)
 
 
 def histology_augmentation(

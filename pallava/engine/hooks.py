@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 
 from pallava.engine.conversations import ConversationDataset
 from pallava.feature_cache import describe
+from pallava.pairs import PairDataset
 from pathcore.garbage import collect_as_usual
 
 # Primes: two pairs of iteration and rank have the same sum only if there are 100,003 ranks.
@@ -256,8 +257,12 @@ def _check_data(runner: Any) -> None:
         )
     hub.update_info("iterations_per_epoch", epoch)
     hub.update_info("num_samples", samples)
-    lengths = dataset.modality_length if isinstance(dataset, ConversationDataset) else [samples]
-    digest = zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes())
+    order: Any = [samples]
+    if isinstance(dataset, ConversationDataset):
+        order = dataset.modality_length
+    elif isinstance(dataset, PairDataset):
+        order = dataset.caption_ids
+    digest = zlib.crc32(np.asarray(order, dtype=np.int64).tobytes())
     if hub.get_info("samples_digest", digest) != digest and get_rank() == 0:
         runner.logger.warning(
             "--resume: the data set is not the one that the training began with: its rows are "

@@ -62,6 +62,9 @@ def test_equal_captions_share_an_id(make_dataset):
     assert ids[0] == ids[1] == ids[2]
     assert len(set(ids)) == 3
     assert min(ids) >= 0
+    # The queues of a checkpoint hold ids when another file continues from its weights.
+    other = make_dataset(row(caption="Artery."), row(caption="fat."))
+    assert other[1]["caption_id"] == ids[0] and other[0]["caption_id"] not in ids
 
 
 def test_an_unreadable_image_is_recorded_and_replaced(make_dataset):
