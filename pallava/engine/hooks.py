@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import zlib
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from mmengine.registry import HOOKS
 from pallava.engine.conversations import ConversationDataset
 from pallava.feature_cache import describe
 from pallava.pairs import PairDataset
+from pathcore.files import folder_lock
 from pathcore.garbage import collect_as_usual
 
 # Primes: two pairs of iteration and rank have the same sum only if there are 100,003 ranks.
@@ -137,6 +141,45 @@ class StartScreenHook(Hook):
         lines = start_screen(runner)  # on every rank, for its checks
         if get_rank() == 0:
             runner.logger.info("\n".join(("", *lines, "")))
+
+
+@HOOKS.register_module()
+class WorkDirHook(Hook):
+    """Holds the lock of the work directory, and warns if it holds an earlier training.
+
+    `adapt_config` adds this hook to every config that `xtuner-add train` loads.
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def before_run(self, runner: Any) -> None:
+        """Takes the lock.
+
+        Raises:
+            FolderInUseError: If another training uses the directory, since both would write the
+                same checkpoints.
+        """
+        if get_rank() != 0:
+            return
+        work_dir = Path(runner.work_dir)
+        self._stack.enter_context(folder_lock(work_dir / ".lock", folder=f"--work-dir {work_dir}"))
+        # Data loader workers that outlive a killed training must not keep its lock.
+        os.register_at_fork(after_in_child=self._stack.close)
+        last = work_dir / "last_checkpoint"
+        if last.is_file() and not runner._resume:
+            runner.logger.warning(
+                f"{work_dir} holds checkpoints of an earlier training, the last is "
+                f"{Path(last.read_text().strip()).name}: those of this one come among them, and "
+                "replace those of the same iteration; name another folder with --work-dir"
+            )
+
+    def after_run(self, runner: Any) -> None:
+        """Releases the lock."""
+        del runner
+        self._stack.close()
 
 
 @HOOKS.register_module()

@@ -27,7 +27,7 @@ _SINGLE_PROCESS = {
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
 }
-_HOOKS = ("StopOnDivergenceHook", "StartScreenHook", "ThroughputHook")
+_HOOKS = ("StopOnDivergenceHook", "StartScreenHook", "ThroughputHook", "WorkDirHook")
 # MMEngine's default wrapper, but without the `device_ids=[LOCAL_RANK]` that it passes by default
 # and DDP rejects on a CPU.
 _CPU_WRAPPER = {

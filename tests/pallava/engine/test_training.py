@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pallava.modeling.folders import load_connector, load_vision_encoder
 from pallava.release.zero import load_checkpoint
+from pathcore.files import folder_lock
 from pathcore.weights import read_state_dict
 from tests.pallava.engine.tiny_run import (
     CONFIGS,
@@ -137,6 +138,20 @@ def test_resuming_on_other_data_is_noticed(folder: Path, stage1: Path) -> None:
         result = run(folder, "train", STAGE1, *arguments, *options)
         assert result.returncode == code, result.stdout[-3000:]
         assert message in result.stdout and "Traceback" not in result.stdout
+
+
+def test_a_work_dir_in_use_is_refused_and_an_earlier_training_reported(folder: Path) -> None:
+    work_dir = folder / "shared"
+    work_dir.mkdir()
+    with folder_lock(work_dir / ".lock"):
+        result = run(folder, "train", STAGE1, "--work-dir", work_dir)
+    assert result.returncode == 2, result.stdout[-3000:]
+    assert f"--work-dir {work_dir}: another process is working on this" in result.stdout
+    (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_40.pth"))
+    options = ("--cfg-options", "train_cfg.max_epochs=1", "param_scheduler.1.end=1")
+    result = run(folder, "train", STAGE1, "--work-dir", work_dir, *options)
+    assert result.returncode == SKIPPED, result.stdout[-3000:]
+    assert "holds checkpoints of an earlier training, the last is iter_40.pth" in result.stdout
 
 
 def test_plain_xtuner_trains_the_same(folder: Path, stage1: Path) -> None:
