@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -23,6 +23,7 @@ _PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 """Types that `torch.load(weights_only=True)` accepts; subclasses are refused."""
 _LAST = "last_checkpoint"
 _FEATURES_OF = "features_of"
+_DATA_OF = "data_of"
 
 
 @HOOKS.register_module()
@@ -88,9 +89,34 @@ class ResumeDataHook(Hook):
     """Continues a resumed run at its next batch.
 
     MMEngine would read and transform all batches that were already consumed. With a sampler of
-    `cite.mm.samplers`, the sequence starts after them. Batch size and number of ranks must be those
-    of the interrupted run; otherwise some patches are repeated.
+    `cite.mm.samplers`, the sequence starts after them. Batch size times ranks must be that of the
+    interrupted run; otherwise some patches would be repeated or left out.
     """
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Writes into the checkpoint what the position in the data depends on."""
+        checkpoint.setdefault("meta", {})[_DATA_OF] = _data_of(runner)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Compares batches and data of a resumed run with those of the interrupted one.
+
+        Raises:
+            ValueError: If the batches have another size.
+        """
+        before = (checkpoint.get("meta") or {}).get(_DATA_OF)
+        if not runner._resume or before is None:
+            return
+        (samples, patches), (now, patches_now) = before, _data_of(runner)
+        if now != samples:
+            raise ValueError(
+                f"--resume: the run had {samples} patches an iteration, this one has {now}; choose "
+                "train_dataloader.batch_size and the number of processes with the same product"
+            )
+        if patches_now != patches:
+            runner.logger.warning(
+                f"--resume: the run began with {patches:,} patches, this one has {patches_now:,}: "
+                "it draws others than it would have drawn"
+            )
 
     def before_train(self, runner: Any) -> None:
         """Advances the sampler, and replaces the batches that the loop skips by None."""
@@ -104,6 +130,12 @@ class ResumeDataHook(Hook):
         sampler.set_start(loop.iter * dataloader.batch_size * sampler.world_size)
         loop.dataloader_iterator = _Behind(loop.iter, iter(dataloader))
         runner.logger.info(f"Data continues at iteration {loop.iter}; nothing is read again")
+
+
+def _data_of(runner: Any) -> list[int]:
+    """Returns the patches of an iteration of all ranks, and those of the data set."""
+    dataloader = runner.train_loop.dataloader
+    return [dataloader.batch_size * get_world_size(), len(dataloader.dataset)]
 
 
 class _Behind:

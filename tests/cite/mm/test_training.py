@@ -58,6 +58,7 @@ def script(
     *arguments: str | Path,
     ranks: int | None = None,
     options: tuple = (),
+    fails: bool = False,
 ) -> str:
     """Runs the script that mim starts; mim's own launcher passes rc6 what it does not know."""
     spec = find_spec(host)
@@ -67,7 +68,7 @@ def script(
     words = (CITE, *arguments, *launcher, "--cfg-options", *OPTIONS, *HOSTS[host], *options)
     words = [str(word) for word in words]
     done = run_module(str(file), words, cwd=folder, environ=ENVIRON, ranks=ranks)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert (done.returncode != 0) == fails, done.stdout[-4000:]
     return done.stdout
 
 
@@ -109,6 +110,12 @@ def test_train_resume_and_test(host: str, folder: Path) -> None:
     assert "resumed epoch: 0, iter: 6" in resumed
     assert "Data continues at iteration 6" in resumed
     assert_equal_weights(work_dir / "iter_12.pth", moved / "iter_12.pth")
+
+    (moved / "last_checkpoint").write_text("iter_6.pth")
+    arguments = ("train", host, "--work-dir", moved.name, "--resume")
+    options = ("train_dataloader.batch_size=4",)
+    refused = script(folder, *arguments, options=options, fails=True)
+    assert "the run had 8 patches an iteration, this one has 4" in refused
 
     tested = mim(
         folder, "test", host, "--checkpoint", work_dir / "iter_12.pth", "--work-dir", f"{host}_test"
