@@ -21,6 +21,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from tqdm import tqdm
@@ -36,7 +37,7 @@ _RAY_WAITING_PER_WORKER = 2
 """Number of tasks per worker that are submitted in advance, to hide Ray's scheduling latency."""
 
 _RAY_STORE_BYTES = 128 << 20  # Ray would take 30 % of the memory; results are small
-_READY = "ready"
+_READY = b"ready"
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
@@ -200,10 +201,10 @@ def _run_in_processes(
                 if not worker.connection.poll() and worker.process.is_alive():
                     continue
                 try:
-                    message = worker.connection.recv() if worker.connection.poll() else None
-                except (EOFError, ConnectionResetError):
-                    message = None
-                if message is None:
+                    sent = worker.connection.recv_bytes() if worker.connection.poll() else None
+                except (EOFError, OSError):  # OSError if it died while sending its result
+                    sent = None
+                if sent is None:
                     crew.remove(worker)
                     error = _death_of(worker.process)
                     if not worker.ready:
@@ -211,10 +212,10 @@ def _run_in_processes(
                             f"worker processes do not start; see above for the reason ({error})"
                         )
                     again.extendleft(reversed(list(on_death(worker.task[0], error))))
-                elif message == _READY:
+                elif not worker.ready:
                     worker.ready = True
                 else:
-                    succeeded, content = message
+                    succeeded, content = pickle.loads(sent)
                     worker.task.clear()
                     if succeeded:
                         results.append(content)
@@ -259,7 +260,7 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     # Ctrl-C reaches the whole process group; the parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
-    connection.send(_READY)
+    connection.send_bytes(_READY)
     while True:
         try:
             message = connection.recv()
@@ -268,10 +269,21 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
         if message is None:
             return
         try:
-            answer = True, function(message[0])
+            answer = _pickled_result(function(message[0]))
         except Exception as error:
-            answer = False, _portable(error)
-        connection.send(answer)
+            answer = ForkingPickler.dumps((False, _portable(error)))
+        connection.send_bytes(answer)
+
+
+def _pickled_result(result: object) -> Any:
+    try:
+        return ForkingPickler.dumps((True, result))
+    except Exception as error:  # pickling may raise anything
+        kind = type(result).__name__
+        raise TypeError(
+            f"the result of a task, of type {kind}, cannot be pickled to leave its worker process: "
+            f"{error}; return plain data"
+        ) from error
 
 
 def _portable(error: Exception) -> Exception:

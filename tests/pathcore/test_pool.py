@@ -23,6 +23,7 @@ pytestmark = pytest.mark.multiproc
 
 MODULE = """
 import os, signal
+from multiprocessing.connection import Connection
 
 from pathcore import pool
 from pathcore.pool import run_tasks
@@ -36,6 +37,16 @@ def work(task):
     if task == 7:
         os._exit(9)
     return 2 * task
+
+
+def die_sending(task):
+    if task == 1:
+        def half(connection, content):
+            os.write(connection.fileno(), bytes(content)[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = half
+    return task
 
 
 def nested(task):
@@ -159,6 +170,27 @@ def test_tasks_are_drawn_as_they_are_needed_and_workers_end(module: Any) -> None
 def test_a_worker_may_have_workers(module: Any) -> None:
     found = sorted(run_tasks(module.nested, [10, 20], workers=2))
     assert found == [[20, 22], [40, 42]]
+
+
+def test_a_worker_that_dies_while_sending_its_result_costs_its_task(module: Any) -> None:
+    deaths: list[tuple[int, str]] = []
+
+    def on_death(task: int, error: WorkerDiedError) -> list[int]:
+        deaths.append((task, str(error)))
+        return []
+
+    results = run_tasks(module.die_sending, range(4), workers=2, on_death=on_death)
+    assert sorted(results) == [0, 2, 3]
+    assert [task for task, _ in deaths] == [1] and "SIGKILL" in deaths[0][1]
+
+
+def make_function(task: int) -> Any:
+    return lambda: task
+
+
+def test_a_result_that_cannot_be_pickled_is_no_dead_worker() -> None:
+    with pytest.raises(TypeError, match="result of a task, of type function, cannot be pickled"):
+        list(run_tasks(make_function, [1], on_death=lambda task, error: []))
 
 
 def test_large_results_and_tasks_do_not_block() -> None:
