@@ -296,6 +296,9 @@ def auroc(positive: Array, scores: Array, counts: Array) -> Array:
 
     Returns:
         `(R,)`; NaN for draws without positive or without negative cases.
+
+    Raises:
+        ValueError: If a score is NaN.
     """
     hits, misses = _by_score(positive, scores, counts)
     above = np.cumsum(hits, axis=1) - hits
@@ -333,11 +336,16 @@ def concordance(times: Array, events: Array, risks: Array, counts: Array) -> Arr
     Returns:
         `(R,)`; NaN for draws without comparable pairs.
 
+    Raises:
+        ValueError: If a time or risk is NaN.
+
     Example:
         >>> times, events = np.array([1.0, 2.0, 3.0]), np.array([True, True, False])
         >>> concordance(times, events, np.array([0.3, 0.9, 0.1]), np.ones((1, 3))).tolist()
         [0.6666666666666666]
     """
+    _check_ranks("times", times)
+    _check_ranks("risks", risks)
     later = times[None] > times[:, None]
     later |= (times[None] == times[:, None]) & ~events[None]
     comparable = (events[:, None] & later).astype(np.float64)
@@ -383,12 +391,21 @@ def _by_score(positive: Array, scores: Array, counts: Array) -> tuple[Array, Arr
 
     Both have shape `(R, T)` for T distinct scores. Grouping equal scores is what makes ties count
     half.
+
+    Raises:
+        ValueError: If a score is NaN, which has no rank.
     """
+    _check_ranks("scores", scores)
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     counts, positive = counts[:, order].astype(np.float64), positive[order]
     hits = np.add.reduceat(counts * positive, starts, axis=1)
     return hits, np.add.reduceat(counts, starts, axis=1) - hits
+
+
+def _check_ranks(name: str, values: Array) -> None:
+    if count := int(np.isnan(values).sum()):
+        raise ValueError(f"{name}: {count} of {len(values)} are NaN, which have no rank")
 
 
 def _divide(top: Array, bottom: Array, default: float = float("nan")) -> Array:

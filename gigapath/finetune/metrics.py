@@ -79,8 +79,8 @@ def score_predictions(
         without positive or without negative cases. For `survival`, also `num_events`.
 
     Raises:
-        ValueError: If there are no cases, shapes do not fit, a probability is not finite, or the
-            setting is unknown.
+        ValueError: If there are no cases, shapes do not fit, a label is no class, a probability,
+            risk or time is not finite, or the setting is unknown.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
@@ -150,6 +150,16 @@ def _check(labels: Array, probabilities: Array, classes: Sequence[str], setting:
         )
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities: infinities or NaN; the model has diverged")
+    if setting == SURVIVAL:
+        if not np.isfinite(labels).all():
+            raise ValueError("times and events: infinities or NaN; leave out cases without them")
+        return
+    # Negative numbers would count from the last class.
+    limit = 2 if setting == "multi_label" else len(classes)
+    if strange := sorted(set(np.unique(labels)) - set(range(limit))):
+        raise ValueError(
+            f"labels: found {strange[0]}, expected whole numbers from 0 to {limit - 1}"
+        )
 
 
 def _survival(labels: Array, risks: Array, num_resamples: int, seed: int) -> dict[str, Any]:

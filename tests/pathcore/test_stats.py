@@ -16,6 +16,7 @@ from pathcore.stats import (
     auroc,
     average_precision,
     balanced_accuracy,
+    concordance,
     count_interval,
     kappa,
     macro_f1,
@@ -99,6 +100,16 @@ def test_auroc_of_drawn_cases_is_that_of_scikit_learn() -> None:
     assert low < roc_auc_score(true, scores) < high
     alone = auroc(np.zeros(4, dtype=bool), np.ones(4), np.ones((3, 4)))
     assert np.isnan(alone).all() and np.isnan(percentile_interval(alone)).all()
+
+
+def test_scores_that_are_nan_have_no_rank() -> None:
+    ones, some, nan = np.ones((1, 3)), np.array([True, False, True]), np.array([0.1, np.nan, 0.5])
+    for area in (auroc, average_precision):
+        with pytest.raises(ValueError, match="scores: 1 of 3 are NaN"):
+            area(some, nan, ones)
+    for name, times, risks in (("times", nan, some), ("risks", np.arange(3.0), nan)):
+        with pytest.raises(ValueError, match=f"{name}: 1 of 3 are NaN"):
+            concordance(times, some, risks, ones)
 
 
 def test_no_cases_have_no_interval() -> None:

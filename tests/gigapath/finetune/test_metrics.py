@@ -158,6 +158,10 @@ def test_intervals_repeat_and_narrow_with_more_cases() -> None:
         (np.zeros(3, int), np.full((3, 2), np.nan), "multi_class", "diverged"),
         (np.zeros(3, int), np.zeros((3, 2)), "multi_label", "labels"),
         (np.zeros(3, int), np.zeros((3, 2)), "regression", "setting"),
+        (np.array([0, 1, -1]), np.eye(3)[:, :2], "binary", "found -1, expected .* 0 to 1"),
+        (np.array([0, 1, 3]), np.eye(3), "multi_class", "found 3, expected .* 0 to 2"),
+        (-np.eye(3, dtype=int), np.eye(3), "multi_label", "found -1, expected .* 0 to 1"),
+        (np.array([[1.0, 1], [np.inf, 0]]), np.eye(2)[:, :1], "survival", "times and events"),
     ],
 )
 def test_bad_input(labels: Any, probabilities: Any, setting: str, message: str) -> None:
