@@ -47,8 +47,9 @@ class TileOrigin:
             name = "chief-ctp"  # TRIDENT loads CHIEF's weights under this name
         # CLAM's patch_size counts pixels of a level, before scaling.
         px = attributes.get("patch_px") or (is_scaled and attributes.get("patch_size")) or 0
-        digest = attributes.get("encoder_digest", attributes.get("weights_sha256", ""))
-        return cls(name, round(float(px)), stated_mpp(attributes), str(digest))
+        digest = str(attributes.get("encoder_digest", attributes.get("weights_sha256", "")))
+        # select-patches writes the description of its encoder as JSON, in quotes.
+        return cls(name, round(float(px)), stated_mpp(attributes), digest.strip('"'))
 
     @property
     def unknown(self) -> list[str]:

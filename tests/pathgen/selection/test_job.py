@@ -20,6 +20,7 @@ from PIL import Image
 from pathcore import files
 from pathcore.device_claims import Placement
 from pathcore.encoders import create_encoder
+from pathcore.encoders.origin import TileOrigin
 from pathcore.files import folder_lock
 from pathgen.selection import job as select_job
 from pathgen.selection.features import slide_features
@@ -31,7 +32,13 @@ from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from tests.wsi.qupath import read_valid
 from tests.wsi.slides import tissue_pixels, write_svs
 from wsi.reader import Slide
-from wsi.store import read_attributes, read_coordinates, read_features, write_coordinates
+from wsi.store import (
+    read_attributes,
+    read_coordinates,
+    read_feature_attributes,
+    read_features,
+    write_coordinates,
+)
 from wsi.tiling import PatchSpec, tile
 from xtuner_add import cli
 
@@ -96,6 +103,8 @@ def test_features_are_computed_once(
     first = slide_features(slide, coords, encoder, tmp_path, batch_size=5)
     assert first.features.shape == (len(read_coordinates(coords).coords), 16)
     assert not first.reused
+    written = read_feature_attributes(tmp_path / encoder.folder_name / "a.h5")
+    assert TileOrigin.read(written).digest == encoder.digest
     with monkeypatch.context() as patch:
         patch.setattr("wsi.features.Slide", lambda path: pytest.fail("opened again"))
         second = slide_features(slide, coords, encoder, tmp_path, batch_size=5)
