@@ -478,8 +478,10 @@ def probe_vectors(
         The content of `results.json`.
 
     Raises:
-        ValueError: If the vectors do not suffice for a protocol, or `out` holds another run.
+        ValueError: If a class has no training cases, the vectors do not suffice for a protocol, or
+            `out` holds another run.
     """
+    _check_can_learn(data)
     settings, out = settings or ProbeSettings(), Path(out)
     if settings.z_score:
         data = standardised(data)
@@ -511,6 +513,9 @@ def probe_vectors(
             "classes": list(data.classes),
             "setting": setting,
             "num_tiles": {name: len(split.ids) for name, split in data.splits.items()},
+            "untested": [
+                name for k, name in enumerate(data.classes) if k not in data.splits["test"].labels
+            ],
             "num_skipped": len(data.skipped),
             "num_without_row": data.num_without_row,
             "methods": found,
@@ -519,6 +524,18 @@ def probe_vectors(
         write_text(out / TABLE_NAME, _table(results))
         write_json(out / RESULTS_NAME, results)
     return results
+
+
+def _check_can_learn(data: EmbeddingData) -> None:
+    for name in ("val", "test"):
+        untrained = np.setdiff1d(data.splits[name].labels, data.splits["train"].labels)
+        if len(untrained):
+            count = int((data.splits[name].labels == untrained[0]).sum())
+            raise ValueError(
+                f"label {data.classes[untrained[0]]!r}: {count} usable cases in split {name}, none "
+                "in train, so it cannot be learned; correct its spelling, name cases of it as "
+                "train, or remove its rows"
+            )
 
 
 def _probe(
@@ -596,6 +613,11 @@ def _table(results: Mapping[str, Any]) -> str:
             rows.append(((f"{name}, {len(found['runs'])} seeds",), found["spread"]))
         else:
             rows.append(((name,), found["test"]))
+    if results["untested"]:
+        notes.append(
+            "Classes without test cases, left out of means over classes: "
+            f"{', '.join(results['untested'])}."
+        )
     if results["num_skipped"]:
         notes.append(f"{results['num_skipped']} rows skipped: see skipped.jsonl.")
     for name, protocol in results["protocols"].items():

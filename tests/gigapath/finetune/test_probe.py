@@ -239,6 +239,23 @@ def test_faults_are_recorded_and_the_rest_is_used(
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == len(reasons)
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "knn"])
+def test_a_class_that_is_only_tested_is_refused(method: str, tmp_path: Path) -> None:
+    good, table = write_cohort(tmp_path), tmp_path / "labels.csv"
+    written = table.read_text()
+    table.write_text(written.replace("tile_4,0,test", "tile_4,O,test"))
+    with pytest.raises(ValueError, match="label 'O': 1 usable cases in split test, none in train"):
+        probe_tiles(good, table, tmp_path / "out", methods=(method,), progress=False)
+    table.write_text(written.replace("tile_0,0,train", "tile_0,O,train"))
+    found = probe_tiles(
+        good, table, tmp_path / "out", settings=SMALL, methods=(method,), progress=False
+    )
+    assert found["untested"] == ["O"]
+    assert "Classes without test cases, left out of means over classes: O." in (
+        (tmp_path / "out/results.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
