@@ -149,6 +149,7 @@ def finetune_slides(
             "num_tiles": sum(cohort.num_tiles.values()),
             "num_skipped": len(cohort.skipped) + len(runs.skipped),
             "num_without_row": cohort.num_without_row,
+            "untrained": _untrained(cohort, task),
             "methods": found,
         }
         if ranks.is_first:
@@ -415,6 +416,22 @@ def _head(settings: FinetuneSettings, input_dim: int, num_classes: int) -> Class
     return head
 
 
+def _untrained(cohort: Cohort, task: SlideTask) -> dict[str, list[str]]:
+    """Returns, by fold, the classes that test slides have, but no training slide."""
+    if task.is_survival:
+        return {}
+
+    def classes(slides: Sequence[str]) -> set[int]:
+        labels = np.stack([cohort.labels[slide] for slide in slides])
+        return {*np.flatnonzero(labels.any(axis=0))} if task.several_labels else {*labels.tolist()}
+
+    found = {
+        str(fold): [task.classes[k] for k in sorted(classes(split.test) - classes(split.train))]
+        for fold, split in cohort.splits.items()
+    }
+    return {fold: names for fold, names in found.items() if names}
+
+
 def _table(results: Mapping[str, Any], task: SlideTask) -> str:
     rows: list[tuple[Sequence[str], Mapping[str, Any]]] = []
     # The column of seeds is shown only if seeds were asked for.
@@ -437,6 +454,12 @@ def _table(results: Mapping[str, Any], task: SlideTask) -> str:
         notes.append(
             "Classes that no test slide or every test slide has, not counted in the means of AUROC "
             f"and AUPRC: {'; '.join(listed)}."
+        )
+    if results["untrained"]:
+        listed = [f"fold {k}: {', '.join(names)}" for k, names in results["untrained"].items()]
+        notes.append(
+            "Classes of test slides that no training slide has, so that they could not be learned: "
+            f"{'; '.join(listed)}."
         )
     if results["encoder"]:
         notes.append(f"Tile encoder of the features: {results['encoder']}.")

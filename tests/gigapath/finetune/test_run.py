@@ -475,6 +475,8 @@ def test_a_class_that_a_fold_lacks(tmp_path: Path) -> None:
         assert found["folds"][0]["test"]["undefined"] == ["2"]
         assert found["folds"][0]["test"]["auroc"]["value"] is not None
     assert "fold 0: 2" in (tmp_path / "out/results.md").read_text()
+    assert results["untrained"] == {"0": ["1"]}
+    assert "could not be learned: fold 0: 1." in (tmp_path / "out/results.md").read_text()
 
 
 def test_what_cannot_be_run_is_said_before_slides_are_read(tmp_path: Path) -> None:
