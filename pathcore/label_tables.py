@@ -43,6 +43,8 @@ def read_label_table(
                 raise ValueError("more cells than the header has; put quotes around commas")
             if empty := [key for key, value in row.items() if not value]:
                 raise ValueError(f"no {empty[0]}")
+            if is_missing(row["label"]):
+                raise ValueError("no label")
             item = find(name)
         except ValueError as error:
             skipped.append({"id": name or f"line {line}", "reason": f"{place}: {error}"})
@@ -60,3 +62,8 @@ def read_label_table(
         reason = f"{place}: named twice, first in line {lines[item]}"
         skipped.append({"id": name, "reason": reason})
     return rows, skipped
+
+
+def is_missing(label: str) -> bool:
+    """Returns whether a label is empty or what pandas, R and Excel write for a missing value."""
+    return label.lower() in ("", "nan", "na", "n/a", "#n/a", "<na>")

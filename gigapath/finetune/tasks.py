@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gigapath.finetune.metrics import SETTINGS, SURVIVAL
 from gigapath.finetune.recipes import read_yaml
-from gigapath.published.embedding_zip import class_names, is_missing
+from gigapath.published.embedding_zip import class_names
 from pathcore.files import StrPath, UnsafeNameError, check_name
+from pathcore.label_tables import is_missing
 from pathcore.names import did_you_mean
 
 SLIDE_KEY, PATIENT_KEY = "slide_id", "pat_id"

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathcore.files import StrPath
+from pathcore.label_tables import is_missing
 
 SPLITS = ("train", "val", "test")
 
@@ -324,11 +325,6 @@ def _named(row: Mapping[str, str], find: Callable[[str, str], object]) -> object
         return find(row["input"], row["split"])
     except (ValueError, OSError):
         return row["input"], row["split"]
-
-
-def is_missing(label: str) -> bool:
-    """Returns whether a label is empty or what pandas, R and Excel write for a missing value."""
-    return label.lower() in ("", "nan", "na", "n/a", "#n/a", "<na>")
 
 
 def class_names(labels: Iterable[str]) -> tuple[str, ...]:

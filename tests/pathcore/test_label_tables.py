@@ -17,7 +17,7 @@ def test_faulty_and_repeated_rows_are_left_out_with_their_lines(tmp_path: Path) 
     table = tmp_path / "t.csv"
     table.write_text(
         "name,label,group\n s1 , A ,p1\ns2,,p1\ns3\ns1.svs,A,p1\n,A,p1\na/b,A,p1\ns4,A, \n"
-        "s5,A,p1,B\ns6,B,p2\n"
+        "s5,A,p1,B\ns6,B,p2\ns7,NaN,p2\ns8,N/A,p2\n"
     )
     rows, skipped = read_label_table(table, "name", stem, optional=("group", "site"))
     assert rows == {
@@ -32,6 +32,8 @@ def test_faulty_and_repeated_rows_are_left_out_with_their_lines(tmp_path: Path) 
         ("a/b", ":7: not a name"),
         ("s4", ":8: no group"),
         ("s5", ":9: more cells than the header has; put quotes around commas"),
+        ("s7", ":11: no label"),
+        ("s8", ":12: no label"),
     ]
     assert list(read_label_table(table, "name", stem)[0]) == ["s1", "s4", "s6"]
 
