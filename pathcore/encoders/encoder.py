@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,6 +132,8 @@ class Network:
             `features` or there is no text tower.
         texts: Maps texts and a device to `(num_texts, dim)` in that space.
         tower: Image tower, which shares weights with `module`; None if `module` is nothing else.
+        num_cut: Counts the texts that exceed the context of the text tower, of which `texts` only
+            reads the beginning; None if it is not known.
     """
 
     module: nn.Module
@@ -142,6 +144,7 @@ class Network:
     joint: Callable[[Tensor], Tensor] | None = None
     texts: Callable[[list[str], torch.device], Tensor] | None = None
     tower: Tower | None = None
+    num_cut: Callable[[list[str]], int] | None = None
 
 
 class Encoder:
@@ -284,6 +287,15 @@ class Encoder:
             for start in range(0, len(texts), _TEXTS_AT_ONCE)
         ]
         return nn.functional.normalize(torch.cat(parts).float(), dim=-1)
+
+    def num_cut(self, texts: Sequence[str]) -> int | None:
+        """Counts the texts that are too long for the text tower, which reads their beginning.
+
+        Returns:
+            The number; None for the encoders of the authors' own packages, where it is not known.
+        """
+        count = self._built.num_cut
+        return None if count is None else count(list(texts))
 
     @property
     def logit_scale(self) -> float:
@@ -696,6 +708,7 @@ def _build_transformers(
     files = tuple(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
     files = files if folder.is_dir() else ()
     content = read_json(folder / "config.json", what="encoder config") if files else {}
+    texts, num_cut = None, None
     if content and "model_type" not in content:  # PA-LLaVA's released PLIP; AutoModel needs it
         values = vision_config(content, str(folder / "config.json"))
         tower = open_tower(
@@ -704,17 +717,18 @@ def _build_transformers(
             name=name,
             source=folder,
         )
-        module, joint, texts = tower.module, None, None
+        module, joint = tower.module, None
     else:
         module, tower = _load_transformers(model, feature, trust_remote_code, name, preset)
         joint = tower.features if tower.feature == "projected" else None
         if joint is None and hasattr(module, "get_image_features"):
             joint = _transformers_tower(module, "projected", None).features
-        texts = _transformers_texts(module, model) if hasattr(module, "get_text_features") else None
+        if hasattr(module, "get_text_features"):
+            texts, num_cut = _transformers_texts(module, model)
     transform = known or _hugging_face_transform(model, name)
     embed_dim = tower.embed_dim or (preset.embed_dim if preset else 0)
     return (
-        Network(module, tower.features, transform, embed_dim, files, joint, texts, tower),
+        Network(module, tower.features, transform, embed_dim, files, joint, texts, tower, num_cut),
         tower.feature,
     )
 
@@ -792,14 +806,15 @@ def _hugging_face_transform(model: str, name: str) -> Transform:
 
 def _transformers_texts(
     module: Any, model: str
-) -> Callable[[list[str], torch.device], Tensor] | None:
+) -> tuple[Callable[[list[str], torch.device], Tensor] | None, Callable[[list[str]], int] | None]:
+    """Returns `texts` and `num_cut` of `Network`."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, TypeError):  # TypeError if files of a slow tokenizer are missing
         logger.warning("%s: no tokenizer, so texts cannot be encoded", model)
-        return None
+        return None, None
     length = int(module.config.text_config.max_position_embeddings)
     # SigLIP was trained with all texts padded to full length and without a padding mask.
     padding = "max_length" if "siglip" in module.config.model_type else True
@@ -811,7 +826,10 @@ def _transformers_texts(
         given = {k: tokens[k].to(device) for k in ("input_ids", "attention_mask") if k in tokens}
         return module.get_text_features(**given)
 
-    return encode
+    def num_cut(texts: list[str]) -> int:
+        return sum(len(ids) > length for ids in tokenizer(texts, verbose=False)["input_ids"])
+
+    return encode, num_cut
 
 
 # --- open_clip ----------------------------------------------------------------------------------
@@ -897,9 +915,18 @@ def _build_open_clip(
             joint,
             lambda texts, device: module.encode_text(tokenizer(texts).to(device)),
             tower,
+            partial(_num_cut_by_open_clip, tokenizer),
         ),
         feature,
     )
+
+
+def _num_cut_by_open_clip(tokenizer: Any, texts: list[str]) -> int:
+    # A cut text ends in an end mark in place of a token, or goes on where there is one more place.
+    length = tokenizer.context_length
+    cut, longer = tokenizer(texts), tokenizer(texts, context_length=length + 1)
+    padding = tokenizer([""], context_length=length + 1)[0, -1]
+    return int(((cut != longer[:, :length]).any(dim=1) | (longer[:, -1] != padding)).sum())
 
 
 def _open_clip_files(model: str, weights: str, name: str) -> tuple[Path, ...]:

@@ -26,6 +26,8 @@ def head(metrics: Mapping[str, Any], what: str) -> list[str]:
     ]
     if skipped:
         lines.append(f"{skipped} skipped: see {SKIPPED_NAME}.")
+    if cut := metrics.get("num_cut"):
+        lines.append(f"{cut} texts are too long for the text tower, which reads their beginning.")
     return [*lines, ""]
 
 

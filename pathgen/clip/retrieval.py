@@ -87,6 +87,7 @@ def retrieval(
         "model": encoder.name,
         "num_images": len(kept),
         "num_captions": len(number),
+        "num_cut": encoder.num_cut(list(number)),
         "num_skipped": len(skipped),
         **{name: _recalls(values, ks, seed) for name, values in ranks.items()},
     }

@@ -25,7 +25,12 @@ from pathcore.image_sets import ImageSet
 from pathcore.label_tables import read_label_table
 from pathcore.rows import write_csv
 from pathgen.clip.reports import head, score_row, write_report
-from pathgen.clip.zero_shot import class_features, classification_scores, prompt_features
+from pathgen.clip.zero_shot import (
+    class_features,
+    classification_scores,
+    num_cut_prompts,
+    prompt_features,
+)
 from pathgen.selection.features import slide_features
 from wsi.heat_map import MapFormat, PatchScores, write_score_map
 from wsi.slide_listing import SlideListing
@@ -143,6 +148,7 @@ def slide_zero_shot(
         "model": encoder.name,
         "classes": names,
         "num_prompts": [len(benchmark.sentences(i)) for i in range(len(names))],
+        "num_cut": num_cut_prompts(encoder, benchmark),
         "num_slides": len(pooled),
         "num_labelled": len(known) if labels else 0,
         "num_skipped": len(skipped),

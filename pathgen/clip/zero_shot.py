@@ -87,6 +87,7 @@ def zero_shot(
         "model": encoder.name,
         "classes": names,
         "num_prompts": [len(benchmark.sentences(i)) for i in range(len(names))],
+        "num_cut": num_cut_prompts(encoder, benchmark),
         "num_skipped": len(skipped),
         **scores,
         "prompt_spread": spread,
@@ -156,6 +157,13 @@ def prompt_features(encoder: Encoder, benchmark: ImageSet) -> list[torch.Tensor]
         )
         for index in range(len(benchmark.classes))
     ]
+
+
+def num_cut_prompts(encoder: Encoder, benchmark: ImageSet) -> int | None:
+    """Counts the sentences that the text tower cuts, see `Encoder.num_cut`."""
+    return encoder.num_cut(
+        [text for k in range(len(benchmark.classes)) for text in benchmark.sentences(k)]
+    )
 
 
 def class_features(prompts: Sequence[torch.Tensor]) -> torch.Tensor:

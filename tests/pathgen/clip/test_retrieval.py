@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from pathcore.encoders import create_encoder
 from pathcore.image_sets import load_image_set
 from pathcore.rows import write_csv
 from pathgen.clip.retrieval import (
@@ -18,6 +20,7 @@ from pathgen.clip.retrieval import (
     retrieval,
 )
 from tests.pathgen.histology import KINDS, knowing_encoder, patch, write_class_folders, write_pairs
+from tests.pathgen.tiny_encoders import save_hugging_face, save_open_clip
 from wsi.store import write_features
 
 
@@ -35,6 +38,23 @@ def test_retrieval_counts_equal_captions_once(tmp_path: Path) -> None:
         assert metrics[direction]["recall@1"]["value"] == 1.0
         assert metrics[direction]["median_rank"] == 1
     assert "recall@2 | 1.0000" in (tmp_path / "out/metrics.md").read_text()
+
+
+@pytest.mark.parametrize(("save", "length"), [(save_open_clip, 77), (save_hugging_face, 32)])
+def test_captions_that_the_text_tower_cuts_are_counted(
+    save: Callable[[Path], str], length: int, tmp_path: Path
+) -> None:
+    encoder = create_encoder(save(tmp_path / "encoder"), device="cpu")
+    fits, long = " ".join("a" * (length - 2)), " ".join("a" * (length - 1))  # with start and end
+    assert encoder.num_cut(["", "a", fits]) == 0 and encoder.num_cut(["a", long, 2 * long]) == 2
+    pairs = write_pairs(tmp_path / "data", 1)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row, caption in zip(rows, ("a", fits, long, 2 * long), strict=True):
+        row["caption"] = caption
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = retrieval(encoder, pairs, tmp_path / "out", ks=(1,), progress=False)
+    assert metrics["num_cut"] == 2
+    assert "2 texts are too long for the text tower" in (tmp_path / "out/metrics.md").read_text()
 
 
 def test_retrieval_counts_an_image_with_several_captions_once(tmp_path: Path) -> None:
