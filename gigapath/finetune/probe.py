@@ -481,10 +481,10 @@ def probe_vectors(
         ValueError: If a class has no training cases, the vectors do not suffice for a protocol, or
             `out` holds another run.
     """
-    _check_can_learn(data)
     settings, out = settings or ProbeSettings(), Path(out)
     if settings.z_score:
         data = standardised(data)
+    _check_can_learn(data)
     setting = "binary" if len(data.classes) == 2 else "multi_class"
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out / ".lock"):
@@ -590,16 +590,26 @@ def _compare(
 
 
 def standardised(data: EmbeddingData) -> EmbeddingData:
-    """Returns the data with each embedding standardised to mean 0 and standard deviation 1."""
+    """Returns the data with each embedding standardised to mean 0 and standard deviation 1.
 
-    def standardise(x: Tensor) -> Tensor:
-        return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True)
-
-    splits = {
-        name: EmbeddingSplit(split.ids, standardise(split.features), split.labels)
-        for name, split in data.splits.items()
-    }
-    return EmbeddingData(data.classes, splits, data.skipped, data.num_without_row)
+    Embeddings whose values are all equal have no such form, and are skipped.
+    """
+    splits, skipped = {}, [*data.skipped]
+    for name, split in data.splits.items():
+        centred = split.features - split.features.mean(dim=1, keepdim=True)
+        deviations = split.features.std(dim=1, keepdim=True)
+        varies = (split.features != split.features[:, :1]).any(dim=1)
+        skipped += [
+            {"id": key, "split": name, "reason": "all values are equal, which z_score cannot scale"}
+            for key, kept in zip(split.ids, varies.tolist(), strict=True)
+            if not kept
+        ]
+        splits[name] = EmbeddingSplit(
+            tuple(key for key, kept in zip(split.ids, varies.tolist(), strict=True) if kept),
+            (centred / deviations)[varies],
+            split.labels[varies.numpy()],
+        )
+    return EmbeddingData(data.classes, splits, tuple(skipped), data.num_without_row)
 
 
 def _table(results: Mapping[str, Any]) -> str:

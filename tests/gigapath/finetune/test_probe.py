@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,19 @@ def test_faults_are_recorded_and_the_rest_is_used(
     results = probe_tiles(good, table, tmp_path / "out", settings=SMALL, progress=False)
     assert results["num_skipped"] == len(reasons)
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == len(reasons)
+
+
+def test_embeddings_that_cannot_be_standardised_are_skipped(tmp_path: Path) -> None:
+    good, table = write_cohort(tmp_path), tmp_path / "labels.csv"
+    with zipfile.ZipFile(good, "a") as archive, table.open("a", newline="") as file:
+        for split in ("train", "test"):
+            archive.writestr(f"pcam/{split}/blank_{split}.pt", saved(torch.full((12,), 0.1)))
+            csv.writer(file).writerow([f"blank_{split}", "0", split])
+    settings = replace(SMALL, z_score=True)
+    found = probe_tiles(good, table, tmp_path / "out", settings=settings, progress=False)
+    assert found["num_tiles"] == {"train": 72, "val": 24, "test": 24} and found["num_skipped"] == 2
+    rows = (tmp_path / "out/skipped.jsonl").read_text()
+    assert "blank_train" in rows and "all values are equal" in rows
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "knn"])
