@@ -1,4 +1,4 @@
-"""Suggestions for names that are not known."""
+"""Errors of wrong arguments, and suggestions for names that are not known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Iterable
 _MAX_LISTED = 20
 
 
-class UnknownNameError(ValueError):
-    """Raised if an argument is the name of nothing; commands report it as wrong usage."""
+class WrongArgumentError(ValueError):
+    """Raised if an argument cannot be used as given; commands report it as wrong usage."""
+
+
+class UnknownNameError(WrongArgumentError):
+    """Raised if an argument is the name of nothing."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

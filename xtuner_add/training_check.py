@@ -21,7 +21,7 @@ from typing import Any
 import pallava
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
-from pathcore.names import did_you_mean
+from pathcore.names import WrongArgumentError, did_you_mean
 from pathcore.rows import check_fraction, read_rows
 from xtuner_add.launch import LaunchError, Processes
 from xtuner_add.paths import xtuner_dir
@@ -46,7 +46,7 @@ _POSITIVE = (
 )
 
 
-class TrainingInputError(ValueError):
+class TrainingInputError(WrongArgumentError):
     """Raised if a training cannot work; the message says what to change."""
 
 

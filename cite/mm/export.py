@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from cite.classifier import Classifier, LinearScores
+from cite.mm.config_file import read_config
 from cite.mm.feature_extraction import build_classifier
 from cite.mm.heads import TextEmbeddingHead
 from cite.preprocessing import Preprocessing
@@ -39,8 +40,7 @@ def export_classifier(
     Raises:
         ValueError: If a part cannot be exported, or the checkpoint does not fit.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(cfg_options or {})
+    cfg = read_config(config, cfg_options)
     model = build_classifier(cfg, checkpoint)
     if not isinstance(model.backbone, PromptedEncoder):
         raise ValueError(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cite.features import FeatureWriter
+from cite.mm.config_file import read_config
 from pathcore.device_claims import choose_device
 from pathcore.files import StrPath, folder_lock, sha256_of
 from pathcore.weights import read_state_dict
@@ -61,8 +62,7 @@ def extract_features(
         ValueError: If the config has no such split, prompts are untrained, or no image could be
             read.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(cfg_options or {})
+    cfg = read_config(config, cfg_options)
     device = str(choose_device(device))
     dataset = build_dataset(cfg, split)
     backbone, preprocessor = _build_model(cfg, checkpoint, device)

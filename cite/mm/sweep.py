@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from tqdm import tqdm
 
+from cite.mm.config_file import read_config
 from cite.splits import draw_slides, read_patches, write_patches
 from cite.sweep import Cell, Sweep
 from pathcore.files import file_identity, folder_lock, sha256_of, write_json
@@ -60,7 +61,7 @@ class SweepPlan:
             raise ValueError("expected either a file to draw slides from, or files with {}")
         cells = []
         for method, file in self.configs.items():
-            trains = Config.fromfile(file).get("train_dataloader") is not None
+            trains = read_config(file).get("train_dataloader") is not None
             numbers = self.num_slides if trains else [0]
             seeds = self.seeds if trains else self.seeds[:1]
             cells += [Cell(method, number, seed) for number in numbers for seed in seeds]
@@ -137,8 +138,7 @@ def run_cell(plan: SweepPlan, cell: Cell) -> tuple[Cell, str | None]:
 
 def cell_config(plan: SweepPlan, cell: Cell) -> Config:
     """Returns the config of a cell; writes its annotation file if slides are drawn."""
-    config = Config.fromfile(plan.configs[cell.method])
-    config.merge_from_dict(dict(plan.options))
+    config = read_config(plan.configs[cell.method], plan.options)
     config.work_dir = str(plan.folder(cell))
     config.experiment_name = f"{cell.method}_{cell.num_slides}_{cell.seed}_{os.getpid()}"
     config.randomness = {"seed": cell.seed}

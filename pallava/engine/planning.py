@@ -8,7 +8,6 @@ Weights, gradients and optimizer state follow from the parameters.
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,13 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig
 from xtuner.registry import BUILDER
 
+from pallava.engine.config_file import read_config
 from pallava.engine.conversations import DEFAULT_MAX_LENGTH
 from pallava.engine.runtime import _type_name, prepare_host
 from pallava.inference.loading import check_model_name
@@ -34,6 +33,7 @@ from pallava.modeling.folders import read_vision_config
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pathcore.files import StrPath
+from pathcore.names import WrongArgumentError
 
 ZeroStage = Literal[0, 2, 3]
 
@@ -121,7 +121,7 @@ class TrainingPlan:
 
     Raises:
         FileNotFoundError: If the language model's config cannot be found.
-        ValueError: If the config is for another kind of model.
+        WrongArgumentError: If the config cannot be read, or is for another kind of model.
 
     Attributes:
         model: The model, on the meta device.
@@ -141,13 +141,11 @@ class TrainingPlan:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         prepare_host()
-        cfg = Config.fromfile(os.fspath(config_file))
-        if options:
-            cfg.merge_from_dict(dict(options))
+        cfg = read_config(config_file, options)
         model = cfg.get("model") or {}
         dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
         if "llm" not in model or "visual_encoder" not in model or "features_folder" in dataset:
-            raise ValueError(
+            raise WrongArgumentError(
                 f"{config_file}: expected a config of a model of images with model.llm and "
                 "model.visual_encoder, such as pallava_domain_alignment"
             )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from xtuner.registry import BUILDER
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, TRAINING_TIES
+from pallava.engine.config_file import read_config
 from pallava.engine.prompts import disagreeing_templates, trained_template, training_datasets
 from pallava.engine.runtime import prepare_host
 from pallava.modeling.slide_tokens import SlideTokenConfig
 from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
 from pathcore.files import StrPath
+from pathcore.names import WrongArgumentError
 
 _logger = logging.getLogger(__name__)
 
@@ -46,15 +46,13 @@ def read_recipe(
         The recipe, and a function that writes the tokenizer's files into a folder.
 
     Raises:
-        ValueError: If the config is for another kind of model.
+        WrongArgumentError: If the config cannot be read, or is for another kind of model.
     """
     prepare_host()
-    cfg = Config.fromfile(os.fspath(config_file))
-    if options:
-        cfg.merge_from_dict(dict(options))
+    cfg = read_config(config_file, options)
     model = cfg.get("model") or {}
     if "llm" not in model or "visual_encoder" not in model:
-        raise ValueError(
+        raise WrongArgumentError(
             f"{config_file}: expected a config with model.llm and model.visual_encoder"
         )
     dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}

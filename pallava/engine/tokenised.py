@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mmengine import print_log
-from mmengine.config import Config
 from xtuner.registry import BUILDER
 
+from pallava.engine.config_file import read_config
 from pallava.engine.conversations import (
     DEFAULT_MAX_LENGTH,
     map_function,
@@ -39,7 +39,7 @@ from pathcore.files import (
     fsync_path,
     write_json,
 )
-from pathcore.names import did_you_mean
+from pathcore.names import WrongArgumentError, did_you_mean
 
 _SAMPLE = "Grade 2\n\n  carcinoma (ER+, 1,024 \u00b5m); don't bi\u00f6psy \u7ec4\u7ec7."
 """Text whose ids reveal other merges or another splitting of words with the same vocabulary."""
@@ -116,13 +116,14 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
     """Returns the settings of a training config.
 
     Raises:
-        ValueError: If its training data is not a single dataset with a tokenizer.
+        WrongArgumentError: If it cannot be read, or its training data is not a single dataset
+            with a tokenizer.
     """
     prepare_host()
 
-    dataset = (Config.fromfile(config_file).get("train_dataloader") or {}).get("dataset") or {}
+    dataset = (read_config(config_file).get("train_dataloader") or {}).get("dataset") or {}
     if "tokenizer" not in dataset:
-        raise ValueError(
+        raise WrongArgumentError(
             f"{config_file}: expected train_dataloader.dataset with a tokenizer; of several "
             "datasets tokenise each by --tokenizer and --prompt-template"
         )

@@ -82,3 +82,38 @@ def test_copy_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     code, output = invoke("copy-cfg", str(tmp_path / "own.py"), str(tmp_path / "mine"))
     assert code == 1 and "own.py" in output.splitlines()[-1]
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(\n", "line 1: cannot be read: SyntaxError"),
+        ("model = dict(type=Foo)\n", "cannot be read: NameError: name 'Foo'"),
+        ("_base_ = 'absent.py'\n", "cannot be read: FileNotFoundError"),
+        ("work_dir = 'x'\n", "expected "),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "CONFIG"],
+        ["pth-to-hf", "CONFIG", "OTHER", "OUT"],
+        ["tokenise", "OTHER", "OUT", "--config", "CONFIG"],
+        ["cite-features", "CONFIG", "OUT"],
+        ["cite-export", "CONFIG", "OTHER", "OUT"],
+        ["cite-sweep", "a=CONFIG", "--train-file", "OTHER", "--work-dir", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_config_that_cannot_be_used_is_named_in_one_line(
+    words: list[str], text: str, message: str, tmp_path: Path
+) -> None:
+    config, other = tmp_path / "mine.py", tmp_path / "other"
+    config.write_text(text)
+    other.write_text("")
+    places = {"CONFIG": str(config), "OTHER": str(other), "OUT": str(tmp_path / "out.safetensors")}
+    for place, path in places.items():
+        words = [word.replace(place, path) for word in words]
+    code, output = invoke(*words)
+    assert code == 2, output
+    assert "mine.py" in output and message in output

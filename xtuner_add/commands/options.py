@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from pathcore.exit_codes import EXIT_SKIPPED
 from pathcore.jobs import SKIPPED_NAME
-from pathcore.names import UnknownNameError
+from pathcore.names import WrongArgumentError
 from xtuner_add.launch import LaunchError, child_environ, run_child, torchrun_command
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def refuse_options_of_other_steps(
 def user_errors(*others: type[Exception]) -> Iterator[None]:
     """Reports errors that the user can fix in one line.
 
-    The exit code is 2 for an `UnknownNameError`, and 1 for the others.
+    The exit code is 2 for a `WrongArgumentError`, and 1 for the others.
 
     Args:
         *others: Exceptions to report in addition to `ValueError` and `OSError`.
@@ -219,7 +219,7 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except UnknownNameError as error:
+    except WrongArgumentError as error:
         raise click.UsageError(str(error)) from error
     except ModuleNotFoundError:
         raise  # the group of all commands says what to install
