@@ -149,6 +149,15 @@ class Adapter:
             raise AdapterError(f"{self.folder}: {name} holds infinities or NaN; training diverged")
         return tensor
 
+    def is_copy(self, name: str) -> bool:
+        """Returns whether a tensor repeats or precedes one that was trained in full.
+
+        For a resized vocabulary, PEFT saves embeddings in `modules_to_save` under their own name,
+        and again as the parts of its wrapper.
+        """
+        plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        return name != plain and plain in self.weights
+
     def _sort_in(self, name: str) -> None:
         if ".default." in name:
             raise AdapterError(
@@ -160,7 +169,8 @@ class Adapter:
         if match is None:
             if "lora_" in base_name:
                 raise AdapterError(f"{self.folder}: tensor {name} is of a kind not known here")
-            self.replacements[base_name.replace(".base_layer.", ".")] = name
+            if not self.is_copy(name):
+                self.replacements[base_name.replace(".base_layer.", ".")] = name
             return
         module, part_name = match["module"], match["part"]
         part = self.parts.setdefault(f"{module}.weight", self._new_part(module))

@@ -162,7 +162,7 @@ class _Probe:
         tensors = {}
         for stored in adapter.weights:
             name = stored.removeprefix(_PREFIX)
-            if not self.holds(name):
+            if not self.holds(name) or adapter.is_copy(stored):
                 continue
             plain = name.replace(".base_layer.", ".")
             module, _, part = name.partition(".lora_")
@@ -225,10 +225,14 @@ def _compare(
 
 def _probe_of(base: BaseModel, adapters: Sequence[Adapter]) -> _Probe:
     config = base.model.config
-    vocabulary = base.info(str(base.input_embeddings)).shape[0]
+    embeddings = {base.input_embeddings, base.output_embeddings}
+    sizes = [base.info(str(base.input_embeddings)).shape[0]]
+    for adapter in adapters:  # whose vocabulary may be smaller
+        replaced = embeddings & set(adapter.replacements)
+        sizes += [adapter.weights.info(adapter.replacements[n]).shape[0] for n in replaced]
+    vocabulary = min(sizes)
     step = max(1, vocabulary // _NUM_TOKENS)
     tokens = torch.arange(0, vocabulary, step)[:_NUM_TOKENS]
-    embeddings = {base.input_embeddings, base.output_embeddings}
     if any(a.config.get("use_dora") and embeddings & set(a.parts) for a in adapters):
         tokens = torch.arange(vocabulary)  # DoRA normalises over the whole vocabulary
     probe = _Probe(base, min(_NUM_LAYERS, config.num_hidden_layers), tokens)

@@ -174,12 +174,16 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path: Path) -> 
         merge(tmp_path / "mistral", [adapter], tmp_path / "out2", progress=False)
 
 
-def test_resized_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
+)
+@pytest.mark.parametrize("size", [104, 80])
+def test_resized_embeddings(size: int, kind: dict[str, Any], tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base")
-    adapter = save_adapter(base, tmp_path / "adapter", resize=104)
+    adapter = save_adapter(base, tmp_path / "adapter", resize=size, **kind)
     merge(base, [adapter], tmp_path / "out", progress=False)
-    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter, resize=104))
-    assert load(tmp_path / "out").config.vocab_size == 104
+    assert_equal(read(tmp_path / "out"), merged_by_peft(base, adapter, resize=size))
+    assert load(tmp_path / "out").config.vocab_size == size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
