@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -342,6 +343,15 @@ class Merger:
                     f"{adapter.folder}: {len(unknown)} of its {len(targets)} tensors have no place "
                     f"in {self.base.folder}: {', '.join(unknown[:5])}; is it the right base model "
                     f"({adapter.base_model or 'not named by the adapter'})?"
+                )
+        for adapter, other in permutations(self.adapters, 2):
+            # An adapter with LoRA for embeddings also holds their untrained weight.
+            twice = (set(adapter.replacements) - set(adapter.parts)) & set(other.parts)
+            if twice:
+                raise AdapterError(
+                    f"{adapter.folder} holds {min(twice)} trained in full, and {other.folder} LoRA "
+                    "for it, which PEFT cannot combine. If one was trained on the other's model, "
+                    "merge that one first, and the later one into the result"
                 )
         for name in {name for adapter in self.adapters for name in adapter.parts}:
             # One-byte dtypes, fp8 included, are quantised values.

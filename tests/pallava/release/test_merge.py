@@ -186,6 +186,18 @@ def test_resized_embeddings(size: int, kind: dict[str, Any], tmp_path: Path) -> 
     assert load(tmp_path / "out").config.vocab_size == size
 
 
+@pytest.mark.parametrize("saved", ["lm_head", "mlp"])
+def test_lora_for_what_another_adapter_holds_in_full_is_refused(saved: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    whole = save_adapter(
+        base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=[saved]
+    )
+    lora = save_adapter(base, tmp_path / "lora", target_modules=["lm_head", "up_proj"])
+    for adapters in ([whole, lora], [lora, whole]):
+        with pytest.raises(AdapterError, match="merge that one first"):
+            merge(base, adapters, tmp_path / "out", progress=False, probe=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "half_adapter", "dora", "dora_embedding", "embedding"])
 def test_half_precision_is_rounded_once(
