@@ -45,7 +45,7 @@ def check_trained_on(adapter: Adapter, base: BaseModel) -> None:
     named = adapter.base_model
     if not named:
         return
-    folder = find_model(named)
+    folder = find_model(named, adapter.config.get("revision"))
     if folder is not None:
         if folder.resolve() == base.folder.resolve():
             return
@@ -81,15 +81,20 @@ def describe_base(folder: Path) -> dict[str, Any]:
     return {name: config[name] for name in _COMPARED if config.get(name) is not None}
 
 
-def find_model(name: str) -> Path | None:
-    """Returns the folder of a model from the local disk or the Hub cache; None if not found."""
+def find_model(name: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of a model from the local disk or the Hub cache; None if not found.
+
+    Args:
+        name: Folder, or name on the Hub.
+        revision: Branch, tag or commit on the Hub; by default its main branch.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:  # the path of a folder that no longer exists
         return None
     return Path(config).parent if isinstance(config, str) else None

@@ -174,6 +174,26 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path: Path) -> 
         merge(tmp_path / "mistral", [adapter], tmp_path / "out2", progress=False)
 
 
+def test_the_base_is_looked_up_in_the_revision_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    repository = hub / "models--lab--model"
+    for number, revision in enumerate(("main", "v2")):
+        base = repository / "snapshots" / f"{number:040}"
+        save_llama(base, initializer_range=0.1 + number)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"{number:040}")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    named = {"base_model_name_or_path": "lab/model", "revision": "v2"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    merge(base, [adapter], tmp_path / "out", progress=False)
+    with pytest.raises(AdapterError, match="whose weights are not those of"):
+        merge(repository / "snapshots" / f"{0:040}", [adapter], tmp_path / "o", progress=False)
+
+
 @pytest.mark.parametrize(
     "kind", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
 )
