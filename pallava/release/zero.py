@@ -50,7 +50,10 @@ def load_checkpoint(path: StrPath, *, mmap: bool = False) -> StateDict:
     tag_file = folder / "latest"
     if tag_file.is_file() and not _model_files(folder):
         tag = tag_file.read_text().strip()
-        folder = folder / tag if is_file_name(tag) else folder
+        if is_file_name(tag):
+            folder = folder / tag
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{tag_file}: names {tag!r}, and there is no such folder")
     models = _model_files(folder)
     if not models:
         return read_state_dict(folder)
@@ -80,6 +83,13 @@ def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDi
             f"{folder}: written by {expected} processes, but {len(states)} *_optim_states.pt lie "
             "there; copy all of them"
         )
+    steps = {file: _steps(rank) for file, rank in zip(optimizers, states, strict=True)}
+    if len({tuple(found) for found in steps.values() if found}) > 1:
+        listed = ", ".join(f"{file.name}: {found}" for file, found in steps.items())
+        raise CheckpointError(
+            f"{folder}: its files are of different steps of the optimizer ({listed}); copy the "
+            "whole folder again"
+        )
     shapes = [dict(group) for group in state.get("param_shapes") or []]
     if not shapes:
         raise CheckpointError(f"{models[0]}: names no param_shapes; no ZeRO model file")
@@ -93,6 +103,14 @@ def _gather(folder: Path, models: list[Path], optimizers: list[Path]) -> StateDi
         groups = [_tensors(s, key, f) for s, f in zip(states, optimizers, strict=True)]
         gathered = _gather_stage2(shapes, groups, folder)
     return gathered | _buffers(state)
+
+
+def _steps(state: Mapping[str, Any]) -> list[int]:
+    """Returns the numbers of steps that the optimizer of a rank has made, without repetition."""
+    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict") or {}
+    parameters = base.get("state") if isinstance(base, Mapping) else None
+    found = parameters.values() if isinstance(parameters, Mapping) else ()
+    return sorted({int(p["step"]) for p in found if isinstance(p, Mapping) and "step" in p})
 
 
 def _gather_stage2(

@@ -92,6 +92,30 @@ def test_a_missing_rank_is_refused(stage: int, written: Path, tmp_path: Path) ->
         load_checkpoint(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_files_of_two_steps_are_refused(stage: int, written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of(written, stage) / TAG, tmp_path / TAG)
+    files = sorted(folder.glob("*optim_states.pt"))
+    if len(files) == 1:
+        pytest.skip("one rank has no other")
+    content = torch.load(files[-1], weights_only=False)
+    state = content["optimizer_state_dict"]
+    base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+    for parameter in base["state"].values():
+        parameter["step"] += 1
+    torch.save(content, files[-1])
+    with pytest.raises(CheckpointError, match=r"different steps .*rank_0.*\[1\].*rank_1.*\[2\]"):
+        load_checkpoint(folder)
+
+
+def test_a_tag_without_its_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("iter_8.pth")
+    with pytest.raises(FileNotFoundError, match=r"latest: names 'iter_8\.pth'"):
+        load_checkpoint(tmp_path)
+
+
 def test_code_in_an_optimizer_file_is_refused(tmp_path: Path) -> None:
     torch.save({"param_shapes": [], "module": {}}, tmp_path / "mp_rank_00_model_states.pt")
     file = tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
