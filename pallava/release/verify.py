@@ -228,8 +228,8 @@ def _probe_of(base: BaseModel, adapters: Sequence[Adapter]) -> _Probe:
     embeddings = {base.input_embeddings, base.output_embeddings}
     sizes = [base.info(str(base.input_embeddings)).shape[0]]
     for adapter in adapters:  # whose vocabulary may be smaller
-        replaced = embeddings & set(adapter.replacements)
-        sizes += [adapter.weights.info(adapter.replacements[n]).shape[0] for n in replaced]
+        replaced = [stored for n, stored in adapter.replacements.items() if n in embeddings]
+        sizes += [adapter.weights.info(stored).shape[0] for stored in replaced]
     vocabulary = min(sizes)
     step = max(1, vocabulary // _NUM_TOKENS)
     tokens = torch.arange(0, vocabulary, step)[:_NUM_TOKENS]
