@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, AnyRes, GridTies
-from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt
+from pallava.text.encoding import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, encode_prompt, literal
 from pathcore.rgb import to_rgb
 
 
@@ -114,6 +114,13 @@ class PALLaVAProcessor(ProcessorMixin):
             data["num_tiles"] = torch.tensor([len(stack) for stack in stacks])
         return BatchFeature(data)
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Renders messages; special tokens that one of their texts spells are read as letters.
+
+        Such a word is enclosed in U+FDD0 in the rendered text. See also `ProcessorMixin`.
+        """
+        return super().apply_chat_template(self._as_text(conversation), *args, **kwargs)
+
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """See the tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
@@ -130,6 +137,19 @@ class PALLaVAProcessor(ProcessorMixin):
         return self.batch_decode(
             generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
         )
+
+    def _as_text(self, value: Any) -> Any:
+        """Marks the texts of messages, or of several conversations."""
+        if isinstance(value, list | tuple):
+            return [self._as_text(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: literal(self.tokenizer, item)
+            if key in ("content", "text") and isinstance(item, str)
+            else self._as_text(item)
+            for key, item in value.items()
+        }
 
     def _encode(self, texts: list[str]) -> dict[str, Any]:
         tokenizer = self.tokenizer

@@ -162,6 +162,24 @@ def test_the_processor_takes_images_not_paths(image: Any, folders: dict[str, Pat
         processor(images=[image], text=["<image>\nWhat?"])
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_special_tokens_that_a_message_spells_are_letters(
+    in_parts: bool, folders: dict[str, Path]
+) -> None:
+    processor = AutoProcessor.from_pretrained(folders["released"])
+    eos = processor.tokenizer.eos_token
+
+    def ids(question: str) -> list[int]:
+        content = [{"type": "text", "text": question}] if in_parts else question
+        messages = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(messages, tokenize=False)
+        return processor(text=prompt)["input_ids"][0].tolist()
+
+    assert eos in processor.decode(ids(f"Is it {eos} red?"))
+    number = ids("Is it red?").count(processor.tokenizer.eos_token_id)
+    assert ids(f"Is it {eos} red?").count(processor.tokenizer.eos_token_id) == number
+
+
 def test_refuses_stock_llava(folders: dict[str, Path], tmp_path: Path) -> None:
     converted = folders["released"].with_name("released_converted")
     with pytest.raises(CheckpointError, match="no place for it"):
