@@ -332,6 +332,10 @@ def test_a_file_that_is_read_is_never_replaced(
     assert Path("read").read_text() == "precious"
 
 
+_TILES = ". --output o --tile-encoder random --tile-arch resnet18"
+_SURVIVAL = ". --output o --labels F --splits . --time days --event died"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -342,6 +346,27 @@ def test_a_file_that_is_read_is_never_replaced(
         ("tokenise F o --config c --max-length 100", "sets these too: omit --max-length"),
         ("clip-retrieval m --output o --pairs F --data-path .", "--data-path is for --benchmark"),
         ("clip-retrieval m --output o --labels F --image-folder .", "--image-folder is for"),
+        ("embed . --output o --coords . --mpp 1 --patch-px 9", "--mpp, --patch-px have no effect"),
+        ("embed . --output o --coords . --masks .", "--masks has no effect with --coords"),
+        ("embed . --output o --coords . --min-tissue 0.1", "--min-tissue has no effect with"),
+        (f"embed {_TILES} --slide-encoder none --preset trident", "--preset has no effect without"),
+        (f"embed {_TILES} --slide-encoder mean --grid-px 9", "--grid-px has no effect with"),
+        (f"embed {_TILES} --slide-encoder mean --slide-arch x", "--slide-arch has no effect with"),
+        ("encode-slides . --output o --slide-encoder max --preset trident", "--preset has no effe"),
+        ("probe-tiles . --output o --encoder plip --embed-dim 9", "--embed-dim has no effect with"),
+        ("train-mil . --output o --labels F --splits . --map-format png", "without --heat-maps"),
+        (f"train-mil {_SURVIVAL} --label grade", "--label has no effect with --time"),
+        ("train-mil . --output o --patho-bench F --label grade", "--label has no effect with"),
+        ("finetune-slides . --output o --labels F --slide-embeddings .", "without --method knn"),
+        ("finetune-slides . --output o --labels F --map-format png", "without --heat-maps"),
+        ("tile . --output o --level0 --mpp 1", "--mpp has no effect with --level0"),
+        ("tile . --output o --whole-slide --min-tissue 0.2", "--min-tissue has no effect with"),
+        ("describe F o --local m --model n", "--model has no effect with --local"),
+        ("revise F o --local m --structured", "--structured has no effect with --local"),
+        (
+            "revise F o --endpoint u --model m --device cpu",
+            "--device has no effect with --endpoint",
+        ),
     ],
 )
 def test_an_option_without_effect_is_wrong_usage(

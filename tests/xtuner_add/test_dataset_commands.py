@@ -41,6 +41,10 @@ def test_convert_dataset_to_class_folders(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "4 classes" in result.output, result.output
     assert (out / "InSitu" / "in001.tif").is_file()
     assert json.loads((out / "conversion.json").read_bytes())["num_by_class"]["Normal"] == 1
+    result = call("convert-dataset", "bach", data, tmp_path / "no", "--max-skipped", 0)
+    assert result.exit_code == 2 and "--max-skipped has no effect for bach" in result.output
+    result = call("convert-dataset", "pmc-oa", published.pmc_oa(tmp_path), "no", "--link", "copy")
+    assert result.exit_code == 2 and "--link has no effect for pmc-oa" in result.output
 
 
 def test_convert_dataset_errors_are_one_line(tmp_path: Path) -> None:

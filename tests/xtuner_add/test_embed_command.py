@@ -108,13 +108,13 @@ def test_coordinates_of_another_tool(encoders: list[object], tmp_path: Path) -> 
     with h5py.File(tmp_path / "coords" / "s_patches.h5", "w") as file:
         file["coords"] = np.array([[128, 0], [0, 64], [0, 0]])
         file["coords"].attrs.update(attributes)
-    options = ["--coords", tmp_path / "coords", *encoders]
+    options = ["--coords", tmp_path / "coords", *encoders[:6]]  # without --patch-px
     result = invoke(slide, "--output", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     (path,) = (tmp_path / "out" / "features").rglob("s.h5")
     assert read_features(path)[1].tolist() == [[0, 0], [128, 0], [0, 64]]
     for coords, reason in (
-        ([[0, 0], [4000, 0]], "bad embeddings or coordinates"),
+        ([[0, 0], [4000, 0]], "coordinates of another slide"),
         (np.zeros((0, 2), int), "no tissue"),
     ):
         with h5py.File(tmp_path / "coords" / "s_patches.h5", "w") as file:

@@ -27,6 +27,7 @@ from xtuner_add.commands.options import (
     example,
     open_endpoint,
     refuse_options_of_other_steps,
+    refuse_unused,
     user_errors,
     weight_values,
 )
@@ -75,6 +76,10 @@ _HOW = (
     click.option("--seed", type=int, help="Sampling seed, for endpoints that support one."),
     click.option("--cache", type=OUT_FILE,
                  help="SQLite file of replies. [default: OUT.cache.sqlite]"),
+)  # fmt: skip
+_LOCAL_OPTIONS = ("trust_remote_code", "device", "batch_size")
+_ENDPOINT_OPTIONS = (
+    "model", "concurrency", "timeout", "max_retries", "token_field", "structured",
 )  # fmt: skip
 _IMAGES = click.option(
     "--image-folder",
@@ -300,7 +305,9 @@ def _backend(options: dict[str, Any]) -> Any:
     sampling = Sampling(options["max_reply_tokens"], options["temperature"], options["seed"])
     if (options["local"] is None) == (options["endpoint"] is None):
         raise click.UsageError("expected either --endpoint with --model, or --local")
+    ctx = click.get_current_context()
     if options["local"] is not None:
+        refuse_unused(ctx, _ENDPOINT_OPTIONS, "with --local")
         from pathcore.chat_local import LocalBackend
 
         return LocalBackend(
@@ -310,4 +317,5 @@ def _backend(options: dict[str, Any]) -> Any:
             device=options["device"],
             trust_remote_code=options["trust_remote_code"],
         )
+    refuse_unused(ctx, _LOCAL_OPTIONS, "with --endpoint")
     return open_endpoint(options, sampling, structured=options["structured"])

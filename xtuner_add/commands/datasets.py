@@ -27,6 +27,7 @@ from xtuner_add.commands.options import (
     keyword_values,
     progress_bar,
     refuse_options_of_other_steps,
+    refuse_unused,
     user_errors,
 )
 from xtuner_add.paths import find_config
@@ -75,7 +76,9 @@ _MAX_SKIPPED = click.option(
     show_default=True,
     help="How class folders refer to their images.",
 )
+@click.pass_context
 def convert_dataset(
+    ctx: click.Context,
     name: str,
     data_path: Path,
     out: Path,
@@ -107,8 +110,11 @@ def convert_dataset(
         if licence:
             conversion = replace(conversion, licence=licence)
         if isinstance(conversion, ClassConversion):
+            why = f"for {name}, which is converted to folders of images"
+            refuse_unused(ctx, ("check_images", "max_skipped_fraction"), why)
             report = write_class_folders(conversion, out, link=link, progress=advance)
         else:
+            refuse_unused(ctx, ("link",), f"for {name}, which is converted to rows")
             report = convert(
                 conversion,
                 out,

@@ -35,6 +35,7 @@ from xtuner_add.commands.options import (
     pictures_option,
     quiet_option,
     read_workers_option,
+    refuse_unused,
     relaunch,
     retry_option,
     shows_results,
@@ -138,7 +139,8 @@ class _GridSize(click.ParamType):
 @click.option(
     "--coords",
     type=FOLDER,
-    help="Folder of coordinates SLIDE.h5, from `xtuner-add tile`, TRIDENT or CLAM.",
+    help="Folder of coordinates SLIDE.h5, from `xtuner-add tile`, TRIDENT or CLAM, instead of "
+    "--mpp, --patch-px, --min-tissue and --masks.",
 )
 @click.option(
     "--dtype",
@@ -161,7 +163,9 @@ class _GridSize(click.ParamType):
 @pictures_option
 @retry_option
 @quiet_option
+@click.pass_context
 def embed(
+    ctx: click.Context,
     slides: Path,
     output: Path,
     workers: int | None,
@@ -182,6 +186,9 @@ def embed(
     """
     from gigapath.embed.job import embed_slides
 
+    if options["coords"]:
+        placing = ("mpp", "patch_px", "min_tissue", "masks")
+        refuse_unused(ctx, placing, "with --coords, whose files place the tiles")
     with user_errors():
         import torch
 
@@ -190,7 +197,7 @@ def embed(
         device = choose_device(options["device"])
         num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         workers = workers or (max(1, num_gpus) if device.index is None else 1)
-        settings, placement = _embedding_settings(options, device, workers)
+        settings, placement = _embedding_settings(ctx, options, device, workers)
         report = embed_slides(
             slides,
             output,
@@ -205,7 +212,9 @@ def embed(
     end_of_job(report, "slide", output)
 
 
-def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> tuple[Any, Any]:
+def _embedding_settings(
+    ctx: click.Context, options: dict[str, Any], device: Any, workers: int
+) -> tuple[Any, Any]:
     """Returns the settings and the placement that the options describe."""
     from gigapath.embed.job import EmbeddingSettings, Placement
     from gigapath.embed.tile_inference import choose_precision, describe_encoder
@@ -221,7 +230,7 @@ def _embedding_settings(options: dict[str, Any], device: Any, workers: int) -> t
     )
     settings = EmbeddingSettings(
         tile_encoder,
-        _slide_encoder(options, tile_encoder, precision),
+        _slide_encoder(ctx, options, tile_encoder, precision),
         PatchSpec(
             tile_encoder.patch_px if options["patch_px"] is None else options["patch_px"],
             tile_encoder.mpp if options["mpp"] is None else options["mpp"],
@@ -254,7 +263,7 @@ def _origin_of_tiles(tile_encoder: Any, options: dict[str, Any]) -> Any:
 
 
 def _slide_encoder(
-    options: dict[str, Any], tile_encoder: Any, precision: str
+    ctx: click.Context, options: dict[str, Any], tile_encoder: Any, precision: str
 ) -> SlideEncoderSpec | NamedSlideEncoder | None:
     from gigapath.embed.slide_encoders import describe_named_slide_encoder, list_slide_encoders
     from gigapath.embed.slide_vectors import describe_slide_encoder
@@ -263,6 +272,8 @@ def _slide_encoder(
 
     weights = options["slide_encoder"]
     if weights is not None and weights.partition("@")[0] in list_slide_encoders():
+        refuse_unused(ctx, ("slide_arch",), f"with --slide-encoder {weights}")
+        _refuse_longnet_options(ctx, weights)
         return describe_named_slide_encoder(
             weights,
             trust_remote_code=options["trust_remote_code"],
@@ -281,6 +292,8 @@ def _slide_encoder(
                 err=True,
             )
     if weights in (None, "none"):
+        unused = ("slide_arch", "preset", "grid_px")
+        refuse_unused(ctx, unused, "without a slide encoder")
         return None
     return describe_slide_encoder(
         weights,
@@ -291,6 +304,14 @@ def _slide_encoder(
         precision=precision,
         seed=options["seed"],
     )
+
+
+def _refuse_longnet_options(ctx: click.Context, slide_encoder: str) -> None:
+    from gigapath.embed.slide_encoders import get_slide_preset
+
+    if get_slide_preset(slide_encoder.partition("@")[0]).network != "longnet":
+        why = f"with --slide-encoder {slide_encoder}: only those of Prov-GigaPath have presets"
+        refuse_unused(ctx, ("preset", "grid_px"), why)
 
 
 def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -350,7 +371,9 @@ def _list_slide_encoders(ctx: click.Context, param: click.Parameter, value: bool
 @device_option
 @retry_option
 @quiet_option
+@click.pass_context
 def encode_slides(
+    ctx: click.Context,
     features: Path,
     output: Path,
     slide_encoder: str,
@@ -375,6 +398,7 @@ def encode_slides(
     from pathcore.encoders.origin import TileOrigin
 
     with user_errors():
+        _refuse_longnet_options(ctx, slide_encoder)
         known = get_preset(patch_encoder).name if patch_encoder else ""
         encoder = describe_named_slide_encoder(
             slide_encoder, trust_remote_code=trust_remote_code, preset=preset
@@ -528,7 +552,9 @@ def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> 
     "--embed-dim", type=COUNT, help="Length of an embedding. [default: the most frequent]"
 )
 @device_option
+@click.pass_context
 def probe_tiles(
+    ctx: click.Context,
     embeddings: Path,
     output: Path,
     recipe: str | None,
@@ -550,6 +576,8 @@ def probe_tiles(
     from gigapath.finetune.probe import ProbeSettings, plain_protocols, probe_vectors
     from gigapath.finetune.protocols import get_protocol
 
+    if source["encoder"]:
+        refuse_unused(ctx, ("embed_dim",), "with --encoder, whose embeddings have one length")
     with user_errors():
         found, options = recipe and find_recipe(recipe), yaml_values(settings)
         chosen = read_settings(ProbeSettings, found, options)
@@ -678,6 +706,9 @@ def finetune_slides(
     from gigapath.finetune.settings import FinetuneSettings
 
     source = _source(patho_bench, labels, options["splits"] or task)
+    _refuse_unused_maps(ctx, options)
+    if not set(options["methods"]) & {"knn", "logistic", "cox"}:
+        refuse_unused(ctx, ("vectors",), "without --method knn, logistic or cox")
     with user_errors():
         file = find_recipe(recipe)
         chosen = read_settings(FinetuneSettings, file, yaml_values(settings), others=("task",))
@@ -702,6 +733,11 @@ def _source(patho_bench: Path | None, labels: Path | None, others: Any) -> Path:
             "--patho-bench brings labels, folds and task: omit --labels, --splits and the task"
         )
     return source
+
+
+def _refuse_unused_maps(ctx: click.Context, options: dict[str, Any]) -> None:
+    if not options["heat_maps"]:
+        refuse_unused(ctx, ("map_formats",), "without --heat-maps")
 
 
 def find_recipe(name: str) -> Path:
@@ -819,6 +855,10 @@ def train_mil(
     source = _source(patho_bench, labels, options["splits"] or time)
     if labels is not None and options["splits"] is None:
         raise click.UsageError("Missing option '--splits'.")
+    if time or patho_bench:
+        why = "with --patho-bench, whose task names it" if patho_bench else "with --time"
+        refuse_unused(ctx, ("label",), why)
+    _refuse_unused_maps(ctx, options)
     with user_errors():
         chosen = MODELS[model]
         widths = {"embed_dim": embed_dim, "hidden_dim": hidden_dim}

@@ -184,6 +184,22 @@ def given_options(ctx: click.Context) -> dict[str, str]:
     }
 
 
+def refuse_unused(ctx: click.Context, names: Collection[str], why: str) -> None:
+    """Refuses options that the other options leave without effect.
+
+    Args:
+        ctx: Context of the command.
+        names: Parameters of the options.
+        why: The rest of the sentence "--coords has no effect ...".
+
+    Raises:
+        click.UsageError: If the command line names such an option.
+    """
+    if unused := [flag for name, flag in given_options(ctx).items() if name in names]:
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise click.UsageError(f"{', '.join(unused)} {verb} no effect {why}; omit {them}", ctx)
+
+
 def refuse_options_of_other_steps(
     ctx: click.Context, steps: Collection[str], steps_of_option: Mapping[str, Sequence[str]]
 ) -> None:

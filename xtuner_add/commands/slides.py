@@ -32,6 +32,7 @@ from xtuner_add.commands.options import (
     pictures_option,
     quiet_option,
     read_workers_option,
+    refuse_unused,
     retry_option,
     user_errors,
     weight_values,
@@ -146,7 +147,9 @@ geojson_option = click.option(
     help="Layout of the coordinate files.",
 )
 @geojson_option
+@click.pass_context
 def tile(
+    ctx: click.Context,
     slides: Path,
     output: Path,
     slide_mpp: float | None,
@@ -177,6 +180,10 @@ def tile(
         raise click.UsageError("--masks and --whole-slide exclude each other")
     if clean and whole_slide:
         raise click.UsageError("--clean and --whole-slide exclude each other")
+    if whole_slide:
+        refuse_unused(ctx, ("min_tissue",), "with --whole-slide")
+    if level0:
+        refuse_unused(ctx, ("mpp",), "with --level0")
     with user_errors():
         settings = TileSettings(
             PatchSpec(patch_px, mpp, overlap_px, min_tissue, over_edge),
