@@ -6,7 +6,11 @@ import importlib.util
 from pathlib import Path
 
 from pathcore.extras import install_line
-from pathcore.names import did_you_mean
+from pathcore.names import UnknownNameError, did_you_mean
+
+
+class UnknownConfigError(FileNotFoundError, UnknownNameError):
+    """Raised if a config is neither a file nor a name."""
 
 
 def configs_dir() -> Path:
@@ -78,8 +82,8 @@ def find_config(name: str) -> Path:
     among this project's configs and then among XTuner's.
 
     Raises:
-        FileNotFoundError: If there is no such config; the message suggests similar names.
-            Also if it is none of ours, and XTuner is not installed.
+        UnknownConfigError: If there is no such config; the message suggests similar names.
+        FileNotFoundError: If it is none of ours, and XTuner is not installed.
     """
     path = Path(name)
     if path.is_file():
@@ -90,7 +94,7 @@ def find_config(name: str) -> Path:
         configs |= xtuner_configs()  # only now: CITE's configs need no XTuner
     if len(path.parts) == 1 and stem in configs:
         return configs[stem]
-    raise FileNotFoundError(
+    raise UnknownConfigError(
         f"config {name!r} is neither a file nor one that `xtuner-add list-cfg` lists"
         f"{did_you_mean(stem, configs)}"
     )

@@ -377,3 +377,23 @@ def test_an_option_without_effect_is_wrong_usage(
     code, output = invoke(*arguments.split())
     assert code == EXIT_USAGE and message in " ".join(output.split())
     assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan pallava_alignment",
+        "copy-cfg pallava_alignment o",
+        "tokenise F o --config pallava_alignment",
+        "pth-to-hf pallava_alignment F o",
+        "train pallava_alignment",
+    ],
+)
+def test_a_config_that_is_not_found_is_wrong_usage(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("F").write_text("{}")
+    code, output = invoke(*arguments.split())
+    assert code == EXIT_USAGE and "did you mean pallava_" in " ".join(output.split())
+    assert not Path("o").exists()

@@ -55,11 +55,8 @@ def copy_cfg(name: str, save_dir: Path) -> None:
 
     The copy is called NAME_copy.py. Existing files are not overwritten.
     """
-    try:
-        config = find_config(name)
-    except FileNotFoundError as error:
-        raise click.UsageError(str(error)) from error
     with user_errors(SyntaxError):
+        config = find_config(name)
         copies = {config: save_dir / f"{config.stem}_copy.py"}
         for base in inherited_files(config):
             if not base.is_relative_to(config.parent):
@@ -171,11 +168,8 @@ def plan(
     from pallava.engine.planning import TrainingPlan
     from xtuner_add.training_check import read_config
 
-    try:
-        file = find_config(config)
-    except FileNotFoundError as error:
-        raise click.UsageError(str(error)) from error
     with user_errors(TypeError):  # such as LoraConfig's for an unknown argument
+        file = find_config(config)
         from mmengine.config import DictAction
 
         changes = {
