@@ -17,6 +17,7 @@ CLIP_TOKENS = 77
 section 2.4, which counts 76, without the end token)."""
 
 CountTokens = Callable[[str], int]
+_MIN_SUMMARY_WORDS = 3
 
 
 def describe(
@@ -30,7 +31,11 @@ def describe(
         prompt_file: Prompt that replaces the one of this package.
         min_words: Minimum number of words; shorter replies are requested again.
         max_words: Maximum number of words; longer replies are requested again.
+
+    Raises:
+        ValueError: If no number of words satisfies both bounds.
     """
+    _check_words(min_words, max_words)
 
     def read(value: Any) -> str:
         return check_caption(_caption(value), min_words=min_words, max_words=max_words)
@@ -43,6 +48,7 @@ def revise(
     prompt_file: StrPath | None = None, *, min_words: int = 20, max_words: int = 250
 ) -> Step:
     """Returns the step that checks a caption against image and report; corrects or rejects it."""
+    _check_words(min_words, max_words)
 
     def read(value: Any) -> dict[str, Any]:
         if isinstance(value, str):  # a user-defined prompt may ask for plain text
@@ -88,11 +94,15 @@ def summarise(
             `clip_token_counter()`.
         max_tokens: Maximum number of tokens; longer replies are requested again.
         max_words: Maximum number of words; longer replies are requested again.
+
+    Raises:
+        ValueError: If `max_words` is below 3, the least that a caption has.
     """
+    _check_words(_MIN_SUMMARY_WORDS, max_words)
     count = count_tokens or clip_token_counter()
 
     def read(value: Any) -> str:
-        text = check_caption(_caption(value), min_words=3, max_words=max_words)
+        text = check_caption(_caption(value), min_words=_MIN_SUMMARY_WORDS, max_words=max_words)
         tokens = count(text)
         if tokens > max_tokens:
             raise ReplyError(f"{tokens} tokens are too many: {max_tokens} at most; write less")
@@ -107,6 +117,12 @@ def summarise(
         with_image=False,
         settings={"max_tokens": max_tokens, "max_words": max_words},
     )
+
+
+def _check_words(min_words: int, max_words: int) -> None:
+    # Otherwise every row would be asked about, and paid for, in vain.
+    if min_words > max_words:
+        raise ValueError(f"words: expected minimum <= maximum, found {min_words}..{max_words}")
 
 
 def check_caption(text: str, *, min_words: int, max_words: int) -> str:

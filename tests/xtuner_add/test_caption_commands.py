@@ -96,6 +96,15 @@ def test_wrong_usage(server: DescriberServer, rows: Path) -> None:
     assert run("describe", rows, out, "--endpoint", server.url).exit_code == 2
     assert run("describe", rows, out, "--endpoint", "u", "--local", "v").exit_code == 2
     assert run("filter-captions", rows, out, "--steps", "song").exit_code == 2
+    whom = ("--endpoint", server.url, "--model", "m")
+    for arguments in (
+        ("describe", rows, out, *whom, "--max-words", "10"),
+        ("revise", rows, out, *whom, "--min-words", "300"),
+        ("summarise", rows, out, *whom, "--max-words", "2"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and "words: expected minimum <= maximum" in result.output
+    assert not out.exists()
     result = run("make-instructions", rows, out, "--kinds", "open=much", "--local", "v")
     assert result.exit_code == 2
     assert "NAME=WEIGHT" in result.output
