@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args
 
 from tqdm import tqdm
 
@@ -113,6 +113,8 @@ def run_tasks(
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, found {workers}")
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine {engine!r}: expected one of {', '.join(get_args(Engine))}")
     if address and engine != "ray":
         raise ValueError(f"address {address}: only Ray takes one; add --engine ray (engine='ray')")
     on_death = on_death or _raise_death

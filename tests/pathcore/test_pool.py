@@ -213,3 +213,5 @@ def test_no_more_workers_than_tasks(tmp_path: Path) -> None:
     assert list(run_tasks(wait_for, [tmp_path / "a"], workers=8)) == [True]
     with pytest.raises(ValueError, match="workers: expected at least 1, found 0"):
         list(run_tasks(wait_for, [tmp_path], workers=0))
+    with pytest.raises(ValueError, match="engine 'dask': expected one of process, ray, inline"):
+        list(run_tasks(wait_for, [tmp_path], engine="dask"))  # type: ignore[arg-type]
