@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pathcore.files import StrPath
 from pathcore.jobs import Report, UnitError
 from pathcore.pool import PoolOptions
-from wsi.artefacts import clean_mask
+from wsi.artefacts import STEPS, clean_mask
 from wsi.geojson import GEOJSON_SUFFIXES, square_features, tissue_features, write_geojson
 from wsi.reader import Slide
 from wsi.report import draw_patches, save_jpeg
@@ -54,6 +54,10 @@ class TileSettings:
         geojson: Whether to also write the outlines of tissue and patches as GeoJSON.
         clean: Steps that remove pen, blur and other artefacts from the tissue; see
             `wsi.artefacts.STEPS`.
+
+    Raises:
+        ValueError: If `style` or a step of `clean` is unknown, or `whole_slide` is combined with
+            `masks` or `clean`.
     """
 
     spec: PatchSpec
@@ -64,6 +68,15 @@ class TileSettings:
     level0: bool = False
     geojson: bool = False
     clean: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.style not in get_args(CoordsStyle):
+            styles = " or ".join(get_args(CoordsStyle))
+            raise ValueError(f"style {self.style!r}: expected {styles}")
+        if unknown := [step for step in self.clean if step not in STEPS]:
+            raise ValueError(f"clean: no step {unknown[0]!r}; known are {', '.join(STEPS)}")
+        if self.whole_slide and (self.masks or self.clean):
+            raise ValueError("whole_slide: excludes masks and clean, which find tissue")
 
 
 def tile_slides(

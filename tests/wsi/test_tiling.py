@@ -262,3 +262,19 @@ def test_a_mask_that_was_drawn_anew_places_other_patches(tmp_path: Path) -> None
         mask.save(masks / "s.bmp")  # always of one size
         tile_slides(path, tmp_path / "out", settings, progress=False)
         assert len(read_coordinates(tmp_path / "out/coords/s.h5").coords) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"style": "CLAM"}, "style 'CLAM': expected trident or clam"),
+        ({"clean": ("ink",)}, "no step 'ink'; known are pen, "),
+        ({"whole_slide": True, "masks": "masks"}, "whole_slide: excludes masks"),
+        ({"whole_slide": True, "clean": ("pen",)}, "whole_slide: excludes masks and clean"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TileSettings(PatchSpec(64, 0.5), **changes)  # type: ignore[arg-type]
