@@ -206,7 +206,7 @@ def prepare_embed(folder: Path, number: int) -> list[str]:
     return [
         *_CLI, "embed", str(path.parent), "--output", str(folder / "out"),
         "--coords", str(folder / "coords"), "--tile-encoder", str(_tiny_encoder(folder / "vit")),
-        "--slide-encoder", "none", "--patch-px", "32", "--mpp", "0.5", "--batch-size", "128",
+        "--slide-encoder", "none", "--batch-size", "128",
         "--no-pictures", "--quiet",
     ]  # fmt: skip
 
