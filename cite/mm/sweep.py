@@ -55,10 +55,15 @@ class SweepPlan:
         """Returns all cells, sorted by seed and number of slides.
 
         Raises:
-            ValueError: If both or neither of `train_file` and `train_files` are given.
+            ValueError: If both or neither of `train_file` and `train_files` are given, or the
+                latter has no `{}`, so that all numbers of slides would train on one file.
         """
         if (self.train_file is None) == (self.train_files is None):
             raise ValueError("expected either a file to draw slides from, or files with {}")
+        if self.train_files is not None and self.train_files.count("{}") != 1:
+            raise ValueError(
+                f"--train-files {self.train_files}: expected one {{}} for the number of slides"
+            )
         cells = []
         for method, file in self.configs.items():
             trains = read_config(file).get("train_dataloader") is not None
@@ -196,7 +201,7 @@ def _is_of(folder: Path, inputs: dict[str, Any]) -> bool:
 
 def _write_slides(plan: SweepPlan, cell: Cell) -> Path:
     if plan.train_file is None:
-        return Path(str(plan.train_files).format(cell.num_slides))
+        return Path(str(plan.train_files).replace("{}", str(cell.num_slides)))
     file = plan.folder(cell) / "train.txt"
     patches = [patch for _, patch in read_patches(plan.train_file)]
     write_patches(file, draw_slides(patches, cell.num_slides, seed=cell.seed))
@@ -206,7 +211,7 @@ def _write_slides(plan: SweepPlan, cell: Cell) -> Path:
 def _inputs(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
     config = Config.fromfile(plan.configs[cell.method], import_custom_modules=False)
     config.merge_from_dict(dict(plan.options))
-    train = plan.train_file or str(plan.train_files).format(cell.num_slides)
+    train = plan.train_file or str(plan.train_files).replace("{}", str(cell.num_slides))
     digests = {
         value: _digest(*file_identity(value))
         for value in {train, *_strings(config._cfg_dict)}

@@ -175,3 +175,7 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, ["cite-sweep", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr
+    arguments = ("cite-sweep", f"a={LINEAR}", "--train-files", "train_4.txt")
+    result = CliRunner().invoke(main, [*arguments, "--work-dir", str(tmp_path / "sweep")])
+    assert result.exit_code == 1 and "expected one {} for the number of slides" in result.stderr
+    assert not (tmp_path / "sweep").exists()
