@@ -18,7 +18,7 @@ class Decoding:
             answers.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or `top_p` is given without a temperature.
 
     Example:
         >>> Decoding.parse("temperature=0.9,num_beams=5")
@@ -35,6 +35,8 @@ class Decoding:
             raise ValueError(f"temperature: expected 0 to 2, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected above 0, at most 1, found {self.top_p}")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(f"top_p: {self.top_p} has no effect without a temperature above 0")
         if self.num_beams < 1:
             raise ValueError(f"num_beams: expected at least 1, found {self.num_beams}")
 

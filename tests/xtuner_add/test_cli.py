@@ -361,6 +361,7 @@ _SURVIVAL = ". --output o --labels F --splits . --time days --event died"
         ("finetune-slides . --output o --labels F --map-format png", "without --heat-maps"),
         ("tile . --output o --level0 --mpp 1", "--mpp has no effect with --level0"),
         ("tile . --output o --whole-slide --min-tissue 0.2", "--min-tissue has no effect with"),
+        ("chat m --top-p 0.9 --seed 3", "--top-p, --seed have no effect without --temperature"),
         ("describe F o --local m --model n", "--model has no effect with --local"),
         ("revise F o --local m --structured", "--structured has no effect with --local"),
         (

@@ -16,7 +16,7 @@ import click
 
 from pallava.serving.guard import LOOPBACK_HOSTS, GuardSettings
 from xtuner_add.commands.evaluate import load_from_options, model_options
-from xtuner_add.commands.options import FRACTION, POSITIVE_OR_0, example
+from xtuner_add.commands.options import FRACTION, POSITIVE_OR_0, example, refuse_unused
 
 API_KEY_VARIABLE = "XTUNER_ADD_API_KEY"
 
@@ -67,6 +67,8 @@ def chat(
     from pallava.inference.streaming import Sampling
     from xtuner_add.commands.terminal_chat import TerminalChat
 
+    if not temperature:
+        refuse_unused(ctx, ("top_p", "seed"), "without --temperature")
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     except ValueError as error:

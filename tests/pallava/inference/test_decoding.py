@@ -33,6 +33,7 @@ def test_parse(text: str, expected: Decoding) -> None:
         ("num_beams=0", "num_beams: expected at least 1"),
         ("temperature=3", "expected 0 to 2"),
         ("top_p=0", "expected above 0"),
+        ("top_p=0.9,num_beams=5", "no effect without a temperature above 0"),
     ],
 )
 def test_wrong_values(text: str, message: str) -> None:
