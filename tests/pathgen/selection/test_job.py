@@ -449,15 +449,15 @@ def test_a_killed_run_continues(folder: Path, spec: str, tmp_path: Path) -> None
 def test_settings_are_checked_before_a_slide_is_opened(
     folder: Path, spec: str, tmp_path: Path
 ) -> None:
-    for options, words in (
-        (("--quota", 0), "quota of at least 1"),
-        (("--clusters", "many"), "clusters 'many'"),
-        (("--fractions", "prompt=-1"), "expected weights for"),
-        (("--batch-size", 0), "batch_size: expected at least 1"),
-        (("--address", "auto"), "only Ray takes one"),
+    for options, code, words in (
+        (("--quota", 0), 1, "quota of at least 1"),
+        (("--clusters", "many"), 1, "clusters 'many'"),
+        (("--fractions", "prompt=-1"), 1, "expected weights for"),
+        (("--batch-size", 0), 2, "'--batch-size': 0 is not in the range"),
+        (("--address", "auto"), 1, "only Ray takes one"),
     ):
         result = run(folder, spec, tmp_path / "out", *options)
-        assert result.exit_code == 1 and words in result.output, result.output
+        assert result.exit_code == code and words in result.output, result.output
     shutil.copytree(folder / "coords", tmp_path / "coords")
     shutil.copy(tmp_path / "coords" / "a.h5", tmp_path / "coords" / "a_patches.h5")
     with pytest.raises(ValueError, match=r"both a\.h5 and a_patches\.h5 are of slide a"):
