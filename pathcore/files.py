@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,9 @@ MAX_NAME_BYTES = 255
 
 _LOCK_PATIENCE_S = 3.0
 """Time to wait for a lock, in seconds; the workers of a killed run need this long to end."""
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of `flock` where a file system is mounted without locks, as Lustre is by default."""
 
 _PARTIAL_SUFFIX = ".partial"
 _STAGE = ".staged.partial"
@@ -257,6 +262,15 @@ def folder_lock(
                         "folder; wait for it to finish, or name another folder"
                     ) from error
                 time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"{lock_file}: this file system has no locks ({error.strerror}); make sure "
+                    "that no other process writes to the folder",
+                    stacklevel=3,
+                )
+                break
         yield
     finally:
         os.close(descriptor)

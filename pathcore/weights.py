@@ -614,8 +614,17 @@ class _History(_Opaque):
     mean = max = min = current = None
 
 
-def _statistics_getattr(owner: object, name: str) -> object:
-    """Stand-in for `builtins.getattr` that only supports MMEngine's four log statistics.
+class _ZeroStage(int):
+    """Stand-in for DeepSpeed's enum of stages, whose value says how optimizer states are divided.
+
+    Python 3.11.0 to 3.11.3 pickle a member as `getattr` of its name, others by its value.
+    """
+
+    disabled, optimizer_states, gradients, weights, max_stage = 0, 1, 2, 3, 3
+
+
+def _named_getattr(owner: object, name: str) -> object:
+    """Stand-in for `builtins.getattr` that only supports MMEngine's log statistics and ZeRO stages.
 
     The real `getattr` would let a pickle reach arbitrary functions.
     """
@@ -623,6 +632,8 @@ def _statistics_getattr(owner: object, name: str) -> object:
         isinstance(owner, type) and f"{owner.__module__}.{owner.__qualname__}" == _HISTORY
     )
     if is_history and name in {"mean", "max", "min", "current"}:
+        return getattr(owner, name)
+    if owner is _ZeroStage and not name.startswith("_") and name in vars(_ZeroStage):
         return getattr(owner, name)
     raise CheckpointError(f"getattr({owner!r}, {name!r}) is not allowed in a checkpoint")
 
@@ -685,10 +696,9 @@ def safe_types(history_type: type = _History) -> list[Any]:
     return [
         *numpy_safe_types(),
         (history_type, _HISTORY),
-        (_statistics_getattr, "builtins.getattr"),
+        (_named_getattr, "builtins.getattr"),
         *(dict, list, int, float, str, bool),  # factories of a defaultdict, types of a field
-        # An IntEnum, read as int because its value says how optimizer states are partitioned.
-        (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+        (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
         *((_Opaque, name) for name in _SETTINGS),
         *((_PlainDict, name) for name in _SETTINGS_DICTS),
     ]

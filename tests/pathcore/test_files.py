@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -84,6 +85,20 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(
         other.wait()
         with folder_lock(lock):
             pass
+
+
+def test_a_file_system_without_locks_gives_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, mode: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks"), folder_lock(tmp_path / ".lock"):
+        pass
+    monkeypatch.undo()
+    with folder_lock(tmp_path / ".lock"):
+        pass
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:

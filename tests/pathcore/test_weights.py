@@ -30,6 +30,7 @@ from pathcore.weights import (
     load_strict,
     read_shard_index,
     read_state_dict,
+    read_torch_file,
     safe_types,
     strip_prefix_to_fit,
     write_state_dict,
@@ -262,6 +263,20 @@ def test_a_raw_pickle_that_runs_a_command_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_state_dict(tmp_path / "a.pth")
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_zero_stage_is_read_as_any_python_writes_it(tmp_path: Path, by_name: bool) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    class Stage:
+        """Pickles as a member does: in Python 3.11.0 to 3.11.3 by name, elsewhere by value."""
+
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return (getattr, (ZeroStageEnum, "gradients")) if by_name else (ZeroStageEnum, (2,))
+
+    torch.save({"zero_stage": Stage()}, tmp_path / "a.pt")
+    assert read_torch_file(tmp_path / "a.pt") == {"zero_stage": 2}
 
 
 def test_a_getattr_beyond_log_statistics_is_refused(tmp_path: Path) -> None:
