@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
 
+from pathcore import config_file
 from pathcore.files import StrPath
 from pathcore.names import WrongArgumentError
 
 
 def read_config(file: StrPath, options: Mapping[str, Any] | None = None) -> Config:
-    """Reads a config and applies settings that override it, as `--cfg-options`.
+    """Reads the config of a classifier, see `pathcore.config_file.read_config`.
 
     Raises:
         WrongArgumentError: If the config cannot be read or has no `model`, or a setting
             cannot be applied.
     """
-    try:
-        cfg = Config.fromfile(os.fspath(file))
-    except ModuleNotFoundError:
-        raise  # the group of all commands says what to install
-    except Exception as error:  # a config can raise anything
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise WrongArgumentError(
-            f"config {file}{line}: cannot be read: {type(error).__name__}: {error}"
-        ) from error
-    try:
-        cfg.merge_from_dict(dict(options or {}))
-    except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
-        raise WrongArgumentError(f"--cfg-options: {type(error).__name__}: {error}") from error
+    cfg: Config = config_file.read_config(Config.fromfile, file, options)
     if not isinstance(cfg.get("model"), Mapping):
         raise WrongArgumentError(f"config {file}: expected `model`, the settings of a classifier")
     return cfg

@@ -19,19 +19,20 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig
 from xtuner.registry import BUILDER
 
-from pallava.engine.config_file import read_config
 from pallava.engine.conversations import DEFAULT_MAX_LENGTH
 from pallava.engine.runtime import _type_name, prepare_host
 from pallava.inference.loading import check_model_name
 from pallava.modeling.folders import read_vision_config
 from pallava.modeling.plip import PLIPVisionEncoder
 from pallava.text.encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pathcore.config_file import read_config
 from pathcore.files import StrPath
 from pathcore.names import WrongArgumentError
 
@@ -141,7 +142,7 @@ class TrainingPlan:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         prepare_host()
-        cfg = read_config(config_file, options)
+        cfg = read_config(Config.fromfile, config_file, options)
         model = cfg.get("model") or {}
         dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
         if "llm" not in model or "visual_encoder" not in model or "features_folder" in dataset:

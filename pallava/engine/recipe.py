@@ -8,15 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from xtuner.registry import BUILDER
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD, TRAINING_TIES
-from pallava.engine.config_file import read_config
 from pallava.engine.prompts import disagreeing_templates, trained_template, training_datasets
 from pallava.engine.runtime import prepare_host
 from pallava.modeling.slide_tokens import SlideTokenConfig
 from pallava.named_encoder import PREFIX
 from pallava.release.pth_to_hf import Recipe
+from pathcore.config_file import read_config
 from pathcore.files import StrPath
 from pathcore.names import WrongArgumentError
 
@@ -49,7 +50,7 @@ def read_recipe(
         WrongArgumentError: If the config cannot be read, or is for another kind of model.
     """
     prepare_host()
-    cfg = read_config(config_file, options)
+    cfg = read_config(Config.fromfile, config_file, options)
     model = cfg.get("model") or {}
     if "llm" not in model or "visual_encoder" not in model:
         raise WrongArgumentError(

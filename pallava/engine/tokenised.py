@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mmengine import print_log
+from mmengine.config import Config
 from xtuner.registry import BUILDER
 
-from pallava.engine.config_file import read_config
 from pallava.engine.conversations import (
     DEFAULT_MAX_LENGTH,
     map_function,
@@ -31,6 +31,7 @@ from pallava.inference.loading import load_tokenizer
 from pallava.skipping import SKIP_LOG_NAME, SkipLog
 from pallava.text.encoding import interleaved_map_fn
 from pallava.text.templates import TOKENIZER_TEMPLATE, PromptTemplate
+from pathcore.config_file import read_config
 from pathcore.files import (
     OutputExistsError,
     StrPath,
@@ -121,7 +122,8 @@ def settings_from_config(config_file: StrPath) -> TextSettings:
     """
     prepare_host()
 
-    dataset = (read_config(config_file).get("train_dataloader") or {}).get("dataset") or {}
+    cfg = read_config(Config.fromfile, config_file)
+    dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
     if "tokenizer" not in dataset:
         raise WrongArgumentError(
             f"{config_file}: expected train_dataloader.dataset with a tokenizer; of several "

@@ -1,25 +1,30 @@
-"""Reads training configs, which are user code."""
+"""Reads configs of MMEngine, which are user code."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from mmengine.config import Config
 
 from pathcore.files import StrPath
 from pathcore.names import WrongArgumentError
 
 
-def read_config(file: StrPath, options: Mapping[str, Any] | None = None) -> Config:
+def read_config(
+    load: Callable[[str], Any], file: StrPath, options: Mapping[str, Any] | None = None
+) -> Any:
     """Reads a config and applies settings that override it, as `--cfg-options`.
+
+    Args:
+        load: MMEngine's `Config.fromfile`, which this package does not import.
+        file: The config.
+        options: Values by dotted name.
 
     Raises:
         WrongArgumentError: If the config cannot be read, or a setting cannot be applied.
     """
     try:
-        cfg = Config.fromfile(os.fspath(file))
+        cfg = load(os.fspath(file))
     except ModuleNotFoundError:
         raise  # the group of all commands says what to install
     except Exception as error:  # a config can raise anything
