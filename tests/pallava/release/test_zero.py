@@ -79,14 +79,20 @@ def test_half_precision_copy_where_the_optimizer_was_deleted(
         assert torch.equal(copies[name], master.to(copies[name].dtype))
 
 
-@pytest.mark.slow
-@pytest.mark.multiproc
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_missing_rank_is_refused(stage: int, written: Path, tmp_path: Path) -> None:
+def copy_of_two_ranks(written: Path, stage: int, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Returns a checkpoint that may be damaged, and the optimizer files of its ranks."""
     folder = shutil.copytree(folder_of(written, stage) / TAG, tmp_path / TAG)
     files = sorted(folder.glob("*optim_states.pt"))
     if len(files) == 1:
         pytest.skip("one rank has no other")
+    return folder, files
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_missing_rank_is_refused(stage: int, written: Path, tmp_path: Path) -> None:
+    folder, files = copy_of_two_ranks(written, stage, tmp_path)
     files[-1].unlink()
     with pytest.raises(CheckpointError, match="written by 2 processes, but 1"):
         load_checkpoint(folder)
@@ -96,10 +102,7 @@ def test_a_missing_rank_is_refused(stage: int, written: Path, tmp_path: Path) ->
 @pytest.mark.multiproc
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_files_of_two_steps_are_refused(stage: int, written: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(folder_of(written, stage) / TAG, tmp_path / TAG)
-    files = sorted(folder.glob("*optim_states.pt"))
-    if len(files) == 1:
-        pytest.skip("one rank has no other")
+    folder, files = copy_of_two_ranks(written, stage, tmp_path)
     content = torch.load(files[-1], weights_only=False)
     state = content["optimizer_state_dict"]
     base = state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
