@@ -243,6 +243,7 @@ class Result:
         name: The case.
         cpu_s: Median processor time.
         ratio: Median over the rounds of the straightforward side's time by this one's.
+        ratio_range: Least and largest of these.
         over_floor: Median over the rounds of this one's time by its floor's.
         over_floor_range: Least and largest of these.
         peak_kib: Peak memory per tile, without model and inputs.
@@ -252,6 +253,7 @@ class Result:
     name: str
     cpu_s: float
     ratio: float | None
+    ratio_range: tuple[float, float] | None
     over_floor: float | None
     over_floor_range: tuple[float, float] | None
     peak_kib: float | None = None
@@ -299,6 +301,7 @@ def measure(bench: Bench, num_tiles: int, rounds: int, names: list[str]) -> list
                 name,
                 statistics.median(times),
                 ratio.median if ratio else None,
+                ratio.limits if ratio else None,
                 over_floor.median if over_floor else None,
                 over_floor.limits if over_floor else None,
             )
@@ -356,7 +359,7 @@ def main(
         if result.name in (STRAIGHTFORWARD, OURS, TRAINING):
             mib = peak_of(result.name, result.num_tiles, min(layers, 2), quick)
             result.peak_kib = mib * 1024 / result.num_tiles
-    header = ["tiles", "case", "cpu s", "speed-up", "over floor", "range", "peak KiB/tile"]
+    header = ["tiles", "case", "cpu s", "speed-up", "range", "over floor", "range", "peak KiB/tile"]
     rows = [list(asdict(result).values()) for result in results]
     click.echo(tabulate(rows, header, floatfmt=".4g"))
     single, lines = Bench(1, quick, with_table=False), []
