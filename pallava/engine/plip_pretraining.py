@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +33,19 @@ from pallava.plip.losses import ramped_alpha
 from pallava.plip.pretraining import PLIPPretrainingModel
 from pallava.skipping import SkipLog
 from pathcore.files import StrPath
-from pathcore.weights import load_strict, read_state_dict
+from pathcore.weights import (
+    CheckpointError,
+    load_strict,
+    read_state_dict,
+    read_torch_file,
+    recognise_container,
+)
 
 ENCODER_FOLDER = "plip_encoder"
 """Default output folder of `SaveEncoderHook`, inside the work directory."""
+
+_VOCABULARY = "caption_vocabulary"
+"""Entry of a checkpoint's `meta` that says with which ids the text encoder was trained."""
 
 Spec = StrPath | Mapping[str, Any]
 
@@ -53,7 +64,8 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         max_length: Maximum number of tokens per caption; longer ones are truncated.
         image_mean: Channel means in 0..1.
         image_std: Channel standard deviations in 0..1.
-        pretrained_pth: Checkpoint of an earlier run from which all weights are initialised.
+        pretrained_pth: Checkpoint of an earlier run, with the same vocabulary, from which all
+            weights are initialised.
         gradient_checkpointing: Whether to recompute the image encoder in the backward pass, which
             saves memory.
         options: Further arguments of `PLIPPretrainingModel`.
@@ -99,7 +111,9 @@ class PLIPPretraining(PLIPPretrainingModel, BaseModel):
         if gradient_checkpointing:
             vision.gradient_checkpointing_enable()
         if pretrained_pth is not None:
-            state_dict = read_state_dict(pretrained_pth)
+            state_dict, file = read_state_dict(pretrained_pth), Path(pretrained_pth)
+            if file.is_file() and recognise_container(file) == "zip":  # other formats have no meta
+                check_vocabulary(read_torch_file(file), caption_tokenizer, file)
             load_strict(self, state_dict, what="PLIP pretraining", source=str(pretrained_pth))
         self.register_load_state_dict_pre_hook(refuse_other_weights)
 
@@ -244,6 +258,7 @@ class PairTrainLoop(EpochBasedTrainLoop):
                 f"{len(self.dataloader.dataset)} pairs do not fill a batch on {get_world_size()} "
                 f"device(s); set train_dataloader.batch_size {self.dataloader.batch_size} lower"
             )
+        runner.register_hook(CaptionVocabularyHook())  # before the runner loads a checkpoint
 
 
 @HOOKS.register_module()
@@ -266,6 +281,56 @@ class AlphaRampHook(Hook):
             self._alpha = model.alpha
         ramp_steps = math.ceil(self.ramp_epochs * len(runner.train_dataloader))
         model.alpha = ramped_alpha(self._alpha, runner.iter, ramp_steps)
+
+
+@HOOKS.register_module()
+class CaptionVocabularyHook(Hook):
+    """Stops a training that continues a checkpoint with another vocabulary.
+
+    A tokenizer that is built from the captions gives other ids to other captions, while all shapes
+    may fit. `PairTrainLoop` adds this hook.
+    """
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Writes the digest of the vocabulary into the checkpoint."""
+        digest = _vocabulary_digest(_unwrapped(runner.model).tokenizer)
+        checkpoint.setdefault("meta", {})[_VOCABULARY] = digest
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Compares the vocabularies, for `--resume` and `load_from`.
+
+        Raises:
+            CheckpointError: If they differ.
+        """
+        check_vocabulary(checkpoint, _unwrapped(runner.model).tokenizer, "the checkpoint")
+
+
+def check_vocabulary(checkpoint: Any, tokenizer: Any, source: StrPath) -> None:
+    """Compares the vocabulary of a checkpoint with a tokenizer, if the checkpoint records it.
+
+    Args:
+        checkpoint: Content of the file.
+        tokenizer: The tokenizer of the captions.
+        source: Name of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
+    before = meta.get(_VOCABULARY) if isinstance(meta, Mapping) else None
+    if before is not None and before != _vocabulary_digest(tokenizer):
+        raise CheckpointError(
+            f"{source} was trained with another vocabulary than model.tokenizer gives, in which "
+            "its text encoder would read other words; set model.tokenizer as it was then (a "
+            "tokenizer built from captions needs the same model.tokenizer.pairs_file, whatever "
+            "the training reads)"
+        )
+
+
+def _vocabulary_digest(tokenizer: Any) -> str:
+    """Returns a digest of all tokens and their ids."""
+    entries = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 @HOOKS.register_module()
@@ -306,6 +371,7 @@ def _unwrapped(model: Any) -> PLIPPretraining:
 
 __all__ = [
     "AlphaRampHook",
+    "CaptionVocabularyHook",
     "MatrixDecayAdamW",
     "PLIPPairDataset",
     "PLIPPretraining",

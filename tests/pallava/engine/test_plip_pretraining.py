@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from pallava.engine.plip_pretraining import (
     AlphaRampHook,
+    CaptionVocabularyHook,
     MatrixDecayAdamW,
     PairTrainLoop,
     PLIPPairDataset,
@@ -114,6 +115,25 @@ def test_starts_from_an_earlier_run(make_model, tmp_path):
         make_model(pretrained_pth=tmp_path / "partial.pth")
     with pytest.raises(CheckpointError, match="2 missing"):  # as MMEngine's load_from does
         second.load_state_dict(partial, strict=False)
+
+
+def test_a_checkpoint_of_other_words_is_refused(make_model, pairs, tmp_path):
+    hook, checkpoint = CaptionVocabularyHook(), {"state_dict": make_model().state_dict()}
+    hook.before_save_checkpoint(SimpleNamespace(model=make_model()), checkpoint)
+    torch.save(checkpoint, tmp_path / "iter_1.pth")
+    make_model(pretrained_pth=tmp_path / "iter_1.pth")
+    hook.after_load_checkpoint(SimpleNamespace(model=make_model()), checkpoint)
+
+    rows = pairs.read_text().replace("red cells", "cells der")  # the same letters and words' number
+    pairs.write_text(rows)
+    other = make_model()
+    other.load_state_dict(checkpoint["state_dict"])  # all shapes fit
+    with pytest.raises(CheckpointError, match=r"iter_1\.pth was trained with another vocabulary"):
+        make_model(pretrained_pth=tmp_path / "iter_1.pth")
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer\.pairs_file"):
+        hook.after_load_checkpoint(SimpleNamespace(model=other), checkpoint)
+    del checkpoint["meta"]  # as checkpoints of earlier versions
+    hook.after_load_checkpoint(SimpleNamespace(model=other), checkpoint)
 
 
 def test_from_scratch_a_tokenizer_must_be_named():

@@ -203,6 +203,21 @@ def test_resume_goes_on_where_it_stopped(trained, data, tmp_path):
     assert 0 < moved < 0.01
 
 
+def test_resume_with_a_vocabulary_of_other_captions_is_refused(trained, data, tmp_path):
+    rows = (data / "pairs.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(rows.replace("dots", "tods"))
+    code, output = train(
+        data,
+        tmp_path / "run",
+        "--resume",
+        str(trained[0] / "epoch_60.pth"),
+        options=[f"model.tokenizer.pairs_file={tmp_path / 'other.jsonl'}"],
+    )
+    assert code == 1, output[-4000:]
+    assert "trained with another vocabulary" in output
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
 @pytest.mark.multiproc
 def test_two_processes(data, tmp_path):
     options = ["train_cfg.max_epochs=2", "default_hooks.checkpoint.interval=1"]
