@@ -915,13 +915,14 @@ def _build_open_clip(
             joint,
             lambda texts, device: module.encode_text(tokenizer(texts).to(device)),
             tower,
-            partial(_num_cut_by_open_clip, tokenizer),
+            partial(num_cut_by_open_clip, tokenizer),
         ),
         feature,
     )
 
 
-def _num_cut_by_open_clip(tokenizer: Any, texts: list[str]) -> int:
+def num_cut_by_open_clip(tokenizer: Any, texts: list[str]) -> int:
+    """Counts the texts that a tokenizer of open_clip cuts, see `Encoder.num_cut`."""
     # A cut text ends in an end mark in place of a token, or goes on where there is one more place.
     length = tokenizer.context_length
     cut, longer = tokenizer(texts), tokenizer(texts, context_length=length + 1)

@@ -171,9 +171,10 @@ def _job(
 ) -> dict[str, Any]:
     """Returns the job that `pathgen.clip.worker` reads."""
     model_file = _named_config(model, folder) if model.endswith(".json") else ""
+    name = Path(model_file).stem if model_file else model
     arguments = [
         *trainer_arguments({**options, **_image_options(preprocessing)}),
-        *("--model", Path(model_file).stem if model_file else model),
+        *("--model", name),
         *("--pretrained", pretrained),
         *("--dataset-type", "webdataset", "--train-data", shards.urls),
         *("--train-num-samples", str(options.get("train_num_samples") or shards.total)),
@@ -188,6 +189,12 @@ def _job(
         "model_file": model_file,
         "device": _parsed(options).device,
         "skipped": str(folder.absolute() / "skipped_in_training.jsonl"),
+        "captions": {
+            "shard": str(shards.paths[0].absolute()),
+            "model": name,
+            "context_length": _parsed(options).force_context_length,
+            "cache_dir": _parsed(options).cache_dir,
+        },
     }
 
 

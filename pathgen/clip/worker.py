@@ -13,14 +13,19 @@ import logging
 import os
 import random
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pathcore.encoders.encoder import num_cut_by_open_clip
+from pathcore.files import StrPath
 from pathcore.rows import encode_row
 
 _BAD_SAMPLE = "Handling webdataset error"
+_CAPTIONS_COUNTED = 1000  # tokenising all of 1.6 million would delay the training by minutes
 
 
 class SkippedSamples(logging.Handler):
@@ -157,6 +162,29 @@ def samples_in_seeded_order() -> Iterator[None]:
         data.get_wds_dataset = original
 
 
+def note_on_cut_captions(shard: StrPath, model: str, **tokenizer_options: Any) -> str:
+    """Returns a sentence that says how many captions the text tower reads in part, if any.
+
+    Args:
+        shard: The shard, of which the first captions are counted.
+        model: open_clip's name of the architecture.
+        **tokenizer_options: Arguments of `open_clip.get_tokenizer`.
+    """
+    import open_clip
+
+    with tarfile.open(shard) as tar:
+        files = (m for m in tar if m.isreg() and m.name.endswith(".txt"))
+        texts = [tar.extractfile(m).read() for m in islice(files, _CAPTIONS_COUNTED)]  # type: ignore[union-attr]
+    tokenizer = open_clip.get_tokenizer(model, **tokenizer_options)
+    num_cut = num_cut_by_open_clip(tokenizer, [text.decode("utf-8", "replace") for text in texts])
+    if not num_cut:
+        return ""
+    return (
+        f"{num_cut:,} of the first {len(texts):,} captions have more tokens than the "
+        f"{tokenizer.context_length} that {model} reads: their ends are cut"
+    )
+
+
 def main(job_file: str) -> int:
     """Trains; returns the exit code."""
     import open_clip
@@ -166,6 +194,8 @@ def main(job_file: str) -> int:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if job["model_file"]:
         open_clip.add_model_config(job["model_file"])
+    if os.environ.get("RANK", "0") == "0" and (note := note_on_cut_captions(**job["captions"])):
+        print(f"Warning: {note}", flush=True)
     logging.getLogger().addHandler(SkippedSamples(Path(job["skipped"])))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = job["device"] == "cpu" or not torch.cuda.is_available()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pathgen.clip.shards import prepare_shards
-from pathgen.clip.worker import samples_in_seeded_order, shards_without_end_marks
+from pathgen.clip.worker import (
+    note_on_cut_captions,
+    samples_in_seeded_order,
+    shards_without_end_marks,
+)
 from tests.pathgen.histology import write_pairs
 
 
@@ -55,3 +60,19 @@ def test_the_trainer_is_left_as_it_was(shards: Any) -> None:
     before = (data.get_wds_dataset, data.wds.shuffle, data.SharedEpoch)
     order(shards, seed=1, epochs=1)
     assert (data.get_wds_dataset, data.wds.shuffle, data.SharedEpoch) == before
+
+
+def test_cut_captions_are_told(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path, 3)
+    (shard,) = prepare_shards(pairs, tmp_path / "short").paths
+    assert note_on_cut_captions(shard, "ViT-B-32") == ""
+    assert "12 of the first 12 captions" in note_on_cut_captions(
+        shard, "ViT-B-32", context_length=6
+    )
+
+    pairs.write_text(pairs.read_text().replace("shows fat", "shows " + "fat and " * 40 + "stroma"))
+    (shard,) = prepare_shards(pairs, tmp_path / "long").paths
+    assert note_on_cut_captions(shard, "ViT-B-32") == (
+        "3 of the first 12 captions have more tokens than the 77 that ViT-B-32 reads: their ends "
+        "are cut"
+    )
