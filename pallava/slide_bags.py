@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathcore.encoders.origin import TileOrigin
+from pathcore.encoders.origin import TileOrigin, feature_attributes
 from pathcore.encoders.presets import known_encoder
 from pathcore.files import StrPath
 from pathcore.images import ImageError, path_inside
@@ -155,7 +155,7 @@ class BagFolder:
                     read_slide_embedding(self._path(self.slide_embeddings, name))
                 with _opened(self._path(self.folder, name)) as file:
                     num_tiles, _ = _check_shapes(file, self.in_features, self.max_tiles)
-                    _check_origin(self.origin, _attributes(file), file.filename)
+                    _check_origin(self.origin, feature_attributes(file), file.filename)
                     return name, num_tiles, ""
             except SlideBagError as error:
                 return name, 0, str(error)
@@ -261,7 +261,7 @@ def read_bag(
     with _opened(Path(path)) as file:
         num_tiles, _ = _check_shapes(file, in_features, max_tiles)
         features = np.asarray(file["features"]).reshape(num_tiles, -1)
-        coords, attributes = np.asarray(file["coords"]), _attributes(file)
+        coords, attributes = np.asarray(file["coords"]), feature_attributes(file)
         _check_origin(origin or TileOrigin(), attributes, path)
     if features.dtype not in (np.float16, np.float32):
         features = features.astype(np.float32)
@@ -287,7 +287,7 @@ def read_squares(path: StrPath) -> tuple[NDArray[np.int64], int]:
         SlideBagError: If the file cannot be read or does not state the side of a tile.
     """
     with _opened(Path(path)) as file:
-        coords, attributes = np.asarray(file["coords"]).astype(np.int64), _attributes(file)
+        coords, attributes = np.asarray(file["coords"]).astype(np.int64), feature_attributes(file)
     return coords, _tile_size(Path(path), coords, attributes)
 
 
@@ -355,7 +355,7 @@ def _check_shapes(file: h5py.File, in_features: int | None, max_tiles: int) -> t
     if in_features is not None and shape[1] != in_features:
         raise SlideBagError(
             f"slide features {path}: {shape[1]} wide, the model takes {in_features}; they are of "
-            f"another encoder ({_attributes(file).get('encoder', 'not named')})"
+            f"another encoder ({feature_attributes(file).get('encoder', 'not named')})"
         )
     return shape[0], shape[1]
 
@@ -429,20 +429,6 @@ def _positions(path: Path, coords: NDArray[np.int64], side: int) -> Tensor:
             "position(s); are the coordinates in level-0 pixels?"
         )
     return torch.from_numpy(positions.astype(np.float32))
-
-
-def _attributes(file: h5py.File) -> dict[str, Any]:
-    """Returns the attributes of a file and its datasets; those of `coords` take precedence."""
-    attributes = {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
-    return {name: _plain(value) for name, value in attributes.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Returns an attribute as a Python value; h5py gives arrays and bytes."""
-    value = (
-        value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
-    )
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _listed(file: h5py.File) -> str:

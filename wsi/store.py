@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathcore.encoders.origin import feature_attributes
 from pathcore.files import StrPath, atomic_file
 from pathcore.jobs import UnitError
 from wsi.reader import Slide
@@ -269,14 +270,11 @@ def read_attributes(path: StrPath) -> dict[str, Any]:
 
 
 def read_feature_attributes(path: StrPath) -> dict[str, Any]:
-    """Returns the attributes of a features file, and of its features and coordinates.
-
-    TRIDENT names the encoder at the features, and describes the patches at the coordinates.
-    """
+    """Returns the attributes of a features file, see `pathcore.encoders.origin`."""
     import h5py
 
     with h5py.File(path, "r") as file:
-        return {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+        return feature_attributes(file)
 
 
 def _trident_attributes(slide: Slide, tiling: Tiling, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from gigapath.embed.slide_vectors import onto_slide
 from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
+from pathcore.encoders.origin import feature_attributes
 from pathcore.files import StrPath, check_name, write_json
 from wsi.features import check_features
 from wsi.store import read_attributes, read_features
@@ -135,12 +136,8 @@ class SlideFolder:
         if file.suffix != ".h5":
             return ""
         with h5py.File(file, "r") as opened:
-            # TRIDENT names the encoder at the dataset, as files of slide embeddings do.
-            holders = [opened, *(opened[n] for n in ("features", "feats", "coords") if n in opened)]
-            name, digest = (
-                str(next((h.attrs[key] for h in holders if key in h.attrs), ""))
-                for key in ("encoder", "weights_sha256")
-            )
+            stated = feature_attributes(opened)
+        name, digest = (str(stated.get(key, "")) for key in ("encoder", "weights_sha256"))
         return f"{name} {digest[:12]}".strip()
 
     def _onto_grid(self, coords: Tensor, file: Path) -> Tensor:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pathcore.encoders.presets import known_encoder
 
+if TYPE_CHECKING:
+    import h5py
+
+_DATASETS = ("features", "feats", "coords")
 _MPP_TOLERANCE = 0.02  # relative; scanners state 0.4991 or 0.503 for what is called 0.5
 
 
@@ -59,6 +65,23 @@ class TileOrigin:
     def fits_mpp(self, mpp: float) -> bool:
         """Returns whether the tiles have this resolution; True if one of them is unknown."""
         return not (self.mpp and mpp) or abs(self.mpp / mpp - 1) <= _MPP_TOLERANCE
+
+
+def feature_attributes(file: h5py.File) -> dict[str, Any]:
+    """Returns the attributes of a features file and of its datasets, as Python values.
+
+    TRIDENT names the encoder at the features, and describes the patches at the coordinates, which
+    take precedence. h5py gives some attributes as arrays or bytes, depending on who wrote them.
+    """
+    holders = [file, *(file[name] for name in _DATASETS if name in file)]
+    return {name: _plain(value) for holder in holders for name, value in holder.attrs.items()}
+
+
+def _plain(value: Any) -> Any:
+    value = (
+        value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    )
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def stated_mpp(attributes: Mapping[str, Any]) -> float:
