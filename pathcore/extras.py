@@ -61,6 +61,12 @@ def install_line(module: str, extras: str = "") -> str:
     return f'pip install "{DISTRIBUTION}[{extras}]"'
 
 
+def is_requirement(module: str) -> bool:
+    """Returns whether a module belongs to a package that an extra installs."""
+    module = module.partition(".")[0]
+    return module == "xtuner" or distribution_of(module) in _extras_by_distribution()
+
+
 def distribution_of(module: str) -> str:
     """Returns the name by which pip installs a module."""
     return _DISTRIBUTIONS.get(module, module.replace("_", "-"))

@@ -25,7 +25,7 @@ import click
 
 from pallava.skipping import SkipLog
 from pathcore.exit_codes import EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE
-from pathcore.names import did_you_mean
+from pathcore.names import WrongArgumentError, did_you_mean
 from xtuner_add.modes import Mode
 from xtuner_add.paths import find_config
 
@@ -133,11 +133,11 @@ def launch(mode: Mode, arguments: Sequence[str]) -> int:
             environ[TRACKER_VARIABLE] = tracker
         if arguments and Path(arguments[0]).is_file() and "-h" not in arguments:
             # Imported late, since help and the other modes need no config parser.
-            from xtuner_add.training_check import TrainingInputError, check_training
+            from xtuner_add.training_check import check_training
 
             try:
                 check_training(Path(arguments[0]), arguments[1:], environ)
-            except TrainingInputError as error:
+            except WrongArgumentError as error:
                 if DEBUG_VARIABLE in environ:
                     raise
                 if environ.get("RANK", "0") == "0":

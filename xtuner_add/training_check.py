@@ -21,6 +21,7 @@ from typing import Any
 import pallava
 from pallava.text.encoding import check_row, image_files
 from pallava.text.templates import PROMPT_TEMPLATES
+from pathcore import config_file
 from pathcore.names import WrongArgumentError, did_you_mean
 from pathcore.rows import check_fraction, read_rows
 from xtuner_add.launch import LaunchError, Processes
@@ -61,7 +62,7 @@ def check_training(
         environ: Environment variables, which determine the number of processes.
 
     Raises:
-        TrainingInputError: If something is wrong. The message is one line that names the option or
+        WrongArgumentError: If something is wrong. The message is one line that names the option or
             field, what was found, what was expected and what to do.
     """
     known = _parse_arguments(arguments)
@@ -115,28 +116,21 @@ def read_config(config: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Reads a config with the options of a command line, and checks the names in both.
 
     Raises:
-        TrainingInputError: If the config cannot be read, or an option or an argument of one of this
-            project's classes does not exist.
+        TrainingInputError: If an option or an argument of one of this project's classes does not
+            exist.
+        WrongArgumentError: If the config cannot be read, or an option cannot be applied.
     """
     from mmengine.config import Config
 
-    try:
-        cfg = Config.fromfile(str(config))
-    except Exception as error:  # a config is user code and can raise anything
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise TrainingInputError(
-            f"config {config}{line}: cannot be read: {type(error).__name__}: {error}"
-        ) from error
-    top = set(cfg._to_lazy_dict())
-    for key in options:
-        name = key.partition(".")[0]
-        if name not in top and name not in _RUNNER_KEYS:
-            hint = did_you_mean(name, top | _RUNNER_KEYS)
-            raise TrainingInputError(f"--cfg-options {key}: {config.name} has no {name}{hint}")
-    try:
-        cfg.merge_from_dict(options)
-    except Exception as error:  # MMEngine raises KeyError, TypeError and its own for wrong paths
-        raise TrainingInputError(f"--cfg-options: {type(error).__name__}: {error}") from error
+    def check_options(cfg: Any) -> None:
+        top = set(cfg._to_lazy_dict())
+        for key in options:
+            name = key.partition(".")[0]
+            if name not in top and name not in _RUNNER_KEYS:
+                hint = did_you_mean(name, top | _RUNNER_KEYS)
+                raise TrainingInputError(f"--cfg-options {key}: {config.name} has no {name}{hint}")
+
+    cfg = config_file.read_config(Config.fromfile, config, options, check=check_options)
     values: dict[str, Any] = cfg._to_lazy_dict()
     for where, part in _typed_parts(values, ""):
         _check_names(where, part)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pathcore.names import WrongArgumentError
 from tests.pallava.engine.tiny_run import STAGE1, make_folder
 from tests.pallava.goldens import RELEASED_PTH
 from xtuner_add.training_check import TrainingInputError, check_training
@@ -144,8 +145,19 @@ def test_deepspeed_resumes_with_as_many_processes_only(folder: Path) -> None:
 
 
 def test_an_unreadable_config_names_the_line() -> None:
-    with pytest.raises(TrainingInputError, match=r"broken_config\.py, line 2: cannot be read"):
+    with pytest.raises(WrongArgumentError, match=r"broken_config\.py, line 2: cannot be read"):
         check_training(Path("broken_config.py"), [])
+
+
+@pytest.mark.parametrize("module", ["my_parts", "pallava.engin"])
+def test_a_config_that_imports_what_is_not_there_is_named(tmp_path: Path, module: str) -> None:
+    config = tmp_path / "mine.py"
+    config.write_text(f"__import__({module!r})\n")
+    with pytest.raises(WrongArgumentError, match=rf"mine\.py: cannot be read.*named '{module}'"):
+        check_training(config, [])
+    config.write_text("raise ModuleNotFoundError(name='lifelines')\n")
+    with pytest.raises(ModuleNotFoundError):  # the command says how to install it
+        check_training(config, [])
 
 
 def test_the_number_of_processes_counts_for_the_warm_up() -> None:
