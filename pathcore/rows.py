@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -84,9 +85,15 @@ def read_rows_with_id(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | Bad
 
 
 def read_lines(path: StrPath, *, strict: bool = False) -> Iterator[tuple[int, Any]]:
-    """Yields `(line number, JSON value or BadRow)` for each line that is not blank."""
+    """Yields `(line number, JSON value or BadRow)` for each line that is not blank.
+
+    Raises:
+        ValueError: If the file is UTF-16.
+    """
     with open(path, "rb") as lines:  # as bytes, so that an encoding error affects only its line
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                _refuse_utf16(line, path)
             if line.strip():
                 yield number, parse_line(line, strict=strict)
 
@@ -115,15 +122,33 @@ def _refuse_constant(name: str) -> None:
 
 def first_byte(path: StrPath) -> bytes:
     """Returns the first byte of a file after white space and a byte order mark."""
+    return _first_bytes(path).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+
+
+def _first_bytes(path: StrPath) -> bytes:
     with open(path, "rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        return file.read(4096)
+
+
+def _refuse_utf16(beginning: bytes, name: StrPath) -> None:
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(
+            f"{name}: no JSON or CSV in UTF-8 but UTF-16, as some programs on Windows write; "
+            "convert it: iconv -f utf-16 -t utf-8"
+        )
 
 
 def line_offsets(path: StrPath) -> Iterator[tuple[int, bytes]]:
-    """Yields byte offset and content of each line that is not blank."""
+    """Yields byte offset and content of each line that is not blank.
+
+    Raises:
+        ValueError: If the file is UTF-16.
+    """
     offset = 0
     with open(path, "rb") as lines:
         for line in lines:
+            if not offset:
+                _refuse_utf16(line, path)
             if line.strip():
                 yield offset, line
             offset += len(line)
@@ -135,6 +160,7 @@ def read_array(path: StrPath, *, what: str = "rows") -> Iterator[Any]:
     Raises:
         ValueError: If the file is not a valid array.
     """
+    _refuse_utf16(_first_bytes(path), f"{what} {path}")
     if first_byte(path) == b"{":
         raise ValueError(
             f"{what} {path}: expected an array of rows, found an object; JSON lines are named "
@@ -225,6 +251,7 @@ def read_csv(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path}: no such file")
+    _refuse_utf16(_first_bytes(path), f"{what} {path}")
     csv.field_size_limit(_CSV_FIELD_BYTES)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Only a strict reader refuses a quotation mark that is never closed, which makes one field

@@ -39,6 +39,16 @@ def test_a_byte_order_mark_is_no_part_of_the_row(tmp_path: Path) -> None:
         assert list(read_rows(tmp_path / name)) == [(1, {"id": 1})]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_named(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python writes it for utf-16 alone
+    file = tmp_path / "rows.jsonl"
+    file.write_text(mark + '{"id": "a"}\n{"id": "b"}\n', encoding=encoding)
+    for read in (rows.read_lines, rows.line_offsets, rows.read_array, rows.read_csv):
+        with pytest.raises(ValueError, match=r"rows\.jsonl: .*UTF-16.*iconv -f utf-16 -t utf-8"):
+            list(read(file))
+
+
 def test_a_bad_line_is_one_bad_row(tmp_path: Path) -> None:
     lines = [b'{"id": 1}', b'{"id": ', b'{"id": "\xff\xfe"}', b"[" * 100_000, b"7", b'{"id": 6}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
