@@ -28,6 +28,7 @@ from xtuner_add.commands.options import (
     open_endpoint,
     refuse_options_of_other_steps,
     refuse_unused,
+    samples_option,
     user_errors,
     weight_values,
 )
@@ -223,13 +224,7 @@ def make_instructions(
     show_default=True,
     help="Jaccard similarity of word trigrams above which captions are duplicates.",
 )
-@click.option(
-    "--samples",
-    type=COUNT_OR_0,
-    default=10,
-    show_default=True,
-    help="Dropped rows to show per step.",
-)
+@samples_option
 @click.pass_context
 def filter_captions(
     ctx: click.Context,

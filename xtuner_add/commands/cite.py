@@ -26,12 +26,12 @@ from pathcore.rows import source_and_target
 from xtuner_add.commands.options import (
     ANY_PATH,
     COUNT,
-    COUNT_OR_0,
     FRACTION,
     counted,
     device_option,
     end_of_job,
     example,
+    image_workers_option,
     map_format_option,
     name_values,
     retry_option,
@@ -260,14 +260,7 @@ def texts(
 @click.option("--split", default="train", show_default=True, help="train, val or test.")
 @click.option("--checkpoint", type=click.Path(exists=True), help="Checkpoint of a classifier.")
 @click.option("--batch-size", type=COUNT, default=64, show_default=True)
-@click.option(
-    "--workers",
-    "num_workers",
-    type=COUNT_OR_0,
-    default=0,
-    show_default=True,
-    help="Processes that read images.",
-)
+@image_workers_option
 @device_option
 @click.option(
     "--cfg-options", multiple=True, metavar="KEY=VALUE", help="Override settings of the config."

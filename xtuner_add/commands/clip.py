@@ -24,6 +24,7 @@ from xtuner_add.commands.options import (
     counted,
     device_option,
     example,
+    image_workers_option,
     name_values,
     user_errors,
     yaml_values,
@@ -149,14 +150,7 @@ _ENCODING = (
     click.option(
         "--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch."
     ),
-    click.option(
-        "--workers",
-        "num_workers",
-        type=COUNT_OR_0,
-        default=0,
-        show_default=True,
-        help="Processes that read images.",
-    ),
+    image_workers_option,
     click.option(
         "--seed", type=COUNT_OR_0, default=0, show_default=True, help="Seed of the bootstrap."
     ),

@@ -28,6 +28,7 @@ from xtuner_add.commands.options import (
     progress_bar,
     refuse_options_of_other_steps,
     refuse_unused,
+    samples_option,
     user_errors,
 )
 from xtuner_add.paths import find_config
@@ -282,13 +283,7 @@ _STEPS_OF_OPTION = {
     metavar="INDEX/COUNT",
     help="Process one of COUNT parts; a final run without --shard joins them.",
 )
-@click.option(
-    "--samples",
-    type=COUNT_OR_0,
-    default=10,
-    show_default=True,
-    help="Dropped rows to show per step.",
-)
+@samples_option
 @_MAX_SKIPPED
 @click.pass_context
 def clean_pairs(

@@ -29,6 +29,7 @@ from xtuner_add.commands.options import (
     end_of_job,
     engine_option,
     example,
+    image_workers_option,
     map_format_option,
     num_read_workers,
     output_folder,
@@ -516,14 +517,7 @@ def _list_protocols(ctx: click.Context, param: click.Parameter, value: bool) -> 
     "--cache", "cache_dir", type=OUT_FOLDER, help="Folder of image features. [default: --output]"
 )
 @click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch.")
-@click.option(
-    "--workers",
-    "num_workers",
-    type=COUNT_OR_0,
-    default=0,
-    show_default=True,
-    help="Processes that read images.",
-)
+@image_workers_option
 @click.option(
     "--protocol",
     "protocols",

@@ -72,6 +72,14 @@ read_workers_option = click.option(
     help="Number of processes that prefetch tiles per slide; 0 uses a thread. [default: the "
     "remaining cores on a machine with a GPU, else 0]",
 )
+image_workers_option = click.option(
+    "--workers", "num_workers", type=COUNT_OR_0, default=0, show_default=True,
+    help="Processes that read images.",
+)  # fmt: skip
+samples_option = click.option(
+    "--samples", type=COUNT_OR_0, default=10, show_default=True,
+    help="Dropped rows to show per step.",
+)  # fmt: skip
 retry_option = click.option(
     "--retry-skipped", is_flag=True, help="Retry what an earlier run skipped."
 )
