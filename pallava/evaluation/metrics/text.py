@@ -10,6 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from pallava.evaluation.metrics.replies import answer_part, plain
@@ -84,16 +85,18 @@ def corpus_bleu(
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Reads `yes` or `no` from an answer; None if it contains neither or both.
+    """Reads `yes` or `no` from an answer; None if it contains neither or both, or does not know.
 
     The first word after any reasoning decides; otherwise the answer must contain exactly one of the
-    two.
+    two. "No idea" is not a no.
 
     Example:
         >>> parse_yes_no("No, yes would be wrong."), parse_yes_no("The answer is yes.")
         ('no', 'yes')
     """
     found = words(plain(answer_part(answer)))
+    if ("no", "idea") in pairwise(found):
+        return None
     if found and found[0] in ("yes", "no"):
         return found[0]
     said = {word for word in found if word in ("yes", "no")}
