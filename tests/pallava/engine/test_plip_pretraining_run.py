@@ -14,7 +14,7 @@ from pallava.modeling.folders import load_vision_encoder
 from pallava.modeling.plip import published_names
 from pallava.pairs import plain_resize
 from pallava.skipping import SkipLog
-from pathcore.exit_codes import EXIT_SKIPPED
+from pathcore.exit_codes import EXIT_SKIPPED, EXIT_USAGE
 from pathcore.images import load_image
 from pathcore.weights import load_strict, read_state_dict
 from tests.pallava.engine.tiny_run import run
@@ -213,7 +213,7 @@ def test_resume_with_a_vocabulary_of_other_captions_is_refused(trained, data, tm
         str(trained[0] / "epoch_60.pth"),
         options=[f"model.tokenizer.pairs_file={tmp_path / 'other.jsonl'}"],
     )
-    assert code == 1, output[-4000:]
+    assert code == EXIT_USAGE, output[-4000:]
     assert "trained with another vocabulary" in output
     assert not list((tmp_path / "run").glob("*.pth"))
 

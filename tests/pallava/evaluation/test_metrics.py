@@ -79,6 +79,8 @@ def test_any_text_is_a_letter_or_none(answer: str) -> None:
         ("There is no fibrosis", "no"),
         ("yes or no", "yes"),
         ("either yes or no", None),
+        ("No idea.", None),
+        ("I don't know, no idea", None),
         ("It is not a yes", None),
         ("fibrosis", None),
         ("normal", None),
