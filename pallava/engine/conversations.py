@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from pallava.text.encoding import (
     encode_conversation,
     image_files,
     interleaved_map_fn,
-    literal,
+    mark_literal,
+    special_tokens,
 )
 from pallava.text.templates import TOKENIZER_TEMPLATE
 from pathcore.files import StrPath
@@ -491,6 +494,10 @@ class _RowEncoder:
     tokenizer: Tokenizer
     max_length: int
 
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return special_tokens(self.tokenizer)
+
     def pairs(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the row's pairs of question and answer, before the template."""
         return self.dataset_map_fn(dict(row))["conversation"]  # type: ignore[no-any-return]
@@ -498,7 +505,7 @@ class _RowEncoder:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `input_ids`, `labels` and, with `marks` in the row, `label_marks`."""
         pairs = [
-            {**pair, **{key: literal(self.tokenizer, pair[key]) for key in ("input", "output")}}
+            {**pair, **{k: mark_literal(self._special, pair[k]) for k in ("input", "output")}}
             for pair in self.pairs(row)
         ]
         if self.template_map_fn is not None:

@@ -154,14 +154,25 @@ def literal(tokenizer: Any, text: str, *words: str) -> str:
         text: Text of one turn, without template.
         words: Further words that are mere text.
     """
-    pattern = _pattern(tokenizer, len(tokenizer), words)
+    # The number of added tokens tells when the pattern is out of date. len(tokenizer) would, too,
+    # but takes milliseconds: it makes a dictionary of the whole vocabulary.
+    pattern = _pattern(tokenizer, len(tokenizer.added_tokens_decoder), words)
+    return mark_literal(pattern, text)
+
+
+def mark_literal(pattern: re.Pattern[str], text: str) -> str:
+    """Marks what a pattern of `special_tokens` finds, see `literal`."""
     return pattern.sub(rf"{_LITERAL}\g<0>{_LITERAL}", text.replace(_LITERAL, ""))
 
 
 @functools.lru_cache(maxsize=16)
-def _pattern(tokenizer: Any, size: int, words: tuple[str, ...]) -> re.Pattern[str]:
-    """Returns a pattern of the special tokens and `words`; `size` changes with added tokens."""
-    del size
+def _pattern(tokenizer: Any, num_added: int, words: tuple[str, ...]) -> re.Pattern[str]:
+    del num_added
+    return special_tokens(tokenizer, words)
+
+
+def special_tokens(tokenizer: Any, words: tuple[str, ...] = ()) -> re.Pattern[str]:
+    """Returns a pattern of a tokenizer's special tokens and of `words`, without `<image>`."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = sorted((added - {IMAGE_TOKEN}) | set(words), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, found)) or r"(?!)")

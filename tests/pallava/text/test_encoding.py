@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
@@ -21,6 +24,7 @@ from pallava.text.encoding import (
     encode_prompt,
     image_files,
     interleaved_map_fn,
+    literal,
 )
 from tests.pallava import goldens
 
@@ -206,3 +210,13 @@ def test_images_and_marks_are_counted() -> None:
     assert image_files(row(image=["a.png", "b.png"])) == ["a.png", "b.png"]
     marked = row(("human", IMAGE_TOKEN * 2), ("gpt", IMAGE_TOKEN), ("human", IMAGE_TOKEN))
     assert count_images(marked) == 3
+
+
+def test_special_tokens_are_found_without_a_walk_through_the_vocabulary() -> None:
+    core = Tokenizer(models.WordLevel({"?": 0}, "?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="<end>")
+    with patch.object(PreTrainedTokenizerFast, "__len__", side_effect=AssertionError):  # slow
+        marked = literal(tokenizer, "a <end> b <more>")
+        assert marked.count("\ufdd0") == 2 and marked.split("\ufdd0")[1] == "<end>"
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
+        assert literal(tokenizer, "a <end> b <more>").split("\ufdd0")[1::2] == ["<end>", "<more>"]
