@@ -250,9 +250,10 @@ def load(folder: Path) -> None:
 
     prepare_host()
     names = sorted({word for caption in captions(5_000) for word in caption.split()})
-    core = Tokenizer(models.WordLevel({"?": 0, **{w: n for n, w in enumerate(names, 1)}}, "?"))
+    vocabulary = {"<unk>": 0, "<end>": 1, **{name: n for n, name in enumerate(names, 2)}}
+    core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="?")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>")
     data = LLaVADataset(
         folder / "images",
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),

@@ -194,7 +194,8 @@ def encode_text(tokenizer: Any, text: str, *, images: bool = True) -> list[int]:
         for index, piece in enumerate(part.split(IMAGE_TOKEN) if images else [part]):
             if index:
                 ids.append(IMAGE_TOKEN_INDEX)
-            ids += tokenizer.encode(piece, add_special_tokens=False)
+            if piece:  # a call that encodes nothing takes as long as one that encodes a sentence
+                ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids
 
 
