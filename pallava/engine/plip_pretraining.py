@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.optim import AdamW
 
 from pallava.anyres import CLIP_MEAN, CLIP_STD
 from pallava.engine.skipping import default_skip_log
+from pallava.engine.tokenised import vocabulary_digest
 from pallava.model import refuse_other_weights
 from pallava.modeling.folders import save_vision_encoder
 from pallava.pairs import PairDataset, collate_pairs
@@ -293,7 +292,7 @@ class CaptionVocabularyHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Writes the digest of the vocabulary into the checkpoint."""
-        digest = _vocabulary_digest(_unwrapped(runner.model).tokenizer)
+        digest = vocabulary_digest(_unwrapped(runner.model).tokenizer)
         checkpoint.setdefault("meta", {})[_VOCABULARY] = digest
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -318,19 +317,13 @@ def check_vocabulary(checkpoint: Any, tokenizer: Any, source: StrPath) -> None:
     """
     meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
     before = meta.get(_VOCABULARY) if isinstance(meta, Mapping) else None
-    if before is not None and before != _vocabulary_digest(tokenizer):
+    if before is not None and before != vocabulary_digest(tokenizer):
         raise CheckpointError(
             f"{source} was trained with another vocabulary than model.tokenizer gives, in which "
             "its text encoder would read other words; set model.tokenizer as it was then (a "
             "tokenizer built from captions needs the same model.tokenizer.pairs_file, whatever "
             "the training reads)"
         )
-
-
-def _vocabulary_digest(tokenizer: Any) -> str:
-    """Returns a digest of all tokens and their ids."""
-    entries = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 @HOOKS.register_module()
