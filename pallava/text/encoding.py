@@ -154,10 +154,7 @@ def literal(tokenizer: Any, text: str, *words: str) -> str:
         text: Text of one turn, without template.
         words: Further words that are mere text.
     """
-    # The number of added tokens tells when the pattern is out of date. len(tokenizer) would, too,
-    # but takes milliseconds: it makes a dictionary of the whole vocabulary.
-    pattern = _pattern(tokenizer, len(tokenizer.added_tokens_decoder), words)
-    return mark_literal(pattern, text)
+    return mark_literal(special_tokens(tokenizer, *words), text)
 
 
 def mark_literal(pattern: re.Pattern[str], text: str) -> str:
@@ -165,17 +162,17 @@ def mark_literal(pattern: re.Pattern[str], text: str) -> str:
     return pattern.sub(rf"{_LITERAL}\g<0>{_LITERAL}", text.replace(_LITERAL, ""))
 
 
-@functools.lru_cache(maxsize=16)
-def _pattern(tokenizer: Any, num_added: int, words: tuple[str, ...]) -> re.Pattern[str]:
-    del num_added
-    return special_tokens(tokenizer, words)
-
-
-def special_tokens(tokenizer: Any, words: tuple[str, ...] = ()) -> re.Pattern[str]:
+def special_tokens(tokenizer: Any, *words: str) -> re.Pattern[str]:
     """Returns a pattern of a tokenizer's special tokens and of `words`, without `<image>`."""
+    # Of the added tokens alone: the whole vocabulary takes milliseconds to list.
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = sorted((added - {IMAGE_TOKEN}) | set(words), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, found)) or r"(?!)")
+    return _pattern(frozenset((added - {IMAGE_TOKEN}) | set(words)))
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(words: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def encode_text(tokenizer: Any, text: str, *, images: bool = True) -> list[int]:
