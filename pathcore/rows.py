@@ -91,9 +91,8 @@ def read_lines(path: StrPath, *, strict: bool = False) -> Iterator[tuple[int, An
         ValueError: If the file is UTF-16.
     """
     with open(path, "rb") as lines:  # as bytes, so that an encoding error affects only its line
+        _refuse_utf16(lines.peek(2), path)
         for number, line in enumerate(lines, start=1):
-            if number == 1:
-                _refuse_utf16(line, path)
             if line.strip():
                 yield number, parse_line(line, strict=strict)
 
@@ -146,9 +145,8 @@ def line_offsets(path: StrPath) -> Iterator[tuple[int, bytes]]:
     """
     offset = 0
     with open(path, "rb") as lines:
+        _refuse_utf16(lines.peek(2), path)
         for line in lines:
-            if not offset:
-                _refuse_utf16(line, path)
             if line.strip():
                 yield offset, line
             offset += len(line)

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from gigapath.embed.slide_vectors import onto_slide
 from gigapath.pos_embed import check_coords
 from gigapath.published.embedding_zip import load_tensors
-from pathcore.encoders.origin import feature_attributes
 from pathcore.files import StrPath, check_name, write_json
 from wsi.features import check_features
-from wsi.store import read_attributes, read_features
+from wsi.store import read_attributes, read_feature_attributes, read_features
 
 Value = TypeVar("Value")
 
@@ -135,8 +134,7 @@ class SlideFolder:
     def _encoder(self, file: Path) -> str:
         if file.suffix != ".h5":
             return ""
-        with h5py.File(file, "r") as opened:
-            stated = feature_attributes(opened)
+        stated = read_feature_attributes(file)
         name, digest = (str(stated.get(key, "")) for key in ("encoder", "weights_sha256"))
         return f"{name} {digest[:12]}".strip()
 
